@@ -1,0 +1,35 @@
+"""fastdiff: turn a Stable Diffusion checkpoint into a fast few-step model."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastdiff.io.checkpoint import load as load
+    from fastdiff.models.denoiser import Denoiser as Denoiser
+    from fastdiff.sampling import Sampler as Sampler
+    from fastdiff.schedule import NoiseSchedule as NoiseSchedule
+    from fastdiff.trainer import Trainer as Trainer
+
+# Looked up on first use: `fastdiff --help` and the command line's errors must not wait for torch.
+PUBLIC = {
+    "load": "fastdiff.io.checkpoint",
+    "Denoiser": "fastdiff.models.denoiser",
+    "NoiseSchedule": "fastdiff.schedule",
+    "Sampler": "fastdiff.sampling",
+    "Trainer": "fastdiff.trainer",
+}
+__all__ = ["Denoiser", "NoiseSchedule", "Sampler", "Trainer", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+    value = getattr(import_module(PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})

@@ -1,0 +1,284 @@
+"""The command line. A command is one line of COMMANDS and a module with `Config` (a field is a flag) and `run(config)`.
+
+The module is imported only when its command is named: `fastdiff --help` loads no torch. It may also hold
+`PRESETS` ({family: {field: value}}, applied by the family of `base`) and `EXAMPLES` (shown by --help).
+"""
+
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperGroup
+
+from fastdiff import __version__, console
+from fastdiff.config import Option, options, preset, resolve, to_toml
+from fastdiff.console import Result, UsageError
+
+
+class Command(NamedTuple):
+    """One subcommand, known before its module is imported."""
+
+    name: str
+    module: str
+    help: str
+    panel: str
+
+
+COMMANDS = [
+    Command("train-lcm-lora", "fastdiff.methods.lcm", "Distil a checkpoint into a LoRA for 2 to 8 steps (LCM, PCM, TCD).", "Train"),
+    Command("merge-lora", "fastdiff.merge", "Add LoRAs exactly, to a rank, or into a checkpoint.", "Use"),
+    Command("sample", "fastdiff.sampling", "Draw images with the settings that the weights ask for.", "Use"),
+]  # fmt: skip
+
+PACKAGE = Path(__file__).parent
+OPEN_LIMITS = "Every option is also a variable (FASTDIFF_STEPS) and a key of --config FILE.toml; flags win."
+# typer carries its own copy of click, or depends on it: either way its parser's errors are these.
+PARSER_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+@dataclass
+class Call:
+    """A parsed command line, ready to run."""
+
+    command: Command
+    module: ModuleType
+    flags: dict[str, Any]  # of the config; None = not given
+    json: bool = False
+    config: Path | None = None
+    dry_run: bool = False
+    debug: bool = False
+    offline: bool = False
+    quiet: bool = False
+
+
+class Group(TyperGroup):
+    """Commands are stubs for the help page; the one that is named (or completed) becomes the real one."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, stub, rest = super().resolve_command(ctx, args)
+        if stub is None:  # completing an unknown command
+            return name, stub, rest
+        console.quiet_libraries(offline="--offline" in rest)
+        command = next(c for c in COMMANDS if c.name == name)
+        with console.stdout_guard(), console.collecting_warnings():
+            module = import_module(command.module)
+        return name, build_command(command, module), rest
+
+
+def version(value: bool) -> None:
+    if value:
+        typer.echo(f"fastdiff {__version__}")
+        raise typer.Exit
+
+
+def build_group() -> Any:
+    """The top level: --help, --version, shell completion and a stub for each command."""
+    app = typer.Typer(cls=Group, rich_markup_mode="rich", context_settings={"help_option_names": ["--help", "-h"]})
+
+    @app.callback(help="Turn a Stable Diffusion checkpoint into a fast few-step model.", epilog=OPEN_LIMITS)
+    def top(
+        version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")] = False,
+    ) -> None: ...
+
+    for command in COMMANDS:
+        app.command(command.name, help=command.help, rich_help_panel=command.panel)(lambda: None)
+    return typer.main.get_command(app)
+
+
+def build_command(command: Command, module: ModuleType) -> Any:
+    """The typer command of a module's Config; invoking it returns a Call."""
+
+    def call(**values: Any) -> Call:
+        own = {k.removeprefix("cli_"): values.pop(k) for k in list(values) if k.startswith("cli_")}
+        return Call(command, module, values, **own)
+
+    listed = options(module.Config)
+    # The command's own options come first on the help page, the inherited ones after them.
+    own_panel = module.Config.__dict__.get("PANEL") or "Options"
+    ordered = sorted(listed, key=lambda o: o.panel != own_panel)
+    rows = family_rows(module, listed)
+    parameters = [parameter(o, {family: row[o.name] for family, row in rows.items() if o.name in row}) for o in ordered]
+    call.__signature__ = inspect.Signature([*parameters, *general()])  # typer reads a command's options from here
+    examples = getattr(module, "EXAMPLES", None) or getattr(module, "EPILOG", "")
+    app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+    # Rich joins lines within a paragraph: each example is its own.
+    epilog = escape(examples.strip()).replace("\n", "\n\n") or None
+    app.command(command.name, help=command.help, epilog=epilog, context_settings={"help_option_names": ["--help", "-h"]})(call)
+    return typer.main.get_command(app)
+
+
+def family_rows(module: ModuleType, listed: list[Option]) -> dict[str, dict[str, Any]]:
+    table = getattr(module, "PRESETS", {}) if any(o.name == "base" for o in listed) else {}
+    return {family: preset(listed, table, family) for family in table}
+
+
+def escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def parameter(option: Option, presets: dict[str, Any]) -> inspect.Parameter:
+    """A field as a typer option. Its default is None (= not given), so the help text tells the real one.
+
+    Values arrive as text and are read by `config.coerce`, as those of variables are: one wording of errors for all.
+    """
+    told = {"default": option.default, **presets}
+    told = {k: v for k, v in told.items() if v is not MISSING and v is not None and v != [] and v != ""}
+    if option.default is MISSING:
+        told = {"required": "", **told}
+    words = [f"{k}: {shown(v)}" if v != "" else k for k, v in told.items()]
+    note = f" [dim]{escape('[' + '; '.join(words) + ']')}[/dim]" if words else ""
+    kind: Any = bool if option.kind is bool else list[str] if option.repeated else str
+    name = option.flag.removeprefix("--")
+    flags = [f"--{name}/--no-{name}" if kind is bool else f"--{name}", *option.flags]
+    extra: dict[str, Any] = {}
+    if kind is not bool:
+        extra["metavar"] = "|".join(map(str, option.choices)) or f"<{option.kind.__name__}>"
+    if option.choices:
+        extra["autocompletion"] = lambda incomplete: [str(c) for c in option.choices if str(c).startswith(incomplete)]
+    info = typer.Option(*flags, help=escape(option.help) + note, show_default=False, rich_help_panel=panel(option), **extra)
+    return inspect.Parameter(
+        option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
+    )
+
+
+def panel(option: Option) -> str | None:
+    return None if option.panel == "Options" else option.panel
+
+
+def shown(value: Any) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def general() -> list[inspect.Parameter]:
+    """What every command takes besides its config."""
+    rows = [
+        ("json", bool, ["--json"], "one JSON object on stdout, also on failure"),
+        ("config", Path, ["--config"], "read options from a TOML file; a run's own config.toml repeats it"),
+        ("dry_run", bool, ["--dry-run", "-n"], "print the resolved options as TOML and stop"),
+        ("offline", bool, ["--offline"], "never use the network"),
+        ("quiet", bool, ["--quiet", "-q"], "only results, warnings and errors"),
+        ("debug", bool, ["--debug"], "show the traceback of an error"),
+    ]
+    made = []
+    for name, kind, flags, text in rows:
+        extra: dict[str, Any] = {"metavar": "FILE.toml"} if kind is Path else {}
+        info = typer.Option(*flags, help=text, show_default=False, rich_help_panel="General", **extra)
+        default, hint = (None, Path | None) if kind is Path else (False, bool)
+        made.append(inspect.Parameter(f"cli_{name}", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info]))
+    return made
+
+
+def configure(call: Call) -> Any:
+    """The resolved config of a call."""
+    table = getattr(call.module, "PRESETS", None)
+    family_of = None
+    if table and any(f.name == "base" for f in fields(call.module.Config)):
+        from fastdiff.io.checkpoint import family_of
+    return resolve(call.module.Config, call.flags, file=call.config, presets=table, family_of=family_of)
+
+
+@dataclass
+class Failure:
+    """An error as a user sees it."""
+
+    exit_code: int
+    kind: str
+    message: str
+    hint: str = ""
+    result: Result | None = None
+
+
+def explain(error: BaseException) -> Failure:
+    """One line and an exit code for any error; what a user can put right never looks like a crash."""
+    if isinstance(error, UsageError):
+        return Failure(error.exit_code, error.kind, str(error), error.hint, error.result)
+    if isinstance(error, PARSER_ERROR):
+        near = sorted(getattr(error, "possibilities", None) or [])
+        message = error.format_message().split(" (Possible options")[0] if near else error.format_message()
+        return Failure(2, "usage", message, f"did you mean {' or '.join(near)}?" if near else "")
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return Failure(130, "stopped", "interrupted")
+    if isinstance(error, typer.Exit | SystemExit):
+        code = getattr(error, "exit_code", None) or getattr(error, "code", None)
+        return Failure(code if isinstance(code, int) else 1, "failure", f"the command ended early ({code})")
+    name = type(error).__name__
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+        return Failure(4, "capacity", f"out of memory: {error}", "a smaller --batch-size or --resolution needs less")
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {(error.strerror or name).lower()}"
+        missing = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+        return Failure(3, "input", message) if missing else Failure(1, "failure", message)
+    if type(error) is ValueError and raised_here(error):
+        return Failure(2, "usage", str(error))
+    return Failure(1, "unexpected", f"unexpected error: {name}: {error}", "--debug shows the traceback")
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether our own code raised it, not a library that we called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
+
+
+def perform(call: Call) -> tuple[Result, str]:
+    """Run a call, nothing of it on stdout; returns its result and the text of that for people."""
+    with console.stdout_guard(), console.collecting_warnings():
+        config = configure(call)
+        if call.dry_run:
+            values = {o.name: getattr(config, o.name) for o in options(type(config))}
+            return Result(metrics={"config": values}), to_toml(config).rstrip("\n")
+        result = call.module.run(config)
+    lines = [str(path) for path in result.outputs]
+    if result.next_command and not call.quiet:
+        lines.append(f"next: {result.next_command}")
+    return result, "\n".join(lines)
+
+
+def emit(text: str) -> None:
+    """Write the result; a reader that has gone away (`| head`) is no error."""
+    if not text or not console.speaks():
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, report; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    as_json, debug = "--json" in args, "--debug" in args  # until the parser has been asked
+    name = next((a for a in args if not a.startswith("-")), None)
+    console.reset(quiet="--quiet" in args or "-q" in args)
+    text, result, failure = "", None, None
+    try:
+        call = build_group().main(args, prog_name="fastdiff", standalone_mode=False)
+        if call == 130:  # how typer reports Ctrl-C
+            raise KeyboardInterrupt
+        if not isinstance(call, Call):  # --help, --version
+            return call or 0
+        as_json, debug, console.state.quiet = call.json, call.debug, call.quiet
+        result, text = perform(call)
+        if as_json:
+            text = console.json_object(name, result)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and "_FASTDIFF_COMPLETE" in os.environ:
+            raise
+        failure = explain(error)
+        if debug:
+            traceback.print_exc()
+        console.error(failure.message, failure.hint)
+        if as_json:
+            told = {"kind": failure.kind, "message": console.one_line(failure.message), "hint": failure.hint or None}
+            text = console.json_object(name, failure.result, told)
+    emit(text)
+    return failure.exit_code if failure else 0

@@ -1,0 +1,366 @@
+"""What people and scripts see: progress, tables, one JSON object, errors with their exit codes."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+SCHEMA_VERSION = 1  # of the JSON object
+
+
+class UsageError(ValueError):
+    """The command line or config is wrong; the message names the flag and the fix."""
+
+    exit_code, kind = 2, "usage"
+    result: "Result | None" = None  # what was made and measured before it; told in the JSON object
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InputRefused(UsageError):
+    """A file is unsafe, corrupt or unsupported; the message names the file."""
+
+    exit_code, kind = 3, "input"
+
+
+class DoesNotFit(UsageError):
+    """Memory or disk does not suffice; checked before anything starts."""
+
+    exit_code, kind = 4, "capacity"
+
+
+class GateFailed(UsageError):
+    """A quality or verification gate was not passed; `result` holds the figures."""
+
+    exit_code, kind = 5, "gate"
+
+    def __init__(self, message: str, hint: str = "", *, result: "Result | None" = None) -> None:
+        super().__init__(message, hint)
+        self.result = result
+
+
+class Stopped(UsageError):
+    """Stopped by SIGTERM (75) or Ctrl-C (130) with a resumable state on disk."""
+
+    kind = "stopped"
+
+    def __init__(self, message: str, hint: str = "", *, exit_code: int = 75) -> None:
+        super().__init__(message, hint)
+        self.exit_code = exit_code
+
+
+@dataclass
+class Result:
+    """What a command made: files (or folders), figures, and the command to type next."""
+
+    outputs: list[Path] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    next_command: str | None = None
+
+
+@dataclass
+class State:
+    """What one command has said so far."""
+
+    quiet: bool = False
+    warnings: list[str] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by name
+    started: float = field(default_factory=time.monotonic)
+    terminal: Any = None  # the rich console of stderr, made on first use
+
+
+state = State()
+
+
+def reset(*, quiet: bool = False) -> None:
+    """Forget warnings and timings and start the clock: before every command, and in tests."""
+    global state
+    state = State(quiet=quiet)
+
+
+def speaks() -> bool:
+    """False on all but the first process of a distributed run, so that a result appears once."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def quiet_libraries(*, offline: bool = False) -> None:
+    """Set what diffusers, transformers and the hub client read when they are imported; a variable already set wins."""
+    silent = {
+        "DIFFUSERS_VERBOSITY": "error",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+    }
+    for name, value in silent.items():
+        os.environ.setdefault(name, value)
+    if offline:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def terminal() -> Any:
+    """The rich console of stderr; one for all, so that lines appear above a live progress bar."""
+    if state.terminal is None:
+        from rich.console import Console
+
+        state.terminal = Console(stderr=True, highlight=False, markup=False)
+        if not state.terminal.is_terminal:
+            state.terminal.width = 160  # a log has no right edge; rich would wrap at 80
+    return state.terminal
+
+
+def _say(text: str, style: str | None = None, label: str = "") -> None:
+    from rich.text import Text
+
+    # Control characters in a file name or a library's message must not reach the terminal.
+    clean = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+    terminal().print(Text.assemble((label, style or ""), clean), soft_wrap=True)
+
+
+def info(message: str) -> None:
+    """A line on stderr, not shown with --quiet."""
+    if not state.quiet and speaks():
+        _say(message)
+
+
+def warn(message: str) -> None:
+    """A warning: shown on stderr once, and listed in the JSON object."""
+    message = one_line(message)
+    if message not in state.warnings:
+        state.warnings.append(message)
+        _say(message, "yellow", "warning: ")
+
+
+def error(message: str, hint: str = "") -> None:
+    """The one line of a failure, and the line that says what to do."""
+    _say(one_line(message), "bold red", "error: ")
+    if hint:
+        _say(one_line(hint), "cyan", "hint: ")
+
+
+def one_line(text: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", text.strip())
+
+
+def shown(value: Any) -> str:
+    """A table cell or progress figure: four digits of a float."""
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table on stderr, not shown with --quiet; columns of numbers are set flush right."""
+    if state.quiet or not speaks():
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = [list(row) for row in rows]
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    for i, name in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[i], int | float | NoneType) for row in rows)
+        drawn.add_column(name, justify="right" if numeric else "left")
+    for row in rows:
+        drawn.add_row(*(Text(shown(v)) for v in row))
+    terminal().print(drawn)
+
+
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    """Add the seconds of the block to the command's timings under `name` (by custom ending in _s)."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        state.timings[name] = state.timings.get(name, 0.0) + time.monotonic() - start
+
+
+class Progress:
+    """A counted loop in plain lines: from ten seconds on, every tenth of the way, and at least once a minute."""
+
+    QUIET_S, AT_LEAST_S = 10.0, 60.0
+
+    def __init__(self, total: int | None, description: str) -> None:
+        self.total, self.description, self.done = total, description, 0
+        self.started = self.last = time.monotonic()
+        self.before = 0  # done before the start: a resumed run counts from there
+        self.told = 0  # the count of the last line
+        self.fields: dict[str, Any] = {}
+
+    def update(self, n: int = 1, **fields: Any) -> None:
+        """`n` more are done; `fields` are the figures to show beside the count."""
+        if self.done == 0 and time.monotonic() - self.started < 0.1:
+            self.before = n
+        self.done += n
+        self.fields.update(fields)
+        self.draw()
+
+    def draw(self) -> None:
+        waited = time.monotonic() - self.last
+        tenth = self.total and self.done - self.told >= self.total / 10
+        if waited >= self.QUIET_S and (tenth or waited >= self.AT_LEAST_S):
+            self.line()
+
+    def line(self) -> None:
+        self.last, self.told = time.monotonic(), self.done
+        elapsed = time.monotonic() - self.started
+        count = f"{self.done}/{self.total} ({self.done / self.total:.0%})" if self.total else str(self.done)
+        parts = [f"{self.description}: {count}", f"{elapsed:.0f} s"]
+        fresh = self.done - self.before
+        if self.total and fresh > 0 and self.done < self.total:
+            parts.append(f"{elapsed * (self.total - self.done) / fresh:.0f} s left")
+        info(", ".join([*parts, *(f"{k} {shown(v)}" for k, v in self.fields.items())]))
+
+    def close(self) -> None:
+        if self.done != self.told and time.monotonic() - self.started > 2:
+            self.line()
+
+
+class Bar(Progress):
+    """The same on a terminal: a rich bar with the time left."""
+
+    def __init__(self, total: int | None, description: str) -> None:
+        super().__init__(total, description)
+        from rich import progress as rich
+
+        columns = [rich.TextColumn("{task.description}", markup=False), rich.BarColumn(), rich.MofNCompleteColumn()]
+        columns += [rich.TimeElapsedColumn(), rich.TimeRemainingColumn(), rich.TextColumn("{task.fields[figures]}", markup=False)]
+        self.bar = rich.Progress(*columns, console=terminal())
+        self.task = self.bar.add_task(description, total=total, figures="")
+        self.bar.start()
+
+    def draw(self) -> None:
+        figures = "  ".join(f"{k} {shown(v)}" for k, v in self.fields.items())
+        self.bar.update(self.task, completed=self.done, figures=figures)
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+class Silent(Progress):
+    """No progress: --quiet, and all but the first process."""
+
+    def draw(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@contextmanager
+def progress(total: int | None, description: str) -> Iterator[Progress]:
+    """Progress of a loop on stderr: a bar on a terminal, sparse plain lines elsewhere."""
+    kind = Silent if state.quiet or not speaks() else Bar if terminal().is_terminal else Progress
+    shown_progress = kind(total, description)
+    try:
+        yield shown_progress
+    finally:
+        shown_progress.close()
+
+
+@contextmanager
+def stdout_guard() -> Iterator[None]:
+    """What anyone prints in here, Python or C, goes to stderr: stdout carries the result and nothing else."""
+    real = sys.stdout
+    flush(real)
+    try:
+        saved = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # a closed stdout or stderr
+        saved = None
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        flush(sys.stderr)
+        flush_c()
+        sys.stdout = real
+        if saved is not None:
+            os.dup2(saved, 1)
+            os.close(saved)
+
+
+def flush(stream: Any) -> None:
+    with suppress(OSError, ValueError, AttributeError):  # closed, or None
+        stream.flush()
+
+
+def flush_c() -> None:
+    """Empty C's own buffers: a library's printf would otherwise surface on stdout at exit."""
+    import ctypes
+
+    with suppress(OSError, TypeError, AttributeError):  # no C library by that name (Windows)
+        ctypes.CDLL(None).fflush(None)
+
+
+@contextmanager
+def collecting_warnings() -> Iterator[None]:
+    """Python's warnings become `warn` lines."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, category, *_: warn(f"{message} ({category.__name__})")
+        yield
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """An output in the JSON object: path, sha256, bytes, format.
+
+    A folder's hash is that of its sorted lines "<sha256>  <relative name>", as sha256sum prints them.
+    """
+    if path.is_dir():
+        files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
+        lines = "".join(f"{sha256(files[name])}  {name}\n" for name in sorted(files))
+        size = sum(p.stat().st_size for p in files.values())
+        return {"path": str(path), "sha256": hashlib.sha256(lines.encode()).hexdigest(), "bytes": size, "format": "folder"}
+    suffix = path.suffix.removeprefix(".").lower()
+    return {"path": str(path), "sha256": sha256(path), "bytes": path.stat().st_size, "format": suffix or "file"}
+
+
+def jsonable(value: Any) -> Any:
+    """Strict JSON: NaN and infinity become null, arrays lists, paths strings, dataclasses objects."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [jsonable(v) for v in value]
+    if hasattr(value, "tolist"):  # numpy and torch, scalars too
+        return jsonable(value.tolist())
+    return str(value)
+
+
+def json_object(
+    command: str | None, result: Result | None, failure: Mapping[str, Any] | None = None
+) -> str:
+    """The one object of --json, on one line. `failure` is {kind, message, hint}; a failed command may still have a result."""
+    result = result or Result()
+    outputs = [describe(Path(p)) for p in result.outputs]
+    timings = {"total_s": time.monotonic() - state.started, **state.timings}
+    told = {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "ok": failure is None,
+        "outputs": outputs,
+        "metrics": result.metrics,
+        "warnings": state.warnings,
+        "timings": {k: round(v, 4) for k, v in timings.items()},
+        "next_command": result.next_command,
+    }
+    return json.dumps(jsonable(told if failure is None else {**told, "error": failure}), allow_nan=False)

@@ -1,0 +1,54 @@
+"""What a method trains on: latents and conditions, encoded once. B batch, N items, K captions an item, M texts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdiff.models import autoencoder
+from fastdiff.models.denoiser import Cond
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimiser step's worth of data."""
+
+    latents: Tensor  # (B, C, h, w), scaled
+    cond: Cond  # B rows
+    uncond: Cond  # B rows
+
+    def to(self, device: torch.device | str) -> "Batch":
+        move = lambda v: v.to(device)  # noqa: E731
+        return Batch(self.latents.to(device), self.cond.map(move), self.uncond.map(move))
+
+
+@dataclass
+class Encoded:
+    """A whole data set in latent space.
+
+    Which items a step sees depends on (seed, rank, step) alone, so a resumed run sees what an uninterrupted one would.
+    """
+
+    moments: Tensor  # (N, 2 C, h, w) posterior mean and standard deviation of scaled latents
+    texts: Cond  # M rows, each distinct caption once
+    captions: Tensor  # (N, K) rows of `texts`
+    weights: Tensor  # (K,) how often each of an item's captions is drawn
+    uncond: Cond  # one row
+    time_ids: Tensor | None = None  # (N, 6) SDXL
+    empty_prompts: float = 0.0  # share of items trained with the unconditional branch as their condition
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def batch(self, size: int, generator: torch.Generator) -> Batch:
+        items = torch.randint(len(self), (size,), generator=generator)
+        column = torch.multinomial(self.weights, size, replacement=True, generator=generator)
+        cond = self.texts[self.captions[items, column]]
+        uncond = self.uncond.expand(size)
+        if self.time_ids is not None:
+            cond, uncond = (Cond(c.tokens, c.pooled, self.time_ids[items]) for c in (cond, uncond))
+        if self.empty_prompts:
+            drop = torch.rand(size, generator=generator) < self.empty_prompts
+            kept = torch.where(drop, size, 0) + torch.arange(size)
+            cond = Cond.cat([cond, uncond])[kept]
+        return Batch(autoencoder.draw(self.moments[items], generator), cond, uncond)

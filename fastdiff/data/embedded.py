@@ -1,0 +1,103 @@
+"""The embedded data set: emoji pictures on flat backgrounds with their Unicode names as captions.
+
+One picture and one background make one image, so a caption that leaves the background open ("red apple"),
+or names only the group ("fruit on blue"), has several right answers: a model must sample, not look up.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastdiff.data.batch import Encoded
+from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.models import autoencoder, text
+
+PICTURES = Path(__file__).parent.parent / "assets" / "emoji" / "pictures"
+STYLES = ("noto", "fluent", "twemoji")
+CELL_PX = 64
+
+# Far apart in RGB, so that the nearest colour to a corner pixel names the background.
+BACKGROUNDS = {
+    "white": (255, 255, 255),
+    "black": (20, 20, 20),
+    "red": (220, 50, 47),
+    "orange": (245, 150, 40),
+    "yellow": (250, 225, 80),
+    "green": (60, 170, 80),
+    "blue": (50, 100, 220),
+    "purple": (140, 70, 180),
+    "pink": (250, 170, 200),
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str
+    group: str
+
+
+@cache
+def pictures() -> tuple[Picture, ...]:
+    """The pictures in the order of the sheets' cells."""
+    rows = json.loads((PICTURES / "captions.json").read_text(encoding="utf-8"))
+    return tuple(Picture(row["name"], row["group"]) for row in rows)
+
+
+@cache
+def sprites(style: str = "noto") -> Tensor:
+    """Every picture of one drawing style: (N, 4, 64, 64) RGBA in [0, 1]."""
+    import numpy as np
+    from PIL import Image
+
+    if style not in STYLES:
+        raise ValueError(f"unknown emoji style {style!r}: one of {', '.join(STYLES)}")
+    image = Image.open(PICTURES / f"{style}.png").convert("RGBA")
+    sheet = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    cells = sheet.unfold(1, CELL_PX, CELL_PX).unfold(2, CELL_PX, CELL_PX)  # (4, rows, columns, 64, 64)
+    return cells.permute(1, 2, 0, 3, 4).flatten(0, 1)[: len(pictures())] / 255
+
+
+def compose(picture: Tensor, background: Tensor, style: str = "noto") -> Tensor:
+    """Pictures on backgrounds: index tensors (B,) and (B,) -> pixels (B, 3, 64, 64) in [-1, 1]."""
+    colours = torch.tensor(list(BACKGROUNDS.values())) / 255
+    rgba = sprites(style)[picture]
+    alpha = rgba[:, 3:]
+    return (rgba[:, :3] * alpha + colours[background][:, :, None, None] * (1 - alpha)) * 2 - 1
+
+
+def caption(picture: int, background: int | None, coarse: bool = False) -> str:
+    """'red apple on blue', 'red apple', 'fruit on blue' or 'fruit'."""
+    subject = pictures()[picture].group if coarse else pictures()[picture].name
+    return subject if background is None else f"{subject} on {list(BACKGROUNDS)[background]}"
+
+
+CAPTION_WEIGHTS = (0.6, 0.25, 0.15)  # name and background, name, group and background
+
+
+def encode(base: Checkpoint, *, device: torch.device | str = "cpu", style: str = "noto") -> Encoded:
+    """Every picture on every background through the checkpoint's VAE and text encoder."""
+    n, k = len(pictures()), len(BACKGROUNDS)
+    picture, background = (grid.flatten() for grid in torch.meshgrid(torch.arange(n), torch.arange(k), indexing="ij"))
+    columns = [
+        [caption(p, b), caption(p, None), caption(p, b, coarse=True)]
+        for p, b in zip(picture.tolist(), background.tolist(), strict=True)
+    ]
+    rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(c for row in columns for c in row))}
+    return Encoded(
+        moments=autoencoder.encode_moments(base.vae.to(device), compose(picture, background, style)).cpu(),
+        texts=text.encode(base, list(rows), device=device),
+        captions=torch.tensor([[rows[c] for c in row] for row in columns]),
+        weights=torch.tensor(CAPTION_WEIGHTS),
+        uncond=text.unconditional(base, device=device),
+    )
+
+
+def background_of(pixels: Tensor) -> Tensor:
+    """Which background an image (B, 3, H, W) has: the colour nearest to the median of its four 4 x 4 px corners; (B,)."""
+    corners = torch.cat([pixels[..., y, x].flatten(2) for y in (slice(4), slice(-4, None)) for x in (slice(4), slice(-4, None))], 2)
+    colours = torch.tensor(list(BACKGROUNDS.values())) / 127.5 - 1
+    return torch.cdist(corners.median(2).values, colours).argmin(1)

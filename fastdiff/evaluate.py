@@ -1,0 +1,242 @@
+"""How good a few-step model is, judged on pictures: recognised captions, Frechet distance, distance for the same noise.
+
+For the embedded checkpoint everything needed ships with it: a feature network, the teacher's rows at every number of
+network calls, and the statistics of its guided 25-step samples (`examples/emoji/reference.py` makes them). Only the student
+is sampled here.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.data import embedded
+from fastdiff.io.checkpoint import EMOJI, Checkpoint
+from fastdiff.models import autoencoder, text
+from fastdiff.models.denoiser import Cond
+from fastdiff.models.features import FeatureNet
+from fastdiff.sampling import Sampler, Settings
+
+REFERENCE = EMOJI / "reference"
+REFERENCE_SEED = 1_000_000  # the reference samples' seeds start here, the judged rows' at 0: they never share noise
+BOOTSTRAPS = 200
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The judged prompts: sample i asks for picture[i] on background[i], or on any where that is -1."""
+
+    picture: Tensor  # (N,)
+    background: Tensor  # (N,)
+
+    @classmethod
+    def judged(cls, n: int, seed: int = 0) -> "Prompts":
+        """The first n of one fixed list: every picture in turn, seven in ten with a background."""
+        g = torch.Generator().manual_seed(seed)
+        k = len(embedded.BACKGROUNDS)
+        rows = 20_000
+        background = torch.where(torch.rand(rows, generator=g) < 0.7, torch.randint(k, (rows,), generator=g), -1)
+        return cls(torch.arange(n) % len(embedded.pictures()), background[:n])
+
+    @cached_property
+    def captions(self) -> list[str]:
+        rows = zip(self.picture.tolist(), self.background.tolist(), strict=True)
+        return [embedded.caption(p, None if b < 0 else b) for p, b in rows]
+
+    def __len__(self) -> int:
+        return len(self.picture)
+
+
+@cache
+def feature_net() -> FeatureNet:
+    return FeatureNet.embedded()
+
+
+@cache
+def prototypes() -> Tensor:
+    """Mean embedding of every picture over the backgrounds, normalised: (pictures, 128)."""
+    every = torch.arange(len(embedded.pictures()))
+    columns = [embed(embedded.compose(every, torch.full_like(every, c))) for c in range(len(embedded.BACKGROUNDS))]
+    return F.normalize(torch.stack(columns).mean(0), dim=1)
+
+
+@torch.no_grad()
+def embed(pixels: Tensor) -> Tensor:
+    """Normalised embeddings times sqrt(128), so that a coordinate's variance is about one: (N, 128)."""
+    parts = [F.normalize(feature_net()(part.cpu()), dim=1) for part in pixels.split(250)]
+    return torch.cat(parts) * 128**0.5
+
+
+def recognised(features: Tensor, prompts: Prompts) -> Tensor:
+    """Whether each picture looks most like its caption's picture, of all pictures: (N,) of 0 and 1."""
+    return ((F.normalize(features, dim=1) @ prototypes().T).argmax(1) == prompts.picture).float()
+
+
+def background_right(pixels: Tensor, prompts: Prompts) -> float:
+    """Share of the prompts that name a background in which the corners show it."""
+    said = prompts.background >= 0
+    return (embedded.background_of(pixels)[said] == prompts.background[said]).float().mean().item()
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D), fp64."""
+    return features.double().mean(0), features.double().T.cov()
+
+
+def frechet(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), the FID formula (Heusel 2017, eq. 6)."""
+    values, vectors = torch.linalg.eigh(a[1])
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ b[1] @ root).clamp(min=0).sqrt().sum()
+    return ((a[0] - b[0]).square().sum() + a[1].trace() + b[1].trace() - 2 * cross).item()
+
+
+@dataclass
+class Row:
+    """One judged way of sampling."""
+
+    model: str
+    settings: Settings
+    features: Tensor  # (N, 128)
+    hits: Tensor  # (N,)
+    background: float
+    same_noise: float | None = None
+
+    @property
+    def calls(self) -> int:
+        return self.settings.calls
+
+    def figures(self, reference: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "solver": self.settings.scheduler,
+            "spacing": self.settings.spacing,
+            "num_steps": self.settings.num_steps,
+            "guidance": self.settings.guidance,
+            "calls": self.calls,
+            "retrieval": self.hits.mean().item(),
+            "background": self.background,
+            "frechet": frechet(moments(self.features), reference),
+            "same_noise": self.same_noise,
+        }
+
+
+class Judge:
+    """Samples the judged prompts with a model and measures the pictures."""
+
+    def __init__(self, base: Checkpoint, n: int, *, device: torch.device | str = "cpu") -> None:
+        self.prompts, self.device = Prompts.judged(n), device
+        self.cond, self.uncond = encode_unique(base, self.prompts.captions, device), text.unconditional(base, device=device)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def sample(self, sampler: Sampler, settings: Settings, *, first_seed: int = 0, batch: int = 100) -> tuple[Tensor, Tensor]:
+        """Latents (N, C, h, w) and pixels (N, 3, H, W) of all prompts, seed first_seed + i for prompt i."""
+        seeds = range(first_seed, first_seed + len(self))
+        side = embedded.CELL_PX // autoencoder.factor(sampler.vae)
+        parts = [
+            sampler.latents(self.cond[i : i + batch], self.uncond, seeds[i : i + batch], settings, (side, side)).cpu()
+            for i in range(0, len(self), batch)
+        ]
+        latents = torch.cat(parts)
+        return latents, autoencoder.decode(sampler.vae, latents).cpu()
+
+    def row(self, model: str, sampler: Sampler, settings: Settings, *, teacher_latents: Tensor | None = None) -> Row:
+        _, pixels = self.sample(sampler, settings)
+        return self.row_of(model, settings, pixels, sampler, teacher_latents)
+
+    def row_of(
+        self, model: str, settings: Settings, pixels: Tensor, sampler: Sampler, teacher_latents: Tensor | None = None
+    ) -> Row:
+        features = embed(pixels)
+        distance = None
+        if teacher_latents is not None:
+            k = min(len(teacher_latents), len(pixels))
+            target = autoencoder.decode(sampler.vae, teacher_latents[:k].to(self.device).float()).cpu()
+            distance = feature_net().distance(pixels[:k], target).mean().item()
+        hits = recognised(features, self.prompts)
+        return Row(model, settings, features, hits, background_right(pixels, self.prompts), distance)
+
+
+def encode_unique(base: Checkpoint, captions: Sequence[str], device: torch.device | str) -> Cond:
+    """Each distinct caption once through the text encoder, spread back to the rows."""
+    rows = {c: i for i, c in enumerate(dict.fromkeys(captions))}
+    return text.encode(base, list(rows), device=device)[torch.tensor([rows[c] for c in captions])]
+
+
+class Reference:
+    """The shipped teacher: statistics of its guided 25-step samples, its rows, and its latents for the first seeds."""
+
+    def __init__(self, folder: Path = REFERENCE) -> None:
+        from safetensors.torch import load_file
+
+        tensors = {k: v.float() for k, v in load_file(folder / "teacher.safetensors").items()}
+        self.table = json.loads((folder / "teacher.json").read_text())
+        self.moments = (tensors["mean"].double(), tensors["cov"].double())
+        self.latents = tensors["latents"]  # (500, C, h, w), seeds 0..499
+        self.features = {k.removeprefix("features."): v for k, v in tensors.items() if k.startswith("features.")}
+
+    def best(self, calls: int, metric: str, n: int) -> Row:
+        """The best undistilled row at that many network calls by `metric`, over its first n samples."""
+        entry = self.table["best"][f"{metric}.{calls}"]
+        row = self.table["rows"][entry]
+        features = self.features[str(entry)][:n]
+        settings = Settings(row["solver"], row["num_steps"], row["guidance"], row["spacing"])
+        hits = recognised(features, Prompts.judged(len(features)))
+        return Row("teacher", settings, features, hits, row["background"], row["same_noise"])
+
+
+Metric = Callable[[Row, Tensor], float]  # (row, sample indices) -> figure
+
+
+def gap_closed(student: Row, teacher: Row, best: Row, metric: Metric, *, seed: int = 0) -> dict[str, float]:
+    """(m(T, n) - m(S, n)) / (m(T, n) - m(T, 50)) with a 95 % bootstrap band over prompts, all three rows redrawn alike."""
+    n = min(len(r.features) for r in (student, teacher, best))
+    g = torch.Generator().manual_seed(seed)
+    draws = [torch.arange(n), *(torch.randint(n, (n,), generator=g) for _ in range(BOOTSTRAPS))]
+    figures = torch.tensor([[metric(r, i) for r in (teacher, student, best)] for i in draws], dtype=torch.float64)
+    t, s, b = figures.T
+    gap = (t - s) / (t - b)
+    better = (t - s) * (1 if t[0] > b[0] else -1)
+    low, high = gap[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    band = better[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {
+        "gap_closed": gap[0].item(),
+        "low": low,
+        "high": high,
+        "teacher": t[0].item(),
+        "student": s[0].item(),
+        "teacher_50": b[0].item(),
+        "gain": better[0].item(),  # in the metric's own units, positive = the student is better
+        "gain_low": band[0],
+        "gain_high": band[1],
+    }
+
+
+def prove(judge: Judge, sampler: Sampler, settings_of: Callable[[int], Settings]) -> dict[str, Any]:
+    """The closing table of a training run on `emoji`: rows and gap closed at 1, 2, 4 and 8 calls."""
+    reference, n = Reference(), len(judge)
+    metrics: dict[str, Metric] = {
+        "retrieval": lambda row, i: row.hits[i].mean().item(),
+        "frechet": lambda row, i: frechet(moments(row.features[i]), reference.moments),
+    }
+    rows, gaps = [reference.best(50, "retrieval", n).figures(reference.moments)], {m: {} for m in metrics}
+    for calls in (1, 2, 4, 8):
+        latents = reference.latents if calls == 1 else None
+        student = judge.row("student", sampler, settings_of(calls), teacher_latents=latents)
+        teachers = {m: reference.best(calls, m, n) for m in metrics}
+        for metric, measure in metrics.items():
+            best = reference.best(50, metric, n)
+            gaps[metric][str(calls)] = gap_closed(student, teachers[metric], best, measure)
+        distinct = {id(r.settings): r for r in teachers.values()}
+        if teachers["retrieval"].settings == teachers["frechet"].settings:
+            distinct = {0: teachers["retrieval"]}
+        rows += [r.figures(reference.moments) for r in (*distinct.values(), student)]
+    return {"samples": n, "rows": rows, "gap_closed": gaps}

@@ -1,0 +1,32 @@
+"""How a few-step model wants to be sampled: carried in the header of its weights, obeyed by `sample`."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+PREFIX = "fastdiff."
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sampling settings of a distilled model; None where the file says nothing."""
+
+    method: str | None = None  # lcm, pcm, tcd, dmd, ...
+    family: str | None = None  # emoji, sd15, sd21, sdxl: the checkpoints it belongs to
+    scheduler: str | None = None  # a name in solvers.SOLVERS
+    spacing: str | None = None  # trailing, leading, linspace, lcm
+    num_steps: int | None = None
+    guidance: float | None = None  # u + w (c - u); 1 = the conditional network alone
+    eta: float | None = None  # TCD's gamma: 0 deterministic, 1 = LCM
+    prediction_type: str | None = None  # epsilon, v_prediction, sample
+    parent: str | None = None  # sha256 of the base UNet's weights
+
+    def to_metadata(self) -> dict[str, str]:
+        """Safetensors header entries `fastdiff.<field>`; all strings, as the format wants."""
+        return {PREFIX + k: str(v) for k, v in asdict(self).items() if v is not None}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str] | None) -> "Recipe":
+        """Read `to_metadata`'s entries back; unknown ones are left alone, broken numbers raise ValueError."""
+        readers = {"num_steps": int, "guidance": float, "eta": float}
+        found = {f.name: (metadata or {}).get(PREFIX + f.name) for f in fields(cls)}
+        return cls(**{k: readers.get(k, str)(v) for k, v in found.items() if v is not None})

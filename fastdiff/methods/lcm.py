@@ -1,0 +1,191 @@
+"""Latent consistency distillation as a LoRA, or of the full network (Luo et al. 2023; LCM-LoRA report 2023).
+
+    t = t_i, u = t_{i-1}  on the grid  k - 1, 2k - 1, ..., T - 1  with k = T / N;  t_0 = 0
+    x_t = alpha_t x0 + sigma_t eps
+    p   = teacher(x_t, t; c, empty; w)                    guided: u + w (c - u), both halves in one batch
+    x_u = alpha_u p.x0 + sigma_u p.eps                    DDIM step of the augmented PF-ODE
+    F(x, t -> s):  zero    s = 0:  c_skip(t) x + c_out(t) x0(x, t)             LCM
+                   edge    s = lower edge of t's phase:  DDIM jump to s        PCM (Wang 2024)
+                   random  s uniform on the grid below t:  DDIM jump to s      TCD (Zheng 2024)
+    loss = d( F_student(x_t, t -> s),  F_target(x_u, u -> s) ),   target = student without gradient, or its average
+
+With a LoRA the teacher is the same network with the adapter off. Fine-tuning (`--finetune`, the LCM paper's LCF) has no
+teacher: x_u is the same noise at the lower level.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import losses
+from fastdiff.data import Batch
+from fastdiff.io import checkpoint, lora
+from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io.recipe import Recipe
+from fastdiff.io.run import Run
+from fastdiff.models import adapters
+from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.models.ema import EMA
+from fastdiff.schedule import NoiseSchedule, per_sample
+from fastdiff.solvers import jump
+from fastdiff.session import train
+from fastdiff.trainer import Losses, TrainConfig
+
+# guidance is w of u + w (c - u), so the official scripts' w of [5, 15] and [3, 15] is one more here.
+PRESETS = {
+    "emoji": dict(lora_rank=32, lora_alpha=32, lr=1e-3, batch_size=32, steps=400, guidance_min=3.0, guidance_max=3.0),
+    "sd15": dict(lr=1e-4, batch_size=12, guidance_min=6.0, guidance_max=16.0),  # diffusers' SD script and README
+    "sd21": dict(lr=1e-4, batch_size=12, guidance_min=6.0, guidance_max=16.0),
+    "sdxl": dict(lr=1e-4, batch_size=12, guidance_min=4.0, guidance_max=16.0),  # diffusers' SDXL script and README
+}
+SCHEDULERS = {"zero": "lcm", "edge": "ddim", "random": "tcd"}
+EXAMPLES = """fastdiff train-lcm-lora
+fastdiff train-lcm-lora --base sdxl
+fastdiff train-lcm-lora --base my.safetensors --base-config folder --data pictures/"""
+
+
+@dataclass
+class Config(TrainConfig):
+    PANEL: ClassVar[str] = "Consistency distillation"
+
+    lora_rank: Annotated[int, "rank of the adapter"] = 64
+    lora_alpha: Annotated[float, "its scale is alpha / rank"] = 64
+    full: Annotated[bool, "train all weights, with a guidance embedding and an averaged target"] = False
+    finetune: Annotated[bool, "consistency fine-tuning: no teacher, data with noise instead (LCF)"] = False
+    target: Annotated[Literal["zero", "edge", "random"], "where the student jumps to: LCM, PCM, TCD"] = "zero"
+    phases: Annotated[int, "phases of --target edge"] = 4
+    guidance_min: Annotated[float, "teacher guidance u + w (c - u) is drawn from here ..."] = 6.0
+    guidance_max: Annotated[float, "... to here, one a sample"] = 16.0
+    grid_steps: Annotated[int, "DDIM steps of the distillation grid"] = 50
+    loss: Annotated[Literal["huber", "l2"], "distance between the two jumps"] = "huber"
+    huber_c: Annotated[float, "where Huber turns from square to linear"] = 0.001
+    target_ema: Annotated[float, "decay of the averaged target of --full"] = 0.95
+    num_steps: Annotated[int, "sampling steps that the recipe in the file names"] = 4
+    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none"] = 500
+
+
+class LCM:
+    """One UNet; players: the student's adapter (or all its weights)."""
+
+    def __init__(self, base: Checkpoint, config: Config) -> None:
+        self.base_model, self.config = base, config
+        schedule = base.schedule()
+        self.parent = checkpoint.fingerprint(base.unet)
+        if config.full:
+            self.student = Denoiser(guidance_embedded(base.unet), schedule, base.prediction_type)
+        else:
+            adapters.attach(base.unet, config.lora_rank, config.lora_alpha)
+            self.student = Denoiser(base.unet, schedule, base.prediction_type)
+        if config.gradient_checkpointing:
+            self.student.net.enable_gradient_checkpointing()
+        self.players: dict[str, nn.Module] = {"student": self.student.net}
+        trained = [p for p in self.student.net.parameters() if p.requires_grad]
+        self.target = EMA(trained, config.target_ema, warm=False) if config.full else None
+        self.extra_state = {"target": self.target} if self.target else {}
+        self.grid = schedule.ddim_grid(config.grid_steps)
+        self.recipe = Recipe(
+            method={"zero": "lcm", "edge": "pcm", "random": "tcd"}[config.target],
+            family=base.family,
+            scheduler=SCHEDULERS[config.target],
+            num_steps=config.num_steps,
+            guidance=config.guidance_min if config.full else 1.0,
+            eta=0.3 if config.target == "random" else None,
+            prediction_type=base.prediction_type,
+        )
+
+    def losses(self, batch: Batch, step: int) -> Iterator[tuple[str, Losses]]:
+        """One consistency step (LCM, algorithm 1; LCF, algorithm 4)."""
+        n, device = len(batch.latents), batch.latents.device
+        index = torch.randint(len(self.grid), (n,), device=device)
+        grid = self.grid.to(device)
+        t, u = grid[index], torch.where(index > 0, grid[index - 1], 0)
+        s = self.jump_target(index, grid)
+        w = torch.empty(n, device=device).uniform_(self.config.guidance_min, self.config.guidance_max)
+        eps = torch.randn_like(batch.latents)
+        x_t = self.schedule.add_noise(batch.latents, eps, t)
+        cond = batch.cond.with_guidance(w) if self.config.full else batch.cond
+        with torch.no_grad():
+            x_u = self.schedule.add_noise(batch.latents, eps, u) if self.config.finetune else self.ode_step(x_t, t, u, batch, w)
+            with self.target_weights():
+                target = self.consistency(x_u, u, s, cond)
+        online = self.consistency(x_t, t, s, cond)
+        distance = losses.CONSISTENCY[self.config.loss]
+        yield "student", {"consistency": distance(online, target, self.config.huber_c)}
+
+    @contextmanager
+    def teaching(self) -> Iterator[Denoiser]:
+        """The teacher: the same network with its adapter off, or the network that --full started from."""
+        if self.config.full:
+            yield Denoiser(self.base_model.unet, self.schedule, self.base_model.prediction_type)
+        else:
+            with self.student.base() as net:
+                yield net
+
+    def ode_step(self, x_t: Tensor, t: Tensor, u: Tensor, batch: Batch, w: Tensor) -> Tensor:
+        """Guided DDIM step t -> u of the teacher (LCM, eq. 13 and 14)."""
+        with self.teaching() as teacher:
+            return jump(self.schedule, teacher.guided(x_t, t, batch.cond, batch.uncond, w), u)
+
+    def consistency(self, x: Tensor, t: Tensor, s: Tensor | None, cond: Cond) -> Tensor:
+        """F(x, t -> s): the boundary form to zero (LCM, eq. 9), else a DDIM jump that leaves x alone where t = s."""
+        p = self.student(x, t, cond)
+        if s is None:
+            c_skip, c_out = self.schedule.boundary(t, x)
+            return c_skip * x + c_out * p.x0
+        return torch.where(per_sample(t == s, x), x, jump(self.schedule, p, s))
+
+    def jump_target(self, index: Tensor, grid: Tensor) -> Tensor | None:
+        """s of each sample, at or below the lower point of its pair; None for zero."""
+        if self.config.target == "zero":
+            return None
+        if self.config.target == "edge":
+            edges = (torch.arange(self.config.phases, device=grid.device) * len(grid)) // self.config.phases
+            lower = edges[torch.searchsorted(edges, index, right=True) - 1]
+        else:
+            lower = (torch.rand(len(index), device=grid.device) * (index + 1)).long()
+        return torch.where(lower > 0, grid[lower - 1], 0)
+
+    @contextmanager
+    def target_weights(self) -> Iterator[None]:
+        """The averaged target of full training; with a LoRA the target is the student itself (mu = 0)."""
+        with self.target.swapped() if self.target else ExitStack():
+            yield
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.student.schedule
+
+    def updated(self, step: int) -> None:
+        if self.target:
+            self.target.update()
+
+    def export(self, run: Run) -> None:
+        """`lcm.safetensors` in the layout that every program loads, or with --full a diffusers folder."""
+        recipe = replace(self.recipe, parent=self.parent)
+        if self.config.full:
+            self.base_model.unet = self.student.net
+            checkpoint.save(self.base_model, run.folder / "model", recipe=recipe)
+            run.outputs.append(run.folder / "model")
+            return
+        modules = adapters.factors(self.student.net, self.config.lora_alpha)
+        path = run.folder / f"{self.recipe.method}.safetensors"
+        lora.save(lora.Lora(modules, recipe.to_metadata()), path)
+        run.outputs.append(path)
+
+def guidance_embedded(unet: nn.Module, width: int = 256) -> nn.Module:
+    """A trainable fp32 copy with LCM's guidance embedding, whose new projection starts at zero: the teacher exactly."""
+    copy = type(unet).from_config({**unet.config, "time_cond_proj_dim": width})
+    missing = copy.load_state_dict(unet.state_dict(), strict=False).missing_keys
+    assert missing == ["time_embedding.cond_proj.weight"], missing
+    nn.init.zeros_(copy.time_embedding.cond_proj.weight)
+    return copy.float().train().requires_grad_(True)
+
+
+def run(config: Config):
+    """The `train-lcm-lora` command."""
+    return train("train-lcm-lora", LCM, config)

@@ -1,0 +1,103 @@
+"""Any UNet as a Denoiser that answers Prediction(x0, eps), whatever it was trained to output."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.schedule import NoiseSchedule, Prediction, PredictionType
+
+
+@dataclass(frozen=True)
+class Cond:
+    """Everything a UNet is conditioned on besides x_t and t. B batch, L tokens, D width."""
+
+    tokens: Tensor  # (B, L, D)
+    pooled: Tensor | None = None  # (B, D2)  SDXL
+    time_ids: Tensor | None = None  # (B, 6)  SDXL: original height, width, crop top, left, target height, width
+    guidance: Tensor | None = None  # (B,)  guidance-embedded networks: w of u + w (c - u)
+
+    def map(self, f) -> "Cond":
+        """`f` applied to every tensor that is there."""
+        found = {x.name: getattr(self, x.name) for x in fields(self)}
+        return Cond(**{k: f(v) if v is not None else None for k, v in found.items()})
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index) -> "Cond":
+        return self.map(lambda v: v[index])
+
+    def expand(self, n: int) -> "Cond":
+        """One row, repeated to a batch of n."""
+        return self.map(lambda v: v.expand(n, *v.shape[1:]))
+
+    @staticmethod
+    def cat(parts: list["Cond"]) -> "Cond":
+        columns = {x.name: [getattr(p, x.name) for p in parts] for x in fields(Cond)}
+        return Cond(**{k: torch.cat(v) if all(x is not None for x in v) else None for k, v in columns.items()})
+
+    def with_guidance(self, w: Tensor | None) -> "Cond":
+        return replace(self, guidance=w)
+
+
+def guidance_embedding(w: Tensor, width: int) -> Tensor:
+    """Sinusoidal embedding (B, width) of LCM's guidance w = CFG - 1, times 1000, as the LCM pipelines compute it."""
+    half = width // 2
+    frequency = torch.exp(torch.arange(half, device=w.device) * -(torch.log(torch.tensor(10000.0)) / (half - 1)).item())
+    angle = 1000 * w.float()[:, None] * frequency
+    embedding = torch.cat([angle.sin(), angle.cos()], 1)
+    return nn.functional.pad(embedding, (0, width % 2))
+
+
+class Denoiser(nn.Module):
+    """A UNet with its schedule and prediction type.
+
+    Zero-terminal-SNR schedules are refused for epsilon networks: alpha_T = 0 leaves x0 undefined there (Lin 2024).
+    """
+
+    def __init__(self, net: nn.Module, schedule: NoiseSchedule, kind: PredictionType) -> None:
+        super().__init__()
+        if schedule.zero_terminal_snr and kind == "epsilon":
+            raise ValueError("a zero-terminal-SNR schedule needs v_prediction or sample; this checkpoint predicts epsilon")
+        self.net, self.schedule, self.kind = net, schedule, kind
+
+    @property
+    def guidance_embedded(self) -> bool:
+        return getattr(self.net.config, "time_cond_proj_dim", None) is not None
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x_t (B, C, h, w), t scalar or (B,) -> Prediction, fp32."""
+        t = t.to(x_t.device).expand(len(x_t))
+        dtype = self.net.dtype
+        extra = {}
+        if cond.pooled is not None:
+            extra["added_cond_kwargs"] = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids.to(dtype)}
+        if self.guidance_embedded:
+            if cond.guidance is None:
+                raise ValueError("this network has a guidance embedding: Cond.guidance must be given")
+            width = self.net.config.time_cond_proj_dim
+            extra["timestep_cond"] = guidance_embedding(cond.guidance - 1, width).to(dtype)
+        out = self.net(x_t.to(dtype), t, cond.tokens.to(dtype), return_dict=False, **extra)[0]
+        return self.schedule.predict(out, x_t, t, self.kind)
+
+    def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float | Tensor) -> Prediction:
+        """Classifier-free guidance, both halves in one batch of 2B."""
+        t = t.to(x_t.device).expand(len(x_t))
+        both = self(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, uncond]))
+        c, u = (Prediction(*(part.chunk(2)[i] for part in both)) for i in (0, 1))
+        return c.guide(u, w)
+
+    @contextmanager
+    def base(self) -> Iterator["Denoiser"]:
+        """Adapters off: the teacher inside a LoRA student. They are on again before any backward runs,
+
+        because gradient checkpointing recomputes the forward there and would recompute the wrong network.
+        """
+        self.net.disable_adapters()
+        try:
+            yield self
+        finally:
+            self.net.enable_adapters()

@@ -1,0 +1,39 @@
+"""Prompts -> Cond: CLIP-L (SD1.5), OpenCLIP-H (SD2.1), CLIP-L + OpenCLIP-bigG (SDXL)."""
+
+import torch
+from torch import Tensor
+
+from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.models.denoiser import Cond
+
+
+@torch.no_grad()
+def encode(base: Checkpoint, prompts: list[str], *, device: torch.device | str = "cpu", batch: int = 64) -> Cond:
+    """Token states (B, L, D), and pooled (B, D2) for SDXL; fp32 on the CPU. Time ids are the caller's: see `size_ids`."""
+    parts = [_encode(base, prompts[i : i + batch], device) for i in range(0, len(prompts), batch)]
+    return Cond.cat(parts)
+
+
+def _encode(base: Checkpoint, prompts: list[str], device: torch.device | str) -> Cond:
+    states, pooled = [], None
+    for encoder, tokenizer in zip(base.text_encoders, base.tokenizers, strict=True):
+        length = tokenizer.model_max_length
+        ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        out = encoder.to(device)(ids.to(device), output_hidden_states=base.family == "sdxl")
+        if base.family == "sdxl":
+            states.append(out.hidden_states[-2].float().cpu())  # SDXL was trained on the last layer but one
+            pooled = getattr(out, "text_embeds", None)
+        else:
+            states.append(out.last_hidden_state.float().cpu())
+    return Cond(torch.cat(states, -1), None if pooled is None else pooled.float().cpu())
+
+
+def unconditional(base: Checkpoint, *, device: torch.device | str = "cpu") -> Cond:
+    """The unconditional branch, one row: the encoded empty prompt, or zeros where SDXL's pipeline uses zeros."""
+    cond = encode(base, [""], device=device)
+    return cond.map(torch.zeros_like) if base.zeros_for_empty_prompt else cond
+
+
+def size_ids(height_px: int, width_px: int, n: int = 1) -> Tensor:
+    """SDXL's micro-conditioning (n, 6) of an uncropped picture: original size, crop (0, 0), target size; height first."""
+    return torch.tensor([[height_px, width_px, 0, 0, height_px, width_px]], dtype=torch.float32).expand(n, 6)

@@ -1,0 +1,182 @@
+"""The `sample` command: prompts to PNGs, with the settings that the weights' own recipe asks for."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+
+from fastdiff import console
+from fastdiff.console import Result, UsageError
+from fastdiff.data.teacher import read_prompts
+from fastdiff.io import checkpoint, lora
+from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io.recipe import Recipe
+from fastdiff.models import text
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.sampling import DEFAULTS, RESOLUTION_PX, Sampler, Settings, contact_sheet, uint8
+from fastdiff.solvers import SOLVERS
+
+PRESETS: dict[str, dict[str, Any]] = {}
+EXAMPLES = """fastdiff sample --prompt "a red apple"
+fastdiff sample --lora lcm.safetensors --prompt "a red apple" --seed 1
+fastdiff sample --base sdxl --lora lcm.safetensors --lora style.safetensors=0.8 --prompts prompts.txt
+echo "a red apple" | fastdiff sample --prompts - --json"""
+
+
+@dataclass
+class Config:
+    prompt: Annotated[list[str], "what to draw; repeat it for more"] = field(default_factory=list)
+    prompts: Annotated[str | None, "a file of prompts, one a line; - reads standard input"] = None
+    negative: Annotated[str, "what to avoid; acts only with guidance above 1"] = ""
+    base: Annotated[str, "emoji, sd15, sd21, sdxl, ssd-1b, a hub id, a diffusers folder or a single file"] = field(
+        default="emoji", metadata={"flags": ["-b"]}
+    )
+    base_config: Annotated[str | None, "folder or hub id with configs and tokenizers, for a single-file base"] = None
+    lora: Annotated[list[str], "FILE[=WEIGHT], weight 1 unless given; repeat it for more"] = field(default_factory=list)
+    num_images: Annotated[int, "images a prompt, with seeds seed, seed + 1, ..."] = 1
+    seed: Annotated[int, "of the first image of each prompt"] = 0
+    scheduler: Annotated[str | None, f"one of {', '.join(SOLVERS)}; default: the recipe's"] = None
+    spacing: Annotated[Literal["trailing", "leading", "linspace", "lcm"] | None, "of the timesteps; default: the scheduler's"] = None
+    num_steps: Annotated[int | None, "sampling steps; default: the recipe's"] = None
+    guidance: Annotated[float | None, "classifier-free guidance, 1 or less = none; default: the recipe's"] = None
+    eta: Annotated[float | None, "TCD's gamma, 0 to 1; default: the recipe's"] = None
+    resolution: Annotated[int | None, "pixels a side; default: the family's own"] = None
+    batch_size: Annotated[int, "images at once"] = 4
+    grid: Annotated[bool, "also write grid.png when there are several images"] = True
+    output: Annotated[str | None, "a folder, or NAME.png for one image; default runs/sample-<base>"] = field(
+        default=None, metadata={"flags": ["-o"]}
+    )
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to sample"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
+
+
+def wanted(config: Config) -> list[str]:
+    prompts = list(config.prompt)
+    if config.prompts == "-":
+        prompts += [line.strip() for line in sys.stdin if line.strip()]
+    elif config.prompts:
+        prompts += read_prompts(Path(config.prompts))
+    if not prompts:
+        raise UsageError("no prompt given", 'use --prompt "a red apple", or --prompts FILE (- reads standard input)')
+    return prompts
+
+
+def recipe_of(base: Checkpoint, loras: list[tuple[lora.Lora, float]]) -> Recipe:
+    """The first recipe found: a LoRA's header, else the checkpoint's fastdiff.json."""
+    for item, _ in loras:
+        if item.recipe.scheduler:
+            return item.recipe
+    file = base.folder / "fastdiff.json"
+    return Recipe.from_metadata(json.loads(file.read_text())) if file.exists() else Recipe()
+
+
+def settings(config: Config, recipe: Recipe, family: str) -> Settings:
+    """Given flags first, then the recipe; a flag that contradicts the recipe is obeyed and warned of."""
+    given = {k: getattr(config, k) for k in ("scheduler", "num_steps", "guidance", "spacing", "eta")}
+    for name in ("scheduler", "guidance"):
+        asked, told = getattr(recipe, name), given[name]
+        if asked is not None and told is not None and asked != told:
+            console.warn(f"--{name} {told}: the weights were distilled for {name} {asked}")
+    steps = given["num_steps"]
+    if recipe.num_steps and steps and steps > 2 * recipe.num_steps:
+        console.warn(f"--num-steps {steps}: the weights were distilled for {recipe.num_steps}; more steps do not help")
+    if recipe.family and recipe.family != family:
+        raise UsageError(f"--lora: distilled from {recipe.family}, but --base is {family}", f"use --base {recipe.family}")
+    return Settings.of(recipe, DEFAULTS[family], **given)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device on this machine")
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def open_sampler(config: Config, device: torch.device) -> tuple[Sampler, Recipe]:
+    """The base with its LoRAs folded in, in the precision asked for."""
+    precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    base = checkpoint.load(config.base, dtype=dtype, config=config.base_config)
+    loras = [(lora.load(path), weight) for path, weight in (lora.parse_spec(spec, 1.0) for spec in config.lora)]
+    recipe = recipe_of(base, loras)
+    chosen = settings(config, recipe, base.family)  # a mismatch is told before anything heavy loads
+    lora.apply(base, loras)
+    denoiser = Denoiser(base.unet, base.schedule(), base.prediction_type)
+    sampler = Sampler(base, denoiser, base.vae, device=device)
+    sampler.settings = chosen
+    return sampler, recipe
+
+
+def run(config: Config) -> Result:
+    """The `sample` command."""
+    prompts, device = wanted(config), pick_device(config.device)
+    with console.timed("load_s"):
+        sampler, _ = open_sampler(config, device)
+        base, chosen = sampler.base, sampler.settings
+        resolution_px = config.resolution or RESOLUTION_PX[base.family]
+        if resolution_px % 8:
+            raise UsageError(f"--resolution {resolution_px}: must be a multiple of 8")
+        uncond = text.encode(base, [config.negative], device=device) if config.negative else text.unconditional(base, device=device)
+        cond = text.encode(base, [p for p in prompts for _ in range(config.num_images)], device=device)
+    if config.negative and not chosen.guided:
+        console.warn("--negative has no effect at guidance 1 or less")
+    seeds = [config.seed + i for _ in prompts for i in range(config.num_images)]
+    folder, names = places(config, prompts, seeds)
+    images, outputs = [], []
+    with console.timed("sampling_s"), console.progress(len(seeds), "sampling") as bar:
+        for i in range(0, len(seeds), config.batch_size):
+            rows = slice(i, i + config.batch_size)
+            images.append(sampler.pixels(cond[rows], uncond, seeds[rows], chosen, resolution_px=resolution_px))
+            for pixels, k in zip(images[-1], range(len(seeds))[rows], strict=True):
+                prompt = prompts[k // config.num_images]
+                outputs.append(write_png(folder / names[k], pixels, facts(config, chosen, prompt, seeds[k])))
+            bar.update(len(seeds[rows]))
+    if config.grid and len(seeds) > 1:
+        stack = torch.cat(images)
+        columns = config.num_images if config.num_images > 1 else min(4, len(seeds))
+        sheet = folder / "grid.png"
+        contact_sheet([stack[c::columns] for c in range(columns)]).save(sheet) if len(stack) % columns == 0 else contact_sheet(
+            [stack]
+        ).save(sheet)
+        outputs.append(sheet)
+    metrics = {"images": len(seeds), "calls": chosen.calls, "settings": asdict(chosen)}
+    return Result(outputs, metrics)
+
+
+def places(config: Config, prompts: list[str], seeds: list[int]) -> tuple[Path, list[str]]:
+    """The folder and the file names of the images."""
+    target = Path(config.output or f"runs/sample-{Path(config.base).stem or config.base}")
+    if target.suffix == ".png":
+        if len(seeds) > 1:
+            raise UsageError(f"--output {target}: one file for {len(seeds)} images; give a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target.parent, [target.name]
+    target.mkdir(parents=True, exist_ok=True)
+    return target, [f"{k // config.num_images:04d}-seed{seed}.png" for k, seed in enumerate(seeds)]
+
+
+def facts(config: Config, chosen: Settings, prompt: str, seed: int) -> dict[str, Any]:
+    """Everything needed to draw the image again."""
+    return {
+        "prompt": prompt,
+        "negative": config.negative,
+        "seed": seed,
+        "base": config.base,
+        "lora": config.lora,
+        **asdict(chosen),
+    }
+
+
+def write_png(path: Path, pixels: torch.Tensor, told: dict[str, Any]) -> Path:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("prompt", told["prompt"])
+    info.add_text("fastdiff", json.dumps(told))
+    Image.fromarray(uint8(pixels).permute(1, 2, 0).numpy()).save(path, pnginfo=info)
+    return path

@@ -1,0 +1,146 @@
+"""The sampling engine: conditions + seeds -> images, for `sample`, previews, evaluation and teacher data alike.
+
+Image i depends on seed i alone, never on its place in a batch: each has its own CPU generator for the start noise and for
+every later draw.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io.recipe import Recipe
+from fastdiff.models import autoencoder, text
+from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.solvers import SOLVERS, Grid
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to walk from noise to an image."""
+
+    scheduler: str = "dpm++"
+    num_steps: int = 25
+    guidance: float = 7.5  # u + w (c - u); 1 or less = the conditional network alone
+    spacing: str | None = None  # None: the scheduler's own
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.scheduler not in SOLVERS:
+            raise ValueError(f"--scheduler {self.scheduler}: one of {', '.join(SOLVERS)}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"--eta must be between 0 and 1, not {self.eta}")
+
+    @classmethod
+    def of(cls, recipe: Recipe, default: "Settings", **given: Any) -> "Settings":
+        """Given values first, then the recipe's, then the default's."""
+        names = ("scheduler", "num_steps", "guidance", "spacing", "eta")
+        from_recipe = {k: getattr(recipe, k) for k in names if getattr(recipe, k) is not None}
+        chosen = from_recipe | {k: v for k, v in given.items() if v is not None}
+        if "scheduler" in chosen and "spacing" not in chosen:
+            chosen["spacing"] = None  # a spacing belongs to the scheduler it came with
+        return replace(default, **chosen)
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > 1
+
+    @property
+    def calls(self) -> int:
+        """Network evaluations per image: a guided step costs two."""
+        return self.num_steps * (2 if self.guided else 1)
+
+    def grid(self, schedule: Any, scheduler_config: dict[str, Any]) -> Grid:
+        spacing = self.spacing or SOLVERS[self.scheduler].spacing
+        t = schedule.grid(self.num_steps, spacing, scheduler_config.get("steps_offset", 0))
+        final = None if scheduler_config.get("set_alpha_to_one", True) else 0
+        return Grid(schedule, t, final, start_scale=spacing in {"trailing", "linspace"}, eta=self.eta)
+
+
+# What each family's checkpoints are usually sampled with (u + w (c - u)); the emoji teacher's best is measured.
+DEFAULTS = {
+    "emoji": Settings("ddim", 25, 3.0),
+    "sd15": Settings("dpm++", 25, 7.5),
+    "sd21": Settings("dpm++", 25, 7.5),
+    "sdxl": Settings("dpm++", 25, 5.0),
+}
+RESOLUTION_PX = {"emoji": 64, "sd15": 512, "sd21": 768, "sdxl": 1024}
+
+
+class SeededNoise:
+    """Standard normals (B, C, h, w), row i from seed i's own generator."""
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.shape, self.device = shape, device
+
+    def __call__(self) -> Tensor:
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+
+class Sampler:
+    """A denoiser and a VAE of one checkpoint."""
+
+    def __init__(self, base: Checkpoint, denoiser: Denoiser, vae: nn.Module, *, device: torch.device | str = "cpu") -> None:
+        self.base, self.denoiser, self.vae, self.device = base, denoiser.to(device), vae.to(device), device
+
+    @torch.no_grad()
+    def latents(self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int]) -> Tensor:
+        """Scaled latents (B, C, h, w) for latent size (h, w); cond has B rows, uncond one or B."""
+        noise = SeededNoise(seeds, (self.denoiser.net.config.in_channels, *size), self.device)
+        cond = cond.map(lambda v: v.to(self.device))
+        uncond = uncond.map(lambda v: v.to(self.device))
+        uncond = uncond if len(uncond) == len(cond) else uncond.expand(len(cond))
+        if self.denoiser.guidance_embedded:
+            cond = cond.with_guidance(torch.full((len(cond),), settings.guidance, device=self.device))
+
+        def denoise(x, t):
+            if settings.guided and not self.denoiser.guidance_embedded:
+                return self.denoiser.guided(x, t, cond, uncond, settings.guidance)
+            return self.denoiser(x, t, cond)
+
+        grid = settings.grid(self.denoiser.schedule, self.base.scheduler_config)
+        return SOLVERS[settings.scheduler].run(denoise, noise(), grid, noise)
+
+    @torch.no_grad()
+    def pixels(
+        self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, *, resolution_px: int, batch: int = 50
+    ) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] on the CPU, in batches."""
+        side = resolution_px // autoencoder.factor(self.vae)
+        if self.base.family == "sdxl":
+            cond, uncond = (with_size(c, resolution_px) for c in (cond, uncond))
+        found = []
+        for i in range(0, len(seeds), batch):
+            rows = slice(i, i + batch)
+            negative = uncond if len(uncond) == 1 else uncond[rows]
+            z = self.latents(cond[rows], negative, seeds[rows], settings, (side, side))
+            found.append(autoencoder.decode(self.vae, z).cpu())
+        return torch.cat(found)
+
+
+def with_size(cond: Cond, resolution_px: int) -> Cond:
+    """SDXL's size conditioning of a square, uncropped picture."""
+    return replace(cond, time_ids=text.size_ids(resolution_px, resolution_px, len(cond)))
+
+
+def uint8(pixels: Tensor) -> Tensor:
+    """[-1, 1] -> 0..255, rounded as diffusers rounds."""
+    return (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def contact_sheet(columns: Sequence[Tensor], *, scale: int = 1, gap_px: int = 4) -> Any:
+    """Equal-length stacks of images (N, 3, H, W) in [-1, 1] -> one PIL picture: a row each image, a column each stack."""
+    from PIL import Image
+
+    n, _, height, width = columns[0].shape
+    height, width = height * scale, width * scale
+    sheet = Image.new("RGB", (len(columns) * (width + gap_px) - gap_px, n * (height + gap_px) - gap_px), "white")
+    for x, column in enumerate(columns):
+        for y, image in enumerate(uint8(column)):
+            tile = Image.fromarray(image.permute(1, 2, 0).numpy())
+            sheet.paste(tile.resize((width, height), Image.Resampling.LANCZOS), (x * (width + gap_px), y * (height + gap_px)))
+    return sheet

@@ -1,0 +1,196 @@
+"""One training command from config to files: base -> data -> method -> trainer -> weights, pictures, table, card."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff import console
+from fastdiff.console import Result
+from fastdiff.data import embedded, open_data, teacher
+from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io.run import Run, sha256, write_atomic
+from fastdiff.models import text
+from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.sampling import DEFAULTS, RESOLUTION_PX, Sampler, Settings, contact_sheet
+from fastdiff.trainer import Method, TrainConfig, Trainer, load_base, open_accelerator, open_run
+
+# Pictures that are told apart at a glance, on backgrounds that are not their own colour.
+EMOJI_PREVIEW = ("red apple on blue", "panda on yellow", "rocket on purple", "sunflower on white", "robot on green", "pizza")
+
+
+class Preview:
+    """The same prompts and seeds: teacher at 25 steps | best undistilled at the student's calls | student."""
+
+    def __init__(self, base: Checkpoint, config: TrainConfig, resolution_px: int, device: torch.device) -> None:
+        if base.family == "emoji":
+            self.prompts = list(EMOJI_PREVIEW)
+        elif config.prompts:
+            self.prompts = teacher.read_prompts(Path(config.prompts))[:4]
+        else:
+            self.prompts = teacher.default_prompts(base.family)[:4]
+        self.cond, self.uncond = text.encode(base, self.prompts, device=device), text.unconditional(base, device=device)
+        self.base, self.resolution_px, self.device = base, resolution_px, device
+        self.seeds = [config.seed + i for i in range(len(self.prompts))]
+        self.columns: list[Any] = []
+
+    def sheet(self, method: Method, path: Path) -> None:
+        """Draw the columns and write the sheet; the teacher's are drawn once."""
+        student = settings_of(method)(method.recipe.num_steps)
+        if not self.columns:
+            with method.teaching() as net:
+                for settings in (DEFAULTS[self.base.family], undistilled(self.base, student.calls)):
+                    self.columns.append(self.draw(net, settings))
+        scale = max(1, 128 // self.resolution_px)
+        contact_sheet([*self.columns, self.draw(method.student, student)], scale=scale).save(path)
+
+    def draw(self, net: Denoiser, settings: Settings) -> Any:
+        sampler = Sampler(self.base, net, self.base.vae, device=self.device)
+        return sampler.pixels(self.cond, self.uncond, self.seeds, settings, resolution_px=self.resolution_px, batch=4)
+
+
+def settings_of(method: Method) -> Callable[[int], Settings]:
+    """The student's sampling settings at a number of steps, by its own recipe."""
+    return lambda num_steps: Settings.of(method.recipe, DEFAULTS["sd15"], num_steps=num_steps)
+
+
+def undistilled(base: Checkpoint, calls: int) -> Settings:
+    """The best stock solver at that many network calls: measured for `emoji`, guided DPM-Solver++ for others."""
+    if base.family == "emoji":
+        from fastdiff.evaluate import Reference
+
+        table = Reference().table
+        known = sorted(int(k.split(".")[1]) for k in table["best"] if k.startswith("retrieval."))
+        row = table["rows"][table["best"][f"retrieval.{max(k for k in known if k <= max(calls, known[0]))}"]]
+        return Settings(row["solver"], row["num_steps"], row["guidance"], row["spacing"])
+    guided = DEFAULTS[base.family]
+    return replace(guided, num_steps=calls // 2) if calls > 1 else replace(guided, num_steps=1, guidance=1.0)
+
+
+def train(command: str, method_class: Callable[[Checkpoint, Any], Method], config: Any) -> Result:
+    """Run a training command; returns what it wrote and measured."""
+    run, state = open_run(command, config)
+    accelerator = open_accelerator(config, run)
+    base = load_base(config, accelerator)
+    resolution_px = config.resolution or RESOLUTION_PX[base.family]
+    torch.manual_seed(config.seed)  # the same initialisation on every process
+    with console.timed("data_s"):
+        preview = Preview(base, config, resolution_px, accelerator.device)
+        judged = base.family == "emoji" and config.proof > 0
+        judge = Judged(base, config.proof, accelerator.device) if judged else None
+        data = open_data(
+            base,
+            config.data,
+            prompts=config.prompts,
+            resolution_px=resolution_px,
+            teacher_samples=config.teacher_samples,
+            seed=config.seed,
+            device=accelerator.device,
+        )
+        data.empty_prompts = config.empty_prompts
+        base.release("text_encoders", "tokenizers", "vae")
+    method = method_class(base, config)
+    method.student.to(accelerator.device)
+    trainer = Trainer(method, data, run, config, accelerator)
+    if state:
+        console.info(f"going on from step {state['step']} of {config.steps}")
+        trainer.restore(state)
+    trainer.preview = lambda step: preview.sheet(method, run.folder / "previews" / f"{step:06d}.png")
+    with console.timed("training_s"):
+        trainer.fit()
+    accelerator.end_training()
+    metrics: dict[str, Any] = {"steps": trainer.step}
+    if not accelerator.is_main_process:
+        return Result()
+    with trainer.averaged():
+        method.export(run)
+        sheet = run.folder / "previews" / "final.png"
+        preview.sheet(method, sheet)
+        run.outputs.append(sheet)
+        if judge:
+            with console.timed("proof_s"):
+                metrics |= judge.prove(method)
+    write_card(run, base, method, config, metrics)
+    weights = run.outputs[0]
+    flag = "--lora" if weights.suffix == ".safetensors" else "--base"
+    where = f"--base {config.base} {flag} {weights}" if flag == "--lora" else f"--base {weights}"
+    return Result(run.outputs, metrics, f'fastdiff sample {where} --prompt "{preview.prompts[0]}"')
+
+
+class Judged:
+    """The closing table: prompts are encoded before training frees the text encoder."""
+
+    def __init__(self, base: Checkpoint, n: int, device: torch.device) -> None:
+        from fastdiff import evaluate
+
+        self.base, self.judge, self.device = base, evaluate.Judge(base, n, device=device), device
+
+    def prove(self, method: Method) -> dict[str, Any]:
+        from fastdiff import evaluate
+
+        sampler = Sampler(self.base, method.student, self.base.vae, device=self.device)
+        found = evaluate.prove(self.judge, sampler, settings_of(method))
+        columns = ("model", "solver", "num_steps", "guidance", "calls", "retrieval", "frechet", "same_noise")
+        shown = [[fmt(row[c]) for c in columns] for row in found["rows"]]
+        console.table(f"{found['samples']} samples a row", list(columns), shown)
+        return found
+
+
+def fmt(value: Any) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def write_card(run: Run, base: Checkpoint, method: Method, config: TrainConfig, metrics: dict[str, Any]) -> None:
+    """README.md of the run folder: a model card with everything needed to use the weights."""
+    recipe = method.recipe
+    weights = run.outputs[0]
+    is_lora = weights.suffix == ".safetensors"
+    scheduler = {"lcm": "LCMScheduler", "tcd": "TCDScheduler", "ddim": "DDIMScheduler"}[recipe.scheduler]
+    table = ""
+    if "rows" in metrics:
+        keys = ("model", "solver", "calls", "retrieval", "frechet", "same_noise")
+        lines = ["| " + " | ".join(fmt(row[k]) for k in keys) + " |" for row in metrics["rows"]]
+        table = "\n".join(["\n## Measured\n", "| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys), *lines, ""])
+    fence = "```"
+    load = (
+        f'pipe = DiffusionPipeline.from_pretrained("{config.base}")\n'
+        f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)\n"
+        f'pipe.load_lora_weights("{weights.name}")\n'
+        if is_lora
+        else f'pipe = DiffusionPipeline.from_pretrained("{weights.name}")\n'
+        f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)\n"
+    )
+    card = f"""---
+base_model: {config.base}
+library_name: diffusers
+tags: [{recipe.method}, {"lora, " if is_lora else ""}few-step]
+---
+# {weights.stem}: {config.base} in {recipe.num_steps} steps
+
+| | |
+| --- | --- |
+| method | {recipe.method}, {metrics["steps"]} steps of {config.batch_size} x {config.grad_accum} |
+| base | {config.base}, {recipe.prediction_type}, UNet sha256 {method.parent[:16]} |
+| sampling | {scheduler}, {recipe.num_steps} steps, guidance {recipe.guidance} |
+| data | {config.data or ("emoji" if base.family == "emoji" else "teacher")} |
+| seed | {config.seed} |
+| licence | that of the base model: a distilled model is derived from it |
+
+![same prompts and seeds: teacher, undistilled at the student's calls, student](previews/final.png)
+{table}
+## Use
+
+{fence}python
+from diffusers import DiffusionPipeline, {scheduler}
+{load}image = pipe(prompt, num_inference_steps={recipe.num_steps}, guidance_scale={recipe.guidance}).images[0]
+{fence}
+
+ComfyUI, A1111, Forge: put the file among the LoRAs, sampler "LCM", {recipe.num_steps} steps, CFG {recipe.guidance}.
+All settings: `config.toml`; the same run again: `fastdiff {run.command} --config config.toml`.
+"""
+    write_atomic(run.folder / "README.md", card)
+    hashes = {p.name: sha256(p) for p in run.outputs if p.is_file()}
+    write_atomic(run.folder / "hashes.json", json.dumps({"files": hashes, "recipe": asdict(recipe)}, indent=2) + "\n")

@@ -1,0 +1,305 @@
+"""The one training loop. A method is a generator of (player, losses); everything else happens here."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import console
+from fastdiff.config import to_toml
+from fastdiff.console import Stopped, UsageError
+from fastdiff.data import Batch, Encoded
+from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io.recipe import Recipe
+from fastdiff.io.run import Run, write_atomic
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.ema import EMA
+
+Losses = dict[str, Tensor]  # named, already weighted, scalar
+
+
+@dataclass
+class TrainConfig:
+    """What every training command takes."""
+
+    PANEL: ClassVar[str] = "Training"
+
+    base: Annotated[str, "emoji, sd15, sd21, sdxl, ssd-1b, a hub id, a diffusers folder or a single file"] = field(
+        default="emoji", metadata={"flags": ["-b"]}
+    )
+    base_config: Annotated[str | None, "folder or hub id with configs and tokenizers, for a single-file base"] = None
+    data: Annotated[str | None, "emoji, emoji:STYLE, teacher, or a folder of images and captions"] = None
+    prompts: Annotated[str | None, "prompts for --data teacher, one a line"] = None
+    teacher_samples: Annotated[int, "how many latents --data teacher samples"] = 256
+    output: Annotated[str | None, "run folder"] = field(default=None, metadata={"flags": ["-o"]})
+    steps: Annotated[int, "optimiser steps"] = 1000
+    batch_size: Annotated[int, "images a step and device"] = 12
+    grad_accum: Annotated[int, "micro-batches an optimiser step"] = 1
+    lr: Annotated[float, "learning rate"] = 1e-4
+    lr_schedule: Annotated[Literal["constant", "cosine"], "after the warm-up"] = "constant"
+    warmup: Annotated[int, "steps of linear learning rate warm-up"] = 0
+    weight_decay: Annotated[float, "AdamW weight decay"] = 0.0
+    max_grad_norm: Annotated[float, "gradient clipping"] = 1.0
+    ema: Annotated[float, "decay of the averaged weights that are exported; 0 = none"] = 0.0
+    empty_prompts: Annotated[float, "share of items trained with an empty prompt"] = 0.0
+    resolution: Annotated[int | None, "pixels a side; default: the family's own"] = None
+    seed: Annotated[int, "of everything random"] = 0
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to train"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
+    gradient_checkpointing: Annotated[bool, "less memory, a third more time"] = False
+    resume: Annotated[str, "auto (go on from the run folder's state), never, or another run folder"] = "auto"
+    save_every: Annotated[int, "steps between resumable states"] = 200
+    preview_every: Annotated[int, "steps between contact sheets; 0 = only at the end"] = 0
+    tracker: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], "besides metrics.jsonl"] = "none"
+
+
+class Method(Protocol):
+    """One paper. `losses` is its algorithm; it moves no devices, saves nothing and knows no optimiser."""
+
+    players: dict[str, nn.Module]  # one optimiser each, trained in the order they are yielded
+    student: Denoiser  # what is sampled and exported
+    recipe: Recipe
+    parent: str  # hash of the base network
+
+    def losses(self, batch: Batch, step: int) -> Iterator[tuple[str, Losses]]: ...
+    def teaching(self) -> AbstractContextManager[Denoiser]: ...
+    def updated(self, step: int) -> None: ...  # after every optimiser step
+    def export(self, run: Run) -> None: ...
+
+
+def seed_for(seed: int, rank: int, step: int) -> int:
+    """Noise of one step on one process: the same after a resume, different on every rank."""
+    return (seed * 1_000_003 + rank) * 1_000_003 + step
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C become a flag that the loop reads once a step; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator["StopRequest"]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        codes = {signal.SIGTERM: 75, signal.SIGINT: 130}
+        old = {s: signal.getsignal(s) for s in codes}
+
+        def note(number: int, frame: Any) -> None:
+            if self.exit_code == 130 and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.exit_code = codes[signal.Signals(number)]
+
+        for s in codes:
+            signal.signal(s, note)
+        try:
+            yield self
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+
+class Player:
+    """A network with its optimiser, average and gradient scale."""
+
+    def __init__(self, net: nn.Module, config: TrainConfig, device: torch.device, fp16: bool) -> None:
+        self.params = [p for p in net.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.params, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=device.type != "mps"
+        )
+        self.ema = EMA(self.params, config.ema) if config.ema else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "params": [p.detach() for p in self.params],
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for p, saved in zip(self.params, state["params"], strict=True):
+                p.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+
+
+class Trainer:
+    """for step: for who, losses in method.losses(batch, step): backward into who; sync; clip; step; average; log."""
+
+    MAX_BAD_STEPS = 10  # in a row
+
+    def __init__(self, method: Method, data: Encoded, run: Run, config: TrainConfig, accelerator: Any) -> None:
+        self.method, self.data, self.run, self.config, self.accelerator = method, data, run, config, accelerator
+        self.device = accelerator.device
+        fp16 = accelerator.mixed_precision == "fp16"
+        self.players = {k: Player(net, config, self.device, fp16) for k, net in method.players.items()}
+        self.step, self.bad_steps, self.preview = 0, 0, None
+
+    def fit(self) -> None:
+        """Train to `steps`; on SIGTERM or Ctrl-C save and raise Stopped."""
+        with StopRequest().watching() as stop, console.progress(self.config.steps, "training") as bar:
+            bar.update(self.step)
+            while self.step < self.config.steps:
+                row = self.train_step()
+                self.step += 1
+                bar.update(1, loss=row["loss"])
+                if self.step % 10 == 0 or self.step == self.config.steps:
+                    self.log(row)
+                if stop.exit_code is not None:
+                    self.save()
+                    raise Stopped(
+                        f"stopped at step {self.step} of {self.config.steps}; the state is in {self.run.state_folder}",
+                        f"go on with: fastdiff {self.run.command} --config {self.run.folder / 'config.toml'}",
+                        exit_code=stop.exit_code,
+                    )
+                if self.step % self.config.save_every == 0 and self.step < self.config.steps:
+                    self.save()
+                if self.preview and self.config.preview_every and self.step % self.config.preview_every == 0:
+                    with self.averaged():
+                        self.preview(self.step)
+        self.save()
+
+    def train_step(self) -> dict[str, float]:
+        """One pass over all turns of the method, micro-batches in lock-step: their generators advance together,
+
+        so that a turn's update is made before any micro-batch starts the next turn. Returns the logged figures.
+        """
+        seed = seed_for(self.config.seed, self.accelerator.process_index, self.step)
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        n = self.config.grad_accum
+        batches = [self.data.batch(self.config.batch_size, generator).to(self.device) for _ in range(n)]
+        turns = [self.method.losses(batch, self.step) for batch in batches]
+        row: dict[str, float] = {"step": self.step, "loss": 0.0}
+        while True:
+            who = None
+            for turn in turns:
+                with self.accelerator.autocast():
+                    who, losses = next(turn, (None, {}))
+                if who is None:
+                    break
+                player = self.players[who]
+                loss = sum(losses.values()) / n
+                player.scaler.scale(loss).backward(inputs=player.params)
+                for name, value in losses.items():
+                    row[f"{who}/{name}"] = row.get(f"{who}/{name}", 0.0) + value.item() / n
+                row["loss"] += loss.item()
+                del losses, loss  # nothing may hold the graph while the generator computes its next turn
+            if who is None:
+                return row
+            row[f"{who}/grad_norm"] = self.update(self.players[who])
+            self.method.updated(self.step)
+
+    def update(self, player: Player) -> float:
+        """Average gradients over processes, clip, step; a non-finite step is skipped, ten in a row end the run."""
+        config = self.config
+        rate = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup))
+        if config.lr_schedule == "cosine":
+            rate *= 0.5 + 0.5 * torch.cos(torch.tensor(self.step / config.steps * torch.pi)).item()
+        for group in player.optimizer.param_groups:
+            group["lr"] = rate
+        player.scaler.unscale_(player.optimizer)
+        if self.accelerator.num_processes > 1:
+            flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in player.params]), "mean")
+            for p, g in zip(player.params, flat.split([p.numel() for p in player.params]), strict=True):
+                p.grad.copy_(g.view_as(p))
+        norm = nn.utils.clip_grad_norm_(player.params, config.max_grad_norm)
+        if norm.isfinite():
+            self.bad_steps = 0
+            player.scaler.step(player.optimizer)
+            if player.ema:
+                player.ema.update()
+        elif not player.scaler.is_enabled():  # with fp16 an overflow is how the scale is found
+            self.bad_steps += 1
+            console.warn(f"step {self.step}: the gradient is not finite; skipped")
+            if self.bad_steps >= self.MAX_BAD_STEPS:
+                raise RuntimeError(f"{self.bad_steps} bad steps in a row; the last good state is in {self.run.state_folder}")
+        player.scaler.update()
+        player.optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Every player's averaged weights in place, where there are any."""
+        with ExitStack() as stack:
+            for player in self.players.values():
+                if player.ema:
+                    stack.enter_context(player.ema.swapped())
+            yield
+
+    def log(self, row: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            self.run.log({**row, "time": round(time.time(), 3)})
+            self.accelerator.log(row, step=self.step)
+
+    def save(self) -> None:
+        if self.accelerator.is_main_process:
+            extra = {k: v.state_dict() for k, v in getattr(self.method, "extra_state", {}).items()}
+            players = {k: p.state_dict() for k, p in self.players.items()}
+            self.run.save_state({"step": self.step, "players": players, "extra": extra})
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for k, player in self.players.items():
+            player.load_state_dict(state["players"][k])
+        for k, part in getattr(self.method, "extra_state", {}).items():
+            part.load_state_dict(state["extra"][k])
+        self.step = state["step"]
+        self.run.drop_log_after(self.step)
+
+
+def open_run(command: str, config: TrainConfig) -> tuple[Run, dict[str, Any] | None]:
+    """The run folder and the state to go on from; another run's folder is never overwritten by accident."""
+    default = Path("runs") / f"{command}-{Path(config.base).stem or config.base}"
+    run = Run(Path(config.output) if config.output else default)
+    run.command = command
+    source = run if config.resume in {"auto", "never"} else Run(Path(config.resume))
+    state = None if config.resume == "never" else source.load_state()
+    if config.resume not in {"auto", "never"} and state is None:
+        raise UsageError(f"--resume {config.resume}: no state in that run folder")
+    if state and state["step"] > config.steps:
+        raise UsageError(f"--steps {config.steps}: {run.folder} is already at step {state['step']}", "give more, or --resume never")
+    if state is None:
+        (run.folder / "metrics.jsonl").unlink(missing_ok=True)
+    write_atomic(run.folder / "config.toml", to_toml(config))
+    return run, state
+
+
+def open_accelerator(config: TrainConfig, run: Run) -> Any:
+    from accelerate import Accelerator
+
+    cpu = config.device == "cpu" or (config.device == "auto" and not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device on this machine")
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if not cpu and torch.cuda.is_available() else "fp32"
+    tracker = None if config.tracker == "none" else config.tracker
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, log_with=tracker, project_dir=run.folder
+    )
+    if tracker:
+        accelerator.init_trackers("fastdiff")
+    return accelerator
+
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_base(config: TrainConfig, accelerator: Any) -> Checkpoint:
+    from fastdiff.io import checkpoint
+
+    return checkpoint.load(config.base, dtype=DTYPES[accelerator.mixed_precision], config=config.base_config)

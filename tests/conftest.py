@@ -1,0 +1,85 @@
+"""Tiny random checkpoints in the real formats, built once a session; no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+UNET = dict(
+    sample_size=8,
+    block_out_channels=(16, 32, 32, 32),
+    layers_per_block=2,
+    norm_num_groups=8,
+    attention_head_dim=4,
+)
+SCHEDULER = dict(
+    _class_name="DDIMScheduler",
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+
+
+def build(folder, family: str, prediction_type: str):
+    """A pipeline of the family's classes and topology with random weights, saved as a diffusers folder."""
+    import diffusers
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(0)
+    symbols = [chr(c) for c in range(33, 127)]
+    vocab = {s: i for i, s in enumerate([*symbols, *(s + "</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=12, pad_token="<|endoftext|>")
+    ids = dict(bos_token_id=vocab["<|startoftext|>"], eos_token_id=vocab["<|endoftext|>"], pad_token_id=vocab["<|endoftext|>"])
+    text = CLIPTextConfig(
+        vocab_size=len(vocab), hidden_size=32, intermediate_size=64, projection_dim=32, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=12, **ids,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16), norm_num_groups=4, sample_size=64,
+    )  # fmt: skip
+    scheduler = DDIMScheduler.from_config({**SCHEDULER, "prediction_type": prediction_type})
+    if family == "sdxl":
+        unet = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=8, attention_head_dim=(2, 4, 4),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 1, 2), cross_attention_dim=64, use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
+        )  # fmt: skip
+        pipeline = diffusers.StableDiffusionXLPipeline(
+            vae, CLIPTextModel(text), CLIPTextModelWithProjection(text), tokenizer, tokenizer, unet, scheduler,
+            add_watermarker=False,
+        )  # fmt: skip
+    else:
+        unet = UNet2DConditionModel(**UNET, cross_attention_dim=32)
+        pipeline = diffusers.StableDiffusionPipeline(
+            vae, CLIPTextModel(text), tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("tiny") / "sd", "sd15", "epsilon")
+
+
+@pytest.fixture(scope="session")
+def tiny_v(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("tiny") / "v", "sd21", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("tiny") / "sdxl", "sdxl", "epsilon")
