@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastdiff import __version__, console
-from fastdiff.config import Option, options, preset, resolve, to_toml
+from fastdiff.config import Option, options, preset, resolve, suggestion, to_toml
 from fastdiff.console import Result, UsageError
 
 
@@ -33,13 +33,13 @@ class Command(NamedTuple):
 
 
 COMMANDS = [
-    Command("train-lcm-lora", "fastdiff.methods.lcm", "Distil a checkpoint into a LoRA for 2 to 8 steps (LCM, PCM, TCD).", "Train"),
-    Command("merge-lora", "fastdiff.merge", "Add LoRAs exactly, to a rank, or into a checkpoint.", "Use"),
-    Command("sample", "fastdiff.sampling", "Draw images with the settings that the weights ask for.", "Use"),
+    Command("train-lcm-lora", "fastdiff.methods.lcm", "Distil a few-step LoRA (LCM, PCM, TCD)", "Train"),
+    Command("merge-lora", "fastdiff.merge", "Add LoRAs exactly, to a rank, or into a checkpoint", "Use"),
+    Command("sample", "fastdiff.sample", "Draw images with the settings that the weights ask for", "Use"),
 ]  # fmt: skip
 
 PACKAGE = Path(__file__).parent
-OPEN_LIMITS = "Every option is also a variable (FASTDIFF_STEPS) and a key of --config FILE.toml; flags win."
+SOURCES = "Every option is also a variable (FASTDIFF_STEPS) and a key of --config FILE.toml; flags win."
 # typer carries its own copy of click, or depends on it: either way its parser's errors are these.
 PARSER_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -83,9 +83,11 @@ def build_group() -> Any:
     """The top level: --help, --version, shell completion and a stub for each command."""
     app = typer.Typer(cls=Group, rich_markup_mode="rich", context_settings={"help_option_names": ["--help", "-h"]})
 
-    @app.callback(help="Turn a Stable Diffusion checkpoint into a fast few-step model.", epilog=OPEN_LIMITS)
+    @app.callback(help="Turn a Stable Diffusion checkpoint into a fast few-step model.", epilog=SOURCES)
     def top(
-        version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")] = False,
+        version: Annotated[
+            bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")
+        ] = False,
     ) -> None: ...
 
     for command in COMMANDS:
@@ -111,7 +113,9 @@ def build_command(command: Command, module: ModuleType) -> Any:
     app = typer.Typer(rich_markup_mode="rich", add_completion=False)
     # Rich joins lines within a paragraph: each example is its own.
     epilog = escape(examples.strip()).replace("\n", "\n\n") or None
-    app.command(command.name, help=command.help, epilog=epilog, context_settings={"help_option_names": ["--help", "-h"]})(call)
+    app.command(
+        command.name, help=command.help, epilog=epilog, context_settings={"help_option_names": ["--help", "-h"]}
+    )(call)
     return typer.main.get_command(app)
 
 
@@ -145,7 +149,9 @@ def parameter(option: Option, presets: dict[str, Any]) -> inspect.Parameter:
         extra["metavar"] = "|".join(map(str, option.choices)) or f"<{option.kind.__name__}>"
     if option.choices:
         extra["autocompletion"] = lambda incomplete: [str(c) for c in option.choices if str(c).startswith(incomplete)]
-    info = typer.Option(*flags, help=escape(option.help) + note, show_default=False, rich_help_panel=panel(option), **extra)
+    info = typer.Option(
+        *flags, help=escape(option.help) + note, show_default=False, rich_help_panel=panel(option), **extra
+    )
     return inspect.Parameter(
         option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
     )
@@ -156,7 +162,13 @@ def panel(option: Option) -> str | None:
 
 
 def shown(value: Any) -> str:
-    return ("on" if value else "off") if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        ("on" if value else "off")
+        if isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def general() -> list[inspect.Parameter]:
@@ -174,7 +186,11 @@ def general() -> list[inspect.Parameter]:
         extra: dict[str, Any] = {"metavar": "FILE.toml"} if kind is Path else {}
         info = typer.Option(*flags, help=text, show_default=False, rich_help_panel="General", **extra)
         default, hint = (None, Path | None) if kind is Path else (False, bool)
-        made.append(inspect.Parameter(f"cli_{name}", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info]))
+        made.append(
+            inspect.Parameter(
+                f"cli_{name}", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info]
+            )
+        )
     return made
 
 
@@ -203,9 +219,9 @@ def explain(error: BaseException) -> Failure:
     if isinstance(error, UsageError):
         return Failure(error.exit_code, error.kind, str(error), error.hint, error.result)
     if isinstance(error, PARSER_ERROR):
-        near = sorted(getattr(error, "possibilities", None) or [])
-        message = error.format_message().split(" (Possible options")[0] if near else error.format_message()
-        return Failure(2, "usage", message, f"did you mean {' or '.join(near)}?" if near else "")
+        near = list(getattr(error, "possibilities", None) or [])
+        message = error.format_message().split(" (Possible options")[0]
+        return Failure(2, "usage", message, suggestion(error.option_name, near) if near else "")
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return Failure(130, "stopped", "interrupted")
     if isinstance(error, typer.Exit | SystemExit):
@@ -237,6 +253,9 @@ def perform(call: Call) -> tuple[Result, str]:
             values = {o.name: getattr(config, o.name) for o in options(type(config))}
             return Result(metrics={"config": values}), to_toml(config).rstrip("\n")
         result = call.module.run(config)
+        for path in result.outputs:
+            if not Path(path).exists():
+                raise RuntimeError(f"{path} was not written")
     lines = [str(path) for path in result.outputs]
     if result.next_command and not call.quiet:
         lines.append(f"next: {result.next_command}")
@@ -259,7 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json, debug = "--json" in args, "--debug" in args  # until the parser has been asked
     name = next((a for a in args if not a.startswith("-")), None)
     console.reset(quiet="--quiet" in args or "-q" in args)
-    text, result, failure = "", None, None
+    call = failure = None
+    text = ""
     try:
         call = build_group().main(args, prog_name="fastdiff", standalone_mode=False)
         if call == 130:  # how typer reports Ctrl-C
@@ -271,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if as_json:
             text = console.json_object(name, result)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, SystemExit) and "_FASTDIFF_COMPLETE" in os.environ:
+        if isinstance(error, SystemExit) and call is None:  # shell completion has answered
             raise
         failure = explain(error)
         if debug:

@@ -120,7 +120,7 @@ def _bad_choice(option: Option, value: Any, where: str) -> NoReturn:
 
 
 def from_toml(cls: type, text: str, *, source: str = "config") -> dict[str, Any]:
-    """The checked values of a TOML text; `source` (a file) is named in errors. `cls(**from_toml(cls, text))` builds it."""
+    """The checked values of a TOML text, for `cls(**values)`; `source` (a file) is named in errors."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

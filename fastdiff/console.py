@@ -236,7 +236,11 @@ class Bar(Progress):
         from rich import progress as rich
 
         columns = [rich.TextColumn("{task.description}", markup=False), rich.BarColumn(), rich.MofNCompleteColumn()]
-        columns += [rich.TimeElapsedColumn(), rich.TimeRemainingColumn(), rich.TextColumn("{task.fields[figures]}", markup=False)]
+        columns += [
+            rich.TimeElapsedColumn(),
+            rich.TimeRemainingColumn(),
+            rich.TextColumn("{task.fields[figures]}", markup=False),
+        ]
         self.bar = rich.Progress(*columns, console=terminal())
         self.task = self.bar.add_task(description, total=total, figures="")
         self.bar.start()
@@ -324,7 +328,12 @@ def describe(path: Path) -> dict[str, Any]:
         files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
         lines = "".join(f"{sha256(files[name])}  {name}\n" for name in sorted(files))
         size = sum(p.stat().st_size for p in files.values())
-        return {"path": str(path), "sha256": hashlib.sha256(lines.encode()).hexdigest(), "bytes": size, "format": "folder"}
+        return {
+            "path": str(path),
+            "sha256": hashlib.sha256(lines.encode()).hexdigest(),
+            "bytes": size,
+            "format": "folder",
+        }
     suffix = path.suffix.removeprefix(".").lower()
     return {"path": str(path), "sha256": sha256(path), "bytes": path.stat().st_size, "format": suffix or "file"}
 
@@ -346,10 +355,8 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
-def json_object(
-    command: str | None, result: Result | None, failure: Mapping[str, Any] | None = None
-) -> str:
-    """The one object of --json, on one line. `failure` is {kind, message, hint}; a failed command may still have a result."""
+def json_object(command: str | None, result: Result | None, failure: Mapping[str, Any] | None = None) -> str:
+    """The one object of --json, on one line. `failure` is {kind, message, hint}; it may still have a result."""
     result = result or Result()
     outputs = [describe(Path(p)) for p in result.outputs]
     timings = {"total_s": time.monotonic() - state.started, **state.timings}

@@ -379,7 +379,7 @@ def train_unet(args) -> None:
         picture, colour = torch.randint(PICTURES, (n,)), torch.randint(COLOURS, (n,))
         z = latents[picture, colour]
         x0 = (z + NOISE * torch.randn_like(z)) * scale
-        said, coarse = torch.where(torch.rand(n) < 0.7, colour, COLOURS), (torch.rand(n) < 0.15).long()
+        said, coarse = torch.where(torch.rand(n) < 0.7, colour, COLOURS), (torch.rand(n) < 0.4).long()
         tokens = torch.where((torch.rand(n) < 0.1)[:, None, None].to(args.device), empty, states[picture, said, coarse])
         t = torch.randint(1000, (n,), device=args.device)
         eps = torch.randn_like(x0)

@@ -75,7 +75,7 @@ def caption(picture: int, background: int | None, coarse: bool = False) -> str:
     return subject if background is None else f"{subject} on {list(BACKGROUNDS)[background]}"
 
 
-CAPTION_WEIGHTS = (0.6, 0.25, 0.15)  # name and background, name, group and background
+CAPTION_WEIGHTS = (0.42, 0.18, 0.28, 0.12)  # name on background, name, group on background, group
 
 
 def encode(base: Checkpoint, *, device: torch.device | str = "cpu", style: str = "noto") -> Encoded:
@@ -83,7 +83,7 @@ def encode(base: Checkpoint, *, device: torch.device | str = "cpu", style: str =
     n, k = len(pictures()), len(BACKGROUNDS)
     picture, background = (grid.flatten() for grid in torch.meshgrid(torch.arange(n), torch.arange(k), indexing="ij"))
     columns = [
-        [caption(p, b), caption(p, None), caption(p, b, coarse=True)]
+        [caption(p, b), caption(p, None), caption(p, b, coarse=True), caption(p, None, coarse=True)]
         for p, b in zip(picture.tolist(), background.tolist(), strict=True)
     ]
     rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(c for row in columns for c in row))}

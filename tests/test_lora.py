@@ -1,0 +1,495 @@
+"""LoRA files: every layout to one form, what is refused, folding, and that diffusers reads what we write."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastdiff.console import InputRefused, UsageError, state
+from fastdiff.io import lora
+from fastdiff.io.lora import Factors, Lora
+from fastdiff.io.recipe import Recipe
+
+Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+CONV = "down_blocks.0.resnets.0.conv1"
+TEXT = "text_model.encoder.layers.1.self_attn.q_proj"
+KQ, KCONV = (f"lora_unet_{name.replace('.', '_')}" for name in (Q, CONV))
+KTEXT = "lora_te_" + TEXT.replace(".", "_")
+
+
+def factors(seed, out=6, inside=5, rank=4, kernel=None):
+    """Random (down, up) of a linear layer, or of a convolution with that kernel."""
+    made = torch.Generator().manual_seed(seed)
+    more, ones = ((kernel, kernel), (1, 1)) if kernel else ((), ())
+    return torch.randn(rank, inside, *more, generator=made), torch.randn(out, rank, *ones, generator=made)
+
+
+def product(down, up, scale=1.0):
+    """scale B A by einsum, not by the code under test."""
+    return scale * torch.einsum("or,r...->o...", up.flatten(1), down)
+
+
+def write(folder, tensors, metadata=None, name="x.safetensors"):
+    save_file(tensors, folder / name, metadata)
+    return folder / name
+
+
+def kohya(key, down, up, alpha=None):
+    tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+    return tensors if alpha is None else {**tensors, f"{key}.alpha": torch.tensor(alpha)}
+
+
+def pair(pattern, down, up):
+    """Tensors under a layout's two names: `pattern` has {} where down / A or up / B stands."""
+    names = ("A", "B") if "lora_{}" in pattern else ("down", "up")
+    return {pattern.format(names[0]): down, pattern.format(names[1]): up}
+
+
+# ---- layouts
+
+
+def test_kohya_with_a_different_alpha_in_every_module(tmp_path):
+    linear, conv, text = factors(0), factors(1, kernel=3, rank=2), factors(2, rank=3)
+    path = write(tmp_path, {**kohya(KQ, *linear, 2.0), **kohya(KCONV, *conv, 8.0), **kohya(KTEXT, *text, 1)})
+    read = lora.load(path)
+    assert set(read.modules) == {KQ, KCONV, KTEXT}
+    assert read.modules[KCONV].shape == (6, 5, 3, 3)
+    assert read.modules[KCONV].rank == 2
+    for key, (down, up), scale in ((KQ, linear, 2 / 4), (KCONV, conv, 8 / 2), (KTEXT, text, 1 / 3)):
+        torch.testing.assert_close(read.modules[key].delta(), product(down, up, scale))
+
+
+@pytest.mark.parametrize("alpha", [None, 0.0])
+def test_no_alpha_and_alpha_zero_mean_alpha_equals_rank(tmp_path, alpha):
+    down, up = factors(0)
+    read = lora.load(write(tmp_path, kohya(KQ, down, up, alpha)))
+    torch.testing.assert_close(read.modules[KQ].delta(), product(down, up))
+
+
+def test_an_integer_alpha_is_read_as_a_number(tmp_path):
+    down, up = factors(0)
+    read = lora.load(write(tmp_path, kohya(KQ, down, up, 8)))
+    torch.testing.assert_close(read.modules[KQ].delta(), product(down, up, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("unet", "text"),
+    [
+        (f"unet.{Q}.lora_{{}}.weight", f"text_encoder.{TEXT}.lora_{{}}.weight"),
+        (f"unet.{Q}.lora_{{}}.weight", f"text_encoder.{TEXT.removeprefix('text_model.')}.lora_{{}}.weight"),
+        (f"unet.{Q}.lora.{{}}.weight", f"text_encoder.{TEXT}.lora_linear_layer.{{}}.weight"),
+        (f"base_model.model.{Q}.lora_{{}}.weight", f"base_model.model.{TEXT}.lora_{{}}.weight"),
+        (f"unet.base_model.model.{Q}.lora_{{}}.default.weight", f"text_encoder.{TEXT}.lora_{{}}.default.weight"),
+        (f"{Q}.lora_{{}}.weight", f"{TEXT}.lora_{{}}.weight"),
+        (f"unet.{Q}.lora_{{}}.weight", KTEXT),  # two layouts in one file: diffusers drops the second silently
+    ],
+)
+def test_dotted_layouts_have_scale_one_and_the_same_names(tmp_path, unet, text):
+    linear, encoder = factors(0), factors(1)
+    tensors = pair(text, *encoder) if "{}" in text else kohya(text, *encoder)
+    read = lora.load(write(tmp_path, {**pair(unet, *linear), **tensors}))
+    assert set(read.modules) == {KQ, KTEXT}
+    torch.testing.assert_close(read.modules[KQ].delta(), product(*linear))
+    torch.testing.assert_close(read.modules[KTEXT].delta(), product(*encoder))
+
+
+def test_diffusers_header_gives_alpha_patterns_and_rslora(tmp_path):
+    linear, conv, text = factors(0), factors(1, kernel=3, rank=2), factors(2)
+    tensors = {
+        **pair(f"unet.{Q}.lora_{{}}.weight", *linear),
+        **pair(f"unet.{CONV}.lora_{{}}.weight", *conv),
+        **pair(f"text_encoder.{TEXT}.lora_{{}}.weight", *text),
+    }
+    told = {"unet.r": 4, "unet.lora_alpha": 8, "unet.rank_pattern": {"conv1": 2}, "unet.alpha_pattern": {"conv1": 3}}
+    told |= {"text_encoder.lora_alpha": 6, "text_encoder.use_rslora": True}
+    read = lora.load(write(tmp_path, tensors, {"lora_adapter_metadata": json.dumps(told)}))
+    torch.testing.assert_close(read.modules[KQ].delta(), product(*linear, 8 / 4))
+    torch.testing.assert_close(read.modules[KCONV].delta(), product(*conv, 3 / 2))
+    torch.testing.assert_close(read.modules[KTEXT].delta(), product(*text, 6 / math.sqrt(4)))
+
+
+def test_raw_peft_takes_its_scale_from_the_config_beside_it(tmp_path):
+    down, up = factors(0)
+    path = write(tmp_path, pair(f"base_model.model.{Q}.lora_{{}}.weight", down, up))
+    torch.testing.assert_close(lora.load(path).modules[KQ].delta(), product(down, up))
+    assert any("adapter_config.json" in line for line in state.warnings)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2, "alpha_pattern": {}}))
+    torch.testing.assert_close(lora.load(path).modules[KQ].delta(), product(down, up, 0.5))
+    (tmp_path / "adapter_config.json").write_text("[1]")
+    with pytest.raises(InputRefused, match="adapter_config"):
+        lora.load(path)
+
+
+def test_a_stray_adapter_config_does_not_touch_a_diffusers_file(tmp_path):
+    down, up = factors(0)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 400}))
+    read = lora.load(write(tmp_path, pair(f"unet.{Q}.lora_{{}}.weight", down, up)))
+    torch.testing.assert_close(read.modules[KQ].delta(), product(down, up))
+
+
+def test_sdxl_calls_its_encoders_te1_and_te2(tmp_path):
+    tensors = {**pair(f"text_encoder.{TEXT}.lora_{{}}.weight", *factors(0))}
+    tensors |= pair(f"text_encoder_2.{TEXT}.lora_{{}}.weight", *factors(1))
+    tensors |= pair("text_encoder_2.text_projection.lora_{}.weight", *factors(2))
+    read = lora.load(write(tmp_path, tensors))
+    flat = TEXT.replace(".", "_")
+    assert set(read.modules) == {f"lora_te1_{flat}", f"lora_te2_{flat}", "lora_te2_text_projection"}
+    assert read.family == "sdxl"
+    alone = lora.load(write(tmp_path, kohya(f"lora_te1_{flat.removeprefix('text_model_')}", *factors(0))))
+    assert set(alone.modules) == {KTEXT}  # nothing says SDXL; the level text_model is back
+
+
+def test_family_from_the_recipe_the_width_or_the_header():
+    wide = {"lora_unet_x_attn2_to_k": Factors(*factors(0, inside=2048))}
+    narrow = {"lora_unet_x_attn1_to_k": Factors(*factors(0))}
+    assert Lora(wide).family == "sdxl"
+    assert Lora(wide, {"fastdiff.family": "emoji"}).family == "emoji"
+    assert Lora(narrow, {"modelspec.architecture": "stable-diffusion-v2-512/lora"}).family == "sd21"
+    assert Lora(narrow, {"modelspec.architecture": "stable-diffusion-v1/lora"}).family == "sd15"
+    assert Lora(narrow).family is None
+
+
+# ---- writing
+
+
+def test_round_trip_is_exact_in_fp32_and_keeps_digits_in_fp16(tmp_path):
+    tiny = factors(0)[0], factors(0)[1] * 1e-6  # as after folding alpha = 1 of a high rank: subnormal in fp16
+    before = Lora({KQ: Factors(*tiny), KCONV: Factors(*factors(1, rank=4, kernel=3))})
+    lora.save(before, tmp_path / "a" / "b.safetensors", dtype=torch.float32)
+    exact = lora.load(tmp_path / "a" / "b.safetensors")
+    lora.save(before, tmp_path / "half.safetensors")
+    half = lora.load(tmp_path / "half.safetensors")
+    for key, value in before.modules.items():
+        torch.testing.assert_close(exact.modules[key].delta(), value.delta(), rtol=1e-6, atol=1e-12)
+        error = (half.modules[key].delta() - value.delta()).norm() / value.delta().norm()
+        assert error < 1e-3
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.safetensors"]  # nothing staged is left
+
+
+def test_a_fresh_adapter_whose_up_is_zero_can_be_written(tmp_path):
+    down, up = factors(0)
+    lora.save(Lora({KQ: Factors(down, torch.zeros_like(up))}), tmp_path / "x.safetensors")
+    assert not lora.load(tmp_path / "x.safetensors").modules[KQ].delta().any()
+
+
+def test_written_keys_alpha_and_header(tmp_path):
+    recipe = Recipe(method="lcm", family="sdxl", scheduler="lcm", num_steps=4, guidance=1.0)
+    stale = {"lora_adapter_metadata": '{"unet.lora_alpha": 99}', "ss_network_dim": "7", "ss_tag": "kept"}
+    item = Lora({KQ: Factors(*factors(0)), KCONV: Factors(*factors(1, rank=4, kernel=3))}, recipe.to_metadata() | stale)
+    lora.save(item, tmp_path / "fast.safetensors", extra_metadata={"fastdiff.note": "x"})
+    tensors = load_file(tmp_path / "fast.safetensors")
+    suffixes = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert set(tensors) == {f"{key}.{suffix}" for key in (KQ, KCONV) for suffix in suffixes}
+    assert tensors[f"{KQ}.alpha"].dtype == torch.float32
+    assert tensors[f"{KQ}.alpha"].item() == 4
+    assert tensors[f"{KQ}.lora_up.weight"].dtype == torch.float16
+    with safe_open(tmp_path / "fast.safetensors", "pt") as file:
+        told = file.metadata()
+    assert told["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert told["modelspec.usage_hint"] == "4 steps, guidance 1, scheduler lcm"
+    assert told["modelspec.title"] == "fast"
+    assert told["ss_network_module"] == "networks.lora"
+    assert told["ss_network_dim"] == told["ss_network_alpha"] == "4"
+    assert told["ss_tag"] == "kept"
+    assert told["fastdiff.note"] == "x"
+    assert "lora_adapter_metadata" not in told
+    assert lora.load(tmp_path / "fast.safetensors").recipe == recipe
+    item.modules[KCONV] = Factors(*factors(1, rank=2, kernel=3))
+    lora.save(item, tmp_path / "mixed.safetensors", dtype=torch.float32)
+    tensors = load_file(tmp_path / "mixed.safetensors")
+    # One alpha in the file whatever the ranks: diffusers gives attention the most frequent one.
+    assert tensors[f"{KQ}.alpha"] == tensors[f"{KCONV}.alpha"] == 4
+    torch.testing.assert_close(
+        lora.load(tmp_path / "mixed.safetensors").modules[KCONV].delta(), item.modules[KCONV].delta()
+    )
+    told = lora.header(item, "t")
+    assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("Dynamic", "4")
+
+
+def test_what_fp16_cannot_hold_is_not_written(tmp_path):
+    down, up = factors(0)
+    with pytest.raises(ValueError, match=KQ):
+        lora.save(Lora({KQ: Factors(down * 1e6, up * 1e6)}), tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- refusals
+
+
+def without(side):
+    return {k: v for k, v in kohya(KQ, *factors(0), 4.0).items() if side not in k}
+
+
+def spoiled(side, value):
+    tensors = kohya(KQ, *factors(0), 4.0)
+    key = next(k for k in tensors if side in k)
+    return {**tensors, key: value(tensors[key])}
+
+
+BROKEN = {
+    "lora_up|up missing": without("lora_up"),
+    "down missing": without("lora_down"),
+    "NaN": spoiled("lora_down", lambda t: t.index_fill(0, torch.tensor([1]), float("nan"))),
+    "up has NaN or infinite": spoiled("lora_up", lambda t: t * float("inf")),
+    "differ in rank": spoiled("lora_up", lambda t: t[:, :3].contiguous()),
+    "not floating": spoiled("lora_up", lambda t: t.to(torch.int8)),
+    "alpha has NaN": spoiled("alpha", lambda t: t * float("nan")),
+    "alpha must be one number": spoiled("alpha", lambda t: -t),
+    "alpha must be one number ": spoiled("alpha", lambda t: t.repeat(2)),
+    "linear or convolution": spoiled("lora_up", lambda t: t[..., None].contiguous()),
+    "1 of 4 keys are unknown: something.else": {**kohya(KQ, *factors(0), 4.0), "something.else": torch.ones(1)},
+    "2 of 2 keys are unknown": pair(f"{KQ}.lora_{{}}.weight", *factors(0)),  # kohya's names never have lora_A
+    "no LoRA modules": {},
+    "two sets": {**kohya(KQ, *factors(0)), **pair(f"unet.{Q}.lora_{{}}.weight", *factors(0))},
+}
+
+
+@pytest.mark.parametrize("told", BROKEN)
+def test_broken_contents_are_refused_in_one_line(tmp_path, told):
+    path = write(tmp_path, BROKEN[told])
+    with pytest.raises(InputRefused, match=told.strip()) as caught:
+        lora.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+KINDS = {
+    "DoRA": ({f"{KQ}.dora_scale": torch.ones(6, 1)}, {f"unet.{Q}.lora_magnitude_vector.weight": torch.ones(6)}),
+    "LoHa": ({f"{KQ}.hada_w1_a": torch.ones(6, 2)},),
+    "LoKr": ({f"{KQ}.lokr_w1": torch.ones(2, 2)}, {f"unet.{Q}.lokr_w2_a": torch.ones(2, 2)}),
+    "Tucker": ({f"{KQ}.lora_mid.weight": torch.ones(4, 4, 3, 3)},),
+    "OFT": ({f"{KQ}.oft_blocks": torch.ones(2, 2, 2)},),
+    "full difference": ({f"{KQ}.diff": torch.ones(6, 5)}, {f"{KQ}.diff_b": torch.ones(6)}),
+    "IA3": ({f"{KQ}.on_input": torch.ones(1)},),
+    "LDM": (kohya("lora_unet_input_blocks_4_1_proj_in", *factors(0), 4.0),),
+    "diffusers before": ({"unet.mid_block.attentions.0.processor.to_q_lora.down.weight": torch.ones(4, 5)},),
+    "whole checkpoint": ({"model.diffusion_model.out.2.weight": torch.ones(1)},),
+    "transformer": ({"transformer.blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 5)},),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_are_refused_by_name_even_beside_plain_modules(tmp_path, kind):
+    for extra in KINDS[kind]:
+        with pytest.raises(InputRefused, match=f"{kind}.*not supported"):
+            lora.load(write(tmp_path, {**kohya(KQ, *factors(0), 4.0), **extra}))
+
+
+def test_files_that_are_no_safetensors_are_called_by_name(tmp_path):
+    good = write(tmp_path, kohya(KQ, *factors(0), 4.0)).read_bytes()
+    path = tmp_path / "bad.safetensors"
+    torch.save({"a": torch.ones(2)}, tmp_path / "zip.ckpt")
+    torch.save({"a": torch.ones(2)}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    contents = {
+        "pickle": (tmp_path / "zip.ckpt").read_bytes(),
+        "pickle ": (tmp_path / "old.ckpt").read_bytes(),
+        "git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "web page": b"\n<!DOCTYPE html><html></html>",
+        "cut short": good[:-7],
+        "cut short ": good[:40],
+        "cut short  ": good + b"more",
+        "empty": b"",
+        "corrupt": b"\x08" + bytes(7) + b"{not js}",
+    }
+    for told, content in contents.items():
+        path.write_bytes(content)
+        with pytest.raises(InputRefused, match=told.strip()) as caught:
+            lora.load(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputRefused, match="folder"):
+        lora.load(tmp_path)
+    with pytest.raises(UsageError, match="no such file") as caught:
+        lora.load(tmp_path / "missing.safetensors")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"lora_adapter_metadata": "{"},
+        {"lora_adapter_metadata": '{"unet.alpha_pattern": {"(": 3}}'},
+        {"lora_adapter_metadata": '{"unet.lora_alpha": "many"}'},
+        {"fastdiff.num_steps": "four"},
+    ],
+)
+def test_a_broken_header_is_refused(tmp_path, metadata):
+    with pytest.raises(InputRefused, match="header"):
+        lora.load(write(tmp_path, pair(f"unet.{Q}.lora_{{}}.weight", *factors(0)), metadata))
+
+
+def test_weights_after_the_file_name(tmp_path):
+    assert [str(lora.parse_spec("a.safetensors=0.8", 1.0)[0]), lora.parse_spec("a=0.8", 1.0)[1]] == [
+        "a.safetensors",
+        0.8,
+    ]
+    assert lora.parse_spec("a.safetensors", 0.5)[1] == 0.5
+    assert str(lora.parse_spec("x=1.safetensors", 0.5)[0]) == "x=1.safetensors"
+    assert lora.parse_spec("x=1.safetensors=-2", 0.5)[1] == -2
+    with pytest.raises(UsageError, match="finite"):
+        lora.parse_spec("a.safetensors=nan", 1.0)
+
+
+# ---- folding
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.to_out = nn.ModuleList([nn.Linear(5, 6)])
+        self.conv, self.one = nn.Conv2d(5, 6, 3), nn.Conv2d(5, 6, 1)
+
+
+def test_names_come_from_the_model_and_go_past_peft():
+    net = Net()
+    assert lora.names(net) == {"lora_unet_to_out_0": "to_out.0", "lora_unet_conv": "conv", "lora_unet_one": "one"}
+    encoder = nn.ModuleDict({"encoder": nn.Linear(5, 6)})
+    assert lora.names(encoder, "lora_te_") == {"lora_te_text_model_encoder": "encoder"}
+    assert lora.names(nn.ModuleDict({"text_model": encoder}), "lora_te2_") == {
+        "lora_te2_text_model_encoder": "text_model.encoder"
+    }
+    inner = nn.ModuleDict({"base_layer": nn.Linear(5, 6), "lora_A": nn.ModuleDict({"default": nn.Linear(5, 4)})})
+    wrapped = nn.ModuleDict({"to_q": inner})
+    assert lora.names(wrapped) == {"lora_unet_to_q": "to_q"}
+    item = Lora({"lora_unet_to_q": Factors(*factors(0))})
+    before = inner["base_layer"].weight.clone()
+    wrapped["to_q"].base_layer = inner["base_layer"]
+    assert lora.fold(wrapped, [(item, 1.0)]) == 1
+    torch.testing.assert_close(inner["base_layer"].weight, before + product(*factors(0)))
+
+
+def test_fold_sums_in_fp32_and_casts_once():
+    torch.manual_seed(0)
+    net = Net().half()
+    before = {name: p.detach().float().clone() for name, p in net.named_parameters()}
+    items = [
+        Lora({"lora_unet_to_out_0": Factors(a, b * 1e-4), "lora_unet_one": Factors(*factors(9, kernel=None))})
+        for a, b in (factors(i, rank=2 + i) for i in range(8))
+    ]
+    loras = [(item, 0.5 + 0.1 * i) for i, item in enumerate(items)]
+    assert lora.fold(net, loras) == 2  # a linear factor pair fits the 1 x 1 convolution
+    total = sum(w * product(m.down, m.up) for item, w in loras for m in [item.modules["lora_unet_to_out_0"]])
+    exact = before["to_out.0.weight"] + total
+    assert torch.equal(net.to_out[0].weight, exact.half())
+    sequential = before["to_out.0.weight"].half()
+    for item, w in loras:
+        sequential = sequential + (w * item.modules["lora_unet_to_out_0"].delta()).half()
+    once, often = (net.to_out[0].weight.float() - exact).norm(), (sequential.float() - exact).norm()
+    assert once < 0.7 * often
+    assert torch.equal(net.conv.weight.float(), before["conv.weight"])
+
+
+def test_fold_refuses_what_does_not_fit_and_changes_nothing():
+    net = Net()
+    before = net.to_out[0].weight.clone()
+    good = {"lora_unet_to_out_0": Factors(*factors(0))}
+    with pytest.raises(InputRefused, match=r"only 1 of 2 modules fit.*lora_unet_gone \(no such layer\)"):
+        lora.fold(net, [(Lora({**good, "lora_unet_gone": Factors(*factors(1))}), 1.0)])
+    odd = Lora({**good, "lora_unet_conv": Factors(*factors(1, kernel=1))}, source="a.safetensors")
+    with pytest.raises(InputRefused, match=r"a.safetensors: only 1 of 2.*\(6, 5, 1, 1\), the model has \(6, 5, 3, 3\)"):
+        lora.fold(net, [(odd, 1.0)])
+    assert torch.equal(net.to_out[0].weight, before)
+
+
+def test_apply_reaches_the_encoders_and_leaves_nothing_out():
+    encoder = nn.ModuleDict({"encoder": nn.Linear(5, 6)})
+    base = SimpleNamespace(unet=Net(), text_encoders=[encoder])
+    item = Lora({"lora_unet_conv": Factors(*factors(0, kernel=3)), "lora_te1_text_model_encoder": Factors(*factors(1))})
+    before = encoder["encoder"].weight.clone()
+    assert lora.apply(base, [(item, 0.5)]) == 2  # te1 is the only encoder of an SD1 base
+    torch.testing.assert_close(encoder["encoder"].weight, before + product(*factors(1), 0.5))
+    conv = base.unet.conv.weight.clone()
+    item.modules["lora_te2_text_model_encoder"] = Factors(*factors(1))
+    with pytest.raises(InputRefused, match="no place in the base for 1 modules: lora_te2_"):
+        lora.apply(base, [(item, 0.5)])
+    assert torch.equal(base.unet.conv.weight, conv)
+
+
+def test_from_peft_folds_one_alpha_or_one_for_each():
+    down, up = factors(0)
+    state_dict = {f"{Q}.lora_A.weight": down, f"{Q}.lora_B.weight": up}
+    torch.testing.assert_close(lora.from_peft(state_dict, 8.0)[KQ].delta(), product(down, up, 2.0))
+    torch.testing.assert_close(lora.from_peft(state_dict, {Q: 2.0})[KQ].delta(), product(down, up, 0.5))
+    made = lora.from_peft(state_dict, 4.0)[KQ]
+    down.zero_()  # training goes on
+    assert made.delta().any()
+    with pytest.raises(ValueError, match="plain LoRA"):
+        lora.from_peft({f"{Q}.lora_magnitude_vector": torch.ones(6)}, 4.0)
+
+
+# ---- against diffusers and peft
+
+
+def random_lora(nets, seed=0):
+    """A LoRA on every Linear and Conv2d of the nets, ranks 2 and 3 in turns."""
+    torch.manual_seed(seed)
+    modules = {}
+    for prefix, net in nets.items():
+        for i, (key, name) in enumerate(lora.names(net, prefix).items()):
+            out, inside, *kernel = net.get_submodule(name).weight.shape
+            rank = 2 + i % 2
+            down, up = torch.randn(rank, inside, *kernel), torch.randn(out, rank, *[1] * len(kernel))
+            modules[key] = Factors(down * 0.05, up * 0.05)
+    return Lora(modules)
+
+
+def outputs(pipe):
+    made = torch.Generator().manual_seed(1)
+    ids, x = torch.arange(12)[None], torch.randn(1, 4, 8, 8, generator=made)
+    with torch.no_grad():
+        cond = pipe.text_encoder(ids)[0]
+        return cond, pipe.unet(x, torch.tensor([500]), cond).sample
+
+
+def test_diffusers_applies_every_layer_of_what_we_write(tiny_sd, tmp_path):
+    from diffusers import StableDiffusionPipeline
+    from peft.tuners.lora import LoraLayer
+
+    ours = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None, local_files_only=True)
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None, local_files_only=True)
+    plain = outputs(ours)
+    item = random_lora({"lora_unet_": ours.unet, "lora_te_": ours.text_encoder})
+    lora.save(item, tmp_path / "x.safetensors", dtype=torch.float32)
+    theirs.load_lora_weights(str(tmp_path), weight_name="x.safetensors")
+    layers = [m for net in (theirs.unet, theirs.text_encoder) for m in net.modules() if isinstance(m, LoraLayer)]
+    assert len(layers) == len(item.modules) > 200
+    base = SimpleNamespace(unet=ours.unet, text_encoders=[ours.text_encoder])
+    assert lora.apply(base, [(lora.load(tmp_path / "x.safetensors"), 1.0)]) == len(item.modules)
+    for before, mine, other in zip(plain, outputs(ours), outputs(theirs), strict=True):
+        assert (mine - before).abs().max() > 1e-2
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+def test_what_peft_and_diffusers_write_is_read_with_its_scale(tiny_sd, tmp_path):
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd / "unet", local_files_only=True)
+    clean = {k: v.clone() for k, v in unet.state_dict().items()}
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "conv1"], rank_pattern={"conv1": 2}, alpha_pattern={"conv1": 7},
+        init_lora_weights=False,
+    )  # fmt: skip
+    wrapped = get_peft_model(unet, config)
+    count = len(lora.names(wrapped, "lora_unet_").keys())
+    assert count == sum(isinstance(m, nn.Linear | nn.Conv2d) for m in UNet2DConditionModel(**unet.config).modules())
+    wrapped.save_pretrained(tmp_path / "peft")
+    state_dict = get_peft_model_state_dict(wrapped)
+    plain = {k.removeprefix("base_model.model."): v for k, v in state_dict.items()}
+    told = {k: v for k, v in config.to_dict().items() if k in {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}}
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "new", unet_lora_layers=plain, unet_lora_adapter_metadata=told)
+    merged = wrapped.merge_and_unload().state_dict()
+    files = [tmp_path / "peft" / "adapter_model.safetensors", *(tmp_path / "new").iterdir()]
+    assert len(files) == 2
+    for file in files:
+        fresh = UNet2DConditionModel(**unet.config)
+        fresh.load_state_dict(clean)
+        read = lora.load(file)
+        assert len(read.modules) == len(state_dict) // 2 == lora.fold(fresh, [(read, 1.0)])
+        for key, weight in fresh.state_dict().items():
+            torch.testing.assert_close(weight, merged[key], rtol=1e-4, atol=1e-5)

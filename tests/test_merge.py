@@ -1,0 +1,173 @@
+"""merge-lora: the concatenation is the sum, its file says what it is, and no input is ever overwritten."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fastdiff import merge
+from fastdiff.console import InputRefused, UsageError
+from fastdiff.io import lora
+from fastdiff.io.lora import Factors, Lora
+from fastdiff.io.recipe import Recipe
+from fastdiff.merge import Config, concatenate
+
+
+def factors(seed, rank, kernel=None):
+    """Random factors of a 5 -> 6 layer, linear or a convolution."""
+    made = torch.Generator().manual_seed(seed)
+    more, ones = ((kernel, kernel), (1, 1)) if kernel else ((), ())
+    return Factors(torch.randn(rank, 5, *more, generator=made), torch.randn(6, rank, *ones, generator=made))
+
+
+def example(seed, rank, *names, **recipe):
+    kernels = {"linear": None, "one": 1, "conv": 3}
+    modules = {f"lora_unet_{n}": factors(seed + i, rank, kernels[n]) for i, n in enumerate(names)}
+    return Lora(modules, Recipe(**recipe).to_metadata(), f"{'-'.join(names)}{seed}.safetensors")
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """lcm.safetensors and anime.safetensors in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    fast = example(0, 4, "linear", "one", "conv", method="lcm", scheduler="lcm", num_steps=4, guidance=1.0)
+    style = example(50, 6, "linear", "conv")
+    lora.save(fast, tmp_path / "lcm.safetensors", dtype=torch.float32)
+    lora.save(style, tmp_path / "anime.safetensors", dtype=torch.float32)
+    return fast, style
+
+
+def test_concatenation_is_the_weighted_sum():
+    loras = [(example(0, 4, "linear", "one", "conv"), 1.0), (example(10, 6, "linear", "one", "conv"), -0.8)]
+    loras.append((example(20, 3, "conv"), 0.3))
+    merged = concatenate(loras)
+    assert {k: m.rank for k, m in merged.modules.items()} == {
+        "lora_unet_linear": 10, "lora_unet_one": 10, "lora_unet_conv": 13,
+    }  # fmt: skip
+    for key, made in merged.modules.items():
+        exact = sum(
+            w * torch.einsum("or,r...->o...", m.up.flatten(1).double(), m.down.double())
+            for item, w in loras
+            if (m := item.modules.get(key))
+        )
+        assert made.delta().shape == exact.shape
+        assert (made.delta() - exact).norm() / exact.norm() < 1e-6
+
+
+def test_recipe_of_the_first_and_the_names_of_all_are_kept():
+    recipe = {"method": "lcm", "family": "emoji", "scheduler": "lcm", "num_steps": 4}
+    merged = concatenate([(example(0, 4, "linear", **recipe), 1.0), (example(1, 2, "linear"), 0.8)])
+    assert merged.recipe == Recipe(**recipe)
+    assert json.loads(merged.metadata["fastdiff.merged_from"]) == [
+        {"name": "linear0.safetensors", "weight": 1.0},
+        {"name": "linear1.safetensors", "weight": 0.8},
+    ]
+    family = concatenate([(example(0, 4, "linear"), 1.0), (example(1, 2, "linear", family="sd15"), 0.8)]).recipe.family
+    assert family == "sd15"
+
+
+def test_families_and_shapes_that_differ_are_refused_with_both_names():
+    one, other = example(0, 4, "linear", family="sd15"), example(1, 4, "linear", family="sdxl")
+    with pytest.raises(InputRefused, match="linear0.safetensors is for sd15, linear1.safetensors for sdxl"):
+        concatenate([(one, 1.0), (other, 1.0)])
+    odd = Lora({"lora_unet_linear": Factors(torch.ones(2, 7), torch.ones(6, 2))}, source="odd.safetensors")
+    with pytest.raises(InputRefused, match=r"\(6, 5\) in linear0.safetensors but \(6, 7\) in odd.safetensors"):
+        concatenate([(one, 1.0), (odd, 1.0)])
+
+
+def test_first_encoder_of_sdxl_goes_by_one_name():
+    text = "text_model_encoder_layers_0_mlp_fc1"
+    one = Lora({f"lora_te1_{text}": factors(0, 2)}, {"fastdiff.family": "sdxl"})
+    other = Lora({f"lora_te_{text}": factors(1, 2)})  # nothing in its file says SDXL
+    assert {k: m.rank for k, m in concatenate([(one, 1.0), (other, 1.0)]).modules.items()} == {f"lora_te1_{text}": 4}
+
+
+@pytest.mark.parametrize(("precision", "dtype", "bound"), [("fp16", torch.half, 2e-3), ("fp32", torch.float, 1e-6)])
+def test_run_writes_the_sum_and_measures_it(files, tmp_path, precision, dtype, bound):
+    fast, style = files
+    result = merge.run(Config("lcm.safetensors", ["anime.safetensors=0.5"], precision=precision))
+    (output,) = result.outputs
+    assert output.resolve() == tmp_path / "lcm-anime.safetensors"
+    read = lora.load(output)
+    for key, made in read.modules.items():
+        exact = fast.modules[key].delta()
+        if key in style.modules:
+            exact = exact + 0.5 * style.modules[key].delta()
+        assert (made.delta() - exact).norm() / exact.norm() < bound
+    metrics = result.metrics
+    assert (metrics["modules"], metrics["rank_min"], metrics["rank_max"]) == (3, 4, 10)
+    assert [(i["file"], i["weight"], i["modules"]) for i in metrics["inputs"]] == [
+        ("lcm.safetensors", 1.0, 3),
+        ("anime.safetensors", 0.5, 2),
+    ]
+    assert metrics["max_error"] < bound
+    assert (metrics["max_error"] > 1e-5) == (precision == "fp16")
+    assert read.recipe == fast.recipe
+    assert result.next_command == 'fastdiff sample --lora lcm-anime.safetensors --prompt "a red apple"'
+    from safetensors.torch import load_file
+
+    assert {t.dtype for k, t in load_file(output).items() if "alpha" not in k} == {dtype}
+
+
+def test_style_has_weight_0_8_unless_given(files):
+    result = merge.run(Config("lcm.safetensors", ["anime.safetensors"], output="deep/er/out.safetensors"))
+    assert [i["weight"] for i in result.metrics["inputs"]] == [1.0, 0.8]
+    assert result.outputs[0].exists()
+
+
+def test_usage_errors_touch_no_file(files, tmp_path):
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    (tmp_path / "model").mkdir()
+    cases = {
+        "would overwrite the input": Config("lcm.safetensors", ["anime.safetensors"], output="./anime.safetensors"),
+        "nothing to merge": Config("lcm.safetensors"),
+        "is named .safetensors": Config("lcm.safetensors", ["anime.safetensors"], output="out"),
+        "no such file": Config("lcm.safetensors", ["none.safetensors"]),
+        "a folder is written": Config("lcm.safetensors", [], base="emoji", output="x.safetensors"),
+        "would overwrite the input lcm": Config("lcm.safetensors", [], base="emoji", output="."),
+        "would overwrite the input model": Config("lcm.safetensors", [], base="model", output="model"),
+    }
+    for told, config in cases.items():
+        with pytest.raises(UsageError, match=told):
+            merge.run(config)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_with_a_base_the_weights_are_folded_in_fp32_and_cast_once(files, monkeypatch):
+    from fastdiff.io import checkpoint
+
+    net = nn.ModuleDict({"linear": nn.Linear(5, 6), "one": nn.Conv2d(5, 6, 1), "conv": nn.Conv2d(5, 6, 3)})
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    base, saved = SimpleNamespace(unet=net, text_encoders=[], family="emoji"), {}
+    monkeypatch.setattr(checkpoint, "load", lambda ref, **how: saved.update(ref=ref, **how) or base)
+    monkeypatch.setattr(checkpoint, "save", lambda item, folder, *, recipe: saved.update(folder=folder, recipe=recipe))
+    result = merge.run(Config("lcm.safetensors", ["anime.safetensors=0.5"], base="emoji"))
+    assert str(saved["folder"]) == "lcm-anime"
+    assert (saved["ref"], saved["dtype"]) == ("emoji", torch.float32)
+    assert (saved["recipe"].num_steps, saved["recipe"].family) == (4, "emoji")
+    assert result.metrics["modules"] == 3
+    assert result.next_command == 'fastdiff sample --base lcm-anime --prompt "a red apple"'
+    fast, style = files
+    added = fast.modules["lora_unet_conv"].delta() + 0.5 * style.modules["lora_unet_conv"].delta()
+    assert net["conv"].weight.dtype == torch.float16
+    torch.testing.assert_close(net["conv"].weight.float(), before["conv.weight"] + added, rtol=2**-10, atol=1e-6)
+
+
+def test_a_base_of_another_family_is_refused(files, monkeypatch):
+    from fastdiff.io import checkpoint
+
+    lora.save(example(0, 4, "linear", family="sdxl"), "xl.safetensors")
+    monkeypatch.setattr(checkpoint, "load", lambda ref, **how: SimpleNamespace(family="sd15"))
+    with pytest.raises(InputRefused, match="--base sd15 is sd15, but the LoRAs are for sdxl"):
+        merge.run(Config("xl.safetensors", base="sd15"))
+
+
+def test_every_field_is_a_flag():
+    from fastdiff.config import options
+
+    assert [o.flag for o in options(Config)] == [
+        "--accel", "--style", "--base", "--base-config", "--output", "--precision",
+    ]  # fmt: skip
+    assert all(o.help for o in options(Config))
