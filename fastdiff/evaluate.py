@@ -30,24 +30,29 @@ BOOTSTRAPS = 200
 
 @dataclass(frozen=True)
 class Prompts:
-    """The judged prompts: sample i asks for picture[i] on background[i], or on any where that is -1."""
+    """The judged prompts: sample i asks for picture[i], or for any of its group where coarse[i], on background[i] (-1: any).
+
+    The open ones carry the judgement. A named picture is nearly one image, which a network can look up in one call;
+    "fruit" has many, and their average in one call looks like none of them.
+    """
 
     picture: Tensor  # (N,)
     background: Tensor  # (N,)
+    coarse: Tensor  # (N,) bool
 
     @classmethod
     def judged(cls, n: int, seed: int = 0) -> "Prompts":
-        """The first n of one fixed list: every picture in turn, seven in ten with a background."""
+        """The first n of one fixed list: every picture in turn, half by name, half by group, 7 in 10 with a background."""
         g = torch.Generator().manual_seed(seed)
-        k = len(embedded.BACKGROUNDS)
-        rows = 20_000
+        k, rows = len(embedded.BACKGROUNDS), 20_000
         background = torch.where(torch.rand(rows, generator=g) < 0.7, torch.randint(k, (rows,), generator=g), -1)
-        return cls(torch.arange(n) % len(embedded.pictures()), background[:n])
+        coarse = torch.rand(rows, generator=g) < 0.5
+        return cls(torch.arange(n) % len(embedded.pictures()), background[:n], coarse[:n])
 
     @cached_property
     def captions(self) -> list[str]:
-        rows = zip(self.picture.tolist(), self.background.tolist(), strict=True)
-        return [embedded.caption(p, None if b < 0 else b) for p, b in rows]
+        rows = zip(self.picture.tolist(), self.background.tolist(), self.coarse.tolist(), strict=True)
+        return [embedded.caption(p, None if b < 0 else b, c) for p, b, c in rows]
 
     def __len__(self) -> int:
         return len(self.picture)
@@ -73,9 +78,18 @@ def embed(pixels: Tensor) -> Tensor:
     return torch.cat(parts) * 128**0.5
 
 
+@cache
+def groups() -> Tensor:
+    """Index of each picture's group: (pictures,)."""
+    names = sorted({p.group for p in embedded.pictures()})
+    return torch.tensor([names.index(p.group) for p in embedded.pictures()])
+
+
 def recognised(features: Tensor, prompts: Prompts) -> Tensor:
-    """Whether each picture looks most like its caption's picture, of all pictures: (N,) of 0 and 1."""
-    return ((F.normalize(features, dim=1) @ prototypes().T).argmax(1) == prompts.picture).float()
+    """Whether the nearest of all real pictures is the caption's, or for a group caption one of the group: (N,) of 0 and 1."""
+    nearest = (F.normalize(features, dim=1) @ prototypes().T).argmax(1)
+    in_group = groups()[nearest] == groups()[prompts.picture]
+    return torch.where(prompts.coarse, in_group, nearest == prompts.picture).float()
 
 
 def background_right(pixels: Tensor, prompts: Prompts) -> float:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "fastdiff"
 FLOORS = [
-    {"console", "config", "schedule", "losses"},
+    {"console", "schedule", "losses"},
+    {"config"},
     {"io.recipe"},
     {"io.run", "io.lora", "io.checkpoint"},
     {"models.denoiser", "models.adapters", "models.autoencoder", "models.ema", "models.features", "solvers"},
-    {"models.text", "sampling", "merge"},
+    {"models.text", "merge"},
+    {"sampling"},
     {"data.batch"},
     {"data.embedded", "data.folder"},
     {"data.teacher"},

@@ -1,4 +1,4 @@
-"""merge-lora: the concatenation is the sum, its file says what it is, and no input is ever overwritten."""
+"""merge-lora and folding: the result is the sum, diffusers agrees with it, and no input is ever overwritten."""
 
 import json
 from types import SimpleNamespace
@@ -171,3 +171,105 @@ def test_every_field_is_a_flag():
         "--accel", "--style", "--base", "--base-config", "--output", "--precision",
     ]  # fmt: skip
     assert all(o.help for o in options(Config))
+
+
+# ---- folding into a model
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.to_out = nn.ModuleList([nn.Linear(5, 6)])
+        self.conv, self.one = nn.Conv2d(5, 6, 3), nn.Conv2d(5, 6, 1)
+
+
+def product(factors):
+    """B A by einsum, not by the code under test."""
+    return torch.einsum("or,r...->o...", factors.up.flatten(1), factors.down)
+
+
+def test_fold_sums_in_fp32_and_casts_once():
+    torch.manual_seed(0)
+    net = Net().half()
+    before = {name: p.detach().float().clone() for name, p in net.named_parameters()}
+    items = [
+        Lora({"lora_unet_to_out_0": Factors(m.down, m.up * 1e-4), "lora_unet_one": factors(9, 4)})
+        for m in (factors(i, 2 + i) for i in range(8))
+    ]
+    loras = [(item, 0.5 + 0.1 * i) for i, item in enumerate(items)]
+    assert lora.fold(net, loras) == 2  # a linear factor pair fits the 1 x 1 convolution
+    total = sum(w * product(m) for item, w in loras for m in [item.modules["lora_unet_to_out_0"]])
+    exact = before["to_out.0.weight"] + total
+    assert torch.equal(net.to_out[0].weight, exact.half())
+    sequential = before["to_out.0.weight"].half()
+    for item, w in loras:
+        sequential = sequential + (w * item.modules["lora_unet_to_out_0"].delta()).half()
+    once, often = (net.to_out[0].weight.float() - exact).norm(), (sequential.float() - exact).norm()
+    assert once < 0.7 * often
+    assert torch.equal(net.conv.weight.float(), before["conv.weight"])
+
+
+def test_fold_refuses_what_does_not_fit_and_changes_nothing():
+    net = Net()
+    before = net.to_out[0].weight.clone()
+    good = {"lora_unet_to_out_0": factors(0, 4)}
+    with pytest.raises(InputRefused, match=r"only 1 of 2 modules fit.*lora_unet_gone \(no such layer\)"):
+        lora.fold(net, [(Lora({**good, "lora_unet_gone": factors(1, 4)}), 1.0)])
+    odd = Lora({**good, "lora_unet_conv": factors(1, 4, 1)}, source="a.safetensors")
+    with pytest.raises(InputRefused, match=r"a.safetensors: only 1 of 2.*\(6, 5, 1, 1\), the model has \(6, 5, 3, 3\)"):
+        lora.fold(net, [(odd, 1.0)])
+    assert torch.equal(net.to_out[0].weight, before)
+
+
+def test_apply_reaches_the_encoders_and_leaves_nothing_out():
+    encoder = nn.ModuleDict({"encoder": nn.Linear(5, 6)})
+    base = SimpleNamespace(unet=Net(), text_encoders=[encoder])
+    item = Lora({"lora_unet_conv": factors(0, 4, 3), "lora_te1_text_model_encoder": factors(1, 4)})
+    before = encoder["encoder"].weight.clone()
+    assert lora.apply(base, [(item, 0.5)]) == 2  # te1 is the only encoder of an SD1 base
+    torch.testing.assert_close(encoder["encoder"].weight, before + 0.5 * product(factors(1, 4)))
+    conv = base.unet.conv.weight.clone()
+    item.modules["lora_te2_text_model_encoder"] = factors(1, 4)
+    with pytest.raises(InputRefused, match="no place in the base for 1 modules: lora_te2_"):
+        lora.apply(base, [(item, 0.5)])
+    assert torch.equal(base.unet.conv.weight, conv)
+
+
+def random_lora(nets, seed=0):
+    """A LoRA on every Linear and Conv2d of the nets, ranks 2 and 3 in turns."""
+    torch.manual_seed(seed)
+    modules = {}
+    for prefix, net in nets.items():
+        for i, (key, name) in enumerate(lora.names(net, prefix).items()):
+            out, inside, *kernel = net.get_submodule(name).weight.shape
+            rank = 2 + i % 2
+            down, up = torch.randn(rank, inside, *kernel), torch.randn(out, rank, *[1] * len(kernel))
+            modules[key] = Factors(down * 0.05, up * 0.05)
+    return Lora(modules)
+
+
+def outputs(pipe):
+    made = torch.Generator().manual_seed(1)
+    ids, x = torch.arange(12)[None], torch.randn(1, 4, 8, 8, generator=made)
+    with torch.no_grad():
+        cond = pipe.text_encoder(ids)[0]
+        return cond, pipe.unet(x, torch.tensor([500]), cond).sample
+
+
+def test_diffusers_applies_every_layer_of_what_we_write(tiny_sd, tmp_path):
+    from diffusers import StableDiffusionPipeline
+    from peft.tuners.lora import LoraLayer
+
+    ours = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None, local_files_only=True)
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None, local_files_only=True)
+    plain = outputs(ours)
+    item = random_lora({"lora_unet_": ours.unet, "lora_te_": ours.text_encoder})
+    lora.save(item, tmp_path / "x.safetensors", dtype=torch.float32)
+    theirs.load_lora_weights(str(tmp_path), weight_name="x.safetensors")
+    layers = [m for net in (theirs.unet, theirs.text_encoder) for m in net.modules() if isinstance(m, LoraLayer)]
+    assert len(layers) == len(item.modules) > 200
+    base = SimpleNamespace(unet=ours.unet, text_encoders=[ours.text_encoder])
+    assert lora.apply(base, [(lora.load(tmp_path / "x.safetensors"), 1.0)]) == len(item.modules)
+    for before, mine, other in zip(plain, outputs(ours), outputs(theirs), strict=True):
+        assert (mine - before).abs().max() > 1e-2
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)

@@ -23,7 +23,7 @@ from fastdiff.console import InputRefused, UsageError, warn
 from fastdiff.io.recipe import Recipe
 
 COMPONENTS = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
-ROOTS = {  # how a module's name begins inside each component, for files that do not say which one they belong to
+ROOTS = {  # how names begin inside a component, for files that do not say which one it is
     "unet": ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding."),
     "text_encoder": ("text_model.", "encoder.layers."),
 }
@@ -115,8 +115,8 @@ class Part(NamedTuple):
 
     key: str  # canonical module
     side: str  # down, up or alpha
-    component: str = ""  # whose header entries apply; "" = the file says nothing, or it needs nothing said
-    name: str = ""  # dotted, inside the component
+    component: str = ""  # whose header entries apply; "" = the file does not say
+    name: str = ""  # dotted, inside the component; "" = the layout is flat and holds its own alphas
 
 
 def canonical(prefix: str, name: str) -> str:
@@ -172,7 +172,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except SafetensorError as error:
         with path.open("rb") as file:
             head = file.read(64)
-        kind, hint = next((kind, hint) for start, kind, hint in OTHER_FILES if re.match(start, head))
+        _, kind, hint = next(row for row in OTHER_FILES if re.match(row[0], head))
         raise InputRefused(f"{path}: {kind}", hint) from error
     except OSError as error:
         raise InputRefused(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -180,8 +180,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def load(path: str | Path) -> Lora:
     """Read a LoRA of any supported layout, all of it or not at all (InputRefused); scales are folded into `up`."""
-    path = Path(path).expanduser()
-    tensors, metadata = read_file(path)
+    tensors, metadata = read_file(path := Path(path).expanduser())
     for key in tensors:
         for pattern, kind in OTHER_KINDS:
             if re.search(pattern, key):
@@ -217,8 +216,7 @@ def peft_configs(path: Path, metadata: Mapping[str, str], parts: Iterable[Part])
     header = json.loads(metadata.get("lora_adapter_metadata") or "{}")
     configs: dict[str, dict[str, Any]] = {}
     for key, value in header.items():
-        component, _, entry = key.partition(".")
-        configs.setdefault(component, {})[entry] = value
+        configs.setdefault(key.split(".")[0], {})[key.partition(".")[2]] = value
     if any(part.name and not part.component for part in parts):
         beside = path.parent / "adapter_config.json"
         if beside.exists():
@@ -248,10 +246,9 @@ def build(sides: Mapping[str, Tensor], where: str) -> Factors:
     pair = f"{tuple(down.shape)} and {tuple(up.shape)}"
     if (down.ndim, up.ndim) not in {(2, 2), (4, 4)} or up.shape[2:].numel() != 1 or not down.numel() or not up.numel():
         raise InputRefused(f"{where}: shapes {pair} are no linear or convolution pair")
-    rank = down.shape[0]
-    if rank != up.shape[1]:
+    if (rank := down.shape[0]) != up.shape[1]:
         raise InputRefused(f"{where}: down and up differ in rank, shapes {pair}")
-    alpha = sides.get("alpha", torch.tensor(float(rank)))
+    alpha = sides.get("alpha", torch.tensor(0.0))
     if alpha.numel() != 1 or alpha.item() < 0:
         raise InputRefused(f"{where}: alpha must be one number above 0, not {alpha.tolist()}")
     return Factors(down, up * ((alpha.item() or rank) / rank))
@@ -269,12 +266,10 @@ def from_peft(state: dict[str, Tensor], alpha: float | dict, prefix: str = "lora
     """Canonical modules of `peft.get_peft_model_state_dict(net)`; alpha is one for all, or by dotted module name."""
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
-        part = read_peft(f"unet.{key}")
-        if not part:
+        if not (part := read_peft(f"unet.{key}")):
             raise ValueError(f"{key}: not a factor of a plain LoRA")
-        scale = alpha[part.name] if isinstance(alpha, dict) else alpha
-        sides = modules.setdefault(canonical(prefix, part.name), {"alpha": torch.tensor(float(scale))})
-        sides[part.side] = tensor
+        own = float(alpha[part.name] if isinstance(alpha, dict) else alpha)
+        modules.setdefault(canonical(prefix, part.name), {"alpha": torch.tensor(own)})[part.side] = tensor
     return {key: build(sides, key) for key, sides in modules.items()}
 
 
@@ -290,18 +285,12 @@ def names(model: nn.Module, prefix: str = "lora_unet_") -> dict[str, str]:
     return found
 
 
-def weights(model: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """Canonical key -> weight, below peft's wrapper if there is one."""
-    layers = {key: model.get_submodule(name) for key, name in names(model, prefix).items()}
-    return {key: getattr(layer, "base_layer", layer).weight for key, layer in layers.items()}
-
-
 def check(model: nn.Module, loras: list[tuple[Lora, float]], prefix: str) -> dict[str, Tensor]:
     """The model's weights, if every `prefix` module of the LoRAs has its place among them, else InputRefused."""
-    table = weights(model, prefix)
+    layers = {key: model.get_submodule(name) for key, name in names(model, prefix).items()}
+    table = {key: getattr(layer, "base_layer", layer).weight for key, layer in layers.items()}
     shapes = {key: tuple(weight.shape) for key, weight in table.items()}
-    # A 1 x 1 convolution and a linear layer hold the same numbers: SD1.5 exists with either as proj_in.
-    plain = lambda shape: shape[:2] if math.prod(shape[2:]) == 1 else shape  # noqa: E731
+    plain = lambda shape: shape[:2] if math.prod(shape[2:]) == 1 else shape  # noqa: E731  (1 x 1 conv = linear)
     for lora, _ in loras:
         wanted = {key: factors.shape for key, factors in lora.modules.items() if key.startswith(prefix)}
         wrong = [f"{key} (no such layer)" for key in wanted if key not in shapes]
@@ -315,14 +304,10 @@ def check(model: nn.Module, loras: list[tuple[Lora, float]], prefix: str) -> dic
 
 @torch.no_grad()
 def fold(model: nn.Module, loras: list[tuple[Lora, float]], prefix: str = "lora_unet_") -> int:
-    """W <- W + sum_i w_i B_i A_i, summed in fp32 and cast once; returns the number of modules changed.
-
-    A LoRA module under `prefix` that the model lacks, or that has another shape, raises InputRefused before any change.
-    """
+    """W <- W + sum_i w_i B_i A_i, summed in fp32, cast once; returns the number of modules changed, after `check`."""
     table = check(model, loras, prefix)
-    used = [key for key in table if any(key in lora.modules for lora, _ in loras)]
-    for key in used:
-        weight = table[key]
+    used = {key: weight for key, weight in table.items() if any(key in lora.modules for lora, _ in loras)}
+    for key, weight in used.items():
         total = weight.float()
         for lora, strength in loras:
             if factors := lora.modules.get(key):
@@ -348,9 +333,9 @@ def apply(base: Any, loras: list[tuple[Lora, float]]) -> int:
 
 
 def balanced(factors: Factors, scale: float) -> tuple[Tensor, Tensor]:
-    """Factors of `scale` times the product, rows of `down` and columns of `up` equally large, so that fp16 keeps their digits.
+    """Factors of `scale` B A; powers of two make rows of `down` as large as columns of `up`, exactly.
 
-    Scaling is by powers of two, hence exact: a folded 1 / 64 would push `up` into fp16's subnormals.
+    Otherwise a folded 1 / 64 would push `up` into fp16's subnormals.
     """
     down, up = factors.down.flatten(1), factors.up.flatten(1) * scale  # (r, in kh kw), (out, r)
     power = ((up.abs().amax(0) / down.abs().amax(1)).log2() / 2).round()
@@ -359,7 +344,7 @@ def balanced(factors: Factors, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def header(lora: Lora, title: str) -> dict[str, str]:
-    """What the file says of itself: its own entries, modelspec and what sd-scripts would write."""
+    """The LoRA's own entries, modelspec (which UIs show) and the ss_ ones of sd-scripts (which tell the family)."""
     recipe, ranks = lora.recipe, {factors.rank for factors in lora.modules.values()}
     dim, alpha = str(*ranks) if len(ranks) == 1 else "Dynamic", str(max(ranks))
     spec = {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "diffusers", "modelspec.title": title}
@@ -384,12 +369,8 @@ def save(lora: Lora, path: Path, *, dtype: torch.dtype = torch.float16, extra_me
     """
     from safetensors.torch import save_file
 
-    path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"--output {path}: a folder; name a file: {path}/lora.safetensors")
-    if not lora.modules:
-        raise ValueError(f"{path}: no LoRA modules to write")
-    tensors: dict[str, Tensor] = {}
+    assert lora.modules, "a LoRA without modules"
+    path, tensors = Path(path), {}
     alpha = float(max(factors.rank for factors in lora.modules.values()))
     for key, factors in lora.modules.items():
         for side, tensor in zip(("down", "up"), balanced(factors, factors.rank / alpha), strict=True):

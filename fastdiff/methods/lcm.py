@@ -186,6 +186,9 @@ def guidance_embedded(unet: nn.Module, width: int = 256) -> nn.Module:
     return copy.float().train().requires_grad_(True)
 
 
+METHOD = LCM
+
+
 def run(config: Config):
     """The `train-lcm-lora` command."""
     return train("train-lcm-lora", LCM, config)

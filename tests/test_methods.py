@@ -1,0 +1,183 @@
+"""The contract of every training method, over the command table: a new method is picked up by its line there."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff import cli
+from fastdiff.data import open_data
+from fastdiff.io import checkpoint
+from fastdiff.io.run import Run
+from fastdiff.trainer import TrainConfig, Trainer, open_accelerator, seed_for
+
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = dict(steps=4, batch_size=4, seed=3, device="cpu", lr=1e-3)
+METHODS = [c.name for c in cli.COMMANDS if issubclass(import_module(c.module).Config, TrainConfig)]
+
+
+@pytest.fixture(scope="module")
+def data():
+    base = checkpoint.load("emoji")
+    return open_data(base, "emoji", prompts=None, resolution_px=64, teacher_samples=0, seed=0, device="cpu")
+
+
+def trainer_of(command, data, folder, **changes):
+    module = import_module(next(c.module for c in cli.COMMANDS if c.name == command))
+    preset = {k: v for k, v in module.PRESETS["emoji"].items() if k not in SMALL}
+    config = module.Config(**{**preset, **SMALL, **changes})
+    base, run = checkpoint.load("emoji"), Run(folder, command)
+    torch.manual_seed(config.seed)
+    method = module.METHOD(base, config)
+    return Trainer(method, data, run, config, open_accelerator(config, run)), base
+
+
+def weights(trainer):
+    return {k: [p.detach().clone() for p in player.params] for k, player in trainer.players.items()}
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("command", METHODS)
+def test_losses_are_finite_players_move_and_the_teacher_does_not(command, data, tmp_path):
+    trainer, base = trainer_of(command, data, tmp_path)
+    with trainer.method.teaching() as teacher, torch.no_grad():
+        probe = (torch.randn(2, 4, 8, 8), torch.tensor(500), data.texts[:2])
+        before = teacher(*probe).eps
+    old = weights(trainer)
+    for _ in range(2):
+        row = trainer.train_step()
+        trainer.step += 1
+        assert all(torch.tensor(v).isfinite() for v in row.values())
+    for k, params in weights(trainer).items():
+        assert any(not torch.equal(a, b) for a, b in zip(old[k], params, strict=True)), f"{k} did not move"
+    with trainer.method.teaching() as teacher, torch.no_grad():
+        assert torch.equal(teacher(*probe).eps, before)
+
+
+@pytest.mark.parametrize("command", METHODS)
+def test_only_the_yielding_player_gets_gradients(command, data, tmp_path):
+    trainer, _ = trainer_of(command, data, tmp_path)
+    batch = data.batch(4, torch.Generator().manual_seed(0))
+    for who, losses in trainer.method.losses(batch, 0):
+        sum(losses.values()).backward(inputs=trainer.players[who].params)
+        mine = {id(p) for p in trainer.players[who].params}
+        touched = {id(p) for p in trainer.method.student.net.parameters() if p.grad is not None}
+        assert touched <= mine
+        assert len(touched) > 0
+
+
+@pytest.mark.parametrize("command", METHODS)
+def test_a_resumed_run_equals_an_uninterrupted_one(command, data, tmp_path):
+    whole, _ = trainer_of(command, data, tmp_path / "whole", ema=0.9)
+    whole.fit()
+    first, _ = trainer_of(command, data, tmp_path / "parts", ema=0.9)
+    for _ in range(2):
+        first.train_step()
+        first.step += 1
+    first.save()
+    second, _ = trainer_of(command, data, tmp_path / "parts", ema=0.9)
+    second.restore(second.run.load_state())
+    assert second.step == 2
+    second.fit()
+    for k, params in weights(whole).items():
+        for a, b in zip(params, weights(second)[k], strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(whole.players[k].ema.shadow, second.players[k].ema.shadow, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("command", METHODS)
+def test_accumulation_equals_one_large_batch(command, data, tmp_path, monkeypatch):
+    """Two micro-batches of the halves give the gradient of the whole, up to summation order."""
+    found = []
+    for n in (1, 2):
+        trainer, _ = trainer_of(command, data, tmp_path / str(n), grad_accum=n, batch_size=4 // n)
+        x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+        def losses(batch, step, trainer=trainer):
+            cond = batch.cond
+            p = trainer.method.student(batch.latents, torch.tensor(500), cond)
+            yield next(iter(trainer.players)), {"plain": p.eps.square().mean()}
+
+        parts = iter(x.chunk(n))
+        monkeypatch.setattr(trainer.method, "losses", losses)
+        real = trainer.data.batch
+        table = real(4, torch.Generator().manual_seed(2))
+
+        class Fixed:
+            def batch(self, size, generator, parts=parts, table=table, offset=[0]):  # noqa: B006  (a counter)
+                from fastdiff.data import Batch
+
+                rows = slice(offset[0], offset[0] + size)
+                offset[0] += size
+                return Batch(next(parts), table.cond[rows], table.uncond[rows])
+
+        trainer.data = Fixed()
+        trainer.train_step()
+        found.append(weights(trainer))
+    for k in found[0]:
+        for a, b in zip(found[0][k], found[1][k], strict=True):
+            torch.testing.assert_close(a, b, atol=3e-4, rtol=0)  # Adam's first step is lr * sign for tiny gradients
+
+
+@pytest.mark.parametrize("command", METHODS)
+def test_golden_losses(command, data, tmp_path):
+    """A refactor must not change the first losses. Written anew where the file is missing."""
+    trainer, _ = trainer_of(command, data, tmp_path)
+    found = []
+    for _ in range(3):
+        found.append(trainer.train_step()["loss"])
+        trainer.step += 1
+    path = GOLDEN / f"{command}.txt"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(f"{x:.6f}\n" for x in found))
+    expected = [float(x) for x in path.read_text().split()]
+    assert found == pytest.approx(expected, rel=2e-3)
+
+
+def test_noise_differs_between_ranks_and_steps():
+    seeds = {seed_for(s, r, t) for s in range(3) for r in range(8) for t in range(500)}
+    assert len(seeds) == 3 * 8 * 500
+
+
+def test_a_damaged_state_is_refused_by_name(data, tmp_path):
+    from fastdiff.console import InputRefused
+
+    trainer, _ = trainer_of("train-lcm-lora", data, tmp_path)
+    trainer.save()
+    path = trainer.run.state_folder / "state.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(InputRefused, match=r"state\.pt: damaged"):
+        trainer.run.load_state()
+
+
+def test_a_stop_signal_saves_a_state_and_says_how_to_go_on(data, tmp_path, monkeypatch):
+    import os
+    import signal
+
+    from fastdiff.console import Stopped
+
+    trainer, _ = trainer_of("train-lcm-lora", data, tmp_path, steps=50)
+    real = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", lambda: (os.kill(os.getpid(), signal.SIGTERM), real())[1])
+    with pytest.raises(Stopped, match="stopped at step 1 of 50") as stop:
+        trainer.fit()
+    assert stop.value.exit_code == 75
+    assert "fastdiff train-lcm-lora --config" in stop.value.hint
+    assert trainer.run.load_state()["step"] == 1
+
+
+def test_bad_gradients_are_skipped_and_ten_in_a_row_end_the_run(data, tmp_path, monkeypatch):
+    trainer, _ = trainer_of("train-lcm-lora", data, tmp_path, steps=50)
+    old = weights(trainer)
+    broken = lambda batch, step: iter([("student", {"x": trainer.players["student"].params[0].sum() * float("nan")})])
+    monkeypatch.setattr(trainer.method, "losses", broken)
+    with pytest.raises(RuntimeError, match="10 bad steps in a row"):
+        trainer.fit()
+    assert all(torch.equal(a, b) for a, b in zip(old["student"], weights(trainer)["student"], strict=True))
