@@ -76,19 +76,24 @@ def test_an_exact_ode_jump_has_zero_loss_for_pcm_and_tcd(target):
     assert Oracle(exact, exact, target=target, grid_steps=200, loss="l2").loss() < 1e-3
 
 
-def test_jump_targets():
+@pytest.mark.parametrize("skip", [1, 5])
+def test_pairs_and_jump_targets(skip):
     schedule = NoiseSchedule.from_config(SD)
     grid, index = schedule.ddim_grid(50), torch.arange(50)
-    u = torch.where(index > 0, grid[index - 1], 0)
-    edge = Oracle(Gaussian(schedule), None, target="edge", phases=4)
-    s = edge.jump_target(index, grid)
+    below = torch.where(index >= skip, grid[index - skip], 0)
+    u, s = Oracle(Gaussian(schedule), None, target="edge", phases=4, skip=skip).pair(index, grid)
     assert sorted(set(s.tolist())) == [0, 239, 499, 739]  # t_i just below grid indices 0, 12, 25, 37
-    assert (s <= u).all()
-    random = Oracle(Gaussian(schedule), None, target="random")
-    draws = torch.stack([random.jump_target(index, grid) for _ in range(200)])
+    assert torch.equal(u, torch.maximum(below, s))
+    assert (u < grid).all()
+    random = Oracle(Gaussian(schedule), None, target="random", skip=skip)
+    u = random.pair(index, grid)[0]
+    draws = torch.stack([random.pair(index, grid)[1] for _ in range(200)])
+    assert torch.equal(u, below)
     assert (draws <= u).all()
-    assert set(draws[:, 3].tolist()) == {0, 19, 39, 59}
-    assert Oracle(Gaussian(schedule), None).jump_target(index, grid) is None
+    assert set(draws[:, skip + 2].tolist()) == {0, 19, 39, 59}
+    u, s = Oracle(Gaussian(schedule), None, skip=skip).pair(index, grid)
+    assert torch.equal(u, below)
+    assert s is None
 
 
 def test_the_first_pair_targets_its_own_ode_step():

@@ -1,6 +1,6 @@
 """Latent consistency distillation as a LoRA, or of the full network (Luo et al. 2023; LCM-LoRA report 2023).
 
-    t = t_i, u = t_{i-1}  on the grid  k - 1, 2k - 1, ..., T - 1  with k = T / N;  t_0 = 0
+    t = t_i, u = t_{i-skip}  on the grid  k - 1, 2k - 1, ..., T - 1  with k = T / N;  0 below it
     x_t = alpha_t x0 + sigma_t eps
     p   = teacher(x_t, t; c, empty; w)                    guided: u + w (c - u), both halves in one batch
     x_u = alpha_u p.x0 + sigma_u p.eps                    DDIM step of the augmented PF-ODE
@@ -62,6 +62,7 @@ class Config(TrainConfig):
     guidance_min: Annotated[float, "teacher guidance u + w (c - u) is drawn from here ..."] = 6.0
     guidance_max: Annotated[float, "... to here, one a sample"] = 16.0
     grid_steps: Annotated[int, "DDIM steps of the distillation grid"] = 50
+    skip: Annotated[int, "grid points that one teacher step crosses; more learns faster, from coarser steps"] = 1
     loss: Annotated[Literal["huber", "l2"], "distance between the two jumps"] = "huber"
     huber_c: Annotated[float, "where Huber turns from square to linear"] = 0.001
     target_ema: Annotated[float, "decay of the averaged target of --full"] = 0.95
@@ -103,8 +104,7 @@ class LCM:
         n, device = len(batch.latents), batch.latents.device
         index = torch.randint(len(self.grid), (n,), device=device)
         grid = self.grid.to(device)
-        t, u = grid[index], torch.where(index > 0, grid[index - 1], 0)
-        s = self.jump_target(index, grid)
+        t, u, s = grid[index], *self.pair(index, grid)
         w = torch.empty(n, device=device).uniform_(self.config.guidance_min, self.config.guidance_max)
         eps = torch.randn_like(batch.latents)
         x_t = self.schedule.add_noise(batch.latents, eps, t)
@@ -139,16 +139,18 @@ class LCM:
             return c_skip * x + c_out * p.x0
         return torch.where(per_sample(t == s, x), x, jump(self.schedule, p, s))
 
-    def jump_target(self, index: Tensor, grid: Tensor) -> Tensor | None:
-        """s of each sample, at or below the lower point of its pair; None for zero."""
+    def pair(self, index: Tensor, grid: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The lower point u of each sample's pair, and where both jump to: s <= u, None for zero."""
+        below = lambda i: torch.where(i >= 0, grid[i.clamp(min=0)], 0)
+        u = below(index - self.config.skip)
         if self.config.target == "zero":
-            return None
+            return u, None
         if self.config.target == "edge":
             edges = (torch.arange(self.config.phases, device=grid.device) * len(grid)) // self.config.phases
-            lower = edges[torch.searchsorted(edges, index, right=True) - 1]
-        else:
-            lower = (torch.rand(len(index), device=grid.device) * (index + 1)).long()
-        return torch.where(lower > 0, grid[lower - 1], 0)
+            s = below(edges[torch.searchsorted(edges, index, right=True) - 1] - 1)
+            return torch.maximum(u, s), s  # a teacher step ends at the edge of its phase
+        points = (index - self.config.skip + 2).clamp(min=1)  # 0 and the grid up to u
+        return u, below((torch.rand(len(index), device=grid.device) * points).long() - 1)
 
     @contextmanager
     def target_weights(self) -> Iterator[None]:

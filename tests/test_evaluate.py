@@ -1,0 +1,101 @@
+"""The metrics judge only after they have ordered a known ladder rightly."""
+
+import pytest
+import torch
+from torchvision.transforms.functional import adjust_saturation, gaussian_blur
+
+from fastdiff import evaluate
+from fastdiff.data import embedded
+from fastdiff.evaluate import Prompts, Reference, Row, embed, frechet, gap_closed, moments, recognised
+from fastdiff.io import checkpoint
+from fastdiff.models import autoencoder
+from fastdiff.sampling import Settings
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return Reference()
+
+
+@pytest.fixture(scope="module")
+def teacher_pixels(reference):
+    """The teacher's guided 25-step pictures of the first 500 judged prompts."""
+    return autoencoder.decode(checkpoint.load("emoji").vae, reference.latents)
+
+
+def test_frechet_of_gaussians_in_closed_form():
+    d = 4
+    eye = torch.eye(d, dtype=torch.float64)
+    a, b = (torch.zeros(d, dtype=torch.float64), eye), (torch.full((d,), 2.0, dtype=torch.float64), 9 * eye)
+    assert frechet(a, b) == pytest.approx(4 * d + d * (1 + 9 - 2 * 3))
+    assert frechet(b, b) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_recogniser_knows_every_real_picture():
+    every = torch.arange(240)
+    for colour in (0, 4, 7):
+        features = embed(embedded.compose(every, torch.full_like(every, colour)))
+        for coarse in (False, True):
+            prompts = Prompts(every, torch.full_like(every, colour), torch.full_like(every, coarse, dtype=torch.bool))
+            assert recognised(features, prompts).mean() > 0.99
+
+
+def test_judged_prompts_are_one_fixed_list():
+    a, b = Prompts.judged(500), Prompts.judged(2000)
+    assert b.captions[:500] == a.captions
+    assert 0.45 < b.coarse.float().mean() < 0.55
+    assert 0.65 < (b.background >= 0).float().mean() < 0.75
+
+
+def test_fewer_calls_are_worse_in_every_judging_metric(reference):
+    """The best undistilled row at 1, 2, 4, 8, 16 and 50 calls, on the shipped 2,000 samples."""
+    calls = (1, 2, 4, 8, 50)
+    retrieval = [reference.best(n, "retrieval", 2000).hits.mean().item() for n in calls]
+    distance = [frechet(moments(reference.best(n, "frechet", 2000).features), reference.moments) for n in calls]
+    assert retrieval[:3] == sorted(retrieval[:3])
+    assert max(retrieval[:3]) < min(retrieval[3:]) + 0.01  # 8 calls are the 25-step quality already
+    assert distance == sorted(distance, reverse=True)
+
+
+@pytest.mark.parametrize("spoil", ["blurred", "over-saturated"])
+def test_spoiled_pictures_are_worse_in_every_judging_metric(spoil, teacher_pixels, reference):
+    unit = teacher_pixels / 2 + 0.5
+    bad = [gaussian_blur(unit, 11, s) if spoil == "blurred" else adjust_saturation(unit, s) for s in ((1.5, 3.0))]
+    prompts = Prompts.judged(500)
+    features = [embed(teacher_pixels), *(embed(x * 2 - 1) for x in bad)]
+    distance = [frechet(moments(f), reference.moments) for f in features]
+    assert distance == sorted(distance)
+    near = [evaluate.feature_net().distance(x * 2 - 1, teacher_pixels).mean().item() for x in bad]
+    assert 0 < near[0] < near[1]
+    hits = [recognised(f, prompts).mean().item() for f in features]
+    assert hits[2] <= hits[0]
+
+
+def test_gap_closed_and_its_band():
+    g = torch.Generator().manual_seed(0)
+
+    def row(rate):
+        return Row("x", Settings(), torch.zeros(2000, 1), (torch.rand(2000, generator=g) < rate).float(), 0.0)
+
+    rate = lambda r, i: r.hits[i].mean().item()
+    found = gap_closed(row(0.8), row(0.5), row(0.9), rate)
+    assert found["gap_closed"] == pytest.approx(0.75, abs=0.08)
+    assert found["low"] < 0.75 < found["high"]
+    assert found["gain_low"] > 0.2
+    worse = gap_closed(row(0.4), row(0.5), row(0.9), rate)
+    assert worse["gap_closed"] < 0
+    assert worse["gain_high"] < 0
+
+
+def test_the_shipped_teacher_is_good(reference, teacher_pixels):
+    """Recognised at 25 guided steps at least 0.8 times as often as its own VAE's reconstructions; backgrounds right."""
+    prompts = Prompts.judged(500)
+    base = checkpoint.load("emoji")
+    colours = torch.where(prompts.background >= 0, prompts.background, torch.arange(500) % 9)
+    real = embedded.compose(prompts.picture, colours)
+    rebuilt = autoencoder.decode(base.vae, autoencoder.encode_moments(base.vae, real).chunk(2, 1)[0])
+    ceiling = recognised(embed(rebuilt), prompts).mean()
+    found = recognised(embed(teacher_pixels), prompts)
+    assert found.mean() >= 0.8 * ceiling
+    assert found[~prompts.coarse].mean() >= 0.8 * ceiling
+    assert evaluate.background_right(teacher_pixels, prompts) >= 0.95
