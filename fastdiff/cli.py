@@ -85,9 +85,7 @@ def build_group() -> Any:
 
     @app.callback(help="Turn a Stable Diffusion checkpoint into a fast few-step model.", epilog=SOURCES)
     def top(
-        version: Annotated[
-            bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")
-        ] = False,
+        version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")] = False,
     ) -> None: ...
 
     for command in COMMANDS:
@@ -113,9 +111,7 @@ def build_command(command: Command, module: ModuleType) -> Any:
     app = typer.Typer(rich_markup_mode="rich", add_completion=False)
     # Rich joins lines within a paragraph: each example is its own.
     epilog = escape(examples.strip()).replace("\n", "\n\n") or None
-    app.command(
-        command.name, help=command.help, epilog=epilog, context_settings={"help_option_names": ["--help", "-h"]}
-    )(call)
+    app.command(command.name, help=command.help, epilog=epilog, context_settings={"help_option_names": ["--help", "-h"]})(call)
     return typer.main.get_command(app)
 
 
@@ -149,12 +145,8 @@ def parameter(option: Option, presets: dict[str, Any]) -> inspect.Parameter:
         extra["metavar"] = "|".join(map(str, option.choices)) or f"<{option.kind.__name__}>"
     if option.choices:
         extra["autocompletion"] = lambda incomplete: [str(c) for c in option.choices if str(c).startswith(incomplete)]
-    info = typer.Option(
-        *flags, help=escape(option.help) + note, show_default=False, rich_help_panel=panel(option), **extra
-    )
-    return inspect.Parameter(
-        option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
-    )
+    info = typer.Option(*flags, help=escape(option.help) + note, show_default=False, rich_help_panel=panel(option), **extra)
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
 
 
 def panel(option: Option) -> str | None:
@@ -162,13 +154,7 @@ def panel(option: Option) -> str | None:
 
 
 def shown(value: Any) -> str:
-    return (
-        ("on" if value else "off")
-        if isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    return ("on" if value else "off") if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def general() -> list[inspect.Parameter]:
@@ -187,9 +173,7 @@ def general() -> list[inspect.Parameter]:
         info = typer.Option(*flags, help=text, show_default=False, rich_help_panel="General", **extra)
         default, hint = (None, Path | None) if kind is Path else (False, bool)
         made.append(
-            inspect.Parameter(
-                f"cli_{name}", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info]
-            )
+            inspect.Parameter(f"cli_{name}", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info])
         )
     return made
 

@@ -39,7 +39,9 @@ class Config:
     num_images: Annotated[int, "images a prompt, with seeds seed, seed + 1, ..."] = 1
     seed: Annotated[int, "of the first image of each prompt"] = 0
     scheduler: Annotated[str | None, f"one of {', '.join(SOLVERS)}; default: the recipe's"] = None
-    spacing: Annotated[Literal["trailing", "leading", "linspace", "lcm"] | None, "of the timesteps; default: the scheduler's"] = None
+    spacing: Annotated[Literal["trailing", "leading", "linspace", "lcm"] | None, "of the timesteps; default: the scheduler's"] = (
+        None
+    )
     num_steps: Annotated[int | None, "sampling steps; default: the recipe's"] = None
     guidance: Annotated[float | None, "classifier-free guidance, 1 or less = none; default: the recipe's"] = None
     eta: Annotated[float | None, "TCD's gamma, 0 to 1; default: the recipe's"] = None
@@ -120,7 +122,9 @@ def run(config: Config) -> Result:
         resolution_px = config.resolution or RESOLUTION_PX[base.family]
         if resolution_px % 8:
             raise UsageError(f"--resolution {resolution_px}: must be a multiple of 8")
-        uncond = text.encode(base, [config.negative], device=device) if config.negative else text.unconditional(base, device=device)
+        uncond = (
+            text.encode(base, [config.negative], device=device) if config.negative else text.unconditional(base, device=device)
+        )
         cond = text.encode(base, [p for p in prompts for _ in range(config.num_images)], device=device)
     if config.negative and not chosen.guided:
         console.warn("--negative has no effect at guidance 1 or less")

@@ -123,7 +123,9 @@ class NoiseSchedule(nn.Module):
         skip = len(self) // n
         return torch.arange(1, n + 1) * skip - 1
 
-    def grid(self, num_steps: int, spacing: Literal["trailing", "leading", "linspace", "lcm"] = "trailing", offset: int = 1) -> Tensor:
+    def grid(
+        self, num_steps: int, spacing: Literal["trailing", "leading", "linspace", "lcm"] = "trailing", offset: int = 1
+    ) -> Tensor:
         """Descending (num_steps,) sampling timesteps, as diffusers' schedulers of that spacing compute them.
 
         `offset` is the scheduler's `steps_offset` (leading only). "lcm" takes evenly spread members of the

@@ -10,11 +10,11 @@ import torch
 
 from fastdiff import console
 from fastdiff.console import Result
-from fastdiff.data import embedded, open_data, teacher
+from fastdiff.data import open_data, teacher
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run, sha256, write_atomic
 from fastdiff.models import text
-from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, RESOLUTION_PX, Sampler, Settings, contact_sheet
 from fastdiff.trainer import Method, TrainConfig, Trainer, load_base, open_accelerator, open_run
 

@@ -271,7 +271,9 @@ def open_run(command: str, config: TrainConfig) -> tuple[Run, dict[str, Any] | N
     if config.resume not in {"auto", "never"} and state is None:
         raise UsageError(f"--resume {config.resume}: no state in that run folder")
     if state and state["step"] > config.steps:
-        raise UsageError(f"--steps {config.steps}: {run.folder} is already at step {state['step']}", "give more, or --resume never")
+        raise UsageError(
+            f"--steps {config.steps}: {run.folder} is already at step {state['step']}", "give more, or --resume never"
+        )
     if state is None:
         (run.folder / "metrics.jsonl").unlink(missing_ok=True)
     write_atomic(run.folder / "config.toml", to_toml(config))
@@ -281,7 +283,9 @@ def open_run(command: str, config: TrainConfig) -> tuple[Run, dict[str, Any] | N
 def open_accelerator(config: TrainConfig, run: Run) -> Any:
     from accelerate import Accelerator
 
-    cpu = config.device == "cpu" or (config.device == "auto" and not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+    cpu = config.device == "cpu" or (
+        config.device == "auto" and not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device on this machine")
     precision = config.precision

@@ -48,9 +48,7 @@ def fake(monkeypatch):
     module.seen = []
     module.run = lambda config: module.seen.append(config) or Result()
     monkeypatch.setitem(sys.modules, "fake_command", module)
-    monkeypatch.setattr(
-        cli, "COMMANDS", [cli.Command("fake", "fake_command", "A made-up command.", "Use"), *cli.COMMANDS]
-    )
+    monkeypatch.setattr(cli, "COMMANDS", [cli.Command("fake", "fake_command", "A made-up command.", "Use"), *cli.COMMANDS])
     for name in list(os.environ):
         if name.startswith("FASTDIFF_"):
             monkeypatch.delenv(name)

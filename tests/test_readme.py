@@ -46,7 +46,12 @@ def test_train_merge_and_sample_as_the_readme_tells(capfd, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     train, sample, merge, styled = (
         next(c for c in commands() if c.startswith(start))
-        for start in ("fastdiff train-lcm-lora", "fastdiff sample --lora runs", "fastdiff merge-lora", "fastdiff sample --lora lcm-anime")
+        for start in (
+            "fastdiff train-lcm-lora",
+            "fastdiff sample --lora runs",
+            "fastdiff merge-lora",
+            "fastdiff sample --lora lcm-anime",
+        )
     )
     assert cli.main([*shlex.split(train)[1:], "--steps", "2", "--proof", "20", "--batch-size", "4", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)

@@ -74,7 +74,9 @@ def test_prompts_from_standard_input_and_files(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("panda\n\nrobot on red\n"))
     (tmp_path / "p.txt").write_text("rocket\n")
     for source, n in (("-", 2), (str(tmp_path / "p.txt"), 1)):
-        code, told = command(capfd, "sample", "--prompts", source, "--num-steps", "1", "-o", str(tmp_path / "out"), "--device", "cpu")
+        code, told = command(
+            capfd, "sample", "--prompts", source, "--num-steps", "1", "-o", str(tmp_path / "out"), "--device", "cpu"
+        )
         assert (code, told["metrics"]["images"]) == (0, n)
 
 

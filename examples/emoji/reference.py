@@ -23,7 +23,13 @@ from fastdiff.sampling import DEFAULTS, Sampler, Settings
 def candidates(calls: int, guidances: list[float]) -> list[Settings]:
     """Stock ways to spend that many network calls: unguided with all of them, guided with half the steps."""
     found = []
-    for solver, spacing in (("ddim", "trailing"), ("ddim", "leading"), ("euler", "trailing"), ("dpm++", "trailing"), ("lcm", "lcm")):
+    for solver, spacing in (
+        ("ddim", "trailing"),
+        ("ddim", "leading"),
+        ("euler", "trailing"),
+        ("dpm++", "trailing"),
+        ("lcm", "lcm"),
+    ):
         found.append(Settings(solver, calls, 1.0, spacing))
         if calls > 1:
             found += [Settings(solver, calls // 2, w, spacing) for w in guidances]

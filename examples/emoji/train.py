@@ -111,9 +111,7 @@ def load_tokenizer():
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(words, trainer)
     state = json.loads(bpe.to_str())["model"]
     vocab = {token: i for i, token in enumerate(state["vocab"])}
@@ -239,7 +237,9 @@ def degrade(pixels: Tensor) -> Tensor:
 
 def train_features(args) -> None:
     net = FeatureNet().to(args.device)
-    heads = nn.ModuleDict({"name": nn.Linear(128, PICTURES), "group": nn.Linear(128, len(GROUPS)), "colour": nn.Linear(128, COLOURS)})
+    heads = nn.ModuleDict(
+        {"name": nn.Linear(128, PICTURES), "group": nn.Linear(128, len(GROUPS)), "colour": nn.Linear(128, COLOURS)}
+    )
     stage = Stage("features", {"net": net, "heads": heads.to(args.device)}, 2e-3, args)
 
     def loss_of(step, share):
@@ -273,7 +273,9 @@ def train_text(args) -> None:
         }
     ).to(args.device)
     stage = Stage("text", {"net": net, "heads": heads}, 1e-3, args)
-    table = tokens_of(tokenizer, [caption(i, b, g) for i in range(PICTURES) for b in (*range(COLOURS), None) for g in (False, True)])
+    table = tokens_of(
+        tokenizer, [caption(i, b, g) for i in range(PICTURES) for b in (*range(COLOURS), None) for g in (False, True)]
+    )
     table = table.view(PICTURES, COLOURS + 1, 2, LENGTH)
 
     def loss_of(step, share):

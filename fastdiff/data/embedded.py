@@ -98,6 +98,8 @@ def encode(base: Checkpoint, *, device: torch.device | str = "cpu", style: str =
 
 def background_of(pixels: Tensor) -> Tensor:
     """Which background an image (B, 3, H, W) has: the colour nearest to the median of its four 4 x 4 px corners; (B,)."""
-    corners = torch.cat([pixels[..., y, x].flatten(2) for y in (slice(4), slice(-4, None)) for x in (slice(4), slice(-4, None))], 2)
+    corners = torch.cat(
+        [pixels[..., y, x].flatten(2) for y in (slice(4), slice(-4, None)) for x in (slice(4), slice(-4, None))], 2
+    )
     colours = torch.tensor(list(BACKGROUNDS.values())) / 127.5 - 1
     return torch.cdist(corners.median(2).values, colours).argmin(1)

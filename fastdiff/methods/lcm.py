@@ -15,8 +15,7 @@ teacher: x_u is the same noise at the lower level.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -32,8 +31,8 @@ from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.ema import EMA
 from fastdiff.schedule import NoiseSchedule, per_sample
-from fastdiff.solvers import jump
 from fastdiff.session import train
+from fastdiff.solvers import jump
 from fastdiff.trainer import Losses, TrainConfig
 
 # guidance is w of u + w (c - u), so the official scripts' w of [5, 15] and [3, 15] is one more here.
@@ -178,6 +177,7 @@ class LCM:
         path = run.folder / f"{self.recipe.method}.safetensors"
         lora.save(lora.Lora(modules, recipe.to_metadata()), path)
         run.outputs.append(path)
+
 
 def guidance_embedded(unet: nn.Module, width: int = 256) -> nn.Module:
     """A trainable fp32 copy with LCM's guidance embedding, whose new projection starts at zero: the teacher exactly."""

@@ -13,9 +13,9 @@ TARGETS = (
 
 def attach(unet: nn.Module, rank: int, alpha: float, name: str = "student") -> None:
     """Freeze the UNet and put a fresh adapter on it, its factors in fp32 whatever the base is stored in."""
+    import torch
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
-    import torch
 
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS)), adapter_name=name)
