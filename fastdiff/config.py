@@ -4,6 +4,7 @@ Precedence: flag > FASTDIFF_<FIELD> variable > --config TOML > preset of the bas
 """
 
 import json
+import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping
@@ -22,6 +23,31 @@ EXPECTED = {str: "text", int: "a whole number", float: "a number", bool: "true o
 
 
 @dataclass(frozen=True)
+class Range:
+    """What numbers a field accepts: a note beside its help, `Annotated[int, "optimiser steps", Range(1)]`."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None  # exclusive
+    below: float | None = None  # exclusive
+    multiple_of: int | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return not (
+            (self.low is not None and value < self.low)
+            or (self.high is not None and value > self.high)
+            or (self.above is not None and value <= self.above)
+            or (self.below is not None and value >= self.below)
+            or (self.multiple_of is not None and value % self.multiple_of)
+        )
+
+    def __str__(self) -> str:
+        words = dict(above=self.above, low=self.low, high=self.high, below=self.below, multiple_of=self.multiple_of)
+        names = dict(low="at least", high="at most", multiple_of="a multiple of")
+        return " and ".join(f"{names.get(word, word)} {bound:g}" for word, bound in words.items() if bound is not None)
+
+
+@dataclass(frozen=True)
 class Option:
     """One field of a config, as the command line and TOML see it."""
 
@@ -31,6 +57,7 @@ class Option:
     optional: bool = False  # None is a value
     repeated: bool = False
     choices: tuple[Any, ...] = ()
+    range: Range = Range()
     help: str = ""
     flags: tuple[str, ...] = ()  # short forms
     panel: str = "Options"
@@ -51,10 +78,11 @@ def options(cls: type) -> list[Option]:
 
 
 def _option(cls: type, field: Any, hint: Any) -> Option:
-    note = ""
+    note, bounds = "", Range()
     if get_origin(hint) is Annotated:
         hint, *notes = get_args(hint)
         note = next((n for n in notes if isinstance(n, str)), "")
+        bounds = next((n for n in notes if isinstance(n, Range)), bounds)
     optional = repeated = False
     if get_origin(hint) in {Union, UnionType}:
         inner = [a for a in get_args(hint) if a is not NoneType]
@@ -70,7 +98,7 @@ def _option(cls: type, field: Any, hint: Any) -> Option:
     panel = owner.__dict__.get("PANEL") or ("Options" if owner is cls else "Training")
     default = field.default_factory() if field.default_factory is not MISSING else field.default
     flags = tuple(field.metadata.get("flags", ()))
-    return Option(field.name, kind, default, optional, repeated, choices, note, flags, panel)
+    return Option(field.name, kind, default, optional, repeated, choices, bounds, note, flags, panel)
 
 
 def suggestion(word: str, known: list[str]) -> str:
@@ -93,25 +121,34 @@ def coerce(option: Option, value: Any, where: str, *, text: bool) -> Any:
 
 
 def _scalar(option: Option, value: Any, where: str, text: bool) -> Any:
-    kind = option.kind
+    for choice in option.choices:
+        if choice == value or (text and str(choice) == value):
+            return choice
     if option.choices:
-        for choice in option.choices:
-            if choice == value or (text and str(choice) == value):
-                return choice
         _bad_choice(option, value, where)
+    found = _typed(option.kind, value, text)
+    if found is None or (isinstance(found, float) and math.isnan(found)):
+        raise UsageError(f"{where}: {value!r} is not {EXPECTED[option.kind]}")
+    if option.kind in {int, float} and found not in option.range:
+        raise UsageError(f"{where} {value}: must be {option.range}")
+    return found
+
+
+def _typed(kind: type, value: Any, text: bool) -> Any:
+    """The value as that type; None where it is not one."""
     if kind in {str, bool} and isinstance(value, kind):
         return value
     if text and isinstance(value, str):
         try:
             return BOOLS[value.strip().lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            pass
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+            return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
         if kind is float:
             return float(value)
         if kind is int and (isinstance(value, int) or value.is_integer()):
             return int(value)
-    raise UsageError(f"{where}: {value!r} is not {EXPECTED[kind]}")
+    return None
 
 
 def _bad_choice(option: Option, value: Any, where: str) -> NoReturn:

@@ -6,6 +6,7 @@ is sampled here.
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -96,6 +97,25 @@ def background_right(pixels: Tensor, prompts: Prompts) -> float:
     """Share of the prompts that name a background in which the corners show it."""
     said = prompts.background >= 0
     return (embedded.background_of(pixels)[said] == prompts.background[said]).float().mean().item()
+
+
+@torch.no_grad()
+def style_distance(pixels: Tensor, prompts: Sequence[str]) -> dict[str, Any] | None:
+    """In which drawing style images (N, 3, H, W) are: mean feature distance to their emoji drawn in each, and the share
+
+    nearest to each. Counts prompts that name a picture ("a red apple on blue"); None where no prompt does.
+    """
+    named = {embedded.caption(p, None): p for p in range(len(embedded.pictures()))}
+    picture = torch.tensor([named.get(re.sub(r"^an? | on \w+$", "", prompt.lower()), -1) for prompt in prompts])
+    pixels, picture = pixels[picture >= 0], picture[picture >= 0]
+    if not len(picture):
+        return None
+    background = embedded.background_of(pixels)
+    drawn = [embedded.compose(picture, background, style) for style in embedded.STYLES]
+    distances = torch.stack([feature_net().distance(pixels, x) for x in drawn], 1)  # (N, styles)
+    share = F.one_hot(distances.argmin(1), len(drawn)).float().mean(0)
+    figures = zip(embedded.STYLES, distances.mean(0).tolist(), share.tolist(), strict=True)
+    return {style: {"distance": distance, "nearest": nearest} for style, distance, nearest in figures}
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,16 +215,22 @@ class Reference:
         self.table = json.loads((folder / "teacher.json").read_text())
         self.moments = (tensors["mean"].double(), tensors["cov"].double())
         self.latents = tensors["latents"]  # (500, C, h, w), seeds 0..499
-        self.features = {k.removeprefix("features."): v for k, v in tensors.items() if k.startswith("features.")}
+        self.features = {k: v for k, v in tensors.items() if k.startswith(("features.", "ladder."))}
 
     def best(self, calls: int, metric: str, n: int) -> Row:
         """The best undistilled row at that many network calls by `metric`, over its first n samples."""
         entry = self.table["best"][f"{metric}.{calls}"]
-        row = self.table["rows"][entry]
-        features = self.features[str(entry)][:n]
-        settings = Settings(row["solver"], row["num_steps"], row["guidance"], row["spacing"])
+        return self.row(self.table["rows"][entry], self.features[f"features.{entry}"][:n])
+
+    def ladder(self, calls: int) -> Row:
+        """The teacher's own way of sampling with 50, 16, 8, 4, 2 or 1 calls, over the first 500 samples."""
+        told = next(row for row in self.table["ladder"] if row["calls"] == calls)
+        return self.row(told, self.features[f"ladder.{calls}"])
+
+    def row(self, told: dict[str, Any], features: Tensor) -> Row:
+        settings = Settings(told["solver"], told["num_steps"], told["guidance"], told["spacing"])
         hits = recognised(features, Prompts.judged(len(features)))
-        return Row("teacher", settings, features, hits, row["background"], row["same_noise"])
+        return Row("teacher", settings, features, hits, told["background"], told["same_noise"])
 
 
 Metric = Callable[[Row, Tensor], float]  # (row, sample indices) -> figure

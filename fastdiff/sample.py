@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from fastdiff import console
+from fastdiff import console, evaluate
+from fastdiff.config import Range
 from fastdiff.console import Result, UsageError
 from fastdiff.data.teacher import read_prompts
 from fastdiff.io import checkpoint, lora
@@ -36,17 +37,17 @@ class Config:
     )
     base_config: Annotated[str | None, "folder or hub id with configs and tokenizers, for a single-file base"] = None
     lora: Annotated[list[str], "FILE[=WEIGHT], weight 1 unless given; repeat it for more"] = field(default_factory=list)
-    num_images: Annotated[int, "images a prompt, with seeds seed, seed + 1, ..."] = 1
-    seed: Annotated[int, "of the first image of each prompt"] = 0
+    num_images: Annotated[int, "images a prompt, with seeds seed, seed + 1, ...", Range(1)] = 1
+    seed: Annotated[int, "of the first image of each prompt", Range(0, 2**63 - 1)] = 0
     scheduler: Annotated[str | None, f"one of {', '.join(SOLVERS)}; default: the recipe's"] = None
     spacing: Annotated[Literal["trailing", "leading", "linspace", "lcm"] | None, "of the timesteps; default: the scheduler's"] = (
         None
     )
-    num_steps: Annotated[int | None, "sampling steps; default: the recipe's"] = None
-    guidance: Annotated[float | None, "classifier-free guidance, 1 or less = none; default: the recipe's"] = None
-    eta: Annotated[float | None, "TCD's gamma, 0 to 1; default: the recipe's"] = None
-    resolution: Annotated[int | None, "pixels a side; default: the family's own"] = None
-    batch_size: Annotated[int, "images at once"] = 4
+    num_steps: Annotated[int | None, "sampling steps; default: the recipe's", Range(1, 1000)] = None
+    guidance: Annotated[float | None, "classifier-free guidance, 1 or less = none; default: the recipe's", Range(0)] = None
+    eta: Annotated[float | None, "TCD's gamma, 0 to 1; default: the recipe's", Range(0, 1)] = None
+    resolution: Annotated[int | None, "pixels a side; default: the family's own", Range(8, multiple_of=8)] = None
+    batch_size: Annotated[int, "images at once", Range(1)] = 4
     grid: Annotated[bool, "also write grid.png when there are several images"] = True
     output: Annotated[str | None, "a folder, or NAME.png for one image; default runs/sample-<base>"] = field(
         default=None, metadata={"flags": ["-o"]}
@@ -120,8 +121,6 @@ def run(config: Config) -> Result:
         sampler, _ = open_sampler(config, device)
         base, chosen = sampler.base, sampler.settings
         resolution_px = config.resolution or RESOLUTION_PX[base.family]
-        if resolution_px % 8:
-            raise UsageError(f"--resolution {resolution_px}: must be a multiple of 8")
         uncond = (
             text.encode(base, [config.negative], device=device) if config.negative else text.unconditional(base, device=device)
         )
@@ -139,8 +138,8 @@ def run(config: Config) -> Result:
                 prompt = prompts[k // config.num_images]
                 outputs.append(write_png(folder / names[k], pixels, facts(config, chosen, prompt, seeds[k])))
             bar.update(len(seeds[rows]))
+    stack = torch.cat(images)
     if config.grid and len(seeds) > 1:
-        stack = torch.cat(images)
         columns = config.num_images if config.num_images > 1 else min(4, len(seeds))
         sheet = folder / "grid.png"
         contact_sheet([stack[c::columns] for c in range(columns)]).save(sheet) if len(stack) % columns == 0 else contact_sheet(
@@ -148,6 +147,8 @@ def run(config: Config) -> Result:
         ).save(sheet)
         outputs.append(sheet)
     metrics = {"images": len(seeds), "calls": chosen.calls, "settings": asdict(chosen)}
+    if base.family == "emoji":
+        metrics["style"] = evaluate.style_distance(stack, [p for p in prompts for _ in range(config.num_images)])
     return Result(outputs, metrics)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import console
-from fastdiff.config import to_toml
+from fastdiff.config import Range, to_toml
 from fastdiff.console import Stopped, UsageError
 from fastdiff.data import Batch, Encoded
 from fastdiff.io.checkpoint import Checkpoint
@@ -37,26 +37,26 @@ class TrainConfig:
     base_config: Annotated[str | None, "folder or hub id with configs and tokenizers, for a single-file base"] = None
     data: Annotated[str | None, "emoji, emoji:STYLE, teacher, or a folder of images and captions"] = None
     prompts: Annotated[str | None, "prompts for --data teacher, one a line"] = None
-    teacher_samples: Annotated[int, "how many latents --data teacher samples"] = 256
+    teacher_samples: Annotated[int, "how many latents --data teacher samples", Range(1)] = 256
     output: Annotated[str | None, "run folder"] = field(default=None, metadata={"flags": ["-o"]})
-    steps: Annotated[int, "optimiser steps"] = 1000
-    batch_size: Annotated[int, "images a step and device"] = 12
-    grad_accum: Annotated[int, "micro-batches an optimiser step"] = 1
-    lr: Annotated[float, "learning rate"] = 1e-4
+    steps: Annotated[int, "optimiser steps", Range(1)] = 1000
+    batch_size: Annotated[int, "images a step and device", Range(1)] = 12
+    grad_accum: Annotated[int, "micro-batches an optimiser step", Range(1)] = 1
+    lr: Annotated[float, "learning rate", Range(above=0)] = 1e-4
     lr_schedule: Annotated[Literal["constant", "cosine"], "after the warm-up"] = "constant"
-    warmup: Annotated[int, "steps of linear learning rate warm-up"] = 0
-    weight_decay: Annotated[float, "AdamW weight decay"] = 0.0
-    max_grad_norm: Annotated[float, "gradient clipping"] = 1.0
-    ema: Annotated[float, "decay of the averaged weights that are exported; 0 = none"] = 0.0
-    empty_prompts: Annotated[float, "share of items trained with an empty prompt"] = 0.0
-    resolution: Annotated[int | None, "pixels a side; default: the family's own"] = None
-    seed: Annotated[int, "of everything random"] = 0
+    warmup: Annotated[int, "steps of linear learning rate warm-up", Range(0)] = 0
+    weight_decay: Annotated[float, "AdamW weight decay", Range(0)] = 0.0
+    max_grad_norm: Annotated[float, "gradient clipping", Range(above=0)] = 1.0
+    ema: Annotated[float, "decay of the averaged weights that are exported; 0 = none", Range(0, below=1)] = 0.0
+    empty_prompts: Annotated[float, "share of items trained with an empty prompt", Range(0, 1)] = 0.0
+    resolution: Annotated[int | None, "pixels a side; default: the family's own", Range(8, multiple_of=8)] = None
+    seed: Annotated[int, "of everything random", Range(0, 2**31 - 1)] = 0
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to train"] = "auto"
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
     gradient_checkpointing: Annotated[bool, "less memory, a third more time"] = False
     resume: Annotated[str, "auto (go on from the run folder's state), never, or another run folder"] = "auto"
-    save_every: Annotated[int, "steps between resumable states"] = 200
-    preview_every: Annotated[int, "steps between contact sheets; 0 = only at the end"] = 0
+    save_every: Annotated[int, "steps between resumable states", Range(1)] = 200
+    preview_every: Annotated[int, "steps between contact sheets; 0 = only at the end", Range(0)] = 0
     tracker: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], "besides metrics.jsonl"] = "none"
 
 

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastdiff.console import InputRefused, UsageError, state
+from fastdiff import console
+from fastdiff.console import InputRefused, UsageError
 from fastdiff.io import lora
 from fastdiff.io.lora import Factors, Lora
 from fastdiff.io.recipe import Recipe
@@ -116,7 +117,7 @@ def test_raw_peft_takes_its_scale_from_the_config_beside_it(tmp_path):
     down, up = factors(0)
     path = write(tmp_path, pair(f"base_model.model.{Q}.lora_{{}}.weight", down, up))
     torch.testing.assert_close(lora.load(path).modules[KQ].delta(), product(down, up))
-    assert any("adapter_config.json" in line for line in state.warnings)
+    assert any("adapter_config.json" in line for line in console.state.warnings)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2, "alpha_pattern": {}}))
     torch.testing.assert_close(lora.load(path).modules[KQ].delta(), product(down, up, 0.5))
     (tmp_path / "adapter_config.json").write_text("[1]")

@@ -13,11 +13,12 @@ from dataclasses import replace
 import torch
 from safetensors.torch import save_file
 
-from fastdiff import evaluate
 from fastdiff.evaluate import REFERENCE, REFERENCE_SEED, Judge, embed, moments
 from fastdiff.io import checkpoint
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, Settings
+
+LADDER = 500  # samples of each rung
 
 
 def candidates(calls: int, guidances: list[float]) -> list[Settings]:
@@ -73,15 +74,23 @@ def main() -> None:
                 placed[i] = len(rows) - 1
                 print("best", metric, rows[-1].figures(reference), flush=True)
             best[f"{metric}.{calls}"] = placed[i]
-    table = {"samples": args.samples, "rows": [row.figures(reference) for row in rows], "best": best}
+    # The ladder that a metric must order before it judges: the teacher's own way of sampling with ever fewer calls.
+    rungs = [replace(teacher, num_steps=n) for n in (25, 8, 4, 2, 1)] + [replace(teacher, num_steps=1, guidance=1.0)]
+    ladder = [Judge(base, LADDER).row("teacher", sampler, s) for s in rungs]
+    table = {
+        "samples": args.samples,
+        "rows": [row.figures(reference) for row in rows],
+        "best": best,
+        "ladder": [row.figures(reference) for row in ladder],
+    }
     REFERENCE.mkdir(exist_ok=True)
     (REFERENCE / "teacher.json").write_text(json.dumps(table, indent=1) + "\n")
     tensors = {"mean": reference[0].float(), "cov": reference[1].float(), "latents": latents[:500].half()}
     tensors |= {f"features.{i}": row.features.half().contiguous() for i, row in enumerate(rows)}
+    tensors |= {f"ladder.{row.calls}": row.features.half().contiguous() for row in ladder}
     save_file(tensors, REFERENCE / "teacher.safetensors")
-    ladder = [full.row("teacher", sampler, replace(teacher, num_steps=n)).figures(reference) for n in (8, 4, 2, 1)]
-    print(json.dumps(ladder, indent=1))
-    print(evaluate.Reference().table["best"])
+    print(json.dumps(table["ladder"], indent=1))
+    print(best)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import losses
+from fastdiff.config import Range
+from fastdiff.console import UsageError
 from fastdiff.data import Batch
 from fastdiff.io import checkpoint, lora
 from fastdiff.io.checkpoint import Checkpoint
@@ -52,21 +54,28 @@ fastdiff train-lcm-lora --base my.safetensors --base-config folder --data pictur
 class Config(TrainConfig):
     PANEL: ClassVar[str] = "Consistency distillation"
 
-    lora_rank: Annotated[int, "rank of the adapter"] = 64
-    lora_alpha: Annotated[float, "its scale is alpha / rank"] = 64
+    lora_rank: Annotated[int, "rank of the adapter", Range(1)] = 64
+    lora_alpha: Annotated[float, "its scale is alpha / rank", Range(above=0)] = 64
     full: Annotated[bool, "train all weights, with a guidance embedding and an averaged target"] = False
     finetune: Annotated[bool, "consistency fine-tuning: no teacher, data with noise instead (LCF)"] = False
     target: Annotated[Literal["zero", "edge", "random"], "where the student jumps to: LCM, PCM, TCD"] = "zero"
-    phases: Annotated[int, "phases of --target edge"] = 4
-    guidance_min: Annotated[float, "teacher guidance u + w (c - u) is drawn from here ..."] = 6.0
-    guidance_max: Annotated[float, "... to here, one a sample"] = 16.0
-    grid_steps: Annotated[int, "DDIM steps of the distillation grid"] = 50
-    skip: Annotated[int, "grid points that one teacher step crosses; more learns faster, from coarser steps"] = 1
+    phases: Annotated[int, "phases of --target edge", Range(1)] = 4
+    guidance_min: Annotated[float, "teacher guidance u + w (c - u) is drawn from here ...", Range(0)] = 6.0
+    guidance_max: Annotated[float, "... to here, one a sample", Range(0)] = 16.0
+    grid_steps: Annotated[int, "DDIM steps of the distillation grid", Range(1, 1000)] = 50
+    skip: Annotated[int, "grid points that one teacher step crosses; more learns faster, from coarser steps", Range(1)] = 1
     loss: Annotated[Literal["huber", "l2"], "distance between the two jumps"] = "huber"
-    huber_c: Annotated[float, "where Huber turns from square to linear"] = 0.001
-    target_ema: Annotated[float, "decay of the averaged target of --full"] = 0.95
-    num_steps: Annotated[int, "sampling steps that the recipe in the file names"] = 4
-    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none"] = 500
+    huber_c: Annotated[float, "where Huber turns from square to linear", Range(above=0)] = 0.001
+    target_ema: Annotated[float, "decay of the averaged target of --full", Range(0, below=1)] = 0.95
+    num_steps: Annotated[int, "sampling steps that the recipe in the file names", Range(1, 50)] = 4
+    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none", Range(0, 2000)] = 500
+
+    def __post_init__(self) -> None:
+        if self.guidance_min > self.guidance_max:
+            raise UsageError(f"--guidance-min {self.guidance_min:g}: must be at most --guidance-max {self.guidance_max:g}")
+        for name in ("skip", "phases"):
+            if getattr(self, name) > self.grid_steps:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be at most --grid-steps {self.grid_steps}")
 
 
 class LCM:

@@ -1,0 +1,119 @@
+"""The real sizes, with random weights made on the spot: what fits, and that every layer of the file is loaded."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from fastdiff.io import lora
+
+pytestmark = pytest.mark.slow
+
+BUILD = """
+    import json, sys, torch
+    from pathlib import Path
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    folder = Path(sys.argv[1])
+
+    def write(part, make):
+        with torch.device("meta"):
+            net = make()
+        net = net.half().to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        for name, p in net.state_dict().items():
+            if "position_ids" in name:
+                p.copy_(torch.arange(p.numel()).view_as(p))
+            elif p.is_floating_point():
+                # Near what a trained net has: unit gains, small weights; so activations stay finite over all layers.
+                p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+                if p.ndim > 1:
+                    fan_in = p[0].numel()
+                    block = torch.randn(2**16, generator=generator).mul_(0.5 / fan_in**0.5).half()
+                    p.view(-1).copy_(block.repeat(-(-p.numel() // 2**16))[: p.numel()])
+        net.save_pretrained(folder / part)
+
+    symbols = [chr(c) for c in range(33, 127)]
+    vocab = {s: i for i, s in enumerate([*symbols, *(s + "</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77, pad_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer.save_pretrained(folder / "tokenizer_2")
+    one = dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+               projection_dim=768)
+    two = dict(vocab_size=49408, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+               projection_dim=1280, hidden_act="gelu")
+    write("text_encoder", lambda: CLIPTextModel(CLIPTextConfig(**one)))
+    write("text_encoder_2", lambda: CLIPTextModelWithProjection(CLIPTextConfig(**two)))
+    write("vae", lambda: AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024, scaling_factor=0.13025))
+    write("unet", lambda: UNet2DConditionModel(
+        sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2, attention_head_dim=(5, 10, 20),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10), cross_attention_dim=2048, use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816))
+    EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1,
+    ).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True,
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+"""
+
+LOAD = """
+    import sys, torch
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(sys.argv[1], subfolder="unet"))
+    unet = unet.half().to_empty(device="cpu")
+    state, alphas = StableDiffusionXLPipeline.lora_state_dict(sys.argv[2], unet_config=unet.config)
+    StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, unet)
+    print(sum(hasattr(m, "lora_A") for m in unet.modules()))
+"""
+
+
+def python(code, *args):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)], check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+def test_two_steps_on_full_size_sdxl_fit_24_gb_and_the_lora_loads_whole(tmp_path):
+    base, run = tmp_path / "sdxl", tmp_path / "run"
+    base.mkdir()
+    python(BUILD, base)
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    flags = dict(base=base, output=run, steps=2, batch_size=1, teacher_samples=1, resolution=64, prompts=tmp_path / "prompts.txt")
+    command = [sys.executable, "-m", "fastdiff", "train-lcm-lora", *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    done = subprocess.run(
+        [*command, "--offline", "--json"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FASTDIFF_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "2"},
+    )
+    peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    told = json.loads(done.stdout)
+    print(f"peak {peak_gib:.1f} GiB (building it {before / 2**20:.1f}), {told['timings']}")
+    assert told["metrics"]["steps"] == 2
+    assert peak_gib < 24
+    written = run / "lcm.safetensors"
+    assert len(lora.load(written).modules) == 788
+    assert int(python(LOAD, base, written).split()[-1]) == 788
+    assert Path(run / "previews" / "final.png").exists()
