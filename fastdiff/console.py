@@ -144,10 +144,8 @@ def warn(message: str) -> None:
 
 
 def error(message: str, hint: str = "") -> None:
-    """The one line of a failure, and the line that says what to do."""
-    _say(one_line(message), "bold red", "error: ")
-    if hint:
-        _say(one_line(hint), "cyan", "hint: ")
+    """The one line of a failure: what is wrong, and after a semicolon what to do."""
+    _say("; ".join(one_line(part) for part in (message, hint) if part), "bold red", "error: ")
 
 
 def one_line(text: str) -> str:

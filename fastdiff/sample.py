@@ -1,6 +1,7 @@
 """The `sample` command: prompts to PNGs, with the settings that the weights' own recipe asks for."""
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -140,12 +141,11 @@ def run(config: Config) -> Result:
             bar.update(len(seeds[rows]))
     stack = torch.cat(images)
     if config.grid and len(seeds) > 1:
-        columns = config.num_images if config.num_images > 1 else min(4, len(seeds))
-        sheet = folder / "grid.png"
-        contact_sheet([stack[c::columns] for c in range(columns)]).save(sheet) if len(stack) % columns == 0 else contact_sheet(
-            [stack]
-        ).save(sheet)
-        outputs.append(sheet)
+        columns = config.num_images if config.num_images > 1 else math.ceil(len(seeds) ** 0.5)
+        blank = torch.ones(-len(stack) % columns, *stack.shape[1:])
+        padded = torch.cat([stack, blank])
+        outputs.append(folder / "grid.png")
+        contact_sheet([padded[c::columns] for c in range(columns)]).save(outputs[-1])
     metrics = {"images": len(seeds), "calls": chosen.calls, "settings": asdict(chosen)}
     if base.family == "emoji":
         metrics["style"] = evaluate.style_distance(stack, [p for p in prompts for _ in range(config.num_images)])

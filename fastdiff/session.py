@@ -16,7 +16,7 @@ from fastdiff.io.run import Run, sha256, write_atomic
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, RESOLUTION_PX, Sampler, Settings, contact_sheet
-from fastdiff.trainer import Method, TrainConfig, Trainer, load_base, open_accelerator, open_run
+from fastdiff.trainer import Method, TrainConfig, Trainer, load_base, open_accelerator, open_run, start
 
 # Pictures that are told apart at a glance, on backgrounds that are not their own colour.
 EMOJI_PREVIEW = ("red apple on blue", "panda on yellow", "rocket on purple", "sunflower on white", "robot on green", "pizza")
@@ -93,6 +93,7 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
         data.empty_prompts = config.empty_prompts
         base.release("text_encoders", "tokenizers", "vae")
     method = method_class(base, config)
+    start(run, config, resumed=state is not None)
     method.student.to(accelerator.device)
     trainer = Trainer(method, data, run, config, accelerator)
     if state:

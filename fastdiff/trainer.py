@@ -274,10 +274,15 @@ def open_run(command: str, config: TrainConfig) -> tuple[Run, dict[str, Any] | N
         raise UsageError(
             f"--steps {config.steps}: {run.folder} is already at step {state['step']}", "give more, or --resume never"
         )
-    if state is None:
+    return run, state
+
+
+def start(run: Run, config: TrainConfig, resumed: bool) -> None:
+    """Make the run folder: only now are the base and the data known to be good."""
+    (run.folder / "previews").mkdir(parents=True, exist_ok=True)
+    if not resumed:
         (run.folder / "metrics.jsonl").unlink(missing_ok=True)
     write_atomic(run.folder / "config.toml", to_toml(config))
-    return run, state
 
 
 def open_accelerator(config: TrainConfig, run: Run) -> Any:

@@ -49,7 +49,7 @@ def test_quiet_keeps_warnings_and_errors(capsys):
         bar.update(3)
     console.warn("w")
     console.error("e", "h")
-    assert capsys.readouterr().err == "warning: w\nerror: e\nhint: h\n"
+    assert capsys.readouterr().err == "warning: w\nerror: e; h\n"
 
 
 def test_control_characters_do_not_reach_the_terminal(capsys):

@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import stat
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -208,6 +213,25 @@ def test_written_keys_alpha_and_header(tmp_path):
     torch.testing.assert_close(read.modules[KCONV].delta(), item.modules[KCONV].delta())
     told = lora.header(item, "t")
     assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("Dynamic", "4")
+
+
+def test_the_same_weights_are_the_same_bytes_in_any_process(tmp_path):
+    """The library orders the header by a hash seeded anew in every process."""
+    code = """
+        import sys, torch
+        from fastdiff.io.lora import Factors, Lora, save
+        told = {f"k{i}": "caf\u00e9" * i for i in range(9)}
+        save(Lora({"lora_unet_conv_in": Factors(torch.ones(2, 4, 3, 3), torch.ones(8, 2, 1, 1))}, told), sys.argv[1])
+    """
+    paths = [tmp_path / "a" / "x.safetensors", tmp_path / "b" / "x.safetensors"]
+    for path in paths:
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(path)], check=True)
+    first, second = (path.read_bytes() for path in paths)
+    assert first == second
+    assert lora.load(paths[0]).metadata["k3"] == "caf\u00e9" * 3
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(paths[0].stat().st_mode) == 0o666 & ~umask
 
 
 def test_what_fp16_cannot_hold_is_not_written(tmp_path):

@@ -147,4 +147,4 @@ def test_mistakes_are_one_line_and_leave_no_run_behind(args, message, train, tin
     assert code == 2, told
     assert message in told["error"]["message"]
     assert "\n" not in told["error"]["message"]
-    assert not (tmp_path / "run" / "state").exists()
+    assert not (tmp_path / "run").exists()

@@ -2,8 +2,8 @@
 
     python examples/emoji/reference.py [--samples 2000] [--search 500]
 
-Every stock solver, guided and not, at 1, 2, 4 and 8 network calls on --search samples; the best of each by retrieval
-and by Frechet distance again on --samples. Reference statistics: guided 25-step samples with seeds of their own.
+Every stock solver, guided and not, at 1, 2, 4 and 8 network calls on --search samples; the best by retrieval and the best
+by Frechet distance again on --samples, which decide. Reference statistics: guided 25-step samples with seeds of their own.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from safetensors.torch import save_file
 
-from fastdiff.evaluate import REFERENCE, REFERENCE_SEED, Judge, embed, moments
+from fastdiff.evaluate import REFERENCE, REFERENCE_SEED, Judge, Row, embed, moments
 from fastdiff.io import checkpoint
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, Settings
@@ -39,6 +39,15 @@ def candidates(calls: int, guidances: list[float]) -> list[Settings]:
     return found
 
 
+def best_of(rows: list[Row], calls: int, reference: tuple[torch.Tensor, torch.Tensor]) -> dict[str, int]:
+    """The rows with the best retrieval and the best Frechet distance at that many calls, both on all samples."""
+    figures = {i: row.figures(reference) for i, row in enumerate(rows) if row.calls == calls}
+    return {
+        f"retrieval.{calls}": max(figures, key=lambda i: figures[i]["retrieval"]),
+        f"frechet.{calls}": min(figures, key=lambda i: figures[i]["frechet"]),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=2000)
@@ -62,18 +71,13 @@ def main() -> None:
         figures = [row.figures(reference) for row in tried]
         for row in figures:
             print(row, flush=True)
-        winners = {
-            "retrieval": max(range(len(tried)), key=lambda i: (figures[i]["retrieval"], -figures[i]["frechet"])),
-            "frechet": min(range(len(tried)), key=lambda i: figures[i]["frechet"]),
-        }
-        placed: dict[int, int] = {}
-        for metric, i in winners.items():
-            if i not in placed:
-                near = latents[:500] if calls == 1 else None
-                rows.append(full.row("teacher", sampler, tried[i].settings, teacher_latents=near))
-                placed[i] = len(rows) - 1
-                print("best", metric, rows[-1].figures(reference), flush=True)
-            best[f"{metric}.{calls}"] = placed[i]
+        order = range(len(tried))
+        finalists = {max(order, key=lambda i: figures[i]["retrieval"]), min(order, key=lambda i: figures[i]["frechet"])}
+        near = latents[:500] if calls == 1 else None
+        for i in sorted(finalists):
+            rows.append(full.row("teacher", sampler, tried[i].settings, teacher_latents=near))
+            print("finalist", rows[-1].figures(reference), flush=True)
+        best |= best_of(rows, calls, reference)
     # The ladder that a metric must order before it judges: the teacher's own way of sampling with ever fewer calls.
     rungs = [replace(teacher, num_steps=n) for n in (25, 8, 4, 2, 1)] + [replace(teacher, num_steps=1, guidance=1.0)]
     ladder = [Judge(base, LADDER).row("teacher", sampler, s) for s in rungs]

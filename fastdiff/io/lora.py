@@ -367,8 +367,6 @@ def save(lora: Lora, path: Path, *, dtype: torch.dtype = torch.float16, extra_me
     One alpha for the whole file, its largest rank, and alpha / r divided out of `up`: diffusers gives attention layers
     the file's most frequent alpha, so that any other choice is mis-scaled there, alpha = r at mixed ranks included.
     """
-    from safetensors.torch import save_file
-
     assert lora.modules, "a LoRA without modules"
     path, tensors = Path(path), {}
     alpha = float(max(factors.rank for factors in lora.modules.values()))
@@ -381,10 +379,26 @@ def save(lora: Lora, path: Path, *, dtype: torch.dtype = torch.float16, extra_me
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, staged, metadata={**header(lora, path.stem), **(extra_metadata or {})})
+        staged.write_bytes(serialised(tensors, {**header(lora, path.stem), **(extra_metadata or {})}))
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The bytes of a safetensors file, its metadata in order: the library's own order differs from run to run,
+
+    and a file that it writes itself is readable by nobody else (mode 600).
+    """
+    from safetensors.torch import save
+
+    data = save(tensors, metadata)
+    start = 8 + int.from_bytes(data[:8], "little")
+    told = json.loads(data[8:start])
+    told["__metadata__"] = dict(sorted(told["__metadata__"].items()))
+    text = json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def parse_spec(spec: str, default: float) -> tuple[Path, float]:

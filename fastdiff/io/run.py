@@ -39,15 +39,13 @@ class Run:
     command: str = ""
     outputs: list[Path] = field(default_factory=list)  # what `export` wrote, for the result and the model card
 
-    def __post_init__(self) -> None:
-        (self.folder / "previews").mkdir(parents=True, exist_ok=True)
-
     @property
     def state_folder(self) -> Path:
         return self.folder / "state"
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -62,7 +60,7 @@ class Run:
         """Staged beside the old state, hashed, manifest last, then swapped by rename."""
         staged = self.folder / f".state.{os.getpid()}.tmp"
         shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
+        staged.mkdir(parents=True)
         torch.save(state, staged / "state.pt")
         with (staged / "state.pt").open("rb") as file:
             os.fsync(file.fileno())

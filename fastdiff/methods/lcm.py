@@ -39,7 +39,20 @@ from fastdiff.trainer import Losses, TrainConfig
 
 # guidance is w of u + w (c - u), so the official scripts' w of [5, 15] and [3, 15] is one more here.
 PRESETS = {
-    "emoji": dict(lora_rank=32, lora_alpha=32, lr=1e-3, batch_size=32, steps=400, guidance_min=3.0, guidance_max=3.0),
+    # Measured: its best guidance is 3, and in so few steps a teacher step of five grid points teaches most.
+    "emoji": dict(
+        lora_rank=32,
+        lora_alpha=32,
+        lr=1e-3,
+        lr_schedule="cosine",
+        warmup=20,
+        ema=0.98,
+        batch_size=24,
+        steps=350,
+        guidance_min=3.0,
+        guidance_max=3.0,
+        skip=5,
+    ),  # fmt: skip
     "sd15": dict(lr=1e-4, batch_size=12, guidance_min=6.0, guidance_max=16.0),  # diffusers' SD script and README
     "sd21": dict(lr=1e-4, batch_size=12, guidance_min=6.0, guidance_max=16.0),
     "sdxl": dict(lr=1e-4, batch_size=12, guidance_min=4.0, guidance_max=16.0),  # diffusers' SDXL script and README

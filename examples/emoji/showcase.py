@@ -1,0 +1,83 @@
+"""The README's pictures and the style table, from the few-step LoRA of a training run and the shipped style.
+
+    python examples/emoji/showcase.py --accel runs/train-lcm-lora-emoji/lcm.safetensors [--out examples/emoji]
+
+Every picture comes from `fastdiff sample`; the table is `metrics.style` of its --json: the mean feature distance to the same
+emoji in each drawing style, and the share of images that are nearest to it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from fastdiff.data import embedded
+from fastdiff.io.checkpoint import EMOJI
+from fastdiff.sampling import contact_sheet
+
+STYLE = EMOJI / "style.safetensors"
+SHOWN = ("red apple", "fox", "rocket", "pizza", "octopus", "house", "basketball", "mushroom")
+
+
+def fastdiff(*args: object) -> dict:
+    done = subprocess.run([sys.executable, "-m", "fastdiff", *map(str, args), "--json"], stdout=subprocess.PIPE, text=True)
+    told = json.loads(done.stdout)
+    if not told["ok"]:
+        raise SystemExit(told["error"]["message"])
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--accel", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    args = parser.parse_args()
+    names, colours = [p.name for p in embedded.pictures()], list(embedded.BACKGROUNDS)
+    missing = [name for name in SHOWN if name not in names]
+    assert not missing, missing
+    ordered = [*SHOWN, *(name for name in names if name not in SHOWN)]
+    prompts = [f"{name} on {colours[i % len(colours)]}" for i, name in enumerate(ordered)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
+        merged = folder / "lcm-style.safetensors"
+        fastdiff("merge-lora", "--accel", args.accel, "--style", STYLE, "--output", merged)
+        variants = {
+            "teacher, 25 guided steps": [],
+            "teacher with the style at 0.8, 25 guided steps": ["--lora", f"{STYLE}=0.8"],
+            "few-step LoRA, 4 steps": ["--lora", args.accel],
+            "merged with the style, 4 steps": ["--lora", merged],
+        }
+        columns = []
+        print("| | network calls | distance to Noto | to Fluent | nearest to Fluent | images / s |\n|" + " --- |" * 6)
+        for i, (label, flags) in enumerate(variants.items()):
+            out = folder / str(i)
+            told = fastdiff(
+                "sample", *flags, "--prompts", folder / "prompts.txt", "--batch-size", 60, "--no-grid", "--output", out
+            )
+            style, speed = told["metrics"]["style"], len(prompts) / told["timings"]["sampling_s"]
+            noto, fluent = style["noto"]["distance"], style["fluent"]["distance"]
+            share = 100 * style["fluent"]["nearest"]
+            print(
+                f"| {label} | {told['metrics']['calls']} | {noto:.3f} | {fluent:.3f} | {share:.0f} % | {speed:.0f} |", flush=True
+            )
+            columns.append(torch.stack([pixels(path) for path in sorted(out.glob("*.png"))]))
+    shown = len(SHOWN)
+    contact_sheet([torch.stack([c[i] for c in columns]) for i in range(shown)]).save(args.out / "style.png", optimize=True)
+    sheet = columns[0][:: max(1, len(prompts) // 60)][:60]
+    contact_sheet([sheet[i::12] for i in range(12)]).save(args.out / "teacher.png", optimize=True)
+
+
+def pixels(path: Path) -> torch.Tensor:
+    import numpy as np
+
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+
+
+if __name__ == "__main__":
+    main()
