@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
@@ -297,6 +298,8 @@ def open_accelerator(config: TrainConfig, run: Run) -> Any:
     if precision == "auto":
         precision = "bf16" if not cpu and torch.cuda.is_available() else "fp32"
     tracker = None if config.tracker == "none" else config.tracker
+    if tracker and not find_spec(tracker):
+        raise UsageError(f"--tracker {tracker}: {tracker} is not installed", f'pip install "fastdiff[{tracker}]"')
     accelerator = Accelerator(
         cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, log_with=tracker, project_dir=run.folder
     )

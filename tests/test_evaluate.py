@@ -50,7 +50,7 @@ def test_judged_prompts_are_one_fixed_list():
 
 
 def test_fewer_calls_are_worse_in_every_judging_metric(reference):
-    """The ladder of the teacher's own sampler: 25, 8, 4, 2 and 1 guided steps, then one unguided call."""
+    """The ladder of the teacher's own sampler: 25, 8, 4 and 2 guided steps, then 2 and 1 unguided."""
     rungs = [reference.ladder(calls) for calls in (50, 16, 8, 4, 2, 1)]
     distance = [frechet(moments(row.features), reference.moments) for row in rungs]
     assert distance == sorted(distance)

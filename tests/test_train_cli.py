@@ -139,9 +139,11 @@ def test_config_toml_repeats_the_run_and_a_finished_run_goes_on(train, tiny_sd, 
         (["--skip", "0"], "--skip 0"),
         (["--phases", "0", "--target", "edge"], "--phases 0"),
         (["--ema", "1.5"], "--ema 1.5"),
+        (["--tracker", "wandb"], "--tracker wandb: wandb is not installed"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_no_run_behind(args, message, train, tiny_sd, tmp_path):
+def test_mistakes_are_one_line_and_leave_no_run_behind(args, message, train, tiny_sd, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastdiff.trainer.find_spec", lambda name: None)
     base = [] if "--base" in args else ["--base", str(tiny_sd)]
     code, told = train(*base, *args, "-o", "run")
     assert code == 2, told

@@ -78,8 +78,10 @@ def main() -> None:
             rows.append(full.row("teacher", sampler, tried[i].settings, teacher_latents=near))
             print("finalist", rows[-1].figures(reference), flush=True)
         best |= best_of(rows, calls, reference)
-    # The ladder that a metric must order before it judges: the teacher's own way of sampling with ever fewer calls.
-    rungs = [replace(teacher, num_steps=n) for n in (25, 8, 4, 2, 1)] + [replace(teacher, num_steps=1, guidance=1.0)]
+    # The ladder that a metric must order before it judges: the teacher's own sampler with ever fewer calls. Guidance goes
+    # when its calls would leave a single step: guided so, that is over-saturated and no better than one call.
+    rungs = [replace(teacher, num_steps=n) for n in (25, 8, 4, 2)]
+    rungs += [replace(teacher, num_steps=n, guidance=1.0) for n in (2, 1)]
     ladder = [Judge(base, LADDER).row("teacher", sampler, s) for s in rungs]
     table = {
         "samples": args.samples,
