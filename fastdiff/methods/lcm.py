@@ -72,7 +72,7 @@ class Config(TrainConfig):
     full: Annotated[bool, "train all weights, with a guidance embedding and an averaged target"] = False
     finetune: Annotated[bool, "consistency fine-tuning: no teacher, data with noise instead (LCF)"] = False
     target: Annotated[Literal["zero", "edge", "random"], "where the student jumps to: LCM, PCM, TCD"] = "zero"
-    phases: Annotated[int, "phases of --target edge", Range(1)] = 4
+    phases: Annotated[int | None, "phases of --target edge; default: --num-steps, the steps it is sampled with", Range(1)] = None
     guidance_min: Annotated[float, "teacher guidance u + w (c - u) is drawn from here ...", Range(0)] = 6.0
     guidance_max: Annotated[float, "... to here, one a sample", Range(0)] = 16.0
     grid_steps: Annotated[int, "DDIM steps of the distillation grid", Range(1, 1000)] = 50
@@ -86,9 +86,8 @@ class Config(TrainConfig):
     def __post_init__(self) -> None:
         if self.guidance_min > self.guidance_max:
             raise UsageError(f"--guidance-min {self.guidance_min:g}: must be at most --guidance-max {self.guidance_max:g}")
-        for name in ("skip", "phases"):
-            if getattr(self, name) > self.grid_steps:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be at most --grid-steps {self.grid_steps}")
+        if self.skip > self.grid_steps:
+            raise UsageError(f"--skip {self.skip}: must be at most --grid-steps {self.grid_steps}")
 
 
 class LCM:
@@ -109,7 +108,7 @@ class LCM:
         trained = [p for p in self.student.net.parameters() if p.requires_grad]
         self.target = EMA(trained, config.target_ema, warm=False) if config.full else None
         self.extra_state = {"target": self.target} if self.target else {}
-        self.grid = schedule.ddim_grid(config.grid_steps)
+        self.grid = distillation_grid(schedule, config)
         self.recipe = Recipe(
             method={"zero": "lcm", "edge": "pcm", "random": "tcd"}[config.target],
             family=base.family,
@@ -167,8 +166,8 @@ class LCM:
         if self.config.target == "zero":
             return u, None
         if self.config.target == "edge":
-            edges = (torch.arange(self.config.phases, device=grid.device) * len(grid)) // self.config.phases
-            s = below(edges[torch.searchsorted(edges, index, right=True) - 1] - 1)
+            length = len(grid) // (self.config.phases or self.config.num_steps)
+            s = below(index // length * length - 1)
             return torch.maximum(u, s), s  # a teacher step ends at the edge of its phase
         points = (index - self.config.skip + 2).clamp(min=1)  # 0 and the grid up to u
         return u, below((torch.rand(len(index), device=grid.device) * points).long() - 1)
@@ -199,6 +198,17 @@ class LCM:
         path = run.folder / f"{self.recipe.method}.safetensors"
         lora.save(lora.Lora(modules, recipe.to_metadata()), path)
         run.outputs.append(path)
+
+
+def distillation_grid(schedule: NoiseSchedule, config: Config) -> Tensor:
+    """Ascending timesteps to distil on. With phases, each has the same number of points and ends on a step of the sampler,
+
+    T - 1, T - 1 - T / phases, ...: a network asked between two phases would not know which edge to jump to.
+    """
+    if config.target != "edge":
+        return schedule.ddim_grid(config.grid_steps)
+    phases = config.phases or config.num_steps
+    return schedule.grid(-(-config.grid_steps // phases) * phases, "trailing").flip(0)
 
 
 def guidance_embedded(unet: nn.Module, width: int = 256) -> nn.Module:
