@@ -97,7 +97,16 @@ def test_two_steps_on_full_size_sdxl_fit_24_gb_and_the_lora_loads_whole(tmp_path
     base.mkdir()
     python(BUILD, base)
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    flags = dict(base=base, output=run, steps=2, batch_size=1, teacher_samples=1, resolution=64, prompts=tmp_path / "prompts.txt")
+    flags = dict(
+        base=base,
+        output=run,
+        steps=2,
+        batch_size=1,
+        grad_accum=1,
+        teacher_samples=1,
+        resolution=64,
+        prompts=tmp_path / "prompts.txt",
+    )
     command = [sys.executable, "-m", "fastdiff", "train-lcm-lora", *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     done = subprocess.run(

@@ -19,7 +19,8 @@ def train(tmp_path, monkeypatch, capfd):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
 
     def command(*args):
-        quick = dict(steps=2, batch_size=2, resolution=64, teacher_samples=2, num_steps=2, device="cpu", lora_rank=4, proof=0)
+        quick = dict(steps=2, batch_size=2, grad_accum=1, resolution=64, teacher_samples=2, num_steps=2, lora_rank=4)
+        quick |= dict(device="cpu", proof=0)
         if "--config" in args:
             quick = {}
         flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**quick, "prompts": "prompts.txt"}.items()]
