@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from fastdiff import console
-from fastdiff.console import Result
+from fastdiff.console import Result, sha256
 from fastdiff.data import open_data, teacher
 from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.io.run import Run, sha256, write_atomic
+from fastdiff.io.run import Run, write_atomic
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, RESOLUTION_PX, Sampler, Settings, contact_sheet

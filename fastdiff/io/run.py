@@ -1,6 +1,5 @@
 """The run folder: resolved config, metrics, previews, and a resumable state that is either whole or absent."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,14 +9,9 @@ from typing import Any
 
 import torch
 
-from fastdiff.console import InputRefused
+from fastdiff.console import InputRefused, sha256
 
 MANIFEST = "manifest.json"
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomic(path: Path, text: str) -> None:
