@@ -3,15 +3,15 @@
 from torch import Tensor
 
 
-def pseudo_huber(a: Tensor, b: Tensor, c: float = 0.001) -> Tensor:
-    """Mean of sqrt(d^2 + c^2) - c over all elements (Song & Dhariwal 2023, eq. 15; elementwise, as LCM trains)."""
+def pseudo_huber(a: Tensor, b: Tensor, c: float = 0.001, weight: Tensor | float = 1.0) -> Tensor:
+    """Mean of weight (sqrt(d^2 + c^2) - c) over all elements (Song & Dhariwal 2023, eq. 15; elementwise, as LCM trains)."""
     d = a.float() - b.float()
-    return ((d.square() + c * c).sqrt() - c).mean()
+    return (weight * ((d.square() + c * c).sqrt() - c)).mean()
 
 
-def squared(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference over all elements."""
-    return (a.float() - b.float()).square().mean()
+def squared(a: Tensor, b: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """Mean of weight d^2 over all elements."""
+    return (weight * (a.float() - b.float()).square()).mean()
 
 
-CONSISTENCY = {"huber": pseudo_huber, "l2": lambda a, b, c=0.0: squared(a, b)}
+CONSISTENCY = {"huber": pseudo_huber, "l2": lambda a, b, c, weight: squared(a, b, weight)}

@@ -111,6 +111,11 @@ class NoiseSchedule(nn.Module):
         t = t.to(self.alpha.device)
         return (self.alpha[t] / self.sigma[t]).square()
 
+    def noise_scale(self, t: Tensor) -> Tensor:
+        """sigma / alpha: the noise on x0 as variance-exploding models count it (Karras 2022); infinite where alpha = 0."""
+        t = t.to(self.alpha.device)
+        return self.sigma[t] / self.alpha[t]
+
     def boundary(self, t: Tensor, like: Tensor, sigma_data: float = 0.5, scaling: float = 10.0) -> tuple[Tensor, Tensor]:
         """(c_skip, c_out) of the consistency function f = c_skip x_t + c_out x0 (Luo 2023, sec. 4.1; LCMScheduler's form)."""
         tau = scaling * t.to(like.device).float()

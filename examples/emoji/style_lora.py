@@ -1,6 +1,6 @@
 """Train the second drawing style as a LoRA on the embedded checkpoint: the `anime.safetensors` of the demo.
 
-    python examples/emoji/style_lora.py --style fluent --steps 1500 --output runs/style
+    python examples/emoji/style_lora.py --style fluent --output runs/style
 
 The plain denoising loss on the same emoji drawn in another style. It is also what a new method looks like:
 a Config, a class with `losses` and `export`, and the shared trainer does the rest.
@@ -60,8 +60,8 @@ class StyleLora:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--style", default="fluent")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--output", type=Path, default=Path("runs/style"))
     args = parser.parse_args()
     config = Config(steps=args.steps, lr=args.lr, lr_schedule="cosine", warmup=50, batch_size=32, ema=0.99, empty_prompts=0.1)
