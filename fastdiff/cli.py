@@ -36,6 +36,8 @@ COMMANDS = [
     Command("train-lcm-lora", "fastdiff.methods.lcm", "Distil a few-step LoRA (LCM, PCM, TCD)", "Train"),
     Command("merge-lora", "fastdiff.merge", "Add LoRAs exactly, to a rank, or into a checkpoint", "Use"),
     Command("sample", "fastdiff.sample", "Draw images with the settings that the weights ask for", "Use"),
+    Command("export", "fastdiff.export", "Write a checkpoint as folder or single file, a LoRA in another layout", "Use"),
+    Command("inspect", "fastdiff.inspect", "Tell what a file is, what it fits and whether it is safe", "Use"),
 ]  # fmt: skip
 
 PACKAGE = Path(__file__).parent
@@ -131,11 +133,11 @@ def parameter(option: Option, presets: dict[str, Any]) -> inspect.Parameter:
 
     Values arrive as text and are read by `config.coerce`, as those of variables are: one wording of errors for all.
     """
-    told = {"default": option.default, **presets}
-    told = {k: v for k, v in told.items() if v is not MISSING and v is not None and v != [] and v != ""}
+    values = {"default": option.default, **presets}
+    values = {k: v for k, v in values.items() if v is not MISSING and v is not None and v != [] and v != ""}
     if option.default is MISSING:
-        told = {"required": "", **told}
-    words = [f"{k}: {shown(v)}" if v != "" else k for k, v in told.items()]
+        values = {"required": "", **values}
+    words = [f"{k}: {shown(v)}" if v != "" else k for k, v in values.items()]
     note = f" [dim]{escape('[' + '; '.join(words) + ']')}[/dim]" if words else ""
     kind: Any = bool if option.kind is bool else list[str] if option.repeated else str
     name = option.flag.removeprefix("--")
@@ -145,7 +147,10 @@ def parameter(option: Option, presets: dict[str, Any]) -> inspect.Parameter:
         extra["metavar"] = "|".join(map(str, option.choices)) or f"<{option.kind.__name__}>"
     if option.choices:
         extra["autocompletion"] = lambda incomplete: [str(c) for c in option.choices if str(c).startswith(incomplete)]
-    info = typer.Option(*flags, help=escape(option.help) + note, show_default=False, rich_help_panel=panel(option), **extra)
+    if option.argument:
+        extra["metavar"] = option.name.upper()
+    told = dict(help=escape(option.help) + note, show_default=False, **extra)
+    info: Any = typer.Argument(**told) if option.argument else typer.Option(*flags, rich_help_panel=panel(option), **told)
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
 
 
@@ -183,7 +188,9 @@ def configure(call: Call) -> Any:
     table = getattr(call.module, "PRESETS", None)
     family_of = None
     if table and any(f.name == "base" for f in fields(call.module.Config)):
-        from fastdiff.io.checkpoint import family_of
+        from fastdiff.io import checkpoint
+
+        family_of = lambda values: checkpoint.family_of(values["base"], allow_pickle=values.get("allow_pickle", False))
     return resolve(call.module.Config, call.flags, file=call.config, presets=table, family_of=family_of)
 
 

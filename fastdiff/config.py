@@ -61,6 +61,7 @@ class Option:
     help: str = ""
     flags: tuple[str, ...] = ()  # short forms
     panel: str = "Options"
+    argument: bool = False  # named by its place on the command line
 
     @property
     def flag(self) -> str:
@@ -98,7 +99,8 @@ def _option(cls: type, field: Any, hint: Any) -> Option:
     panel = owner.__dict__.get("PANEL") or ("Options" if owner is cls else "Training")
     default = field.default_factory() if field.default_factory is not MISSING else field.default
     flags = tuple(field.metadata.get("flags", ()))
-    return Option(field.name, kind, default, optional, repeated, choices, bounds, note, flags, panel)
+    argument = bool(field.metadata.get("argument"))
+    return Option(field.name, kind, default, optional, repeated, choices, bounds, note, flags, panel, argument)
 
 
 def suggestion(word: str, known: list[str]) -> str:
@@ -207,12 +209,12 @@ def resolve(
     *,
     file: Path | None = None,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
-    family_of: Callable[[str], str] | None = None,
+    family_of: Callable[[Mapping[str, Any]], str] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Any:
     """Build a config from all its sources; a flag of None was not given, an empty variable is not set.
 
-    `family_of` names the family of the config's `base`, whose preset applies. Raises UsageError.
+    `family_of` names the family of the base that values (with `base` among them) tell, whose preset applies. Raises UsageError.
     """
     known = options(cls)
     environ = os.environ if environ is None else environ
@@ -224,7 +226,7 @@ def resolve(
             values[o.name] = coerce(o, flags[o.name], o.flag, text=True)
     base = next((o for o in known if o.name == "base"), None)
     if presets and family_of and base:
-        family = family_of(values.get("base", base.default))
+        family = family_of({"base": base.default, **values})
         values = {**preset(known, presets, family), **values}
     for o in known:
         if o.default is MISSING and o.name not in values:

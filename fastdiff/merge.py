@@ -1,41 +1,71 @@
-"""The `merge-lora` command: LoRA + LoRA exactly, without a base, or LoRAs baked into a checkpoint.
+"""The `merge-lora` command: LoRAs to one LoRA, exactly or to a rank; into a checkpoint; out of two checkpoints.
 
 sum_i w_i B_i A_i = [B_1 .. B_n] [w_1 A_1; ..; w_n A_n]    of rank sum_i r_i, exact for any ranks and module sets
+rank R: QR of both sides, SVD of the r x r core            the best approximation (Eckart & Young 1936)
+ties, dare: on the products B A, never on the factors      Yadav et al. 2023; Yu et al. 2024
 """
 
 import json
+import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from fastdiff import console
+from fastdiff import compare, console, difference
+from fastdiff.config import Range
 from fastdiff.console import InputRefused, Result, UsageError
-from fastdiff.io import lora
-from fastdiff.io.lora import Factors, Lora
+from fastdiff.io import export, ldm, lora
+from fastdiff.io.checkpoint import BaseConfig, Checkpoint
+from fastdiff.io.layouts import split
+from fastdiff.io.ldm import Weights
+from fastdiff.io.lora import Lora
+from fastdiff.io.updates import Dense, Factors, Update, low_rank_of
 
 PRESETS: dict[str, dict[str, Any]] = {}
 EXAMPLES = """fastdiff merge-lora --accel lcm.safetensors --style anime.safetensors
-fastdiff merge-lora --accel lcm.safetensors --style a.safetensors=0.6 --style b.safetensors=0.4 -o fast.safetensors
-fastdiff merge-lora --accel lcm.safetensors --style anime.safetensors --base sd15 -o fast-anime"""
+fastdiff merge-lora --accel lcm.safetensors --style a.safetensors=0.6 --style b.safetensors=0.4 --rank 64 -o fast.safetensors
+fastdiff merge-lora --accel lcm.safetensors --style anime.safetensors --base model.safetensors -o fast-model.safetensors
+fastdiff merge-lora --extract --base sdxl --tuned lightning.safetensors --rank 64 -o lightning-lora.safetensors
+fastdiff merge-lora --base custom.safetensors --tuned fast-folder --reference sdxl -o custom-fast.safetensors"""
 ACCEL_WEIGHT, STYLE_WEIGHT = 1.0, 0.8  # a few-step LoRA was distilled at 1; a style at 1 beside it overdraws
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+BLOCKS = {  # how many numbers, and of which blocks: the lists of the LoRA block weight extension
+    17: ["BASE", *(f"IN{i:02}" for i in (1, 2, 4, 5, 7, 8)), "M00", *(f"OUT{i:02}" for i in range(3, 12))],
+    26: ["BASE", *(f"IN{i:02}" for i in range(12)), "M00", *(f"OUT{i:02}" for i in range(12))],
+    12: ["BASE", *(f"IN{i:02}" for i in (4, 5, 7, 8)), "M00", *(f"OUT{i:02}" for i in range(6))],
+    20: ["BASE", *(f"IN{i:02}" for i in range(9)), "M00", *(f"OUT{i:02}" for i in range(9))],
+}
 
 
 @dataclass
-class Config:
-    accel: Annotated[str, "the few-step LoRA, FILE[=WEIGHT], weight 1 unless given; its recipe is kept"]
+class Config(BaseConfig):
+    PANEL: ClassVar[str] = "Merge"
+
+    accel: Annotated[str | None, "the few-step LoRA, FILE[=WEIGHT], weight 1 unless given; its recipe is kept"] = None
     style: Annotated[list[str], "FILE[=WEIGHT], weight 0.8 unless given; repeat for more"] = field(default_factory=list)
-    base: Annotated[str | None, "bake into this checkpoint and write a diffusers folder; needs no other LoRA"] = field(
+    base: Annotated[str | None, "bake into this checkpoint: a folder, or with --output NAME.safetensors one file"] = field(  # type: ignore[assignment]
         default=None, metadata={"flags": ["-b"]}
     )
-    base_config: Annotated[str | None, "folder or hub id with configs and tokenizers, for a single-file base"] = None
     output: Annotated[str | None, "default <accel>-<style>.safetensors; with --base a folder <accel>-<style>"] = field(
         default=None, metadata={"flags": ["-o"]}
     )
-    precision: Annotated[Literal["fp16", "fp32"], "of the written tensors; the sum itself is always fp32"] = "fp16"
+    rank: Annotated[str | None, "of the written LoRA: a number (the best approximation) or auto; default: exact"] = None
+    energy: Annotated[float, "share of sum sigma^2 that --rank auto keeps in every module", Range(above=0, high=1)] = 0.95
+    method: Annotated[Literal["sum", "ties", "dare-ties", "dare-linear"], "how the updates are joined"] = "sum"
+    density: Annotated[float, "share of entries that ties and dare keep", Range(above=0, high=1)] = 0.5
+    seed: Annotated[int, "of dare's masks", Range(0, 2**31 - 1)] = 0
+    block_weights: Annotated[str | None, "12, 17, 20 or 26 numbers (BASE,IN..,M00,OUT..) that scale every --style"] = None
+    format: Annotated[Literal["kohya", "diffusers", "peft"], "layout of the written LoRA; kohya loads everywhere"] = "kohya"
+    precision: Annotated[Literal["fp16", "bf16", "fp32"], "of the written tensors; the sum itself is always fp32"] = "fp16"
+    allow_partial: Annotated[bool, "merge what fits of a LoRA that does not fit whole"] = False
+    extract: Annotated[bool, "write the LoRA between --base and --tuned"] = False
+    tuned: Annotated[str | None, "a checkpoint: with --extract its LoRA; with --reference, base + (tuned - reference)"] = None
+    reference: Annotated[str | None, "what --tuned was trained from; its difference is added to --base"] = None
+    check: Annotated[str | None, "sample before and after on this base, and compare"] = None
 
 
 def agreed(loras: list[tuple[Lora, float]]) -> tuple[str | None, list[tuple[Lora, float]]]:
@@ -45,99 +75,223 @@ def agreed(loras: list[tuple[Lora, float]]) -> tuple[str | None, list[tuple[Lora
         (one, first), (other, second), *_ = told.items()
         raise InputRefused(f"{second} is for {other}, {first} for {one}: LoRAs of different families cannot be merged")
     family = next(iter(told), None)
-    prefix = "lora_te1_" if family == "sdxl" else "lora_te_"
-    return family, [(lora.with_first_encoder(item, prefix), strength) for item, strength in loras]
+    return family, lora.encoders(loras, 2 if family == "sdxl" else 1)
 
 
-def concatenate(loras: list[tuple[Lora, float]]) -> Lora:
-    """The weighted sum as one LoRA of rank sum r_i per module, fp32; the first LoRA's recipe is kept.
+def block_of(key: str, layers: int = 2) -> str:
+    """IN04, M00, OUT11: the LDM block of a module; BASE for text encoders and what lies outside the blocks."""
+    flat = ldm.to_flat(key.removeprefix("lora_unet_"), layers) if key.startswith("lora_unet_") else ""
+    found = re.match(r"(input|middle|output)_blocks?_(\d+)", flat)
+    if not found:
+        return "BASE"
+    return "M00" if found[1] == "middle" else f"{'IN' if found[1] == 'input' else 'OUT'}{int(found[2]):02}"
 
-    Families or shapes that differ raise InputRefused naming both files.
+
+def weighted(item: Lora, text: str | None) -> Lora:
+    """The LoRA with every module scaled by its block's number; blocks that the list does not name keep 1."""
+    if text is None:
+        return item
+    try:
+        numbers = [float(x) for x in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in BLOCKS:
+        raise UsageError(f"--block-weights: {len(numbers)} numbers; 12 or 20 (SDXL), 17 or 26 (SD1, SD2), with commas")
+    table = dict(zip(BLOCKS[len(numbers)], numbers, strict=True))
+    scaled: dict[str, Update] = {}
+    for key, update in item.modules.items():
+        strength = table.get(block_of(key, item.layers), 1.0)
+        if strength == 1:
+            scaled[key] = update
+        elif isinstance(update, Factors):
+            scaled[key] = update.scaled(strength)
+        elif isinstance(update, Dense):
+            scaled[key] = Dense(strength * update.value, update.kind)
+        else:
+            raise InputRefused(f"{item.source}: a {update.kind} module ({key}) cannot be scaled by --block-weights")
+    return replace(item, modules=scaled)
+
+
+def joined(parts: list[tuple[Update, float]], config: Config) -> Update:
+    """One module's updates as one: side by side where all are factors, else, and for ties and dare, their products."""
+    if config.method == "sum" and all(isinstance(update, Factors) for update, _ in parts):
+        down = torch.cat([strength * update.down for update, strength in parts], 0)  # type: ignore[attr-defined]
+        return Factors(down, torch.cat([update.up for update, _ in parts], 1))  # type: ignore[attr-defined]
+    deltas = [update.delta() for update, _ in parts]
+    weights = torch.tensor([strength for _, strength in parts])
+    if config.method == "sum" or len(parts) == 1:
+        return Dense(sum(w * delta for w, delta in zip(weights, deltas, strict=True)))  # type: ignore[arg-type]
+    from peft.utils import merge_utils
+
+    how = {"ties": merge_utils.ties, "dare-ties": merge_utils.dare_ties, "dare-linear": merge_utils.dare_linear}
+    return Dense(how[config.method](deltas, weights, config.density))
+
+
+def concatenate(loras: list[tuple[Lora, float]], config: Config | None = None) -> Lora:
+    """The weighted sum as one LoRA, fp32; the first one's recipe is kept. Exact, of rank sum r_i, for LoRAs of factors.
+
+    Families or shapes that differ raise InputRefused naming both files; so do updates that depend on the base's weight
+    (DoRA, IA3, OFT), and without --rank what is no product of factors (LoHa, LoKr, full differences).
     """
+    config = config or Config()
     family, loras = agreed(loras)
-    modules: dict[str, Factors] = {}
+    for item, _ in loras:
+        if config.rank is None and config.method == "sum":
+            item.factors("merged into a LoRA")
+        elif bad := [key for key, update in item.modules.items() if update.needs_weight or len(update.shape or ()) < 2]:
+            raise InputRefused(f"{item.source}: {item.modules[bad[0]].kind} ({bad[0]}) has no low rank", "bake it with --base")
+    torch.manual_seed(config.seed)
+    modules: dict[str, Update] = {}
     for key in dict.fromkeys(key for item, _ in loras for key in item.modules):
         parts = [(item, strength) for item, strength in loras if key in item.modules]
         shapes = {item.modules[key].shape: item.source for item, _ in parts}
         if len(shapes) > 1:
             (one, first), (other, second), *_ = shapes.items()
             raise InputRefused(f"{key} is {one} in {first} but {other} in {second}: they are for different bases")
-        down = torch.cat([strength * item.modules[key].down for item, strength in parts], 0)  # (sum r, in, ...)
-        up = torch.cat([item.modules[key].up for item, _ in parts], 1)  # (out, sum r, ...)
-        modules[key] = Factors(down, up)
+        modules[key] = joined([(item.modules[key], strength) for item, strength in parts], config)
     recipe = replace(loras[0][0].recipe, family=family)
     merged_from = json.dumps([{"name": Path(item.source).name, "weight": strength} for item, strength in loras])
-    return Lora(modules, {**recipe.to_metadata(), "fastdiff.merged_from": merged_from}, "the merged LoRA")
+    told = {**recipe.to_metadata(), "fastdiff.merged_from": merged_from}
+    if (layers := loras[0][0].layers) != 2:
+        told["fastdiff.layers_per_block"] = str(layers)
+    return Lora(modules, told, "the merged LoRA")
 
 
-def largest_error(stored: Lora, loras: list[tuple[Lora, float]]) -> float:
+def reduced(item: Lora, rank: str | None, energy: float, full: dict[str, int]) -> tuple[Lora, dict[str, float]]:
+    """The best LoRA of a rank (a number, or auto: what keeps `energy`; None: `full`, by module), and the energy kept.
+
+    The energy is sum sigma^2 kept over the whole, by component.
+    """
+    modules: dict[str, Update] = {}
+    sums: dict[str, tuple[float, float]] = {}
+    for key, update in item.modules.items():
+        asked = full.get(key) if rank is None else None if rank == "auto" else int(rank)
+        modules[key], kept, whole = low_rank_of(update, asked, energy)
+        before = sums.get(part := split(key)[0], (0.0, 0.0))
+        sums[part] = (before[0] + kept, before[1] + whole)
+    return replace(item, modules=modules), {part: kept / whole if whole else 1.0 for part, (kept, whole) in sums.items()}
+
+
+def ranks_of(loras: list[tuple[Lora, float]]) -> dict[str, int]:
+    """Sum of the ranks by module: what an exact concatenation would have."""
+    found: dict[str, int] = {}
+    for item, _ in loras:
+        for key, update in item.modules.items():
+            found[key] = found.get(key, 0) + (update.rank if isinstance(update, Factors) else 64)
+    return found
+
+
+def largest_error(stored: Lora, loras: Iterable[tuple[Lora, float]]) -> float:
     """max over modules of |stored - exact| / |exact|, Frobenius; exact is the fp32 sum of the deltas themselves."""
-    worst = 0.0
-    for key, factors in stored.modules.items():
+    worst, loras = 0.0, list(loras)
+    for key, update in stored.modules.items():
         exact = sum(strength * item.modules[key].delta() for item, strength in loras if key in item.modules)
-        norm = torch.linalg.vector_norm(exact).item()
-        off = torch.linalg.vector_norm(factors.delta() - exact).item()
+        norm = torch.linalg.vector_norm(exact).item()  # type: ignore[arg-type]
+        off = torch.linalg.vector_norm(update.delta() - exact).item()
         worst = max(worst, off / norm if norm else off)
     return worst
 
 
 def destination(config: Config, inputs: list[Path]) -> Path:
     """Where the result goes; never onto an input, nor onto a folder that holds one."""
-    suffix = "" if config.base else ".safetensors"
-    path = Path(config.output or "-".join(p.stem for p in inputs) + suffix).expanduser()
-    if config.base and (path.suffix == ".safetensors" or path.is_file()):
-        raise UsageError(f"--output {path}: with --base a folder is written; give the name of a folder")
-    if not config.base and path.suffix != ".safetensors":
+    bakes = bool(config.base) and not config.extract
+    plain = "" if bakes or config.format == "peft" else ".safetensors"
+    named = [p.stem for p in inputs] or [Path(ref).stem for ref in (config.base, config.tuned) if ref]
+    path = Path(config.output or "-".join(named) + plain).expanduser()
+    if bakes and path.is_file() and path.suffix != ".safetensors":
+        raise UsageError(f"--output {path}: is a file; give the name of a folder, or of a .safetensors file")
+    if plain and path.suffix != ".safetensors":
         raise UsageError(f"--output {path}: a LoRA file is named .safetensors", f"use --output {path}.safetensors")
-    if config.base and Path(config.base).expanduser().exists():
-        inputs = [*inputs, Path(config.base).expanduser()]
-    for file in inputs:
+    refs = [Path(ref).expanduser() for ref in (config.base, config.tuned, config.reference) if ref]
+    for file in [*inputs, *(ref for ref in refs if ref.exists())]:
         if file.resolve().is_relative_to(path.resolve()):
             raise UsageError(f"--output {path}: would overwrite the input {file}; choose another name")
     return path
 
 
-def bake(config: Config, loras: list[tuple[Lora, float]], output: Path) -> int:
-    """Fold into the base in fp32, cast once, write a diffusers folder; returns the number of modules changed."""
-    from fastdiff.io import checkpoint
-
-    base = checkpoint.load(config.base, dtype=torch.float32, config=config.base_config)
+def bake(config: Config, loras: list[tuple[Lora, float]], output: Path) -> tuple[int, list[Path]]:
+    """Add to the base in fp32, cast once, tensor by tensor; returns the number of modules changed and what was written."""
+    base = config.open_base()
     family, loras = agreed(loras)
     if family and family != base.family:
         message = f"--base {config.base} is {base.family}, but the LoRAs are for {family}"
         raise InputRefused(message, f"give a base of family {family}")
-    changed = lora.apply(base, loras)
-    for net in (base.unet, *base.text_encoders):  # the VAE stays fp32: SDXL's overflows in fp16
-        net.to(DTYPES[config.precision])
-    checkpoint.save(base, output, recipe=replace(loras[0][0].recipe, family=base.family))
-    return changed
+    prefixes = lora.prefixes(len(base.text_parts))
+    loras = lora.encoders(loras, len(base.text_parts))
+    shapes = {part: base.shapes(part) for part in prefixes}
+    table = {key: place for part, prefix in prefixes.items() for key, place in lora.places(shapes[part], prefix).items()}
+    fitted = lora.fit(loras, table, allow_partial=config.allow_partial, family=base.family)
+    loras = [(item, strength) for item, (_, strength) in zip(fitted, loras, strict=True)]
+    if config.method != "sum":
+        loras = [(concatenate(loras, config), 1.0)]
+    changed: dict[str, Weights] = {}
+    count = 0
+    for part, prefix in prefixes.items():
+        changed[part], touched = lora.baked(base.weights(part, shapes[part]), prefix, loras)
+        count += touched
+    recipe = replace(loras[0][0].recipe, family=base.family)
+    return count, write_checkpoint(base, output, changed, DTYPES[config.precision], recipe)
+
+
+def write_checkpoint(base: Checkpoint, output: Path, changed: dict[str, Weights], dtype: torch.dtype, recipe: Any) -> list[Path]:
+    if output.suffix == ".safetensors":
+        return export.to_file(base, output, changed=changed, dtype=dtype, recipe=recipe)
+    export.to_folder(base, output, changed=changed, dtype=dtype, recipe=recipe)
+    return [output]
+
+
+def check_flags(config: Config) -> None:
+    if config.rank not in {None, "auto"} and not (str(config.rank).isdecimal() and int(config.rank) > 0):  # type: ignore[arg-type]
+        raise UsageError(f"--rank {config.rank}: a whole number above 0, or auto")
+    if config.tuned:
+        if not config.base or bool(config.extract) == bool(config.reference):
+            raise UsageError("--tuned needs --base and either --extract or --reference")
+        if config.accel or config.style:
+            raise UsageError("--tuned goes without --accel and --style; merge the LoRA that --extract writes")
+    elif config.extract or config.reference:
+        raise UsageError(f"--{'extract' if config.extract else 'reference'} needs --tuned CHECKPOINT")
+    elif not config.accel:
+        raise UsageError("--accel is required", "give --accel FILE, or --extract with --base and --tuned")
+    elif not config.style and not config.base and config.rank is None and config.format == "kohya":
+        raise UsageError("nothing to merge with --accel", "give --style FILE, or --base to bake it into a checkpoint")
 
 
 def run(config: Config) -> Result:
     """The `merge-lora` command."""
-    specs = [lora.parse_spec(config.accel, ACCEL_WEIGHT)]
+    check_flags(config)
+    if config.tuned:
+        output = destination(config, [])
+        with console.timed("merge_s"):
+            return difference.extract(config, output) if config.extract else difference.transfer(config, output)
+    specs = [lora.parse_spec(config.accel or "", ACCEL_WEIGHT)]
     specs += [lora.parse_spec(spec, STYLE_WEIGHT) for spec in config.style]
-    if len(specs) == 1 and not config.base:
-        raise UsageError("nothing to merge with --accel", "give --style FILE, or --base to bake it into a checkpoint")
     output = destination(config, [path for path, _ in specs])
-    loras = [(lora.load(path), strength) for path, strength in specs]
-    inputs = [{"file": item.source, "weight": w, "modules": len(item.modules)} for item, w in loras]
+    how: dict[str, Any] = dict(allow_partial=config.allow_partial, allow_pickle=config.allow_pickle)
+    items = [lora.load(path, **how) for path, _ in specs]
+    items = [items[0], *(weighted(item, config.block_weights) for item in items[1:])]
+    loras = [(item, strength) for item, (_, strength) in zip(items, specs, strict=True)]
+    inputs = [{"file": item.source, "weight": w, **lora.summary(item)} for item, w in loras]
     if config.base:
         with console.timed("bake_s"):
-            metrics: dict[str, Any] = {"modules": bake(config, loras, output), "inputs": inputs}
-        return Result([output], metrics, f'fastdiff sample --base {shlex.quote(str(output))} --prompt "a red apple"')
-    with console.timed("merge_s"):
-        merged = concatenate(loras)
-        lora.save(merged, output, dtype=DTYPES[config.precision])
-        error = largest_error(lora.load(output), agreed(loras)[1])
-    ranks = [factors.rank for factors in merged.modules.values()]
-    metrics = {
-        "modules": len(ranks),
-        "rank_min": min(ranks),
-        "rank_max": max(ranks),
-        "inputs": inputs,
-        "max_error": error,
-    }
-    base = f"--base {merged.family} " if merged.family else ""
-    command = f'fastdiff sample {base}--lora {shlex.quote(str(output))} --prompt "a red apple"'
-    return Result([output], metrics, command)
+            count, outputs = bake(config, loras, output)
+        metrics: dict[str, Any] = {"modules": count, "inputs": inputs}
+        command = f'fastdiff sample --base {shlex.quote(str(output))} --prompt "a red apple"'
+    else:
+        with console.timed("merge_s"):
+            merged, energy = concatenate(loras, config), {}
+            if config.rank or config.method != "sum":
+                merged, energy = reduced(merged, config.rank, config.energy, ranks_of(agreed(loras)[1]))
+            lora.save(merged, output, dtype=DTYPES[config.precision], format=config.format)
+        outputs = [output]
+        ranks = [update.rank for update in merged.modules.values() if isinstance(update, Factors)]
+        metrics = {"modules": len(ranks), "rank_min": min(ranks), "rank_max": max(ranks), "inputs": inputs}
+        if energy:
+            metrics["energy"] = energy
+        if config.format == "kohya" and config.method == "sum":
+            metrics["max_error"] = largest_error(lora.load(output, layers=merged.layers), agreed(loras)[1])
+        base = f"--base {merged.family} " if merged.family else ""
+        command = f'fastdiff sample {base}--lora {shlex.quote(str(output))} --prompt "a red apple"'
+    if config.check:
+        sheet, metrics["check"] = compare.before_and_after(config.check, loras, output, baked=bool(config.base))
+        outputs.append(sheet)
+    return Result(outputs, metrics, command)

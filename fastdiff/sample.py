@@ -13,12 +13,12 @@ from fastdiff import console, evaluate
 from fastdiff.config import Range
 from fastdiff.console import Result, UsageError
 from fastdiff.data.teacher import read_prompts
-from fastdiff.io import checkpoint, lora
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io import lora
+from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.sampling import DEFAULTS, RESOLUTION_PX, Sampler, Settings, contact_sheet, uint8
+from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, uint8
 from fastdiff.solvers import SOLVERS
 
 PRESETS: dict[str, dict[str, Any]] = {}
@@ -29,15 +29,12 @@ echo "a red apple" | fastdiff sample --prompts - --json"""
 
 
 @dataclass
-class Config:
+class Config(BaseConfig):
     prompt: Annotated[list[str], "what to draw; repeat it for more"] = field(default_factory=list)
     prompts: Annotated[str | None, "a file of prompts, one a line; - reads standard input"] = None
     negative: Annotated[str, "what to avoid; acts only with guidance above 1"] = ""
-    base: Annotated[str, "emoji, sd15, sd21, sdxl, ssd-1b, a hub id, a diffusers folder or a single file"] = field(
-        default="emoji", metadata={"flags": ["-b"]}
-    )
-    base_config: Annotated[str | None, "folder or hub id with configs and tokenizers, for a single-file base"] = None
     lora: Annotated[list[str], "FILE[=WEIGHT], weight 1 unless given; repeat it for more"] = field(default_factory=list)
+    allow_partial: Annotated[bool, "apply what fits of a LoRA that does not fit whole"] = False
     num_images: Annotated[int, "images a prompt, with seeds seed, seed + 1, ...", Range(1)] = 1
     seed: Annotated[int, "of the first image of each prompt", Range(0, 2**63 - 1)] = 0
     scheduler: Annotated[str | None, f"one of {', '.join(SOLVERS)}; default: the recipe's"] = None
@@ -73,8 +70,7 @@ def recipe_of(base: Checkpoint, loras: list[tuple[lora.Lora, float]]) -> Recipe:
     for item, _ in loras:
         if item.recipe.scheduler:
             return item.recipe
-    file = base.folder / "fastdiff.json"
-    return Recipe.from_metadata(json.loads(file.read_text())) if file.exists() else Recipe()
+    return base.recipe
 
 
 def settings(config: Config, recipe: Recipe, family: str) -> Settings:
@@ -104,11 +100,15 @@ def open_sampler(config: Config, device: torch.device) -> tuple[Sampler, Recipe]
     """The base with its LoRAs folded in, in the precision asked for."""
     precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    base = checkpoint.load(config.base, dtype=dtype, config=config.base_config)
-    loras = [(lora.load(path), weight) for path, weight in (lora.parse_spec(spec, 1.0) for spec in config.lora)]
+    base = config.open_base(dtype)
+    layers = base.unet_config.get("layers_per_block", 2)
+    how = dict(
+        layers=layers if isinstance(layers, int) else 2, allow_partial=config.allow_partial, allow_pickle=config.allow_pickle
+    )
+    loras = [(lora.load(path, **how), weight) for path, weight in (lora.parse_spec(spec, 1.0) for spec in config.lora)]
     recipe = recipe_of(base, loras)
     chosen = settings(config, recipe, base.family)  # a mismatch is told before anything heavy loads
-    lora.apply(base, loras)
+    lora.apply(base, loras, allow_partial=config.allow_partial)
     denoiser = Denoiser(base.unet, base.schedule(), base.prediction_type)
     sampler = Sampler(base, denoiser, base.vae, device=device)
     sampler.settings = chosen
@@ -121,7 +121,7 @@ def run(config: Config) -> Result:
     with console.timed("load_s"):
         sampler, _ = open_sampler(config, device)
         base, chosen = sampler.base, sampler.settings
-        resolution_px = config.resolution or RESOLUTION_PX[base.family]
+        resolution_px = config.resolution or base.resolution_px
         uncond = (
             text.encode(base, [config.negative], device=device) if config.negative else text.unconditional(base, device=device)
         )

@@ -67,7 +67,6 @@ DEFAULTS = {
     "sd21": Settings("dpm++", 25, 7.5),
     "sdxl": Settings("dpm++", 25, 5.0),
 }
-RESOLUTION_PX = {"emoji": 64, "sd15": 512, "sd21": 768, "sdxl": 1024}
 
 
 class SeededNoise:

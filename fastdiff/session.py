@@ -15,7 +15,7 @@ from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run, write_atomic
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.sampling import DEFAULTS, RESOLUTION_PX, Sampler, Settings, contact_sheet
+from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
 from fastdiff.trainer import Method, TrainConfig, Trainer, load_base, open_accelerator, open_run, start
 
 # Pictures that are told apart at a glance, on backgrounds that are not their own colour.
@@ -75,7 +75,7 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
     run, state = open_run(command, config)
     accelerator = open_accelerator(config, run)
     base = load_base(config, accelerator)
-    resolution_px = config.resolution or RESOLUTION_PX[base.family]
+    resolution_px = config.resolution or base.resolution_px
     torch.manual_seed(config.seed)  # the same initialisation on every process
     with console.timed("data_s"):
         preview = Preview(base, config, resolution_px, accelerator.device)

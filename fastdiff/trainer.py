@@ -17,7 +17,7 @@ from fastdiff import console
 from fastdiff.config import Range, to_toml
 from fastdiff.console import Stopped, UsageError
 from fastdiff.data import Batch, Encoded
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run, write_atomic
 from fastdiff.models.denoiser import Denoiser
@@ -27,15 +27,11 @@ Losses = dict[str, Tensor]  # named, already weighted, scalar
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(BaseConfig):
     """What every training command takes."""
 
     PANEL: ClassVar[str] = "Training"
 
-    base: Annotated[str, "emoji, sd15, sd21, sdxl, ssd-1b, a hub id, a diffusers folder or a single file"] = field(
-        default="emoji", metadata={"flags": ["-b"]}
-    )
-    base_config: Annotated[str | None, "folder or hub id with configs and tokenizers, for a single-file base"] = None
     data: Annotated[str | None, "emoji, emoji:STYLE, teacher, or a folder of images and captions"] = None
     prompts: Annotated[str | None, "prompts for --data teacher, one a line"] = None
     teacher_samples: Annotated[int, "how many latents --data teacher samples", Range(1)] = 256
@@ -312,6 +308,4 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_base(config: TrainConfig, accelerator: Any) -> Checkpoint:
-    from fastdiff.io import checkpoint
-
-    return checkpoint.load(config.base, dtype=DTYPES[accelerator.mixed_precision], config=config.base_config)
+    return config.open_base(DTYPES[accelerator.mixed_precision])

@@ -30,7 +30,10 @@ SCHEDULER = dict(
 
 
 def build(folder, family: str, prediction_type: str):
-    """A pipeline of the family's classes and topology with random weights, saved as a diffusers folder."""
+    """A pipeline of the family's classes and topology with random weights, saved as a diffusers folder.
+
+    sd15 (any other name too), sd21 (its width and linear projections), sdxl, bk-tiny (one layer a block, no mid block).
+    """
     import diffusers
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -40,8 +43,9 @@ def build(folder, family: str, prediction_type: str):
     vocab = {s: i for i, s in enumerate([*symbols, *(s + "</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"])}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=12, pad_token="<|endoftext|>")
     ids = dict(bos_token_id=vocab["<|startoftext|>"], eos_token_id=vocab["<|endoftext|>"], pad_token_id=vocab["<|endoftext|>"])
+    width = 1024 if family == "sd21" else 32  # the width tells SD2 from SD1
     text = CLIPTextConfig(
-        vocab_size=len(vocab), hidden_size=32, intermediate_size=64, projection_dim=32, num_hidden_layers=2,
+        vocab_size=len(vocab), hidden_size=width, intermediate_size=64, projection_dim=32, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=12, **ids,
     )  # fmt: skip
     vae = AutoencoderKL(
@@ -54,15 +58,24 @@ def build(folder, family: str, prediction_type: str):
             sample_size=8, block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=8, attention_head_dim=(2, 4, 4),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 1, 2), cross_attention_dim=64, use_linear_projection=True,
+            transformer_layers_per_block=(1, 1, 2), cross_attention_dim=96, use_linear_projection=True,
             addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
         )  # fmt: skip
+        wide = CLIPTextConfig(**{**text.to_dict(), "hidden_size": 64})  # diffusers tells the two encoders by their widths
         pipeline = diffusers.StableDiffusionXLPipeline(
-            vae, CLIPTextModel(text), CLIPTextModelWithProjection(text), tokenizer, tokenizer, unet, scheduler,
+            vae, CLIPTextModel(text), CLIPTextModelWithProjection(wide), tokenizer, tokenizer, unet, scheduler,
             add_watermarker=False,
         )  # fmt: skip
     else:
-        unet = UNet2DConditionModel(**UNET, cross_attention_dim=32)
+        shape = dict(UNET, cross_attention_dim=width)
+        if family == "sd21":
+            shape |= dict(use_linear_projection=True, attention_head_dim=(2, 4, 4, 4))
+        if family == "bk-tiny":
+            shape |= dict(
+                layers_per_block=1, mid_block_type=None, block_out_channels=(16, 32, 32),
+                down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
+            )  # fmt: skip
+        unet = UNet2DConditionModel(**shape)
         pipeline = diffusers.StableDiffusionPipeline(
             vae, CLIPTextModel(text), tokenizer, unet, scheduler, None, None, requires_safety_checker=False
         )
@@ -77,7 +90,7 @@ def tiny_sd(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_v(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("tiny") / "v", "sd21", "v_prediction")
+    return build(tmp_path_factory.mktemp("tiny") / "v", "v", "v_prediction")
 
 
 @pytest.fixture(scope="session")

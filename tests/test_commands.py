@@ -23,7 +23,7 @@ def test_help_shows_every_option_its_text_and_examples(name, capsys, monkeypatch
     module = module_of(name)
     for option in options(module.Config):
         assert option.help, f"{option.name} has no help text"
-        assert option.flag in page
+        assert (option.name.upper() if option.argument else option.flag) in page
     first, *_ = module.EXAMPLES.splitlines()
     assert first in page
     assert "--json" in page

@@ -71,7 +71,7 @@ def test_folder_with_text_files_and_with_a_table(tiny_sdxl, tmp_path):
     assert data.moments.shape == (2, 8, 8, 8)
     assert data.time_ids.tolist() == [[64, 100, 0, 18, 64, 64], [96, 64, 16, 0, 64, 64]]  # height first
     batch = data.batch(5, torch.Generator().manual_seed(0))
-    assert batch.cond.tokens.shape == (5, 12, 64)
+    assert batch.cond.tokens.shape == (5, 12, 96)
     assert batch.cond.time_ids.shape == batch.uncond.time_ids.shape == (5, 6)
     assert not batch.uncond.tokens.any()  # SDXL's unconditional branch is zeros
     assert not batch.uncond.pooled.any()

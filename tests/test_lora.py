@@ -183,7 +183,7 @@ def test_a_fresh_adapter_whose_up_is_zero_can_be_written(tmp_path):
 
 
 def test_written_keys_alpha_and_header(tmp_path):
-    recipe = Recipe(method="lcm", family="sdxl", scheduler="lcm", num_steps=4, guidance=1.0)
+    recipe = Recipe(method="lcm", family="sd15", scheduler="lcm", num_steps=4, guidance=1.0)
     stale = {"lora_adapter_metadata": '{"unet.lora_alpha": 99}', "ss_network_dim": "7", "ss_tag": "kept"}
     item = Lora({KQ: Factors(*factors(0)), KCONV: Factors(*factors(1, rank=4, kernel=3))}, recipe.to_metadata() | stale)
     lora.save(item, tmp_path / "fast.safetensors", extra_metadata={"fastdiff.note": "x"})
@@ -195,7 +195,7 @@ def test_written_keys_alpha_and_header(tmp_path):
     assert tensors[f"{KQ}.lora_up.weight"].dtype == torch.float16
     with safe_open(tmp_path / "fast.safetensors", "pt") as file:
         told = file.metadata()
-    assert told["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert told["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert told["modelspec.usage_hint"] == "4 steps, guidance 1, scheduler lcm"
     assert told["modelspec.title"] == "fast"
     assert told["ss_network_module"] == "networks.lora"
@@ -281,26 +281,47 @@ def test_broken_contents_are_refused_in_one_line(tmp_path, told):
     assert "\n" not in str(caught.value)
 
 
-KINDS = {
-    "DoRA": ({f"{KQ}.dora_scale": torch.ones(6, 1)}, {f"unet.{Q}.lora_magnitude_vector.weight": torch.ones(6)}),
-    "LoHa": ({f"{KQ}.hada_w1_a": torch.ones(6, 2)},),
-    "LoKr": ({f"{KQ}.lokr_w1": torch.ones(2, 2)}, {f"unet.{Q}.lokr_w2_a": torch.ones(2, 2)}),
-    "Tucker": ({f"{KQ}.lora_mid.weight": torch.ones(4, 4, 3, 3)},),
-    "OFT": ({f"{KQ}.oft_blocks": torch.ones(2, 2, 2)},),
-    "full difference": ({f"{KQ}.diff": torch.ones(6, 5)}, {f"{KQ}.diff_b": torch.ones(6)}),
-    "IA3": ({f"{KQ}.on_input": torch.ones(1)},),
-    "LDM": (kohya("lora_unet_input_blocks_4_1_proj_in", *factors(0), 4.0),),
-    "diffusers before": ({"unet.mid_block.attentions.0.processor.to_q_lora.down.weight": torch.ones(4, 5)},),
-    "whole checkpoint": ({"model.diffusion_model.out.2.weight": torch.ones(1)},),
-    "transformer": ({"transformer.blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 5)},),
+FOREIGN = {
+    "a whole checkpoint": {"model.diffusion_model.out.2.weight": torch.ones(1)},
+    "a LoRA of a transformer": {"transformer.blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 5)},
+    "a textual inversion embedding": {"emb_params": torch.ones(2, 8)},
+    "a motion LoRA": {"down_blocks.0.motion_modules.0.to_q.lora_A.weight": torch.ones(4, 5)},
+}
+HALVES = {  # of another module, beside a whole one: none may pass for a plain LoRA or be left out
+    "magnitude alone make": {f"{KCONV}.dora_scale": torch.ones(6, 1)},
+    "w1_a make": {f"{KCONV}.hada_w1_a": torch.ones(6, 2)},
+    "kron1 .2, 2., kron2_a": {f"{KCONV}.lokr_w1": torch.ones(2, 2), f"{KCONV}.lokr_w2_a": torch.ones(2, 2)},
+    "Tucker core": {**kohya(KCONV, *factors(1, kernel=1)), f"{KCONV}.lora_mid.weight": torch.ones(3, 4, 3, 3)},
+    "on_input alone make": {f"{KCONV}.on_input": torch.ones(1)},
+    "DoRA magnitude .7, 1. for a weight": {**kohya(KCONV, *factors(1)), f"{KCONV}.dora_scale": torch.ones(7, 1)},
+    "magnitude alone make ": {f"unet.{CONV}.lora_magnitude_vector.weight": torch.ones(6)},
+    "absurd": kohya(KCONV, *factors(1), 1e6),
+    "down is empty": kohya(KCONV, torch.ones(0, 5), torch.ones(6, 0)),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_other_kinds_are_refused_by_name_even_beside_plain_modules(tmp_path, kind):
-    for extra in KINDS[kind]:
-        with pytest.raises(InputRefused, match=f"{kind}.*not supported"):
-            lora.load(write(tmp_path, {**kohya(KQ, *factors(0), 4.0), **extra}))
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_lora_of_ours_is_refused_by_name(tmp_path, kind):
+    with pytest.raises(InputRefused, match=kind):
+        lora.load(write(tmp_path, {**kohya(KQ, *factors(0), 4.0), **FOREIGN[kind]}))
+
+
+@pytest.mark.parametrize("told", HALVES)
+def test_half_an_update_is_refused(tmp_path, told):
+    with pytest.raises(InputRefused, match=told.strip()):
+        lora.load(write(tmp_path, {**kohya(KQ, *factors(0), 4.0), **HALVES[told]}))
+
+
+def test_unknown_keys_are_left_out_only_when_allowed(tmp_path):
+    path = write(tmp_path, {**kohya(KQ, *factors(0), 4.0), "something.else": torch.ones(1)})
+    with pytest.raises(InputRefused, match="1 of 4 keys are unknown") as caught:
+        lora.load(path)
+    assert "--allow-partial" in caught.value.hint
+    read = lora.load(path, allow_partial=True)
+    assert (set(read.modules), read.skipped) == ({KQ}, ["something.else"])
+    assert any("something.else" in line for line in console.state.warnings)
+    with pytest.raises(InputRefused, match="2 of 2 keys are unknown"):
+        lora.load(write(tmp_path, {"a": torch.ones(1), "b": torch.ones(1)}), allow_partial=True)
 
 
 def test_files_that_are_no_safetensors_are_called_by_name(tmp_path):
@@ -364,6 +385,9 @@ def test_weights_after_the_file_name(tmp_path):
 def test_names_come_from_the_model_and_go_past_peft():
     net = nn.ModuleDict({"to_out": nn.ModuleList([nn.Linear(5, 6)]), "conv": nn.Conv2d(5, 6, 3), "n": nn.LayerNorm(6)})
     assert lora.names(net) == {"lora_unet_to_out_0": "to_out.0", "lora_unet_conv": "conv"}
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    assert lora.places(shapes, "lora_unet_")["lora_unet_n"] == ("n.weight", (6,))
+    assert lora.places(shapes, "lora_unet_")["lora_unet_conv.bias"] == ("conv.bias", (6,))
     encoder = nn.ModuleDict({"encoder": nn.Linear(5, 6)})
     assert lora.names(encoder, "lora_te_") == {"lora_te_text_model_encoder": "encoder"}
     assert lora.names(nn.ModuleDict({"text_model": encoder}), "lora_te2_") == {

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastdiff import merge
 from fastdiff.console import InputRefused, UsageError
-from fastdiff.io import lora
+from fastdiff.io import checkpoint, lora
 from fastdiff.io.lora import Factors, Lora
 from fastdiff.io.recipe import Recipe
 from fastdiff.merge import Config, concatenate
@@ -87,7 +87,7 @@ def test_first_encoder_of_sdxl_goes_by_one_name():
 @pytest.mark.parametrize(("precision", "dtype", "bound"), [("fp16", torch.half, 2e-3), ("fp32", torch.float, 1e-6)])
 def test_run_writes_the_sum_and_measures_it(files, tmp_path, precision, dtype, bound):
     fast, style = files
-    result = merge.run(Config("lcm.safetensors", ["anime.safetensors=0.5"], precision=precision))
+    result = merge.run(Config(accel="lcm.safetensors", style=["anime.safetensors=0.5"], precision=precision))
     (output,) = result.outputs
     assert output.resolve() == tmp_path / "lcm-anime.safetensors"
     read = lora.load(output)
@@ -112,7 +112,7 @@ def test_run_writes_the_sum_and_measures_it(files, tmp_path, precision, dtype, b
 
 
 def test_style_has_weight_0_8_unless_given(files):
-    result = merge.run(Config("lcm.safetensors", ["anime.safetensors"], output="deep/er/out.safetensors"))
+    result = merge.run(Config(accel="lcm.safetensors", style=["anime.safetensors"], output="deep/er/out.safetensors"))
     assert [i["weight"] for i in result.metrics["inputs"]] == [1.0, 0.8]
     assert result.outputs[0].exists()
 
@@ -121,13 +121,16 @@ def test_usage_errors_touch_no_file(files, tmp_path):
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     (tmp_path / "model").mkdir()
     cases = {
-        "would overwrite the input": Config("lcm.safetensors", ["anime.safetensors"], output="./anime.safetensors"),
-        "nothing to merge": Config("lcm.safetensors"),
-        "is named .safetensors": Config("lcm.safetensors", ["anime.safetensors"], output="out"),
-        "no such file": Config("lcm.safetensors", ["none.safetensors"]),
-        "a folder is written": Config("lcm.safetensors", [], base="emoji", output="x.safetensors"),
-        "would overwrite the input lcm": Config("lcm.safetensors", [], base="emoji", output="."),
-        "would overwrite the input model": Config("lcm.safetensors", [], base="model", output="model"),
+        "would overwrite the input": Config(accel="lcm.safetensors", style=["anime.safetensors"], output="./anime.safetensors"),
+        "nothing to merge": Config(accel="lcm.safetensors"),
+        "is named .safetensors": Config(accel="lcm.safetensors", style=["anime.safetensors"], output="out"),
+        "no such file": Config(accel="lcm.safetensors", style=["none.safetensors"]),
+        "--accel is required": Config(),
+        "a whole number above 0, or auto": Config(accel="lcm.safetensors", rank="-3"),
+        "needs --tuned": Config(base="emoji", extract=True),
+        "either --extract or --reference": Config(base="emoji", tuned="model"),
+        "would overwrite the input lcm": Config(accel="lcm.safetensors", base="emoji", output="."),
+        "would overwrite the input model": Config(accel="lcm.safetensors", base="model", output="model"),
     }
     for told, config in cases.items():
         with pytest.raises(UsageError, match=told):
@@ -135,41 +138,41 @@ def test_usage_errors_touch_no_file(files, tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
 
 
-def test_with_a_base_the_weights_are_folded_in_fp32_and_cast_once(files, monkeypatch):
-    from fastdiff.io import checkpoint
-
-    net = nn.ModuleDict({"linear": nn.Linear(5, 6), "one": nn.Conv2d(5, 6, 1), "conv": nn.Conv2d(5, 6, 3)})
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    base, saved = SimpleNamespace(unet=net, text_encoders=[], family="emoji"), {}
-    monkeypatch.setattr(checkpoint, "load", lambda ref, **how: saved.update(ref=ref, **how) or base)
-    monkeypatch.setattr(checkpoint, "save", lambda item, folder, *, recipe: saved.update(folder=folder, recipe=recipe))
-    result = merge.run(Config("lcm.safetensors", ["anime.safetensors=0.5"], base="emoji"))
-    assert str(saved["folder"]) == "lcm-anime"
-    assert (saved["ref"], saved["dtype"]) == ("emoji", torch.float32)
-    assert (saved["recipe"].num_steps, saved["recipe"].family) == (4, "emoji")
-    assert result.metrics["modules"] == 3
+def test_with_a_base_the_weights_are_added_in_fp32_and_cast_once(tiny_sd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    key, name = "lora_unet_mid_block_resnets_0_conv1", "mid_block.resnets.0.conv1"
+    made = torch.Generator().manual_seed(0)
+    items = [Factors(torch.randn(4, 32, 3, 3, generator=made), torch.randn(32, 4, 1, 1, generator=made) * 1e-3) for _ in range(2)]
+    recipe = Recipe(method="lcm", scheduler="lcm", num_steps=4, guidance=1.0).to_metadata()
+    lora.save(Lora({key: items[0]}, recipe), tmp_path / "lcm.safetensors", dtype=torch.float32)
+    lora.save(Lora({key: items[1]}), tmp_path / "anime.safetensors", dtype=torch.float32)
+    result = merge.run(Config(accel="lcm.safetensors", style=["anime.safetensors=0.5"], base=str(tiny_sd)))
+    assert [str(p) for p in result.outputs] == ["lcm-anime"]
+    assert result.metrics["modules"] == 1
     assert result.next_command == 'fastdiff sample --base lcm-anime --prompt "a red apple"'
-    fast, style = files
-    added = fast.modules["lora_unet_conv"].delta() + 0.5 * style.modules["lora_unet_conv"].delta()
-    assert net["conv"].weight.dtype == torch.float16
-    torch.testing.assert_close(net["conv"].weight.float(), before["conv.weight"] + added, rtol=2**-10, atol=1e-6)
+    before, after = checkpoint.load(str(tiny_sd)), checkpoint.load("lcm-anime")
+    assert (after.recipe.num_steps, after.recipe.family) == (4, "sd15")
+    exact = before.weights("unet")[f"{name}.weight"] + items[0].delta() + 0.5 * items[1].delta()
+    assert torch.equal(after.weights("unet")[f"{name}.weight"], exact.half())
+    for part in ("unet", "text_encoder"):
+        old, new = before.weights(part), after.weights(part)
+        assert all(torch.equal(old[k].half(), new[k]) for k in old if k != f"{name}.weight")
+    old, new = before.weights("vae"), after.weights("vae")
+    assert all(torch.equal(old[k], new[k]) for k in old)  # as it was: SDXL's overflows in fp16
 
 
 def test_a_base_of_another_family_is_refused(files, monkeypatch):
-    from fastdiff.io import checkpoint
-
     lora.save(example(0, 4, "linear", family="sdxl"), "xl.safetensors")
     monkeypatch.setattr(checkpoint, "load", lambda ref, **how: SimpleNamespace(family="sd15"))
     with pytest.raises(InputRefused, match="--base sd15 is sd15, but the LoRAs are for sdxl"):
-        merge.run(Config("xl.safetensors", base="sd15"))
+        merge.run(Config(accel="xl.safetensors", base="sd15"))
 
 
 def test_every_field_is_a_flag():
     from fastdiff.config import options
 
-    assert [o.flag for o in options(Config)] == [
-        "--accel", "--style", "--base", "--base-config", "--output", "--precision",
-    ]  # fmt: skip
+    named = {"--accel", "--style", "--base", "--output", "--rank", "--block-weights", "--extract", "--tuned", "--check"}
+    assert named < {o.flag for o in options(Config)}
     assert all(o.help for o in options(Config))
 
 
@@ -230,7 +233,7 @@ def test_apply_reaches_the_encoders_and_leaves_nothing_out():
     torch.testing.assert_close(encoder["encoder"].weight, before + 0.5 * product(factors(1, 4)))
     conv = base.unet.conv.weight.clone()
     item.modules["lora_te2_text_model_encoder"] = factors(1, 4)
-    with pytest.raises(InputRefused, match="no place in the base for 1 modules: lora_te2_"):
+    with pytest.raises(InputRefused, match=r"only 2 of 3 modules fit this model; not: lora_te2_"):
         lora.apply(base, [(item, 0.5)])
     assert torch.equal(base.unet.conv.weight, conv)
 

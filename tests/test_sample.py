@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastdiff import cli
-from fastdiff.io import checkpoint, lora
+from fastdiff.io import checkpoint, export, lora
 from fastdiff.io.lora import Factors, Lora
 from fastdiff.io.recipe import Recipe
 from fastdiff.models import text
@@ -167,7 +167,7 @@ def test_uint8_rounds_and_clamps():
 def test_checkpoint_folder_round_trip_keeps_every_tensor_and_the_recipe(tiny_sd, tmp_path):
     base = checkpoint.load(str(tiny_sd))
     recipe = Recipe(scheduler="lcm", num_steps=4, guidance=1.0)
-    checkpoint.save(base, tmp_path / "out", recipe=recipe)
+    export.to_folder(base, tmp_path / "out", recipe=recipe)
     again = checkpoint.load(str(tmp_path / "out"))
     for part in ("unet", "vae"):
         ours, theirs = getattr(base, part).state_dict(), getattr(again, part).state_dict()
@@ -177,7 +177,7 @@ def test_checkpoint_folder_round_trip_keeps_every_tensor_and_the_recipe(tiny_sd,
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(ValueError, match="not a checkpoint folder"):
-        checkpoint.save(base, tmp_path / "mine")
+        export.to_folder(base, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
 
 
@@ -191,16 +191,16 @@ def test_broken_checkpoints_are_refused_by_name(tiny_sd, tmp_path):
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: len(data) // 2])
-    with pytest.raises(InputRefused, match="unet cannot be loaded"):
+    with pytest.raises(InputRefused, match=r"diffusion_pytorch_model\.safetensors: not a safetensors file, or corrupt"):
         _ = checkpoint.load(str(copy)).unet
     (copy / "model_index.json").unlink()
     with pytest.raises(InputRefused, match=r"model_index\.json is missing"):
         _ = checkpoint.load(str(copy)).text_encoders
-    (tmp_path / "x.ckpt").write_bytes(b"\x80\x04")
-    with pytest.raises(InputRefused, match="pickles can run code"):
+    (tmp_path / "x.ckpt").write_bytes(b"\x80\x04\x95\x00\x00\x00")
+    with pytest.raises(InputRefused, match="a pickle .* which can run code"):
         checkpoint.load(str(tmp_path / "x.ckpt"))
     (tmp_path / "y.safetensors").write_bytes(b"junk")
-    with pytest.raises(InputRefused, match="not a readable safetensors"):
+    with pytest.raises(InputRefused, match="not a safetensors file, or corrupt"):
         checkpoint.load(str(tmp_path / "y.safetensors"))
     with pytest.raises(UsageError, match="not an alias"):
         checkpoint.load("nowhere")

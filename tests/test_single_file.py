@@ -94,10 +94,11 @@ def test_it_samples_like_the_folder(single_file, tiny_sd, tmp_path):
     assert abs(from_file - from_folder).max() <= 1  # the tensors are equal, their strides are not
 
 
-def test_without_configs_the_message_names_the_flag(single_file, capfd, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert cli.main(["sample", "--base", str(single_file), "--prompt", "x", "--offline", "--json"]) == 2
-    assert "--base-config" in json.loads(capfd.readouterr().out)["error"]["hint"]
+def test_a_network_of_no_known_width_is_refused_by_it(single_file, capfd):
+    assert cli.main(["sample", "--base", str(single_file), "--prompt", "x", "--offline", "--json"]) == 3
+    told = json.loads(capfd.readouterr().out)["error"]
+    assert "cross-attention of width 32" in told["message"]
+    assert "--base-config" in told["hint"]
 
 
 def test_a_file_that_lacks_layers_is_refused(single_file, tiny_sd, tmp_path):

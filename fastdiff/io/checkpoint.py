@@ -1,33 +1,60 @@
-"""A checkpoint: alias, hub id, diffusers folder or single file in; a diffusers folder out. Components load on demand."""
+"""A checkpoint: alias, hub id, diffusers folder or single file in. Components load on demand, every layer or none."""
 
 import hashlib
 import json
-import os
-import shutil
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.console import InputRefused, UsageError, info
+from fastdiff.io import ldm, tensors
+from fastdiff.io.family import FAMILIES, FAMILY_OF_WIDTH, Found, detect, infer_unet
+from fastdiff.io.family import prediction as prediction_told
+from fastdiff.io.ldm import Slot, Weights
 from fastdiff.io.recipe import Recipe
+from fastdiff.io.tensors import TensorFile
 from fastdiff.schedule import NoiseSchedule
 
-EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
+ASSETS = Path(__file__).parent.parent / "assets"
+EMOJI = ASSETS / "emoji"
 ALIASES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "stabilityai/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "ssd-1b": "segmind/SSD-1B",
 }
-FAMILIES = ("emoji", "sd15", "sd21", "sdxl")
-FAMILY_OF_WIDTH = {128: "emoji", 768: "sd15", 1024: "sd21", 2048: "sdxl"}  # cross-attention width
 # What a first run downloads from the hub: configs, tokenizers and one full-precision safetensors file a component.
 WANTED = ["model_index.json", "*/*.json", "*/merges.txt", "*/*.safetensors"]
 UNWANTED = ["*.fp16.*", "*non_ema*", "*onnx*", "*openvino*", "*flax*", "safety_checker/*", "vae_1_0/*", "vae_*coder/*"]
+FILES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
+
+
+@dataclass
+class BaseConfig:
+    """Where the base model comes from: the options that every command with a base has."""
+
+    PANEL: ClassVar[str] = "Base model"
+
+    base: Annotated[str, "emoji, sd15, sd21, sdxl, ssd-1b, a hub id, a diffusers folder or a single file"] = field(
+        default="emoji", metadata={"flags": ["-b"]}
+    )
+    base_config: Annotated[str | None, "folder or hub id with the configs of an unusual single file"] = None
+    prediction_type: Annotated[
+        Literal["epsilon", "v_prediction"] | None, "what the base's network predicts; default: what its files tell"
+    ] = None
+    allow_pickle: Annotated[bool, "read .ckpt, .pt and .bin files too: their tensors, and nothing that could run"] = False
+
+    def open_base(self, dtype: torch.dtype = torch.float32) -> "Checkpoint":
+        assert self.base is not None
+        return load(
+            self.base, dtype=dtype, config=self.base_config, prediction=self.prediction_type, allow_pickle=self.allow_pickle
+        )
 
 
 def missing_weights(ref: str, hub_id: str) -> UsageError:
@@ -45,7 +72,7 @@ def locate(ref: str, *, configs_only: bool = False) -> Path:
     path = Path(ref).expanduser()
     if path.exists():
         return path
-    if path.suffix in {".safetensors", ".ckpt", ".pt", ".bin"} or ref.startswith((".", "/", "~")):
+    if path.suffix in FILES or ref.startswith((".", "/", "~")):
         raise UsageError(f"--base {ref}: no such file or folder")
     hub_id = ALIASES.get(ref, ref)
     if hub_id.count("/") != 1:
@@ -60,42 +87,35 @@ def locate(ref: str, *, configs_only: bool = False) -> Path:
         raise missing_weights(ref, hub_id) from error
 
 
-def family_of(ref: str) -> str:
-    """emoji, sd15, sd21 or sdxl, from the alias or the cross-attention width; cheap, no weights are read."""
+def family_of(ref: str, *, allow_pickle: bool = False) -> str:
+    """emoji, sd15, sd21 or sdxl, from the alias, the config or a file's keys; cheap, no weights are read."""
     if ref in FAMILIES:
         return ref
     if ref in ALIASES:
         return "sdxl"
     path = locate(ref, configs_only=True)
     if path.is_file():
-        return single_file_family(path)
+        return detect(tensors.open_file(path, allow_pickle=allow_pickle)).family
     config = path / "unet" / "config.json"
     if not config.exists():
         raise InputRefused(f"--base {ref}: {config} is missing; a diffusers folder holds unet/, vae/, text_encoder/ ...")
     return family_of_config(json.loads(config.read_text()))
 
 
-def family_of_config(config: dict[str, Any]) -> str:
-    width = config.get("cross_attention_dim")
+def family_of_config(config: Mapping[str, Any]) -> str:
     if config.get("addition_embed_type") == "text_time":
         return "sdxl"
-    return FAMILY_OF_WIDTH.get(width, "sd15")
+    return FAMILY_OF_WIDTH.get(config.get("cross_attention_dim", 0), "sd15")
 
 
-def single_file_family(path: Path) -> str:
-    """From the width of one key's shape in an LDM-layout file's header."""
-    if path.suffix != ".safetensors":
-        raise InputRefused(f"{path}: only .safetensors checkpoints are read (pickles can run code); convert it first")
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                if key.startswith("model.diffusion_model.") and key.endswith("attn2.to_k.weight"):
-                    return FAMILY_OF_WIDTH.get(file.get_slice(key).get_shape()[1], "sd15")
-    except SafetensorError as error:
-        raise InputRefused(f"{path}: not a readable safetensors file ({error})") from error
-    raise InputRefused(f"{path}: not a Stable Diffusion checkpoint (no model.diffusion_model.*.attn2.to_k.weight in it)")
+def plain_name(part: str, name: str) -> str:
+    """A stored parameter's name as we say it: `text_model.` in front (transformers 5.6 drops it), today's VAE attention."""
+    if part.startswith("text_encoder"):
+        return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
+    if part == "vae" and (old := re.search(r"\.attentions\.0\.(query|key|value|proj_attn)\.", name)):
+        new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}[old[1]]
+        return name.replace(f".{old[1]}.", f".{new}.")
+    return name
 
 
 @dataclass
@@ -107,11 +127,21 @@ class Checkpoint:
     family: str
     dtype: torch.dtype = torch.float32
     config: Path | None = None  # a diffusers folder of configs and tokenizers, for single files
+    found: Found | None = None  # what a single file is
+    prediction: str | None = None  # overrides what the files tell
+    allow_pickle: bool = False
+
+    # ---- configs
 
     @property
     def folder(self) -> Path:
         """Where model_index.json, the configs and the tokenizers are."""
         return self.config if self.path.is_file() and self.config else self.path
+
+    @property
+    def own_config(self) -> bool:
+        """A single file on the configs that we ship, not on a folder that was given for it."""
+        return self.path.is_file() and self.folder.parent in {ASSETS, ASSETS / "families"}
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -122,11 +152,39 @@ class Checkpoint:
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
-        return json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
+        config = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
+        if self.found and (self.own_config or self.found.told):
+            config["prediction_type"] = self.found.prediction_type
+            if self.found.zero_snr:
+                config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return config | ({"prediction_type": self.prediction} if self.prediction else {})
 
     @property
     def prediction_type(self) -> str:
         return self.scheduler_config.get("prediction_type", "epsilon")
+
+    @cached_property
+    def unet_config(self) -> dict[str, Any]:
+        return self.config_of("unet")
+
+    def config_of(self, part: str) -> dict[str, Any]:
+        """The config of a component; a single file's UNet has the blocks that are in the file."""
+        path = self.folder / part / "config.json"
+        if not path.exists():
+            raise InputRefused(f"{path}: missing; {self.folder} is no complete diffusers folder")
+        config = json.loads(path.read_text())
+        if part == "unet" and self.own_config and self.family != "emoji":
+            config = infer_unet(self.file, config)
+            if self.family == "sd21" and self.prediction_type == "epsilon":
+                config["sample_size"] = 64  # SD2's base models are the 512 px ones
+        return config
+
+    @property
+    def resolution_px(self) -> int:
+        """Pixels a side that the network was trained at."""
+        levels = len(self.config_of("vae")["block_out_channels"])
+        size = self.unet_config.get("sample_size") or 64
+        return (size if isinstance(size, int) else size[0]) * 2 ** (levels - 1)
 
     def schedule(self) -> NoiseSchedule:
         return NoiseSchedule.from_config(self.scheduler_config)
@@ -136,65 +194,168 @@ class Checkpoint:
         """SDXL's unconditional branch: zero embeddings instead of the encoded empty prompt."""
         return self.family == "sdxl" and self.index.get("force_zeros_for_empty_prompt", True)
 
+    @property
+    def recipe(self) -> Recipe:
+        """How a distilled checkpoint wants to be sampled."""
+        file = self.folder / "fastdiff.json"
+        if self.path.is_file():
+            return Recipe.from_metadata(self.file.metadata)
+        return Recipe.from_metadata(json.loads(file.read_text())) if file.exists() else Recipe()
+
+    # ---- weights
+
+    @property
+    def text_parts(self) -> list[str]:
+        """text_encoder and for SDXL text_encoder_2."""
+        return [part for part, row in self.index.items() if part.startswith("text_encoder") and row[1]]
+
+    @property
+    def parts(self) -> list[str]:
+        return ["unet", "vae", *self.text_parts]
+
+    @cached_property
+    def file(self) -> TensorFile:
+        return tensors.open_file(self.path, allow_pickle=self.allow_pickle)
+
+    def skeleton(self, part: str) -> nn.Module:
+        """A component without weights, all parameters on the meta device."""
+        from accelerate import init_empty_weights
+
+        config = self.config_of(part)
+        with init_empty_weights():
+            if part.startswith("text_encoder"):
+                import transformers
+
+                cls = getattr(transformers, self.index[part][1])
+                return cls(cls.config_class.from_dict(config))
+            from diffusers import AutoencoderKL, UNet2DConditionModel
+
+            return (UNet2DConditionModel if part == "unet" else AutoencoderKL).from_config(config)
+
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """What the component needs: parameter -> shape."""
+        return {plain_name(part, k): tuple(v.shape) for k, v in self.skeleton(part).state_dict().items()}
+
+    def slots(self, part: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
+        """What a single file calls the component's parameters."""
+        return ldm.slots(self.family, part, self.config_of(part), shapes)
+
+    def weights(self, part: str, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Weights:
+        """The stored tensors of a component, read one by one; a layer that is missing or left over is refused by name."""
+        shapes = shapes or self.shapes(part)
+        if self.path.is_file():
+            wanted = self.slots(part, shapes)
+            gone = ldm.missing(self.file, wanted)
+            prefix = ldm.PREFIXES[self.family][part]
+            left = ldm.unknown(self.file, wanted, [prefix])
+            if len(gone) == len(wanted) and self.config and not self.own_config and self.stored(part, self.config):
+                info(f"{self.path}: has no {part}; taken from {self.config}")
+                return self.from_folder(part, shapes, self.config)
+            if len(gone) == len(wanted):
+                hint = f"give a whole diffusers folder of its family: --base-config FOLDER, whose {part} is then used"
+                raise InputRefused(f"{self.path}: has no {part} ({prefix}*)", hint)
+            self.complete(part, gone, left, self.path)
+            return ldm.read(self.file, wanted, shapes)
+        return self.from_folder(part, shapes, self.path)
+
+    def complete(self, part: str, gone: list[str], left: list[str], where: Path) -> None:
+        for what, names in (("are missing", gone), ("have no place in the model", left)):
+            if names:
+                told = f"{where}: {part}: {len(names)} layers {what}: {', '.join(names[:3])}"
+                raise InputRefused(told, "the file is damaged or another model; for unusual networks give --base-config")
+
+    def stored(self, part: str, folder: Path) -> list[Path]:
+        """The weight files of a component in a diffusers folder: full precision first, shards, then the fp16 variant."""
+        home = folder / part
+        for stem in ("diffusion_pytorch_model", "model"):
+            for variant in ("", ".fp16"):
+                index = home / f"{stem}.safetensors.index{variant}.json"
+                if index.exists():
+                    return [home / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+                if (one := home / f"{stem}{variant}.safetensors").exists():
+                    return [one]
+            if self.allow_pickle and (one := home / f"{stem}.bin").exists():
+                return [one]
+            if stem == "model" and (one := home / "pytorch_model.bin").exists() and self.allow_pickle:
+                return [one]
+        return []
+
+    def from_folder(self, part: str, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> Weights:
+        files = [tensors.open_file(path, allow_pickle=self.allow_pickle) for path in self.stored(part, folder)]
+        if not files:
+            raise InputRefused(
+                f"--base {self.ref}: {folder / part} has no safetensors weights", "a .bin is read with --allow-pickle"
+            )
+        readers: dict[str, Callable[[], Tensor]] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        left = []
+        for file in files:
+            for key in file:
+                name = plain_name(part, key)
+                if name not in shapes:
+                    left += [] if re.search(r"position_ids$|logit_scale$|text_projection", name) else [key]
+                    continue
+                if ldm.strip(file.layouts[key].shape) != ldm.strip(shapes[name]):
+                    raise InputRefused(f"{file.path}: {key} is {file.layouts[key].shape}, the model has {shapes[name]}")
+                readers[name] = lambda file=file, key=key, shape=shapes[name]: file[key].reshape(shape)
+                dtypes[name] = file.layouts[key].dtype
+        self.complete(part, [name for name in shapes if name not in readers], left, folder / part)
+        return Weights(readers, shapes, dtypes)
+
+    # ---- networks
+
+    def network(self, part: str, dtype: torch.dtype) -> nn.Module:
+        """A component in `dtype`, frozen; nothing on the meta device, everything finite."""
+        net = self.skeleton(part)
+        names = {key: plain_name(part, key) for key in net.state_dict()}
+        weights = self.weights(part, {names[k]: tuple(v.shape) for k, v in net.state_dict().items()})
+        state = {}
+        for key, name in names.items():
+            tensor = weights[name]
+            if not tensor.is_floating_point():
+                raise InputRefused(f"--base {self.ref}: {part}: {name} is {tensor.dtype}, not floating point")
+            state[key] = tensor.to(dtype).contiguous()
+            if not bool(state[key].isfinite().all()):
+                raise InputRefused(f"--base {self.ref}: {part} has NaN or infinite values ({name})")
+        net.load_state_dict(state, assign=True)
+        assert not any(p.is_meta for p in net.parameters())
+        return net.eval().requires_grad_(False)
+
     @cached_property
     def unet(self) -> nn.Module:
-        from diffusers import UNet2DConditionModel
-
-        return self._component(UNet2DConditionModel, "unet", self.dtype)
+        return self.network("unet", self.dtype)
 
     @cached_property
     def vae(self) -> nn.Module:
         """Always fp32: SDXL's overflows in fp16."""
-        from diffusers import AutoencoderKL
-
-        return self._component(AutoencoderKL, "vae", torch.float32)
+        return self.network("vae", torch.float32)
 
     @cached_property
     def text_encoders(self) -> list[nn.Module]:
-        import transformers
-
-        rows = [(k, v[1]) for k, v in self.index.items() if k.startswith("text_encoder") and v[1]]
-        return [self._component(getattr(transformers, name), part, torch.float32) for part, name in rows]
+        return [self.network(part, torch.float32) for part in self.text_parts]
 
     @cached_property
     def tokenizers(self) -> list[Any]:
+        """The folder's own, else CLIP's vocabulary, which is one for all families and ships with us."""
         from transformers import CLIPTokenizer
 
-        parts = [k for k, v in self.index.items() if k.startswith("tokenizer") and v[1]]
-        return [CLIPTokenizer.from_pretrained(self.folder / part, local_files_only=True) for part in parts]
+        found = []
+        for part in [k for k, v in self.index.items() if k.startswith("tokenizer") and v[1]]:
+            home = self.folder / part
+            if (home / "vocab.json").exists() or (home / "tokenizer.json").exists():
+                found.append(CLIPTokenizer.from_pretrained(home, local_files_only=True))
+            else:
+                vocab, merges = clip_vocabulary()
+                told = json.loads((home / "tokenizer_config.json").read_text())
+                found.append(
+                    CLIPTokenizer(vocab=vocab, merges=merges, **{k: v for k, v in told.items() if k != "tokenizer_class"})
+                )
+        return found
 
     def release(self, *names: str) -> None:
         """Drop loaded components, so that their memory is free for the next one."""
         for name in names:
             self.__dict__.pop(name, None)
-
-    def _component(self, cls: type, part: str, dtype: torch.dtype) -> nn.Module:
-        try:
-            if self.path.is_file():
-                net = self._from_single_file(cls, part, dtype)
-            else:
-                kind = {"dtype": dtype} if cls.__module__.startswith("transformers") else {"torch_dtype": dtype}
-                net = cls.from_pretrained(self.path / part, local_files_only=True, use_safetensors=True, **kind)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputRefused(f"--base {self.ref}: {part} cannot be loaded from {self.path}: {reason}") from error
-        broken = [k for k, v in net.state_dict().items() if v.is_meta or not bool(v.isfinite().all())]
-        if broken:
-            raise InputRefused(f"--base {self.ref}: {part} has missing or non-finite weights: {', '.join(broken[:3])}")
-        return net.eval().requires_grad_(False)
-
-    def _from_single_file(self, cls: type, part: str, dtype: torch.dtype) -> nn.Module:
-        if cls.__module__.startswith("diffusers"):
-            return cls.from_single_file(str(self.path), config=str(self.config), subfolder=part, torch_dtype=dtype)
-        return getattr(self._whole_pipeline, part)
-
-    @cached_property
-    def _whole_pipeline(self) -> Any:
-        """diffusers converts text encoders out of single files only as part of a pipeline."""
-        import diffusers
-
-        cls = getattr(diffusers, self.index["_class_name"])
-        return cls.from_single_file(str(self.path), config=str(self.config), local_files_only=True)
 
     def pipeline(self) -> Any:
         """The stock diffusers pipeline over these components."""
@@ -213,40 +374,49 @@ class Checkpoint:
         return diffusers.StableDiffusionPipeline(**parts)
 
 
-def load(ref: str, *, dtype: torch.dtype = torch.float32, config: str | None = None) -> Checkpoint:
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's byte-pair vocabulary (49,408 entries) and merges, out of the merges alone: their order is the numbering.
+
+    Bytes in the order of the original code (printable ones first), the same at the end of a word, merges, the two marks.
+    """
+    import gzip
+
+    text = gzip.decompress((ASSETS / "clip" / "merges.txt.gz").read_bytes()).decode()
+    merges = [(a, b) for a, b in (line.split(" ") for line in text.splitlines())]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [b for b in range(256) if b not in printable]
+    symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(rest))]
+    words = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    return {word: i for i, word in enumerate(words)}, merges
+
+
+def load(
+    ref: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    config: str | None = None,
+    prediction: str | None = None,
+    allow_pickle: bool = False,
+) -> Checkpoint:
     """Open a checkpoint; nothing heavy is read yet.
 
-    A single file needs a folder of configs and tokenizers: `config` (a folder or hub id), else the family's own hub id.
+    A single file needs no more than itself: configs and CLIP's vocabulary ship with us. `config`, a diffusers folder or hub
+    id, is for networks of unusual shape. `prediction` (epsilon, v_prediction) overrides what the files tell.
     """
     path = locate(ref)
-    family = "emoji" if ref == "emoji" else family_of(str(path))
-    folder = None
-    if path.is_file():
-        try:
-            folder = locate(config or family, configs_only=True)
-        except UsageError as error:
-            raise UsageError(
-                f"--base {ref}: a single file needs the {family} configs and tokenizer, and they are not on this machine",
-                "give any diffusers folder of that family: --base-config path/to/folder",
-            ) from error
-    return Checkpoint(ref, path, family, dtype, folder)
-
-
-def save(checkpoint: Checkpoint, folder: Path, *, recipe: Recipe | None = None) -> None:
-    """Write a diffusers folder, staged beside it and renamed, so that a half-written one is never seen."""
-    wrapped = [k for k in checkpoint.unet.state_dict() if ".base_layer." in k or "lora_" in k]
-    if wrapped:
-        raise ValueError(f"the UNet still carries adapters ({wrapped[0]}): fold them before saving")
-    if folder.exists() and not (folder / "model_index.json").exists() and any(folder.iterdir()):
-        raise UsageError(f"--output {folder}: exists and is not a checkpoint folder; choose another name")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    checkpoint.pipeline().save_pretrained(staged, safe_serialization=True)
-    if recipe:
-        (staged / "fastdiff.json").write_text(json.dumps(recipe.to_metadata(), indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    staged.rename(folder)
+    if not path.is_file():
+        family = "emoji" if ref == "emoji" else family_of(str(path))
+        return Checkpoint(ref, path, family, dtype, None, None, prediction, allow_pickle)
+    file = tensors.open_file(path, allow_pickle=allow_pickle)
+    if config:
+        folder = locate(config, configs_only=True)
+        found = prediction_told(file, family_of(str(folder)))
+    else:
+        found = detect(file)
+        folder = EMOJI if found.family == "emoji" else ASSETS / "families" / found.family
+    opened = Checkpoint(ref, path, found.family, dtype, folder, found, prediction, allow_pickle)
+    opened.__dict__["file"] = file
+    return opened
 
 
 def fingerprint(net: nn.Module) -> str:

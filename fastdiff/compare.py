@@ -1,0 +1,36 @@
+"""Pictures before and after a merge: the same prompts and seeds on the same base, one sheet and how far they are apart."""
+
+from pathlib import Path
+from typing import Any
+
+from fastdiff.data import teacher
+from fastdiff.io import checkpoint, lora
+from fastdiff.io.lora import Lora
+from fastdiff.models import text
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, uint8
+
+SEEDS = (0, 1, 2, 3)
+
+
+def drawn(ref: str, loras: list[tuple[Lora, float]], prompts: list[str], settings: Settings | None) -> tuple[Any, Settings]:
+    """Images (N, 3, H, W) of a base with LoRAs, and the settings they were drawn with: the first recipe's."""
+    base = checkpoint.load(ref)
+    recipe = next((item.recipe for item, _ in loras if item.recipe.scheduler), base.recipe)
+    settings = settings or Settings.of(recipe, DEFAULTS[base.family])
+    lora.apply(base, loras)
+    cond, uncond = text.encode(base, prompts), text.unconditional(base)
+    sampler = Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
+    return sampler.pixels(cond, uncond, SEEDS[: len(prompts)], settings, resolution_px=base.resolution_px, batch=4), settings
+
+
+def before_and_after(ref: str, loras: list[tuple[Lora, float]], output: Path, *, baked: bool) -> tuple[Path, dict[str, float]]:
+    """Left the LoRAs applied one by one, right what was written; `baked`: that is a checkpoint."""
+    family = checkpoint.family_of(ref)
+    prompts = teacher.default_prompts(family)[: len(SEEDS)]
+    before, settings = drawn(ref, loras, prompts, None)
+    after, _ = drawn(str(output), [], prompts, settings) if baked else drawn(ref, [(lora.load(output), 1.0)], prompts, settings)
+    sheet = output.with_name(f"{output.stem}-check.png")
+    contact_sheet([before, after], scale=max(1, 128 // before.shape[-1])).save(sheet)
+    apart = (uint8(before).float() - uint8(after).float()).abs()
+    return sheet, {"max_difference": apart.max().item(), "mean_difference": apart.mean().item()}

@@ -1,0 +1,65 @@
+"""The `export` command: a checkpoint as a diffusers folder or as one file for other programs; a LoRA in another layout."""
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+
+from fastdiff import console
+from fastdiff.console import Result, UsageError
+from fastdiff.io import export, lora
+from fastdiff.io.checkpoint import BaseConfig
+
+PRESETS: dict[str, dict[str, Any]] = {}
+EXAMPLES = """fastdiff export --base runs/model --single-file -o model.safetensors
+fastdiff export --base model.safetensors -o folder
+fastdiff export --lora lcm.safetensors --format diffusers -o lcm-diffusers.safetensors"""
+DTYPES = {"stored": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Config(BaseConfig):
+    PANEL: ClassVar[str] = "Export"
+
+    single_file: Annotated[bool, "one LDM-layout file, for ComfyUI, A1111 and Forge, instead of a diffusers folder"] = False
+    lora: Annotated[str | None, "write this LoRA in --format instead of a checkpoint"] = None
+    format: Annotated[Literal["kohya", "diffusers", "peft"], "layout of a LoRA; kohya loads everywhere"] = "kohya"
+    output: Annotated[str | None, "a folder, or NAME.safetensors for one file"] = field(default=None, metadata={"flags": ["-o"]})
+    precision: Annotated[Literal["stored", "fp16", "bf16", "fp32"], "of UNet and text encoders; the VAE keeps its own"] = "stored"
+
+
+def destination(config: Config) -> Path:
+    """Where it goes; never onto the source, nor onto a folder that holds it."""
+    source = Path(config.lora or config.base).expanduser()
+    one = config.single_file or (config.lora is not None and config.format != "peft")
+    path = Path(config.output or f"{source.stem}-{config.format if config.lora else 'export'}{'.safetensors' if one else ''}")
+    path = path.expanduser()
+    if one and path.suffix != ".safetensors":
+        raise UsageError(f"--output {path}: one file is named .safetensors", f"use --output {path}.safetensors")
+    if source.exists() and source.resolve().is_relative_to(path.resolve()):
+        raise UsageError(f"--output {path}: would overwrite the input {source}; choose another name")
+    return path
+
+
+def run(config: Config) -> Result:
+    """The `export` command."""
+    path, dtype = destination(config), DTYPES[config.precision]
+    if config.lora:
+        item = lora.load(config.lora, allow_pickle=config.allow_pickle)
+        with console.timed("write_s"):
+            lora.save(item, path, dtype=dtype or torch.float16, format=config.format)
+        return Result([path], lora.summary(item))
+    base = config.open_base()
+    one = path.suffix == ".safetensors"
+    if path.is_file() and not one:
+        raise UsageError(f"--output {path}: is a file; give the name of a folder")
+    with console.timed("write_s"):
+        if one:
+            outputs = export.to_file(base, path, dtype=dtype, recipe=base.recipe)
+        else:
+            export.to_folder(base, path, dtype=dtype, recipe=base.recipe if base.recipe.scheduler else None)
+            outputs = [path]
+    metrics = {"family": base.family, "prediction_type": base.prediction_type, "checked": one}
+    return Result(outputs, metrics, f'fastdiff sample --base {shlex.quote(str(path))} --prompt "a red apple"')

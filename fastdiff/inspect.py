@@ -1,0 +1,185 @@
+"""The `inspect` command: what a file is, from its header alone; whether we read it, and whether it is safe to open."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastdiff import console
+from fastdiff.console import InputRefused, Result, UsageError
+from fastdiff.io import checkpoint, family, layouts, ldm, lora, tensors
+from fastdiff.io.lora import Lora
+from fastdiff.io.recipe import Recipe
+from fastdiff.io.tensors import TensorFile
+from fastdiff.io.updates import Factors, Update
+
+EXAMPLES = """fastdiff inspect model.safetensors
+fastdiff inspect style.safetensors --base sdxl --json"""
+KINDS = (  # a side that tells the kind of an update; the first that is there decides
+    ("magnitude", "dora"), ("magnitude_out", "dora"), ("blocks", "oft"), ("a1", "glora"), ("vector", "ia3"),
+    ("diff", "full"), ("kron1", "lokr"), ("kron1_a", "lokr"), ("w1_a", "loha"), ("down", "lora"),
+)  # fmt: skip
+
+
+@dataclass
+class Config:
+    file: Annotated[str, "a .safetensors file, a pickle or a diffusers folder"] = field(
+        default=MISSING, metadata={"argument": True}
+    )  # type: ignore[arg-type]
+    base: Annotated[str | None, "how much of a LoRA would land on this checkpoint"] = field(
+        default=None, metadata={"flags": ["-b"]}
+    )
+
+
+def of_lora(file: TensorFile) -> dict[str, Any]:
+    """Layouts, kinds, ranks and scales of a LoRA; of its tensors only the alphas are read, a number each."""
+    table = ldm.flat_table()
+    embeddings = [key for key in file if key.startswith("bundle_emb.")]
+    parts = {key: lora.parse(key, table) for key in file if key not in embeddings}
+    sides: dict[str, dict[str, str]] = {}
+    for key, part in parts.items():
+        if part:
+            sides.setdefault(part.key, {})[part.side] = key
+    kinds: dict[str, int] = {}
+    ranks: list[int] = []
+    scales: set[float] = set()
+    for module in sides.values():
+        kind = next((name for side, name in KINDS if side in module), "unknown")
+        kinds[kind] = kinds.get(kind, 0) + 1
+        if "down" in module:
+            ranks.append(rank := file.layouts[module["down"]].shape[0])
+            alpha = file[module["alpha"]].float().item() if "alpha" in module else rank
+            scales.add(round((alpha or rank) / max(rank, 1), 6))
+    parts_of = sorted({layouts.split(key)[0] for key in sides})
+    named = sorted({layouts.layout_of(key, table) for key, part in parts.items() if part})
+    return {
+        "layouts": named,
+        "modules": len(sides),
+        "kinds": kinds,
+        "components": parts_of,
+        "rank_min": min(ranks, default=None),
+        "rank_max": max(ranks, default=None),
+        "scales": sorted(scales)[:8],
+        "unknown_keys": [key for key, part in parts.items() if part is None],
+        "bundled_embeddings": sorted({key.split(".")[1] for key in embeddings}),
+        "family": family_of(file, sides),
+    }
+
+
+def shaped(file: TensorFile, module: Mapping[str, str]) -> Update | None:
+    """A stand-in with the shapes of a plain LoRA module, on no memory."""
+    import torch
+
+    if set(module) - {"alpha"} != {"down", "up"}:
+        return None
+    down, up = (file.layouts[module[side]].shape for side in ("down", "up"))
+    return Factors(torch.empty(down, device="meta"), torch.empty(up, device="meta"))
+
+
+def family_of(file: TensorFile, sides: Mapping[str, Mapping[str, str]]) -> str | None:
+    return Lora({key: update for key, m in sides.items() if (update := shaped(file, m))}, file.metadata).family
+
+
+def coverage(file: TensorFile, ref: str) -> dict[str, Any]:
+    """How many modules have a place of their shape in a checkpoint, without reading a weight."""
+    base = checkpoint.load(ref)
+    layers = base.unet_config.get("layers_per_block", 2)
+    table = ldm.flat_table(layers if isinstance(layers, int) else 2)
+    sides: dict[str, dict[str, str]] = {}
+    for key in file:
+        if part := lora.parse(key, table):
+            name = re.sub(r"^lora_te1?_", lora.prefixes(len(base.text_parts))["text_encoder"], part.key)
+            sides.setdefault(name, {})[part.side] = key
+    places = {
+        k: p
+        for part, prefix in lora.prefixes(len(base.text_parts)).items()
+        for k, p in lora.places(base.shapes(part), prefix).items()
+    }
+    fitting = [k for k, m in sides.items() if k in places and ((u := shaped(file, m)) is None or lora.fits(u, places[k].shape))]
+    missing = sorted(set(sides) - set(fitting))
+    return {"base": ref, "base_family": base.family, "applied": len(fitting), "total": len(sides), "missing": missing[:20]}
+
+
+def of_checkpoint(file: TensorFile) -> dict[str, Any]:
+    """Family, prediction type and what a single-file checkpoint holds; refused kinds by name."""
+    found = family.detect(file)
+    told: dict[str, Any] = {
+        "family": found.family,
+        "prediction_type": found.prediction_type,
+        "prediction_by": found.why,
+        "zero_snr": found.zero_snr,
+    }
+    base = checkpoint.load(str(file.path))
+    try:
+        shapes = {part: base.shapes(part) for part in base.parts}
+        wanted = {part: base.slots(part, shapes[part]) for part in base.parts}
+        told["components"] = {
+            part: {"tensors": len(rows) - len(gone), "missing": gone[:5], "missing_count": len(gone)}
+            for part, rows in wanted.items()
+            if (gone := ldm.missing(file, rows)) is not None
+        }
+        left = [k for part, rows in wanted.items() for k in ldm.unknown(file, rows, [ldm.PREFIXES[found.family][part]])]
+        told["unplaced"] = {"count": len(left), "first": left[:5]}
+        told["ema"] = any(key.startswith("model_ema.") for key in file)
+    except InputRefused as error:
+        told["unusual"] = str(error)
+    return told
+
+
+def look(path: Path, config: Config) -> dict[str, Any]:
+    """Everything that the header says."""
+    if path.is_dir():
+        base = checkpoint.load(str(path))
+        stored = {part: [p.name for p in base.stored(part, path)] for part in base.parts}
+        return {"kind": "diffusers folder", "family": base.family, "prediction_type": base.prediction_type, "files": stored,
+                "recipe": asdict(base.recipe), "supported": all(stored.values())}  # fmt: skip
+    file = tensors.open_file(path)
+    told: dict[str, Any] = {
+        "tensors": len(file),
+        "dtypes": sorted({tensors.CODES[layout.dtype] for layout in file.layouts.values()}),
+        "recipe": {k: v for k, v in asdict(Recipe.from_metadata(file.metadata)).items() if v is not None},
+        "title": file.metadata.get("modelspec.title"),
+        "architecture": file.metadata.get("modelspec.architecture"),
+    }
+    try:
+        if any(lora.parse(key, ldm.flat_table()) for key in file):
+            told |= {"kind": "LoRA", **of_lora(file)}
+            told["supported"] = not told["unknown_keys"]
+            if config.base:
+                told["coverage"] = coverage(file, config.base)
+        else:
+            told |= {"kind": "checkpoint", **of_checkpoint(file)}
+            parts = told.get("components", {}).values()
+            told["supported"] = "unusual" not in told and not any(part["missing_count"] for part in parts)
+    except InputRefused as error:
+        told |= {"kind": "other", "supported": False, "why_not": str(error).removeprefix(f"{path}: ")}
+    return told
+
+
+def run(config: Config) -> Result:
+    """The `inspect` command: exit 0 for what is safe, supported or not; exit 3, with what is known, for what is not."""
+    path = Path(config.file).expanduser()
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
+    metrics: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size if path.is_file() else None, "safe": True}
+    head = path.open("rb").read(64) if path.is_file() else b""
+    if re.match(tensors.PICKLE, head):
+        names = tensors.unsafe_globals(path)
+        metrics |= {"kind": "pickle", "safe": False, "supported": False, "would_run": names}
+        why = f"a pickle that wants to run {', '.join(names[:3])}" if names else "a pickle: it can run code when it is opened"
+        error = InputRefused(f"{path}: {why}", "convert it to safetensors" if names else "--allow-pickle reads its tensors alone")
+        error.result = Result(metrics=metrics)
+        raise error
+    try:
+        metrics |= look(path, config)
+    except InputRefused as error:
+        error.result = Result(metrics=metrics | {"kind": "damaged", "safe": False, "supported": False})
+        raise
+    console.table(str(path), ["what", "value"], [[k, shown(v)] for k, v in metrics.items() if v not in (None, [], {})])
+    return Result(metrics=metrics)
+
+
+def shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

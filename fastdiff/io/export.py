@@ -1,0 +1,279 @@
+"""Checkpoints out: a diffusers folder, or one LDM-layout file; tensor by tensor, staged, checked, renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdiff.console import InputRefused, UsageError
+from fastdiff.io import ldm, tensors
+from fastdiff.io.checkpoint import Checkpoint, clip_vocabulary, plain_name
+from fastdiff.io.ldm import Slot, Weights
+from fastdiff.io.recipe import Recipe
+from fastdiff.io.tensors import Entry
+
+ARCHITECTURES = {"emoji": "stable-diffusion-v1", "sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
+
+
+def loaded(base: Checkpoint, part: str) -> nn.Module | None:
+    """The component's network if it is in memory: it may have been changed there."""
+    if part.startswith("text_encoder"):
+        nets = base.__dict__.get("text_encoders")
+        return nets[base.text_parts.index(part)] if nets else None
+    return base.__dict__.get(part)
+
+
+def weights_of(base: Checkpoint, part: str) -> Weights:
+    """A component's tensors: of the network in memory, else as they are stored."""
+    net = loaded(base, part)
+    if net is None:
+        return base.weights(part)
+    state = net.state_dict()
+    wrapped = [k for k in state if ".base_layer." in k or ".lora_" in k]
+    if wrapped:
+        raise ValueError(f"the {part} still carries adapters ({wrapped[0]}): fold them before saving")
+    return Weights.of({plain_name(part, key): value for key, value in state.items()})
+
+
+def config_of(base: Checkpoint, part: str) -> dict[str, Any]:
+    """The component's config: the network's own where it is in memory (a method may have changed its shape)."""
+    net = loaded(base, part)
+    if part == "unet" and net is not None:
+        return json.loads(net.to_json_string())
+    return base.config_of(part)
+
+
+def to_folder(
+    base: Checkpoint,
+    folder: Path,
+    *,
+    changed: Mapping[str, Weights] | None = None,
+    dtype: torch.dtype | None = None,
+    recipe: Recipe | None = None,
+) -> None:
+    """Write a diffusers folder, staged beside it and renamed, so that a half-written one is never seen.
+
+    `changed`: components with other weights than the base's. `dtype` for UNet and text encoders; the VAE keeps its own,
+    because SDXL's overflows in fp16. Text encoders get the level `text_model.` that every version of transformers reads.
+    """
+    changed = changed or {}
+    if folder.exists() and not (folder / "model_index.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--output {folder}: exists and is not a checkpoint folder; choose another name")
+    sources = {part: changed.get(part) or weights_of(base, part) for part in base.parts}
+    staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        for part, weights in sources.items():
+            stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+            kind = None if part == "vae" else dtype
+            rows = [
+                Entry(name, kind or weights.dtypes[name], shape, lambda name=name, weights=weights: weights[name])
+                for name, shape in weights.shapes.items()
+            ]
+            tensors.write(staged / part / f"{stem}.safetensors", rows, {"format": "pt"})
+            write_json(staged / part / "config.json", config_of(base, part))
+        write_json(staged / "scheduler" / "scheduler_config.json", base.scheduler_config)
+        for part in [k for k, v in base.index.items() if k.startswith("tokenizer") and v[1]]:
+            write_tokenizer(base.folder / part, staged / part)
+        write_json(staged / "model_index.json", index_of(base))
+        if recipe:
+            write_json(staged / "fastdiff.json", recipe.to_metadata())
+        if folder.exists():
+            shutil.rmtree(folder)
+        staged.rename(folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def index_of(base: Checkpoint) -> dict[str, Any]:
+    """model_index.json without a safety checker and what belongs to it."""
+    found = dict(base.index)
+    if "scheduler" in found:
+        found["scheduler"] = ["diffusers", base.scheduler_config.get("_class_name", found["scheduler"][1])]
+    if base.family != "sdxl":
+        found |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        found.pop("image_encoder", None)
+    return found
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_tokenizer(source: Path, target: Path) -> None:
+    """The source's own files, or CLIP's vocabulary in the form that every version of transformers reads."""
+    if (source / "vocab.json").exists() or (source / "tokenizer.json").exists():
+        shutil.copytree(source, target)
+        return
+    vocab, merges = clip_vocabulary()
+    target.mkdir(parents=True)
+    (target / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    text = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
+    (target / "merges.txt").write_text(text, encoding="utf-8")
+    shutil.copy(source / "tokenizer_config.json", target / "tokenizer_config.json")
+
+
+# ---- one file
+
+
+def slots_of(base: Checkpoint, part: str, weights: Weights) -> list[Slot]:
+    return ldm.slots(base.family, part, config_of(base, part), weights.shapes)
+
+
+def rows_of(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype | None) -> Iterator[Entry]:
+    """Every tensor of the single file; each is made when its turn has come."""
+    for part in base.parts:
+        weights = changed.get(part) or weights_of(base, part)
+        yield from ldm.entries(weights, slots_of(base, part, weights), None if part == "vae" else dtype)
+    yield from extras(base, changed, dtype)
+
+
+def extras(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype | None) -> Iterator[Entry]:
+    """What other programs want besides: position ids, markers of v-prediction, the 24th layer that SD2's encoder has there."""
+    prefix = ldm.PREFIXES[base.family]["text_encoder"]
+    if prefix.endswith(".transformer."):
+        length = base.config_of("text_encoder")["max_position_embeddings"]
+        ids = lambda: torch.arange(length).reshape(1, length)
+        yield Entry(f"{prefix}text_model.embeddings.position_ids", torch.int64, (1, length), ids)
+    else:
+        weights = changed.get("text_encoder") or weights_of(base, "text_encoder")
+        layers = 1 + max(int(name.split(".")[3]) for name in weights.shapes if ".layers." in name)
+        last = [s for s in slots_of(base, "text_encoder", weights) if f".resblocks.{layers - 1}." in s.name]
+        for row in ldm.entries(weights, last, dtype):  # never used: CLIP's last layer but one is
+            name = row.name.replace(f".resblocks.{layers - 1}.", f".resblocks.{layers}.")
+            yield Entry(name, row.dtype, row.shape, row.read)
+        width = weights.shapes["text_model.final_layer_norm.weight"][0]
+        kind = dtype or weights.dtypes["text_model.final_layer_norm.weight"]
+        yield Entry(f"{prefix}text_projection", kind, (width, width), lambda: torch.eye(width))
+        yield Entry(f"{prefix}logit_scale", kind, (), lambda: torch.tensor(1.0))
+    empty = lambda: torch.empty(0)
+    if base.family == "sdxl" and base.prediction_type == "v_prediction":
+        yield Entry("v_pred", torch.float32, (0,), empty)
+    if base.scheduler_config.get("rescale_betas_zero_snr"):
+        yield Entry("ztsnr", torch.float32, (0,), empty)
+
+
+def metadata_of(base: Checkpoint, title: str, recipe: Recipe | None) -> dict[str, str]:
+    v = base.prediction_type == "v_prediction"
+    sd21 = "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512"
+    told = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": "https://github.com/Stability-AI/stablediffusion",
+        "modelspec.architecture": ARCHITECTURES.get(base.family, sd21),
+        "modelspec.title": title,
+        "modelspec.prediction_type": "v" if v else "epsilon",
+        "modelspec.resolution": f"{base.resolution_px}x{base.resolution_px}",
+        "fastdiff.prediction_type": base.prediction_type,
+    }
+    return told | (recipe.to_metadata() if recipe else {})
+
+
+def to_file(
+    base: Checkpoint,
+    path: Path,
+    *,
+    changed: Mapping[str, Weights] | None = None,
+    dtype: torch.dtype | None = None,
+    recipe: Recipe | None = None,
+) -> list[Path]:
+    """Write one file in the LDM layout, for ComfyUI, A1111 and Forge; returns it and the yaml beside it if one is needed.
+
+    A UNet with uneven layers is refused. The file is read back and compared tensor by tensor before this returns
+    (GateFailed). At most one tensor is in memory.
+    """
+    changed = changed or {}
+    refuse_uneven(base)
+    digests = tensors.write(path, rows_of(base, changed, dtype), metadata_of(base, path.stem, recipe))
+    written = [path]
+    if needs_yaml(base):
+        beside = path.with_suffix(".yaml")
+        beside.write_text(yaml_of(base))
+        written.append(beside)
+    tensors.verify(path, digests)
+    return written
+
+
+def needs_yaml(base: Checkpoint) -> bool:
+    """A1111 and Forge take a v-predicting SD1 for an epsilon one and guess with SD2; the file beside it tells them."""
+    return base.family == "sd21" or (base.family in {"sd15", "emoji"} and base.prediction_type == "v_prediction")
+
+
+def yaml_of(base: Checkpoint) -> str:
+    """The LDM configuration of an SD1 or SD2 checkpoint, as A1111 and Forge read it."""
+    unet, vae = base.unet_config, base.config_of("vae")
+    widths = unet["block_out_channels"]
+    attention = [2**i for i, kind in enumerate(unet["down_block_types"]) if "CrossAttn" in kind]
+    heads = unet.get("attention_head_dim", 8)
+    head = "num_head_channels: 64" if isinstance(heads, list) else f"num_heads: {heads}"
+    open_clip = ldm.PREFIXES[base.family]["text_encoder"].endswith(".model.")
+    encoder = "FrozenOpenCLIPEmbedder" if open_clip else "FrozenCLIPEmbedder"
+    encoder_params = '\n      params: {freeze: True, layer: "penultimate"}' if open_clip else ""
+    schedule = base.scheduler_config
+    return f"""model:
+  base_learning_rate: 1.0e-4
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    parameterization: "{"v" if base.prediction_type == "v_prediction" else "eps"}"
+    linear_start: {schedule["beta_start"]}
+    linear_end: {schedule["beta_end"]}
+    num_timesteps_cond: 1
+    timesteps: {schedule.get("num_train_timesteps", 1000)}
+    first_stage_key: "jpg"
+    cond_stage_key: "txt"
+    image_size: {unet.get("sample_size") or 64}
+    channels: 4
+    cond_stage_trainable: false
+    conditioning_key: crossattn
+    scale_factor: {vae.get("scaling_factor", 0.18215)}
+    use_ema: False
+    unet_config:
+      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
+      params:
+        use_checkpoint: False
+        image_size: 32
+        in_channels: 4
+        out_channels: 4
+        model_channels: {widths[0]}
+        attention_resolutions: {attention}
+        num_res_blocks: {unet["layers_per_block"]}
+        channel_mult: {[width // widths[0] for width in widths]}
+        {head}
+        use_spatial_transformer: True
+        use_linear_in_transformer: {bool(unet.get("use_linear_projection"))}
+        transformer_depth: 1
+        context_dim: {unet["cross_attention_dim"]}
+        legacy: False
+    first_stage_config:
+      target: ldm.models.autoencoder.AutoencoderKL
+      params:
+        embed_dim: 4
+        monitor: val/rec_loss
+        ddconfig:
+          double_z: true
+          z_channels: 4
+          resolution: 256
+          in_channels: 3
+          out_ch: 3
+          ch: {vae["block_out_channels"][0]}
+          ch_mult: {[width // vae["block_out_channels"][0] for width in vae["block_out_channels"]]}
+          num_res_blocks: {vae["layers_per_block"]}
+          attn_resolutions: []
+          dropout: 0.0
+        lossconfig:
+          target: torch.nn.Identity
+    cond_stage_config:
+      target: ldm.modules.encoders.modules.{encoder}{encoder_params}
+"""
+
+
+def refuse_uneven(base: Checkpoint) -> None:
+    """InputRefused before anything is written, for a UNet that has no single-file layout."""
+    config = config_of(base, "unet")
+    if not isinstance(config.get("layers_per_block"), int):
+        raise InputRefused(f"--base {base.ref}: an uneven UNet has no single-file layout", "export it as a folder")

@@ -1,0 +1,141 @@
+"""How LoRA files name things: every key of every layout to (module, side), and modules back to names.
+
+A module is called by its kohya name without suffix: `lora_unet_` + the diffusers dotted name with _ for dots; text
+encoders are `lora_te_` (SD1, SD2), or `lora_te1_` and `lora_te2_` (SDXL). A bias is its module's name + `.bias`.
+Flattening a dotted name is always possible; the reverse holds because diffusers' words are few and known.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from fastdiff.io import ldm
+
+COMPONENTS = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
+ROOTS = {  # how names begin inside a component, for files that do not say which one it is
+    "unet": ("down_blocks.", "mid_block.", "up_blocks.", "conv_", "time_embedding.", "add_embedding."),
+    "text_encoder": ("text_model.", "encoder.layers."),
+}
+SIDES = {  # suffix of a flat key -> what it is in `updates.build`
+    "lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "mid", "alpha": "alpha", "dora_scale": "magnitude",
+    "hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b", "hada_t1": "t1", "hada_t2": "t2",
+    "lokr_w1": "kron1", "lokr_w1_a": "kron1_a", "lokr_w1_b": "kron1_b",
+    "lokr_w2": "kron2", "lokr_w2_a": "kron2_a", "lokr_w2_b": "kron2_b", "lokr_t2": "kron_t2",
+    "diff": "diff", "diff_b": "bias", "w_norm": "diff", "b_norm": "bias", "weight": "vector", "on_input": "on_input",
+    "a1.weight": "a1", "a2.weight": "a2", "b1.weight": "b1", "b2.weight": "b2", "bm.weight": "bm",
+    "oft_blocks": "blocks", "rescale": "rescale",
+}  # fmt: skip
+FLAT = re.compile(r"(lora_unet_|lora_te_|lora_te1_|lora_te2_|lycoris_)([^.]+)\.(.+)")
+OTHERS = (  # refused by name: what was trained for something else
+    (r"^(lora_)?transformer[._]|^lora_unet_(double|single|joint)_blocks", "a LoRA of a transformer (SD3, Flux)"),
+    (r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", "a whole checkpoint (give it as --base)"),
+    (r"string_to_param|^emb_params$|^clip_[lg]$", "a textual inversion embedding"),
+    (r"motion_modules|temporal_transformer", "a motion LoRA (AnimateDiff)"),
+)  # fmt: skip
+WORDS = (  # diffusers' and transformers' names that have _ inside
+    "down_blocks", "up_blocks", "mid_block", "time_embedding", "add_embedding", "conv_in", "conv_out", "conv_norm_out",
+    "linear_1", "linear_2", "transformer_blocks", "proj_in", "proj_out", "to_q", "to_k", "to_v", "to_out", "time_emb_proj",
+    "conv_shortcut", "text_model", "text_projection", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "layer_norm1",
+    "layer_norm2", "final_layer_norm", "token_embedding", "position_embedding", "class_embedding",
+)  # fmt: skip
+WORD = re.compile("|".join(sorted(WORDS, key=len, reverse=True)) + "|[^_]+")
+
+
+class Part(NamedTuple):
+    """What one tensor of a file is."""
+
+    key: str  # canonical module
+    side: str  # as in `updates.build`
+    component: str = ""  # whose header entries apply; "" = the file does not say
+    name: str = ""  # dotted, inside the component; "" = the layout is flat and holds its own alphas
+
+
+def canonical(prefix: str, name: str) -> str:
+    """`prefix` + the flattened name; transformers 5.6 dropped the level `text_model.` that every program expects."""
+    flat = name.replace(".", "_")
+    outside = prefix == "lora_unet_" or flat.startswith(("text_model_", "text_projection"))
+    return prefix + (flat if outside else "text_model_" + flat)
+
+
+def dotted(flat: str) -> str:
+    """`down_blocks_0_attentions_1_proj_in` -> `down_blocks.0.attentions.1.proj_in`."""
+    return ".".join(WORD.findall(flat))
+
+
+def split(key: str) -> tuple[str, str]:
+    """Canonical module -> component of a pipeline, dotted name: ("text_encoder_2", "text_model.encoder...")."""
+    prefixes = {**{v: k for k, v in COMPONENTS.items()}, "lora_te1_": "text_encoder"}
+    prefix = next(p for p in prefixes if key.startswith(p))
+    return prefixes[prefix], dotted(key.removeprefix(prefix))
+
+
+def read_flat(key: str, table: Mapping[str, str]) -> Part | None:
+    """`lora_unet_<flat>.<suffix>`: kohya with diffusers' names or LDM's, LyCORIS, SimpleTuner."""
+    if not (found := FLAT.fullmatch(key)) or found[3] not in SIDES:
+        return None
+    prefix, flat, side = found[1], found[2], SIDES[found[3]]
+    if prefix == "lycoris_":
+        prefix = "lora_te_" if flat.startswith("text_model") else "lora_unet_"
+    if prefix == "lora_unet_":
+        flat = ldm.from_flat(flat, table) or flat
+    name = canonical(prefix, flat)
+    return Part(f"{name}.bias", "diff") if side == "bias" else Part(name, side)
+
+
+def read_peft(key: str, _: Mapping[str, str]) -> Part | None:
+    """`unet.<dotted>.lora_A.weight` (diffusers now), `base_model.model.<dotted>.lora_A[.<adapter>].weight` (peft)."""
+    if found := re.fullmatch(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", key):
+        return of_path(found[1], {"A": "down", "B": "up"}[found[2]])
+    found = re.fullmatch(r"(.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?", key)
+    return of_path(found[1], "magnitude_out") if found else None
+
+
+def read_processor(key: str, _: Mapping[str, str]) -> Part | None:
+    """`unet.<dotted>.processor.to_q_lora.down.weight`, `text_encoder.<dotted>.to_q_lora...` (diffusers before 0.18)."""
+    found = re.fullmatch(r"(.+?)(\.processor)?\.to_(q|k|v|out)_lora\.(?:(down|up)\.weight|alpha)", key)
+    if not found:
+        return None
+    text = found[1].startswith("text_encoder") or ".self_attn" in found[1]
+    last = f"{found[3]}_proj" if text else {"out": "to_out.0"}.get(found[3], f"to_{found[3]}")
+    return of_path(f"{found[1]}.{last}", found[4] or "alpha")
+
+
+def read_diffusers(key: str, _: Mapping[str, str]) -> Part | None:
+    """`unet.<dotted>.lora.down.weight`, `text_encoder.<dotted>.lora_linear_layer.down.weight` (diffusers 0.18 on)."""
+    found = re.fullmatch(r"(.+)\.(?:lora(?:_linear_layer)?\.(down|up)\.weight|alpha)", key)
+    return of_path(found[1], found[2] or "alpha") if found else None
+
+
+READERS: tuple[Callable[[str, Mapping[str, str]], Part | None], ...] = (read_flat, read_peft, read_processor, read_diffusers)
+LAYOUTS = {
+    "read_flat": "kohya",
+    "read_peft": "peft",
+    "read_processor": "diffusers before 0.18",
+    "read_diffusers": "diffusers 0.18",
+}
+
+
+def of_path(path: str, side: str) -> Part | None:
+    """A dotted module path with or without its component and peft's wrapper in front."""
+    component, _, name = path.partition(".")
+    if component not in COMPONENTS:
+        component, name = "", path
+    told = "" if name.startswith("base_model.model.") else component
+    name = name.removeprefix("base_model.model.")
+    component = component or next((c for c, roots in ROOTS.items() if name.startswith(roots)), "")
+    return Part(canonical(COMPONENTS[component], name), side, told, name) if component else None
+
+
+def layout_of(key: str, table: Mapping[str, str]) -> str:
+    """What people call the layout of a key."""
+    for reader in READERS:
+        if reader(key, table):
+            name = LAYOUTS[reader.__name__]
+            if name == "kohya" and key.startswith("lycoris_"):
+                return "LyCORIS"
+            if name == "kohya" and (found := FLAT.fullmatch(key)) and ldm.from_flat(found[2], table):
+                return "kohya, LDM names"
+            if name == "peft" and key.startswith(tuple(f"{c}." for c in COMPONENTS)):
+                return "diffusers"
+            return name
+    return "unknown"
