@@ -144,7 +144,8 @@ def look(path: Path, config: Config) -> dict[str, Any]:
         "architecture": file.metadata.get("modelspec.architecture"),
     }
     try:
-        if any(lora.parse(key, ldm.flat_table()) for key in file):
+        table = ldm.flat_table()
+        if any(lora.parse(key, table) for key in file):
             told |= {"kind": "LoRA", **of_lora(file)}
             told["supported"] = not told["unknown_keys"]
             if config.base:

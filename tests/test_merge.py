@@ -276,3 +276,211 @@ def test_diffusers_applies_every_layer_of_what_we_write(tiny_sd, tmp_path):
     for before, mine, other in zip(plain, outputs(ours), outputs(theirs), strict=True):
         assert (mine - before).abs().max() > 1e-2
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+# ---- to a rank, by other rules, by block, out of two checkpoints
+
+
+def test_rank_is_the_best_approximation_and_tells_the_energy():
+    """QR + SVD of the core equals the SVD of the product; the energy is that of the singular values kept."""
+    loras = [(example(0, 4, "linear", "conv"), 1.0), (example(10, 4, "linear", "conv"), -0.5)]
+    exact = concatenate(loras)
+    small, energy = merge.reduced(exact, "2", 0.95, {})
+    kept = whole = 0.0
+    for key, made in small.modules.items():
+        assert made.rank == 2
+        full = exact.modules[key].delta().flatten(1).double()
+        u, s, vh = torch.linalg.svd(full, full_matrices=False)
+        best = (u[:, :2] * s[:2]) @ vh[:2]
+        assert (made.delta().flatten(1).double() - best).norm() / best.norm() < 1e-5
+        assert made.shape == exact.modules[key].shape
+        kept, whole = kept + s[:2].square().sum().item(), whole + s.square().sum().item()
+    assert energy["unet"] == pytest.approx(kept / whole, rel=1e-5)
+    auto, energy = merge.reduced(exact, "auto", 0.95, {})
+    assert energy["unet"] >= 0.95
+    for key, made in auto.modules.items():
+        s = torch.linalg.svdvals(exact.modules[key].delta().flatten(1)).square()
+        assert s[: made.rank].sum() / s.sum() >= 0.95 - 1e-6
+        assert made.rank == 1 or s[: made.rank - 1].sum() / s.sum() < 0.95
+    same, energy = merge.reduced(exact, None, 1.0, dict.fromkeys(exact.modules, 8))
+    assert energy["unet"] == pytest.approx(1.0)
+    assert all(torch.allclose(same.modules[k].delta(), m.delta(), atol=1e-5) for k, m in exact.modules.items())
+
+
+def test_ties_and_dare_work_on_the_products(files):
+    """TIES keeps the largest entries of each product and the sign that wins; on the factors it would mean nothing."""
+    fast, style = files
+    result = merge.run(
+        Config(accel="lcm.safetensors", style=["anime.safetensors=1"], method="ties", density=0.5, precision="fp32")
+    )
+    read = lora.load(result.outputs[0])
+    for key in style.modules:
+        deltas = [item.modules[key].delta() for item in (fast, style)]
+        trimmed = []
+        for delta in deltas:
+            k = round(0.5 * delta.numel())
+            limit = delta.abs().flatten().sort(descending=True).values[k - 1]
+            trimmed.append(torch.where(delta.abs() >= limit, delta, 0))
+        sign = torch.sign(sum(trimmed))
+        agree = [torch.where(torch.sign(t) == sign, t, 0) for t in trimmed]
+        count = sum((a != 0).float() for a in agree).clamp(min=1)
+        wanted = sum(agree) / count
+        found = read.modules[key].delta().flatten(1)
+        rank = read.modules[key].rank
+        u, s, vh = torch.linalg.svd(wanted.flatten(1), full_matrices=False)
+        best = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        assert (found - best).norm() / best.norm() < 1e-4
+    first = merge.run(
+        Config(accel="lcm.safetensors", style=["anime.safetensors"], method="dare-ties", seed=1, output="a.safetensors")
+    )
+    again = merge.run(
+        Config(accel="lcm.safetensors", style=["anime.safetensors"], method="dare-ties", seed=1, output="b.safetensors")
+    )
+    other = merge.run(
+        Config(accel="lcm.safetensors", style=["anime.safetensors"], method="dare-ties", seed=2, output="c.safetensors")
+    )
+    a, b, c = (lora.load(r.outputs[0]).modules["lora_unet_conv"].delta() for r in (first, again, other))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_zero_and_negative_weights(files):
+    fast, style = files
+    result = merge.run(
+        Config(accel="lcm.safetensors", style=["anime.safetensors=-1"], precision="fp32", output="minus.safetensors")
+    )
+    read = lora.load(result.outputs[0])
+    wanted = fast.modules["lora_unet_conv"].delta() - style.modules["lora_unet_conv"].delta()
+    torch.testing.assert_close(read.modules["lora_unet_conv"].delta(), wanted, rtol=1e-4, atol=1e-5)
+    result = merge.run(
+        Config(accel="lcm.safetensors", style=["anime.safetensors=0"], precision="fp32", output="zero.safetensors")
+    )
+    read = lora.load(result.outputs[0])
+    for key, update in fast.modules.items():
+        torch.testing.assert_close(read.modules[key].delta(), update.delta(), rtol=1e-5, atol=1e-6)
+
+
+def test_block_weights_scale_the_style_by_ldm_block():
+    names = [
+        "down_blocks_1_attentions_0_proj_in",
+        "mid_block_attentions_0_proj_in",
+        "up_blocks_1_attentions_0_proj_in",
+        "conv_in",
+    ]
+    keys = [f"lora_unet_{name}" for name in names] + ["lora_te_text_model_encoder_layers_0_mlp_fc1"]
+    assert [merge.block_of(key) for key in keys] == ["IN04", "M00", "OUT03", "IN00", "BASE"]
+    item = Lora({key: factors(i, 2) for i, key in enumerate(keys)})
+    numbers = ["2"] + ["1"] * 6 + ["0.5"] + ["0"] * 9  # BASE, six IN, M00, nine OUT
+    numbers[3] = "3"  # IN04
+    scaled = merge.weighted(item, ",".join(numbers))
+    for key, times in zip(keys, (3, 0.5, 0, 1, 2), strict=True):  # IN00 is not in the list of 17: it keeps 1
+        torch.testing.assert_close(scaled.modules[key].delta(), times * item.modules[key].delta())
+    for wrong in ("1,2,3", "a,b"):
+        with pytest.raises(UsageError, match="12 or 20 .SDXL., 17 or 26"):
+            merge.weighted(item, wrong)
+
+
+def test_what_has_no_low_rank_is_refused_with_the_way_out(tmp_path):
+    from fastdiff.io.updates import Decomposed, Dense
+
+    plain = factors(0, 2)
+    dora = Lora({"lora_unet_linear": Decomposed(plain, torch.ones(6), False)}, source="d.safetensors")
+    loha = Lora({"lora_unet_linear": Dense(torch.randn(6, 5), "loha")}, source="h.safetensors")
+    good = example(0, 4, "linear")
+    with pytest.raises(InputRefused, match="a DoRA .* cannot be merged into a LoRA exactly") as caught:
+        concatenate([(good, 1.0), (dora, 1.0)])
+    assert caught.value.hint == "bake it into a checkpoint with --base"
+    with pytest.raises(InputRefused, match="a LoHa") as caught:
+        concatenate([(good, 1.0), (loha, 1.0)])
+    assert "--rank R" in caught.value.hint
+    merged, _ = merge.reduced(concatenate([(good, 1.0), (loha, 0.5)], Config(rank="5")), "5", 1.0, {})
+    wanted = good.modules["lora_unet_linear"].delta() + 0.5 * loha.modules["lora_unet_linear"].value
+    torch.testing.assert_close(merged.modules["lora_unet_linear"].delta(), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputRefused, match="dora .* has no low rank"):
+        concatenate([(good, 1.0), (dora, 1.0)], Config(rank="5"))
+
+
+def tuned_copy(source, folder, loras):
+    """A checkpoint with LoRAs in it, in fp32."""
+    base = checkpoint.load(str(source))
+    lora.apply(base, loras)
+    from fastdiff.io import export
+
+    export.to_folder(base, folder, recipe=Recipe(method="lcm", scheduler="lcm", num_steps=4, guidance=1.0))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["tiny_sd", "tiny_sdxl"])
+def test_the_lora_between_two_checkpoints_is_the_one_that_was_put_in(kind, request, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = request.getfixturevalue(kind)
+    base = checkpoint.load(str(source))
+    prefixes = dict(zip(lora.prefixes(len(base.text_parts)).values(), [base.unet, *base.text_encoders], strict=True))
+    item = random_lora(prefixes)
+    tuned = tuned_copy(source, tmp_path / "tuned", [(item, 1.0)])
+    result = merge.run(
+        Config(base=str(source), tuned=str(tuned), extract=True, rank="3", output="out.safetensors", precision="fp32")
+    )
+    read = lora.load("out.safetensors")
+    assert read.modules.keys() == item.modules.keys()
+    assert (read.recipe.scheduler, read.recipe.num_steps) == ("lcm", 4)
+    for key, update in item.modules.items():
+        assert (read.modules[key].delta() - update.delta()).norm() / update.delta().norm() < 1e-3
+    assert min(result.metrics["energy"].values()) > 0.9999
+    assert result.metrics["left_out"] == 0
+    with pytest.raises(UsageError, match="no layer differs"):
+        merge.run(Config(base=str(source), tuned=str(source), extract=True, output="none.safetensors"))
+
+
+def test_acceleration_is_transferred_to_a_third_checkpoint(tiny_sd, tiny_sdxl, tmp_path, monkeypatch):
+    """custom + (fast - base), exact in fp32."""
+    monkeypatch.chdir(tmp_path)
+    base = checkpoint.load(str(tiny_sd))
+    fast, style = (random_lora({"lora_unet_": base.unet}, seed) for seed in (1, 2))
+    quick = tuned_copy(tiny_sd, tmp_path / "quick", [(fast, 1.0)])
+    custom = tuned_copy(tiny_sd, tmp_path / "custom", [(style, 1.0)])
+    both = checkpoint.load(str(tiny_sd))
+    lora.apply(both, [(fast, 1.0), (style, 1.0)])
+    how = dict(base=str(custom), tuned=str(quick), reference=str(tiny_sd), precision="fp32")
+    merge.run(Config(**how, output="out"))
+    found = checkpoint.load("out")
+    assert found.recipe.num_steps == 4
+    for name, p in both.unet.named_parameters():
+        torch.testing.assert_close(found.weights("unet")[name], p.detach(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputRefused, match="cannot be subtracted"):
+        merge.run(Config(**{**how, "tuned": str(tiny_sdxl)}, output="no"))
+
+
+def test_ranks_64_and_8_with_other_alphas_and_modules_equal_both_adapters(tiny_sd, tmp_path, monkeypatch):
+    """The merged file, folded by us and loaded by stock diffusers, against the two adapters running side by side."""
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    made = torch.Generator().manual_seed(5)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None, local_files_only=True)
+    files = {}
+    for name, rank, alpha, every in (("a", 64, 32.0, 1), ("b", 8, 4.0, 2)):
+        tensors = {}
+        for key, layer in list(lora.names(pipe.unet).items())[::every]:
+            out, inside, *kernel = pipe.unet.get_submodule(layer).weight.shape
+            tensors[f"{key}.lora_down.weight"] = torch.randn(rank, inside, *kernel, generator=made) * 0.03
+            tensors[f"{key}.lora_up.weight"] = torch.randn(out, rank, *[1] * len(kernel), generator=made) * 0.03
+            tensors[f"{key}.alpha"] = torch.tensor(alpha)
+        save_file(tensors, f"{name}.safetensors")
+        files[name] = len(tensors) // 3
+    result = merge.run(Config(accel="a.safetensors", style=["b.safetensors=0.8"], precision="fp32"))
+    assert result.metrics["rank_max"] == 72
+    two, one = pipe, StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None, local_files_only=True)
+    two.load_lora_weights(".", weight_name="a.safetensors", adapter_name="a")
+    two.load_lora_weights(".", weight_name="b.safetensors", adapter_name="b")
+    two.set_adapters(["a", "b"], [1.0, 0.8])
+    one.load_lora_weights(".", weight_name="a-b.safetensors")
+    base = checkpoint.load(str(tiny_sd))
+    assert lora.apply(base, [(lora.load("a-b.safetensors"), 1.0)]) == files["a"]
+    plain = outputs(StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None, local_files_only=True))[1]
+    wanted = outputs(two)[1]
+    ours = outputs(SimpleNamespace(unet=base.unet, text_encoder=base.text_encoders[0]))[1]
+    assert (wanted - plain).abs().max() > 0.1
+    assert (ours - wanted).abs().max() <= 1e-5
+    assert (outputs(one)[1] - wanted).abs().max() <= 1e-5

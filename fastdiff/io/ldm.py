@@ -177,6 +177,9 @@ class Weights(Mapping[str, Tensor]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.readers)
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.readers
+
     def __len__(self) -> int:
         return len(self.readers)
 

@@ -67,6 +67,9 @@ class TensorFile(Mapping[str, Tensor]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.layouts)
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.layouts
+
     def __len__(self) -> int:
         return len(self.layouts)
 
@@ -127,7 +130,7 @@ def unsafe_globals(path: Path) -> list[str]:
     """What a pickle would import beyond tensors; found without running it."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (ValueError, RuntimeError):  # not a zip archive: only the guarded unpickler itself can tell
+    except (ValueError, RuntimeError, OSError):  # no whole zip archive: only the guarded unpickler itself can tell
         return []
 
 
@@ -144,7 +147,7 @@ def open_pickle(path: Path, head: bytes) -> TensorFile:
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)|[Tt]rying to load unsupported GLOBAL (\S+)", str(error))
         raise InputRefused(f"{path}: a pickle that holds more than tensors" + (f" ({name[1]})" if name else ""), hint) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise InputRefused(f"{path}: a corrupt pickle ({str(error).splitlines()[0][:100]})", "download the file again") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else {}
     tensors = {str(k): v.detach() for k, v in found.items() if isinstance(v, Tensor)}

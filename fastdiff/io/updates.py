@@ -254,6 +254,8 @@ def low_rank(held: Mapping[str, Tensor], alpha: float, where: str) -> Factors:
         raise InputRefused(f"{where}: shapes {pair} are no linear or convolution pair")
     if (rank := down.shape[0]) != up.shape[1]:
         raise InputRefused(f"{where}: down and up differ in rank, shapes {pair}")
+    if not (down.abs().amax() * up.abs().amax() * rank * max(alpha, 1.0)).isfinite():
+        raise InputRefused(f"{where}: values so large that their product is infinite; the file is damaged")
     return Factors(down, up * ((alpha or rank) / rank))
 
 
