@@ -96,8 +96,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def open_sampler(config: Config, device: torch.device) -> tuple[Sampler, Recipe]:
-    """The base with its LoRAs folded in, in the precision asked for."""
+def open_sampler(config: Config, device: torch.device) -> tuple[Sampler, list[dict[str, Any]]]:
+    """The base with its LoRAs folded in, in the precision asked for, and how much of each was."""
     precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     base = config.open_base(dtype)
@@ -108,18 +108,18 @@ def open_sampler(config: Config, device: torch.device) -> tuple[Sampler, Recipe]
     loras = [(lora.load(path, **how), weight) for path, weight in (lora.parse_spec(spec, 1.0) for spec in config.lora)]
     recipe = recipe_of(base, loras)
     chosen = settings(config, recipe, base.family)  # a mismatch is told before anything heavy loads
-    lora.apply(base, loras, allow_partial=config.allow_partial)
+    applied = lora.apply(base, loras, allow_partial=config.allow_partial)
     denoiser = Denoiser(base.unet, base.schedule(), base.prediction_type)
     sampler = Sampler(base, denoiser, base.vae, device=device)
     sampler.settings = chosen
-    return sampler, recipe
+    return sampler, applied.coverage
 
 
 def run(config: Config) -> Result:
     """The `sample` command."""
     prompts, device = wanted(config), pick_device(config.device)
     with console.timed("load_s"):
-        sampler, _ = open_sampler(config, device)
+        sampler, coverage = open_sampler(config, device)
         base, chosen = sampler.base, sampler.settings
         resolution_px = config.resolution or base.resolution_px
         uncond = (
@@ -146,7 +146,7 @@ def run(config: Config) -> Result:
         padded = torch.cat([stack, blank])
         outputs.append(folder / "grid.png")
         contact_sheet([padded[c::columns] for c in range(columns)]).save(outputs[-1])
-    metrics = {"images": len(seeds), "calls": chosen.calls, "settings": asdict(chosen)}
+    metrics = {"images": len(seeds), "calls": chosen.calls, "settings": asdict(chosen), "loras": coverage}
     if base.family == "emoji":
         metrics["style"] = evaluate.style_distance(stack, [p for p in prompts for _ in range(config.num_images)])
     return Result(outputs, metrics)

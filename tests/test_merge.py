@@ -229,7 +229,7 @@ def test_apply_reaches_the_encoders_and_leaves_nothing_out():
     base = SimpleNamespace(unet=Net(), text_encoders=[encoder])
     item = Lora({"lora_unet_conv": factors(0, 4, 3), "lora_te1_text_model_encoder": factors(1, 4)})
     before = encoder["encoder"].weight.clone()
-    assert lora.apply(base, [(item, 0.5)]) == 2  # te1 is the only encoder of an SD1 base
+    assert lora.apply(base, [(item, 0.5)]).changed == 2  # te1 is the only encoder of an SD1 base
     torch.testing.assert_close(encoder["encoder"].weight, before + 0.5 * product(factors(1, 4)))
     conv = base.unet.conv.weight.clone()
     item.modules["lora_te2_text_model_encoder"] = factors(1, 4)
@@ -272,7 +272,7 @@ def test_diffusers_applies_every_layer_of_what_we_write(tiny_sd, tmp_path):
     layers = [m for net in (theirs.unet, theirs.text_encoder) for m in net.modules() if isinstance(m, LoraLayer)]
     assert len(layers) == len(item.modules) > 200
     base = SimpleNamespace(unet=ours.unet, text_encoders=[ours.text_encoder])
-    assert lora.apply(base, [(lora.load(tmp_path / "x.safetensors"), 1.0)]) == len(item.modules)
+    assert lora.apply(base, [(lora.load(tmp_path / "x.safetensors"), 1.0)]).changed == len(item.modules)
     for before, mine, other in zip(plain, outputs(ours), outputs(theirs), strict=True):
         assert (mine - before).abs().max() > 1e-2
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
@@ -477,7 +477,7 @@ def test_ranks_64_and_8_with_other_alphas_and_modules_equal_both_adapters(tiny_s
     two.set_adapters(["a", "b"], [1.0, 0.8])
     one.load_lora_weights(".", weight_name="a-b.safetensors")
     base = checkpoint.load(str(tiny_sd))
-    assert lora.apply(base, [(lora.load("a-b.safetensors"), 1.0)]) == files["a"]
+    assert lora.apply(base, [(lora.load("a-b.safetensors"), 1.0)]).changed == files["a"]
     plain = outputs(StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None, local_files_only=True))[1]
     wanted = outputs(two)[1]
     ours = outputs(SimpleNamespace(unet=base.unet, text_encoder=base.text_encoders[0]))[1]

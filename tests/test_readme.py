@@ -49,7 +49,7 @@ def test_train_merge_and_sample_as_the_readme_tells(capfd, tmp_path, monkeypatch
         for start in (
             "fastdiff train-lcm-lora",
             "fastdiff sample --lora runs",
-            "fastdiff merge-lora",
+            "fastdiff merge-lora --accel lcm.safetensors --style anime",
             "fastdiff sample --lora lcm-anime",
         )
     )

@@ -237,3 +237,37 @@ def test_several_loras_fold_as_their_weighted_sum(few_step, capfd):
     found = base.unet.get_submodule(key).weight - plain.unet.get_submodule(key).weight
     torch.testing.assert_close(found, 0.75 * delta, atol=1e-6, rtol=0)
     assert replace(item.recipe, method=None) != item.recipe
+
+
+def test_coverage_is_told_and_must_be_whole(few_step, capfd, tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.chdir(tmp_path)
+    flags = ["--prompt", "red apple", "--num-steps", "1", "--json", "-o", "a.png"]
+
+    def told(file, *more, code=0):
+        capfd.readouterr()
+        assert cli.main(["sample", "--lora", str(file), *flags, *more]) == code
+        return json.loads(capfd.readouterr().out)
+
+    found = told(few_step)["metrics"]["loras"]
+    total = len(lora.load(few_step).modules)
+    assert found == [{"file": str(few_step), "weight": 1.0, "applied": total, "total": total}]
+    tensors = load_file(few_step)
+    extra = {"lora_unet_nowhere.lora_down.weight": torch.ones(2, 3), "lora_unet_nowhere.lora_up.weight": torch.ones(3, 2)}
+    save_file({**tensors, **extra}, "more.safetensors")
+    error = told("more.safetensors", code=3)["error"]
+    assert f"only {total} of {total + 1} modules fit" in error["message"]
+    assert "lora_unet_nowhere" in error["message"]
+    assert "--allow-partial" in error["hint"]
+    partial = told("more.safetensors", "--allow-partial")
+    assert partial["metrics"]["loras"][0]["applied"] == total
+    assert any("lora_unet_nowhere" in line for line in partial["warnings"])
+    wide = {
+        "lora_unet_x_attn2_to_k.lora_down.weight": torch.ones(2, 2048),
+        "lora_unet_x_attn2_to_k.lora_up.weight": torch.ones(3, 2),
+    }
+    save_file(wide, "xl.safetensors")
+    for more in ([], ["--allow-partial"]):
+        message = told("xl.safetensors", *more, code=3)["error"]["message"]
+        assert "xl.safetensors is for sdxl, the base is emoji" in message

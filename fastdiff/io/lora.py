@@ -42,6 +42,7 @@ class Lora:
     metadata: dict[str, str] = field(default_factory=dict)
     source: str = "the LoRA"  # what messages call it: its file
     skipped: list[str] = field(default_factory=list)  # keys that were left out: bundled embeddings, unknown ones if allowed
+    total: int = 0  # modules in the file, of which `modules` are those that fit a base
 
     @property
     def recipe(self) -> Recipe:
@@ -254,7 +255,7 @@ def fit(
             if not allow_partial:
                 raise InputRefused(told, "it is for another base; --allow-partial applies the rest")
             warn(told)
-        found.append(replace(lora, modules=good))
+        found.append(replace(lora, modules=good, total=len(lora.modules)))
     return found
 
 
@@ -306,10 +307,17 @@ def prefixes(count: int) -> dict[str, str]:
     return found | ({"text_encoder_2": "lora_te2_"} if count > 1 else {})
 
 
-def apply(base: Any, loras: list[tuple[Lora, float]], *, allow_partial: bool = False) -> int:
+class Applied(NamedTuple):
+    """How many layers of a base changed, and each LoRA's share: file, weight, applied, total."""
+
+    changed: int
+    coverage: list[dict[str, Any]]
+
+
+def apply(base: Any, loras: list[tuple[Lora, float]], *, allow_partial: bool = False) -> Applied:
     """Change the `unet` and `text_encoders` of a checkpoint; all modules find their place, or none is touched."""
     if not loras:
-        return 0
+        return Applied(0, [])
     nets: dict[str, nn.Module] = {"lora_unet_": base.unet}
     if any(key.startswith("lora_te") for lora, _ in loras for key in lora.modules):  # else they need not be read
         loras = encoders(loras, len(base.text_encoders))
@@ -318,14 +326,17 @@ def apply(base: Any, loras: list[tuple[Lora, float]], *, allow_partial: bool = F
     table: dict[str, Place] = {}
     for prefix, net in nets.items():
         table |= places({name: tuple(p.shape) for name, p in net.named_parameters()}, prefix)
-    loras = list(
-        zip(
-            fit(loras, table, allow_partial=allow_partial, family=getattr(base, "family", "")), (s for _, s in loras), strict=True
-        )
+    fitted = fit(loras, table, allow_partial=allow_partial, family=getattr(base, "family", ""))
+    for lora in fitted:
+        info(f"{lora.source}: {len(lora.modules)} of {lora.total} modules applied")
+    ready = [(lora, strength) for lora, (_, strength) in zip(fitted, loras, strict=True)]
+    return Applied(
+        sum(fold(net, ready, prefix) for prefix, net in nets.items()),
+        [
+            {"file": lora.source, "weight": strength, "applied": len(lora.modules), "total": lora.total}
+            for lora, strength in ready
+        ],
     )
-    for lora, _ in loras:
-        info(f"{lora.source}: {len(lora.modules)} modules applied")
-    return sum(fold(net, loras, prefix) for prefix, net in nets.items())
 
 
 def baked(weights: Weights, prefix: str, loras: list[tuple[Lora, float]]) -> tuple[Weights, int]:

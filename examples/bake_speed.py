@@ -1,0 +1,115 @@
+"""Baking a LoRA into a single-file SDXL: `fastdiff merge-lora` against stock diffusers, wall clock and peak memory.
+
+    python examples/bake_speed.py --file sdxl.safetensors --lora lora.safetensors [--rounds 3]
+
+Without --file and --lora a full-size checkpoint and a rank-64 LoRA are made with random weights. The two ways take turns, each
+in a process of its own; medians and their ratios are printed. Stock: from_single_file, load_lora_weights, fuse_lora,
+save_pretrained, all in fp16. Needs about 25 GB of disk.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fastdiff.io import export, lora
+from fastdiff.io.checkpoint import ASSETS, Checkpoint
+from fastdiff.io.ldm import Weights
+from fastdiff.io.recipe import Recipe
+from fastdiff.io.updates import Factors
+from fastdiff.models.adapters import TARGETS
+
+STOCK = """
+import sys, torch
+from diffusers import StableDiffusionXLPipeline
+source, lora, target, config = sys.argv[1:]
+pipe = StableDiffusionXLPipeline.from_single_file(source, config=config, local_files_only=True, torch_dtype=torch.float16)
+pipe.load_lora_weights(lora)
+pipe.fuse_lora()
+pipe.unload_lora_weights()
+pipe.save_pretrained(target)
+"""
+POOL = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()
+
+
+def random(shape: tuple[int, ...], offset: int) -> torch.Tensor:
+    n = torch.Size(shape).numel()
+    start = offset * 7919 % (len(POOL) // 2)
+    piece = POOL[start:].repeat(-(-n // (len(POOL) - start)))[:n]
+    return piece.reshape(shape)
+
+
+def full_size(family: str, folder: Path) -> tuple[Path, Path]:
+    """A single file and a rank-64 LoRA of the family's real sizes, with random weights."""
+    base = Checkpoint(family, ASSETS / "families" / family, family)
+    parts = {}
+    for part in base.parts:
+        shapes = base.shapes(part)
+        readers = {name: (lambda s=shape, i=i: random(s, i)) for i, (name, shape) in enumerate(shapes.items())}
+        parts[part] = Weights(readers, shapes, dict.fromkeys(shapes, torch.float16))
+    export.to_file(base, folder / f"{family}.safetensors", changed=parts)
+    modules = {}
+    for i, (name, shape) in enumerate(base.shapes("unet").items()):
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module.endswith(TARGETS):
+            ones = [1] * (len(shape) - 2)
+            down, up = random((64, *shape[1:]), i).float(), random((shape[0], 64, *ones), i + 1).float() * 0.01
+            modules[f"lora_unet_{module.replace('.', '_')}"] = Factors(down, up)
+    lora.save(lora.Lora(modules, Recipe(family=family).to_metadata()), folder / f"{family}-lora.safetensors")
+    return folder / f"{family}.safetensors", folder / f"{family}-lora.safetensors"
+
+
+def measured(command: list[str]) -> tuple[float, float]:
+    """Seconds and peak GiB of one process; a watcher of its own, because the peak of children is kept for good."""
+    watch = (
+        "import json, resource, subprocess, sys, time; start = time.time(); subprocess.run(sys.argv[1:], check=True,"
+        "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); "
+        "print(json.dumps([time.time() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20]))"
+    )
+    done = subprocess.run([sys.executable, "-c", watch, *command], check=True, capture_output=True, text=True)
+    return tuple(json.loads(done.stdout))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--file", type=Path)
+    parser.add_argument("--lora", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source, style = (args.file, args.lora) if args.file and args.lora else full_size("sdxl", folder)
+        config = folder / "config"
+        base = Checkpoint("sdxl", ASSETS / "families" / "sdxl", "sdxl")
+        for part in ("scheduler", "unet", "vae", "text_encoder", "text_encoder_2"):
+            file = "scheduler_config.json" if part == "scheduler" else "config.json"
+            export.write_json(config / part / file, json.loads((base.path / part / file).read_text()))
+        for part in ("tokenizer", "tokenizer_2"):
+            export.write_tokenizer(base.path / part, config / part)
+        export.write_json(config / "model_index.json", base.index)
+        (folder / "stock.py").write_text(STOCK)
+        ours = [sys.executable, "-m", "fastdiff", "merge-lora", "--accel", str(style), "--base", str(source)]
+        ways = {
+            "fastdiff merge-lora --base, to one file": [*ours, "--output", str(folder / "ours.safetensors")],
+            "stock diffusers, to a folder": [
+                sys.executable, str(folder / "stock.py"), str(source), str(style), str(folder / "stock"), str(config)
+            ],
+        }  # fmt: skip
+        found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+        for _ in range(args.rounds):
+            for way, command in ways.items():
+                found[way].append(measured(command))
+                print(f"{way}: {found[way][-1][0]:.1f} s, {found[way][-1][1]:.2f} GiB", flush=True)
+        rows = {way: [statistics.median(column) for column in zip(*runs, strict=True)] for way, runs in found.items()}
+        (ours_s, ours_gib), (stock_s, stock_gib) = rows.values()
+        print(f"median of {args.rounds}: wall {ours_s:.1f} / {stock_s:.1f} s = {ours_s / stock_s:.2f}")
+        print(f"peak {ours_gib:.2f} / {stock_gib:.2f} GiB = {ours_gib / stock_gib:.2f}")
+
+
+if __name__ == "__main__":
+    main()
