@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.data import teacher
-from fastdiff.io import checkpoint, lora
+from fastdiff.io import checkpoint, fitting, lora
 from fastdiff.io.lora import Lora
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
@@ -18,7 +18,7 @@ def drawn(ref: str, loras: list[tuple[Lora, float]], prompts: list[str], setting
     base = checkpoint.load(ref)
     recipe = next((item.recipe for item, _ in loras if item.recipe.scheduler), base.recipe)
     settings = settings or Settings.of(recipe, DEFAULTS[base.family])
-    lora.apply(base, loras)
+    fitting.apply(base, loras)
     cond, uncond = text.encode(base, prompts), text.unconditional(base)
     sampler = Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
     return sampler.pixels(cond, uncond, SEEDS[: len(prompts)], settings, resolution_px=base.resolution_px, batch=4), settings

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff import console
 from fastdiff.console import InputRefused, Result, UsageError
-from fastdiff.io import checkpoint, export, lora
+from fastdiff.io import checkpoint, export, fitting, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.ldm import Weights
 from fastdiff.io.lora import Lora
@@ -47,14 +47,14 @@ def extract(config: Any, output: Path) -> Result:
     """LoRA of every linear and convolution layer that differs; biases and norms have no low rank and are reported."""
     base, tuned = opened(config.base, config), opened(config.tuned, config)
     same_kind(base, tuned)
-    prefixes = lora.prefixes(len(base.text_parts))
+    prefixes = fitting.prefixes(len(base.text_parts))
     rank = None if config.rank == "auto" else int(config.rank or DEFAULT_RANK)
     modules: dict[str, Update] = {}
     left: list[str] = []
     sums: dict[str, list[float]] = {}
     for part, prefix in prefixes.items():
         a, b = pairs(base, tuned, part)
-        places = lora.places(a.shapes, prefix)
+        places = fitting.places(a.shapes, prefix)
         with console.progress(len(places), f"extracting {part}") as bar:
             for key, place in places.items():
                 bar.update(1)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fastdiff import console
 from fastdiff.console import InputRefused, Result, UsageError
-from fastdiff.io import checkpoint, family, layouts, ldm, lora, tensors
+from fastdiff.io import checkpoint, family, fitting, layouts, ldm, lora, tensors
 from fastdiff.io.lora import Lora
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.tensors import TensorFile
@@ -90,16 +90,17 @@ def coverage(file: TensorFile, ref: str) -> dict[str, Any]:
     sides: dict[str, dict[str, str]] = {}
     for key in file:
         if part := lora.parse(key, table):
-            name = re.sub(r"^lora_te1?_", lora.prefixes(len(base.text_parts))["text_encoder"], part.key)
+            name = re.sub(r"^lora_te1?_", fitting.prefixes(len(base.text_parts))["text_encoder"], part.key)
             sides.setdefault(name, {})[part.side] = key
     places = {
         k: p
-        for part, prefix in lora.prefixes(len(base.text_parts)).items()
-        for k, p in lora.places(base.shapes(part), prefix).items()
+        for part, prefix in fitting.prefixes(len(base.text_parts)).items()
+        for k, p in fitting.places(base.shapes(part), prefix).items()
     }
-    fitting = [k for k, m in sides.items() if k in places and ((u := shaped(file, m)) is None or lora.fits(u, places[k].shape))]
-    missing = sorted(set(sides) - set(fitting))
-    return {"base": ref, "base_family": base.family, "applied": len(fitting), "total": len(sides), "missing": missing[:20]}
+    alike = lambda key, module: (update := shaped(file, module)) is None or fitting.fits(update, places[key].shape)
+    landed = [key for key, module in sides.items() if key in places and alike(key, module)]
+    missing = sorted(set(sides) - set(landed))
+    return {"base": ref, "base_family": base.family, "applied": len(landed), "total": len(sides), "missing": missing[:20]}
 
 
 def of_checkpoint(file: TensorFile) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from fastdiff import compare, console, difference
 from fastdiff.config import Range
 from fastdiff.console import InputRefused, Result, UsageError
-from fastdiff.io import export, ldm, lora
+from fastdiff.io import export, fitting, ldm, lora
 from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.layouts import split
 from fastdiff.io.ldm import Weights
@@ -75,7 +75,7 @@ def agreed(loras: list[tuple[Lora, float]]) -> tuple[str | None, list[tuple[Lora
         (one, first), (other, second), *_ = told.items()
         raise InputRefused(f"{second} is for {other}, {first} for {one}: LoRAs of different families cannot be merged")
     family = next(iter(told), None)
-    return family, lora.encoders(loras, 2 if family == "sdxl" else 1)
+    return family, fitting.encoders(loras, 2 if family == "sdxl" else 1)
 
 
 def block_of(key: str, layers: int = 2) -> str:
@@ -216,18 +216,18 @@ def bake(config: Config, loras: list[tuple[Lora, float]], output: Path) -> tuple
     if family and family != base.family:
         message = f"--base {config.base} is {base.family}, but the LoRAs are for {family}"
         raise InputRefused(message, f"give a base of family {family}")
-    prefixes = lora.prefixes(len(base.text_parts))
-    loras = lora.encoders(loras, len(base.text_parts))
+    prefixes = fitting.prefixes(len(base.text_parts))
+    loras = fitting.encoders(loras, len(base.text_parts))
     shapes = {part: base.shapes(part) for part in prefixes}
-    table = {key: place for part, prefix in prefixes.items() for key, place in lora.places(shapes[part], prefix).items()}
-    fitted = lora.fit(loras, table, allow_partial=config.allow_partial, family=base.family)
+    table = {key: place for part, prefix in prefixes.items() for key, place in fitting.places(shapes[part], prefix).items()}
+    fitted = fitting.fit(loras, table, allow_partial=config.allow_partial, family=base.family)
     loras = [(item, strength) for item, (_, strength) in zip(fitted, loras, strict=True)]
     if config.method != "sum":
         loras = [(concatenate(loras, config), 1.0)]
     changed: dict[str, Weights] = {}
     count = 0
     for part, prefix in prefixes.items():
-        changed[part], touched = lora.baked(base.weights(part, shapes[part]), prefix, loras)
+        changed[part], touched = fitting.baked(base.weights(part, shapes[part]), prefix, loras)
         count += touched
     recipe = replace(loras[0][0].recipe, family=base.family)
     return count, write_checkpoint(base, output, changed, DTYPES[config.precision], recipe)

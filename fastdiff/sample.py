@@ -13,7 +13,7 @@ from fastdiff import console, evaluate
 from fastdiff.config import Range
 from fastdiff.console import Result, UsageError
 from fastdiff.data.teacher import read_prompts
-from fastdiff.io import lora
+from fastdiff.io import fitting, lora
 from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.models import text
@@ -108,7 +108,7 @@ def open_sampler(config: Config, device: torch.device) -> tuple[Sampler, list[di
     loras = [(lora.load(path, **how), weight) for path, weight in (lora.parse_spec(spec, 1.0) for spec in config.lora)]
     recipe = recipe_of(base, loras)
     chosen = settings(config, recipe, base.family)  # a mismatch is told before anything heavy loads
-    applied = lora.apply(base, loras, allow_partial=config.allow_partial)
+    applied = fitting.apply(base, loras, allow_partial=config.allow_partial)
     denoiser = Denoiser(base.unet, base.schedule(), base.prediction_type)
     sampler = Sampler(base, denoiser, base.vae, device=device)
     sampler.settings = chosen

@@ -129,3 +129,19 @@ def test_text_equals_the_pipelines(tiny_sd, tiny_sdxl):
         if base.family == "sdxl":
             torch.testing.assert_close(found.pooled, told[2])
             torch.testing.assert_close(empty.pooled.expand_as(told[3]), told[3])
+
+
+def test_an_article_does_not_change_what_is_drawn():
+    """ "a red apple" is "red apple" to the embedded checkpoint, though its captions have no articles."""
+    base = checkpoint.load("emoji")
+    plain = [embedded.caption(p, 6 if p % 2 else None) for p in range(0, len(embedded.pictures()), 12)]
+    said = [("an " if caption[0] in "aeiou" else "a ") + caption for caption in plain]
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(len(plain), 4, 8, 8, generator=made)
+    with torch.no_grad():
+        for t in (400, 700, 999):
+            answer = lambda prompts, t=t: base.unet(x, t, text.encode(base, prompts).tokens).sample
+            wanted = answer(plain)
+            moved = (answer(said) - wanted).square().mean()
+            signal = (answer([""] * len(plain)) - wanted).square().mean()
+            assert moved < 0.25 * signal, f"t = {t}: {moved / signal:.2f}"

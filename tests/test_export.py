@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
 from fastdiff.console import DoesNotFit, GateFailed, InputRefused
-from fastdiff.io import checkpoint, export, tensors
+from fastdiff.io import checkpoint, export, fitting, tensors
 from fastdiff.io.recipe import Recipe
 
 KINDS = ["sd15", "sd21", "sdxl", "bk-tiny"]
@@ -187,7 +187,7 @@ def test_a_lora_in_every_layout_that_we_write(tiny_sd, tmp_path, format):
     base = checkpoint.load(str(tiny_sd))
     made = torch.Generator().manual_seed(0)
     modules = {}
-    for i, (key, name) in enumerate(lora.names(base.unet).items()):
+    for i, (key, name) in enumerate(fitting.names(base.unet).items()):
         out, inside, *kernel = base.unet.get_submodule(name).weight.shape
         rank = 2 + i % 3
         down, up = torch.randn(rank, inside, *kernel, generator=made), torch.randn(out, rank, *[1] * len(kernel), generator=made)
@@ -196,7 +196,7 @@ def test_a_lora_in_every_layout_that_we_write(tiny_sd, tmp_path, format):
     path = tmp_path / ("x" if format == "peft" else "x.safetensors")
     lora.save(item, path, dtype=torch.float32, format=format)
     plain = {k: v.clone() for k, v in base.unet.state_dict().items()}
-    lora.fold(base.unet, [(item, 1.0)])
+    fitting.fold(base.unet, [(item, 1.0)])
     theirs = UNet2DConditionModel(**base.unet.config)
     theirs.load_state_dict(plain)
     if format == "peft":
@@ -231,7 +231,7 @@ def test_sdxl_loras_are_written_with_ldm_names_and_diffusers_takes_them_whole(ti
     base = checkpoint.load(str(tiny_sdxl))
     made = torch.Generator().manual_seed(0)
     modules = {}
-    for key, name in lora.names(base.unet).items():
+    for key, name in fitting.names(base.unet).items():
         if name.endswith(TARGETS):
             out, inside, *kernel = base.unet.get_submodule(name).weight.shape
             down, up = torch.randn(2, inside, *kernel, generator=made), torch.randn(out, 2, *[1] * len(kernel), generator=made)
@@ -248,7 +248,7 @@ def test_sdxl_loras_are_written_with_ldm_names_and_diffusers_takes_them_whole(ti
     theirs.unload_lora()
     read = lora.load(tmp_path / "x.safetensors")
     assert read.modules.keys() == modules.keys()
-    lora.fold(base.unet, [(read, 1.0)])
+    fitting.fold(base.unet, [(read, 1.0)])
     found = theirs.state_dict()
     for key, weight in base.unet.state_dict().items():
         torch.testing.assert_close(found[key], weight, rtol=1e-4, atol=1e-5, msg=key)

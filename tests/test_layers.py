@@ -11,6 +11,7 @@ FLOORS = [
     {"io.run", "io.updates", "io.ldm", "io.family"},
     {"io.layouts", "io.checkpoint"},
     {"io.lora", "io.export"},
+    {"io.fitting"},
     {"models.denoiser", "models.adapters", "models.autoencoder", "models.ema", "models.features", "solvers"},
     {"models.text", "difference"},
     {"sampling"},

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from test_single_file import ldm_unet
 
 from fastdiff import console
-from fastdiff.io import checkpoint, lora
+from fastdiff.io import checkpoint, fitting, lora
 
 R = 3
 ATTENTION = r"\.(to_[qkv]|to_out\.0)$"
@@ -375,7 +375,7 @@ def test_applied_equals_expected(row, kind, request, tmp_path):
         (tmp_path / "adapter_config.json").write_text(json.dumps(made.config))
     before = {(part, k): p.detach().clone() for part, ps in made.parameters.items() for k, p in ps.items()}
     read = lora.load(tmp_path / "x.safetensors")
-    assert lora.apply(base, [(read, 1.0)]).changed == len(made.expected) == len(read.modules)
+    assert fitting.apply(base, [(read, 1.0)]).changed == len(made.expected) == len(read.modules)
     for (part, name), old in before.items():
         new = made.parameters[part][name].detach()
         if (part, name) not in made.expected:
@@ -404,7 +404,7 @@ def test_every_update_scales_with_its_weight_and_adds_on_the_base_itself(tiny_sd
     found = []
     for order in (files, files[::-1]):
         fresh = checkpoint.load(str(tiny_sd))
-        lora.apply(fresh, [(item, 0.5 if item is files[0] else -0.25) for item in order])
+        fitting.apply(fresh, [(item, 0.5 if item is files[0] else -0.25) for item in order])
         found.append(dict(fresh.unet.named_parameters()))
     old = dict(base.unet.named_parameters())
     for _, name in both:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastdiff import cli
-from fastdiff.io import checkpoint, export, lora
+from fastdiff.io import checkpoint, export, fitting, lora
 from fastdiff.io.lora import Factors, Lora
 from fastdiff.io.recipe import Recipe
 from fastdiff.models import text
@@ -231,7 +231,7 @@ def test_hub_layout_is_read_offline(tiny_sd, tmp_path, monkeypatch):
 def test_several_loras_fold_as_their_weighted_sum(few_step, capfd):
     base, plain = checkpoint.load("emoji"), checkpoint.load("emoji")
     item = lora.load(few_step)
-    lora.apply(base, [(item, 0.5), (item, 0.25)])
+    fitting.apply(base, [(item, 0.5), (item, 0.25)])
     key = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     delta = next(iter(item.modules.values())).delta()
     found = base.unet.get_submodule(key).weight - plain.unet.get_submodule(key).weight

@@ -6,7 +6,7 @@
 set -euo pipefail
 seed=${1:-0}
 shared=(--batch-size 32 --lora-rank 64 --lora-alpha 64 --ema 0.99 --warmup 50 --proof 2000 --seed "$seed" --json)
-fastdiff train-lcm-lora "${shared[@]}" --steps 1500 --output "runs/long-lcm-$seed" > "long-lcm-$seed.json"
+fastdiff train-lcm-lora "${shared[@]}" --steps 1500 --weighting inverse-step --output "runs/long-lcm-$seed" > "long-lcm-$seed.json"
 fastdiff train-lcm-lora "${shared[@]}" --steps 1200 --target edge --skip 4 --output "runs/long-pcm-$seed" > "long-pcm-$seed.json"
 python - "long-lcm-$seed.json" "long-pcm-$seed.json" <<'PY'
 import json, sys
