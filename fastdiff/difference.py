@@ -73,10 +73,7 @@ def extract(config: Any, output: Path) -> Result:
     if left:
         console.warn(f"{len(left)} biases, norms and embeddings differ too and are no part of a LoRA: {', '.join(left[:3])}")
     recipe = replace(tuned.recipe, family=base.family)
-    made = Lora(modules, recipe.to_metadata(), "the extracted LoRA")
-    layers = base.unet_config.get("layers_per_block", 2)
-    if layers != 2:
-        made.metadata["fastdiff.layers_per_block"] = str(layers)
+    made = Lora(modules, {**recipe.to_metadata(), **lora.layers_told(base.unet_config)}, "the extracted LoRA")
     lora.save(made, output, dtype=DTYPES[config.precision], format=config.format)
     ranks = [update.rank for update in modules.values() if isinstance(update, Factors)]
     metrics = {

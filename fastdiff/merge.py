@@ -248,6 +248,8 @@ def check_flags(config: Config) -> None:
             raise UsageError("--tuned needs --base and either --extract or --reference")
         if config.accel or config.style:
             raise UsageError("--tuned goes without --accel and --style; merge the LoRA that --extract writes")
+    elif config.base and (config.rank or config.format != "kohya"):
+        raise UsageError("--rank and --format are of a written LoRA; with --base a checkpoint is written", "leave one out")
     elif config.extract or config.reference:
         raise UsageError(f"--{'extract' if config.extract else 'reference'} needs --tuned CHECKPOINT")
     elif not config.accel:

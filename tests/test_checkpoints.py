@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import socket
 
 import pytest
@@ -52,6 +53,24 @@ def test_shipped_configs_make_the_published_networks(name):
     assert base.resolution_px == {"sd15": 512, "sd21": 768, "sdxl": 1024}[name]
     slots = base.slots("unet", base.shapes("unet"))
     assert len({slot.name for slot in slots}) == len(slots) == {"sd15": 686, "sd21": 686, "sdxl": 1680}[name]
+
+
+def test_the_table_of_shapes_is_that_of_the_networks():
+    """`FASTDIFF_SHAPES=write pytest -k table_of_shapes` writes it anew."""
+    found = {}
+    for name in SIZES:
+        base = Checkpoint(name, ASSETS / "families" / name, name)
+        found[name] = {part: built(base, part) for part in base.parts}
+    path = ASSETS / "families" / "shapes.json.gz"
+    if os.environ.get("FASTDIFF_SHAPES") == "write":
+        path.write_bytes(gzip.compress(json.dumps(found).encode(), mtime=0))
+    checkpoint.shape_tables.cache_clear()
+    assert checkpoint.shape_tables() == found
+
+
+def built(base, part):
+    """Shapes of the network itself."""
+    return {checkpoint.plain_name(part, k): tuple(v.shape) for k, v in base.skeleton(part).state_dict().items()}
 
 
 def test_the_shipped_vocabulary_is_clips():
@@ -333,8 +352,6 @@ def test_the_hub_is_asked_with_the_users_token_and_home(tmp_path, monkeypatch):
         from fastdiff import cli
         sys.exit(cli.main(["sample", "--base", "owner/name", "--prompt", "x", *sys.argv[1:]]))
     """
-    import os
-
     env = {k: v for k, v in os.environ.items() if "OFFLINE" not in k and "proxy" not in k.lower()}
     env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret"}
     run = lambda *flags: subprocess.run(

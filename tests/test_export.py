@@ -262,3 +262,29 @@ def test_flattened_encoder_names_are_repaired(folders, tmp_path):
     one, two = (checkpoint.load(str(tmp_path / f"{n}.safetensors"), config=str(folders("sd15"))) for n in ("one", "flat"))
     a, b = one.weights("text_encoder"), two.weights("text_encoder")
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_ldm_names_count_with_the_layers_of_a_pruned_base(tmp_path):
+    """One layer a block, as KOALA has: written and read by the count in the header, whoever reads it."""
+    from fastdiff.io import lora
+    from fastdiff.io.lora import Lora
+    from fastdiff.io.updates import Factors
+
+    modules = {
+        f"lora_unet_{name}": Factors(torch.ones(2, 8), torch.ones(8, 2))
+        for name in (
+            "down_blocks_1_attentions_0_proj_in",
+            "up_blocks_0_attentions_1_proj_in",
+            "up_blocks_1_resnets_0_time_emb_proj",
+        )
+    }
+    told = {**Recipe(family="sdxl").to_metadata(), **lora.layers_told({"layers_per_block": 1})}
+    lora.save(Lora(modules, told), tmp_path / "x.safetensors")
+    written = {key.split(".")[0] for key in load_file(tmp_path / "x.safetensors")}
+    assert written == {
+        "lora_unet_input_blocks_3_1_proj_in",
+        "lora_unet_output_blocks_1_1_proj_in",
+        "lora_unet_output_blocks_2_0_emb_layers_1",
+    }
+    assert lora.load(tmp_path / "x.safetensors").modules.keys() == modules.keys()
+    assert lora.layers_told({"layers_per_block": 2}) == {}

@@ -126,6 +126,7 @@ def test_usage_errors_touch_no_file(files, tmp_path):
         "is named .safetensors": Config(accel="lcm.safetensors", style=["anime.safetensors"], output="out"),
         "no such file": Config(accel="lcm.safetensors", style=["none.safetensors"]),
         "--accel is required": Config(),
+        "--rank and --format are of a written LoRA": Config(accel="lcm.safetensors", base="emoji", rank="4"),
         "a whole number above 0, or auto": Config(accel="lcm.safetensors", rank="-3"),
         "needs --tuned": Config(base="emoji", extract=True),
         "either --extract or --reference": Config(base="emoji", tuned="model"),

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -233,7 +233,13 @@ class Checkpoint:
             return (UNet2DConditionModel if part == "unet" else AutoencoderKL).from_config(config)
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
-        """What the component needs: parameter -> shape."""
+        """What the component needs: parameter -> shape; out of a table where the network is a family's own.
+
+        Building it, on the meta device, would import diffusers and transformers, which takes longer than reading a file.
+        """
+        home = ASSETS / "families" / self.family
+        if self.folder == home and self.config_of(part) == json.loads((home / part / "config.json").read_text()):
+            return shape_tables()[self.family][part]
         return {plain_name(part, k): tuple(v.shape) for k, v in self.skeleton(part).state_dict().items()}
 
     def slots(self, part: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
@@ -372,6 +378,15 @@ class Checkpoint:
             )
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         return diffusers.StableDiffusionPipeline(**parts)
+
+
+@cache
+def shape_tables() -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
+    """Family -> component -> parameter -> shape, of the published networks. `tests/test_checkpoints.py` writes and checks it."""
+    import gzip
+
+    told = json.loads(gzip.decompress((ASSETS / "families" / "shapes.json.gz").read_bytes()))
+    return {f: {p: {k: tuple(s) for k, s in rows.items()} for p, rows in parts.items()} for f, parts in told.items()}
 
 
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:

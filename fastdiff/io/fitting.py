@@ -15,7 +15,7 @@ from fastdiff.io import ldm
 from fastdiff.io.layouts import canonical
 from fastdiff.io.ldm import Weights
 from fastdiff.io.lora import Lora, with_first_encoder
-from fastdiff.io.updates import Update
+from fastdiff.io.updates import Factors, Update
 
 
 class Place(NamedTuple):
@@ -84,8 +84,12 @@ def updated(weight: Tensor, parts: list[tuple[Update, float]]) -> Tensor:
     """W + sum_i s_i Delta_i(W) in fp32."""
     base = total = weight.float()
     for update, strength in parts:
-        moved = update.delta(base.cpu() if update.needs_weight else None).reshape(weight.shape)
-        total = total + strength * moved.to(weight.device)
+        if isinstance(update, Factors):  # the product and the sum in one pass over memory
+            up, down = update.up.flatten(1).to(weight.device), update.down.flatten(1).to(weight.device)
+            total = torch.addmm(total.flatten(1), up, down, alpha=strength).reshape(weight.shape)
+        else:
+            moved = update.delta(base.cpu() if update.needs_weight else None).reshape(weight.shape)
+            total = total + strength * moved.to(weight.device)
     return total
 
 

@@ -83,7 +83,8 @@ class Lora:
 def load(path: str | Path, *, layers: int = 2, allow_partial: bool = False, allow_pickle: bool = False) -> Lora:
     """Read a LoRA of any supported layout, all of it or not at all (InputRefused); scales are folded in.
 
-    `layers`: of a block of the base, for files with LDM names. `allow_partial` leaves unknown keys out with a warning.
+    `layers`: of a block of the base, for files with LDM names that do not say it. `allow_partial` leaves unknown keys out with
+    a warning.
     Bundled embeddings are always left out, and said so.
     """
     file = tensors.open_file(path, allow_pickle=allow_pickle)
@@ -96,7 +97,7 @@ def load(path: str | Path, *, layers: int = 2, allow_partial: bool = False, allo
     if embeddings:
         names = sorted({key.split(".")[1] for key in embeddings})
         warn(f"{path}: its bundled embeddings are left out ({', '.join(names[:5])})")
-    table = ldm.flat_table(layers)
+    table = ldm.flat_table(int(metadata.get("fastdiff.layers_per_block", layers)))
     parts = {key: parse(key, table) for key in file if key not in embeddings}
     unknown = [key for key, part in parts.items() if part is None]
     if unknown:
@@ -128,6 +129,12 @@ def load(path: str | Path, *, layers: int = 2, allow_partial: bool = False, allo
     }
     lora = Lora(updates, metadata, str(path), [*embeddings, *unknown])
     return with_first_encoder(lora, "lora_te1_" if lora.family == "sdxl" else "lora_te_")
+
+
+def layers_told(unet_config: Mapping[str, Any]) -> dict[str, str]:
+    """The header entry of a LoRA whose base has not two layers a block: LDM names count with them."""
+    layers = unet_config.get("layers_per_block", 2)
+    return {} if layers == 2 else {"fastdiff.layers_per_block": str(layers)}
 
 
 def parse(key: str, table: Mapping[str, str]) -> Part | None:

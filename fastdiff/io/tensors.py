@@ -8,10 +8,14 @@ import json
 import os
 import re
 import shutil
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +36,7 @@ OTHER_FILES = (  # how they begin, what they are, what to do
     (rb"GGUF", "a GGUF file", "give the safetensors file that it was made from"),
     (rb"", "not a safetensors file, or corrupt, empty or cut short", "download or copy the file again"),
 )  # fmt: skip
-MAX_HEADER = 100_000_000  # bytes; the library's own limit
+AHEAD = 4  # tensors made before the first of them is on its way to the disk
 STRANGE_NAME = re.compile(r"[/\\\x00-\x1f]|^\.|\.\.")
 
 
@@ -50,6 +54,7 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, layouts: dict[str, Layout], metadata: dict[str, str], loaded: dict[str, Tensor] | None = None):
         self.path, self.layouts, self.metadata, self.loaded = path, layouts, metadata, loaded
+        self.lock = threading.Lock()  # one place in the file at a time
 
     def __getitem__(self, name: str) -> Tensor:
         if self.loaded is not None:
@@ -57,12 +62,17 @@ class TensorFile(Mapping[str, Tensor]):
         dtype, shape, start, end = self.layouts[name]
         if start == end:
             return torch.empty(shape, dtype=dtype)
-        buffer = bytearray(end - start)
-        with self.path.open("rb") as file:
-            file.seek(start)
-            if file.readinto(buffer) != len(buffer):
+        buffer = torch.empty(end - start, dtype=torch.uint8)
+        with self.lock:
+            self.handle.seek(start)
+            if self.handle.readinto(memoryview(buffer.numpy())) != len(buffer):
                 raise InputRefused(f"{self.path}: cut short while it was read ({name})")
-        return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
+        return buffer.view(dtype).reshape(shape)
+
+    @cached_property
+    def handle(self) -> Any:
+        """Open until the object goes; opening it for each tensor would cost as much as reading."""
+        return self.path.open("rb")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layouts)
@@ -182,7 +192,7 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 def write(path: str | Path, wanted: Iterable[Entry], metadata: Mapping[str, str]) -> dict[str, bytes]:
-    """A safetensors file, staged beside `path`, synced and renamed; at most one tensor is in memory.
+    """A safetensors file, staged beside `path`, synced and renamed; a handful of tensors are in memory.
 
     Returns a digest of each tensor's bytes, for `verify`.
 
@@ -204,15 +214,10 @@ def write(path: str | Path, wanted: Iterable[Entry], metadata: Mapping[str, str]
     if free < offset + len(text):
         raise DoesNotFit(f"--output {path}: needs {offset / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free there")
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    digests: dict[str, bytes] = {}
     try:
         with staged.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for row in rows:
-                tensor = row.read().detach().to("cpu", row.dtype).contiguous()
-                assert tuple(tensor.shape) == row.shape, f"{row.name}: {tuple(tensor.shape)}, announced as {row.shape}"
-                digests[row.name] = hashlib.sha256(data := raw(tensor)).digest()
-                file.write(data)
+            digests = stream(file, rows)
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
@@ -221,11 +226,40 @@ def write(path: str | Path, wanted: Iterable[Entry], metadata: Mapping[str, str]
     return digests
 
 
+def stream(file: BinaryIO, rows: Iterable[Entry]) -> dict[str, bytes]:
+    """Make a tensor while the one before it is written and hashed: the three take about as long as each other."""
+    waiting: deque[tuple[str, Future[Any], Future[bytes]]] = deque()
+    digests: dict[str, bytes] = {}
+    with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as hasher:
+        for row in rows:
+            tensor = row.read().detach().to("cpu", row.dtype).contiguous()
+            assert tuple(tensor.shape) == row.shape, f"{row.name}: {tuple(tensor.shape)}, announced as {row.shape}"
+            data = raw(tensor)
+            waiting.append((row.name, writer.submit(file.write, data), hasher.submit(digest, data)))
+            while len(waiting) > AHEAD:
+                finish(waiting, digests)
+        while waiting:
+            finish(waiting, digests)
+    return digests
+
+
+def finish(waiting: deque[tuple[str, "Future[Any]", "Future[bytes]"]], digests: dict[str, bytes]) -> None:
+    name, written, hashed = waiting.popleft()
+    written.result()  # raises what the disk raised
+    digests[name] = hashed.result()
+
+
+def digest(data: memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
 def verify(path: Path, digests: Mapping[str, bytes]) -> None:
     """Read a written file back and compare every tensor; GateFailed names the first that differs."""
     file = open_file(path)
-    for name, digest in digests.items():
-        if name not in file or hashlib.sha256(raw(file[name])).digest() != digest:
-            raise GateFailed(f"{path}: {name} does not read back as it was written; the disk may be failing")
+    same = lambda name: name in file and digest(raw(file[name])) == digests[name]
+    with ThreadPoolExecutor(2) as pool:
+        wrong = [name for name, good in zip(digests, pool.map(same, digests), strict=True) if not good]
+    if wrong:
+        raise GateFailed(f"{path}: {wrong[0]} does not read back as it was written; the disk may be failing")
     if len(file) != len(digests):
         raise GateFailed(f"{path}: {len(file)} tensors read back, {len(digests)} were written")

@@ -209,7 +209,7 @@ class LCM:
             return
         modules = adapters.factors(self.student.net, self.config.lora_alpha)
         path = run.folder / f"{self.recipe.method}.safetensors"
-        lora.save(lora.Lora(modules, recipe.to_metadata()), path)
+        lora.save(lora.Lora(modules, {**recipe.to_metadata(), **lora.layers_told(self.base_model.unet_config)}), path)
         run.outputs.append(path)
 
 
