@@ -67,7 +67,7 @@ def full_size(family: str, folder: Path) -> tuple[Path, Path]:
 
 
 def measured(command: list[str]) -> tuple[float, float, float]:
-    """Seconds until on disk, seconds of the process, peak GiB; a watcher of its own, because the peak of children is kept for good."""
+    """Seconds until on disk, of the process, and peak GiB; by a watcher of its own: the peak of children is kept for good."""
     watch = """
 import json, os, resource, subprocess, sys, time
 os.sync()
