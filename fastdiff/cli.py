@@ -34,6 +34,7 @@ class Command(NamedTuple):
 
 COMMANDS = [
     Command("train-lcm-lora", "fastdiff.methods.lcm", "Distil a few-step LoRA (LCM, PCM, TCD)", "Train"),
+    Command("dmd", "fastdiff.methods.dmd", "Distil a one-step or few-step model (DMD, DMD2)", "Train"),
     Command("merge-lora", "fastdiff.merge", "Add LoRAs exactly, to a rank, or into a checkpoint", "Use"),
     Command("sample", "fastdiff.sample", "Draw images with the settings that the weights ask for", "Use"),
     Command("export", "fastdiff.export", "Write a checkpoint as folder or single file, a LoRA in another layout", "Use"),

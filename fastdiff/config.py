@@ -214,7 +214,8 @@ def resolve(
 ) -> Any:
     """Build a config from all its sources; a flag of None was not given, an empty variable is not set.
 
-    `family_of` names the family of the base that values (with `base` among them) tell, whose preset applies. Raises UsageError.
+    `family_of` names the family of the base that values (with `base` among them) tell, whose preset applies; where the class
+    names a field as its VARIANT, the row `family:value` of that field lies over it. Raises UsageError.
     """
     known = options(cls)
     environ = os.environ if environ is None else environ
@@ -227,7 +228,12 @@ def resolve(
     base = next((o for o in known if o.name == "base"), None)
     if presets and family_of and base:
         family = family_of({"base": base.default, **values})
-        values = {**preset(known, presets, family), **values}
+        row = preset(known, presets, family)
+        if variant := getattr(cls, "VARIANT", None):
+            default = next(o.default for o in known if o.name == variant)
+            chosen = {variant: default, **row, **values}[variant]
+            row |= preset(known, presets, f"{family}:{chosen}")
+        values = {**row, **values}
     for o in known:
         if o.default is MISSING and o.name not in values:
             raise UsageError(f"{o.flag} is required", f"give the flag, {o.variable} or {o.name} in a --config file")

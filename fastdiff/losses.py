@@ -1,6 +1,13 @@
 """Losses, each a scalar from tensors; fp32 inside. Shapes: B batch, C channels, h w latent."""
 
+from typing import Literal
+
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastdiff.schedule import NoiseSchedule, Prediction, PredictionType
+
+Weighting = Literal["dmd", "eq8", "none", "sigma2"]
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float = 0.001, weight: Tensor | float = 1.0) -> Tensor:
@@ -15,3 +22,46 @@ def squared(a: Tensor, b: Tensor, weight: Tensor | float = 1.0) -> Tensor:
 
 
 CONSISTENCY = {"huber": pseudo_huber, "l2": lambda a, b, c, weight: squared(a, b, weight)}
+
+
+def denoising(schedule: NoiseSchedule, kind: PredictionType, p: Prediction, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """Mean squared error in what the network itself predicts (Ho 2020, eq. 14): the loss that it was trained with."""
+    return squared(schedule.output(p, t, kind), schedule.output(Prediction(x0, eps), t, kind))
+
+
+def score_difference(
+    schedule: NoiseSchedule, x: Tensor, t: Tensor, real: Prediction, fake: Prediction, weighting: Weighting = "dmd"
+) -> Tensor:
+    """The direction g (B, C, h, w) in which a sample x is too much like the fake and too little like the real distribution.
+
+        dmd     (m_fake - m_real) / mean|x - m_real|    per sample, m = x0 prediction (Yin 2023, algorithm 2)
+        eq8     alpha_t times that                      the paper's equation 8
+        none    m_fake - m_real                         Diff-Instruct (Luo 2023)
+        sigma2  sigma_t^2 (eps_real - eps_fake)         score distillation's weight (Wang 2023)
+
+    m_fake - m_real = sigma_t / alpha_t (eps_real - eps_fake): the difference of scores, up to weight.
+    """
+    alpha, sigma = schedule.coefficients(t, x)
+    if weighting == "sigma2":
+        return sigma.square() * (real.eps - fake.eps)
+    difference = fake.x0 - real.x0
+    if weighting == "none":
+        return difference
+    scale = (x.float() - real.x0).abs().flatten(1).mean(1).clamp(min=1e-6)
+    g = difference / scale.reshape(-1, *(1,) * (x.ndim - 1))
+    return g if weighting == "dmd" else alpha * g
+
+
+def along(x: Tensor, g: Tensor) -> Tensor:
+    """A loss whose gradient at x is g / numel(x): 1/2 mean (x - stop(x - g))^2 (Yin 2023, algorithm 2). Its value says little."""
+    return 0.5 * squared(x, (x.float() - g).detach())
+
+
+def gan_fake(logits: Tensor) -> Tensor:
+    """softplus(D): what a discriminator loses on generated samples (Goodfellow 2014, non-saturating pair)."""
+    return F.softplus(logits.float()).mean()
+
+
+def gan_real(logits: Tensor) -> Tensor:
+    """softplus(-D): what a discriminator loses on real samples, and a generator on its own."""
+    return F.softplus(-logits.float()).mean()

@@ -27,6 +27,7 @@ class Settings:
     guidance: float = 7.5  # u + w (c - u); 1 or less = the conditional network alone
     spacing: str | None = None  # None: the scheduler's own
     eta: float = 0.0
+    timesteps: tuple[int, ...] | None = None  # explicit, descending; they go before spacing and num_steps
 
     def __post_init__(self) -> None:
         if self.scheduler not in SOLVERS:
@@ -37,11 +38,13 @@ class Settings:
     @classmethod
     def of(cls, recipe: Recipe, default: "Settings", **given: Any) -> "Settings":
         """Given values first, then the recipe's, then the default's."""
-        names = ("scheduler", "num_steps", "guidance", "spacing", "eta")
+        names = ("scheduler", "num_steps", "guidance", "spacing", "eta", "timesteps")
         from_recipe = {k: getattr(recipe, k) for k in names if getattr(recipe, k) is not None}
         chosen = from_recipe | {k: v for k, v in given.items() if v is not None}
         if "scheduler" in chosen and "spacing" not in chosen:
             chosen["spacing"] = None  # a spacing belongs to the scheduler it came with
+        if len(chosen.get("timesteps") or ()) != chosen.get("num_steps"):
+            chosen["timesteps"] = None  # and timesteps to their number
         return replace(default, **chosen)
 
     @property
@@ -55,7 +58,10 @@ class Settings:
 
     def grid(self, schedule: Any, scheduler_config: dict[str, Any]) -> Grid:
         spacing = self.spacing or SOLVERS[self.scheduler].spacing
-        t = schedule.grid(self.num_steps, spacing, scheduler_config.get("steps_offset", 0))
+        if self.timesteps:
+            t = torch.tensor(self.timesteps)
+        else:
+            t = schedule.grid(self.num_steps, spacing, scheduler_config.get("steps_offset", 0))
         final = None if scheduler_config.get("set_alpha_to_one", True) else 0
         return Grid(schedule, t, final, start_scale=spacing in {"trailing", "linspace"}, eta=self.eta)
 

@@ -101,10 +101,16 @@ class NoiseSchedule(nn.Module):
             return Prediction(out, (x_t - alpha * out) / sigma)
         raise ValueError(f"prediction type {kind!r} is not supported: epsilon, v_prediction or sample")
 
-    def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """v = alpha eps - sigma x0, fp32."""
-        alpha, sigma = self.coefficients(t, x0)
-        return alpha * eps.float() - sigma * x0.float()
+    def output(self, p: Prediction, t: Tensor, kind: PredictionType) -> Tensor:
+        """What a network of that kind says where it means p: the inverse of `predict`, and its training target; fp32."""
+        if kind == "epsilon":
+            return p.eps.float()
+        if kind == "sample":
+            return p.x0.float()
+        if kind != "v_prediction":
+            raise ValueError(f"prediction type {kind!r} is not supported: epsilon, v_prediction or sample")
+        alpha, sigma = self.coefficients(t, p.x0)
+        return alpha * p.eps.float() - sigma * p.x0.float()
 
     def snr(self, t: Tensor) -> Tensor:
         """Signal to noise alpha^2 / sigma^2."""

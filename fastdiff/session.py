@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdiff import console
 from fastdiff.console import Result, sha256
 from fastdiff.data import open_data, teacher
+from fastdiff.io import export, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run, write_atomic
-from fastdiff.models import text
+from fastdiff.models import adapters, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
 from fastdiff.trainer import Method, TrainConfig, Trainer, load_base, open_accelerator, open_run, start
@@ -41,9 +43,8 @@ class Preview:
         """Draw the columns and write the sheet; the teacher's are drawn once."""
         student = settings_of(method)(method.recipe.num_steps)
         if not self.columns:
-            with method.teaching() as net:
-                for settings in (DEFAULTS[self.base.family], undistilled(self.base, student.calls)):
-                    self.columns.append(self.draw(net, settings))
+            for settings in (DEFAULTS[self.base.family], undistilled(self.base, student.calls)):
+                self.columns.append(self.draw(method.teacher, settings))
         scale = max(1, 128 // self.resolution_px)
         contact_sheet([*self.columns, self.draw(method.student, student)], scale=scale).save(path)
 
@@ -86,15 +87,20 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
             config.data,
             prompts=config.prompts,
             resolution_px=resolution_px,
-            teacher_samples=config.teacher_samples,
+            pairs=config.pairs,
             seed=config.seed,
             device=accelerator.device,
+            sampling=config.teacher_sampling(base.family),
+            wants=config.wants,
         )
         data.empty_prompts = config.empty_prompts
         base.release("text_encoders", "tokenizers", "vae")
+    base.unet.to(accelerator.device)
     method = method_class(base, config)
     start(run, config, resumed=state is not None)
-    method.student.to(accelerator.device)
+    for part in vars(method).values():
+        if isinstance(part, nn.Module):
+            part.to(accelerator.device)
     trainer = Trainer(method, data, run, config, accelerator)
     if state:
         console.info(f"going on from step {state['step']} of {config.steps}")
@@ -119,6 +125,20 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
     flag = "--lora" if weights.suffix == ".safetensors" else "--base"
     where = f"--base {config.base} {flag} {weights}" if flag == "--lora" else f"--base {weights}"
     return Result(run.outputs, metrics, f'fastdiff sample {where} --prompt "{preview.prompts[0]}"')
+
+
+def write_student(method: Method, run: Run, lora_alpha: float | None) -> None:
+    """`<method>.safetensors` in the LoRA layout that every program loads, or without an alpha the folder `model`."""
+    recipe, base = replace(method.recipe, parent=method.parent), method.base_model
+    if lora_alpha is None:
+        base.unet = method.student.net
+        path = run.folder / "model"
+        export.to_folder(base, path, recipe=recipe)
+    else:
+        modules = adapters.factors(method.student.net, lora_alpha, method.student.adapter)
+        path = run.folder / f"{recipe.method}.safetensors"
+        lora.save(lora.Lora(modules, {**recipe.to_metadata(), **lora.layers_told(base.unet_config)}), path)
+    run.outputs.append(path)
 
 
 class Judged:

@@ -4,8 +4,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from fastdiff import console
 from fastdiff.config import Range, to_toml
 from fastdiff.console import Stopped, UsageError
-from fastdiff.data import Batch, Encoded
+from fastdiff.data import Batch, Encoded, Wants
 from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run, write_atomic
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.ema import EMA
+from fastdiff.sampling import DEFAULTS, Settings
 
 Losses = dict[str, Tensor]  # named, already weighted, scalar
 
@@ -34,7 +35,8 @@ class TrainConfig(BaseConfig):
 
     data: Annotated[str | None, "emoji, emoji:STYLE, teacher, or a folder of images and captions"] = None
     prompts: Annotated[str | None, "prompts for --data teacher, one a line"] = None
-    teacher_samples: Annotated[int, "how many latents --data teacher samples", Range(1)] = 256
+    pairs: Annotated[int, "pairs of noise and latents that --data teacher samples", Range(1)] = 256
+    teacher_steps: Annotated[int | None, "sampling steps of each; default: the family's", Range(1, 1000)] = None
     output: Annotated[str | None, "run folder"] = field(default=None, metadata={"flags": ["-o"]})
     steps: Annotated[int, "optimiser steps", Range(1)] = 1000
     batch_size: Annotated[int, "images a step and device", Range(1)] = 12
@@ -56,17 +58,32 @@ class TrainConfig(BaseConfig):
     preview_every: Annotated[int, "steps between contact sheets; 0 = only at the end", Range(0)] = 0
     tracker: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], "besides metrics.jsonl"] = "none"
 
+    @property
+    def wants(self) -> Wants:
+        """What the method needs of its data."""
+        return "latents"
+
+    def teacher_sampling(self, family: str) -> Settings:
+        """How the teacher makes its samples: the family's way, at the method's guidance where it has one."""
+        given = {"num_steps": self.teacher_steps, "guidance": getattr(self, "guidance", None)}
+        return replace(DEFAULTS[family], **{k: v for k, v in given.items() if v is not None})
+
 
 class Method(Protocol):
-    """One paper. `losses` is its algorithm; it moves no devices, saves nothing and knows no optimiser."""
+    """One paper. `losses` is its algorithm; it moves no devices, saves nothing and knows no optimiser.
 
-    players: dict[str, nn.Module]  # one optimiser each, trained in the order they are yielded
+    Besides these it may have `rates` {player: learning rate} where they are not --lr, `figures` {name: scalar tensor} to
+    log beside the losses, and `extra_state` {name: object with a state_dict} that a resumed run needs.
+    """
+
+    players: dict[str, nn.Module]  # what trains, one optimiser each; the first is the student's, which alone is averaged
     student: Denoiser  # what is sampled and exported
+    teacher: Denoiser
+    base_model: Checkpoint
     recipe: Recipe
     parent: str  # hash of the base network
 
     def losses(self, batch: Batch, step: int) -> Iterator[tuple[str, Losses]]: ...
-    def teaching(self) -> AbstractContextManager[Denoiser]: ...
     def updated(self, step: int) -> None: ...  # after every optimiser step
     def export(self, run: Run) -> None: ...
 
@@ -105,14 +122,16 @@ class StopRequest:
 
 
 class Player:
-    """A network with its optimiser, average and gradient scale."""
+    """What trains of a role, with its optimiser, average and gradient scale."""
 
-    def __init__(self, net: nn.Module, config: TrainConfig, device: torch.device, fp16: bool) -> None:
-        self.params = [p for p in net.parameters() if p.requires_grad]
+    def __init__(
+        self, net: nn.Module, config: TrainConfig, device: torch.device, *, lr: float, averaged: bool, fp16: bool
+    ) -> None:
+        self.params, self.lr = [p for p in net.parameters() if p.requires_grad], lr
         self.optimizer = torch.optim.AdamW(
-            self.params, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=device.type != "mps"
+            self.params, lr=lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=device.type != "mps"
         )
-        self.ema = EMA(self.params, config.ema) if config.ema else None
+        self.ema = EMA(self.params, config.ema) if config.ema and averaged else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,7 +161,11 @@ class Trainer:
         self.method, self.data, self.run, self.config, self.accelerator = method, data, run, config, accelerator
         self.device = accelerator.device
         fp16 = accelerator.mixed_precision == "fp16"
-        self.players = {k: Player(net, config, self.device, fp16) for k, net in method.players.items()}
+        rates, first = getattr(method, "rates", {}), next(iter(method.players))
+        self.players = {
+            k: Player(net, config, self.device, lr=rates.get(k, config.lr), averaged=k == first, fp16=fp16)
+            for k, net in method.players.items()
+        }
         self.step, self.bad_steps, self.preview = 0, 0, None
 
     def fit(self) -> None:
@@ -203,7 +226,7 @@ class Trainer:
     def update(self, player: Player) -> float:
         """Average gradients over processes, clip, step; a non-finite step is skipped, ten in a row end the run."""
         config = self.config
-        rate = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup))
+        rate = player.lr * min(1.0, (self.step + 1) / max(1, config.warmup))
         if config.lr_schedule == "cosine":
             rate *= 0.5 + 0.5 * torch.cos(torch.tensor(self.step / config.steps * torch.pi)).item()
         for group in player.optimizer.param_groups:
@@ -239,6 +262,7 @@ class Trainer:
 
     def log(self, row: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
+            row |= {k: v.item() for k, v in getattr(self.method, "figures", {}).items()}
             self.run.log({**row, "time": round(time.time(), 3)})
             self.accelerator.log(row, step=self.step)
 

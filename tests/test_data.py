@@ -13,7 +13,7 @@ from fastdiff.io import checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond
 
-OPEN = dict(prompts=None, resolution_px=64, teacher_samples=3, seed=0, device="cpu")
+OPEN = dict(prompts=None, resolution_px=64, pairs=3, seed=0, device="cpu")
 
 
 def test_every_picture_is_drawn_in_every_style_and_named_once():

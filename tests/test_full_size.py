@@ -103,7 +103,7 @@ def test_two_steps_on_full_size_sdxl_fit_24_gb_and_the_lora_loads_whole(tmp_path
         steps=2,
         batch_size=1,
         grad_accum=1,
-        teacher_samples=1,
+        pairs=1,
         resolution=64,
         prompts=tmp_path / "prompts.txt",
     )

@@ -22,7 +22,7 @@ METHODS = [c.name for c in cli.COMMANDS if issubclass(import_module(c.module).Co
 @pytest.fixture(scope="module")
 def data():
     base = checkpoint.load("emoji")
-    return open_data(base, "emoji", prompts=None, resolution_px=64, teacher_samples=0, seed=0, device="cpu")
+    return open_data(base, "emoji", prompts=None, resolution_px=64, pairs=0, seed=0, device="cpu")
 
 
 def trainer_of(command, data, folder, **changes):

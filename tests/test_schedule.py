@@ -27,7 +27,7 @@ def test_add_noise_and_velocity_equal_diffusers():
     x0, eps = torch.randn(2, 4, 4, 8, 8, generator=g)
     t = torch.tensor([0, 19, 500, 999])
     torch.testing.assert_close(schedule.add_noise(x0, eps, t), theirs.add_noise(x0, eps, t), atol=1e-6, rtol=0)
-    torch.testing.assert_close(schedule.velocity(x0, eps, t), theirs.get_velocity(x0, eps, t), atol=1e-6, rtol=0)
+    torch.testing.assert_close(schedule.output(Prediction(x0, eps), t, "v_prediction"), theirs.get_velocity(x0, eps, t), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -37,7 +37,7 @@ def test_predict_inverts_add_noise(kind):
     g = torch.Generator().manual_seed(1)
     x0, eps = torch.randn(2, 3, 4, 8, 8, generator=g)
     t = torch.tensor([0, 400, 999])
-    out = {"epsilon": eps, "v_prediction": schedule.velocity(x0, eps, t), "sample": x0}[kind]
+    out = {"epsilon": eps, "v_prediction": schedule.output(Prediction(x0, eps), t, "v_prediction"), "sample": x0}[kind]
     p = schedule.predict(out, schedule.add_noise(x0, eps, t), t, kind)
     torch.testing.assert_close(p.x0, x0, atol=3e-5, rtol=1e-5)
     torch.testing.assert_close(p.eps, eps, atol=3e-5, rtol=1e-5)

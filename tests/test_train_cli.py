@@ -19,7 +19,7 @@ def train(tmp_path, monkeypatch, capfd):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
 
     def command(*args):
-        quick = dict(steps=2, batch_size=2, grad_accum=1, resolution=64, teacher_samples=2, num_steps=2, lora_rank=4)
+        quick = dict(steps=2, batch_size=2, grad_accum=1, resolution=64, pairs=2, num_steps=2, lora_rank=4)
         quick |= dict(device="cpu", proof=0)
         if "--config" in args:
             quick = {}

@@ -7,7 +7,6 @@ a Config, a class with `losses` and `export`, and the shared trainer does the re
 """
 
 import argparse
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +31,10 @@ class StyleLora:
     """E |eps_theta(x_t, t, c) - eps|^2, weighted like the teacher's own training: min(1 / alpha^2, 30)."""
 
     def __init__(self, base, config):
-        adapters.attach(base.unet, config.lora_rank, config.lora_rank)
-        self.student = Denoiser(base.unet, base.schedule(), base.prediction_type)
-        self.players = {"style": self.student.net}
+        trained = adapters.attach(base.unet, config.lora_rank, config.lora_rank, "style")
+        self.student = Denoiser(base.unet, base.schedule(), base.prediction_type, "style")
+        self.teacher = Denoiser(base.unet, base.schedule(), base.prediction_type)
+        self.players = {"style": torch.nn.ParameterList(trained)}
         self.recipe, self.config = Recipe(family=base.family), config
 
     def losses(self, batch, step):
@@ -44,16 +44,11 @@ class StyleLora:
         weight = (1 / self.student.schedule.alpha[t]).clamp(max=30**0.5)[:, None, None, None]
         yield "style", {"denoising": losses.squared(weight * out, weight * eps)}
 
-    @contextmanager
-    def teaching(self):
-        with self.student.base() as net:
-            yield net
-
     def updated(self, step):
         pass
 
     def export(self, run):
-        modules = adapters.factors(self.student.net, self.config.lora_rank)
+        modules = adapters.factors(self.student.net, self.config.lora_rank, "style")
         lora.save(lora.Lora(modules, self.recipe.to_metadata()), run.folder / "style.safetensors")
 
 
@@ -68,7 +63,7 @@ def main() -> None:
     base, run = checkpoint.load("emoji"), Run(args.output, "style")
     accelerator = open_accelerator(config, run)
     data = open_data(
-        base, f"emoji:{args.style}", prompts=None, resolution_px=64, teacher_samples=0, seed=0, device=accelerator.device
+        base, f"emoji:{args.style}", prompts=None, resolution_px=64, pairs=0, seed=0, device=accelerator.device
     )
     data.empty_prompts = config.empty_prompts
     method = StyleLora(base, config)

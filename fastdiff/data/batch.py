@@ -13,13 +13,15 @@ from fastdiff.models.denoiser import Cond
 class Batch:
     """One optimiser step's worth of data."""
 
-    latents: Tensor  # (B, C, h, w), scaled
+    latents: Tensor  # (B, C, h, w), scaled; NaN where only prompts were asked for
     cond: Cond  # B rows
     uncond: Cond  # B rows
+    noise: Tensor | None = None  # (B, C, h, w) that the teacher's sampler turned into `latents`
 
     def to(self, device: torch.device | str) -> "Batch":
         move = lambda v: v.to(device)  # noqa: E731
-        return Batch(self.latents.to(device), self.cond.map(move), self.uncond.map(move))
+        noise = None if self.noise is None else move(self.noise)
+        return Batch(move(self.latents), self.cond.map(move), self.uncond.map(move), noise)
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Encoded:
     uncond: Cond  # one row
     time_ids: Tensor | None = None  # (N, 6) SDXL
     empty_prompts: float = 0.0  # share of items trained with the unconditional branch as their condition
+    noise: Tensor | None = None  # (N, C, h, w) that each latent was sampled from
 
     def __len__(self) -> int:
         return len(self.moments)
@@ -51,4 +54,5 @@ class Encoded:
             drop = torch.rand(size, generator=generator) < self.empty_prompts
             kept = torch.where(drop, size, 0) + torch.arange(size)
             cond = Cond.cat([cond, uncond])[kept]
-        return Batch(autoencoder.draw(self.moments[items], generator), cond, uncond)
+        noise = None if self.noise is None else self.noise[items].float()
+        return Batch(autoencoder.draw(self.moments[items].float(), generator), cond, uncond, noise)

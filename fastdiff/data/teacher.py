@@ -1,11 +1,13 @@
-"""Training without images: the teacher's own samples of the prompts, made once and cached by content."""
+"""Training without images: the teacher's own samples of the prompts, made once and cached by content, with their noise."""
 
 import hashlib
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastdiff import console
 from fastdiff.console import UsageError
@@ -13,8 +15,8 @@ from fastdiff.data import embedded
 from fastdiff.data.batch import Encoded
 from fastdiff.io.checkpoint import Checkpoint, fingerprint
 from fastdiff.models import autoencoder, text
-from fastdiff.models.denoiser import Denoiser
-from fastdiff.sampling import DEFAULTS, Sampler, with_size
+from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.sampling import Sampler, SeededNoise, Settings, with_size
 
 PROMPTS = Path(__file__).parent.parent / "assets" / "prompts.txt"
 
@@ -31,9 +33,14 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def default_prompts(family: str) -> list[str]:
+    """The shipped prompts; for `emoji` every picture on every background, captioned as the teacher was trained."""
     if family != "emoji":
         return read_prompts(PROMPTS)
-    return [embedded.caption(p, b) for p in range(len(embedded.pictures())) for b in range(len(embedded.BACKGROUNDS))]
+    pairs = [(p, b) for p in range(len(embedded.pictures())) for b in range(len(embedded.BACKGROUNDS))]
+    g = torch.Generator().manual_seed(0)
+    kinds = torch.multinomial(torch.tensor(embedded.CAPTION_WEIGHTS), len(pairs), replacement=True, generator=g).tolist()
+    lines = [embedded.caption(p, None if k % 2 else b, coarse=k > 1) for (p, b), k in zip(pairs, kinds, strict=True)]
+    return [lines[i] for i in torch.randperm(len(lines), generator=g)]
 
 
 def cache_folder() -> Path:
@@ -44,37 +51,109 @@ def encode(
     base: Checkpoint,
     prompts: list[str],
     resolution_px: int,
+    settings: Settings,
     *,
-    samples: int,
+    pairs: int,
     seed: int,
     device: torch.device | str = "cpu",
-    batch: int = 8,
 ) -> Encoded:
-    """`samples` latents of the prompts in turn, sampled with the family's default settings."""
-    texts, uncond = text.encode(base, prompts, device=device), text.unconditional(base, device=device)
+    """`pairs` samples of the prompts in turn with the noise they came from; with 0 the prompts alone (latents are NaN)."""
+    unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    row = torch.tensor([unique[prompt] for prompt in prompts])
+    texts, uncond = text.encode(base, list(unique), device=device), text.unconditional(base, device=device)
     base.release("text_encoders", "tokenizers")
     if base.family == "sdxl":
         texts, uncond = (with_size(c, resolution_px) for c in (texts, uncond))
-    of = torch.arange(samples) % len(prompts)
-    sampler = Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae, device=device)
-    base.release("vae")  # only its size was needed
-    settings = DEFAULTS[base.family]
-    key = repr((fingerprint(base.unet), prompts, resolution_px, samples, seed, settings))
-    path = cache_folder() / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    if path.exists():
-        latents = load_file(path)["latents"]
+    side = resolution_px // autoencoder.factor(base.vae)
+    shape = (base.unet_config["in_channels"], side, side)
+    noise = None
+    if not pairs:
+        of = row
+        moments = torch.full((1, 2 * shape[0], side, side), float("nan")).expand(len(of), -1, -1, -1)
     else:
-        side = resolution_px // autoencoder.factor(sampler.vae)
-        parts = []
-        with console.progress(samples, "sampling the teacher") as bar:
-            for rows in torch.arange(samples).split(batch):
-                seeds = (seed + rows).tolist()
-                parts.append(sampler.latents(texts[of[rows]], uncond, seeds, settings, (side, side)).cpu())
-                bar.update(len(rows))
-        latents = torch.cat(parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": latents}, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        of = row[torch.arange(pairs) % len(row)]
+        if pairs < len(prompts):
+            console.warn(f"--pairs {pairs}: only that many of the {len(prompts)} prompts are used")
+        sampler = Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae, device=device)
+        noise, latents = Shards(sampler, settings, prompts, texts[row], uncond, seed, resolution_px).first(pairs)
+        moments = torch.cat([latents, torch.zeros_like(latents)], 1)  # samples, not posteriors: no spread
     sizes = None if texts.time_ids is None else texts.time_ids[of]
-    moments = torch.cat([latents, torch.zeros_like(latents)], 1)  # samples, not posteriors: no spread
-    return Encoded(moments, texts, of[:, None], torch.ones(1), uncond, sizes)
+    return Encoded(moments, texts, of[:, None], torch.ones(1), uncond, sizes, noise=noise)
+
+
+class Shards:
+    """Teacher samples on disk, SIZE a file; sample i is prompt i mod M from the noise of seed + i, whatever is asked for.
+
+    So more pairs are added to those that are there, an interrupted run goes on after its last file, and every process makes
+    its share. A file holds `noise` and `latents` (fp16) and in its header the prompts, settings and hash of the network.
+    """
+
+    SIZE = 64
+
+    def __init__(
+        self, sampler: Sampler, settings: Settings, prompts: list[str], cond: Cond, uncond: Cond, seed: int, resolution_px: int
+    ) -> None:
+        self.sampler, self.settings, self.prompts, self.cond, self.uncond, self.seed = (
+            sampler, settings, prompts, cond, uncond, seed,
+        )  # fmt: skip
+        self.side = resolution_px // autoencoder.factor(sampler.vae)
+        self.parent = fingerprint(sampler.denoiser.net)
+        key = repr((self.parent, prompts, resolution_px, seed, settings))
+        self.folder = cache_folder() / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    def first(self, n: int) -> tuple[Tensor, Tensor]:
+        """Noise and latents (n, C, h, w), fp16; those that are not there yet are sampled."""
+        from accelerate import PartialState
+
+        state, shards = PartialState(), range(-(-n // self.SIZE))
+        missing = [k for k in shards if self.read(k) is None]
+        mine = missing[state.process_index :: state.num_processes]
+        if mine:
+            with console.progress(len(mine) * self.SIZE, "sampling the teacher") as bar:
+                for k in mine:
+                    self.make(k)
+                    bar.update(self.SIZE)
+        state.wait_for_everyone()
+        parts = [self.read(k) for k in shards]
+        assert all(part is not None for part in parts)
+        return tuple(torch.cat([part[name] for part in parts])[:n] for name in ("noise", "latents"))
+
+    def path(self, k: int) -> Path:
+        return self.folder / f"{k:06d}.safetensors"
+
+    def read(self, k: int) -> dict[str, Tensor] | None:
+        """A shard, or None where it is not there or was damaged."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if not self.path(k).exists():
+            return None
+        try:
+            return load_file(self.path(k))
+        except SafetensorError:
+            console.warn(f"{self.path(k)}: damaged; sampled again")
+            return None
+
+    def make(self, k: int) -> None:
+        """Sample one shard and write it whole."""
+        from safetensors.torch import save_file
+
+        index = torch.arange(k * self.SIZE, (k + 1) * self.SIZE)
+        rows, seeds = index % len(self.cond), (self.seed + index).tolist()
+        shape = (self.sampler.denoiser.net.config.in_channels, self.side, self.side)
+        batch = max(1, min(self.SIZE, 8 * 64 * 64 // self.side**2))  # 8 at SD1.5's size
+        latents = [
+            self.sampler.latents(self.cond[rows[i : i + batch]], self.uncond, seeds[i : i + batch], self.settings, shape[1:])
+            for i in range(0, self.SIZE, batch)
+        ]
+        found = {"noise": SeededNoise(seeds, shape, "cpu")(), "latents": torch.cat(latents).cpu()}
+        told = {
+            "base": self.parent,
+            "settings": json.dumps(asdict(self.settings)),
+            "first_seed": str(seeds[0]),
+            "prompts": json.dumps([self.prompts[r] for r in rows.tolist()]),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        staged = self.path(k).with_suffix(f".{os.getpid()}.tmp")
+        save_file({name: z.half().contiguous() for name, z in found.items()}, staged, told)
+        staged.replace(self.path(k))

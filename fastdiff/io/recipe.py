@@ -15,6 +15,7 @@ class Recipe:
     scheduler: str | None = None  # a name in solvers.SOLVERS
     spacing: str | None = None  # trailing, leading, linspace, lcm
     num_steps: int | None = None
+    timesteps: tuple[int, ...] | None = None  # where the network is called, descending; None: the spacing's
     guidance: float | None = None  # u + w (c - u); 1 = the conditional network alone
     eta: float | None = None  # TCD's gamma: 0 deterministic, 1 = LCM
     prediction_type: str | None = None  # epsilon, v_prediction, sample
@@ -22,11 +23,13 @@ class Recipe:
 
     def to_metadata(self) -> dict[str, str]:
         """Safetensors header entries `fastdiff.<field>`; all strings, as the format wants."""
-        return {PREFIX + k: str(v) for k, v in asdict(self).items() if v is not None}
+        text = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v)  # noqa: E731
+        return {PREFIX + k: text(v) for k, v in asdict(self).items() if v is not None}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None) -> "Recipe":
         """Read `to_metadata`'s entries back; unknown ones are left alone, broken numbers raise ValueError."""
-        readers = {"num_steps": int, "guidance": float, "eta": float}
+        numbers = lambda text: tuple(int(x) for x in text.split(","))  # noqa: E731
+        readers = {"num_steps": int, "guidance": float, "eta": float, "timesteps": numbers}
         found = {f.name: (metadata or {}).get(PREFIX + f.name) for f in fields(cls)}
         return cls(**{k: readers.get(k, str)(v) for k, v in found.items() if v is not None})

@@ -15,7 +15,7 @@ teacher: x_u is the same noise at the lower level.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -25,7 +25,7 @@ from fastdiff import losses
 from fastdiff.config import Range
 from fastdiff.console import UsageError
 from fastdiff.data import Batch
-from fastdiff.io import checkpoint, export, lora
+from fastdiff.io import checkpoint
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
@@ -33,7 +33,7 @@ from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.ema import EMA
 from fastdiff.schedule import NoiseSchedule, per_sample
-from fastdiff.session import train
+from fastdiff.session import train, write_student
 from fastdiff.solvers import jump
 from fastdiff.trainer import Losses, TrainConfig
 
@@ -101,15 +101,16 @@ class LCM:
         self.base_model, self.config = base, config
         schedule = base.schedule()
         self.parent = checkpoint.fingerprint(base.unet)
+        self.teacher = Denoiser(base.unet, schedule, base.prediction_type)
         if config.full:
             self.student = Denoiser(guidance_embedded(base.unet), schedule, base.prediction_type)
+            trained = list(self.student.net.parameters())
         else:
-            adapters.attach(base.unet, config.lora_rank, config.lora_alpha)
-            self.student = Denoiser(base.unet, schedule, base.prediction_type)
+            trained = adapters.attach(base.unet, config.lora_rank, config.lora_alpha)
+            self.student = Denoiser(base.unet, schedule, base.prediction_type, "student")
         if config.gradient_checkpointing:
-            self.student.net.enable_gradient_checkpointing()
-        self.players: dict[str, nn.Module] = {"student": self.student.net}
-        trained = [p for p in self.student.net.parameters() if p.requires_grad]
+            adapters.checkpoint_gradients(self.student.net)
+        self.players: dict[str, nn.Module] = {"student": nn.ParameterList(trained)}
         self.target = EMA(trained, config.target_ema, warm=False) if config.full else None
         self.extra_state = {"target": self.target} if self.target else {}
         self.grid = distillation_grid(schedule, config)
@@ -141,19 +142,9 @@ class LCM:
         distance = losses.CONSISTENCY[self.config.loss]
         yield "student", {"consistency": distance(online, target, self.config.huber_c, self.weight(t, u, online))}
 
-    @contextmanager
-    def teaching(self) -> Iterator[Denoiser]:
-        """The teacher: the same network with its adapter off, or the network that --full started from."""
-        if self.config.full:
-            yield Denoiser(self.base_model.unet, self.schedule, self.base_model.prediction_type)
-        else:
-            with self.student.base() as net:
-                yield net
-
     def ode_step(self, x_t: Tensor, t: Tensor, u: Tensor, batch: Batch, w: Tensor) -> Tensor:
         """Guided DDIM step t -> u of the teacher (LCM, eq. 13 and 14)."""
-        with self.teaching() as teacher:
-            return jump(self.schedule, teacher.guided(x_t, t, batch.cond, batch.uncond, w), u)
+        return jump(self.schedule, self.teacher.guided(x_t, t, batch.cond, batch.uncond, w), u)
 
     def consistency(self, x: Tensor, t: Tensor, s: Tensor | None, cond: Cond) -> Tensor:
         """F(x, t -> s): the boundary form to zero (LCM, eq. 9), else a DDIM jump that leaves x alone where t = s."""
@@ -200,17 +191,8 @@ class LCM:
             self.target.update()
 
     def export(self, run: Run) -> None:
-        """`lcm.safetensors` in the layout that every program loads, or with --full a diffusers folder."""
-        recipe = replace(self.recipe, parent=self.parent)
-        if self.config.full:
-            self.base_model.unet = self.student.net
-            export.to_folder(self.base_model, run.folder / "model", recipe=recipe)
-            run.outputs.append(run.folder / "model")
-            return
-        modules = adapters.factors(self.student.net, self.config.lora_alpha)
-        path = run.folder / f"{self.recipe.method}.safetensors"
-        lora.save(lora.Lora(modules, {**recipe.to_metadata(), **lora.layers_told(self.base_model.unet_config)}), path)
-        run.outputs.append(path)
+        """`lcm.safetensors`, or with --full a diffusers folder."""
+        write_student(self, run, None if self.config.full else self.config.lora_alpha)
 
 
 def distillation_grid(schedule: NoiseSchedule, config: Config) -> Tensor:

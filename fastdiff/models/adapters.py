@@ -1,4 +1,8 @@
-"""LoRA on a UNet through peft: attach, and read the trained factors back."""
+"""LoRA on a UNet through peft: several on one base, each worn only by the role it belongs to, and the factors back out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -11,15 +15,74 @@ TARGETS = (
 )  # fmt: skip
 
 
-def attach(unet: nn.Module, rank: int, alpha: float, name: str = "student") -> None:
-    """Freeze the UNet and put a fresh adapter on it, its factors in fp32 whatever the base is stored in."""
+def attach(unet: nn.Module, rank: int, alpha: float, name: str = "student") -> list[nn.Parameter]:
+    """Freeze the UNet and put a fresh adapter on it beside those that it has; returns its trainable factors, in fp32
+
+    whatever the base is stored in. It starts as zero.
+    """
     import torch
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
+    trained = [p for p in unet.parameters() if p.requires_grad and is_adapted(unet)]
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS)), adapter_name=name)
     cast_training_params(unet, torch.float32)
+    mine = [p for p in unet.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(True)
+    return mine
+
+
+def is_adapted(net: nn.Module) -> bool:
+    return getattr(net, "_hf_peft_config_loaded", False)
+
+
+@contextmanager
+def wearing(net: nn.Module, name: str | None) -> Iterator[None]:
+    """That adapter alone is on inside, or with None the bare base; afterwards what was on before.
+
+    peft's own setters also turn requires_grad off on the other adapters, and a backward pass after that leaves gradients of
+    exactly zero with no word. Here requires_grad is left alone, so the active list is written directly.
+    """
+    if not is_adapted(net):
+        yield
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [name] if name else []
+    try:
+        yield
+    finally:
+        for layer, kept in zip(layers, before, strict=True):
+            layer._active_adapter = kept
+
+
+def worn(net: nn.Module) -> str | None:
+    """The adapter that is on."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next((m for m in net.modules() if isinstance(m, BaseTunerLayer)), None)
+    return layer.active_adapters[0] if layer is not None and layer.active_adapters else None
+
+
+def checkpoint_gradients(net: nn.Module) -> None:
+    """Gradient checkpointing that recomputes a block with the adapter of its forward pass, whichever is on at backward."""
+    from torch.utils.checkpoint import checkpoint
+
+    def run(block: nn.Module, *args: Any) -> Any:
+        name = worn(net)
+
+        def again(*args: Any) -> Any:
+            with wearing(net, name):
+                return block(*args)
+
+        return checkpoint(again, *args, use_reentrant=False)
+
+    net.enable_gradient_checkpointing(run)
 
 
 def factors(unet: nn.Module, alpha: float, name: str = "student") -> dict[str, Factors]:

@@ -25,8 +25,12 @@ def draw(moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
 
 
+def pixels(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W), not clamped; with gradients."""
+    return vae.decode((latents / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample.float()
+
+
 @torch.no_grad()
 def decode(vae: nn.Module, latents: Tensor, *, chunk: int = 16) -> Tensor:
     """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W), clamped to [-1, 1]."""
-    scaled = latents / vae.config.scaling_factor
-    return torch.cat([vae.decode(z.to(vae.device, vae.dtype)).sample.float().clamp(-1, 1) for z in scaled.split(chunk)])
+    return torch.cat([pixels(vae, z).clamp(-1, 1) for z in latents.split(chunk)])

@@ -1,12 +1,12 @@
 """Any UNet as a Denoiser that answers Prediction(x0, eps), whatever it was trained to output."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
+from fastdiff.models import adapters
 from fastdiff.schedule import NoiseSchedule, Prediction, PredictionType
 
 
@@ -52,17 +52,25 @@ def guidance_embedding(w: Tensor, width: int) -> Tensor:
     return nn.functional.pad(embedding, (0, width % 2))
 
 
-class Denoiser(nn.Module):
-    """A UNet with its schedule and prediction type.
+class Reached(Exception):  # noqa: N818  (not an error: it ends a forward pass early)
+    """Carries a tapped feature out of a network that need not run to its end."""
 
+    def __init__(self, feature: Tensor) -> None:
+        self.feature = feature
+
+
+class Denoiser(nn.Module):
+    """One role of a UNet: the network with its schedule, prediction type and the adapter that it wears.
+
+    Several roles may share one network: `adapter` is on while this role runs, and None is the bare base.
     Zero-terminal-SNR schedules are refused for epsilon networks: alpha_T = 0 leaves x0 undefined there (Lin 2024).
     """
 
-    def __init__(self, net: nn.Module, schedule: NoiseSchedule, kind: PredictionType) -> None:
+    def __init__(self, net: nn.Module, schedule: NoiseSchedule, kind: PredictionType, adapter: str | None = None) -> None:
         super().__init__()
         if schedule.zero_terminal_snr and kind == "epsilon":
             raise ValueError("a zero-terminal-SNR schedule needs v_prediction or sample; this checkpoint predicts epsilon")
-        self.net, self.schedule, self.kind = net, schedule, kind
+        self.net, self.schedule, self.kind, self.adapter = net, schedule, kind, adapter
 
     @property
     def guidance_embedded(self) -> bool:
@@ -80,24 +88,39 @@ class Denoiser(nn.Module):
                 raise ValueError("this network has a guidance embedding: Cond.guidance must be given")
             width = self.net.config.time_cond_proj_dim
             extra["timestep_cond"] = guidance_embedding(cond.guidance - 1, width).to(dtype)
-        out = self.net(x_t.to(dtype), t, cond.tokens.to(dtype), return_dict=False, **extra)[0]
+        with adapters.wearing(self.net, self.adapter):
+            out = self.net(x_t.to(dtype), t, cond.tokens.to(dtype), return_dict=False, **extra)[0]
         return self.schedule.predict(out, x_t, t, self.kind)
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float | Tensor) -> Prediction:
-        """Classifier-free guidance, both halves in one batch of 2B."""
+        """Classifier-free guidance, both halves in one batch of 2B; w of 1 needs no second half."""
         t = t.to(x_t.device).expand(len(x_t))
+        if isinstance(w, int | float) and w == 1:
+            return self(x_t, t, cond)
         both = self(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, uncond]))
         c, u = (Prediction(*(part.chunk(2)[i] for part in both)) for i in (0, 1))
         return c.guide(u, w)
 
-    @contextmanager
-    def base(self) -> Iterator["Denoiser"]:
-        """Adapters off: the teacher inside a LoRA student. They are on again before any backward runs,
+    def bottleneck(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The network's narrowest feature map (B, D, h', w'), after the mid block or the last down block where there is none.
 
-        because gradient checkpointing recomputes the forward there and would recompute the wrong network.
+        The decoder does not run.
         """
-        self.net.disable_adapters()
+
+        def leave(module: nn.Module, args: tuple, out: Tensor | tuple) -> None:
+            raise Reached(out if isinstance(out, Tensor) else out[0])
+
+        block = self.net.mid_block if self.net.mid_block is not None else self.net.down_blocks[-1]
+        handle = block.register_forward_hook(leave)
         try:
-            yield self
+            self(x_t, t, cond)
+        except Reached as reached:
+            return reached.feature
         finally:
-            self.net.enable_adapters()
+            handle.remove()
+        raise AssertionError("the hook was not called")
+
+
+def trainable_copy(net: nn.Module) -> nn.Module:
+    """A copy that trains: fp32 master weights whatever the original is stored in."""
+    return deepcopy(net).float().train().requires_grad_(True)

@@ -1,0 +1,93 @@
+"""Perceptual distance of decoded latents: LPIPS (Zhang 2018), or the embedded feature network through the same formula."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.console import UsageError, info
+from fastdiff.io import tensors
+from fastdiff.models import autoencoder
+from fastdiff.models.features import FeatureNet
+
+EMBEDDED = "embedded"
+BACKBONE = "vgg16-397923af.pth"  # torchvision's ImageNet weights, as its model zoo names them
+
+
+class DecodedDistance(nn.Module):
+    """Latents a, b (B, C, h, w) -> distance (B,) of their pictures, in fp32; gradients flow to a.
+
+    A random window of `crop` x `crop` latent positions is decoded, the same of both: decoding a 1024 px picture with
+    gradients takes more memory than the networks that are trained.
+    """
+
+    def __init__(self, vae: nn.Module, distance: Callable[[Tensor, Tensor], Tensor], crop: int) -> None:
+        super().__init__()
+        self.vae, self.distance, self.crop = vae.requires_grad_(False), distance, crop
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        h, w = (min(self.crop, side) for side in a.shape[-2:])
+        y, x = (int(torch.randint(side - n + 1, ())) for side, n in zip(a.shape[-2:], (h, w), strict=True))
+        a, b = (z[..., y : y + h, x : x + w].float() for z in (a, b))
+        with torch.autocast(a.device.type, enabled=False):
+            with torch.no_grad():
+                target = autoencoder.pixels(self.vae, b).clamp(-1, 1)
+            return self.distance(autoencoder.pixels(self.vae, a), target)
+
+
+def open_distance(family: str, weights: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """Pixels a, b (B, 3, H, W) in [-1, 1] -> (B,).
+
+    `weights`: "embedded" = the shipped feature network (the default for `emoji`), a file with torchvision's VGG-16, None =
+    that file from torchvision's cache or model zoo. Where it cannot be had that is an error, never a random backbone.
+    """
+    if weights == EMBEDDED or (weights is None and family == "emoji"):
+        return FeatureNet.embedded().distance
+    net = lpips_vgg(backbone(weights))
+    return lambda a, b: net(a, b).flatten()
+
+
+def backbone(path: str | None) -> dict[str, Tensor]:
+    """VGG-16's convolutions: `features.N.weight` and `.bias`."""
+    if path is not None:
+        if not Path(path).is_file():
+            raise UsageError(f"--lpips-weights {path}: no such file", f"give torchvision's {BACKBONE}, or {EMBEDDED}")
+        file = tensors.open_file(Path(path), allow_pickle=True)
+        return {key: file[key] for key in file if key.startswith("features.")}
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
+    if not cached.exists():
+        import os
+
+        from torchvision.models import VGG16_Weights
+
+        fix = (
+            f"(1) run once with network access, (2) --lpips-weights {BACKBONE}, the file from {VGG16_Weights.IMAGENET1K_V1.url}, "
+            f"or (3) --lpips-weights {EMBEDDED}, a small network that ships with fastdiff"
+        )
+        if os.environ.get("HF_HUB_OFFLINE") == "1":
+            raise UsageError(f"LPIPS needs VGG-16's weights and {cached} is not there (--offline)", fix)
+        info(f"downloading VGG-16 for LPIPS (528 MB) to {cached}")
+        try:
+            VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+        except Exception as error:  # urllib's and torch's many kinds; each means that there is no file
+            raise UsageError(f"LPIPS needs VGG-16's weights, and they cannot be downloaded ({error})", fix) from error
+    return backbone(str(cached))
+
+
+def lpips_vgg(features: dict[str, Tensor]) -> nn.Module:
+    """lpips' own network and linear heads (v0.1) on the given backbone; frozen, fp32."""
+    import warnings
+
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it builds torchvision's network by a deprecated argument
+        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    # lpips cuts torchvision's `features` into slices and keeps their numbers: slice2.5.weight is features.5.weight.
+    wanted = {key: "features." + key.split(".", 1)[1] for key in net.net.state_dict()}
+    missing = [name for name in wanted.values() if name not in features]
+    if missing:
+        raise UsageError(f"--lpips-weights: {len(missing)} of VGG-16's layers are not in that file, the first is {missing[0]}")
+    net.net.load_state_dict({key: features[name].float() for key, name in wanted.items()})
+    return net.eval().requires_grad_(False)
