@@ -81,7 +81,9 @@ def settings(config: Config, recipe: Recipe, family: str) -> Settings:
         if asked is not None and told is not None and asked != told:
             console.warn(f"--{name} {told}: the weights were distilled for {name} {asked}")
     steps = given["num_steps"]
-    if recipe.num_steps and steps and steps > 2 * recipe.num_steps:
+    if recipe.timesteps and steps and steps != recipe.num_steps:
+        console.warn(f"--num-steps {steps}: the weights know only timesteps {', '.join(map(str, recipe.timesteps))}")
+    elif recipe.num_steps and steps and steps > 2 * recipe.num_steps:
         console.warn(f"--num-steps {steps}: the weights were distilled for {recipe.num_steps}; more steps do not help")
     if recipe.family and recipe.family != family:
         raise UsageError(f"--lora: distilled from {recipe.family}, but --base is {family}", f"use --base {recipe.family}")

@@ -43,7 +43,7 @@ class Settings:
         chosen = from_recipe | {k: v for k, v in given.items() if v is not None}
         if "scheduler" in chosen and "spacing" not in chosen:
             chosen["spacing"] = None  # a spacing belongs to the scheduler it came with
-        if len(chosen.get("timesteps") or ()) != chosen.get("num_steps"):
+        if given.get("spacing") or len(chosen.get("timesteps") or ()) != chosen.get("num_steps"):
             chosen["timesteps"] = None  # and timesteps to their number
         return replace(default, **chosen)
 
@@ -110,21 +110,31 @@ class Sampler:
         grid = settings.grid(self.denoiser.schedule, self.base.scheduler_config)
         return SOLVERS[settings.scheduler].run(denoise, noise(), grid, noise)
 
-    @torch.no_grad()
+    def pictures(
+        self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, resolution_px: int
+    ) -> tuple[Tensor, Tensor]:
+        """One batch: latents (B, C, h, w) and images (B, 3, H, W) in [-1, 1], on the CPU."""
+        side = resolution_px // autoencoder.factor(self.vae)
+        if self.base.family == "sdxl":
+            cond, uncond = (with_size(c, resolution_px) for c in (cond, uncond))
+        z = self.latents(cond, uncond, seeds, settings, (side, side))
+        return z.cpu(), autoencoder.decode(self.vae, z).cpu()
+
     def pixels(
         self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, *, resolution_px: int, batch: int = 50
     ) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] on the CPU, in batches."""
-        side = resolution_px // autoencoder.factor(self.vae)
-        if self.base.family == "sdxl":
-            cond, uncond = (with_size(c, resolution_px) for c in (cond, uncond))
         found = []
         for i in range(0, len(seeds), batch):
             rows = slice(i, i + batch)
             negative = uncond if len(uncond) == 1 else uncond[rows]
-            z = self.latents(cond[rows], negative, seeds[rows], settings, (side, side))
-            found.append(autoencoder.decode(self.vae, z).cpu())
+            found.append(self.pictures(cond[rows], negative, seeds[rows], settings, resolution_px)[1])
         return torch.cat(found)
+
+
+def at_once(side: int) -> int:
+    """How many latents of that side a modest card samples in one batch: 8 of SD1.5's, 2 of SDXL's, 64 of the smallest."""
+    return max(1, min(64, 8 * 64 * 64 // side**2))
 
 
 def with_size(cond: Cond, resolution_px: int) -> Cond:

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff import console
+from fastdiff import console, evaluate
 from fastdiff.console import Result, sha256
 from fastdiff.data import open_data, teacher
 from fastdiff.io import export, lora
 from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run, write_atomic
 from fastdiff.models import adapters, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
+from fastdiff.schedule import NoiseSchedule
 from fastdiff.trainer import Method, TrainConfig, Trainer, load_base, open_accelerator, open_run, start
 
 # Pictures that are told apart at a glance, on backgrounds that are not their own colour.
@@ -53,6 +55,13 @@ class Preview:
         return sampler.pixels(self.cond, self.uncond, self.seeds, settings, resolution_px=self.resolution_px, batch=4)
 
 
+def watched(base: Checkpoint, config: TrainConfig) -> list[str]:
+    """Sixteen prompts for the drift; 64 where a picture costs next to nothing."""
+    lines = teacher.read_prompts(Path(config.prompts)) if config.prompts else teacher.default_prompts(base.family)
+    n = 64 if base.family == "emoji" else 16
+    return [lines[i % len(lines)] for i in range(n)]
+
+
 def settings_of(method: Method) -> Callable[[int], Settings]:
     """The student's sampling settings at a number of steps, by its own recipe."""
     return lambda num_steps: Settings.of(method.recipe, DEFAULTS["sd15"], num_steps=num_steps)
@@ -61,9 +70,7 @@ def settings_of(method: Method) -> Callable[[int], Settings]:
 def undistilled(base: Checkpoint, calls: int) -> Settings:
     """The best stock solver at that many network calls: measured for `emoji`, guided DPM-Solver++ for others."""
     if base.family == "emoji":
-        from fastdiff.evaluate import Reference
-
-        table = Reference().table
+        table = evaluate.Reference().table
         known = sorted(int(k.split(".")[1]) for k in table["best"] if k.startswith("retrieval."))
         row = table["rows"][table["best"][f"retrieval.{max(k for k in known if k <= max(calls, known[0]))}"]]
         return Settings(row["solver"], row["num_steps"], row["guidance"], row["spacing"])
@@ -82,6 +89,7 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
         preview = Preview(base, config, resolution_px, accelerator.device)
         judged = base.family == "emoji" and config.proof > 0
         judge = Judged(base, config.proof, accelerator.device) if judged else None
+        drift = evaluate.Drift(base, watched(base, config), resolution_px, accelerator.device) if config.eval_every else None
         data = open_data(
             base,
             config.data,
@@ -106,13 +114,20 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
         console.info(f"going on from step {state['step']} of {config.steps}")
         trainer.restore(state)
     trainer.preview = lambda step: preview.sheet(method, run.folder / "previews" / f"{step:06d}.png")
+    if drift:
+        guided = config.teacher_sampling(base.family)
+        trainer.measure = lambda: drift.measure(
+            (method.teacher, guided), (method.student, settings_of(method)(method.recipe.num_steps))
+        )
     with console.timed("training_s"):
         trainer.fit()
     accelerator.end_training()
     metrics: dict[str, Any] = {"steps": trainer.step}
+    if trainer.best["params"]:
+        metrics["best"] = {k: trainer.best[k] for k in ("step", "drift")}
     if not accelerator.is_main_process:
         return Result()
-    with trainer.averaged():
+    with trainer.exported():
         method.export(run)
         sheet = run.folder / "previews" / "final.png"
         preview.sheet(method, sheet)
@@ -145,15 +160,12 @@ class Judged:
     """The closing table: prompts are encoded before training frees the text encoder."""
 
     def __init__(self, base: Checkpoint, n: int, device: torch.device) -> None:
-        from fastdiff import evaluate
-
         self.base, self.judge, self.device = base, evaluate.Judge(base, n, device=device), device
 
     def prove(self, method: Method) -> dict[str, Any]:
-        from fastdiff import evaluate
-
         sampler = Sampler(self.base, method.student, self.base.vae, device=self.device)
-        found = evaluate.prove(self.judge, sampler, settings_of(method))
+        calls = (method.recipe.num_steps,) if method.recipe.timesteps else (1, 2, 4, 8)
+        found = evaluate.prove(self.judge, sampler, settings_of(method), calls)
         columns = ("model", "solver", "num_steps", "guidance", "calls", "retrieval", "frechet", "same_noise")
         shown = [[fmt(row[c]) for c in columns] for row in found["rows"]]
         console.table(f"{found['samples']} samples a row", list(columns), shown)
@@ -166,8 +178,7 @@ def fmt(value: Any) -> str:
 
 def write_card(run: Run, base: Checkpoint, method: Method, config: TrainConfig, metrics: dict[str, Any]) -> None:
     """README.md of the run folder: a model card with everything needed to use the weights."""
-    recipe = method.recipe
-    weights = run.outputs[0]
+    recipe, weights = method.recipe, run.outputs[0]
     is_lora = weights.suffix == ".safetensors"
     scheduler = {"lcm": "LCMScheduler", "tcd": "TCDScheduler", "ddim": "DDIMScheduler"}[recipe.scheduler]
     table = ""
@@ -175,7 +186,9 @@ def write_card(run: Run, base: Checkpoint, method: Method, config: TrainConfig, 
         keys = ("model", "solver", "calls", "retrieval", "frechet", "same_noise")
         lines = ["| " + " | ".join(fmt(row[k]) for k in keys) + " |" for row in metrics["rows"]]
         table = "\n".join(["\n## Measured\n", "| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys), *lines, ""])
-    fence = "```"
+    fence, steps = "```", f"num_inference_steps={recipe.num_steps}"
+    if recipe.timesteps:
+        steps += f", timesteps={list(recipe.timesteps)}"
     load = (
         f'pipe = DiffusionPipeline.from_pretrained("{config.base}")\n'
         f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)\n"
@@ -189,13 +202,13 @@ base_model: {config.base}
 library_name: diffusers
 tags: [{recipe.method}, {"lora, " if is_lora else ""}few-step]
 ---
-# {weights.stem}: {config.base} in {recipe.num_steps} steps
+# {weights.stem}: {config.base} in {recipe.num_steps} step{"s" if recipe.num_steps > 1 else ""}
 
 | | |
 | --- | --- |
 | method | {recipe.method}, {metrics["steps"]} steps of {config.batch_size} x {config.grad_accum} |
 | base | {config.base}, {recipe.prediction_type}, UNet sha256 {method.parent[:16]} |
-| sampling | {scheduler}, {recipe.num_steps} steps, guidance {recipe.guidance} |
+| sampling | {scheduler}, {steps}, guidance {recipe.guidance} |
 | data | {config.data or ("emoji" if base.family == "emoji" else "teacher")} |
 | seed | {config.seed} |
 | licence | that of the base model: a distilled model is derived from it |
@@ -206,12 +219,23 @@ tags: [{recipe.method}, {"lora, " if is_lora else ""}few-step]
 
 {fence}python
 from diffusers import DiffusionPipeline, {scheduler}
-{load}image = pipe(prompt, num_inference_steps={recipe.num_steps}, guidance_scale={recipe.guidance}).images[0]
+{load}image = pipe(prompt, {steps}, guidance_scale={recipe.guidance}).images[0]
 {fence}
 
-ComfyUI, A1111, Forge: put the file among the LoRAs, sampler "LCM", {recipe.num_steps} steps, CFG {recipe.guidance}.
+ComfyUI, A1111, Forge: {elsewhere(recipe, is_lora, base.schedule())}
 All settings: `config.toml`; the same run again: `fastdiff {run.command} --config config.toml`.
 """
     write_atomic(run.folder / "README.md", card)
     hashes = {p.name: sha256(p) for p in run.outputs if p.is_file()}
     write_atomic(run.folder / "hashes.json", json.dumps({"files": hashes, "recipe": asdict(recipe)}, indent=2) + "\n")
+
+
+def elsewhere(recipe: Recipe, is_lora: bool, schedule: NoiseSchedule) -> str:
+    """How programs with samplers of their own draw with these weights, or that they cannot."""
+    where = "put the file among the LoRAs" if is_lora else "make one file of the folder (`fastdiff export --single-file`)"
+    settings = f'{recipe.num_steps} step{"s" if recipe.num_steps > 1 else ""}, CFG {recipe.guidance}'
+    if recipe.timesteps is None:
+        return f'{where}, sampler "LCM", {settings}.'
+    if recipe.timesteps != tuple(schedule.grid(recipe.num_steps, "trailing").tolist()):
+        return f"they start at the last timestep; these weights want {list(recipe.timesteps)}, so use a node that sets timesteps."
+    return f'{where}, sampler "LCM", schedule "SGM uniform", {settings}.'

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run, write_atomic
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.ema import EMA
+from fastdiff.models.ema import EMA, swapped
 from fastdiff.sampling import DEFAULTS, Settings
 
 Losses = dict[str, Tensor]  # named, already weighted, scalar
@@ -56,6 +56,9 @@ class TrainConfig(BaseConfig):
     resume: Annotated[str, "auto (go on from the run folder's state), never, or another run folder"] = "auto"
     save_every: Annotated[int, "steps between resumable states", Range(1)] = 200
     preview_every: Annotated[int, "steps between contact sheets; 0 = only at the end", Range(0)] = 0
+    eval_every: Annotated[int, "steps between measurements of the drift from the teacher; 0 = never", Range(0)] = 0
+    keep: Annotated[Literal["last", "best"], "which weights are exported; best: of the least drift (--eval-every)"] = "last"
+    patience: Annotated[int, "stop after so many measurements without a better one; 0 = never", Range(0)] = 0
     tracker: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], "besides metrics.jsonl"] = "none"
 
     @property
@@ -166,7 +169,11 @@ class Trainer:
             k: Player(net, config, self.device, lr=rates.get(k, config.lr), averaged=k == first, fp16=fp16)
             for k, net in method.players.items()
         }
-        self.step, self.bad_steps, self.preview = 0, 0, None
+        self.step, self.bad_steps = 0, 0
+        self.latest: dict[str, float] = {}  # of every logged figure: not every player trains at every step
+        self.preview: Callable[[int], None] | None = None
+        self.measure: Callable[[], dict[str, float]] | None = None  # has `drift`, the figure that decides
+        self.best: dict[str, Any] = {"step": 0, "drift": float("inf"), "params": [], "worse": 0}
 
     def fit(self) -> None:
         """Train to `steps`; on SIGTERM or Ctrl-C save and raise Stopped."""
@@ -176,8 +183,9 @@ class Trainer:
                 row = self.train_step()
                 self.step += 1
                 bar.update(1, loss=row["loss"])
+                self.latest |= row
                 if self.step % 10 == 0 or self.step == self.config.steps:
-                    self.log(row)
+                    self.log(self.latest)
                 if stop.exit_code is not None:
                     self.save()
                     raise Stopped(
@@ -190,6 +198,8 @@ class Trainer:
                 if self.preview and self.config.preview_every and self.step % self.config.preview_every == 0:
                     with self.averaged():
                         self.preview(self.step)
+                if self.config.eval_every and self.step % self.config.eval_every == 0 and self.evaluate():
+                    break
         self.save()
 
     def train_step(self) -> dict[str, float]:
@@ -251,6 +261,39 @@ class Trainer:
         player.optimizer.zero_grad(set_to_none=True)
         return norm.item()
 
+    def evaluate(self) -> bool:
+        """Measure the student as it would be exported and keep it if it is the best so far; True where it is time to stop."""
+        assert self.measure is not None
+        player, best = next(iter(self.players.values())), self.best
+        with self.averaged():
+            found = self.measure()
+            if found["drift"] < best["drift"]:
+                best |= {"step": self.step, "drift": found["drift"], "worse": 0}
+                best["params"] = [p.detach().cpu().clone() for p in player.params]
+            else:
+                best["worse"] += 1
+        self.log({"step": self.step - 1, **found})
+        if best["worse"]:
+            more = 100 * (found["drift"] / best["drift"] - 1)
+            console.info(f"drift {found['drift']:.3f}; best at {best['step']}, now worse by {more:.0f} %")
+        else:
+            console.info(f"drift {found['drift']:.3f}, the least so far")
+        if over := 0 < self.config.patience <= best["worse"]:
+            console.info(f"stopped at step {self.step}: {best['worse']} measurements without a better one")
+        return over
+
+    @contextmanager
+    def exported(self) -> Iterator[None]:
+        """The weights to export in place: the averaged ones, or the best that were measured."""
+        player = next(iter(self.players.values()))
+        if self.config.keep == "last" or not self.best["params"]:
+            with self.averaged():
+                yield
+            return
+        console.info(f"kept the weights of step {self.best['step']}")
+        with swapped(player.params, self.best["params"]):
+            yield
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Every player's averaged weights in place, where there are any."""
@@ -262,7 +305,7 @@ class Trainer:
 
     def log(self, row: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            row |= {k: v.item() for k, v in getattr(self.method, "figures", {}).items()}
+            row = row | {k: v.item() for k, v in getattr(self.method, "figures", {}).items()}
             self.run.log({**row, "time": round(time.time(), 3)})
             self.accelerator.log(row, step=self.step)
 
@@ -270,7 +313,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             extra = {k: v.state_dict() for k, v in getattr(self.method, "extra_state", {}).items()}
             players = {k: p.state_dict() for k, p in self.players.items()}
-            self.run.save_state({"step": self.step, "players": players, "extra": extra})
+            self.run.save_state({"step": self.step, "players": players, "extra": extra, "best": self.best})
         self.accelerator.wait_for_everyone()
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -278,7 +321,7 @@ class Trainer:
             player.load_state_dict(state["players"][k])
         for k, part in getattr(self.method, "extra_state", {}).items():
             part.load_state_dict(state["extra"][k])
-        self.step = state["step"]
+        self.step, self.best = state["step"], state["best"]
         self.run.drop_log_after(self.step)
 
 

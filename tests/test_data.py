@@ -11,7 +11,8 @@ from fastdiff.data import embedded, folder, open_data, teacher
 from fastdiff.data.batch import Encoded
 from fastdiff.io import checkpoint
 from fastdiff.models import autoencoder, text
-from fastdiff.models.denoiser import Cond
+from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.sampling import Settings
 
 OPEN = dict(prompts=None, resolution_px=64, pairs=3, seed=0, device="cpu")
 
@@ -98,24 +99,138 @@ def test_folder_mistakes_are_named(tmp_path):
         open_data(base, "emoji", **{**OPEN, "resolution_px": 128})
 
 
-def test_teacher_data_is_sampled_once_and_cached(tiny_sd, tmp_path, monkeypatch):
+@pytest.fixture
+def teacher_data(tiny_sd, tmp_path, monkeypatch):
+    """Open teacher data of two prompts; also the list of batches that were sampled for it."""
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# a comment\na cat\n\na dog\n")
-    assert teacher.read_prompts(prompts) == ["a cat", "a dog"]
-    first = open_data(checkpoint.load(str(tiny_sd)), "teacher", **{**OPEN, "prompts": str(prompts)})
+    sampled, real = [], teacher.Sampler.latents
+    monkeypatch.setattr(teacher.Sampler, "latents", lambda self, *a: (sampled.append(a[2]), real(self, *a))[1])
+
+    def data(pairs=3, **changes):
+        given = {**OPEN, "prompts": str(prompts), "pairs": pairs, "sampling": Settings("ddim", 2, 3.0), **changes}
+        return open_data(checkpoint.load(str(tiny_sd)), "teacher", **given)
+
+    return data, sampled
+
+
+def shards(tmp_path):
+    return sorted((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_teacher_data_is_sampled_once_and_cached(teacher_data, tmp_path):
+    data, sampled = teacher_data
+    assert teacher.read_prompts(tmp_path / "prompts.txt") == ["a cat", "a dog"]
+    first = data()
     assert first.moments.shape == (3, 8, 8, 8)
     assert first.captions.tolist() == [[0], [1], [0]]
-    monkeypatch.setattr(teacher.Sampler, "latents", lambda *a: pytest.fail("sampled again"))
-    second = open_data(checkpoint.load(str(tiny_sd)), "teacher", **{**OPEN, "prompts": str(prompts)})
+    assert sampled == [[0, 1, 2]]
+    second = data()
     assert torch.equal(first.moments, second.moments)
+    assert len(sampled) == 1
     with pytest.raises(UsageError, match="no such file"):
         teacher.read_prompts(tmp_path / "gone.txt")
 
 
+def test_more_pairs_are_added_to_those_that_are_there(teacher_data, tmp_path, monkeypatch):
+    data, sampled = teacher_data
+    monkeypatch.setattr(teacher.Shards, "SIZE", 2)
+    few, many = data(3), data(5)
+    assert sampled == [[0, 1], [2], [3], [4]]
+    assert torch.equal(few.moments, many.moments[:3])
+    assert torch.equal(few.noise, many.noise[:3])
+    assert len(shards(tmp_path)) == 3
+    assert torch.equal(data(1).moments, many.moments[:1])
+
+
+def test_an_interrupted_sampling_goes_on_after_its_last_file(teacher_data, tmp_path, monkeypatch):
+    data, sampled = teacher_data
+    monkeypatch.setattr(teacher.Shards, "SIZE", 2)
+    real = teacher.Sampler.latents
+
+    def breaks(self, *a):
+        if a[2] == [2, 3]:
+            raise KeyboardInterrupt
+        return real(self, *a)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher.Sampler, "latents", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            data(6)
+    assert [p.name for p in shards(tmp_path)] == ["000000.safetensors"]
+    assert len(data(6)) == 6
+    assert sampled == [[0, 1], [2, 3], [4, 5]]
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_a_damaged_file_is_sampled_again(teacher_data, tmp_path, capsys):
+    data, _ = teacher_data
+    first = data()
+    (path,) = shards(tmp_path)
+    path.write_bytes(path.read_bytes()[:-7])
+    assert torch.equal(data().moments, first.moments)
+    assert "damaged; sampled again" in capsys.readouterr().err
+
+
+def test_a_pair_is_the_noise_and_what_the_sampler_made_of_it(teacher_data, tiny_sd, tmp_path):
+    """DDIM by hand from the stored noise; other prompts, settings or seeds are other files, which tell what they hold."""
+    from safetensors import safe_open
+
+    data, _ = teacher_data
+    found = data(2)
+    base = checkpoint.load(str(tiny_sd))
+    denoiser = Denoiser(base.unet, base.schedule(), base.prediction_type)
+    x, uncond = found.noise.float(), found.uncond.expand(2)
+    with torch.no_grad():
+        for t, s in ((999, 499), (499, 0)):
+            p = denoiser.guided(x, torch.tensor(t), found.texts[:2], uncond, 3.0)
+            x = base.schedule().add_noise(p.x0, p.eps, torch.tensor(s))
+    torch.testing.assert_close(x, found.moments[:, :4].float(), atol=0.02, rtol=0.02)  # stored as fp16
+    with safe_open(shards(tmp_path)[0], "pt") as file:
+        told = file.metadata()
+    assert json.loads(told["prompts"]) == ["a cat", "a dog"]
+    assert json.loads(told["settings"])["guidance"] == 3.0
+    assert told["base"] == checkpoint.fingerprint(base.unet)
+    data(2, seed=1)
+    data(2, sampling=Settings("ddim", 2, 2.0))
+    assert len(shards(tmp_path)) == 3
+
+
+def test_batches_carry_the_noise_of_their_latents(teacher_data):
+    data = teacher_data[0](4)
+    batch = data.batch(8, torch.Generator().manual_seed(0))
+    for latent, noise in zip(batch.latents, batch.noise, strict=True):
+        row = next(i for i in range(4) if torch.equal(data.moments[i, :4].float(), latent))
+        assert torch.equal(data.noise[row].float(), noise)
+
+
+def test_prompts_alone_cost_no_sampling_and_their_latents_cannot_be_used_unnoticed(teacher_data):
+    data, sampled = teacher_data
+    found = data(3, wants="prompts")
+    batch = found.batch(4, torch.Generator().manual_seed(0))
+    assert not sampled
+    assert batch.latents.shape == (4, 4, 8, 8)
+    assert batch.latents.isnan().all()
+    assert batch.noise is None
+
+
+def test_pairs_come_from_the_teacher_alone(tmp_path):
+    with pytest.raises(UsageError, match="needs pairs of noise and picture") as error:
+        open_data(checkpoint.load("emoji"), "emoji", **OPEN, wants="pairs")
+    assert "--data teacher" in error.value.hint
+
+
 def test_default_prompts_of_full_size_models_exist():
     assert len(teacher.default_prompts("sdxl")) >= 50
-    assert len(set(teacher.default_prompts("emoji"))) == 240 * 9
+    lines = teacher.default_prompts("emoji")
+    assert len(lines) == 240 * 9
+    assert sum(" on " in line for line in lines) / len(lines) == pytest.approx(0.70, abs=0.04)  # as the teacher was trained
+    assert sum(line.split(" on ")[0] in groups() for line in lines) / len(lines) == pytest.approx(0.40, abs=0.04)
+
+
+def groups():
+    return {p.group for p in embedded.pictures()}
 
 
 def test_text_equals_the_pipelines(tiny_sd, tiny_sdxl):

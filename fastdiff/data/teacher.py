@@ -16,7 +16,7 @@ from fastdiff.data.batch import Encoded
 from fastdiff.io.checkpoint import Checkpoint, fingerprint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
-from fastdiff.sampling import Sampler, SeededNoise, Settings, with_size
+from fastdiff.sampling import Sampler, SeededNoise, Settings, at_once, with_size
 
 PROMPTS = Path(__file__).parent.parent / "assets" / "prompts.txt"
 
@@ -96,7 +96,8 @@ class Shards:
         self.sampler, self.settings, self.prompts, self.cond, self.uncond, self.seed = (
             sampler, settings, prompts, cond, uncond, seed,
         )  # fmt: skip
-        self.side = resolution_px // autoencoder.factor(sampler.vae)
+        side = resolution_px // autoencoder.factor(sampler.vae)
+        self.shape = (sampler.denoiser.net.config.in_channels, side, side)
         self.parent = fingerprint(sampler.denoiser.net)
         key = repr((self.parent, prompts, resolution_px, seed, settings))
         self.folder = cache_folder() / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -105,55 +106,56 @@ class Shards:
         """Noise and latents (n, C, h, w), fp16; those that are not there yet are sampled."""
         from accelerate import PartialState
 
-        state, shards = PartialState(), range(-(-n // self.SIZE))
-        missing = [k for k in shards if self.read(k) is None]
+        state = PartialState()
+        wanted = {k: min(self.SIZE, n - k * self.SIZE) for k in range(-(-n // self.SIZE))}
+        missing = [k for k, rows in wanted.items() if len(self.read(k)["noise"]) < rows]
         mine = missing[state.process_index :: state.num_processes]
         if mine:
-            with console.progress(len(mine) * self.SIZE, "sampling the teacher") as bar:
+            with console.progress(sum(wanted[k] for k in mine), "sampling the teacher") as bar:
                 for k in mine:
-                    self.make(k)
-                    bar.update(self.SIZE)
+                    self.extend(k, wanted[k])
+                    bar.update(wanted[k])
         state.wait_for_everyone()
-        parts = [self.read(k) for k in shards]
-        assert all(part is not None for part in parts)
-        return tuple(torch.cat([part[name] for part in parts])[:n] for name in ("noise", "latents"))
+        parts = [self.read(k) for k in wanted]
+        noise, latents = (torch.cat([part[name] for part in parts])[:n] for name in ("noise", "latents"))
+        return noise, latents
 
     def path(self, k: int) -> Path:
         return self.folder / f"{k:06d}.safetensors"
 
-    def read(self, k: int) -> dict[str, Tensor] | None:
-        """A shard, or None where it is not there or was damaged."""
+    def read(self, k: int) -> dict[str, Tensor]:
+        """A shard; without rows where it is not there or was damaged."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if not self.path(k).exists():
-            return None
         try:
             return load_file(self.path(k))
+        except FileNotFoundError:
+            pass
         except SafetensorError:
             console.warn(f"{self.path(k)}: damaged; sampled again")
-            return None
+        empty = torch.empty(0, *self.shape, dtype=torch.float16)
+        return {"noise": empty, "latents": empty}
 
-    def make(self, k: int) -> None:
-        """Sample one shard and write it whole."""
+    def extend(self, k: int, rows: int) -> None:
+        """Sample a shard up to that many rows and write it whole."""
         from safetensors.torch import save_file
 
-        index = torch.arange(k * self.SIZE, (k + 1) * self.SIZE)
-        rows, seeds = index % len(self.cond), (self.seed + index).tolist()
-        shape = (self.sampler.denoiser.net.config.in_channels, self.side, self.side)
-        batch = max(1, min(self.SIZE, 8 * 64 * 64 // self.side**2))  # 8 at SD1.5's size
+        there = self.read(k)
+        index = torch.arange(k * self.SIZE + len(there["noise"]), k * self.SIZE + rows)
+        of, seeds, n = index % len(self.cond), (self.seed + index).tolist(), at_once(self.shape[1])
         latents = [
-            self.sampler.latents(self.cond[rows[i : i + batch]], self.uncond, seeds[i : i + batch], self.settings, shape[1:])
-            for i in range(0, self.SIZE, batch)
+            self.sampler.latents(self.cond[of[i : i + n]], self.uncond, seeds[i : i + n], self.settings, self.shape[1:]).cpu()
+            for i in range(0, len(seeds), n)
         ]
-        found = {"noise": SeededNoise(seeds, shape, "cpu")(), "latents": torch.cat(latents).cpu()}
+        found = {"noise": SeededNoise(seeds, self.shape, "cpu")(), "latents": torch.cat(latents)}
         told = {
             "base": self.parent,
             "settings": json.dumps(asdict(self.settings)),
-            "first_seed": str(seeds[0]),
-            "prompts": json.dumps([self.prompts[r] for r in rows.tolist()]),
+            "first_seed": str(self.seed + k * self.SIZE),
+            "prompts": json.dumps([self.prompts[i % len(self.prompts)] for i in range(k * self.SIZE, k * self.SIZE + rows)]),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         staged = self.path(k).with_suffix(f".{os.getpid()}.tmp")
-        save_file({name: z.half().contiguous() for name, z in found.items()}, staged, told)
+        save_file({name: torch.cat([there[name], z.half()]) for name, z in found.items()}, staged, told)
         staged.replace(self.path(k))

@@ -26,10 +26,9 @@ from fastdiff.io import checkpoint
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
-from fastdiff.models import adapters
+from fastdiff.models import adapters, perceptual
 from fastdiff.models.denoiser import Cond, Denoiser, trainable_copy
 from fastdiff.models.discriminator import Head
-from fastdiff.models.perceptual import DecodedDistance, open_distance
 from fastdiff.schedule import NoiseSchedule, Prediction
 from fastdiff.session import train, write_student
 from fastdiff.trainer import Losses, TrainConfig, seed_for
@@ -164,8 +163,8 @@ class DMD:
         self.rates = {"fake": config.fake_lr or config.lr}
         self.distance = None
         if config.regresses:
-            pixels = open_distance(base.family, config.lpips_weights)
-            self.distance = DecodedDistance(base.vae, pixels, config.reg_crop)
+            pixels = perceptual.open_distance(base.family, config.lpips_weights)
+            self.distance = perceptual.DecodedDistance(base.vae, pixels, config.reg_crop)
         self.timesteps = sampling_timesteps(self.schedule, config)
         self.figures: dict[str, Tensor] = {}
         self.recipe = Recipe(
@@ -195,7 +194,7 @@ class DMD:
         """DMD, algorithm 1; DMD2, section 4."""
         config, alone = self.config, step < self.config.reg_steps
         turn = alone or step % config.fake_steps_per_gen == 0
-        pairs = self.pairs(batch) if turn else 0
+        pairs = self.pairs(batch, alone) if turn else 0
         k = self.step_index(step)
         x_t, t = self.start(batch, k, pairs), self.timesteps[k].expand(len(batch.latents))
         with torch.set_grad_enabled(turn):
@@ -252,8 +251,9 @@ class DMD:
         g = torch.Generator().manual_seed(seed_for(self.config.seed, 0, step))
         return int(torch.randint(len(self.timesteps), (), generator=g))
 
-    def pairs(self, batch: Batch) -> int:
-        if not self.config.regresses or batch.noise is None:
+    def pairs(self, batch: Batch, alone: bool = False) -> int:
+        """How many of the batch's first rows take part in the regression."""
+        if not (alone or self.config.lambda_reg):
             return 0
         return self.config.reg_batch or -(-len(batch.latents) // 2)
 
@@ -286,4 +286,6 @@ METHOD = DMD
 
 def run(config: Config):
     """The `dmd` command."""
+    if config.regresses:  # before hours of sampling
+        perceptual.locate(checkpoint.family_of(config.base, allow_pickle=config.allow_pickle), config.lpips_weights)
     return train("dmd", DMD, config)

@@ -1,5 +1,6 @@
 """LoRA on a UNet through peft: several on one base, each worn only by the role it belongs to, and the factors back out."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,9 @@ def attach(unet: nn.Module, rank: int, alpha: float, name: str = "student") -> l
 
     trained = [p for p in unet.parameters() if p.requires_grad and is_adapted(unet)]
     unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS)), adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS)), adapter_name=name)
     cast_training_params(unet, torch.float32)
     mine = [p for p in unet.parameters() if p.requires_grad]
     for p in trained:

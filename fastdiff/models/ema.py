@@ -22,19 +22,20 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
+        self.follow()
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warm else self.decay
         torch._foreach_lerp_(self.shadow, [p.detach().float() for p in self.parameters], 1 - decay)
 
+    def follow(self) -> None:
+        """To the device of the parameters, should they have moved."""
+        if self.shadow and self.shadow[0].device != self.parameters[0].device:
+            self.shadow = [s.to(p.device) for s, p in zip(self.shadow, self.parameters, strict=True)]
+
     @contextmanager
-    @torch.no_grad()
     def swapped(self) -> Iterator[None]:
         """The averages in place of the parameters, for targets, previews and export; put back bit-exactly."""
-        kept = [p.detach().clone() for p in self.parameters]
-        torch._foreach_copy_([p.data for p in self.parameters], self.shadow)
-        try:
+        with swapped(self.parameters, self.shadow):
             yield
-        finally:
-            torch._foreach_copy_([p.data for p in self.parameters], kept)
 
     def state_dict(self) -> dict[str, int | list[Tensor]]:
         return {"updates": self.updates, "shadow": self.shadow}
@@ -42,3 +43,15 @@ class EMA:
     def load_state_dict(self, state: dict) -> None:
         self.updates = state["updates"]
         torch._foreach_copy_(self.shadow, [s.to(self.shadow[0].device) for s in state["shadow"]])
+
+
+@contextmanager
+@torch.no_grad()
+def swapped(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
+    """Those values in the parameters; afterwards their own again, bit-exactly."""
+    kept = [p.detach().clone() for p in parameters]
+    torch._foreach_copy_([p.data for p in parameters], [v.to(p.device) for v, p in zip(values, parameters, strict=True)])
+    try:
+        yield
+    finally:
+        torch._foreach_copy_([p.data for p in parameters], kept)

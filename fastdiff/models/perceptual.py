@@ -1,5 +1,6 @@
 """Perceptual distance of decoded latents: LPIPS (Zhang 2018), or the embedded feature network through the same formula."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,37 +43,40 @@ def open_distance(family: str, weights: str | None) -> Callable[[Tensor, Tensor]
     `weights`: "embedded" = the shipped feature network (the default for `emoji`), a file with torchvision's VGG-16, None =
     that file from torchvision's cache or model zoo. Where it cannot be had that is an error, never a random backbone.
     """
-    if weights == EMBEDDED or (weights is None and family == "emoji"):
+    path = locate(family, weights)
+    if path is None:
         return FeatureNet.embedded().distance
-    net = lpips_vgg(backbone(weights))
+    file = tensors.open_file(path, allow_pickle=True)
+    net = lpips_vgg({key: file[key] for key in file if key.startswith("features.")})
     return lambda a, b: net(a, b).flatten()
 
 
-def backbone(path: str | None) -> dict[str, Tensor]:
-    """VGG-16's convolutions: `features.N.weight` and `.bias`."""
-    if path is not None:
-        if not Path(path).is_file():
-            raise UsageError(f"--lpips-weights {path}: no such file", f"give torchvision's {BACKBONE}, or {EMBEDDED}")
-        file = tensors.open_file(Path(path), allow_pickle=True)
-        return {key: file[key] for key in file if key.startswith("features.")}
+def locate(family: str, weights: str | None) -> Path | None:
+    """The file of VGG-16's weights, downloaded if need be; None where the embedded network stands in. UsageError if neither."""
+    if weights == EMBEDDED or (weights is None and family == "emoji"):
+        return None
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise UsageError(f"--lpips-weights {weights}: no such file", f"give torchvision's {BACKBONE}, or {EMBEDDED}")
+        return Path(weights)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
-    if not cached.exists():
-        import os
+    if cached.exists():
+        return cached
+    from torchvision.models import VGG16_Weights
 
-        from torchvision.models import VGG16_Weights
-
-        fix = (
-            f"(1) run once with network access, (2) --lpips-weights {BACKBONE}, the file from {VGG16_Weights.IMAGENET1K_V1.url}, "
-            f"or (3) --lpips-weights {EMBEDDED}, a small network that ships with fastdiff"
-        )
-        if os.environ.get("HF_HUB_OFFLINE") == "1":
-            raise UsageError(f"LPIPS needs VGG-16's weights and {cached} is not there (--offline)", fix)
-        info(f"downloading VGG-16 for LPIPS (528 MB) to {cached}")
-        try:
-            VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-        except Exception as error:  # urllib's and torch's many kinds; each means that there is no file
-            raise UsageError(f"LPIPS needs VGG-16's weights, and they cannot be downloaded ({error})", fix) from error
-    return backbone(str(cached))
+    source = VGG16_Weights.IMAGENET1K_V1
+    fix = (
+        f"(1) run once with network access, (2) --lpips-weights {BACKBONE}, the file from {source.url}, "
+        f"(3) --lpips-weights {EMBEDDED}, a small network that ships with fastdiff, or (4) --lambda-reg 0"
+    )
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise UsageError(f"--lambda-reg: LPIPS needs VGG-16's weights, and {cached} is not there (--offline)", fix)
+    info(f"downloading VGG-16 for LPIPS (528 MB) to {cached}")
+    try:
+        source.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:  # urllib's and torch's many kinds; each means that there is no file
+        raise UsageError(f"--lambda-reg: LPIPS needs VGG-16's weights, and the download failed ({error})", fix) from error
+    return cached
 
 
 def lpips_vgg(features: dict[str, Tensor]) -> nn.Module:

@@ -1,0 +1,470 @@
+"""Distribution matching: its formulas against closed forms, and the roles that share one network."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff import losses
+from fastdiff.console import UsageError
+from fastdiff.data import Batch
+from fastdiff.io import checkpoint
+from fastdiff.methods.dmd import DMD, PRESETS, Config, matching_gradient, simulate
+from fastdiff.models import adapters
+from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.models.discriminator import Head
+from fastdiff.schedule import NoiseSchedule, Prediction
+
+SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+EXAMPLE = Path(__file__).parent.parent / "examples" / "dmd_pixel.py"
+
+
+def example():
+    spec = importlib.util.spec_from_file_location("dmd_pixel", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def method(path, **config):
+    base = checkpoint.load(str(path))
+    given = dict(lora_rank=4, lora_alpha=8, lpips_weights="embedded", lambda_reg=0.0) | config
+    torch.manual_seed(0)
+    return DMD(base, Config(**given)), base
+
+
+def batch_for(base, n=4, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    width = base.unet_config["cross_attention_dim"]
+    sdxl = base.family == "sdxl"
+    cond, uncond = (
+        Cond(
+            torch.randn(n, 6, width, generator=g),
+            torch.randn(n, 32, generator=g) if sdxl else None,
+            torch.full((n, 6), 64.0) if sdxl else None,
+        )
+        for _ in range(2)
+    )
+    latents, noise = torch.randn(2, n, 4, 8, 8, generator=g)
+    return Batch(latents, cond, uncond, noise)
+
+
+def disturb(m, names=("student", "fake")):
+    """Adapters start as zero, where all roles agree: move them apart."""
+    for name, p in m.base_model.unet.named_parameters():
+        if "lora_B" in name and any(f".{who}." in name for who in names):
+            torch.nn.init.normal_(p, std=0.05)
+
+
+# ---- formulas
+
+
+def test_the_loss_has_gradient_g_over_numel():
+    x, g = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_(True)
+    losses.along(x, g).backward()
+    torch.testing.assert_close(x.grad, g / x.numel(), atol=1e-9, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["dmd", "eq8", "none", "sigma2"])
+def test_each_weighting_is_the_score_difference_times_its_weight(weighting):
+    """Sign and size from the scores s = -(x_t - alpha m) / sigma^2, in fp64; every weight is positive."""
+    schedule = NoiseSchedule.from_config(SD)
+    g = torch.Generator().manual_seed(0)
+    x, x_t, e_r, e_f = torch.randn(4, 5, 4, 8, 8, generator=g)
+    t = torch.tensor([20, 300, 500, 800, 980])
+    real, fake = (schedule.predict(e, x_t, t, "epsilon") for e in (e_r, e_f))
+    a, s = (v.double()[t].reshape(-1, 1, 1, 1) for v in (schedule.alpha, schedule.sigma))
+    scores = [-(x_t.double() - a * p.x0.double()) / s**2 for p in (fake, real)]
+    difference = scores[0] - scores[1]  # (s_fake - s_real)
+    norm = (x.double() - real.x0.double()).abs().mean((1, 2, 3), keepdim=True)
+    weight = {"dmd": s**2 / a / norm, "eq8": s**2 / norm, "none": s**2 / a, "sigma2": s**3}[weighting]
+    found = losses.score_difference(schedule, x, t, real, fake, weighting).double()
+    torch.testing.assert_close(found, weight * difference, atol=1e-3, rtol=1e-3)
+
+
+def test_equation_8_is_algorithm_2_times_alpha():
+    """w_t a_t (s_fake - s_real) with w_t = s_t^2 / a_t * CS / |m_r - x|_1 leaves a factor a_t over algorithm 2."""
+    schedule = NoiseSchedule.from_config(SD)
+    x, r, f = torch.randn(3, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([20, 400, 700, 980])
+    both = [losses.score_difference(schedule, x, t, Prediction(r, r), Prediction(f, f), w) for w in ("dmd", "eq8")]
+    torch.testing.assert_close(both[1], schedule.alpha[t].reshape(-1, 1, 1, 1) * both[0])
+
+
+def test_the_sign_identity():
+    """m_f - m_r = sigma / alpha (eps_r - eps_f)."""
+    schedule = NoiseSchedule.from_config(SD)
+    x_t, e_r, e_f = torch.randn(3, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([20, 300, 700, 980])
+    real, fake = (schedule.predict(e, x_t, t, "epsilon") for e in (e_r, e_f))
+    expected = (schedule.sigma / schedule.alpha)[t].reshape(-1, 1, 1, 1) * (e_r - e_f)
+    torch.testing.assert_close(fake.x0 - real.x0, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_eps_and_v_networks_that_mean_the_same_give_the_same_gradient():
+    schedule = NoiseSchedule.from_config(SD)
+    g = torch.Generator().manual_seed(0)
+    x, a, b = torch.randn(3, 4, 4, 8, 8, generator=g)
+    t = torch.tensor([20, 300, 700, 980])
+    found = []
+    for kind in ("epsilon", "v_prediction"):
+
+        def network(answer, kind=kind):
+            def score(x_t, t):
+                p = schedule.predict(answer, x_t, t, "epsilon")
+                return schedule.predict(schedule.output(p, t, kind), x_t, t, kind)
+
+            return score
+
+        torch.manual_seed(1)
+        found.append(matching_gradient(schedule, network(a), network(b), x, t)[0])
+    torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_fake_score_learns_in_its_own_terms(kind):
+    """A network that answers the truth loses nothing; one that is off by d loses d^2 in what it predicts."""
+    schedule = NoiseSchedule.from_config(SD)
+    x0, eps = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, 300, 700, 999])
+    x_t = schedule.add_noise(x0, eps, t)
+    target = schedule.output(Prediction(x0, eps), t, kind)
+    loss = lambda d: losses.denoising(schedule, kind, schedule.predict(target + d, x_t, t, kind), x0, eps, t).item()
+    assert loss(0.0) < 1e-6
+    assert loss(0.1) == pytest.approx(0.01, rel=1e-2)
+
+
+# ---- a world with exact scores
+
+
+@pytest.fixture(scope="module")
+def plane():
+    return example().plane(steps=1500, batch=512)
+
+
+def test_the_student_of_an_exact_score_has_its_mean_and_covariance(plane):
+    mixture, samples = plane
+    mean, covariance = mixture.moments()
+    scale = covariance.diagonal().sqrt()
+    assert ((samples.mean(0) - mean).abs() < 0.05 * scale).all()
+    assert ((samples.T.cov() - covariance).abs() < 0.05 * torch.outer(scale, scale)).all()
+
+
+def test_without_a_fake_score_it_collapses():
+    mixture, samples = example().plane(steps=400, batch=256, with_fake=False)
+    assert samples.T.cov().trace() < 0.05 * mixture.moments()[1].trace()
+
+
+def test_the_exact_denoiser_of_the_example_is_exact():
+    """Against the mean of samples from the posterior, drawn by weighting prior samples."""
+    module, schedule = example(), NoiseSchedule.from_config(SD)
+    mixture = module.Mixture(torch.tensor([[1.0, 0.0], [-0.5, 1.0]]), torch.tensor([0.6, 0.4]), 0.3, schedule)
+    torch.manual_seed(0)
+    t, x_t = torch.tensor([600]), torch.tensor([[0.2, 0.5]])
+    x0 = mixture.sample(400_000)
+    log = -((x_t - schedule.alpha[t] * x0) ** 2).sum(1) / (2 * schedule.sigma[t] ** 2)
+    expected = (log.softmax(0)[:, None] * x0).sum(0)
+    torch.testing.assert_close(mixture(x_t, t).x0[0], expected, atol=5e-3, rtol=0)
+
+
+# ---- roles on one network
+
+
+def test_the_gradient_is_zero_at_the_start_without_guidance_and_the_guidance_term_with_it(tiny_sd):
+    m, base = method(tiny_sd, guidance=1.0)
+    batch = batch_for(base)
+    torch.manual_seed(3)
+    assert m.gradient(batch.latents, batch).abs().max() == 0
+    m.config.guidance = 3.0
+    torch.manual_seed(3)
+    g = m.gradient(batch.latents, batch)
+    torch.manual_seed(3)
+    t = torch.randint(20, 981, (4,))
+    x_t = m.schedule.add_noise(batch.latents, torch.randn_like(batch.latents), t)
+    c, u = m.teacher(x_t, t, batch.cond), m.teacher(x_t, t, batch.uncond)
+    real = c.guide(u, 3.0)
+    expected = -2.0 * (c.x0 - u.x0) / (batch.latents - real.x0).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(g, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_both_scores_see_the_same_noised_sample_at_levels_in_range(tiny_sd, monkeypatch):
+    m, base = method(tiny_sd, t_min=0.1, t_max=0.2)
+    batch, seen = batch_for(base, n=64), []
+    spy = lambda real: lambda x_t, t, *a: (seen.append((x_t, t)), real(x_t, t, *a))[1]
+    monkeypatch.setattr(m.teacher, "guided", spy(m.teacher.guided))
+    monkeypatch.setattr(m.fake, "forward", spy(m.fake.forward))
+    m.gradient(batch.latents, batch)
+    (a, t_a), (b, t_b) = seen
+    assert torch.equal(a, b)
+    assert torch.equal(t_a, t_b)
+    assert t_a.min() >= 100
+    assert t_a.max() <= 200
+    assert len(t_a.unique()) > 20
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_v", "tiny_sdxl"])
+def test_gradients_reach_the_student_though_the_fake_score_was_worn_after_it(family, checkpointing, request):
+    """peft's own switch would leave gradients of exactly zero here, or recompute the wrong network under checkpointing."""
+    path = request.getfixturevalue(family)
+    found = []
+    for gc in (False, checkpointing):
+        m, base = method(path, gradient_checkpointing=gc, guidance=3.0)
+        for net in {m.student.net, m.fake.net}:
+            net.train()  # diffusers checkpoints whenever gradients are on; dropout is 0
+        disturb(m)
+        torch.manual_seed(5)
+        turns = m.losses(batch_for(base), 0)
+        who, terms = next(turns)
+        assert who == "student"
+        sum(terms.values()).backward(inputs=list(m.players["student"].parameters()))
+        who, terms = next(turns)
+        assert who == "fake"
+        sum(terms.values()).backward(inputs=list(m.players["fake"].parameters()))
+        grads = {k: [p.grad for p in net.parameters()] for k, net in m.players.items()}
+        assert all(g is not None and g.isfinite().all() for gs in grads.values() for g in gs)
+        assert all(sum(g.norm() for g in gs) > 0 for gs in grads.values())
+        found.append(grads)
+    for k in found[0]:
+        for a, b in zip(found[0][k], found[1][k], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+
+
+def test_pefts_own_switch_is_the_trap_that_wearing_avoids(tiny_sd):
+    """Should this fail some day, peft has changed and the private attribute can go."""
+    m, base = method(tiny_sd)
+    disturb(m)
+    batch = batch_for(base)
+    x = m.student(batch.latents, torch.tensor(500), batch.cond).x0
+    m.base_model.unet.set_adapter("fake")
+    x.square().mean().backward()
+    assert all(p.grad is None for p in m.players["student"].parameters())
+
+
+def test_wearing_equals_pefts_own_switch(tiny_sd):
+    m, base = method(tiny_sd)
+    disturb(m)
+    batch, t = batch_for(base), torch.tensor(500)
+    unet = base.unet
+    with torch.no_grad():
+        ours = {k: role(batch.latents, t, batch.cond).eps for k, role in (("student", m.student), ("fake", m.fake))}
+        bare = m.teacher(batch.latents, t, batch.cond).eps
+        for name, found in ours.items():
+            unet.set_adapter(name)
+            assert torch.equal(unet(batch.latents, t, batch.cond.tokens).sample, found)
+        unet.disable_adapters()
+        assert torch.equal(unet(batch.latents, t, batch.cond.tokens).sample, bare)
+    assert not torch.equal(ours["student"], ours["fake"])
+    assert not torch.equal(ours["student"], bare)
+
+
+def test_wearing_puts_back_what_was_on(tiny_sd):
+    m, _ = method(tiny_sd)
+    with adapters.wearing(m.base_model.unet, "student"):
+        with pytest.raises(RuntimeError), adapters.wearing(m.base_model.unet, None):
+            assert adapters.worn(m.base_model.unet) is None
+            raise RuntimeError
+        assert adapters.worn(m.base_model.unet) == "student"
+
+
+@pytest.mark.parametrize(("student", "fake"), [("lora", "lora"), ("full", "lora"), ("lora", "full"), ("full", "full")])
+def test_memory_designs_hold_one_to_three_networks_and_a_turn_moves_its_own_player_alone(tiny_sd, student, fake):
+    m, base = method(tiny_sd, student=student, fake=fake, gan_weight=1e-3)
+    nets = {id(role.net) for role in (m.teacher, m.student, m.fake)}
+    assert len(nets) == 1 + (student == "full") + (fake == "full")
+    mine = {k: {id(p) for p in net.parameters()} for k, net in m.players.items()}
+    assert not mine["student"] & mine["fake"]
+    optimizers = {k: torch.optim.SGD(net.parameters(), lr=0.1) for k, net in m.players.items()}
+    copies = lambda: {k: [p.detach().clone() for p in net.parameters()] for k, net in m.players.items()}
+    frozen = [p for p in base.unet.parameters() if not p.requires_grad]
+    stock = [p.detach().clone() for p in frozen]
+    batch = batch_for(base)
+    for who, terms in m.losses(batch, 0):
+        before = copies()
+        sum(terms.values()).backward(inputs=list(m.players[who].parameters()))
+        optimizers[who].step()
+        optimizers[who].zero_grad()
+        for k, old in before.items():
+            same = [torch.equal(a, b) for a, b in zip(old, m.players[k].parameters(), strict=True)]
+            assert all(same) if k != who else not all(same)
+    assert all(torch.equal(a, b) for a, b in zip(stock, frozen, strict=True))
+
+
+def test_the_fake_score_is_trained_r_times_for_each_update_of_the_student(tiny_sd):
+    m, base = method(tiny_sd, fake_steps_per_gen=5)
+    turns = [[who for who, _ in m.losses(batch_for(base), step)] for step in range(12)]
+    assert [len(t) for t in turns] == [2, 1, 1, 1, 1, 2, 1, 1, 1, 1, 2, 1]
+    assert sum(t.count("fake") for t in turns[:10]) == 5 * sum(t.count("student") for t in turns[:10])
+    assert turns[0] == ["student", "fake"]
+
+
+# ---- steps of the student
+
+
+@pytest.mark.parametrize(("n", "expected"), [(1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249])])
+def test_backward_simulation_visits_its_own_timesteps_alone(tiny_sd, monkeypatch, n, expected):
+    m, base = method(tiny_sd, num_steps=n)
+    assert m.timesteps.tolist() == expected == list(m.recipe.timesteps)
+    seen, real = [], m.student.forward
+    monkeypatch.setattr(m.student, "forward", lambda x, t, c: (seen.append(t.unique().tolist()), real(x, t, c))[1])
+    ks = []
+    for step in range(40):
+        seen.clear()
+        next(m.losses(batch_for(base), step))
+        ks.append(len(seen) - 1)
+        assert seen == [[t] for t in expected[: ks[-1] + 1]]
+        assert ks[-1] == m.step_index(step)
+    assert set(ks) == set(range(n))
+
+
+def test_every_process_takes_the_same_step_of_the_student(tiny_sd):
+    """It depends on seed and step alone, not on the process' own random state."""
+    m, _ = method(tiny_sd, num_steps=4)
+    ks = []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        ks.append([m.step_index(step) for step in range(30)])
+    assert ks[0] == ks[1]
+
+
+def test_simulation_is_the_lcm_sampler_of_diffusers_up_to_that_step():
+    """From a perfect-denoiser world: x_{t_k} = alpha x0 + sigma eps with x0 from the step before."""
+    schedule = NoiseSchedule.from_config(SD)
+    generator = lambda x, t: Prediction(0.5 * x, x)
+    noise, timesteps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([999, 749, 499, 249])
+    torch.manual_seed(1)
+    found = simulate(schedule, generator, noise, timesteps, 2)
+    torch.manual_seed(1)
+    x = schedule.add_noise(0.5 * noise, torch.randn_like(noise), torch.tensor(749))
+    x = schedule.add_noise(0.5 * x, torch.randn_like(noise), torch.tensor(499))
+    torch.testing.assert_close(found, x)
+    assert torch.equal(simulate(schedule, generator, noise, timesteps, 0), noise)
+
+
+def test_regression_rows_start_from_their_pairs_noise_and_the_others_from_fresh(tiny_sd):
+    m, base = method(tiny_sd, lambda_reg=0.25, batch_size=4)
+    batch = batch_for(base)
+    x = m.start(batch, 0, m.pairs(batch))
+    assert torch.equal(x[:2], batch.noise[:2])
+    assert not torch.equal(x[2:], batch.noise[2:])
+    who, terms = next(m.losses(batch, 0))
+    assert set(terms) == {"matching", "regression"}
+
+
+def test_regression_alone_first_then_without_it(tiny_sd):
+    """DMD2's start of SDXL in one step."""
+    m, base = method(tiny_sd, recipe="dmd2", t_gen=399, reg_steps=3, fake_steps_per_gen=2)
+    assert m.timesteps.tolist() == [399]
+    turns = [[(who, set(terms)) for who, terms in m.losses(batch_for(base), step)] for step in range(6)]
+    assert turns[:3] == [[("student", {"regression"})]] * 3
+    assert turns[3] == [("fake", {"denoising"})]
+    assert turns[4] == [("student", {"matching"}), ("fake", {"denoising"})]
+
+
+def test_v_prediction_with_zero_terminal_snr_starts_from_pure_noise(tiny_v):
+    m, base = method(tiny_v)
+    m.schedule = NoiseSchedule.from_config({**SD, "rescale_betas_zero_snr": True})
+    m.student.schedule = m.schedule
+    x = m.student(torch.randn(2, 4, 8, 8), m.timesteps[0], batch_for(base, 2).cond).x0
+    assert x.isfinite().all()
+
+
+# ---- the discriminator
+
+
+@pytest.mark.parametrize(("side", "convolutions"), [(1, 2), (2, 2), (4, 2), (8, 3), (16, 4), (32, 5)])
+def test_heads_end_in_one_logit_whatever_the_side(side, convolutions):
+    """SD1.5's 8 x 8: 4x4/2, 4x4/4, 1x1; SDXL's 32 x 32: three halvings (DMD2's published heads)."""
+    head = Head(32, side)
+    assert sum(isinstance(layer, torch.nn.Conv2d) for layer in head.layers) == convolutions
+    assert head(torch.randn(3, 32, side, side)).shape == (3, 1)
+    if side >= 4:
+        assert head(torch.randn(3, 32, 2 * side, 2 * side)).shape[1] >= 1
+
+
+@pytest.mark.parametrize("features", ["fake", "teacher"])
+def test_gan_gradients_stay_with_their_player(tiny_sd, features):
+    m, base = method(tiny_sd, gan_weight=1e-3, gan_features=features)
+    batch = batch_for(base)
+    turns = m.losses(batch, 0)
+    _, terms = next(turns)
+    grads = torch.autograd.grad(terms["gan"], list(m.players["student"].parameters()), retain_graph=True, allow_unused=True)
+    assert sum(g.abs().sum() for g in grads if g is not None) > 0
+    _, terms = next(turns)
+    fakes = list(m.players["fake"].parameters())
+    grads = torch.autograd.grad(terms["gan"], fakes, allow_unused=True)
+    n_head = len(list(m.head.parameters()))
+    assert all(g is not None for g in grads[-n_head:])
+    reached = sum(g.abs().sum() for g in grads[:-n_head] if g is not None)
+    assert reached > 0 if features == "fake" else reached == 0
+    assert {"d_fake", "d_real"} <= set(m.figures)
+
+
+def test_the_discriminator_stops_the_network_at_its_bottleneck(tiny_sd, tmp_path):
+    base = checkpoint.load(str(tiny_sd))
+    role, batch = Denoiser(base.unet, base.schedule(), base.prediction_type), batch_for(checkpoint.load(str(tiny_sd)))
+    calls, kept = [], []
+    base.unet.up_blocks[0].register_forward_hook(lambda *a: calls.append(1))
+    handle = base.unet.mid_block.register_forward_hook(lambda m, a, out: kept.append(out))
+    with torch.no_grad():
+        role(batch.latents, torch.tensor(500), batch.cond)
+        handle.remove()
+        feature = role.bottleneck(batch.latents, torch.tensor(500), batch.cond)
+    assert len(calls) == 1
+    assert torch.equal(feature, kept[0])
+    assert not base.unet.mid_block._forward_hooks
+
+
+def test_a_network_without_mid_block_is_tapped_after_its_last_down_block(tmp_path):
+    from conftest import build
+
+    base = checkpoint.load(str(build(tmp_path / "bk", "bk-tiny", "epsilon")))
+    batch = batch_for(base)
+    role = Denoiser(base.unet, base.schedule(), base.prediction_type)
+    assert role.bottleneck(batch.latents, torch.tensor(500), batch.cond).shape[1] == base.unet_config["block_out_channels"][-1]
+    DMD(base, Config(lora_rank=4, lambda_reg=0.0, gan_weight=1e-3))
+
+
+# ---- configuration
+
+
+def test_what_is_wanted_of_the_data():
+    assert Config().wants == "pairs"
+    assert Config(lambda_reg=0.0).wants == "prompts"
+    assert Config(lambda_reg=0.0, gan_weight=1e-3).wants == "latents"
+    assert Config(lambda_reg=0.0, reg_steps=5).wants == "pairs"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (dict(t_min=0.9, t_max=0.5), "--t-min 0.9"),
+        (dict(num_steps=4), "--lambda-reg 0.25: pairs are for one step"),
+        (dict(num_steps=4, lambda_reg=0.0, t_gen=399), "--t-gen 399"),
+        (dict(num_steps=2, lambda_reg=0.0, reg_steps=9), "--reg-steps 9"),
+        (dict(batch_size=2, reg_batch=3), "--reg-batch 3"),
+    ],
+)
+def test_options_that_contradict_each_other_are_named(given, told):
+    with pytest.raises(UsageError, match=told):
+        Config(**given)
+
+
+@pytest.mark.parametrize("family", ["emoji", "sd15", "sd21", "sdxl"])
+def test_recipes_are_rows_over_their_family(family):
+    from fastdiff.config import resolve
+
+    for recipe in ("dmd", "dmd2"):
+        config = resolve(Config, {"recipe": recipe}, presets=PRESETS, family_of=lambda values: family, environ={})
+        assert config.recipe == recipe
+        assert (config.num_steps, config.lambda_reg > 0) == ((1, True) if recipe == "dmd" else (4, False))
+    assert resolve(Config, {}, presets=PRESETS, family_of=lambda values: family, environ={}).recipe == (
+        "dmd2" if family == "sdxl" else "dmd"
+    )
+
+
+def test_t_gen_beyond_the_schedule_is_refused(tiny_sd):
+    with pytest.raises(UsageError, match="--t-gen 1000"):
+        method(tiny_sd, t_gen=1000)
