@@ -1,21 +1,26 @@
 """Distribution matching beyond checkpoints: any two denoisers, in pixels or on the plane.
 
-    python examples/dmd_pixel.py plane     a 2-D Gaussian mixture with its exact score; seconds
-    python examples/dmd_pixel.py emoji     class-conditional 16 px pictures, EDM's noise levels: teacher and student; minutes
+    python examples/dmd_pixel.py plane     a 2-D Gaussian mixture with its exact score; a minute
+    python examples/dmd_pixel.py emoji     class-conditional 16 px pictures over EDM's noise levels: teacher, student; minutes
 
-What DMD needs of a model is a `Prediction` (x0, eps) for (x_t, t). `fastdiff.methods.dmd.matching_gradient` does the rest; the two
-functions below are the whole of algorithm 1 for a model of your own.
+What DMD needs of a model is a `Prediction` (x0, eps) for (x_t, t). `match` is algorithm 1 for any such pair; with
+`fastdiff.losses.score_difference` it serves a model of your own.
 """
 
 import argparse
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff import losses
-from fastdiff.methods.dmd import matching_gradient
+from fastdiff.data import embedded
+from fastdiff.losses import Noised
+from fastdiff.sampling import contact_sheet
 from fastdiff.schedule import NoiseSchedule, Prediction
+from fastdiff.solvers import jump
 
 STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -52,6 +57,8 @@ class Mixture:
 class Plane(nn.Module):
     """A small network on the plane; with a schedule a denoiser of it, without one a generator."""
 
+    kind = "epsilon"
+
     def __init__(self, schedule: NoiseSchedule | None = None, width: int = 128) -> None:
         super().__init__()
         self.schedule, ins = schedule, 2 if schedule is None else 2 + 16
@@ -65,34 +72,57 @@ class Plane(nn.Module):
             return x + self.layers(x)
         angle = t[:, None] / len(self.schedule) * torch.pi * 2 ** torch.arange(8)
         out = self.layers(torch.cat([x, angle.sin(), angle.cos()], 1))
-        return self.schedule.predict(out, x, t, "epsilon")
+        return self.schedule.predict(out, x, t, self.kind)
+
+
+Score = Callable[..., Prediction]  # (x_t, t, *condition)
 
 
 def match(
-    real, schedule: NoiseSchedule, generator: nn.Module, fake: nn.Module | None, *, steps: int, batch: int, fake_steps: int = 3
+    schedule: NoiseSchedule,
+    real: Score,
+    generator: nn.Module,
+    fake: nn.Module | None,
+    draw: Callable[[], tuple[Tensor, ...]],
+    *,
+    steps: int,
+    lr: float,
+    fake_steps: int = 3,
+    regression: Callable[[], Tensor] | None = None,
 ) -> None:
-    """Algorithm 1 of DMD without its regression: train the generator to the distribution that `real` denoises."""
-    students = torch.optim.AdamW(generator.parameters(), lr=1e-3, betas=(0.5, 0.99))
-    critics = torch.optim.AdamW(fake.parameters(), lr=2e-3, betas=(0.5, 0.99)) if fake else None
+    """Algorithm 1 of DMD: train the generator to the distribution that `real` denoises.
+
+    `draw()` gives start noise and the condition, if any; `regression()` is a further loss of the generator.
+    """
+    students = torch.optim.AdamW(generator.parameters(), lr=lr, betas=(0.5, 0.99))
+    critics = torch.optim.AdamW(fake.parameters(), lr=2 * lr, betas=(0.5, 0.99)) if fake else None
     decay = [torch.optim.lr_scheduler.CosineAnnealingLR(o, steps) for o in (students, critics) if o]
+
+    def noised(x: Tensor) -> Noised:
+        t, eps = torch.randint(len(schedule) // 50, len(schedule) * 49 // 50 + 1, (len(x),)), torch.randn_like(x)
+        return Noised(x, eps, t, schedule.add_noise(x, eps, t))
+
     for _ in range(steps):
         for _ in range(fake_steps if critics else 0):
-            x = generator(torch.randn(batch, 2)).detach()
-            t, eps = torch.randint(len(schedule), (batch,)), torch.randn_like(x)
-            loss = losses.denoising(schedule, "epsilon", fake(schedule.add_noise(x, eps, t), t), x, eps, t)
+            z, *cond = draw()
+            with torch.no_grad():
+                seen = noised(generator(z, *cond))
+            loss = losses.denoising(schedule, fake.kind, fake(seen.x_t, seen.t, *cond), seen.x, seen.eps, seen.t)
             critics.zero_grad()
             loss.backward()
             critics.step()
-        x = generator(torch.randn(batch, 2))
-        t = torch.randint(20, 981, (batch,))
-        # Without a fake score the sample itself stands for what it is told apart from: mode seeking, and collapse.
-        scores = fake or (lambda x_t, t, x=x.detach(): Prediction(x, x_t))
-        g, _ = matching_gradient(schedule, real, scores, x.detach(), t)
+        z, *cond = draw()
+        x = generator(z, *cond)
+        seen = noised(x.detach())
+        with torch.no_grad():
+            # Without a fake score the sample itself stands for what it is told apart from: mode seeking, and collapse.
+            told = fake(seen.x_t, seen.t, *cond) if fake else Prediction(seen.x, seen.eps)
+            g = losses.score_difference(schedule, seen, real(seen.x_t, seen.t, *cond), told)
         students.zero_grad()
-        losses.along(x, g).backward()
+        (losses.along(x, g) + (regression() if regression else 0)).backward()
         students.step()
-        for schedule_of in decay:
-            schedule_of.step()
+        for rate in decay:
+            rate.step()
 
 
 def plane(steps: int = 1500, batch: int = 512, *, with_fake: bool = True, seed: int = 0) -> tuple[Mixture, Tensor]:
@@ -102,6 +132,129 @@ def plane(steps: int = 1500, batch: int = 512, *, with_fake: bool = True, seed: 
     means = torch.tensor([[1.2, 0.3], [-0.6, 1.0], [-0.3, -0.9]])
     mixture = Mixture(means, torch.tensor([0.5, 0.3, 0.2]), 0.25, schedule)
     generator, fake = Plane(), Plane(schedule) if with_fake else None
-    match(mixture, schedule, generator, fake, steps=steps, batch=batch)
+    match(schedule, mixture, generator, fake, lambda: (torch.randn(batch, 2),), steps=steps, lr=1e-3)
     with torch.no_grad():
         return mixture, generator(torch.randn(20_000, 2))
+
+
+# ---- pictures
+
+
+class Pixels(nn.Module):
+    """A class-conditional denoiser in pixels with EDM's preconditioning (Karras 2022, table 1); the network says x0."""
+
+    kind = "sample"
+
+    def __init__(self, schedule: NoiseSchedule, classes: int, sigma_data: float) -> None:
+        super().__init__()
+        from diffusers import UNet2DModel
+
+        self.schedule, self.sigma_data = schedule, sigma_data
+        self.net = UNet2DModel(
+            sample_size=16, in_channels=3, out_channels=3, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            num_class_embeds=classes, attention_head_dim=16,
+        )  # fmt: skip
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Prediction:
+        _, sigma = self.schedule.coefficients(t, x_t)
+        both = (sigma**2 + self.sigma_data**2).sqrt()
+        out = self.net(x_t / both, 250 * sigma.flatten().log(), label).sample
+        x0 = (self.sigma_data / both) ** 2 * x_t + sigma * self.sigma_data / both * out
+        return self.schedule.predict(x0, x_t, t, self.kind)
+
+
+class OneStep(nn.Module):
+    """A denoiser called once at the last noise level: start noise (B, C, h, w) -> x0."""
+
+    def __init__(self, denoiser: Pixels) -> None:
+        super().__init__()
+        self.denoiser, self.last = denoiser, len(denoiser.schedule) - 1
+
+    def forward(self, z: Tensor, label: Tensor) -> Tensor:
+        t = torch.full((len(z),), self.last)
+        return self.denoiser(self.denoiser.schedule.sigma[self.last] * z, t, label).x0
+
+
+def pictures(classes: int) -> Tensor:
+    """The first emoji of the embedded set on every background: (classes, 9, 3, 16, 16)."""
+    every, colours = torch.arange(classes), range(len(embedded.BACKGROUNDS))
+    drawn = [nn.functional.avg_pool2d(embedded.compose(every, torch.full_like(every, c)), 4) for c in colours]
+    return torch.stack(drawn, 1)
+
+
+def train_teacher(schedule: NoiseSchedule, data: Tensor, steps: int, batch: int) -> Pixels:
+    """E lambda(sigma) |D(x0 + sigma eps) - x0|^2 with EDM's lambda and its log-normal sigma (Karras 2022, table 1)."""
+    teacher = Pixels(schedule, len(data), data.std().item())
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    for _ in range(steps):
+        label = torch.randint(len(data), (batch,))
+        x0, eps = data[label, torch.randint(data.shape[1], (batch,))], torch.randn(batch, 3, 16, 16)
+        t = torch.searchsorted(schedule.sigma, torch.exp(1.6 * torch.randn(batch) - 0.6)).clamp(max=len(schedule) - 1)
+        p = teacher(schedule.add_noise(x0, eps, t), t, label)
+        sigma = schedule.sigma[t].reshape(-1, 1, 1, 1)
+        weight = (sigma**2 + teacher.sigma_data**2) / (sigma * teacher.sigma_data) ** 2
+        optimizer.zero_grad()
+        losses.squared(p.x0, x0, weight).backward()
+        optimizer.step()
+        rate.step()
+    return teacher.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def walk(teacher: Pixels, z: Tensor, label: Tensor, num_steps: int) -> Tensor:
+    """Euler's method over the noise levels."""
+    schedule, grid = teacher.schedule, teacher.schedule.grid(num_steps, "trailing")
+    x = schedule.sigma[grid[0]] * z
+    for t, s in zip(grid, [*grid[1:], None], strict=True):
+        x = jump(schedule, teacher(x, t.expand(len(x)), label), s)
+    return x
+
+
+def emoji(teacher_steps: int, steps: int, batch: int = 64, classes: int = 24, seed: int = 0) -> dict[str, Tensor]:
+    """Columns of (classes, 3, 16, 16): the teacher in 18 steps and in one, the student in one; same noise and classes."""
+    torch.manual_seed(seed)
+    schedule = NoiseSchedule.karras(1000, 0.002, 80.0)
+    teacher = train_teacher(schedule, pictures(classes), teacher_steps, batch)
+    student, fake = OneStep(deepcopy(teacher)).requires_grad_(True), deepcopy(teacher).requires_grad_(True)
+    noise, label = torch.randn(32 * classes, 3, 16, 16), torch.arange(32 * classes) % classes
+    targets = walk(teacher, noise, label, 18)
+
+    def regression() -> Tensor:
+        i = torch.randint(len(targets), (batch,))
+        return 0.5 * losses.squared(student(noise[i], label[i]), targets[i])  # L2, as in the paper's appendix I
+
+    draw = lambda: (torch.randn(batch, 3, 16, 16), torch.randint(classes, (batch,)))
+    match(schedule, teacher, student, fake, draw, steps=steps, lr=2e-4, fake_steps=1, regression=regression)
+    z, label = torch.randn(classes, 3, 16, 16), torch.arange(classes)
+    with torch.no_grad():
+        made = {f"teacher, {n} steps": walk(teacher, z, label, n) for n in (18, 1)}
+        return {**made, "student, 1 step": student(z, label)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["plane", "emoji"])
+    parser.add_argument("--teacher-steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--output", type=Path, default=Path("runs/dmd-pixel.png"))
+    args = parser.parse_args()
+    if args.what == "plane":
+        mixture, samples = plane(args.steps)
+        mean, covariance = mixture.moments()
+        print("mean", mean.tolist(), "student's", samples.mean(0).tolist())
+        print("covariance", covariance.tolist(), "student's", samples.T.cov().tolist())
+        return
+    columns = emoji(args.teacher_steps, args.steps)
+    goal = columns["teacher, 18 steps"]
+    for name, images in columns.items():
+        apart = (images - goal).square().mean()
+        print(f"{name}: spread {images.std():.3f}, squared distance to the teacher's 18 steps {apart:.4f}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet([images[:12].clamp(-1, 1) for images in columns.values()], scale=4).save(args.output)
+    print(args.output, "columns:", " | ".join(columns))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,12 @@
 """Losses, each a scalar from tensors; fp32 inside. Shapes: B batch, C channels, h w latent."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.schedule import NoiseSchedule, Prediction, PredictionType
+from fastdiff.schedule import NoiseSchedule, Prediction, PredictionType, per_sample
 
 Weighting = Literal["dmd", "eq8", "none", "sigma2"]
 
@@ -29,10 +30,22 @@ def denoising(schedule: NoiseSchedule, kind: PredictionType, p: Prediction, x0: 
     return squared(schedule.output(p, t, kind), schedule.output(Prediction(x0, eps), t, kind))
 
 
+class Noised(NamedTuple):
+    """Samples x (B, C, h, w) at noise levels t (B,): x_t = alpha_t x + sigma_t eps."""
+
+    x: Tensor
+    eps: Tensor
+    t: Tensor
+    x_t: Tensor
+
+
+@torch.no_grad()
 def score_difference(
-    schedule: NoiseSchedule, x: Tensor, t: Tensor, real: Prediction, fake: Prediction, weighting: Weighting = "dmd"
+    schedule: NoiseSchedule, seen: Noised, real: Prediction, fake: Prediction, weighting: Weighting = "dmd"
 ) -> Tensor:
-    """The direction g (B, C, h, w) in which a sample x is too much like the fake and too little like the real distribution.
+    """The direction g (B, C, h, w) in which samples x are too much like the fake and too little like the real distribution,
+
+    from what any two denoisers say of the same x_t and t; no gradients.
 
         dmd     (m_fake - m_real) / mean|x - m_real|    per sample, m = x0 prediction (Yin 2023, algorithm 2)
         eq8     alpha_t times that                      the paper's equation 8
@@ -41,14 +54,14 @@ def score_difference(
 
     m_fake - m_real = sigma_t / alpha_t (eps_real - eps_fake): the difference of scores, up to weight.
     """
-    alpha, sigma = schedule.coefficients(t, x)
+    alpha, sigma = schedule.coefficients(seen.t, seen.x)
     if weighting == "sigma2":
         return sigma.square() * (real.eps - fake.eps)
     difference = fake.x0 - real.x0
     if weighting == "none":
         return difference
-    scale = (x.float() - real.x0).abs().flatten(1).mean(1).clamp(min=1e-6)
-    g = difference / scale.reshape(-1, *(1,) * (x.ndim - 1))
+    scale = (seen.x.float() - real.x0).abs().flatten(1).mean(1).clamp(min=1e-6)
+    g = difference / per_sample(scale, seen.x)
     return g if weighting == "dmd" else alpha * g
 
 

@@ -33,7 +33,7 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
 
 
 class NoiseSchedule(nn.Module):
-    """alpha_t and sigma_t as (T,) fp32 buffers, alpha^2 + sigma^2 = 1."""
+    """alpha_t and sigma_t as (T,) fp32 buffers; alpha^2 + sigma^2 = 1, but for `karras`."""
 
     alpha: Tensor
     sigma: Tensor
@@ -42,6 +42,17 @@ class NoiseSchedule(nn.Module):
         super().__init__()
         self.register_buffer("alpha", alphas_cumprod.sqrt().float(), persistent=False)
         self.register_buffer("sigma", (1 - alphas_cumprod).sqrt().float(), persistent=False)
+
+    @classmethod
+    def karras(cls, steps: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> "NoiseSchedule":
+        """Variance-exploding levels, alpha = 1 and sigma rising from sigma_min to sigma_max (Karras 2022, eq. 5).
+
+        For models in pixels, whose timestep is an index into these; checkpoints have none.
+        """
+        ramp, low, high = torch.linspace(0, 1, steps, dtype=torch.float64), sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+        schedule = cls(torch.ones(steps))
+        schedule.sigma = ((low + ramp * (high - low)) ** rho).float()
+        return schedule
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":

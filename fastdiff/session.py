@@ -13,7 +13,7 @@ from fastdiff import console, evaluate
 from fastdiff.console import Result, sha256
 from fastdiff.data import open_data, teacher
 from fastdiff.io import export, lora
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io.checkpoint import ALIASES, Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run, write_atomic
 from fastdiff.models import adapters, text
@@ -189,14 +189,10 @@ def write_card(run: Run, base: Checkpoint, method: Method, config: TrainConfig, 
     fence, steps = "```", f"num_inference_steps={recipe.num_steps}"
     if recipe.timesteps:
         steps += f", timesteps={list(recipe.timesteps)}"
-    load = (
-        f'pipe = DiffusionPipeline.from_pretrained("{config.base}")\n'
-        f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)\n"
-        f'pipe.load_lora_weights("{weights.name}")\n'
-        if is_lora
-        else f'pipe = DiffusionPipeline.from_pretrained("{weights.name}")\n'
-        f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)\n"
-    )
+    load = opened(base) if is_lora else f'DiffusionPipeline.from_pretrained("{weights.name}")'
+    load = f"pipe = {load}\npipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)\n"
+    if is_lora:
+        load += f'pipe.load_lora_weights("{weights.name}")\n'
     card = f"""---
 base_model: {config.base}
 library_name: diffusers
@@ -218,6 +214,7 @@ tags: [{recipe.method}, {"lora, " if is_lora else ""}few-step]
 ## Use
 
 {fence}python
+import {"fastdiff" if base.ref == "emoji" else "diffusers"}
 from diffusers import DiffusionPipeline, {scheduler}
 {load}image = pipe(prompt, {steps}, guidance_scale={recipe.guidance}).images[0]
 {fence}
@@ -230,10 +227,20 @@ All settings: `config.toml`; the same run again: `fastdiff {run.command} --confi
     write_atomic(run.folder / "hashes.json", json.dumps({"files": hashes, "recipe": asdict(recipe)}, indent=2) + "\n")
 
 
+def opened(base: Checkpoint) -> str:
+    """The diffusers expression that opens the base."""
+    if base.ref == "emoji":
+        return 'DiffusionPipeline.from_pretrained(fastdiff.load("emoji").path)'
+    if base.path.is_file():
+        kind = "StableDiffusionXLPipeline" if base.family == "sdxl" else "StableDiffusionPipeline"
+        return f'diffusers.{kind}.from_single_file("{base.ref}")'
+    return f'DiffusionPipeline.from_pretrained("{ALIASES.get(base.ref, base.ref)}")'
+
+
 def elsewhere(recipe: Recipe, is_lora: bool, schedule: NoiseSchedule) -> str:
     """How programs with samplers of their own draw with these weights, or that they cannot."""
     where = "put the file among the LoRAs" if is_lora else "make one file of the folder (`fastdiff export --single-file`)"
-    settings = f'{recipe.num_steps} step{"s" if recipe.num_steps > 1 else ""}, CFG {recipe.guidance}'
+    settings = f"{recipe.num_steps} step{'s' if recipe.num_steps > 1 else ''}, CFG {recipe.guidance}"
     if recipe.timesteps is None:
         return f'{where}, sampler "LCM", {settings}.'
     if recipe.timesteps != tuple(schedule.grid(recipe.num_steps, "trailing").tolist()):

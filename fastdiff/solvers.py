@@ -78,6 +78,18 @@ def lcm(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
     return x
 
 
+@torch.no_grad()
+def simulate(denoise: Denoise, noise: Tensor, schedule: NoiseSchedule, timesteps: Tensor, k: int) -> Tensor:
+    """What a few-step generator meets at timesteps[k] when it samples: from pure noise through its own first k steps, each
+
+    x0 noised afresh to the next timestep (Yin 2024, DMD2 section 4.5).
+    """
+    x = noise
+    for t, s in zip(timesteps[:k], timesteps[1 : k + 1], strict=True):
+        x = schedule.add_noise(denoise(x, t).x0, torch.randn_like(x), s)
+    return x
+
+
 def tcd(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
     """TCDScheduler (Zheng 2024, alg. 4): jump to (1 - gamma) s, re-noise from there to s; the last lands on index 0."""
     schedule = grid.schedule

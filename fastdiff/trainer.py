@@ -1,4 +1,4 @@
-"""The one training loop. A method is a generator of (player, losses); everything else happens here."""
+"""The one training loop. A method is a generator of {player: losses}; everything else happens here."""
 
 import signal
 import threading
@@ -25,6 +25,7 @@ from fastdiff.models.ema import EMA, swapped
 from fastdiff.sampling import DEFAULTS, Settings
 
 Losses = dict[str, Tensor]  # named, already weighted, scalar
+Turn = dict[str, Losses]  # of each player that is updated now; none sees another's update of the same turn
 
 
 @dataclass
@@ -37,6 +38,7 @@ class TrainConfig(BaseConfig):
     prompts: Annotated[str | None, "prompts for --data teacher, one a line"] = None
     pairs: Annotated[int, "pairs of noise and latents that --data teacher samples", Range(1)] = 256
     teacher_steps: Annotated[int | None, "sampling steps of each; default: the family's", Range(1, 1000)] = None
+    teacher_guidance: Annotated[float | None, "guidance of each; default: --guidance, or the family's", Range(1)] = None
     output: Annotated[str | None, "run folder"] = field(default=None, metadata={"flags": ["-o"]})
     steps: Annotated[int, "optimiser steps", Range(1)] = 1000
     batch_size: Annotated[int, "images a step and device", Range(1)] = 12
@@ -68,7 +70,7 @@ class TrainConfig(BaseConfig):
 
     def teacher_sampling(self, family: str) -> Settings:
         """How the teacher makes its samples: the family's way, at the method's guidance where it has one."""
-        given = {"num_steps": self.teacher_steps, "guidance": getattr(self, "guidance", None)}
+        given = {"num_steps": self.teacher_steps, "guidance": self.teacher_guidance or getattr(self, "guidance", None)}
         return replace(DEFAULTS[family], **{k: v for k, v in given.items() if v is not None})
 
 
@@ -86,7 +88,7 @@ class Method(Protocol):
     recipe: Recipe
     parent: str  # hash of the base network
 
-    def losses(self, batch: Batch, step: int) -> Iterator[tuple[str, Losses]]: ...
+    def losses(self, batch: Batch, step: int) -> Iterator[Turn]: ...
     def updated(self, step: int) -> None: ...  # after every optimiser step
     def export(self, run: Run) -> None: ...
 
@@ -156,7 +158,7 @@ class Player:
 
 
 class Trainer:
-    """for step: for who, losses in method.losses(batch, step): backward into who; sync; clip; step; average; log."""
+    """for step: for turn in method.losses(batch, step): for who in turn: backward into who; sync; clip; step; average; log."""
 
     MAX_BAD_STEPS = 10  # in a row
 
@@ -215,22 +217,23 @@ class Trainer:
         turns = [self.method.losses(batch, self.step) for batch in batches]
         row: dict[str, float] = {"step": self.step, "loss": 0.0}
         while True:
-            who = None
+            moved: list[str] = []
             for turn in turns:
                 with self.accelerator.autocast():
-                    who, losses = next(turn, (None, {}))
-                if who is None:
-                    break
-                player = self.players[who]
-                loss = sum(losses.values()) / n
-                player.scaler.scale(loss).backward(inputs=player.params)
-                for name, value in losses.items():
-                    row[f"{who}/{name}"] = row.get(f"{who}/{name}", 0.0) + value.item() / n
-                row["loss"] += loss.item()
-                del losses, loss  # nothing may hold the graph while the generator computes its next turn
-            if who is None:
+                    players = next(turn, {})
+                moved = list(players)
+                for who in moved:
+                    player, terms = self.players[who], players.pop(who)  # nothing may hold a graph longer than it is needed
+                    loss = sum(terms.values()) / n
+                    player.scaler.scale(loss).backward(inputs=player.params)
+                    for name, value in terms.items():
+                        row[f"{who}/{name}"] = row.get(f"{who}/{name}", 0.0) + value.item() / n
+                    row["loss"] += loss.item()
+                    del terms, loss
+            if not moved:
                 return row
-            row[f"{who}/grad_norm"] = self.update(self.players[who])
+            for who in moved:
+                row[f"{who}/grad_norm"] = self.update(self.players[who])
             self.method.updated(self.step)
 
     def update(self, player: Player) -> float:

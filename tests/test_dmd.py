@@ -1,6 +1,7 @@
 """Distribution matching: its formulas against closed forms, and the roles that share one network."""
 
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ from fastdiff import losses
 from fastdiff.console import UsageError
 from fastdiff.data import Batch
 from fastdiff.io import checkpoint
-from fastdiff.methods.dmd import DMD, PRESETS, Config, matching_gradient, simulate
+from fastdiff.losses import Noised
+from fastdiff.methods.dmd import DMD, PRESETS, Config
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Head
 from fastdiff.schedule import NoiseSchedule, Prediction
+from fastdiff.solvers import simulate
 
 SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "dmd_pixel.py"
@@ -74,13 +77,14 @@ def test_each_weighting_is_the_score_difference_times_its_weight(weighting):
     g = torch.Generator().manual_seed(0)
     x, x_t, e_r, e_f = torch.randn(4, 5, 4, 8, 8, generator=g)
     t = torch.tensor([20, 300, 500, 800, 980])
+    seen = Noised(x, x_t, t, x_t)
     real, fake = (schedule.predict(e, x_t, t, "epsilon") for e in (e_r, e_f))
     a, s = (v.double()[t].reshape(-1, 1, 1, 1) for v in (schedule.alpha, schedule.sigma))
     scores = [-(x_t.double() - a * p.x0.double()) / s**2 for p in (fake, real)]
     difference = scores[0] - scores[1]  # (s_fake - s_real)
     norm = (x.double() - real.x0.double()).abs().mean((1, 2, 3), keepdim=True)
     weight = {"dmd": s**2 / a / norm, "eq8": s**2 / norm, "none": s**2 / a, "sigma2": s**3}[weighting]
-    found = losses.score_difference(schedule, x, t, real, fake, weighting).double()
+    found = losses.score_difference(schedule, seen, real, fake, weighting).double()
     torch.testing.assert_close(found, weight * difference, atol=1e-3, rtol=1e-3)
 
 
@@ -89,7 +93,8 @@ def test_equation_8_is_algorithm_2_times_alpha():
     schedule = NoiseSchedule.from_config(SD)
     x, r, f = torch.randn(3, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([20, 400, 700, 980])
-    both = [losses.score_difference(schedule, x, t, Prediction(r, r), Prediction(f, f), w) for w in ("dmd", "eq8")]
+    seen = Noised(x, x, t, x)
+    both = [losses.score_difference(schedule, seen, Prediction(r, r), Prediction(f, f), w) for w in ("dmd", "eq8")]
     torch.testing.assert_close(both[1], schedule.alpha[t].reshape(-1, 1, 1, 1) * both[0])
 
 
@@ -105,21 +110,15 @@ def test_the_sign_identity():
 
 def test_eps_and_v_networks_that_mean_the_same_give_the_same_gradient():
     schedule = NoiseSchedule.from_config(SD)
-    g = torch.Generator().manual_seed(0)
-    x, a, b = torch.randn(3, 4, 4, 8, 8, generator=g)
+    x, eps, a, b = torch.randn(4, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([20, 300, 700, 980])
-    found = []
-    for kind in ("epsilon", "v_prediction"):
+    seen = Noised(x, eps, t, schedule.add_noise(x, eps, t))
 
-        def network(answer, kind=kind):
-            def score(x_t, t):
-                p = schedule.predict(answer, x_t, t, "epsilon")
-                return schedule.predict(schedule.output(p, t, kind), x_t, t, kind)
+    def answers(kind):
+        meant = [schedule.predict(e, seen.x_t, t, "epsilon") for e in (a, b)]
+        return [schedule.predict(schedule.output(p, t, kind), seen.x_t, t, kind) for p in meant]
 
-            return score
-
-        torch.manual_seed(1)
-        found.append(matching_gradient(schedule, network(a), network(b), x, t)[0])
+    found = [losses.score_difference(schedule, seen, *answers(kind)) for kind in ("epsilon", "v_prediction")]
     torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
 
 
@@ -175,15 +174,12 @@ def test_the_exact_denoiser_of_the_example_is_exact():
 def test_the_gradient_is_zero_at_the_start_without_guidance_and_the_guidance_term_with_it(tiny_sd):
     m, base = method(tiny_sd, guidance=1.0)
     batch = batch_for(base)
-    torch.manual_seed(3)
-    assert m.gradient(batch.latents, batch).abs().max() == 0
+    seen = m.noised(batch.latents)
+    fake = m.fake(seen.x_t, seen.t, batch.cond)
+    assert m.gradient(seen, fake, batch).abs().max() == 0
     m.config.guidance = 3.0
-    torch.manual_seed(3)
-    g = m.gradient(batch.latents, batch)
-    torch.manual_seed(3)
-    t = torch.randint(20, 981, (4,))
-    x_t = m.schedule.add_noise(batch.latents, torch.randn_like(batch.latents), t)
-    c, u = m.teacher(x_t, t, batch.cond), m.teacher(x_t, t, batch.uncond)
+    g = m.gradient(seen, fake, batch)
+    c, u = m.teacher(seen.x_t, seen.t, batch.cond), m.teacher(seen.x_t, seen.t, batch.uncond)
     real = c.guide(u, 3.0)
     expected = -2.0 * (c.x0 - u.x0) / (batch.latents - real.x0).abs().mean((1, 2, 3), keepdim=True)
     torch.testing.assert_close(g, expected, atol=2e-4, rtol=1e-3)
@@ -195,13 +191,19 @@ def test_both_scores_see_the_same_noised_sample_at_levels_in_range(tiny_sd, monk
     spy = lambda real: lambda x_t, t, *a: (seen.append((x_t, t)), real(x_t, t, *a))[1]
     monkeypatch.setattr(m.teacher, "guided", spy(m.teacher.guided))
     monkeypatch.setattr(m.fake, "forward", spy(m.fake.forward))
-    m.gradient(batch.latents, batch)
+    next(m.losses(batch, 0))
     (a, t_a), (b, t_b) = seen
     assert torch.equal(a, b)
     assert torch.equal(t_a, t_b)
     assert t_a.min() >= 100
     assert t_a.max() <= 200
     assert len(t_a.unique()) > 20
+
+
+def test_noise_levels_reach_both_ends(tiny_sd):
+    m, _ = method(tiny_sd)
+    t = m.noised(torch.zeros(20_000, 1, 1, 1)).t
+    assert (t.min(), t.max()) == (20, 980)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -216,13 +218,10 @@ def test_gradients_reach_the_student_though_the_fake_score_was_worn_after_it(fam
             net.train()  # diffusers checkpoints whenever gradients are on; dropout is 0
         disturb(m)
         torch.manual_seed(5)
-        turns = m.losses(batch_for(base), 0)
-        who, terms = next(turns)
-        assert who == "student"
-        sum(terms.values()).backward(inputs=list(m.players["student"].parameters()))
-        who, terms = next(turns)
-        assert who == "fake"
-        sum(terms.values()).backward(inputs=list(m.players["fake"].parameters()))
+        (turn,) = m.losses(batch_for(base), 0)
+        assert set(turn) == {"student", "fake"}
+        for who, terms in turn.items():
+            sum(terms.values()).backward(inputs=list(m.players[who].parameters()))
         grads = {k: [p.grad for p in net.parameters()] for k, net in m.players.items()}
         assert all(g is not None and g.isfinite().all() for gs in grads.values() for g in gs)
         assert all(sum(g.norm() for g in gs) > 0 for gs in grads.values())
@@ -263,7 +262,7 @@ def test_wearing_equals_pefts_own_switch(tiny_sd):
 def test_wearing_puts_back_what_was_on(tiny_sd):
     m, _ = method(tiny_sd)
     with adapters.wearing(m.base_model.unet, "student"):
-        with pytest.raises(RuntimeError), adapters.wearing(m.base_model.unet, None):
+        with suppress(RuntimeError), adapters.wearing(m.base_model.unet, None):
             assert adapters.worn(m.base_model.unet) is None
             raise RuntimeError
         assert adapters.worn(m.base_model.unet) == "student"
@@ -281,11 +280,12 @@ def test_memory_designs_hold_one_to_three_networks_and_a_turn_moves_its_own_play
     frozen = [p for p in base.unet.parameters() if not p.requires_grad]
     stock = [p.detach().clone() for p in frozen]
     batch = batch_for(base)
-    for who, terms in m.losses(batch, 0):
-        before = copies()
+    (turn,) = m.losses(batch, 0)
+    for who, terms in turn.items():
         sum(terms.values()).backward(inputs=list(m.players[who].parameters()))
+    for who in turn:
+        before = copies()
         optimizers[who].step()
-        optimizers[who].zero_grad()
         for k, old in before.items():
             same = [torch.equal(a, b) for a, b in zip(old, m.players[k].parameters(), strict=True)]
             assert all(same) if k != who else not all(same)
@@ -294,10 +294,20 @@ def test_memory_designs_hold_one_to_three_networks_and_a_turn_moves_its_own_play
 
 def test_the_fake_score_is_trained_r_times_for_each_update_of_the_student(tiny_sd):
     m, base = method(tiny_sd, fake_steps_per_gen=5)
-    turns = [[who for who, _ in m.losses(batch_for(base), step)] for step in range(12)]
-    assert [len(t) for t in turns] == [2, 1, 1, 1, 1, 2, 1, 1, 1, 1, 2, 1]
-    assert sum(t.count("fake") for t in turns[:10]) == 5 * sum(t.count("student") for t in turns[:10])
-    assert turns[0] == ["student", "fake"]
+    turns = [set(next(m.losses(batch_for(base), step))) for step in range(12)]
+    assert turns == [{"student", "fake"} if step % 5 == 0 else {"fake"} for step in range(12)]
+    assert sum("fake" in t for t in turns[:10]) == 5 * sum("student" in t for t in turns[:10])
+
+
+def test_the_student_learns_from_the_fake_score_as_it_was_before_this_step(tiny_sd):
+    """Both losses exist before either update: as published, and one forward pass of the fake score serves both."""
+    m, base = method(tiny_sd)
+    disturb(m)
+    calls, real = [], m.fake.forward
+    m.fake.forward = lambda *a: (calls.append(1), real(*a))[1]
+    (turn,) = m.losses(batch_for(base), 0)
+    assert len(calls) == 1
+    assert set(turn) == {"student", "fake"}
 
 
 # ---- steps of the student
@@ -309,14 +319,12 @@ def test_backward_simulation_visits_its_own_timesteps_alone(tiny_sd, monkeypatch
     assert m.timesteps.tolist() == expected == list(m.recipe.timesteps)
     seen, real = [], m.student.forward
     monkeypatch.setattr(m.student, "forward", lambda x, t, c: (seen.append(t.unique().tolist()), real(x, t, c))[1])
-    ks = []
-    for step in range(40):
+    steps = {m.step_index(step): step for step in range(100)}  # one for each of the student's
+    assert set(steps) == set(range(n))
+    for k, step in steps.items():
         seen.clear()
         next(m.losses(batch_for(base), step))
-        ks.append(len(seen) - 1)
-        assert seen == [[t] for t in expected[: ks[-1] + 1]]
-        assert ks[-1] == m.step_index(step)
-    assert set(ks) == set(range(n))
+        assert seen == [[t] for t in expected[: k + 1]]
 
 
 def test_every_process_takes_the_same_step_of_the_student(tiny_sd):
@@ -335,12 +343,12 @@ def test_simulation_is_the_lcm_sampler_of_diffusers_up_to_that_step():
     generator = lambda x, t: Prediction(0.5 * x, x)
     noise, timesteps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([999, 749, 499, 249])
     torch.manual_seed(1)
-    found = simulate(schedule, generator, noise, timesteps, 2)
+    found = simulate(generator, noise, schedule, timesteps, 2)
     torch.manual_seed(1)
     x = schedule.add_noise(0.5 * noise, torch.randn_like(noise), torch.tensor(749))
     x = schedule.add_noise(0.5 * x, torch.randn_like(noise), torch.tensor(499))
     torch.testing.assert_close(found, x)
-    assert torch.equal(simulate(schedule, generator, noise, timesteps, 0), noise)
+    assert torch.equal(simulate(generator, noise, schedule, timesteps, 0), noise)
 
 
 def test_regression_rows_start_from_their_pairs_noise_and_the_others_from_fresh(tiny_sd):
@@ -349,18 +357,17 @@ def test_regression_rows_start_from_their_pairs_noise_and_the_others_from_fresh(
     x = m.start(batch, 0, m.pairs(batch))
     assert torch.equal(x[:2], batch.noise[:2])
     assert not torch.equal(x[2:], batch.noise[2:])
-    who, terms = next(m.losses(batch, 0))
-    assert set(terms) == {"matching", "regression"}
+    assert set(next(m.losses(batch, 0))["student"]) == {"matching", "regression"}
 
 
 def test_regression_alone_first_then_without_it(tiny_sd):
     """DMD2's start of SDXL in one step."""
     m, base = method(tiny_sd, recipe="dmd2", t_gen=399, reg_steps=3, fake_steps_per_gen=2)
     assert m.timesteps.tolist() == [399]
-    turns = [[(who, set(terms)) for who, terms in m.losses(batch_for(base), step)] for step in range(6)]
-    assert turns[:3] == [[("student", {"regression"})]] * 3
-    assert turns[3] == [("fake", {"denoising"})]
-    assert turns[4] == [("student", {"matching"}), ("fake", {"denoising"})]
+    turns = [{who: set(terms) for who, terms in next(m.losses(batch_for(base), step)).items()} for step in range(6)]
+    assert turns[:3] == [{"student": {"regression"}}] * 3
+    assert turns[3] == {"fake": {"denoising"}}
+    assert turns[4] == {"student": {"matching"}, "fake": {"denoising"}}
 
 
 def test_v_prediction_with_zero_terminal_snr_starts_from_pure_noise(tiny_v):
@@ -388,13 +395,11 @@ def test_heads_end_in_one_logit_whatever_the_side(side, convolutions):
 def test_gan_gradients_stay_with_their_player(tiny_sd, features):
     m, base = method(tiny_sd, gan_weight=1e-3, gan_features=features)
     batch = batch_for(base)
-    turns = m.losses(batch, 0)
-    _, terms = next(turns)
-    grads = torch.autograd.grad(terms["gan"], list(m.players["student"].parameters()), retain_graph=True, allow_unused=True)
+    (turn,) = m.losses(batch, 0)
+    grads = torch.autograd.grad(turn["student"]["gan"], list(m.players["student"].parameters()), allow_unused=True)
     assert sum(g.abs().sum() for g in grads if g is not None) > 0
-    _, terms = next(turns)
     fakes = list(m.players["fake"].parameters())
-    grads = torch.autograd.grad(terms["gan"], fakes, allow_unused=True)
+    grads = torch.autograd.grad(turn["fake"]["gan"], fakes, allow_unused=True)
     n_head = len(list(m.head.parameters()))
     assert all(g is not None for g in grads[-n_head:])
     reached = sum(g.abs().sum() for g in grads[:-n_head] if g is not None)
@@ -444,7 +449,6 @@ def test_what_is_wanted_of_the_data():
         (dict(num_steps=4), "--lambda-reg 0.25: pairs are for one step"),
         (dict(num_steps=4, lambda_reg=0.0, t_gen=399), "--t-gen 399"),
         (dict(num_steps=2, lambda_reg=0.0, reg_steps=9), "--reg-steps 9"),
-        (dict(batch_size=2, reg_batch=3), "--reg-batch 3"),
     ],
 )
 def test_options_that_contradict_each_other_are_named(given, told):

@@ -1,5 +1,6 @@
 """The metrics judge only after they have ordered a known ladder rightly."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -8,9 +9,10 @@ from torchvision.transforms.functional import adjust_saturation, gaussian_blur
 
 from fastdiff import evaluate
 from fastdiff.data import embedded
-from fastdiff.evaluate import Prompts, Reference, Row, embed, frechet, gap_closed, moments, recognised
+from fastdiff.evaluate import Drift, Prompts, Reference, Row, embed, frechet, gap_closed, moments, recognised
 from fastdiff.io import checkpoint
 from fastdiff.models import autoencoder
+from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import Settings
 
 
@@ -109,3 +111,48 @@ def test_the_shipped_teacher_is_good(reference, teacher_pixels):
     assert found.mean() >= 0.8 * ceiling
     assert found[~prompts.coarse].mean() >= 0.8 * ceiling
     assert evaluate.background_right(teacher_pixels, prompts) >= 0.95
+
+
+# ---- drift
+
+
+def test_drift_is_nothing_against_oneself_and_tells_what_is_off(tiny_sd):
+    base = checkpoint.load(str(tiny_sd))
+    settings = Settings("ddim", 2, 1.0)
+    denoiser = Denoiser(base.unet, base.schedule(), base.prediction_type)
+
+    class Louder(torch.nn.Module):
+        """The same pictures with twice the contrast, shifted."""
+
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.schedule, self.guidance_embedded = net.net, net.schedule, False
+            self.inner = net
+
+        def forward(self, x, t, cond):
+            p = self.inner(x, t, cond)
+            return p._replace(x0=2 * p.x0 + 1) if int(t) == 499 else p
+
+    drift = Drift(base, ["a cat", "a dog", "a"], 64, "cpu")
+    same = drift.measure((denoiser, settings), (denoiser, settings))
+    assert same["drift"] == 0
+    assert (same["contrast"], same["saturation"], same["sharpness"]) == (1, 1, 1)
+    louder = drift.measure((denoiser, settings), (Louder(denoiser), settings))
+    t = drift.teacher
+    assert louder["drift_mean"] == pytest.approx(((t["mean"] + 1) / t["spread"]).abs().mean().item(), rel=0.02)
+    assert louder["drift_spread"] == pytest.approx(math.log(2), rel=0.02)
+    ratios = [louder[k] for k in ("contrast", "saturation", "sharpness")]
+    assert louder["drift"] == pytest.approx(louder["drift_mean"] + louder["drift_spread"] + sum(abs(math.log(r)) for r in ratios))
+
+
+def test_over_saturated_and_blurred_pictures_drift():
+    """On the embedded checkpoint: twice the guidance saturates, one step blurs, and both are seen as what they are."""
+    base = checkpoint.load("emoji")
+    denoiser = Denoiser(base.unet, base.schedule(), base.prediction_type)
+    drift = Drift(base, ["panda on yellow", "red apple on blue", "rocket on purple", "fruit"] * 3, 64, "cpu")
+    teacher = (denoiser, Settings("ddim", 8, 3.0))
+    more, fewer = (drift.measure(teacher, (denoiser, s)) for s in (Settings("ddim", 8, 9.0), Settings("ddim", 1, 1.0)))
+    close = drift.measure(teacher, (denoiser, Settings("ddim", 12, 3.0)))
+    assert close["drift"] < min(more["drift"], fewer["drift"])
+    assert more["drift_spread"] > close["drift_spread"]
+    assert more["contrast"] > 1.05

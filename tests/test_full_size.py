@@ -92,7 +92,11 @@ def python(code, *args):
     return done.stdout
 
 
-def test_two_steps_on_full_size_sdxl_fit_24_gb_and_the_lora_loads_whole(tmp_path):
+@pytest.mark.parametrize(
+    ("train", "file"),
+    [("train-lcm-lora", "lcm"), ("dmd --fake-steps-per-gen 1", "dmd2"), ("dmd --recipe dmd --lpips-weights embedded", "dmd")],
+)
+def test_two_steps_on_full_size_sdxl_fit_24_gb_and_the_lora_loads_whole(train, file, tmp_path):
     base, run = tmp_path / "sdxl", tmp_path / "run"
     base.mkdir()
     python(BUILD, base)
@@ -104,10 +108,11 @@ def test_two_steps_on_full_size_sdxl_fit_24_gb_and_the_lora_loads_whole(tmp_path
         batch_size=1,
         grad_accum=1,
         pairs=1,
+        teacher_steps=2,
         resolution=64,
         prompts=tmp_path / "prompts.txt",
     )
-    command = [sys.executable, "-m", "fastdiff", "train-lcm-lora", *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())]
+    command = [sys.executable, "-m", "fastdiff", *train.split(), *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     done = subprocess.run(
         [*command, "--offline", "--json"],
@@ -119,10 +124,10 @@ def test_two_steps_on_full_size_sdxl_fit_24_gb_and_the_lora_loads_whole(tmp_path
     peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     told = json.loads(done.stdout)
-    print(f"peak {peak_gib:.1f} GiB (building it {before / 2**20:.1f}), {told['timings']}")
+    print(f"{train}: peak {peak_gib:.1f} GiB (building it {before / 2**20:.1f}), {told['timings']}")
     assert told["metrics"]["steps"] == 2
     assert peak_gib < 24
-    written = run / "lcm.safetensors"
+    written = run / f"{file}.safetensors"
     assert len(lora.load(written).modules) == 788
     assert int(python(LOAD, base, written).split()[-1]) == 788
     assert Path(run / "previews" / "final.png").exists()

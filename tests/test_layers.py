@@ -5,14 +5,15 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "fastdiff"
 FLOORS = [
-    {"console", "schedule", "losses"},
-    {"config"},
+    {"console", "schedule"},
+    {"config", "losses"},
     {"io.recipe", "io.tensors"},
     {"io.run", "io.updates", "io.ldm", "io.family"},
     {"io.layouts", "io.checkpoint"},
     {"io.lora", "io.export"},
     {"io.fitting"},
-    {"models.denoiser", "models.adapters", "models.autoencoder", "models.ema", "models.features", "solvers"},
+    {"models.adapters", "models.autoencoder", "models.discriminator", "models.ema", "models.features", "solvers"},
+    {"models.denoiser", "models.perceptual"},
     {"models.text", "difference"},
     {"sampling"},
     {"data.batch"},
@@ -21,7 +22,7 @@ FLOORS = [
     {"data"},
     {"evaluate", "trainer", "compare"},
     {"session", "sample", "merge", "export", "inspect"},
-    {"methods.lcm"},
+    {"methods.lcm", "methods.dmd"},
     {"cli"},
     {"__main__"},
 ]

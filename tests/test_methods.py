@@ -67,7 +67,7 @@ def test_losses_are_finite_players_move_and_the_teacher_does_not(command, data, 
 def test_only_the_yielding_player_gets_gradients(command, data, tmp_path):
     trainer, _ = trainer_of(command, data, tmp_path)
     batch = data.batch(4, torch.Generator().manual_seed(0))
-    for who, losses in trainer.method.losses(batch, 0):
+    for who, losses in (pair for turn in trainer.method.losses(batch, 0) for pair in turn.items()):
         mine = trainer.players[who].params
         others = [p for k, player in trainer.players.items() if k != who for p in player.params]
         sum(losses.values()).backward(inputs=mine)
@@ -111,7 +111,7 @@ def test_accumulation_equals_one_large_batch(command, data, tmp_path, monkeypatc
         def losses(batch, step, trainer=trainer):
             cond = batch.cond
             p = trainer.method.student(batch.latents, torch.tensor(500), cond)
-            yield next(iter(trainer.players)), {"plain": p.eps.square().mean()}
+            yield {next(iter(trainer.players)): {"plain": p.eps.square().mean()}}
 
         parts = iter(x.chunk(n))
         monkeypatch.setattr(trainer.method, "losses", losses)
@@ -184,8 +184,62 @@ def test_a_stop_signal_saves_a_state_and_says_how_to_go_on(data, tmp_path, monke
 def test_bad_gradients_are_skipped_and_ten_in_a_row_end_the_run(data, tmp_path, monkeypatch):
     trainer, _ = trainer_of("train-lcm-lora", data, tmp_path, steps=50)
     old = weights(trainer)
-    broken = lambda batch, step: iter([("student", {"x": trainer.players["student"].params[0].sum() * float("nan")})])
+    broken = lambda batch, step: iter([{"student": {"x": trainer.players["student"].params[0].sum() * float("nan")}}])
     monkeypatch.setattr(trainer.method, "losses", broken)
     with pytest.raises(RuntimeError, match="10 bad steps in a row"):
         trainer.fit()
     assert all(torch.equal(a, b) for a, b in zip(old["student"], weights(trainer)["student"], strict=True))
+
+
+# ---- measuring during training
+
+
+def measured(trainer, drifts):
+    """Each measurement in turn gives the next of these drifts."""
+    left = iter(drifts)
+    trainer.measure = lambda: {"drift": next(left)}
+
+
+def test_the_weights_of_the_least_drift_are_exported_and_survive_a_resume(data, tmp_path):
+    trainer, _ = trainer_of("train-lcm-lora", data, tmp_path, steps=6, eval_every=2, keep="best", ema=0.5)
+    measured(trainer, [0.5, 0.2, 0.9])
+    seen = {}
+    real = trainer.evaluate
+
+    def spy():
+        with trainer.averaged():
+            seen[trainer.step] = weights(trainer)["student"]
+        return real()
+
+    trainer.evaluate = spy
+    trainer.fit()
+    assert (trainer.best["step"], trainer.best["drift"], trainer.best["worse"]) == (4, 0.2, 1)
+    second, _ = trainer_of("train-lcm-lora", data, tmp_path, steps=6, eval_every=2, keep="best", ema=0.5)
+    second.restore(second.run.load_state())
+    for one in (trainer, second):
+        before = weights(one)["student"]
+        with one.exported():
+            assert all(torch.equal(a, b) for a, b in zip(seen[4], weights(one)["student"], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(before, weights(one)["student"], strict=True))
+    last, _ = trainer_of("train-lcm-lora", data, tmp_path, steps=6, eval_every=2, ema=0.5)
+    last.restore(last.run.load_state())
+    with last.exported():
+        assert all(torch.equal(a, b) for a, b in zip(seen[6], weights(last)["student"], strict=True))
+    assert [row["drift"] for row in rows(tmp_path) if "drift" in row] == [0.5, 0.2, 0.9]
+
+
+def test_a_run_that_only_gets_worse_is_stopped(data, tmp_path, capsys):
+    trainer, _ = trainer_of("train-lcm-lora", data, tmp_path, steps=50, eval_every=1, keep="best", patience=2)
+    measured(trainer, [0.5, 0.6, 0.75, 0.1])
+    trainer.fit()
+    assert trainer.step == 3
+    err = capsys.readouterr().err
+    assert "drift 0.750; best at 1, now worse by 50 %" in err
+    assert "stopped at step 3" in err
+
+
+def test_players_that_do_not_train_at_every_step_keep_their_last_figures_in_the_log(data, tmp_path):
+    trainer, _ = trainer_of("dmd", data, tmp_path, steps=10, fake_steps_per_gen=7)
+    trainer.fit()
+    (row,) = rows(tmp_path)
+    assert {"student/matching", "student/grad_norm", "fake/denoising", "x_std", "difference"} <= set(row)

@@ -27,7 +27,8 @@ def test_add_noise_and_velocity_equal_diffusers():
     x0, eps = torch.randn(2, 4, 4, 8, 8, generator=g)
     t = torch.tensor([0, 19, 500, 999])
     torch.testing.assert_close(schedule.add_noise(x0, eps, t), theirs.add_noise(x0, eps, t), atol=1e-6, rtol=0)
-    torch.testing.assert_close(schedule.output(Prediction(x0, eps), t, "v_prediction"), theirs.get_velocity(x0, eps, t), atol=1e-6, rtol=0)
+    v = schedule.output(Prediction(x0, eps), t, "v_prediction")
+    torch.testing.assert_close(v, theirs.get_velocity(x0, eps, t), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,3 +111,30 @@ def test_prediction_guide_broadcasts_per_sample():
     c = Prediction(torch.ones(2, 4, 2, 2), torch.ones(2, 4, 2, 2))
     u = Prediction(torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2))
     assert c.guide(u, torch.tensor([2.0, 5.0])).x0[:, 0, 0, 0].tolist() == [2.0, 5.0]
+
+
+def test_karras_levels_are_those_of_the_scheduler_and_leave_the_signal_alone():
+    """EulerDiscreteScheduler's use_karras_sigmas between the same ends; x_t = x0 + sigma eps."""
+    schedule = NoiseSchedule.karras(40, 0.02, 80.0)
+    theirs = diffusers.EDMEulerScheduler(sigma_min=0.02, sigma_max=80.0, sigma_schedule="karras")
+    theirs.set_timesteps(40)
+    torch.testing.assert_close(schedule.sigma.flip(0), theirs.sigmas[:-1].float(), rtol=1e-4, atol=1e-5)
+    x0, eps = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([3, 39])
+    x_t = schedule.add_noise(x0, eps, t)
+    torch.testing.assert_close(x_t, x0 + schedule.sigma[t].reshape(2, 1, 1, 1) * eps)
+    torch.testing.assert_close(schedule.predict(x0, x_t, t, "sample").eps, eps, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_inverts_predict(kind):
+    schedule = NoiseSchedule.from_config(SD)
+    out, x_t = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([10, 400, 900])
+    torch.testing.assert_close(schedule.output(schedule.predict(out, x_t, t, kind), t, kind), out, atol=1e-4, rtol=1e-4)
+
+
+def test_output_of_an_unknown_kind_is_refused():
+    schedule = NoiseSchedule.from_config(SD)
+    with pytest.raises(ValueError, match="prediction type 'flow'"):
+        schedule.output(Prediction(torch.zeros(1, 1), torch.zeros(1, 1)), torch.tensor([1]), "flow")

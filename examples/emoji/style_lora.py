@@ -42,7 +42,7 @@ class StyleLora:
         eps = torch.randn_like(batch.latents)
         out = self.student(self.student.schedule.add_noise(batch.latents, eps, t), t, batch.cond).eps
         weight = (1 / self.student.schedule.alpha[t]).clamp(max=30**0.5)[:, None, None, None]
-        yield "style", {"denoising": losses.squared(weight * out, weight * eps)}
+        yield {"style": {"denoising": losses.squared(weight * out, weight * eps)}}
 
     def updated(self, step):
         pass
@@ -62,9 +62,7 @@ def main() -> None:
     config = Config(steps=args.steps, lr=args.lr, lr_schedule="cosine", warmup=50, batch_size=32, ema=0.99, empty_prompts=0.1)
     base, run = checkpoint.load("emoji"), Run(args.output, "style")
     accelerator = open_accelerator(config, run)
-    data = open_data(
-        base, f"emoji:{args.style}", prompts=None, resolution_px=64, pairs=0, seed=0, device=accelerator.device
-    )
+    data = open_data(base, f"emoji:{args.style}", prompts=None, resolution_px=64, pairs=0, seed=0, device=accelerator.device)
     data.empty_prompts = config.empty_prompts
     method = StyleLora(base, config)
     method.student.to(accelerator.device)

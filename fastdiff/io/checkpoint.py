@@ -182,9 +182,13 @@ class Checkpoint:
     @property
     def resolution_px(self) -> int:
         """Pixels a side that the network was trained at."""
-        levels = len(self.config_of("vae")["block_out_channels"])
         size = self.unet_config.get("sample_size") or 64
-        return (size if isinstance(size, int) else size[0]) * 2 ** (levels - 1)
+        return (size if isinstance(size, int) else size[0]) * self.pixels_per_latent
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """A side of the picture over a side of its latent."""
+        return 2 ** (len(self.config_of("vae")["block_out_channels"]) - 1)
 
     def schedule(self) -> NoiseSchedule:
         return NoiseSchedule.from_config(self.scheduler_config)

@@ -35,7 +35,7 @@ from fastdiff.models.ema import EMA
 from fastdiff.schedule import NoiseSchedule, per_sample
 from fastdiff.session import train, write_student
 from fastdiff.solvers import jump
-from fastdiff.trainer import Losses, TrainConfig
+from fastdiff.trainer import TrainConfig, Turn
 
 # guidance is w of u + w (c - u), so the official scripts' w of [5, 15] and [3, 15] is one more here.
 PRESETS = {
@@ -124,7 +124,7 @@ class LCM:
             prediction_type=base.prediction_type,
         )
 
-    def losses(self, batch: Batch, step: int) -> Iterator[tuple[str, Losses]]:
+    def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
         """One consistency step (LCM, algorithm 1; LCF, algorithm 4)."""
         n, device = len(batch.latents), batch.latents.device
         index = torch.randint(len(self.grid), (n,), device=device)
@@ -140,7 +140,7 @@ class LCM:
                 target = self.consistency(x_u, u, s, cond)
         online = self.consistency(x_t, t, s, cond)
         distance = losses.CONSISTENCY[self.config.loss]
-        yield "student", {"consistency": distance(online, target, self.config.huber_c, self.weight(t, u, online))}
+        yield {"student": {"consistency": distance(online, target, self.config.huber_c, self.weight(t, u, online))}}
 
     def ode_step(self, x_t: Tensor, t: Tensor, u: Tensor, batch: Batch, w: Tensor) -> Tensor:
         """Guided DDIM step t -> u of the teacher (LCM, eq. 13 and 14)."""

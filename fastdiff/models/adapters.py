@@ -1,7 +1,7 @@
 """LoRA on a UNet through peft: several on one base, each worn only by the role it belongs to, and the factors back out."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,14 +9,19 @@ from torch import nn
 
 from fastdiff.io.lora import Factors, from_peft
 
-# The layers of the published LCM-LoRAs: rank 64 on these gives 67,252,224 parameters on SD1.5 and 196,751,360 on SDXL.
+# The layers of the published LCM- and DMD2-LoRAs: rank 64 on these is 67,252,224 parameters on SD1.5, 196,751,360 on SDXL.
+# fmt: off
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TARGETS = (
-    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+    *ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
-)  # fmt: skip
+)
+# fmt: on
 
 
-def attach(unet: nn.Module, rank: int, alpha: float, name: str = "student") -> list[nn.Parameter]:
+def attach(
+    unet: nn.Module, rank: int, alpha: float, name: str = "student", targets: Sequence[str] = TARGETS
+) -> list[nn.Parameter]:
     """Freeze the UNet and put a fresh adapter on it beside those that it has; returns its trainable factors, in fp32
 
     whatever the base is stored in. It starts as zero.
@@ -29,7 +34,7 @@ def attach(unet: nn.Module, rank: int, alpha: float, name: str = "student") -> l
     unet.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS)), adapter_name=name)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), adapter_name=name)
     cast_training_params(unet, torch.float32)
     mine = [p for p in unet.parameters() if p.requires_grad]
     for p in trained:

@@ -22,5 +22,11 @@ class Head(nn.Module):
             layers += [nn.Conv2d(width, width, kernel, stride, padding), nn.GroupNorm(groups, width), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 1))
 
+    @classmethod
+    def on(cls, net: nn.Module, width: int, latent_side: int) -> "Head":
+        """A head for the bottleneck of a UNet that is given latents of that side."""
+        halvings = sum(block.downsamplers is not None for block in net.down_blocks)
+        return cls(width, max(1, latent_side >> halvings)).to(net.device)
+
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features.float()).flatten(1)

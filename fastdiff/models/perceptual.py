@@ -1,7 +1,6 @@
 """Perceptual distance of decoded latents: LPIPS (Zhang 2018), or the embedded feature network through the same formula."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ class DecodedDistance(nn.Module):
     gradients takes more memory than the networks that are trained.
     """
 
-    def __init__(self, vae: nn.Module, distance: Callable[[Tensor, Tensor], Tensor], crop: int) -> None:
+    def __init__(self, vae: nn.Module, distance: nn.Module, crop: int) -> None:
         super().__init__()
         self.vae, self.distance, self.crop = vae.requires_grad_(False), distance, crop
 
@@ -37,18 +36,28 @@ class DecodedDistance(nn.Module):
             return self.distance(autoencoder.pixels(self.vae, a), target)
 
 
-def open_distance(family: str, weights: str | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Pixels a, b (B, 3, H, W) in [-1, 1] -> (B,).
+class PixelDistance(nn.Module):
+    """Pixels a, b (B, 3, H, W) in [-1, 1] -> (B,), by LPIPS or the embedded feature network; it moves to a device whole."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.net.distance(a, b) if isinstance(self.net, FeatureNet) else self.net(a, b).flatten()
+
+
+def open_distance(family: str, weights: str | None) -> PixelDistance:
+    """The distance for a family.
 
     `weights`: "embedded" = the shipped feature network (the default for `emoji`), a file with torchvision's VGG-16, None =
     that file from torchvision's cache or model zoo. Where it cannot be had that is an error, never a random backbone.
     """
     path = locate(family, weights)
     if path is None:
-        return FeatureNet.embedded().distance
+        return PixelDistance(FeatureNet.embedded())
     file = tensors.open_file(path, allow_pickle=True)
-    net = lpips_vgg({key: file[key] for key in file if key.startswith("features.")})
-    return lambda a, b: net(a, b).flatten()
+    return PixelDistance(lpips_vgg({key: file[key] for key in file if key.startswith("features.")}))
 
 
 def locate(family: str, weights: str | None) -> Path | None:
