@@ -10,7 +10,7 @@ import torch
 from fastdiff import losses
 from fastdiff.console import UsageError
 from fastdiff.data import Batch
-from fastdiff.io import checkpoint
+from fastdiff.io import checkpoint, fitting
 from fastdiff.losses import Noised
 from fastdiff.methods.dmd import DMD, PRESETS, Config
 from fastdiff.models import adapters
@@ -290,6 +290,57 @@ def test_memory_designs_hold_one_to_three_networks_and_a_turn_moves_its_own_play
             same = [torch.equal(a, b) for a, b in zip(old, m.players[k].parameters(), strict=True)]
             assert all(same) if k != who else not all(same)
     assert all(torch.equal(a, b) for a, b in zip(stock, frozen, strict=True))
+
+
+def lora_of(base, path, rank, skip=()):
+    """A random LoRA for every adapted layer of a base, saved."""
+    from fastdiff.io import lora
+    from fastdiff.io.updates import Factors
+
+    g, modules = torch.Generator().manual_seed(2), {}
+    names = {name: key for key, name in fitting.names(base.unet).items()}
+    for name, p in base.unet.named_parameters():
+        layer = name.removesuffix(".weight")
+        if layer.endswith(adapters.TARGETS) and layer in names and not layer.endswith(skip):
+            up = 0.05 * torch.randn(len(p), rank, *[1] * (p.ndim - 2), generator=g)
+            modules[names[layer]] = Factors(torch.randn(rank, *p.shape[1:], generator=g), up)
+    lora.save(lora.Lora(modules), path, dtype=torch.float32)
+    return lora.load(path)
+
+
+@pytest.mark.parametrize(("student", "rank"), [("lora", 4), ("lora", 6), ("full", 4)])
+def test_a_student_may_start_from_a_few_step_lora(tiny_sd, tmp_path, student, rank):
+    """Exactly where its adapter has the rank, and the others start at the base."""
+    base = checkpoint.load(str(tiny_sd))
+    start = lora_of(base, tmp_path / "start.safetensors", 4)
+    fitting.fold(base.unet, [(start, 1.0)])
+    m, fresh = method(tiny_sd, student=student, lora_rank=rank, init=str(tmp_path / "start.safetensors"))
+    batch, t = batch_for(fresh), torch.tensor(700)
+    folded = Denoiser(base.unet, base.schedule(), base.prediction_type)
+    with torch.no_grad():
+        wanted, bare = folded(batch.latents, t, batch.cond).eps, m.teacher(batch.latents, t, batch.cond).eps
+        torch.testing.assert_close(m.student(batch.latents, t, batch.cond).eps, wanted, atol=2e-4, rtol=1e-3)
+        assert torch.equal(m.fake(batch.latents, t, batch.cond).eps, bare)
+    assert (wanted - bare).abs().max() > 0.01
+
+
+def test_a_start_of_higher_rank_is_met_as_nearly_as_the_adapter_can(tiny_sd, tmp_path):
+    start = lora_of(checkpoint.load(str(tiny_sd)), tmp_path / "start.safetensors", 6)
+    m, base = method(tiny_sd, lora_rank=4, init=str(tmp_path / "start.safetensors"))
+    found = adapters.factors(base.unet, 8)
+    for key, update in list(start.modules.items())[::20]:
+        wanted = update.delta().flatten(1)
+        s = torch.linalg.svdvals(wanted)
+        assert (found[key].delta().flatten(1) - wanted).norm() == pytest.approx(s[4:].norm().item(), rel=0.02, abs=1e-4)
+
+
+def test_a_start_that_does_not_fit_is_named(tiny_sd, tiny_sdxl, tmp_path):
+    path = str(tmp_path / "start.safetensors")
+    lora_of(checkpoint.load(str(tiny_sd)), path, 4)
+    with pytest.raises(UsageError, match=r"start\.safetensors: \d+ of its layers have no adapter here"):
+        method(tiny_sd, lora_layers="attention", init=path)
+    with pytest.raises(UsageError, match=r"start\.safetensors"):
+        method(tiny_sdxl, init=path)
 
 
 def test_the_fake_score_is_trained_r_times_for_each_update_of_the_student(tiny_sd):

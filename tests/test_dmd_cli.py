@@ -175,6 +175,18 @@ def test_mistakes_are_one_line_and_leave_no_run_behind(args, message, train, tin
     assert not (tmp_path / "run").exists()
 
 
+def test_a_student_goes_on_from_another_run(train, tiny_sd, tmp_path):
+    assert train("--base", str(tiny_sd), "-o", "a", "--lr", "1e-2")[0] == 0
+    code, told = train("--base", str(tiny_sd), "-o", "b", "--recipe", "dmd2", "--init", "a/dmd.safetensors", "--lr", "1e-9")
+    assert code == 0, told
+    one, two = (lora.load(tmp_path / name).modules for name in ("a/dmd.safetensors", "b/dmd2.safetensors"))
+    key = next(iter(one))
+    torch.testing.assert_close(one[key].delta(), two[key].delta(), atol=1e-4, rtol=1e-2)
+    code, told = train("--base", str(tiny_sd), "-o", "c", "--init", "gone.safetensors")
+    assert (code, "gone.safetensors" in told["error"]["message"]) == (2, True)
+    assert not (tmp_path / "c").exists()
+
+
 def test_steps_that_the_student_does_not_know_are_warned_of(train, tiny_sd, tmp_path, capfd):
     train("--base", str(tiny_sd), "-o", "run", "--recipe", "dmd2")
     given = ["--base", str(tiny_sd), "--lora", "run/dmd2.safetensors", "--prompt", "a cat", "--resolution", "64", "--json"]

@@ -22,7 +22,7 @@ from fastdiff import losses
 from fastdiff.config import Range
 from fastdiff.console import UsageError
 from fastdiff.data import Batch, Wants
-from fastdiff.io import checkpoint
+from fastdiff.io import checkpoint, fitting, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
@@ -85,6 +85,7 @@ PRESETS = {
 EXAMPLES = """fastdiff dmd
 fastdiff dmd --base sd15 --prompts prompts.txt
 fastdiff dmd --base sdxl --recipe dmd2 --num-steps 4 --data pictures/
+fastdiff dmd --base sdxl --recipe dmd2 --init lcm.safetensors
 fastdiff dmd --base sdxl --recipe dmd2 --num-steps 1 --t-gen 399 --reg-steps 2000"""
 
 
@@ -96,6 +97,7 @@ class Config(TrainConfig):
     recipe: Annotated[Literal["dmd", "dmd2"], "dmd: one step, with regression; dmd2: few steps, two time scales, GAN"] = "dmd"
     student: Annotated[Literal["lora", "full"], "what becomes the few-step model"] = "lora"
     fake: Annotated[Literal["lora", "full"], "what learns the student's distribution"] = "lora"
+    init: Annotated[str | None, "a few-step LoRA of the same base that the student starts from"] = None
     lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64
     lora_alpha: Annotated[float, "their scale is alpha / rank", Range(above=0)] = 64
     lora_layers: Annotated[Literal["all", "attention"], "where they act; attention is faster and smaller"] = "all"
@@ -150,6 +152,12 @@ class DMD:
         copies = {name: trainable_copy(base.unet) for name in ("student", "fake") if getattr(config, name) == "full"}
         self.student, students = self.trained("student", copies)
         self.fake, fakes = self.trained("fake", copies)
+        if config.init:
+            start = lora.load(config.init, allow_pickle=config.allow_pickle)
+            if "student" in copies:
+                fitting.fold(self.student.net, [(start, 1.0)])
+            else:
+                adapters.start_from(self.student.net, start, "student")
         self.head = None
         if config.gan_weight:
             self.watched = self.fake if config.gan_features == "fake" else self.teacher
@@ -256,8 +264,8 @@ class DMD:
         return simulate(generator, noise, self.schedule, self.timesteps, k)
 
     def step_index(self, step: int) -> int:
-        """Which of the student's steps trains: the same on every process and in every micro-batch."""
-        g = torch.Generator().manual_seed(seed_for(self.config.seed, 0, step))
+        """Which of the student's steps trains: the same on every process and in every micro-batch, and no process's own draw."""
+        g = torch.Generator().manual_seed(seed_for(self.config.seed, 999_983, step))
         return int(torch.randint(len(self.timesteps), (), generator=g))
 
     def pairs(self, batch: Batch, alone: bool = False) -> int:
@@ -265,7 +273,7 @@ class DMD:
         if not (alone or self.config.lambda_reg):
             return 0
         n = len(batch.latents)
-        return min(n, self.config.reg_batch or -(-n // 2))
+        return n if alone else min(n, self.config.reg_batch or -(-n // 2))
 
     def updated(self, step: int) -> None: ...
 
@@ -288,6 +296,8 @@ METHOD = DMD
 
 def run(config: Config):
     """The `dmd` command."""
-    if config.regresses:  # before hours of sampling
+    if config.init:  # a wrong file is told before hours of sampling
+        lora.load(config.init, allow_pickle=config.allow_pickle)
+    if config.regresses:
         perceptual.locate(checkpoint.family_of(config.base, allow_pickle=config.allow_pickle), config.lpips_weights)
     return train("dmd", DMD, config)

@@ -5,9 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-from fastdiff.io.lora import Factors, from_peft
+from fastdiff.console import UsageError
+from fastdiff.io import fitting
+from fastdiff.io.lora import Factors, Lora, from_peft
+from fastdiff.io.updates import Dense, low_rank_of
 
 # The layers of the published LCM- and DMD2-LoRAs: rank 64 on these is 67,252,224 parameters on SD1.5, 196,751,360 on SDXL.
 # fmt: off
@@ -26,7 +30,6 @@ def attach(
 
     whatever the base is stored in. It starts as zero.
     """
-    import torch
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
@@ -40,6 +43,30 @@ def attach(
     for p in trained:
         p.requires_grad_(True)
     return mine
+
+
+@torch.no_grad()
+def start_from(unet: nn.Module, start: Lora, name: str) -> None:
+    """Give a fresh adapter what a LoRA of the same base does, or the nearest of its own rank.
+
+    UsageError where the LoRA does not fit or changes a layer that the adapter does not.
+    """
+    modules = {key: unet.get_submodule(layer) for key, layer in fitting.names(unet).items()}
+    bare = {f"{fitting.names(unet)[key]}.weight": tuple(getattr(m, "base_layer", m).weight.shape) for key, m in modules.items()}
+    (fitted,) = fitting.fit([(start, 1.0)], fitting.places(bare, "lora_unet_"))
+    homeless = [key for key in fitted.modules if not hasattr(modules[key], "lora_A")]
+    if homeless:
+        raise UsageError(
+            f"{start.source}: {len(homeless)} of its layers have no adapter here ({homeless[0]})", "--lora-layers all"
+        )
+    for key, update in fitted.modules.items():
+        layer = modules[key]
+        if update.needs_weight:
+            update = Dense(update.delta(layer.base_layer.weight.float().cpu()))
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+        near, _, _ = low_rank_of(update, len(down))
+        down[: near.rank].copy_(near.down.reshape(near.rank, *down.shape[1:]))
+        up[:, : near.rank].copy_(near.up.reshape(len(up), near.rank, *up.shape[2:]) / layer.scaling[name])
 
 
 def is_adapted(net: nn.Module) -> bool:
