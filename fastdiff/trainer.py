@@ -77,8 +77,9 @@ class TrainConfig(BaseConfig):
 class Method(Protocol):
     """One paper. `losses` is its algorithm; it moves no devices, saves nothing and knows no optimiser.
 
-    Besides these it may have `rates` {player: learning rate} where they are not --lr, `figures` {name: scalar tensor} to
-    log beside the losses, and `extra_state` {name: object with a state_dict} that a resumed run needs.
+    Besides these it may have `rates` {player: learning rate} where they are not --lr, `prepare(batch)` to measure something of
+    the data before the first step, `figures` {name: scalar tensor} to log beside the losses, and `extra_state` {name: object
+    with a state_dict} that a resumed run needs.
     """
 
     players: dict[str, nn.Module]  # what trains, one optimiser each; the first is the student's, which alone is averaged
@@ -161,6 +162,7 @@ class Trainer:
     """for step: for turn in method.losses(batch, step): for who in turn: backward into who; sync; clip; step; average; log."""
 
     MAX_BAD_STEPS = 10  # in a row
+    PREPARED = 48  # samples that a method may look at before training
 
     def __init__(self, method: Method, data: Encoded, run: Run, config: TrainConfig, accelerator: Any) -> None:
         self.method, self.data, self.run, self.config, self.accelerator = method, data, run, config, accelerator
@@ -176,6 +178,9 @@ class Trainer:
         self.preview: Callable[[int], None] | None = None
         self.measure: Callable[[], dict[str, float]] | None = None  # has `drift`, the figure that decides
         self.best: dict[str, Any] = {"step": 0, "drift": float("inf"), "params": [], "worse": 0}
+        if prepare := getattr(method, "prepare", None):
+            torch.manual_seed(config.seed)
+            prepare(data.batch(self.PREPARED, torch.Generator().manual_seed(config.seed)).to(self.device))
 
     def fit(self) -> None:
         """Train to `steps`; on SIGTERM or Ctrl-C save and raise Stopped."""
@@ -349,7 +354,8 @@ def start(run: Run, config: TrainConfig, resumed: bool) -> None:
     (run.folder / "previews").mkdir(parents=True, exist_ok=True)
     if not resumed:
         (run.folder / "metrics.jsonl").unlink(missing_ok=True)
-    write_atomic(run.folder / "config.toml", to_toml(config))
+    # Whoever gives this file again wants to go on, also after a run that was begun with --resume never.
+    write_atomic(run.folder / "config.toml", to_toml(replace(config, resume="auto")))
 
 
 def open_accelerator(config: TrainConfig, run: Run) -> Any:

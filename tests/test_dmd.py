@@ -12,7 +12,7 @@ from fastdiff.console import UsageError
 from fastdiff.data import Batch
 from fastdiff.io import checkpoint, fitting
 from fastdiff.losses import Noised
-from fastdiff.methods.dmd import DMD, PRESETS, Config
+from fastdiff.methods.dmd import DMD, PRESETS, Config, fitted_guidance
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Head
@@ -177,7 +177,7 @@ def test_the_gradient_is_zero_at_the_start_without_guidance_and_the_guidance_ter
     seen = m.noised(batch.latents)
     fake = m.fake(seen.x_t, seen.t, batch.cond)
     assert m.gradient(seen, fake, batch).abs().max() == 0
-    m.config.guidance = 3.0
+    m.guidance = 3.0
     g = m.gradient(seen, fake, batch)
     c, u = m.teacher(seen.x_t, seen.t, batch.cond), m.teacher(seen.x_t, seen.t, batch.uncond)
     real = c.guide(u, 3.0)
@@ -359,6 +359,51 @@ def test_the_student_learns_from_the_fake_score_as_it_was_before_this_step(tiny_
     (turn,) = m.losses(batch_for(base), 0)
     assert len(calls) == 1
     assert set(turn) == {"student", "fake"}
+
+
+def test_fitted_guidance_is_the_least_squares_denoiser_of_the_samples(tiny_sd):
+    """Where samples lie at u + w (c - u) it is that w, whatever w is at each noise level; and it follows w between them."""
+    m, base = method(tiny_sd, score_guidance="fitted")
+    m.prepare(batch_for(base, n=20))
+    assert m.guidance.shape == (1000,)
+    assert m.guidance.isfinite().all()
+
+    class Exact(Denoiser):
+        """c and u one apart over a scale that falls with t, so that samples at 1.7 are fitted by w = 1 + 0.7 t / 999."""
+
+        def __init__(self, schedule):
+            torch.nn.Module.__init__(self)
+            self.schedule = schedule
+
+        def forward(self, x_t, t, cond):
+            scale = 1.7 / (1 + 0.7 * t.float() / 999)
+            x0 = scale * cond.tokens[:, :1, :1, None].expand_as(x_t)
+            return Prediction(x0, x0)
+
+    ones = torch.ones(20, 1, 1)
+    samples = Batch(torch.full((20, 4, 2, 2), 1.7), Cond(ones), Cond(0 * ones))
+    expected = 1 + 0.7 * torch.arange(1000) / 999
+    found = fitted_guidance(Exact(m.schedule), samples)
+    torch.testing.assert_close(found[20:980], expected[20:980], atol=1e-4, rtol=0)
+    assert found[0] == pytest.approx(expected[20].item(), abs=1e-3)
+    assert found[999] == pytest.approx(expected[980].item(), abs=1e-3)
+
+
+def test_the_real_score_is_guided_by_the_fitted_value_of_its_level(tiny_sd):
+    m, base = method(tiny_sd)
+    batch = batch_for(base)
+    seen = m.noised(batch.latents)
+    fake = m.fake(seen.x_t, seen.t, batch.cond)
+    m.guidance = torch.linspace(1, 2, 1000)
+    g = m.gradient(seen, fake, batch)
+    for i, t in enumerate(seen.t.tolist()):
+        m.guidance = 1 + t / 999
+        one = m.gradient(
+            Noised(*(v[i : i + 1] for v in seen)),
+            Prediction(*(v[i : i + 1] for v in fake)),
+            Batch(batch.latents[i : i + 1], batch.cond[i : i + 1], batch.uncond[i : i + 1]),
+        )
+        torch.testing.assert_close(g[i : i + 1], one, atol=1e-4, rtol=1e-3)
 
 
 # ---- steps of the student

@@ -123,6 +123,13 @@ def test_config_toml_repeats_the_run_and_a_finished_run_goes_on(train, tiny_sd, 
     assert "already at step 4" in told["error"]["message"]
 
 
+def test_the_config_of_a_fresh_start_goes_on_when_it_is_given_again(train, tiny_sd, tmp_path):
+    assert train("--base", str(tiny_sd), "-o", "a", "--resume", "never")[0] == 0
+    code, told = train("--config", "a/config.toml", "--steps", "3")
+    assert (code, told["metrics"]["steps"]) == (0, 3)
+    assert len(losses(tmp_path / "a")) == 2  # the log of the first run, and the last step
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastdiff import losses
 from fastdiff.config import Range
-from fastdiff.console import UsageError
+from fastdiff.console import UsageError, info
 from fastdiff.data import Batch, Wants
 from fastdiff.io import checkpoint, fitting, lora
 from fastdiff.io.checkpoint import Checkpoint
@@ -36,7 +36,7 @@ from fastdiff.solvers import simulate
 from fastdiff.trainer import Losses, TrainConfig, Turn, seed_for
 
 # Rows are families; a row family:recipe lies over its family's.
-DMD2 = dict(recipe="dmd2", lambda_reg=0.0, fake_steps_per_gen=5, num_steps=4)  # DMD2 sections 4.2, 4.5
+DMD2 = dict(lambda_reg=0.0, fake_steps_per_gen=5, num_steps=4)  # DMD2 sections 4.2, 4.5
 PAPER = dict(weight_decay=0.01, max_grad_norm=10.0, warmup=500)  # DMD appendix B, DMD2 scripts
 CARD = dict(lr=5e-5, batch_size=2, grad_accum=4, gradient_checkpointing=True, steps=4000)  # lr: DMD2's LoRA; ours: for one card
 WATCHED = dict(eval_every=200, keep="best", patience=5)  # over-saturation after some hundreds of steps is the known failure
@@ -65,16 +65,8 @@ PRESETS = {
         max_grad_norm=10.0,
         eval_every=100,
     ),  # fmt: skip
-    "emoji:dmd2": dict(
-        DMD2,
-        t_gen=None,
-        guidance=2.0,
-        teacher_guidance=3.0,
-        fake_steps_per_gen=2,
-        gan_weight=5e-3,
-        lr=3e-4,
-        steps=300,
-    ),  # fmt: skip
+    # Its bottleneck is one latent position: a discriminator stays at a half there, so no GAN and no samples for one.
+    "emoji:dmd2": dict(DMD2, t_gen=None, guidance=2.0, fake_steps_per_gen=2, lr=3e-4, steps=300),
     "sd15": dict(**PAPER, **CARD, **WATCHED, guidance=3.0, pairs=2048),  # guidance: DMD section 4.3
     "sd15:dmd2": dict(DMD2, fake_steps_per_gen=10, gan_weight=1e-3),  # its 1.75 gives the best FID, and poor pictures
     "sd21": dict(**PAPER, **CARD, **WATCHED, guidance=3.0, pairs=2048),
@@ -103,7 +95,10 @@ class Config(TrainConfig):
     lora_layers: Annotated[Literal["all", "attention"], "where they act; attention is faster and smaller"] = "all"
     num_steps: Annotated[int, "sampling steps of the student", Range(1, 8)] = 1
     t_gen: Annotated[int | None, "timestep of a one-step student; default the last; 399 for SDXL (DMD2)", Range(0)] = None
-    guidance: Annotated[float, "of the teacher, in scores and pairs: u + w (c - u)", Range(1)] = 3.0
+    guidance: Annotated[float, "of the teacher, in its scores and its samples: u + w (c - u)", Range(1)] = 3.0
+    score_guidance: Annotated[
+        Literal["constant", "fitted"], "in the scores: --guidance, or at each noise level what fits the teacher's samples"
+    ] = "constant"
     t_min: Annotated[float, "scores are compared from this part of the timesteps ...", Range(0, 1)] = 0.02
     t_max: Annotated[float, "... to this", Range(0, 1)] = 0.98
     weighting: Annotated[
@@ -139,7 +134,9 @@ class Config(TrainConfig):
 
     @property
     def wants(self) -> Wants:
-        return "pairs" if self.regresses else "latents" if self.gan_weight else "prompts"
+        if self.regresses:
+            return "pairs"
+        return "latents" if self.gan_weight or self.score_guidance == "fitted" else "prompts"
 
 
 class DMD:
@@ -171,6 +168,7 @@ class DMD:
             pixels = perceptual.open_distance(base.family, config.lpips_weights)
             self.distance = perceptual.DecodedDistance(base.vae, pixels, config.reg_crop)
         self.timesteps = sampling_timesteps(self.schedule, config)
+        self.guidance: float | Tensor = config.guidance  # or one for each timestep, (T,)
         self.figures: dict[str, Tensor] = {}
         self.recipe = Recipe(
             method=config.recipe,
@@ -195,6 +193,13 @@ class DMD:
             return self.role(None, net), list(net.parameters())
         layers = adapters.TARGETS if self.config.lora_layers == "all" else adapters.ATTENTION
         return self.role(name), adapters.attach(net, self.config.lora_rank, self.config.lora_alpha, name, layers)
+
+    def prepare(self, batch: Batch) -> None:
+        """Before training, on samples: the guidance that fits them."""
+        if self.config.score_guidance == "fitted":
+            self.guidance = fitted_guidance(self.teacher, batch)
+            told = ", ".join(f"{self.guidance[t]:.2f} at t = {t}" for t in (20, 100, 300, 600, 980))
+            info(f"guidance that fits the teacher's samples: {told}")
 
     def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
         """DMD, algorithm 1; DMD2, section 4. Student and fake score learn from the same x, both from the other's old weights.
@@ -233,8 +238,9 @@ class DMD:
 
     def gradient(self, seen: Noised, fake: Prediction, batch: Batch) -> Tensor:
         """g against the guided teacher."""
+        w = self.guidance[seen.t] if isinstance(self.guidance, Tensor) else self.guidance
         with torch.no_grad():
-            real = self.teacher.guided(seen.x_t, seen.t, batch.cond, batch.uncond, self.config.guidance)
+            real = self.teacher.guided(seen.x_t, seen.t, batch.cond, batch.uncond, w)
         told = {"x": seen.x, "real": real.x0, "fake": fake.x0.detach()}
         self.figures |= {f"{k}_{name}": getattr(v, name)() for k, v in told.items() for name in ("mean", "std")}
         self.figures["difference"] = (told["fake"] - real.x0).abs().mean()
@@ -280,6 +286,31 @@ class DMD:
     def export(self, run: Run) -> None:
         """`dmd.safetensors` or `dmd2.safetensors`, or with --student full a diffusers folder."""
         write_student(self, run, None if self.config.student == "full" else self.config.lora_alpha)
+
+
+@torch.no_grad()
+def fitted_guidance(teacher: Denoiser, batch: Batch, levels: int = 8) -> Tensor:
+    """For each timestep the w with which u + w (c - u) best denoises given samples: E<x0 - u, c - u> / E|c - u|^2; (T,).
+
+    [Ours.] A guided sampler's pictures are not what its guided network denoises to: at high noise that overshoots them, and a
+    student that is matched to it over-saturates. With this w the distribution that is matched is that of the samples.
+    """
+    total, x0 = len(teacher.schedule), batch.latents
+    at = (torch.linspace(0.1414, 0.99, levels).square() * total).long()  # from 0.02 T to 0.98 T, dense where w changes
+    found = []
+    for t in at:
+        x_t = teacher.schedule.add_noise(x0, torch.randn_like(x0), t)
+        both = zip(*(part.split(16) for part in (x_t, torch.arange(len(x0)))), strict=True)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for noisy, rows in both:
+            c, u = (teacher(noisy, t, cond[rows]).x0 for cond in (batch.cond, batch.uncond))
+            apart = c - u
+            sums += torch.stack([((x0[rows] - u) * apart).sum(), apart.square().sum()]).double().cpu()
+        found.append(sums[0] / sums[1])
+    w, every = torch.stack(found).float(), torch.arange(total)
+    right = torch.searchsorted(at, every).clamp(1, levels - 1)
+    part = ((every - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
+    return torch.lerp(w[right - 1], w[right], part).to(x0.device)
 
 
 def sampling_timesteps(schedule: NoiseSchedule, config: Config) -> Tensor:
