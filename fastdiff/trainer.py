@@ -335,6 +335,9 @@ class Trainer:
 
 def open_run(command: str, config: TrainConfig) -> tuple[Run, dict[str, Any] | None]:
     """The run folder and the state to go on from; another run's folder is never overwritten by accident."""
+    if not config.eval_every and (config.keep == "best" or config.patience):
+        flag = "--keep best" if config.keep == "best" else f"--patience {config.patience}"
+        raise UsageError(f"{flag}: nothing is measured", "give --eval-every too")
     default = Path("runs") / f"{command}-{Path(config.base).stem or config.base}"
     run = Run(Path(config.output) if config.output else default)
     run.command = command

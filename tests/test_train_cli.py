@@ -138,6 +138,8 @@ def test_the_config_of_a_fresh_start_goes_on_when_it_is_given_again(train, tiny_
         (["--prompts", "gone.txt"], "gone.txt"),
         (["--resume", "elsewhere"], "--resume elsewhere"),
         (["--target", "middle"], "--target"),
+        (["--keep", "best"], "--keep best: nothing is measured"),
+        (["--patience", "3"], "--patience 3: nothing is measured"),
         (["--steps", "0"], "--steps 0"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--lora-rank", "0"], "--lora-rank 0"),
