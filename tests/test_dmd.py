@@ -538,18 +538,32 @@ def test_what_is_wanted_of_the_data():
     assert Config(lambda_reg=0.0, reg_steps=5).wants == "pairs"
 
 
+def test_a_part_of_the_timesteps_that_ends_before_it_begins_is_refused():
+    with pytest.raises(UsageError, match="--t-min 0.9"):
+        Config(t_min=0.9, t_max=0.5)
+
+
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "timesteps"),
     [
-        (dict(t_min=0.9, t_max=0.5), "--t-min 0.9"),
-        (dict(num_steps=4), "--lambda-reg 0.25: pairs are for one step"),
-        (dict(num_steps=4, lambda_reg=0.0, t_gen=399), "--t-gen 399"),
-        (dict(num_steps=2, lambda_reg=0.0, reg_steps=9), "--reg-steps 9"),
+        (dict(num_steps=4), [999, 749, 499, 249]),
+        (dict(num_steps=3), [999, 666, 332]),
+        (dict(num_steps=4, t_gen=749), [749, 561, 374, 187]),
+        (dict(num_steps=2, t_gen=399), [399, 199]),
     ],
 )
-def test_options_that_contradict_each_other_are_named(given, told):
-    with pytest.raises(UsageError, match=told):
-        Config(**given)
+def test_steps_are_even_below_the_first(tiny_sd, given, timesteps):
+    assert method(tiny_sd, **given)[0].timesteps.tolist() == timesteps
+
+
+def test_regression_of_several_steps_is_at_the_first(tiny_sd):
+    """Only there does a pair's noise lead to the teacher's picture."""
+    m, base = method(tiny_sd, lambda_reg=0.25, num_steps=4)
+    first = {m.step_index(step): step for step in range(40)}
+    assert set(first) == {0, 1, 2, 3}
+    for k, step in first.items():
+        terms = set(next(m.losses(batch_for(base), step))["student"])
+        assert terms == ({"matching", "regression"} if k == 0 else {"matching"})
 
 
 @pytest.mark.parametrize("family", ["emoji", "sd15", "sd21", "sdxl"])
@@ -565,6 +579,7 @@ def test_recipes_are_rows_over_their_family(family):
     )
 
 
-def test_t_gen_beyond_the_schedule_is_refused(tiny_sd):
-    with pytest.raises(UsageError, match="--t-gen 1000"):
-        method(tiny_sd, t_gen=1000)
+@pytest.mark.parametrize("given", [dict(t_gen=1000), dict(t_gen=2, num_steps=4)])
+def test_t_gen_without_room_for_the_steps_is_refused(tiny_sd, given):
+    with pytest.raises(UsageError, match=f"--t-gen {given['t_gen']}: must be"):
+        method(tiny_sd, **given)

@@ -94,7 +94,9 @@ class Config(TrainConfig):
     lora_alpha: Annotated[float, "their scale is alpha / rank", Range(above=0)] = 64
     lora_layers: Annotated[Literal["all", "attention"], "where they act; attention is faster and smaller"] = "all"
     num_steps: Annotated[int, "sampling steps of the student", Range(1, 8)] = 1
-    t_gen: Annotated[int | None, "timestep of a one-step student; default the last; 399 for SDXL (DMD2)", Range(0)] = None
+    t_gen: Annotated[
+        int | None, "timestep of the first step, the others evenly below; default the last; 399 for one step of SDXL (DMD2)", Range(0)
+    ] = None
     guidance: Annotated[float, "of the teacher, in its scores and its samples: u + w (c - u)", Range(1)] = 3.0
     score_guidance: Annotated[
         Literal["constant", "fitted"], "in the scores: --guidance, or at each noise level what fits the teacher's samples"
@@ -121,12 +123,6 @@ class Config(TrainConfig):
     def __post_init__(self) -> None:
         if self.t_min > self.t_max:
             raise UsageError(f"--t-min {self.t_min:g}: must be at most --t-max {self.t_max:g}")
-        if self.lambda_reg and self.num_steps > 1:
-            raise UsageError(f"--lambda-reg {self.lambda_reg:g}: pairs are for one step; use --recipe dmd2 or --lambda-reg 0")
-        if self.t_gen is not None and self.num_steps > 1:
-            raise UsageError(f"--t-gen {self.t_gen}: is for one step; --num-steps is {self.num_steps}", "give --t-gen none")
-        if self.reg_steps and self.num_steps > 1:
-            raise UsageError(f"--reg-steps {self.reg_steps}: pairs are for one step; --num-steps is {self.num_steps}")
 
     @property
     def regresses(self) -> bool:
@@ -208,8 +204,8 @@ class DMD:
         """
         config, alone = self.config, step < self.config.reg_steps
         turn = alone or step % config.fake_steps_per_gen == 0
-        pairs = self.pairs(batch, alone) if turn else 0
-        k = self.step_index(step)
+        k = 0 if alone else self.step_index(step)
+        pairs = self.pairs(batch, alone) if turn and k == 0 else 0  # their noise is where the first step starts
         x_t, t = self.start(batch, k, pairs), self.timesteps[k].expand(len(batch.latents))
         with torch.set_grad_enabled(turn):
             x = self.student(x_t, t, batch.cond).x0
@@ -314,12 +310,11 @@ def fitted_guidance(teacher: Denoiser, batch: Batch, levels: int = 8) -> Tensor:
 
 
 def sampling_timesteps(schedule: NoiseSchedule, config: Config) -> Tensor:
-    """999, 749, 499, 249 for four steps; one step is called at t_gen."""
-    if config.t_gen is None:
-        return schedule.grid(config.num_steps, "trailing")
-    if config.t_gen >= len(schedule):
-        raise UsageError(f"--t-gen {config.t_gen}: must be below {len(schedule)}")
-    return torch.tensor([config.t_gen])
+    """999, 749, 499, 249 for four steps from the last timestep; 749, 561, 374, 187 from 749."""
+    n, first = config.num_steps, len(schedule) - 1 if config.t_gen is None else config.t_gen
+    if not n <= first + 1 <= len(schedule):
+        raise UsageError(f"--t-gen {config.t_gen}: must be at least {n - 1} and below {len(schedule)}")
+    return torch.tensor([round((first + 1) * (n - k) / n) - 1 for k in range(n)])
 
 
 METHOD = DMD
