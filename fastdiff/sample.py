@@ -78,11 +78,14 @@ def settings(config: Config, recipe: Recipe, family: str) -> Settings:
     given = {k: getattr(config, k) for k in ("scheduler", "num_steps", "guidance", "spacing", "eta")}
     for name in ("scheduler", "guidance"):
         asked, told = getattr(recipe, name), given[name]
-        if asked is not None and told is not None and asked != told:
+        unguided = name == "guidance" and None not in (asked, told) and max(asked, told) <= 1
+        if asked is not None and told is not None and asked != told and not unguided:
             console.warn(f"--{name} {told}: the weights were distilled for {name} {asked}")
     steps = given["num_steps"]
     if recipe.timesteps and steps and steps != recipe.num_steps:
         console.warn(f"--num-steps {steps}: the weights know only timesteps {', '.join(map(str, recipe.timesteps))}")
+    elif recipe.fixed and steps and steps != recipe.num_steps:
+        console.warn(f"--num-steps {steps}: the weights were distilled for {recipe.num_steps} steps, and for those alone")
     elif recipe.num_steps and steps and steps > 2 * recipe.num_steps:
         console.warn(f"--num-steps {steps}: the weights were distilled for {recipe.num_steps}; more steps do not help")
     if recipe.family and recipe.family != family:
@@ -111,7 +114,7 @@ def open_sampler(config: Config, device: torch.device) -> tuple[Sampler, list[di
     recipe = recipe_of(base, loras)
     chosen = settings(config, recipe, base.family)  # a mismatch is told before anything heavy loads
     applied = fitting.apply(base, loras, allow_partial=config.allow_partial)
-    denoiser = Denoiser(base.unet, base.schedule(), base.prediction_type)
+    denoiser = Denoiser(base.unet, base.schedule(), recipe.predicts(base.prediction_type))
     sampler = Sampler(base, denoiser, base.vae, device=device)
     sampler.settings = chosen
     return sampler, applied.coverage

@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastdiff import console, evaluate
 from fastdiff.console import Result, sha256
 from fastdiff.data import open_data, teacher
-from fastdiff.io import export, lora
+from fastdiff.io import checkpoint, export, fitting, lora
 from fastdiff.io.checkpoint import ALIASES, Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run, write_atomic
 from fastdiff.models import adapters, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
-from fastdiff.schedule import NoiseSchedule
-from fastdiff.trainer import Method, TrainConfig, Trainer, load_base, open_accelerator, open_run, start
+from fastdiff.trainer import Method, Phase, TrainConfig, Trainer, load_base, open_accelerator, open_run, start
 
 # Pictures that are told apart at a glance, on backgrounds that are not their own colour.
 EMOJI_PREVIEW = ("red apple on blue", "panda on yellow", "rocket on purple", "sunflower on white", "robot on green", "pizza")
@@ -39,16 +37,18 @@ class Preview:
         self.cond, self.uncond = text.encode(base, self.prompts, device=device), text.unconditional(base, device=device)
         self.base, self.resolution_px, self.device = base, resolution_px, device
         self.seeds = [config.seed + i for i in range(len(self.prompts))]
-        self.columns: list[Any] = []
+        self.columns: dict[Settings, Any] = {}  # the teacher's
 
     def sheet(self, method: Method, path: Path) -> None:
         """Draw the columns and write the sheet; the teacher's are drawn once."""
         student = settings_of(method)(method.recipe.num_steps)
-        if not self.columns:
-            for settings in (DEFAULTS[self.base.family], undistilled(self.base, student.calls)):
-                self.columns.append(self.draw(method.teacher, settings))
+        plain = (DEFAULTS[self.base.family], undistilled(self.base, student.calls))
+        for settings in plain:
+            if settings not in self.columns:
+                self.columns[settings] = self.draw(method.teacher, settings)
         scale = max(1, 128 // self.resolution_px)
-        contact_sheet([*self.columns, self.draw(method.student, student)], scale=scale).save(path)
+        sheet = [*(self.columns[settings] for settings in plain), self.draw(method.student, student)]
+        contact_sheet(sheet, scale=scale).save(path)
 
     def draw(self, net: Denoiser, settings: Settings) -> Any:
         sampler = Sampler(self.base, net, self.base.vae, device=self.device)
@@ -106,9 +106,6 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
     base.unet.to(accelerator.device)
     method = method_class(base, config)
     start(run, config, resumed=state is not None)
-    for part in vars(method).values():
-        if isinstance(part, nn.Module):
-            part.to(accelerator.device)
     trainer = Trainer(method, data, run, config, accelerator)
     if state:
         console.info(f"going on from step {state['step']} of {config.steps}")
@@ -119,6 +116,15 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
         trainer.measure = lambda: drift.measure(
             (method.teacher, guided), (method.student, settings_of(method)(method.recipe.num_steps))
         )
+
+    def finished(phase: Phase) -> None:
+        if accelerator.is_main_process:
+            method.export(run)
+            sheet = run.folder / "previews" / f"{phase.name or 'final'}.png"
+            preview.sheet(method, sheet)
+            run.wrote(sheet)
+
+    trainer.finished = finished
     with console.timed("training_s"):
         trainer.fit()
     accelerator.end_training()
@@ -127,49 +133,70 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
         metrics["best"] = {k: trainer.best[k] for k in ("step", "drift")}
     if not accelerator.is_main_process:
         return Result()
-    with trainer.exported():
-        method.export(run)
-        sheet = run.folder / "previews" / "final.png"
-        preview.sheet(method, sheet)
-        run.outputs.append(sheet)
-        if judge:
-            with console.timed("proof_s"):
-                metrics |= judge.prove(method)
+    if judge:
+        with console.timed("proof_s"):
+            metrics |= judge.prove(run.weights(), config)
     write_card(run, base, method, config, metrics)
-    weights = run.outputs[0]
+    weights = run.weights()[-1]
     flag = "--lora" if weights.suffix == ".safetensors" else "--base"
     where = f"--base {config.base} {flag} {weights}" if flag == "--lora" else f"--base {weights}"
     return Result(run.outputs, metrics, f'fastdiff sample {where} --prompt "{preview.prompts[0]}"')
 
 
-def write_student(method: Method, run: Run, lora_alpha: float | None) -> None:
-    """`<method>.safetensors` in the LoRA layout that every program loads, or without an alpha the folder `model`."""
+def write_student(method: Method, run: Run, lora_alpha: float | None, name: str | None = None) -> None:
+    """A LoRA file in the layout that every program loads, or without an alpha a diffusers folder.
+
+    `name` without suffix; by default the method's for the file, `model` for the folder.
+    """
     recipe, base = replace(method.recipe, parent=method.parent), method.base_model
     if lora_alpha is None:
-        base.unet = method.student.net
-        path = run.folder / "model"
-        export.to_folder(base, path, recipe=recipe)
+        path = run.folder / (name or "model")
+        export.to_folder(base.with_unet(method.student.net, method.student.kind), path, recipe=recipe)
     else:
         modules = adapters.factors(method.student.net, lora_alpha, method.student.adapter)
-        path = run.folder / f"{recipe.method}.safetensors"
+        path = run.folder / f"{name or recipe.method}.safetensors"
         lora.save(lora.Lora(modules, {**recipe.to_metadata(), **lora.layers_told(base.unet_config)}), path)
-    run.outputs.append(path)
+    run.wrote(path)
 
 
 class Judged:
     """The closing table: prompts are encoded before training frees the text encoder."""
 
+    COLUMNS = ("model", "solver", "num_steps", "guidance", "calls", "retrieval", "frechet", "same_noise")
+
     def __init__(self, base: Checkpoint, n: int, device: torch.device) -> None:
         self.base, self.judge, self.device = base, evaluate.Judge(base, n, device=device), device
 
-    def prove(self, method: Method) -> dict[str, Any]:
-        sampler = Sampler(self.base, method.student, self.base.vae, device=self.device)
-        calls = (method.recipe.num_steps,) if method.recipe.timesteps else (1, 2, 4, 8)
-        found = evaluate.prove(self.judge, sampler, settings_of(method), calls)
-        columns = ("model", "solver", "num_steps", "guidance", "calls", "retrieval", "frechet", "same_noise")
-        shown = [[fmt(row[c]) for c in columns] for row in found["rows"]]
-        console.table(f"{found['samples']} samples a row", list(columns), shown)
-        return found
+    def prove(self, students: list[Path], config: TrainConfig) -> dict[str, Any]:
+        """What was written, read back and judged: {samples, rows, gap_closed}, of several files also {file: gap_closed}."""
+        tables = {path.name: self.table(path, config, "student" if len(students) == 1 else path.stem) for path in students}
+        rows = {json.dumps(row): row for found in tables.values() for row in found["rows"]}  # a teacher's row once
+        shown = [[fmt(row[c]) for c in self.COLUMNS] for row in rows.values()]
+        found = next(iter(tables.values()))
+        console.table(f"{found['samples']} samples a row", list(self.COLUMNS), shown)
+        if len(students) == 1:
+            return found
+        gaps = {name: table["gap_closed"] for name, table in tables.items()}
+        return {"samples": found["samples"], "rows": list(rows.values()), "gap_closed": gaps}
+
+    def table(self, path: Path, config: TrainConfig, name: str) -> dict[str, Any]:
+        sampler, recipe = reopened(path, config, self.device)
+        settings = lambda n: Settings.of(recipe, DEFAULTS["emoji"], num_steps=n)
+        calls = (recipe.num_steps,) if recipe.fixed else (1, 2, 4, 8)
+        return evaluate.prove(self.judge, sampler, settings, calls, name)
+
+
+def reopened(path: Path, config: TrainConfig, device: torch.device) -> tuple[Sampler, Recipe]:
+    """Weights of a run as anybody opens them."""
+    if path.is_dir():
+        base, kept = checkpoint.load(str(path)), None
+        recipe = base.recipe
+    else:
+        base, kept = config.open_base(torch.float32), lora.load(path)
+        recipe = kept.recipe
+        fitting.apply(base, [(kept, 1.0)])
+    net = Denoiser(base.unet, base.schedule(), recipe.predicts(base.prediction_type))
+    return Sampler(base, net, base.vae, device=device), recipe
 
 
 def fmt(value: Any) -> str:
@@ -178,21 +205,27 @@ def fmt(value: Any) -> str:
 
 def write_card(run: Run, base: Checkpoint, method: Method, config: TrainConfig, metrics: dict[str, Any]) -> None:
     """README.md of the run folder: a model card with everything needed to use the weights."""
-    recipe, weights = method.recipe, run.outputs[0]
+    recipe, weights, every = method.recipe, run.weights()[-1], run.weights()
     is_lora = weights.suffix == ".safetensors"
-    scheduler = {"lcm": "LCMScheduler", "tcd": "TCDScheduler", "ddim": "DDIMScheduler"}[recipe.scheduler]
+    scheduler = {"lcm": "LCM", "tcd": "TCD", "ddim": "DDIM", "euler": "EulerDiscrete"}[recipe.scheduler] + "Scheduler"
     table = ""
+    if len(every) > 1:
+        lines = [f"| `{path.name}` | {told.num_steps} | {told.prediction_type} |" for path, told in recipes(every).items()]
+        table = "\n".join(["\n## Files\n", "| file | steps | output of the network |", "| --- " * 3 + "|", *lines, ""])
     if "rows" in metrics:
         keys = ("model", "solver", "calls", "retrieval", "frechet", "same_noise")
         lines = ["| " + " | ".join(fmt(row[k]) for k in keys) + " |" for row in metrics["rows"]]
-        table = "\n".join(["\n## Measured\n", "| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys), *lines, ""])
+        table += "\n".join(["\n## Measured\n", "| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys), *lines, ""])
     fence, steps = "```", f"num_inference_steps={recipe.num_steps}"
     if recipe.timesteps:
         steps += f", timesteps={list(recipe.timesteps)}"
+    how = ', timestep_spacing="trailing"' if recipe.spacing == "trailing" and not recipe.timesteps else ""
+    how += f', prediction_type="{recipe.prediction_type}"' if recipe.prediction_type != base.prediction_type else ""
     load = opened(base) if is_lora else f'DiffusionPipeline.from_pretrained("{weights.name}")'
-    load = f"pipe = {load}\npipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)\n"
+    load = f"pipe = {load}\npipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{how})\n"
     if is_lora:
         load += f'pipe.load_lora_weights("{weights.name}")\n'
+    picture = next(path for path in reversed(run.outputs) if path.suffix == ".png").relative_to(run.folder).as_posix()
     card = f"""---
 base_model: {config.base}
 library_name: diffusers
@@ -203,13 +236,13 @@ tags: [{recipe.method}, {"lora, " if is_lora else ""}few-step]
 | | |
 | --- | --- |
 | method | {recipe.method}, {metrics["steps"]} steps of {config.batch_size} x {config.grad_accum} |
-| base | {config.base}, {recipe.prediction_type}, UNet sha256 {method.parent[:16]} |
-| sampling | {scheduler}, {steps}, guidance {recipe.guidance} |
+| base | {config.base}, {base.prediction_type}, UNet sha256 {method.parent[:16]} |
+| sampling | {scheduler}{how}, {steps}, guidance {recipe.guidance} |
 | data | {config.data or ("emoji" if base.family == "emoji" else "teacher")} |
 | seed | {config.seed} |
 | licence | that of the base model: a distilled model is derived from it |
 
-![same prompts and seeds: teacher, undistilled at the student's calls, student](previews/final.png)
+![same prompts and seeds: teacher, undistilled at the student's calls, student]({picture})
 {table}
 ## Use
 
@@ -219,12 +252,20 @@ from diffusers import DiffusionPipeline, {scheduler}
 {load}image = pipe(prompt, {steps}, guidance_scale={recipe.guidance}).images[0]
 {fence}
 
-ComfyUI, A1111, Forge: {elsewhere(recipe, is_lora, base.schedule())}
+ComfyUI, A1111, Forge: {elsewhere(recipe, is_lora, base)}
 All settings: `config.toml`; the same run again: `fastdiff {run.command} --config config.toml`.
 """
     write_atomic(run.folder / "README.md", card)
-    hashes = {p.name: sha256(p) for p in run.outputs if p.is_file()}
-    write_atomic(run.folder / "hashes.json", json.dumps({"files": hashes, "recipe": asdict(recipe)}, indent=2) + "\n")
+    hashes = {path.name: sha256(path) for path in run.outputs if path.is_file()}
+    told = {"files": hashes, "recipe": asdict(recipe)}
+    if len(every) > 1:
+        told["recipes"] = {path.name: asdict(found) for path, found in recipes(every).items()}
+    write_atomic(run.folder / "hashes.json", json.dumps(told, indent=2) + "\n")
+
+
+def recipes(weights: list[Path]) -> dict[Path, Recipe]:
+    """What each file or folder says of itself."""
+    return {path: checkpoint.load(str(path)).recipe if path.is_dir() else lora.load(path).recipe for path in weights}
 
 
 def opened(base: Checkpoint) -> str:
@@ -237,12 +278,15 @@ def opened(base: Checkpoint) -> str:
     return f'DiffusionPipeline.from_pretrained("{ALIASES.get(base.ref, base.ref)}")'
 
 
-def elsewhere(recipe: Recipe, is_lora: bool, schedule: NoiseSchedule) -> str:
+def elsewhere(recipe: Recipe, is_lora: bool, base: Checkpoint) -> str:
     """How programs with samplers of their own draw with these weights, or that they cannot."""
     where = "put the file among the LoRAs" if is_lora else "make one file of the folder (`fastdiff export --single-file`)"
-    settings = f"{recipe.num_steps} step{'s' if recipe.num_steps > 1 else ''}, CFG {recipe.guidance}"
+    settings = f"{recipe.num_steps} step{'s' if recipe.num_steps > 1 else ''}, CFG {max(1.0, recipe.guidance)}"
+    if recipe.scheduler == "euler":
+        x0 = ', in ComfyUI after "ModelSamplingDiscrete" set to "x0"' if recipe.prediction_type == "sample" else ""
+        return f'{where}, sampler "Euler", schedule "SGM uniform", {settings}{x0}.'
     if recipe.timesteps is None:
         return f'{where}, sampler "LCM", {settings}.'
-    if recipe.timesteps != tuple(schedule.grid(recipe.num_steps, "trailing").tolist()):
+    if recipe.timesteps != tuple(base.schedule().grid(recipe.num_steps, "trailing").tolist()):
         return f"they start at the last timestep; these weights want {list(recipe.timesteps)}, so use a node that sets timesteps."
     return f'{where}, sampler "LCM", schedule "SGM uniform", {settings}.'

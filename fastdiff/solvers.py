@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiff.schedule import NoiseSchedule, Prediction
+from fastdiff.schedule import NoiseSchedule, Prediction, per_sample
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
 Noise = Callable[[], Tensor]
@@ -31,8 +31,11 @@ class Grid:
 
 
 def jump(schedule: NoiseSchedule, p: Prediction, s: Tensor | int | None) -> Tensor:
-    """x_s = alpha_s x0 + sigma_s eps: the DDIM step (Song 2020, eq. 12, eta 0) from any t; s None lands on x0."""
-    return p.x0 if s is None else schedule.add_noise(p.x0, p.eps, torch.as_tensor(s))
+    """x_s = alpha_s x0 + sigma_s eps: the DDIM step (Song 2020, eq. 12, eta 0) from any t; s None or -1 lands on x0."""
+    if s is None:
+        return p.x0
+    s = torch.as_tensor(s, device=p.x0.device)
+    return torch.where(per_sample(s < 0, p.x0), p.x0, schedule.add_noise(p.x0, p.eps, s.clamp(min=0)))
 
 
 def ddim(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:

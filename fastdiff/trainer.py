@@ -41,6 +41,7 @@ class TrainConfig(BaseConfig):
     teacher_guidance: Annotated[float | None, "guidance of each; default: --guidance, or the family's", Range(1)] = None
     output: Annotated[str | None, "run folder"] = field(default=None, metadata={"flags": ["-o"]})
     steps: Annotated[int, "optimiser steps", Range(1)] = 1000
+    max_time: Annotated[str | None, "train no longer than this: 90s, 25m, 2h; fewer steps where they would not fit"] = None
     batch_size: Annotated[int, "images a step and device", Range(1)] = 12
     grad_accum: Annotated[int, "micro-batches an optimiser step", Range(1)] = 1
     lr: Annotated[float, "learning rate", Range(above=0)] = 1e-4
@@ -74,12 +75,24 @@ class TrainConfig(BaseConfig):
         return replace(DEFAULTS[family], **{k: v for k, v in given.items() if v is not None})
 
 
+@dataclass
+class Phase:
+    """A part of a run, with players and optimisers of its own."""
+
+    name: str
+    steps: int
+    exports: bool = True  # at its end there is something to write
+    start: int = 0  # its first step
+    settled: bool = False  # its length has been measured, or it has ended
+
+
 class Method(Protocol):
     """One paper. `losses` is its algorithm; it moves no devices, saves nothing and knows no optimiser.
 
-    Besides these it may have `rates` {player: learning rate} where they are not --lr, `prepare(batch)` to measure something of
-    the data before the first step, `figures` {name: scalar tensor} to log beside the losses, and `extra_state` {name: object
-    with a state_dict} that a resumed run needs.
+    Besides these it may have `rates` {player: learning rate} and `betas` {player: of Adam} where they are not the usual,
+    `prepare(batch)` to measure something of the data before the first step, `figures` {name: scalar tensor} to log beside the
+    losses, and `extra_state` {name: object with a state_dict} that a resumed run needs. A method of several `phases` is told
+    by `enter(phase)` which one begins, and sets its players then; a resumed run enters the phase that it was in.
     """
 
     players: dict[str, nn.Module]  # what trains, one optimiser each; the first is the student's, which alone is averaged
@@ -92,6 +105,20 @@ class Method(Protocol):
     def losses(self, batch: Batch, step: int) -> Iterator[Turn]: ...
     def updated(self, step: int) -> None: ...  # after every optimiser step
     def export(self, run: Run) -> None: ...
+
+
+def seconds(flag: str, text: str | None) -> float | None:
+    """90s, 25m, 2h or plain seconds."""
+    if text is None:
+        return None
+    number, unit = (text[:-1], text[-1]) if text[-1:] in "smh" else (text, "s")
+    try:
+        found = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    except ValueError:
+        found = 0.0
+    if not found > 0:
+        raise UsageError(f"{flag} {text}: not a duration", "write 90s, 25m or 2h")
+    return found
 
 
 def seed_for(seed: int, rank: int, step: int) -> int:
@@ -131,11 +158,19 @@ class Player:
     """What trains of a role, with its optimiser, average and gradient scale."""
 
     def __init__(
-        self, net: nn.Module, config: TrainConfig, device: torch.device, *, lr: float, averaged: bool, fp16: bool
+        self,
+        net: nn.Module,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        averaged: bool,
+        fp16: bool,
     ) -> None:
         self.params, self.lr = [p for p in net.parameters() if p.requires_grad], lr
         self.optimizer = torch.optim.AdamW(
-            self.params, lr=lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=device.type != "mps"
+            self.params, lr=lr, betas=betas, weight_decay=config.weight_decay, fused=device.type != "mps"
         )
         self.ema = EMA(self.params, config.ema) if config.ema and averaged else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
@@ -163,51 +198,123 @@ class Trainer:
 
     MAX_BAD_STEPS = 10  # in a row
     PREPARED = 48  # samples that a method may look at before training
+    PACED = 5  # steps that tell a phase's pace
 
     def __init__(self, method: Method, data: Encoded, run: Run, config: TrainConfig, accelerator: Any) -> None:
         self.method, self.data, self.run, self.config, self.accelerator = method, data, run, config, accelerator
         self.device = accelerator.device
-        fp16 = accelerator.mixed_precision == "fp16"
-        rates, first = getattr(method, "rates", {}), next(iter(method.players))
-        self.players = {
-            k: Player(net, config, self.device, lr=rates.get(k, config.lr), averaged=k == first, fp16=fp16)
-            for k, net in method.players.items()
-        }
         self.step, self.bad_steps = 0, 0
         self.latest: dict[str, float] = {}  # of every logged figure: not every player trains at every step
         self.preview: Callable[[int], None] | None = None
         self.measure: Callable[[], dict[str, float]] | None = None  # has `drift`, the figure that decides
-        self.best: dict[str, Any] = {"step": 0, "drift": float("inf"), "params": [], "worse": 0}
+        self.finished: Callable[[Phase], None] | None = None  # called with the weights to export in place
+        self.phases: list[Phase] = getattr(method, "phases", None) or [Phase("", config.steps)]
+        self.budget_s = seconds("--max-time", config.max_time)
+        self.elapsed_s, self.entered_s = 0.0, 0.0
+        self.enter(0)
         if prepare := getattr(method, "prepare", None):
             torch.manual_seed(config.seed)
             prepare(data.batch(self.PREPARED, torch.Generator().manual_seed(config.seed)).to(self.device))
 
+    def enter(self, index: int) -> None:
+        """Begin a phase: fresh optimisers and averages over what trains in it."""
+        method, config = self.method, self.config
+        self.index, self.phase = index, self.phases[index]
+        self.phase.start = sum(phase.steps for phase in self.phases[:index])
+        if enter := getattr(method, "enter", None):
+            torch.manual_seed(seed_for(config.seed, 7_919, index))  # new networks are the same on every process
+            enter(self.phase)
+        for part in vars(method).values():
+            if isinstance(part, nn.Module):
+                part.to(self.device)
+        rates, betas, first = getattr(method, "rates", {}), getattr(method, "betas", {}), next(iter(method.players))
+        self.players = {
+            k: Player(
+                net,
+                config,
+                self.device,
+                lr=rates.get(k, config.lr),
+                betas=betas.get(k, (0.9, 0.999)),
+                averaged=k == first,
+                fp16=self.accelerator.mixed_precision == "fp16",
+            )
+            for k, net in method.players.items()
+        }
+        self.best: dict[str, Any] = {"step": 0, "drift": float("inf"), "params": [], "worse": 0}
+        self.entered_s = self.elapsed_s
+
+    @property
+    def end(self) -> int:
+        return self.phase.start + self.phase.steps
+
+    @property
+    def total(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
     def fit(self) -> None:
-        """Train to `steps`; on SIGTERM or Ctrl-C save and raise Stopped."""
-        with StopRequest().watching() as stop, console.progress(self.config.steps, "training") as bar:
+        """Train through all phases; on SIGTERM or Ctrl-C save and raise Stopped."""
+        with StopRequest().watching() as stop, console.progress(self.total, "training") as bar:
             bar.update(self.step)
-            while self.step < self.config.steps:
-                row = self.train_step()
-                self.step += 1
-                bar.update(1, loss=row["loss"])
-                self.latest |= row
-                if self.step % 10 == 0 or self.step == self.config.steps:
-                    self.log(self.latest)
-                if stop.exit_code is not None:
-                    self.save()
-                    raise Stopped(
-                        f"stopped at step {self.step} of {self.config.steps}; the state is in {self.run.state_folder}",
-                        f"go on with: fastdiff {self.run.command} --config {self.run.folder / 'config.toml'}",
-                        exit_code=stop.exit_code,
-                    )
-                if self.step % self.config.save_every == 0 and self.step < self.config.steps:
-                    self.save()
-                if self.preview and self.config.preview_every and self.step % self.config.preview_every == 0:
-                    with self.averaged():
-                        self.preview(self.step)
-                if self.config.eval_every and self.step % self.config.eval_every == 0 and self.evaluate():
-                    break
+            for index in range(self.index, len(self.phases)):
+                if index > self.index:
+                    self.enter(index)
+                self.fit_phase(stop, bar)
+                self.leave()
         self.save()
+
+    def fit_phase(self, stop: StopRequest, bar: Any) -> None:
+        while self.step < self.end:
+            began = time.monotonic()
+            row = self.train_step()
+            self.step += 1
+            self.elapsed_s += time.monotonic() - began
+            self.fit_budget()
+            bar.update(1, loss=row["loss"])
+            self.latest |= row
+            if self.step % 10 == 0 or self.step == self.end:
+                self.log(self.latest)
+            if stop.exit_code is not None:
+                self.save()
+                raise Stopped(
+                    f"stopped at step {self.step} of {self.total}; the state is in {self.run.state_folder}",
+                    f"go on with: fastdiff {self.run.command} --config {self.run.folder / 'config.toml'}",
+                    exit_code=stop.exit_code,
+                )
+            if self.step % self.config.save_every == 0 and self.step < self.total:
+                self.save()
+            if self.preview and self.config.preview_every and self.step % self.config.preview_every == 0:
+                with self.averaged():
+                    self.preview(self.step)
+            if self.config.eval_every and self.step % self.config.eval_every == 0 and self.evaluate():
+                self.phase.steps = self.step - self.phase.start
+
+    def fit_budget(self) -> None:
+        """Once a phase, when its pace is known: as many steps as fit in its part of the time that is left."""
+        phase, done = self.phase, self.step - self.phase.start
+        if self.budget_s is None or phase.settled or done < self.PACED:
+            return
+        left = (self.budget_s - self.entered_s) * phase.steps / sum(p.steps for p in self.phases[self.index :])
+        fits = torch.tensor(int(left / ((self.elapsed_s - self.entered_s) / done)), device=self.device)
+        phase.settled = True
+        if self.accelerator.num_processes > 1:  # one clock decides for all
+            from accelerate.utils import broadcast
+
+            fits = broadcast(fits)
+        if fits < phase.steps:
+            phase.steps = max(int(fits), done)
+            console.info(f"--max-time {self.config.max_time}: {phase.steps} steps {phase.name}".rstrip())
+
+    def leave(self) -> None:
+        """The phase is over: what it made is written, and the next one goes on from that."""
+        with self.exported():
+            if self.finished and self.phase.exports:
+                self.finished(self.phase)
+            params = next(iter(self.players.values())).params
+            made = [p.detach().clone() for p in params] if self.index + 1 < len(self.phases) else []
+        with torch.no_grad():
+            for p, value in zip(params, made, strict=False):
+                p.copy_(value)
+        self.phase.settled = True
 
     def train_step(self) -> dict[str, float]:
         """One pass over all turns of the method, micro-batches in lock-step: their generators advance together,
@@ -244,9 +351,10 @@ class Trainer:
     def update(self, player: Player) -> float:
         """Average gradients over processes, clip, step; a non-finite step is skipped, ten in a row end the run."""
         config = self.config
-        rate = player.lr * min(1.0, (self.step + 1) / max(1, config.warmup))
+        done = self.step - self.phase.start
+        rate = player.lr * min(1.0, (done + 1) / max(1, config.warmup))
         if config.lr_schedule == "cosine":
-            rate *= 0.5 + 0.5 * torch.cos(torch.tensor(self.step / config.steps * torch.pi)).item()
+            rate *= 0.5 + 0.5 * torch.cos(torch.tensor(done / self.phase.steps * torch.pi)).item()
         for group in player.optimizer.param_groups:
             group["lr"] = rate
         player.scaler.unscale_(player.optimizer)
@@ -321,15 +429,25 @@ class Trainer:
         if self.accelerator.is_main_process:
             extra = {k: v.state_dict() for k, v in getattr(self.method, "extra_state", {}).items()}
             players = {k: p.state_dict() for k, p in self.players.items()}
-            self.run.save_state({"step": self.step, "players": players, "extra": extra, "best": self.best})
+            state = {"step": self.step, "players": players, "extra": extra, "best": self.best, "elapsed_s": self.elapsed_s}
+            state |= {"phase": self.index, "entered_s": self.entered_s, "outputs": self.run.written()}
+            state["lengths"] = [phase.steps if phase.settled else None for phase in self.phases]
+            self.run.save_state(state)
         self.accelerator.wait_for_everyone()
 
     def restore(self, state: dict[str, Any]) -> None:
-        for k, player in self.players.items():
-            player.load_state_dict(state["players"][k])
+        for phase, steps in zip(self.phases, state["lengths"], strict=True):
+            phase.settled = steps is not None and len(self.phases) > 1
+            phase.steps = steps if phase.settled else phase.steps
+        if state["phase"]:
+            self.enter(state["phase"])
         for k, part in getattr(self.method, "extra_state", {}).items():
             part.load_state_dict(state["extra"][k])
+        for k, player in self.players.items():
+            player.load_state_dict(state["players"][k])
         self.step, self.best = state["step"], state["best"]
+        self.elapsed_s, self.entered_s = state["elapsed_s"], state["entered_s"]
+        self.run.outputs = [self.run.folder / name for name in state["outputs"]]
         self.run.drop_log_after(self.step)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastdiff.io.family import prediction as prediction_told
 from fastdiff.io.ldm import Slot, Weights
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.tensors import TensorFile
-from fastdiff.schedule import NoiseSchedule
+from fastdiff.schedule import NoiseSchedule, PredictionType
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMOJI = ASSETS / "emoji"
@@ -192,6 +193,13 @@ class Checkpoint:
 
     def schedule(self) -> NoiseSchedule:
         return NoiseSchedule.from_config(self.scheduler_config)
+
+    def with_unet(self, net: nn.Module, kind: PredictionType) -> "Checkpoint":
+        """The same checkpoint around another UNet, which outputs `kind`."""
+        other, told = copy(self), self.scheduler_config
+        changed = kind != self.prediction_type
+        other.__dict__ |= {"unet": net, "scheduler_config": told | ({"prediction_type": kind} if changed else {})}
+        return other
 
     @property
     def zeros_for_empty_prompt(self) -> bool:

@@ -21,6 +21,15 @@ class Recipe:
     prediction_type: str | None = None  # epsilon, v_prediction, sample
     parent: str | None = None  # sha256 of the base UNet's weights
 
+    @property
+    def fixed(self) -> bool:
+        """The weights know one number of steps, and not any."""
+        return self.timesteps is not None or self.scheduler == "euler"
+
+    def predicts(self, base: str) -> str:
+        """What the network outputs with these weights, on a base that outputs `base`: only x0 is a change."""
+        return "sample" if self.prediction_type == "sample" else base
+
     def to_metadata(self) -> dict[str, str]:
         """Safetensors header entries `fastdiff.<field>`; all strings, as the format wants."""
         text = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v)  # noqa: E731

@@ -37,6 +37,18 @@ class Run:
     def state_folder(self) -> Path:
         return self.folder / "state"
 
+    def wrote(self, path: Path) -> None:
+        if path not in self.outputs:
+            self.outputs.append(path)
+
+    def written(self) -> list[str]:
+        """The outputs' places in the folder."""
+        return [path.relative_to(self.folder).as_posix() for path in self.outputs]
+
+    def weights(self) -> list[Path]:
+        """The LoRA files and checkpoint folders among the outputs, in the order that they were made."""
+        return [path for path in self.outputs if path.suffix == ".safetensors" or path.is_dir()]
+
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         self.folder.mkdir(parents=True, exist_ok=True)

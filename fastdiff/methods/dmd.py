@@ -95,7 +95,9 @@ class Config(TrainConfig):
     lora_layers: Annotated[Literal["all", "attention"], "where they act; attention is faster and smaller"] = "all"
     num_steps: Annotated[int, "sampling steps of the student", Range(1, 8)] = 1
     t_gen: Annotated[
-        int | None, "timestep of the first step, the others evenly below; default the last; 399 for one step of SDXL (DMD2)", Range(0)
+        int | None,
+        "timestep of the first step, the others evenly below; default the last; 399 for one step of SDXL (DMD2)",
+        Range(0),
     ] = None
     guidance: Annotated[float, "of the teacher, in its scores and its samples: u + w (c - u)", Range(1)] = 3.0
     score_guidance: Annotated[
