@@ -69,6 +69,49 @@ def start_from(unet: nn.Module, start: Lora, name: str) -> None:
         up[:, : near.rank].copy_(near.up.reshape(len(up), near.rank, *up.shape[2:]) / layer.scaling[name])
 
 
+def encoder_layers(unet: nn.Module) -> list[str]:
+    """The names of the layers that an adapter of the down and mid blocks alone acts on."""
+    ends = tuple(f".{name}" for name in TARGETS)
+    names = (name.replace(".base_layer", "") for name, _ in unet.named_modules() if ".lora_" not in name)
+    return list(dict.fromkeys(n for n in names if n.startswith(("down_blocks.", "mid_block.")) and n.endswith(ends)))
+
+
+def layers_with(unet: nn.Module, name: str) -> Iterator[Any]:
+    """The layers that have that adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return (m for m in unet.modules() if isinstance(m, BaseTunerLayer) and name in m.lora_A)
+
+
+def parameters(unet: nn.Module, name: str) -> list[nn.Parameter]:
+    return [p for layer in layers_with(unet, name) for p in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
+
+
+@torch.no_grad()
+def imitate(unet: nn.Module, source: str, name: str) -> None:
+    """Give one adapter the factors of another of its shape."""
+    for mine, its in zip(parameters(unet, name), parameters(unet, source), strict=True):
+        mine.copy_(its)
+
+
+def reset(unet: nn.Module, name: str) -> None:
+    """A fresh start: zero again."""
+    for layer in layers_with(unet, name):
+        layer.reset_lora_parameters(name, init_lora_weights=True)
+
+
+@torch.no_grad()
+def plain(unet: nn.Module, worn: Lora | None = None) -> nn.Module:
+    """A trainable fp32 copy without adapters, with a LoRA folded in."""
+    state = {k.replace(".base_layer.", "."): v.float() for k, v in unet.state_dict().items() if ".lora_" not in k}
+    with torch.device("meta"):
+        copy = type(unet).from_config(unet.config)
+    copy.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
+    if worn:
+        fitting.fold(copy, [(worn, 1.0)])
+    return copy.train().requires_grad_(True)
+
+
 def is_adapted(net: nn.Module) -> bool:
     return getattr(net, "_hf_peft_config_loaded", False)
 

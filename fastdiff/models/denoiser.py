@@ -53,10 +53,7 @@ def guidance_embedding(w: Tensor, width: int) -> Tensor:
 
 
 class Reached(Exception):  # noqa: N818  (not an error: it ends a forward pass early)
-    """Carries a tapped feature out of a network that need not run to its end."""
-
-    def __init__(self, feature: Tensor) -> None:
-        self.feature = feature
+    """All features that were asked for are there."""
 
 
 class Denoiser(nn.Module):
@@ -102,23 +99,35 @@ class Denoiser(nn.Module):
         return c.guide(u, w)
 
     def bottleneck(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The network's narrowest feature map (B, D, h', w'), after the mid block or the last down block where there is none.
+        """The network's narrowest feature map (B, D, h', w'), after the mid block or the last down block where there is none."""
+        return self.encoded(x_t, t, cond)[-1]
+
+    def encoded(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        """The feature maps (B, D_i, h_i, w_i) of every down block before it halves the picture, and the bottleneck.
 
         The decoder does not run.
         """
+        blocks, found = list(self.net.down_blocks), []
 
-        def leave(module: nn.Module, args: tuple, out: Tensor | tuple) -> None:
-            raise Reached(out if isinstance(out, Tensor) else out[0])
+        def note(module: nn.Module, args: tuple, out: Tensor | tuple) -> None:
+            if isinstance(out, Tensor):
+                found.append(out)  # the mid block
+            else:
+                _, states = out
+                found.append(states[-2] if module.downsamplers else states[-1])
+            if module is last:
+                raise Reached
 
-        block = self.net.mid_block if self.net.mid_block is not None else self.net.down_blocks[-1]
-        handle = block.register_forward_hook(leave)
+        last = self.net.mid_block if self.net.mid_block is not None else blocks[-1]
+        handles = [block.register_forward_hook(note) for block in (*blocks, *([last] if last is not blocks[-1] else []))]
         try:
             self(x_t, t, cond)
-        except Reached as reached:
-            return reached.feature
+        except Reached:
+            return found
         finally:
-            handle.remove()
-        raise AssertionError("the hook was not called")
+            for handle in handles:
+                handle.remove()
+        raise AssertionError("the last block was not reached")
 
 
 def trainable_copy(net: nn.Module) -> nn.Module:

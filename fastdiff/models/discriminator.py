@@ -1,15 +1,18 @@
-"""GAN head on a UNet's bottleneck (Yin 2024, DMD2): is the latent behind these features a real one?"""
+"""Discriminators on a UNet's bottleneck: is the latent behind these features a real one?"""
 
 import math
 
+import torch
 from torch import Tensor, nn
+
+from fastdiff.models.denoiser import Cond, Denoiser
 
 
 class Head(nn.Module):
-    """Features (B, D, h, w) -> logits (B, N), N = 1 at the size that it was built for, more on larger maps.
+    """On a network that is there for something else (Yin 2024, DMD2): features (B, D, h, w) -> logits (B, N).
 
-    Strided convolutions down to 4 x 4, one over the rest, then one logit; on SD1.5's 8 x 8 and SDXL's 32 x 32 features these
-    are the published heads. Maps narrower than four are taken whole.
+    N is 1 at the size that it was built for, more on larger maps. Strided convolutions down to 4 x 4, one over the rest, then
+    one logit; on SD1.5's 8 x 8 and SDXL's 32 x 32 features these are the published heads. Narrower maps are taken whole.
     """
 
     def __init__(self, width: int, side: int) -> None:
@@ -30,3 +33,46 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features.float()).flatten(1)
+
+
+class Discriminator(nn.Module):
+    """D(x_s, x_t, s, t, c), or without x_t the unconditional D'(x_s, s, c) (Lin 2024, section 3.3): logits (B, maps).
+
+    Encoder and mid block of a UNet see each latent at its own timestep; their features side by side go through blocks of
+    4 x 4 convolution with stride 2, group norm and SiLU down to four positions a side, and the mean of a projection over
+    what is left, so that any picture size will do. [Ours: width and mean; `every`: a head on each down block too, for
+    networks whose bottleneck is too narrow for detail.]
+    """
+
+    def __init__(self, watched: Denoiser, latent_side: int, *, paired: bool, every: bool = False, hidden: int = 512) -> None:
+        super().__init__()
+        net, self.watched, self.paired, self.every = watched.net, watched, paired, every
+        sides, side = [], latent_side
+        for block in net.down_blocks:
+            sides.append(side)
+            side //= 2 if block.downsamplers else 1
+        widths = list(net.config.block_out_channels)
+        if net.mid_block is not None:
+            widths, sides = [*widths, widths[-1]], [*sides, side]
+        maps = list(zip(widths, sides, strict=True))[None if every else -1 :]
+        self.heads = nn.ModuleList(self.head(width * (2 if paired else 1), side, hidden) for width, side in maps).to(net.device)
+
+    @staticmethod
+    def head(width: int, side: int, hidden: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for _ in range(max(0, math.ceil(math.log2(max(1, side) / 4)))):
+            layers += [nn.Conv2d(width, hidden, 4, 2, 1), nn.GroupNorm(math.gcd(32, hidden), hidden), nn.SiLU()]
+            width = hidden
+        if not layers:  # a map that is small already still needs a layer that is not linear
+            layers = [nn.Conv2d(width, hidden, 1), nn.SiLU()]
+        return nn.Sequential(*layers, nn.Conv2d(hidden, 1, 1))
+
+    def forward(self, x_s: Tensor, s: Tensor, cond: Cond, x_t: Tensor | None = None, t: Tensor | None = None) -> Tensor:
+        """Latents (B, C, h, w) at timesteps (B,), -1 = clean."""
+        xs, at = [x_s], [s.clamp(min=0)]  # a clean latent is shown at the lowest timestep
+        if self.paired:
+            xs, at = [x_s, x_t], [*at, t]
+        maps = self.watched.encoded(torch.cat(xs), torch.cat(at), Cond.cat([cond] * len(xs)))
+        maps = maps if self.every else maps[-1:]
+        beside = [torch.cat(features.float().chunk(len(xs)), 1) for features in maps]
+        return torch.stack([head(features).mean((1, 2, 3)) for head, features in zip(self.heads, beside, strict=True)], 1)

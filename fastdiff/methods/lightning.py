@@ -1,0 +1,345 @@
+"""Progressive adversarial distillation (Lin, Wang & Yang 2024, SDXL-Lightning).
+
+    a stage a:b      teaches b steps what a steps do; t on the student's grid, s = t - T / b, -1 = clean
+    x_t  = alpha_t x0 + sigma_t eps, at T - 1 eps itself                                              section 3.5
+    real = x_s after a / b DDIM steps of the stage before, from x_t    fake = x_s after one of the student
+    mse       |fake - real|^2, the first stage's teacher is guided: guidance is baked in              equation 16
+    cond      D (x_s, x_t, s, t, c):  the student keeps the teacher's way                             section 3.2
+    uncond    D'(x_s, s, c):          and where it cannot, stays on the teacher's pictures            section 3.2
+              D loses softplus(-D(real)) + softplus(D(fake)), the student softplus(-D(fake))
+    full      the same D', on the network with the LoRA merged in                                     section 3.6
+    switch    before one step: |x0_student - x0_teacher|^2; from then on the network outputs x0       section 3.7
+
+In two steps and one, t is any of 249, 499, 749, 999, clean latents are shown to D noised, and without a condition the
+teacher is the one of a stage further back. One LoRA goes through all stages, so each stage's file is a LoRA of the base.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import losses
+from fastdiff.config import Range
+from fastdiff.console import UsageError
+from fastdiff.data import Batch
+from fastdiff.io import checkpoint, lora
+from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io.recipe import Recipe
+from fastdiff.io.run import Run
+from fastdiff.models import adapters
+from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.models.discriminator import Discriminator
+from fastdiff.schedule import NoiseSchedule, per_sample
+from fastdiff.session import train, write_student
+from fastdiff.solvers import jump
+from fastdiff.trainer import Phase, TrainConfig, Turn
+
+# Paper: 1e-5 for mse, 1e-6 with LoRA, 5e-7 full, 512 images a step. Ours for one card: larger, for far smaller batches.
+CARD = dict(lr=1e-4, adversarial_lr=1e-5, full_lr=1e-6, gradient_checkpointing=True, lora_only=True, warmup=20)
+PRESETS = {
+    "emoji": dict(
+        stages="32:8,8:4,4:2,2:1",
+        lora_rank=32,
+        lora_alpha=32,
+        lr=1e-3,
+        adversarial_lr=5e-4,
+        full_lr=2e-4,
+        lr_schedule="cosine",
+        warmup=10,
+        ema=0.98,
+        batch_size=24,
+        steps=600,
+        guidance=3.0,
+        adversarial_below=8,
+        discriminator="full",
+        late_detail_at=40,
+    ),  # fmt: skip
+    "sd15": dict(**CARD, batch_size=4, grad_accum=4, steps=10_000, guidance=7.5),
+    "sd21": dict(**CARD, batch_size=4, grad_accum=4, steps=10_000, guidance=7.5),
+    "sdxl": dict(**CARD, batch_size=1, grad_accum=16, steps=10_000, guidance=6.0),  # guidance: section 3.6
+}
+EXAMPLES = """fastdiff lightning
+fastdiff lightning --base sdxl --prompts prompts.txt --max-time 20h
+fastdiff lightning --base sdxl --stages 8:4 --init lightning-8step.safetensors --phases cond"""
+PHASES = ("cond", "uncond", "full")
+QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of T: where few-step students train (section 3.7)
+SHOWN = (9, 249, 499, 749)  # noise levels at which clean latents are judged
+DETAIL = (5.0, 1.0, 1.0, 1.0)  # their weights once training is stable
+
+
+@dataclass
+class Config(TrainConfig):
+    PANEL: ClassVar[str] = "Progressive adversarial distillation"
+
+    stages: Annotated[str, "steps of teacher:student, each from the one before"] = "128:32,32:8,8:4,4:2,2:1"
+    shares: Annotated[str | None, "how --steps are shared out over the stages, 2,1,1; default evenly"] = None
+    phases: Annotated[str, "of an adversarial stage, in this order"] = "cond,uncond,full"
+    lora_only: Annotated[bool, "no full phase: for cards that do not hold a second network that trains"] = False
+    adversarial_below: Annotated[int, "stages to fewer steps are adversarial, the others mse; 1 = none is", Range(1)] = 32
+    init: Annotated[str | None, "a LoRA of the same base that samples well in the first stage's teacher steps"] = None
+    guidance: Annotated[float, "of the first stage's teacher, u + w (c - u); with --init it has none", Range(1)] = 6.0
+    lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64
+    lora_alpha: Annotated[float, "their scale is alpha / rank", Range(above=0)] = 64
+    adversarial_lr: Annotated[float, "learning rate of student and discriminator against each other", Range(above=0)] = 1e-6
+    full_lr: Annotated[float, "the same in the full phase", Range(above=0)] = 5e-7
+    discriminator: Annotated[Literal["full", "lora"], "what trains below its head: all of it, or an adapter on the base"] = "lora"
+    d_features: Annotated[Literal["mid", "every"], "where it has heads: after the mid block, or after every block"] = "mid"
+    d_steps_per_gen: Annotated[int, "updates of the discriminator for each of the student's; --steps counts them", Range(1)] = 1
+    d_warmup: Annotated[int, "first steps of a new discriminator without the student", Range(0)] = 0
+    r1: Annotated[float, "weight of the discriminator's smoothness on real latents; 0 = none", Range(0)] = 0.0
+    skip_teacher: Annotated[bool, "unconditional phases of 2 steps and 1: the teacher of a stage further back"] = True
+    late_detail_at: Annotated[int, "step of an adversarial phase of one step from which it looks at detail", Range(0)] = 1000
+    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none", Range(0, 2000)] = 500
+
+    def __post_init__(self) -> None:
+        plan(self)
+
+
+@dataclass
+class Part(Phase):
+    """A phase of a stage."""
+
+    stage: int = 0
+    kind: Literal["mse", "switch", "cond", "uncond", "full"] = "mse"
+    a: int = 0  # steps of the stage's teacher
+    b: int = 0  # and of its student
+
+
+def plan(config: Config) -> list[Part]:
+    """The phases of all stages with their steps; UsageError for a chain that is none."""
+    try:
+        stages = [tuple(int(n) for n in pair.split(":")) for pair in config.stages.split(",")]
+        chain = all(len(s) == 2 and 1 <= s[1] < s[0] <= 1000 and s[0] % s[1] == 0 for s in stages)
+    except ValueError:
+        chain = False
+    if not chain or any(one[1] != two[0] for one, two in zip(stages, stages[1:], strict=False)):
+        raise UsageError(
+            f"--stages {config.stages}: not a chain", "as in 32:8,8:4: each divides, and starts where the last ended"
+        )
+    wanted = [kind for kind in config.phases.split(",") if not (kind == "full" and config.lora_only)]
+    if wanted in ([], ["full"]) or wanted != [kind for kind in PHASES if kind in wanted]:
+        raise UsageError(f"--phases {config.phases}: cond, uncond or both, then full where it is wanted")
+    try:
+        shares = [float(x) for x in config.shares.split(",")] if config.shares else [1.0] * len(stages)
+    except ValueError:
+        shares = []
+    if len(shares) != len(stages) or min(shares) <= 0:
+        raise UsageError(f"--shares {config.shares}: one number above 0 for each of the {len(stages)} stages")
+    parts: list[Part] = []
+    weights: list[float] = []
+    for i, ((a, b), share) in enumerate(zip(stages, shares, strict=True)):
+        kinds = wanted if b < config.adversarial_below else ["mse"]
+        written = {"full", [kind for kind in kinds if kind != "full"][-1]}  # a LoRA, and full weights
+        kinds = ["switch", *kinds] if b == 1 else kinds
+        parts += [Part(f"{b}-{kind}", 0, kind in written, stage=i, kind=kind, a=a, b=b) for kind in kinds]
+        weights += [share / len(kinds)] * len(kinds)
+    ends = [round(config.steps * sum(weights[: i + 1]) / sum(weights)) for i in range(len(parts))]
+    for part, start, end in zip(parts, [0, *ends], ends, strict=False):
+        part.steps = end - start
+    if min(part.steps for part in parts) < 1:
+        raise UsageError(f"--steps {config.steps}: too few for {len(parts)} phases", "give more, or fewer --stages or --phases")
+    return parts
+
+
+class Lightning:
+    """One UNet with adapters: student, teacher (the stage before), skip (the one before that), discriminator.
+
+    Players: student (in the full phase a network of its own), discriminator.
+    """
+
+    def __init__(self, base: Checkpoint, config: Config) -> None:
+        self.base_model, self.config, self.schedule = base, config, base.schedule()
+        self.phases, self.parent = plan(config), checkpoint.fingerprint(base.unet)
+        self.teacher = self.role(None)
+        self.adapter("student")
+        if config.init:
+            adapters.start_from(base.unet, lora.load(config.init, allow_pickle=config.allow_pickle), "student")
+        self.kept = nn.ModuleDict()  # what a resumed run needs besides its players
+        self.extra_state = {"adapters": self.kept}
+        self.stage, self.discriminator = -1, None
+        self.figures: dict[str, Tensor] = {}
+        self.players: dict[str, nn.Module] = {}
+
+    def role(self, adapter: str | None, net: nn.Module | None = None, kind: str | None = None) -> Denoiser:
+        net = self.base_model.unet if net is None else net
+        return Denoiser(net, self.schedule, kind or self.base_model.prediction_type, adapter)
+
+    def adapter(self, name: str, layers: list[str] | None = None) -> None:
+        config, net = self.config, self.base_model.unet
+        if config.gradient_checkpointing:
+            adapters.checkpoint_gradients(net)
+        adapters.attach(net, config.lora_rank, config.lora_alpha, name, layers or adapters.TARGETS)
+
+    # ---- phases
+
+    def enter(self, part: Part) -> None:
+        """Who is teacher, student and discriminator in this phase."""
+        self.part = part
+        if part.stage != self.stage:
+            self.begin_stage(part.stage)
+        kind = "sample" if part.b == 1 else None
+        self.student = self.role("student", kind=kind)
+        trained = adapters.parameters(self.base_model.unet, "student")
+        self.kept["student"] = nn.ParameterList(trained)
+        if part.kind == "full":
+            worn = lora.Lora(adapters.factors(self.base_model.unet, self.config.lora_alpha), {})
+            net = adapters.plain(self.base_model.unet, worn)
+            if self.config.gradient_checkpointing:
+                adapters.checkpoint_gradients(net)
+            self.student, trained = self.role(None, net, kind), list(net.parameters())
+        self.players = {"student": nn.ParameterList(trained)}
+        self.betas = {}
+        if part.kind not in {"mse", "switch"}:
+            self.begin_discriminator(paired=part.kind == "cond")
+            self.players["discriminator"] = nn.ParameterList(self.judges)
+            self.betas = dict.fromkeys(self.players, (0.0, 0.99))  # section 3.6
+        rate = {"mse": self.config.lr, "switch": self.config.lr, "full": self.config.full_lr}
+        self.rates = dict.fromkeys(self.players, rate.get(part.kind, self.config.adversarial_lr))
+        self.sources = self.sources_of(part)
+        self.recipe = Recipe(
+            method="lightning",
+            family=self.base_model.family,
+            scheduler="euler",
+            spacing="trailing",
+            num_steps=part.b,
+            guidance=0.0,
+            prediction_type=self.student.kind,
+        )
+
+    def begin_stage(self, stage: int) -> None:
+        """The student of the last stage becomes the teacher, and the teacher the one to skip to; before that it is the base."""
+        net, self.discriminator, self.stage = self.base_model.unet, None, stage
+        depth = stage + bool(self.config.init)
+        made = [name for name, first in (("teacher", 1), ("skip", 2)) if depth >= first]
+        for name in made:
+            if not adapters.parameters(net, name):
+                self.adapter(name)
+            self.kept[name] = nn.ParameterList(adapters.parameters(net, name)).requires_grad_(False)
+        for name in reversed(made):
+            adapters.imitate(net, {"skip": "teacher", "teacher": "student"}[name], name)
+
+    def begin_discriminator(self, *, paired: bool) -> None:
+        """A fresh one for each stage and each way of judging; it goes on from uncond to full."""
+        if self.discriminator is not None and self.discriminator.paired == paired:
+            return
+        base = self.base_model
+        if self.config.discriminator == "full":
+            net = adapters.plain(base.unet)
+            net.up_blocks = nn.ModuleList()  # never reached
+            net.conv_norm_out = net.conv_out = None
+            if self.config.gradient_checkpointing:
+                adapters.checkpoint_gradients(net)
+            watched, judges = self.role(None, net), list(net.parameters())
+        else:
+            if not adapters.parameters(base.unet, "discriminator"):
+                self.adapter("discriminator", adapters.encoder_layers(base.unet))
+            adapters.reset(base.unet, "discriminator")
+            watched, judges = self.role("discriminator"), adapters.parameters(base.unet, "discriminator")
+        side = (self.config.resolution or base.resolution_px) // base.pixels_per_latent
+        self.discriminator = Discriminator(watched, side, paired=paired, every=self.config.d_features == "every")
+        self.judges = [*judges, *self.discriminator.heads.parameters()]
+
+    def sources_of(self, part: Part) -> tuple[Denoiser, int, float]:
+        """The network that shows the way, its number of steps, and its guidance."""
+        further = self.config.skip_teacher and part.b <= 2 and part.kind in {"uncond", "full"} and part.stage > 0
+        name, stage = ("skip", part.stage - 1) if further else ("teacher", part.stage)
+        steps = next(p.a for p in self.phases if p.stage == stage)
+        return (self.role(name), steps, 1.0) if name in self.kept else (self.teacher, steps, self.config.guidance)
+
+    # ---- equations
+
+    def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
+        """One step of the phase; the discriminator first, then the student against it."""
+        part, cond, done = self.part, batch.cond, step - self.part.start
+        x_t, place = self.start(batch)
+        t, s = timesteps(self.schedule, place), timesteps(self.schedule, place - 1 / part.b)
+        if part.kind == "switch":
+            with torch.no_grad():
+                told = (self.role("teacher") if "teacher" in self.kept else self.teacher)(x_t, t, cond).x0
+            yield {"student": {"switch": losses.squared(self.student(x_t, t, cond).x0, told)}}
+            return
+        real = self.way(x_t, place, batch)
+        if part.kind == "mse":
+            yield {"student": {"mse": losses.squared(self.move(x_t, t, s, cond), real)}}
+            return
+        at, show = self.shown(s, done, real)
+        judge = partial(self.discriminator, s=at, cond=cond, x_t=x_t, t=t)
+        with torch.no_grad():
+            fake = show(self.move(x_t, t, s, cond))
+        yield {"discriminator": self.discriminator_losses(judge, show(real), fake)}
+        fresh = part.kind != "full" or "uncond" not in self.config.phases
+        if (fresh and done < self.config.d_warmup) or done % self.config.d_steps_per_gen:
+            return
+        yield {"student": {"gan": losses.gan_real(judge(show(self.move(x_t, t, s, cond))))}}
+
+    def start(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """x_t and its place in (0, 1], where 1 is the last timestep; there x_t is pure noise, as it is when sampling (3.5)."""
+        b, latents = self.part.b, batch.latents
+        places = torch.tensor(QUARTERS if b <= 2 else [(k + 1) / b for k in range(b)], dtype=torch.float64)
+        place = places[torch.randint(len(places), (len(latents),))].to(latents.device)
+        eps = torch.randn_like(latents)
+        x_t = self.schedule.add_noise(latents, eps, timesteps(self.schedule, place))
+        return torch.where(per_sample(place == 1, eps), eps, x_t), place
+
+    def move(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        """One step of the student from t to s, each (B,)."""
+        return jump(self.schedule, self.student(x_t, t, cond), s)
+
+    @torch.no_grad()
+    def way(self, x: Tensor, place: Tensor, batch: Batch) -> Tensor:
+        """Where the teacher's DDIM steps lead in the time of one of the student's; who is clean already stays (2.3)."""
+        net, steps, guidance = self.sources
+        for k in range(steps // self.part.b):
+            t, s = (timesteps(self.schedule, place - j / steps) for j in (k, k + 1))
+            p = net.guided(x, t.clamp(min=0), batch.cond, batch.uncond, guidance)
+            x = torch.where(per_sample(t < 0, x), x, jump(self.schedule, p, s))
+        return x
+
+    def shown(self, s: Tensor, done: int, like: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """At which timesteps the discriminator looks, and what it is shown of latents there; the same noise on real and fake.
+
+        Clean latents of few-step students get one of four levels, later most often the lowest (3.7).
+        """
+        few = self.part.b <= 2
+        weights = torch.tensor(DETAIL if done >= self.config.late_detail_at else (1.0,) * len(SHOWN))
+        level = torch.tensor(SHOWN)[torch.multinomial(weights, len(s), replacement=True)].to(s.device)
+        at, eps = torch.where((s < 0) & few, level, s), torch.randn_like(like)
+        noised = lambda x: self.schedule.add_noise(x, eps, at.clamp(min=0))
+        return at, lambda x: torch.where(per_sample(at == s, x), x, noised(x))
+
+    def discriminator_losses(self, judge: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """-log D(real) - log(1 - D(fake)) (3.2); as an option also how much a little noise moves D(real): R1 in first
+        order."""
+        d_real, d_fake = judge(real), judge(fake)
+        self.figures = {"d_real": d_real.detach().sigmoid().mean(), "d_fake": d_fake.detach().sigmoid().mean()}
+        terms = {"gan": losses.gan_real(d_real) + losses.gan_fake(d_fake)}
+        if self.config.r1:
+            terms["r1"] = self.config.r1 * losses.squared(judge(real + 0.1 * torch.randn_like(real)), d_real)
+        return terms
+
+    def updated(self, step: int) -> None: ...
+
+    def export(self, run: Run) -> None:
+        """`lightning-8step.safetensors`, a LoRA of the base whatever came before; from the full phase the folder
+        `lightning-8step-full`."""
+        name, full = f"lightning-{self.part.b}step", self.part.kind == "full"
+        write_student(self, run, None if full else self.config.lora_alpha, f"{name}-full" if full else name)
+
+
+def timesteps(schedule: NoiseSchedule, place: Tensor) -> Tensor:
+    """Places (B,) in (0, 1] as timesteps, 0 and below as -1, clean: with k / n those of trailing spacing."""
+    return (place.clamp(min=0) * len(schedule)).round().long() - 1
+
+
+METHOD = Lightning
+
+
+def run(config: Config):
+    """The `lightning` command."""
+    if config.init:  # a wrong file is told before anything is sampled
+        lora.load(config.init, allow_pickle=config.allow_pickle)
+    return train("lightning", Lightning, config)
