@@ -307,6 +307,10 @@ class Trainer:
     def leave(self) -> None:
         """The phase is over: what it made is written, and the next one goes on from that."""
         with self.exported():
+            if self.measure and self.phase.exports and self.config.eval_every and self.step % self.config.eval_every:
+                found = self.measure()
+                self.log({"step": self.step - 1, **found})
+                console.info(f"{self.phase.name or 'end'}: drift {found['drift']:.3f}")
             if self.finished and self.phase.exports:
                 self.finished(self.phase)
             params = next(iter(self.players.values())).params
@@ -456,6 +460,7 @@ def open_run(command: str, config: TrainConfig) -> tuple[Run, dict[str, Any] | N
     if not config.eval_every and (config.keep == "best" or config.patience):
         flag = "--keep best" if config.keep == "best" else f"--patience {config.patience}"
         raise UsageError(f"{flag}: nothing is measured", "give --eval-every too")
+    seconds("--max-time", config.max_time)
     default = Path("runs") / f"{command}-{Path(config.base).stem or config.base}"
     run = Run(Path(config.output) if config.output else default)
     run.command = command

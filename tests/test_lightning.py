@@ -78,19 +78,24 @@ def test_the_published_chain():
         (dict(stages="8:4", lora_only=True), ["4-cond", "4-uncond"]),
         (dict(stages="2:1", phases="uncond"), ["1-switch", "1-uncond"]),
         (dict(stages="8:4,4:2,2:1", adversarial_below=1), ["4-mse", "2-mse", "1-switch", "1-mse"]),
+        (dict(stages="2:1", phases="switch:3,mse,cond:2", lora_only=True), ["1-switch", "1-mse", "1-cond"]),
         (dict(stages="64:8,8:4", adversarial_below=8, phases="cond"), ["8-mse", "4-cond"]),
     ],
 )
 def test_any_start_and_end(given, names):
     parts = plan(Config(**given))
     assert [p.name for p in parts] == names
-    assert all(p.exports for p in parts if p.kind in {"mse", "full"})
+    assert all(p.exports for p in parts if p.kind == "full")
+    assert all(p.kind in {"mse", "cond", "uncond", "full"} for p in parts if p.exports)
+    assert {p.b for p in parts if p.exports and p.kind != "full"} == {p.b for p in parts}
     assert parts[-1].exports
 
 
 def test_steps_are_shared_out_as_told():
     parts = plan(Config(stages="8:4,4:2", shares="3,1", phases="cond,uncond", lora_only=True, steps=80))
     assert [p.steps for p in parts] == [30, 30, 10, 10]
+    parts = plan(Config(stages="4:2,2:1", phases="switch:4,mse:3,cond,uncond:2", lora_only=True, steps=160))
+    assert [p.steps for p in parts] == [40, 13, 27, 32, 24, 8, 16]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +108,11 @@ def test_steps_are_shared_out_as_told():
         (dict(stages="2000:1000"), "--stages 2000:1000"),
         (dict(phases="uncond,cond"), "--phases uncond,cond"),
         (dict(phases="full"), "--phases full"),
+        (dict(phases="mse,full"), "--phases mse,full"),
+        (dict(phases="cond,cond"), "--phases cond,cond"),
+        (dict(phases="cond:0"), "--phases cond:0"),
+        (dict(phases="cond:many"), "--phases cond:many"),
+        (dict(phases="both"), "--phases both"),
         (dict(phases="full", lora_only=True), "--phases full"),
         (dict(shares="1,1"), "--shares 1,1: one number above 0 for each of the 5 stages"),
         (dict(shares="1,1,1,1,-1"), "--shares 1,1,1,1,-1"),
@@ -262,7 +272,7 @@ def test_a_chain_starts_from_a_lora(tiny_sd, tmp_path):
     m = method(tiny_sd, "4-cond", stages="8:4,4:2", init=str(tmp_path / "few.safetensors"))
     batch = batch_for(m.base_model)
     for net in (m.sources[0], m.student):
-        torch.testing.assert_close(outputs(net, batch), outputs(first.student, batch), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(outputs(net, batch), outputs(first.student, batch), atol=5e-4, rtol=1e-3)
     assert m.sources[1:] == (8, 1.0)
     assert not torch.allclose(outputs(m.teacher, batch), outputs(m.student, batch), atol=1e-3)
     m.enter(next(p for p in m.phases if p.name == "2-uncond"))

@@ -41,22 +41,27 @@ from fastdiff.trainer import Phase, TrainConfig, Turn
 # Paper: 1e-5 for mse, 1e-6 with LoRA, 5e-7 full, 512 images a step. Ours for one card: larger, for far smaller batches.
 CARD = dict(lr=1e-4, adversarial_lr=1e-5, full_lr=1e-6, gradient_checkpointing=True, lora_only=True, warmup=20)
 PRESETS = {
+    # Measured (examples/emoji/README.md): distance does most here, and a discriminator has something to see in one step only.
     "emoji": dict(
         stages="32:8,8:4,4:2,2:1",
+        shares="200,100,120,480",
+        phases="switch:1,mse:7,cond:1,uncond:2,full:1",
         lora_rank=32,
         lora_alpha=32,
-        lr=1e-3,
-        adversarial_lr=5e-4,
-        full_lr=2e-4,
+        lr=2e-3,
+        adversarial_lr=3e-4,
+        full_lr=1e-4,
+        d_lr=1e-3,
+        d_features="every",
+        late_detail_at=0,
         lr_schedule="cosine",
         warmup=10,
         ema=0.98,
         batch_size=24,
-        steps=600,
+        steps=900,
         guidance=3.0,
         adversarial_below=8,
-        discriminator="full",
-        late_detail_at=40,
+        eval_every=100,
     ),  # fmt: skip
     "sd15": dict(**CARD, batch_size=4, grad_accum=4, steps=10_000, guidance=7.5),
     "sd21": dict(**CARD, batch_size=4, grad_accum=4, steps=10_000, guidance=7.5),
@@ -65,7 +70,7 @@ PRESETS = {
 EXAMPLES = """fastdiff lightning
 fastdiff lightning --base sdxl --prompts prompts.txt --max-time 20h
 fastdiff lightning --base sdxl --stages 8:4 --init lightning-8step.safetensors --phases cond"""
-PHASES = ("cond", "uncond", "full")
+PHASES = ("switch", "mse", "cond", "uncond", "full")
 QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of T: where few-step students train (section 3.7)
 SHOWN = (9, 249, 499, 749)  # noise levels at which clean latents are judged
 DETAIL = (5.0, 1.0, 1.0, 1.0)  # their weights once training is stable
@@ -77,7 +82,9 @@ class Config(TrainConfig):
 
     stages: Annotated[str, "steps of teacher:student, each from the one before"] = "128:32,32:8,8:4,4:2,2:1"
     shares: Annotated[str | None, "how --steps are shared out over the stages, 2,1,1; default evenly"] = None
-    phases: Annotated[str, "of an adversarial stage, in this order"] = "cond,uncond,full"
+    phases: Annotated[str, "of an adversarial stage, as mse,cond:2,uncond:2,full; a number is its share of the steps, else 1"] = (
+        "cond,uncond,full"
+    )
     lora_only: Annotated[bool, "no full phase: for cards that do not hold a second network that trains"] = False
     adversarial_below: Annotated[int, "stages to fewer steps are adversarial, the others mse; 1 = none is", Range(1)] = 32
     init: Annotated[str | None, "a LoRA of the same base that samples well in the first stage's teacher steps"] = None
@@ -85,6 +92,7 @@ class Config(TrainConfig):
     lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64
     lora_alpha: Annotated[float, "their scale is alpha / rank", Range(above=0)] = 64
     adversarial_lr: Annotated[float, "learning rate of student and discriminator against each other", Range(above=0)] = 1e-6
+    d_lr: Annotated[float | None, "learning rate of the discriminator; default the student's", Range(above=0)] = None
     full_lr: Annotated[float, "the same in the full phase", Range(above=0)] = 5e-7
     discriminator: Annotated[Literal["full", "lora"], "what trains below its head: all of it, or an adapter on the base"] = "lora"
     d_features: Annotated[Literal["mid", "every"], "where it has heads: after the mid block, or after every block"] = "mid"
@@ -120,9 +128,20 @@ def plan(config: Config) -> list[Part]:
         raise UsageError(
             f"--stages {config.stages}: not a chain", "as in 32:8,8:4: each divides, and starts where the last ended"
         )
-    wanted = [kind for kind in config.phases.split(",") if not (kind == "full" and config.lora_only)]
-    if wanted in ([], ["full"]) or wanted != [kind for kind in PHASES if kind in wanted]:
-        raise UsageError(f"--phases {config.phases}: cond, uncond or both, then full where it is wanted")
+    asked = [kind.split(":") for kind in config.phases.split(",")]
+    try:
+        wanted = {kind: float(weight[0]) if weight else 1.0 for kind, *weight in asked}
+    except ValueError:
+        wanted = {}
+    known = [kind for kind, *_ in asked] == [kind for kind in PHASES if kind in wanted] and all(
+        weight > 0 for weight in wanted.values()
+    )
+    if not known or not wanted.keys() & {"cond", "uncond"}:
+        raise UsageError(
+            f"--phases {config.phases}: cond, uncond or both, then full where it is wanted", "as in mse,cond:2,uncond:2,full"
+        )
+    if config.lora_only:
+        wanted.pop("full", None)
     try:
         shares = [float(x) for x in config.shares.split(",")] if config.shares else [1.0] * len(stages)
     except ValueError:
@@ -132,11 +151,11 @@ def plan(config: Config) -> list[Part]:
     parts: list[Part] = []
     weights: list[float] = []
     for i, ((a, b), share) in enumerate(zip(stages, shares, strict=True)):
-        kinds = wanted if b < config.adversarial_below else ["mse"]
+        kinds = {k: v for k, v in wanted.items() if k != "switch"} if b < config.adversarial_below else {"mse": 1.0}
         written = {"full", [kind for kind in kinds if kind != "full"][-1]}  # a LoRA, and full weights
-        kinds = ["switch", *kinds] if b == 1 else kinds
+        kinds = {"switch": wanted.get("switch", 1.0), **kinds} if b == 1 else kinds
         parts += [Part(f"{b}-{kind}", 0, kind in written, stage=i, kind=kind, a=a, b=b) for kind in kinds]
-        weights += [share / len(kinds)] * len(kinds)
+        weights += [share * weight / sum(kinds.values()) for weight in kinds.values()]
     ends = [round(config.steps * sum(weights[: i + 1]) / sum(weights)) for i in range(len(parts))]
     for part, start, end in zip(parts, [0, *ends], ends, strict=False):
         part.steps = end - start
@@ -199,6 +218,8 @@ class Lightning:
             self.betas = dict.fromkeys(self.players, (0.0, 0.99))  # section 3.6
         rate = {"mse": self.config.lr, "switch": self.config.lr, "full": self.config.full_lr}
         self.rates = dict.fromkeys(self.players, rate.get(part.kind, self.config.adversarial_lr))
+        if self.config.d_lr:
+            self.rates["discriminator"] = self.config.d_lr
         self.sources = self.sources_of(part)
         self.recipe = Recipe(
             method="lightning",
@@ -271,7 +292,7 @@ class Lightning:
         with torch.no_grad():
             fake = show(self.move(x_t, t, s, cond))
         yield {"discriminator": self.discriminator_losses(judge, show(real), fake)}
-        fresh = part.kind != "full" or "uncond" not in self.config.phases
+        fresh = part.kind != "full" or not any(p.kind == "uncond" for p in self.phases)
         if (fresh and done < self.config.d_warmup) or done % self.config.d_steps_per_gen:
             return
         yield {"student": {"gan": losses.gan_real(judge(show(self.move(x_t, t, s, cond))))}}
