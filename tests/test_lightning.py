@@ -92,7 +92,7 @@ def test_any_start_and_end(given, names):
 
 
 def test_steps_are_shared_out_as_told():
-    parts = plan(Config(stages="8:4,4:2", shares="3,1", phases="cond,uncond", lora_only=True, steps=80))
+    parts = plan(Config(stages="8:4:3,4:2", phases="cond,uncond", lora_only=True, steps=80))
     assert [p.steps for p in parts] == [30, 30, 10, 10]
     parts = plan(Config(stages="4:2,2:1", phases="switch:4,mse:3,cond,uncond:2", lora_only=True, steps=160))
     assert [p.steps for p in parts] == [40, 13, 27, 32, 24, 8, 16]
@@ -114,8 +114,9 @@ def test_steps_are_shared_out_as_told():
         (dict(phases="cond:many"), "--phases cond:many"),
         (dict(phases="both"), "--phases both"),
         (dict(phases="full", lora_only=True), "--phases full"),
-        (dict(shares="1,1"), "--shares 1,1: one number above 0 for each of the 5 stages"),
-        (dict(shares="1,1,1,1,-1"), "--shares 1,1,1,1,-1"),
+        (dict(stages="8:4:0"), "--stages 8:4:0"),
+        (dict(stages="8:4:1:1"), "--stages 8:4:1:1"),
+        (dict(stages="8"), "--stages 8: not a chain"),
         (dict(steps=5), "--steps 5: too few for 14 phases"),
     ],
 )
@@ -436,12 +437,30 @@ def test_the_discriminators_turn_comes_first_and_may_come_more_often(tiny_sd):
     assert [who for turn in m.losses(batch, m.part.start) for who in turn] == both
 
 
-def test_the_losses_of_the_non_saturating_pair(tiny_sd):
-    m = method(tiny_sd, "4-cond", stages="8:4")
+def test_the_losses_of_both_pairs(tiny_sd):
     real, fake = torch.tensor([0.3, -1.0]), torch.tensor([2.0, 0.1])
-    logits = iter([real, fake])
-    found = m.discriminator_losses(lambda x: next(logits), None, None)["gan"]
-    torch.testing.assert_close(found, -real.sigmoid().log().mean() - (1 - fake.sigmoid()).log().mean())
+    for kind, expected in (
+        ("plain", -real.sigmoid().log().mean() - (1 - fake.sigmoid()).log().mean()),
+        ("paired", -(real - fake).sigmoid().log().mean()),
+    ):
+        m = method(tiny_sd, "4-cond", stages="8:4", gan=kind)
+        logits = iter([real, fake])
+        found = m.discriminator_losses(lambda x, logits=logits: next(logits), None, None)["gan"]
+        torch.testing.assert_close(found, expected)
+        assert m.figures["d_right"] == 0.0
+
+
+@pytest.mark.parametrize("kind", ["plain", "paired"])
+def test_the_students_loss_falls_when_its_latents_look_more_real(tiny_sd, kind, monkeypatch):
+    m = method(tiny_sd, "4-cond", stages="8:4", gan=kind)
+    batch = batch_for(m.base_model)
+    monkeypatch.setattr(m.discriminator, "forward", lambda x, s, cond, x_t=None, t=None: x.mean((1, 2, 3))[:, None])
+    found, move = [], Lightning.move
+    for shift in (0.0, 1.0):
+        monkeypatch.setattr(m, "move", lambda *a, shift=shift: move(m, *a) + shift)
+        torch.manual_seed(0)
+        found.append(list(m.losses(batch, 0))[1]["student"]["gan"].item())
+    assert found[1] < found[0]
 
 
 # ---- stages to files
@@ -502,7 +521,7 @@ def test_the_next_phase_goes_on_from_the_averaged_weights(tiny_sd, tmp_path):
 
 # ---- resume
 
-CHAIN = dict(stages="4:2,2:1", shares="3,4", steps=14, ema=0.9, save_every=1)
+CHAIN = dict(stages="4:2:3,2:1:4", steps=14, ema=0.9, save_every=1)
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,9 @@ def test_what_is_written_draws_in_stock_diffusers_as_here(kind, args, name, trai
 
 def test_a_chain_writes_every_stage(train, tiny_sd, tmp_path):
     chain = ["--stages", "8:4,4:2,2:1", "--phases", "cond,full", "--no-lora-only", "--steps", "14", "--adversarial-below", "4"]
-    code, told = train("--base", str(tiny_sd), "-o", "run", *chain, "--eval-every", "2", "--r1", "10", "--ema", "0.5")
+    code, told = train(
+        "--base", str(tiny_sd), "-o", "run", *chain, "--eval-every", "2", "--r1", "10", "--ema", "0.5", "--gan", "paired"
+    )
     assert code == 0, told
     names = [Path(p["path"]).name for p in told["outputs"]]
     weights = ["lightning-4step.safetensors"]
@@ -172,7 +174,7 @@ def test_a_resumed_command_goes_on_in_its_phase(train, tiny_sd, tmp_path, capfd)
     [
         (["--stages", "8:3"], "--stages 8:3"),
         (["--phases", "full"], "--phases full"),
-        (["--shares", "1,2"], "--shares 1,2"),
+        (["--stages", "4:2:0"], "--stages 4:2:0"),
         (["--steps", "1", "--phases", "cond,uncond"], "--steps 1: too few for 2 phases"),
         (["--init", "gone.safetensors"], "gone.safetensors"),
         (["--max-time", "soon"], "--max-time soon"),
@@ -265,9 +267,7 @@ def test_two_processes_equal_one(tiny_sd, tmp_path, discriminator):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     (tmp_path / "program.py").write_text(PROGRAM)
     args = f"lightning --base {tiny_sd} --steps 7 --batch-size 2 --resolution 64 --pairs 3 --teacher-steps 2 --lora-rank 4 "
-    args += (
-        "--device cpu --prompts prompts.txt --warmup 0 --stages 4:2,2:1 --shares 3,4 --no-lora-only --phases cond,uncond,full "
-    )
+    args += "--device cpu --prompts prompts.txt --warmup 0 --stages 4:2:3,2:1:4 --no-lora-only --phases cond,uncond,full "
     args += f"--discriminator {discriminator} --adversarial-lr 1e-4 --full-lr 1e-4"
     package = str(Path(fastdiff.__file__).parents[1])
     env = {**os.environ, "FASTDIFF_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": package}

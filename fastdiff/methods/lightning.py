@@ -17,6 +17,7 @@ teacher is the one of a stage further back. One LoRA goes through all stages, so
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -43,8 +44,7 @@ CARD = dict(lr=1e-4, adversarial_lr=1e-5, full_lr=1e-6, gradient_checkpointing=T
 PRESETS = {
     # Measured (examples/emoji/README.md): distance does most here, and a discriminator has something to see in one step only.
     "emoji": dict(
-        stages="32:8,8:4,4:2,2:1",
-        shares="200,100,120,480",
+        stages="32:8:4,8:4:2,4:2:2.4,2:1:9.6",
         phases="switch:1,mse:7,cond:1,uncond:2,full:1",
         lora_rank=32,
         lora_alpha=32,
@@ -80,9 +80,10 @@ DETAIL = (5.0, 1.0, 1.0, 1.0)  # their weights once training is stable
 class Config(TrainConfig):
     PANEL: ClassVar[str] = "Progressive adversarial distillation"
 
-    stages: Annotated[str, "steps of teacher:student, each from the one before"] = "128:32,32:8,8:4,4:2,2:1"
-    shares: Annotated[str | None, "how --steps are shared out over the stages, 2,1,1; default evenly"] = None
-    phases: Annotated[str, "of an adversarial stage, as mse,cond:2,uncond:2,full; a number is its share of the steps, else 1"] = (
+    stages: Annotated[
+        str, "steps of teacher:student, each from the one before; a third number is its share of --steps, else 1"
+    ] = "128:32,32:8,8:4,4:2,2:1"
+    phases: Annotated[str, "of an adversarial stage, as mse,cond:2,uncond:2,full; a number is its share of the stage, else 1"] = (
         "cond,uncond,full"
     )
     lora_only: Annotated[bool, "no full phase: for cards that do not hold a second network that trains"] = False
@@ -98,6 +99,9 @@ class Config(TrainConfig):
     d_features: Annotated[Literal["mid", "every"], "where it has heads: after the mid block, or after every block"] = "mid"
     d_steps_per_gen: Annotated[int, "updates of the discriminator for each of the student's; --steps counts them", Range(1)] = 1
     d_warmup: Annotated[int, "first steps of a new discriminator without the student", Range(0)] = 0
+    gan: Annotated[
+        Literal["plain", "paired"], "plain: real and fake by themselves (paper); paired: against each other, for small batches"
+    ] = "plain"
     r1: Annotated[float, "weight of the discriminator's smoothness on real latents; 0 = none", Range(0)] = 0.0
     skip_teacher: Annotated[bool, "unconditional phases of 2 steps and 1: the teacher of a stage further back"] = True
     late_detail_at: Annotated[int, "step of an adversarial phase of one step from which it looks at detail", Range(0)] = 1000
@@ -120,11 +124,15 @@ class Part(Phase):
 def plan(config: Config) -> list[Part]:
     """The phases of all stages with their steps; UsageError for a chain that is none."""
     try:
-        stages = [tuple(int(n) for n in pair.split(":")) for pair in config.stages.split(",")]
-        chain = all(len(s) == 2 and 1 <= s[1] < s[0] <= 1000 and s[0] % s[1] == 0 for s in stages)
+        told = [
+            [int(n) for n in stage.split(":")[:2]] + [float(x) for x in stage.split(":")[2:]]
+            for stage in config.stages.split(",")
+        ]
+        stages = [(a, b, share[0] if share else 1.0) for a, b, *share in told]
+        chain = all(1 <= b < a <= 1000 and a % b == 0 and share > 0 for a, b, share in stages)
     except ValueError:
         chain = False
-    if not chain or any(one[1] != two[0] for one, two in zip(stages, stages[1:], strict=False)):
+    if not chain or any(one[1] != two[0] for one, two in pairwise(stages)):
         raise UsageError(
             f"--stages {config.stages}: not a chain", "as in 32:8,8:4: each divides, and starts where the last ended"
         )
@@ -142,15 +150,9 @@ def plan(config: Config) -> list[Part]:
         )
     if config.lora_only:
         wanted.pop("full", None)
-    try:
-        shares = [float(x) for x in config.shares.split(",")] if config.shares else [1.0] * len(stages)
-    except ValueError:
-        shares = []
-    if len(shares) != len(stages) or min(shares) <= 0:
-        raise UsageError(f"--shares {config.shares}: one number above 0 for each of the {len(stages)} stages")
     parts: list[Part] = []
     weights: list[float] = []
-    for i, ((a, b), share) in enumerate(zip(stages, shares, strict=True)):
+    for i, (a, b, share) in enumerate(stages):
         kinds = {k: v for k, v in wanted.items() if k != "switch"} if b < config.adversarial_below else {"mse": 1.0}
         written = {"full", [kind for kind in kinds if kind != "full"][-1]}  # a LoRA, and full weights
         kinds = {"switch": wanted.get("switch", 1.0), **kinds} if b == 1 else kinds
@@ -295,7 +297,9 @@ class Lightning:
         fresh = part.kind != "full" or not any(p.kind == "uncond" for p in self.phases)
         if (fresh and done < self.config.d_warmup) or done % self.config.d_steps_per_gen:
             return
-        yield {"student": {"gan": losses.gan_real(judge(show(self.move(x_t, t, s, cond))))}}
+        with torch.no_grad():
+            d_real = judge(show(real)) if self.config.gan == "paired" else 0.0
+        yield {"student": {"gan": losses.gan_real(judge(show(self.move(x_t, t, s, cond))) - d_real)}}
 
     def start(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """x_t and its place in (0, 1], where 1 is the last timestep; there x_t is pure noise, as it is when sampling (3.5)."""
@@ -333,11 +337,16 @@ class Lightning:
         return at, lambda x: torch.where(per_sample(at == s, x), x, noised(x))
 
     def discriminator_losses(self, judge: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """-log D(real) - log(1 - D(fake)) (3.2); as an option also how much a little noise moves D(real): R1 in first
-        order."""
+        """-log D(real) - log(1 - D(fake)) (3.2), or -log of how much more real is real (Jolicoeur-Martineau 2018, RpGAN).
+
+        Real and fake come from one x_t, so that their difference says more than either. As an option also how much a little
+        noise moves D(real): R1 in first order.
+        """
         d_real, d_fake = judge(real), judge(fake)
         self.figures = {"d_real": d_real.detach().sigmoid().mean(), "d_fake": d_fake.detach().sigmoid().mean()}
-        terms = {"gan": losses.gan_real(d_real) + losses.gan_fake(d_fake)}
+        paired = self.config.gan == "paired"
+        self.figures["d_right"] = (d_real > d_fake).float().mean()  # how often it tells the two of one x_t apart
+        terms = {"gan": losses.gan_real(d_real - d_fake) if paired else losses.gan_real(d_real) + losses.gan_fake(d_fake)}
         if self.config.r1:
             terms["r1"] = self.config.r1 * losses.squared(judge(real + 0.1 * torch.randn_like(real)), d_real)
         return terms
