@@ -160,7 +160,7 @@ def test_a_folder_of_pictures_feeds_the_gan(train, tiny_sd, tmp_path):
     ("args", "message"),
     [
         (["--t-min", "0.9", "--t-max", "0.1"], "--t-min 0.9"),
-        (["--num-steps", "4"], "--lambda-reg 0.25"),
+        (["--num-steps", "4", "--t-gen", "2"], "--t-gen 2"),
         (["--t-gen", "5000"], "--t-gen 5000"),
         (["--fake-steps-per-gen", "0"], "--fake-steps-per-gen 0"),
         (["--guidance", "0.5"], "--guidance 0.5"),

@@ -1,6 +1,7 @@
 """Progressive adversarial distillation: its steps against stock schedulers, its stages, players and files."""
 
 import shutil
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -526,7 +527,7 @@ CHAIN = dict(stages="4:2:3,2:1:4", steps=14, ema=0.9, save_every=1)
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_sd, tmp_path_factory):
-    """A whole run with the state of every step kept: (weights at the end, folder)."""
+    """The folder of a whole run with the state of every step kept."""
     folder = tmp_path_factory.mktemp("whole")
     trainer = trainer_of(tiny_sd, folder / "run", **CHAIN)
     save = trainer.save
@@ -537,20 +538,31 @@ def uninterrupted(tiny_sd, tmp_path_factory):
 
     trainer.save = keep
     trainer.fit()
-    return weights(trainer), folder
+    return folder
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 5, 7, 9, 11, 13])
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 7, 9, 11, 12])
 def test_a_resumed_run_equals_an_uninterrupted_one_in_every_phase(tiny_sd, uninterrupted, at):
-    """Every phase has two steps: in the middle of each, and once between two."""
-    expected, folder = uninterrupted
-    again = trainer_of(tiny_sd, folder / str(at), **CHAIN)
+    """Every phase has two steps: from the middle of each, and from between two, over into the next."""
+    again = trainer_of(tiny_sd, uninterrupted / str(at), **CHAIN)
     again.restore(again.run.load_state())
     assert (again.step, again.index) == (at, (at - 1) // 2)
-    again.config.save_every = 1000
-    again.fit()
-    for k, params in weights(again).items():
-        assert all(torch.equal(a, b) for a, b in zip(params, expected[k], strict=True)), k
+
+    class There(Exception):  # noqa: N818
+        pass
+
+    def save():
+        if again.step == at + 2:
+            raise There
+
+    again.save = save
+    with suppress(There):
+        again.fit()
+    expected = Run(uninterrupted / str(at + 2)).load_state()
+    assert (again.step, again.index) == (at + 2, expected["phase"])
+    for k, player in again.players.items():
+        for a, b in zip(player.params, expected["players"][k]["params"], strict=True):
+            assert torch.equal(a, b), k
 
 
 # ---- time

@@ -137,12 +137,9 @@ class Part(Phase):
 def plan(config: Config) -> list[Part]:
     """The phases of all stages with their steps; UsageError for a chain that is none."""
     try:
-        told = [
-            [int(n) for n in stage.split(":")[:2]] + [float(x) for x in stage.split(":")[2:]]
-            for stage in config.stages.split(",")
-        ]
-        stages = [(a, b, share[0] if share else 1.0) for a, b, *share in told]
-        chain = all(1 <= b < a <= 1000 and a % b == 0 and share > 0 for a, b, share in stages)
+        told = [stage.split(":") for stage in config.stages.split(",")]
+        stages = [(int(a), int(b), float(share[0]) if share else 1.0) for a, b, *share in told]
+        chain = all(1 <= b < a <= 1000 and a % b == 0 and share > 0 for a, b, share in stages) and max(map(len, told)) <= 3
     except ValueError:
         chain = False
     if not chain or any(one[1] != two[0] for one, two in pairwise(stages)):
