@@ -97,7 +97,7 @@ def test_what_is_written_draws_in_stock_diffusers_as_here(kind, args, name, trai
 
 
 def test_a_chain_writes_every_stage(train, tiny_sd, tmp_path):
-    chain = ["--stages", "8:4,4:2,2:1", "--phases", "cond,full", "--no-lora-only", "--steps", "7", "--adversarial-below", "4"]
+    chain = ["--stages", "8:4,4:2,2:1", "--phases", "cond,full", "--no-lora-only", "--steps", "9", "--adversarial-below", "4"]
     code, told = train(
         "--base", str(tiny_sd), "-o", "run", *chain, "--eval-every", "5", "--r1", "10", "--ema", "0.5", "--gan", "paired"
     )
