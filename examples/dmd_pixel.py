@@ -212,13 +212,13 @@ def walk(teacher: Pixels, z: Tensor, label: Tensor, num_steps: int) -> Tensor:
     return x
 
 
-def emoji(teacher_steps: int, steps: int, batch: int = 64, classes: int = 24, seed: int = 0) -> dict[str, Tensor]:
+def emoji(teacher_steps: int, steps: int, batch: int = 32, classes: int = 8, seed: int = 0) -> dict[str, Tensor]:
     """Columns of (classes, 3, 16, 16): the teacher in 18 steps and in one, the student in one; same noise and classes."""
     torch.manual_seed(seed)
     schedule = NoiseSchedule.karras(1000, 0.002, 80.0)
     teacher = train_teacher(schedule, pictures(classes), teacher_steps, batch)
     student, fake = OneStep(deepcopy(teacher)).requires_grad_(True), deepcopy(teacher).requires_grad_(True)
-    noise, label = torch.randn(32 * classes, 3, 16, 16), torch.arange(32 * classes) % classes
+    noise, label = torch.randn(64 * classes, 3, 16, 16), torch.arange(64 * classes) % classes
     targets = walk(teacher, noise, label, 18)
 
     def regression() -> Tensor:
@@ -236,17 +236,17 @@ def emoji(teacher_steps: int, steps: int, batch: int = 64, classes: int = 24, se
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["plane", "emoji"])
-    parser.add_argument("--teacher-steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--teacher-steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, help="default: 1500 on the plane, 400 on pictures")
     parser.add_argument("--output", type=Path, default=Path("runs/dmd-pixel.png"))
     args = parser.parse_args()
     if args.what == "plane":
-        mixture, samples = plane(args.steps)
+        mixture, samples = plane(args.steps or 1500)
         mean, covariance = mixture.moments()
         print("mean", mean.tolist(), "student's", samples.mean(0).tolist())
         print("covariance", covariance.tolist(), "student's", samples.T.cov().tolist())
         return
-    columns = emoji(args.teacher_steps, args.steps)
+    columns = emoji(args.teacher_steps, args.steps or 400)
     goal = columns["teacher, 18 steps"]
     for name, images in columns.items():
         apart = (images - goal).square().mean()
