@@ -189,12 +189,12 @@ class Judged:
 def reopened(path: Path, config: TrainConfig, device: torch.device) -> tuple[Sampler, Recipe]:
     """Weights of a run as anybody opens them."""
     if path.is_dir():
-        base, kept = checkpoint.load(str(path)), None
+        base = checkpoint.load(str(path))
         recipe = base.recipe
     else:
-        base, kept = config.open_base(torch.float32), lora.load(path)
-        recipe = kept.recipe
-        fitting.apply(base, [(kept, 1.0)])
+        base, worn = config.open_base(torch.float32), lora.load(path)
+        recipe = worn.recipe
+        fitting.apply(base, [(worn, 1.0)])
     net = Denoiser(base.unet, base.schedule(), recipe.predicts(base.prediction_type))
     return Sampler(base, net, base.vae, device=device), recipe
 
