@@ -33,6 +33,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = [
+    Command("prune", "fastdiff.methods.prune", "Cut a UNet to a small layout and train the loss away (BK-SDM, SDXS)", "Train"),
     Command("train-lcm-lora", "fastdiff.methods.lcm", "Distil a few-step LoRA (LCM, PCM, TCD)", "Train"),
     Command("dmd", "fastdiff.methods.dmd", "Distil a one-step or few-step model (DMD, DMD2)", "Train"),
     Command("lightning", "fastdiff.methods.lightning", "Distil 128 steps down to 1, stage by stage (SDXL-Lightning)", "Train"),
@@ -192,7 +193,9 @@ def configure(call: Call) -> Any:
     if table and any(f.name == "base" for f in fields(call.module.Config)):
         from fastdiff.io import checkpoint
 
-        family_of = lambda values: checkpoint.family_of(values["base"], allow_pickle=values.get("allow_pickle", False))
+        family_of = lambda values: checkpoint.family_of(
+            values["base"], config=values.get("base_config"), allow_pickle=values.get("allow_pickle", False)
+        )
     return resolve(call.module.Config, call.flags, file=call.config, presets=table, family_of=family_of)
 
 

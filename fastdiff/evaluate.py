@@ -280,6 +280,13 @@ class Reference:
 Metric = Callable[[Row, Tensor], float]  # (row, sample indices) -> figure
 
 
+def metrics_of(reference: Reference) -> dict[str, Metric]:
+    return {
+        "retrieval": lambda row, i: row.hits[i].mean().item(),
+        "frechet": lambda row, i: frechet(moments(row.features[i]), reference.moments),
+    }
+
+
 def gap_closed(student: Row, teacher: Row, best: Row, metric: Metric, *, seed: int = 0) -> dict[str, float]:
     """(m(T, n) - m(S, n)) / (m(T, n) - m(T, 50)) with a 95 % bootstrap band over prompts, all three rows redrawn alike."""
     n = min(len(r.features) for r in (student, teacher, best))
@@ -313,10 +320,7 @@ def prove(
 ) -> dict[str, Any]:
     """The closing table of a training run on `emoji`: rows at those numbers of network calls, and the gap closed up to 8."""
     reference, n = Reference(), len(judge)
-    metrics: dict[str, Metric] = {
-        "retrieval": lambda row, i: row.hits[i].mean().item(),
-        "frechet": lambda row, i: frechet(moments(row.features[i]), reference.moments),
-    }
+    metrics = metrics_of(reference)
     rows, gaps = [reference.best(50, "retrieval", n).figures(reference.moments)], {m: {} for m in metrics}
     for k in calls:
         latents = reference.latents if k == 1 else None
@@ -332,3 +336,19 @@ def prove(
             distinct = distinct[:1]
         rows += [r.figures(reference.moments) for r in (*distinct, student)]
     return {"samples": n, "rows": rows, "gap_closed": gaps}
+
+
+def recovered(judge: Judge, sampler: Sampler, before: Row, name: str = "student") -> dict[str, Any]:
+    """The closing table of a run that repairs a network on `emoji`: what it was before, what it is now, the teacher.
+
+    `recovered`: (before - now) / (before - teacher) with a 95 % bootstrap band, all three in as many network calls.
+    """
+    reference, n = Reference(), len(judge)
+    student, found = judge.row(name, sampler, before.settings, teacher_latents=reference.latents), {}
+    best = {metric: reference.best(50, metric, n) for metric in ("retrieval", "frechet")}
+    for metric, measure in metrics_of(reference).items():
+        gap = gap_closed(student, before, best[metric], measure)
+        found[metric] = {"recovered": gap["gap_closed"], "low": gap["low"], "high": gap["high"]}
+        found[metric] |= {"before": gap["teacher"], "student": gap["student"], "teacher": gap["teacher_50"]}
+    rows = [row.figures(reference.moments) for row in (best["retrieval"], before, student)]
+    return {"samples": n, "rows": rows, "recovered": found}

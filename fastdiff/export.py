@@ -59,7 +59,7 @@ def run(config: Config) -> Result:
         if one:
             outputs = export.to_file(base, path, dtype=dtype, recipe=base.recipe)
         else:
-            export.to_folder(base, path, dtype=dtype, recipe=base.recipe if base.recipe.scheduler else None)
+            export.to_folder(base, path, dtype=dtype, recipe=base.recipe if base.recipe.method else None)
             outputs = [path]
     metrics = {"family": base.family, "prediction_type": base.prediction_type, "checked": one}
     return Result(outputs, metrics, f'fastdiff sample --base {shlex.quote(str(path))} --prompt "a red apple"')

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from fastdiff import compare, console, difference
+from fastdiff import compare, console, difference, surgery
 from fastdiff.config import Range
 from fastdiff.console import InputRefused, Result, UsageError
 from fastdiff.io import export, fitting, ldm, lora
@@ -61,6 +61,7 @@ class Config(BaseConfig):
     block_weights: Annotated[str | None, "12, 17, 20 or 26 numbers (BASE,IN..,M00,OUT..) that scale every --style"] = None
     format: Annotated[Literal["kohya", "diffusers", "peft"], "layout of the written LoRA; kohya loads everywhere"] = "kohya"
     precision: Annotated[Literal["fp16", "bf16", "fp32"], "of the written tensors; the sum itself is always fp32"] = "fp16"
+    remap: Annotated[str | None, "a pruned checkpoint: the LoRAs are of its parent, and move to the layers that it kept"] = None
     allow_partial: Annotated[bool, "merge what fits of a LoRA that does not fit whole"] = False
     extract: Annotated[bool, "write the LoRA between --base and --tuned"] = False
     tuned: Annotated[str | None, "a checkpoint: with --extract its LoRA; with --reference, base + (tuned - reference)"] = None
@@ -254,8 +255,10 @@ def check_flags(config: Config) -> None:
         raise UsageError(f"--{'extract' if config.extract else 'reference'} needs --tuned CHECKPOINT")
     elif not config.accel:
         raise UsageError("--accel is required", "give --accel FILE, or --extract with --base and --tuned")
-    elif not config.style and not config.base and config.rank is None and config.format == "kohya":
-        raise UsageError("nothing to merge with --accel", "give --style FILE, or --base to bake it into a checkpoint")
+    elif not (config.style or config.base or config.remap or config.rank) and config.format == "kohya":
+        raise UsageError(
+            "nothing to merge with --accel", "give --style FILE, --remap PRUNED, or --base to bake it into a checkpoint"
+        )
 
 
 def run(config: Config) -> Result:
@@ -270,6 +273,9 @@ def run(config: Config) -> Result:
     output = destination(config, [path for path, _ in specs])
     how: dict[str, Any] = dict(allow_partial=config.allow_partial, allow_pickle=config.allow_pickle)
     items = [lora.load(path, **how) for path, _ in specs]
+    if config.remap:
+        pruned = replace(config, base=config.remap).open_base()
+        items = [surgery.remapped(pruned, item, wanted=True) for item in items]
     items = [items[0], *(weighted(item, config.block_weights) for item in items[1:])]
     loras = [(item, strength) for item, (_, strength) in zip(items, specs, strict=True)]
     inputs = [{"file": item.source, "weight": w, **lora.summary(item)} for item, w in loras]

@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from fastdiff import console, evaluate
+from fastdiff import console, evaluate, surgery
 from fastdiff.config import Range
-from fastdiff.console import Result, UsageError
+from fastdiff.console import InputRefused, Result, UsageError
 from fastdiff.data.teacher import read_prompts
 from fastdiff.io import fitting, lora
 from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.recipe import Recipe
-from fastdiff.models import text
+from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, uint8
 from fastdiff.solvers import SOLVERS
@@ -34,6 +34,10 @@ class Config(BaseConfig):
     prompts: Annotated[str | None, "a file of prompts, one a line; - reads standard input"] = None
     negative: Annotated[str, "what to avoid; acts only with guidance above 1"] = ""
     lora: Annotated[list[str], "FILE[=WEIGHT], weight 1 unless given; repeat it for more"] = field(default_factory=list)
+    remap: Annotated[bool, "the LoRAs are of the network that --base was pruned from: move them to the layers that it kept"] = (
+        False
+    )
+    vae: Annotated[str | None, "another VAE: a diffusers folder or hub id, AutoencoderTiny or AutoencoderKL"] = None
     allow_partial: Annotated[bool, "apply what fits of a LoRA that does not fit whole"] = False
     num_images: Annotated[int, "images a prompt, with seeds seed, seed + 1, ...", Range(1)] = 1
     seed: Annotated[int, "of the first image of each prompt", Range(0, 2**63 - 1)] = 0
@@ -106,16 +110,21 @@ def open_sampler(config: Config, device: torch.device) -> tuple[Sampler, list[di
     precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     base = config.open_base(dtype)
-    layers = base.unet_config.get("layers_per_block", 2)
+    layers = 2 if config.remap else base.unet_config.get("layers_per_block", 2)
     how = dict(
         layers=layers if isinstance(layers, int) else 2, allow_partial=config.allow_partial, allow_pickle=config.allow_pickle
     )
     loras = [(lora.load(path, **how), weight) for path, weight in (lora.parse_spec(spec, 1.0) for spec in config.lora)]
+    if surgery.is_pruned(base):
+        loras = [(surgery.remapped(base, item, wanted=config.remap), weight) for item, weight in loras]
     recipe = recipe_of(base, loras)
     chosen = settings(config, recipe, base.family)  # a mismatch is told before anything heavy loads
     applied = fitting.apply(base, loras, allow_partial=config.allow_partial)
     denoiser = Denoiser(base.unet, base.schedule(), recipe.predicts(base.prediction_type))
-    sampler = Sampler(base, denoiser, base.vae, device=device)
+    vae = autoencoder.load(config.vae, latent_channels=base.unet_config["in_channels"]) if config.vae else base.vae
+    if autoencoder.factor(vae) != base.pixels_per_latent:
+        raise InputRefused(f"--vae {config.vae}: {autoencoder.factor(vae)} px a latent, the base has {base.pixels_per_latent}")
+    sampler = Sampler(base, denoiser, vae, device=device)
     sampler.settings = chosen
     return sampler, applied.coverage
 

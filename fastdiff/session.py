@@ -2,19 +2,20 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastdiff import console, evaluate
-from fastdiff.console import Result, sha256
+from fastdiff.card import fmt, write_card
+from fastdiff.console import Result
 from fastdiff.data import open_data, teacher
 from fastdiff.io import checkpoint, export, fitting, lora
-from fastdiff.io.checkpoint import ALIASES, Checkpoint
+from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
-from fastdiff.io.run import Run, write_atomic
+from fastdiff.io.run import Run
 from fastdiff.models import adapters, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
@@ -25,7 +26,7 @@ EMOJI_PREVIEW = ("red apple on blue", "panda on yellow", "rocket on purple", "su
 
 
 class Preview:
-    """The same prompts and seeds: teacher at 25 steps | best undistilled at the student's calls | student."""
+    """The same prompts and seeds: teacher at 25 steps | what the student is to be better than | student."""
 
     def __init__(self, base: Checkpoint, config: TrainConfig, resolution_px: int, device: torch.device) -> None:
         if base.family == "emoji":
@@ -37,12 +38,18 @@ class Preview:
         self.cond, self.uncond = text.encode(base, self.prompts, device=device), text.unconditional(base, device=device)
         self.base, self.resolution_px, self.device = base, resolution_px, device
         self.seeds = [config.seed + i for i in range(len(self.prompts))]
-        self.columns: dict[Settings, Any] = {}  # the teacher's
+        self.columns: dict[Settings | str, Any] = {}  # that stay as they are
+
+    def begin(self, method: Method) -> None:
+        """Before the first step: draw what cannot be drawn later."""
+        if starts_from_student(method):
+            self.columns["before"] = self.draw(method.student, settings_of(method)(method.recipe.num_steps))
 
     def sheet(self, method: Method, path: Path) -> None:
-        """Draw the columns and write the sheet; the teacher's are drawn once."""
+        """Draw the columns and write the sheet; those that stay are drawn once."""
         student = settings_of(method)(method.recipe.num_steps)
-        plain = (DEFAULTS[self.base.family], undistilled(self.base, student.calls))
+        plain: list[Settings | str] = [DEFAULTS[self.base.family]]
+        plain.append("before" if "before" in self.columns else undistilled(self.base, student.calls))
         for settings in plain:
             if settings not in self.columns:
                 self.columns[settings] = self.draw(method.teacher, settings)
@@ -64,7 +71,12 @@ def watched(base: Checkpoint, config: TrainConfig) -> list[str]:
 
 def settings_of(method: Method) -> Callable[[int], Settings]:
     """The student's sampling settings at a number of steps, by its own recipe."""
-    return lambda num_steps: Settings.of(method.recipe, DEFAULTS["sd15"], num_steps=num_steps)
+    return lambda num_steps: Settings.of(method.recipe, DEFAULTS[method.base_model.family], num_steps=num_steps)
+
+
+def starts_from_student(method: Method) -> bool:
+    """Whether the figures tell what the student gained in training, and not what it gained over the teacher in as many calls."""
+    return getattr(method, "baseline", "teacher") == "student"
 
 
 def undistilled(base: Checkpoint, calls: int) -> Settings:
@@ -105,6 +117,10 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
         base.release("text_encoders", "tokenizers", "vae")
     base.unet.to(accelerator.device)
     method = method_class(base, config)
+    with console.timed("data_s"):
+        preview.begin(method)
+        if judge:
+            judge.begin(method)
     start(run, config, resumed=state is not None)
     trainer = Trainer(method, data, run, config, accelerator)
     if state:
@@ -128,7 +144,7 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
     with console.timed("training_s"):
         trainer.fit()
     accelerator.end_training()
-    metrics: dict[str, Any] = {"steps": trainer.step}
+    metrics: dict[str, Any] = {"steps": trainer.step, **getattr(method, "facts", {})}
     if trainer.best["params"]:
         metrics["best"] = {k: trainer.best[k] for k in ("step", "drift")}
     if not accelerator.is_main_process:
@@ -166,6 +182,13 @@ class Judged:
 
     def __init__(self, base: Checkpoint, n: int, device: torch.device) -> None:
         self.base, self.judge, self.device = base, evaluate.Judge(base, n, device=device), device
+        self.before: evaluate.Row | None = None
+
+    def begin(self, method: Method) -> None:
+        """Judge the student as it is before training, for methods that repair a damage."""
+        if starts_from_student(method):
+            sampler = Sampler(self.base, method.student, self.base.vae, device=self.device)
+            self.before = self.judge.row("before", sampler, settings_of(method)(method.recipe.num_steps))
 
     def prove(self, students: list[Path], config: TrainConfig) -> dict[str, Any]:
         """What was written, read back and judged: {samples, rows, gap_closed}, of several files also {file: gap_closed}."""
@@ -181,6 +204,8 @@ class Judged:
 
     def table(self, path: Path, config: TrainConfig, name: str) -> dict[str, Any]:
         sampler, recipe = reopened(path, config, self.device)
+        if self.before:
+            return evaluate.recovered(self.judge, sampler, self.before, name)
         settings = lambda n: Settings.of(recipe, DEFAULTS["emoji"], num_steps=n)
         calls = (recipe.num_steps,) if recipe.fixed else (1, 2, 4, 8)
         return evaluate.prove(self.judge, sampler, settings, calls, name)
@@ -197,96 +222,3 @@ def reopened(path: Path, config: TrainConfig, device: torch.device) -> tuple[Sam
         fitting.apply(base, [(worn, 1.0)])
     net = Denoiser(base.unet, base.schedule(), recipe.predicts(base.prediction_type))
     return Sampler(base, net, base.vae, device=device), recipe
-
-
-def fmt(value: Any) -> str:
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def write_card(run: Run, base: Checkpoint, method: Method, config: TrainConfig, metrics: dict[str, Any]) -> None:
-    """README.md of the run folder: a model card with everything needed to use the weights."""
-    recipe, weights, every = method.recipe, run.weights()[-1], run.weights()
-    is_lora = weights.suffix == ".safetensors"
-    scheduler = {"lcm": "LCM", "tcd": "TCD", "ddim": "DDIM", "euler": "EulerDiscrete"}[recipe.scheduler] + "Scheduler"
-    table = ""
-    if len(every) > 1:
-        lines = [f"| `{path.name}` | {told.num_steps} | {told.prediction_type} |" for path, told in recipes(every).items()]
-        table = "\n".join(["\n## Files\n", "| file | steps | output of the network |", "| --- " * 3 + "|", *lines, ""])
-    if "rows" in metrics:
-        keys = ("model", "solver", "calls", "retrieval", "frechet", "same_noise")
-        lines = ["| " + " | ".join(fmt(row[k]) for k in keys) + " |" for row in metrics["rows"]]
-        table += "\n".join(["\n## Measured\n", "| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys), *lines, ""])
-    fence, steps = "```", f"num_inference_steps={recipe.num_steps}"
-    if recipe.timesteps:
-        steps += f", timesteps={list(recipe.timesteps)}"
-    how = ', timestep_spacing="trailing"' if recipe.spacing == "trailing" and not recipe.timesteps else ""
-    how += f', prediction_type="{recipe.prediction_type}"' if recipe.prediction_type != base.prediction_type else ""
-    load = opened(base) if is_lora else f'DiffusionPipeline.from_pretrained("{weights.name}")'
-    load = f"pipe = {load}\npipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{how})\n"
-    if is_lora:
-        load += f'pipe.load_lora_weights("{weights.name}")\n'
-    picture = next(path for path in reversed(run.outputs) if path.suffix == ".png").relative_to(run.folder).as_posix()
-    card = f"""---
-base_model: {config.base}
-library_name: diffusers
-tags: [{recipe.method}, {"lora, " if is_lora else ""}few-step]
----
-# {weights.stem}: {config.base} in {recipe.num_steps} step{"s" if recipe.num_steps > 1 else ""}
-
-| | |
-| --- | --- |
-| method | {recipe.method}, {metrics["steps"]} steps of {config.batch_size} x {config.grad_accum} |
-| base | {config.base}, {base.prediction_type}, UNet sha256 {method.parent[:16]} |
-| sampling | {scheduler}{how}, {steps}, guidance {recipe.guidance} |
-| data | {config.data or ("emoji" if base.family == "emoji" else "teacher")} |
-| seed | {config.seed} |
-| licence | that of the base model: a distilled model is derived from it |
-
-![same prompts and seeds: teacher, undistilled at the student's calls, student]({picture})
-{table}
-## Use
-
-{fence}python
-import {"fastdiff" if base.ref == "emoji" else "diffusers"}
-from diffusers import DiffusionPipeline, {scheduler}
-{load}image = pipe(prompt, {steps}, guidance_scale={recipe.guidance}).images[0]
-{fence}
-
-ComfyUI, A1111, Forge: {elsewhere(recipe, is_lora, base)}
-All settings: `config.toml`; the same run again: `fastdiff {run.command} --config config.toml`.
-"""
-    write_atomic(run.folder / "README.md", card)
-    hashes = {path.name: sha256(path) for path in run.outputs if path.is_file()}
-    told = {"files": hashes, "recipe": asdict(recipe)}
-    if len(every) > 1:
-        told["recipes"] = {path.name: asdict(found) for path, found in recipes(every).items()}
-    write_atomic(run.folder / "hashes.json", json.dumps(told, indent=2) + "\n")
-
-
-def recipes(weights: list[Path]) -> dict[Path, Recipe]:
-    """What each file or folder says of itself."""
-    return {path: checkpoint.load(str(path)).recipe if path.is_dir() else lora.load(path).recipe for path in weights}
-
-
-def opened(base: Checkpoint) -> str:
-    """The diffusers expression that opens the base."""
-    if base.ref == "emoji":
-        return 'DiffusionPipeline.from_pretrained(fastdiff.load("emoji").path)'
-    if base.path.is_file():
-        kind = "StableDiffusionXLPipeline" if base.family == "sdxl" else "StableDiffusionPipeline"
-        return f'diffusers.{kind}.from_single_file("{base.ref}")'
-    return f'DiffusionPipeline.from_pretrained("{ALIASES.get(base.ref, base.ref)}")'
-
-
-def elsewhere(recipe: Recipe, is_lora: bool, base: Checkpoint) -> str:
-    """How programs with samplers of their own draw with these weights, or that they cannot."""
-    where = "put the file among the LoRAs" if is_lora else "make one file of the folder (`fastdiff export --single-file`)"
-    settings = f"{recipe.num_steps} step{'s' if recipe.num_steps > 1 else ''}, CFG {max(1.0, recipe.guidance)}"
-    if recipe.scheduler == "euler":
-        x0 = ', in ComfyUI after "ModelSamplingDiscrete" set to "x0"' if recipe.prediction_type == "sample" else ""
-        return f'{where}, sampler "Euler", schedule "SGM uniform", {settings}{x0}.'
-    if recipe.timesteps is None:
-        return f'{where}, sampler "LCM", {settings}.'
-    if recipe.timesteps != tuple(base.schedule().grid(recipe.num_steps, "trailing").tolist()):
-        return f"they start at the last timestep; these weights want {list(recipe.timesteps)}, so use a node that sets timesteps."
-    return f'{where}, sampler "LCM", schedule "SGM uniform", {settings}.'

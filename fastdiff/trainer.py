@@ -90,6 +90,8 @@ class Method(Protocol):
     """One paper. `losses` is its algorithm; it moves no devices, saves nothing and knows no optimiser.
 
     Besides these it may have `rates` {player: learning rate} and `betas` {player: of Adam} where they are not the usual,
+    `baseline` "student" where the closing figures start from the student before training and not from the teacher in as many
+    calls, `title` for the card and `facts` for the metrics,
     `prepare(batch)` to measure something of the data before the first step, `figures` {name: scalar tensor} to log beside the
     losses, and `extra_state` {name: object with a state_dict} that a resumed run needs. A method of several `phases` is told
     by `enter(phase)` which one begins, and sets its players then; a resumed run enters the phase that it was in.
@@ -455,14 +457,18 @@ class Trainer:
         self.run.drop_log_after(self.step)
 
 
+def default_folder(command: str, config: TrainConfig) -> Path:
+    """Where a command writes that is not told where."""
+    return Path("runs") / f"{command}-{Path(config.base).stem or config.base}"
+
+
 def open_run(command: str, config: TrainConfig) -> tuple[Run, dict[str, Any] | None]:
     """The run folder and the state to go on from; another run's folder is never overwritten by accident."""
     if not config.eval_every and (config.keep == "best" or config.patience):
         flag = "--keep best" if config.keep == "best" else f"--patience {config.patience}"
         raise UsageError(f"{flag}: nothing is measured", "give --eval-every too")
     seconds("--max-time", config.max_time)
-    default = Path("runs") / f"{command}-{Path(config.base).stem or config.base}"
-    run = Run(Path(config.output) if config.output else default)
+    run = Run(Path(config.output) if config.output else default_folder(command, config))
     run.command = command
     source = run if config.resume in {"auto", "never"} else Run(Path(config.resume))
     state = None if config.resume == "never" else source.load_state()

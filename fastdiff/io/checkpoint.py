@@ -88,19 +88,29 @@ def locate(ref: str, *, configs_only: bool = False) -> Path:
         raise missing_weights(ref, hub_id) from error
 
 
-def family_of(ref: str, *, allow_pickle: bool = False) -> str:
-    """emoji, sd15, sd21 or sdxl, from the alias, the config or a file's keys; cheap, no weights are read."""
+def family_of(ref: str, *, config: str | None = None, allow_pickle: bool = False) -> str:
+    """emoji, sd15, sd21 or sdxl, from the alias, the config or a file's keys; cheap, no weights are read.
+
+    `config`: the folder or hub id that tells it for an unusual single file.
+    """
     if ref in FAMILIES:
         return ref
     if ref in ALIASES:
         return "sdxl"
     path = locate(ref, configs_only=True)
+    if path.is_file() and config:
+        return family_of(config)
     if path.is_file():
         return detect(tensors.open_file(path, allow_pickle=allow_pickle)).family
     config = path / "unet" / "config.json"
     if not config.exists():
         raise InputRefused(f"--base {ref}: {config} is missing; a diffusers folder holds unet/, vae/, text_encoder/ ...")
     return family_of_config(json.loads(config.read_text()))
+
+
+def stock_config(family: str) -> dict[str, Any]:
+    """The UNet config of a family's published base."""
+    return json.loads(((EMOJI if family == "emoji" else ASSETS / "families" / family) / "unet" / "config.json").read_text())
 
 
 def family_of_config(config: Mapping[str, Any]) -> str:
@@ -131,6 +141,7 @@ class Checkpoint:
     found: Found | None = None  # what a single file is
     prediction: str | None = None  # overrides what the files tell
     allow_pickle: bool = False
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # of components that are to be of another shape
 
     # ---- configs
 
@@ -170,6 +181,8 @@ class Checkpoint:
 
     def config_of(self, part: str) -> dict[str, Any]:
         """The config of a component; a single file's UNet has the blocks that are in the file."""
+        if part in self.configs:
+            return self.configs[part]
         path = self.folder / part / "config.json"
         if not path.exists():
             raise InputRefused(f"{path}: missing; {self.folder} is no complete diffusers folder")
@@ -199,6 +212,13 @@ class Checkpoint:
         other, told = copy(self), self.scheduler_config
         changed = kind != self.prediction_type
         other.__dict__ |= {"unet": net, "scheduler_config": told | ({"prediction_type": kind} if changed else {})}
+        return other
+
+    def shaped(self, part: str, config: dict[str, Any]) -> "Checkpoint":
+        """The same checkpoint with a component of another shape, none of it loaded; its weights are the caller's to give."""
+        other = copy(self)
+        other.__dict__ = {k: v for k, v in self.__dict__.items() if k not in {part, f"{part}_config"}}
+        other.configs = {**self.configs, part: config}
         return other
 
     @property

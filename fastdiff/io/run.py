@@ -47,7 +47,7 @@ class Run:
 
     def weights(self) -> list[Path]:
         """The LoRA files and checkpoint folders among the outputs, in the order that they were made."""
-        return [path for path in self.outputs if path.suffix == ".safetensors" or path.is_dir()]
+        return [path for path in self.outputs if path.suffix == ".safetensors" or (path / "model_index.json").exists()]
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

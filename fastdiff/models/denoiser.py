@@ -1,5 +1,7 @@
 """Any UNet as a Denoiser that answers Prediction(x0, eps), whatever it was trained to output."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 
@@ -97,6 +99,24 @@ class Denoiser(nn.Module):
         both = self(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, uncond]))
         c, u = (Prediction(*(part.chunk(2)[i] for part in both)) for i in (0, 1))
         return c.guide(u, w)
+
+    @contextmanager
+    def tap(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """What the modules of those names put out in passes inside, by name; of blocks that answer several things the first."""
+        found: dict[str, Tensor] = {}
+
+        def note(name: str):
+            def hook(module: nn.Module, args: tuple, out: Tensor | tuple) -> None:
+                found[name] = out if isinstance(out, Tensor) else out[0]
+
+            return hook
+
+        handles = [self.net.get_submodule(name).register_forward_hook(note(name)) for name in names]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def bottleneck(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's narrowest feature map (B, D, h', w'), after the mid block or the last down block where there is none."""

@@ -1,0 +1,161 @@
+"""Block removal with distillation (BK-SDM, Kim et al. 2023; the first step of SDXS, Song et al. 2024).
+
+    student  a UNet of fewer blocks, each of its layers a copy of one of the teacher's            models/unet.py
+    x_t    = alpha_t x0 + sigma_t eps,  t uniform
+    out    = |student(x_t, t, c) - teacher(x_t, t, c)|^2              in what the networks put out     BK-SDM eq. 2
+    feat   = sum over blocks |f_student - f_teacher|^2 / var(f_teacher)     [ours: / var; raw = BK-SDM eq. 3]
+    task   = |student - eps|^2     the denoising loss                              BK-SDM eq. 1; SDXS has none
+    loss   = out + lambda_feat feat + lambda_task task
+
+A pruned checkpoint is sampled and trained like its parent: any `--base` takes it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import losses, surgery
+from fastdiff.config import Range
+from fastdiff.console import Result
+from fastdiff.data import Batch
+from fastdiff.io import checkpoint
+from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io.recipe import Recipe
+from fastdiff.io.run import Run
+from fastdiff.models import adapters, unet
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.session import train, write_student
+from fastdiff.trainer import TrainConfig, Turn, default_folder
+
+# Paper: AdamW 5e-5, 256 images a step, 50,000 steps. Ours for one card: smaller batches, a cosine, an average.
+CARD = dict(lr=5e-5, lr_schedule="cosine", warmup=100, ema=0.999, steps=20_000, empty_prompts=0.1, gradient_checkpointing=True)
+PRESETS = {
+    "emoji": dict(
+        layout="bk-base",
+        lr=1e-3,
+        lr_schedule="cosine",
+        warmup=20,
+        ema=0.98,
+        batch_size=24,
+        steps=600,
+        empty_prompts=0.1,
+        weight_decay=0.0,
+    ),  # fmt: skip
+    "sd15": dict(**CARD, layout="sdxs-512", batch_size=8, grad_accum=4),
+    "sd21": dict(**CARD, layout="sdxs-512", batch_size=8, grad_accum=4),
+    "sdxl": dict(**CARD, layout="vega", batch_size=1, grad_accum=16),
+}
+EXAMPLES = """fastdiff prune --layout bk-tiny
+fastdiff prune --base sd21 --layout sdxs-512 --prompts prompts.txt
+fastdiff prune --base sdxl --layout vega --steps 0
+fastdiff prune --base my.safetensors --auto --target-speed 2x"""
+
+
+@dataclass
+class Config(TrainConfig):
+    PANEL: ClassVar[str] = "Pruning"
+
+    layout: Annotated[str, f"{', '.join(unet.LAYOUTS)}, or FILE.json, the config of a UNet"] = "bk-base"
+    steps: Annotated[int, "optimiser steps; 0 = only cut, nothing is trained", Range(0)] = 1000
+    lambda_feat: Annotated[float, "weight of the features' distance; 0 = none", Range(0)] = 1.0
+    lambda_task: Annotated[float, "weight of the denoising loss; SDXS 0, BK-SDM 1", Range(0)] = 0.0
+    feat_norm: Annotated[Literal["variance", "none"], "none: BK-SDM's raw sum, in which the widest block outweighs all"] = (
+        "variance"
+    )
+    auto: Annotated[bool, "choose the blocks by what they cost and what they are worth, measured here; no --layout"] = False
+    target_speed: Annotated[str, "with --auto: how many times as fast as the base the network is to be"] = "2x"
+    controlnet: Annotated[list[str], "folder of a ControlNet of the base, to be cut alike; repeat it for more"] = field(
+        default_factory=list
+    )
+    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none", Range(0, 2000)] = 500
+
+    def __post_init__(self) -> None:
+        surgery.speed(self.target_speed)
+
+
+class Prune:
+    """Two UNets; player: the student, all its weights."""
+
+    baseline = "student"  # what counts is what training wins back
+
+    def __init__(self, base: Checkpoint, config: Config) -> None:
+        self.base_model, self.config, self.schedule = base, config, base.schedule()
+        self.parent = checkpoint.fingerprint(base.unet)
+        self.layout = layout = surgery.layout_of(
+            base, config.layout, auto=config.auto, target_speed=config.target_speed, device=base.unet.device
+        )
+        net = unet.inheriting(base.unet, layout)
+        if config.gradient_checkpointing:
+            adapters.checkpoint_gradients(net)
+        self.teacher = Denoiser(base.unet, self.schedule, base.prediction_type)
+        self.student = Denoiser(net, self.schedule, base.prediction_type)
+        self.pairs = unet.feature_pairs(base.unet.config, layout) if config.lambda_feat else []
+        self.players: dict[str, nn.Module] = {"student": net}
+        self.recipe = Recipe(method="prune", family=base.family)
+        self.title = surgery.title(base, net, "auto" if config.auto else config.layout)
+        self.facts = surgery.figures(base.unet_config, layout)
+
+    def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
+        """Output, features and where wanted the task (BK-SDM, equation 4)."""
+        t = torch.randint(len(self.schedule), (len(batch.latents),), device=batch.latents.device)
+        eps = torch.randn_like(batch.latents)
+        x_t = self.schedule.add_noise(batch.latents, eps, t)
+        mine, its = zip(*self.pairs, strict=True) if self.pairs else ((), ())
+        with torch.no_grad(), self.teacher.tap(its) as goals:
+            goal = self.teacher(x_t, t, batch.cond)
+        with self.student.tap(mine) as features:
+            p = self.student(x_t, t, batch.cond)
+        said = [self.schedule.output(q, t, self.student.kind) for q in (p, goal)]
+        terms = {"out": losses.squared(*said)}
+        if self.pairs:
+            terms["feat"] = self.config.lambda_feat * self.distance([features[k] for k in mine], [goals[k] for k in its])
+        if self.config.lambda_task:
+            terms["task"] = self.config.lambda_task * losses.denoising(self.schedule, self.student.kind, p, batch.latents, eps, t)
+        yield {"student": terms}
+
+    def distance(self, features: list[Tensor], goals: list[Tensor]) -> Tensor:
+        """Sum over blocks of the mean squared distance; in units of the goal's variance every block counts alike."""
+        unit = (lambda goal: goal.float().var().clamp(min=1e-6)) if self.config.feat_norm == "variance" else lambda goal: 1.0
+        return sum(losses.squared(f, goal) / unit(goal) for f, goal in zip(features, goals, strict=True))
+
+    def updated(self, step: int) -> None: ...
+
+    def export(self, run: Run) -> None:
+        """The folder `model`: stock diffusers classes, with a config of its own shape; and the ControlNets."""
+        write_student(self, run, None)
+        for made in controlnets(self.config, self.layout, run.folder):
+            run.wrote(made)
+
+
+def cut(config: Config) -> Result:
+    """Surgery alone, from file to file; with --auto the network is measured first."""
+    base = config.open_base()
+    layout = surgery.layout_of(base, config.layout, auto=config.auto, target_speed=config.target_speed)
+    base.release("unet", "vae", "text_encoders")
+    folder = Path(config.output or default_folder("prune", config))
+    result = surgery.cut(base, layout, folder / "model")
+    result.outputs += controlnets(config, layout, folder)
+    return replace(result, next_command=f'fastdiff sample --base {folder / "model"} --prompt "a red apple"')
+
+
+def controlnets(config: Config, layout: dict[str, Any], folder: Path) -> list[Path]:
+    """The ControlNets that were given, cut to the layout."""
+    made = []
+    for source in map(Path, config.controlnet):
+        made.append(folder / f"controlnet-{source.name}")
+        surgery.cut_controlnet(source, layout, made[-1])
+    return made
+
+
+METHOD = Prune
+
+
+def run(config: Config) -> Result:
+    """The `prune` command."""
+    if config.steps == 0:
+        return cut(config)
+    return train("prune", Prune, config)

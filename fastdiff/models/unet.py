@@ -1,0 +1,277 @@
+"""Smaller UNets: layouts as changes of a config, and which of the parent's weights each of their layers inherits.
+
+A student is always built from a config: one that is cut out of a living network is saved with the config of the whole.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fastdiff.console import UsageError
+
+Config = dict[str, Any]
+Edit = Callable[[Config], Config]
+PER_STAGE = ("block_out_channels", "layers_per_block", "attention_head_dim", "num_attention_heads", "only_cross_attention")
+
+
+# ---- what is in a config
+
+
+def stages(config: Mapping[str, Any]) -> int:
+    return len(config["block_out_channels"])
+
+
+def each(config: Mapping[str, Any], key: str) -> list[Any]:
+    """A field's value of every stage, from the top; one value stands for all."""
+    value = config.get(key)
+    return list(value) if isinstance(value, list | tuple) else [value] * stages(config)
+
+
+def depths(config: Mapping[str, Any]) -> list[Any]:
+    """Transformer blocks of every stage: a number, or for networks that are uneven a list of a layer's each."""
+    return [d or 1 for d in each(config, "transformer_layers_per_block")]
+
+
+def even(values: list[Any]) -> Any:
+    """One value where all stages have the same: what every program reads."""
+    return values[0] if all(v == values[0] for v in values) else values
+
+
+def attended(config: Mapping[str, Any]) -> list[bool]:
+    """Which stages have attention."""
+    return ["CrossAttn" in kind for kind in config["down_block_types"]]
+
+
+# ---- changes
+
+
+def with_layers(n: int, stage: int | None = None) -> Edit:
+    """n layers in every down block, or in one stage's, and n + 1 in the up block across."""
+
+    def edit(config: Config) -> Config:
+        layers = each(config, "layers_per_block")
+        return {**config, "layers_per_block": even([n if stage in {None, i} else was for i, was in enumerate(layers)])}
+
+    return edit
+
+
+def with_depths(rows: list[Any], reverse: list[Any] | None = None) -> Edit:
+    """Transformer blocks of every stage; where up blocks differ, `reverse` lists theirs."""
+    return lambda config: {
+        **config,
+        "transformer_layers_per_block": rows,
+        "reverse_transformer_layers_per_block": reverse,
+    }
+
+
+def without_middle(config: Config) -> Config:
+    return {**config, "mid_block_type": None}
+
+
+def plain_middle(config: Config) -> Config:
+    """One residual layer, no attention."""
+    return {**config, "mid_block_type": "UNetMidBlock2D"}
+
+
+def without_innermost(config: Config) -> Config:
+    """The lowest resolution goes: the last down block and the first up block."""
+    kept = stages(config) - 1
+    cut = {
+        k: list(config[k])[:kept] for k in (*PER_STAGE, "transformer_layers_per_block") if isinstance(config.get(k), list | tuple)
+    }
+    types = {"down_block_types": list(config["down_block_types"])[:kept], "up_block_types": list(config["up_block_types"])[1:]}
+    return {**config, **cut, **types}
+
+
+def without_attention(stage: int) -> Edit:
+    """No transformers at one resolution."""
+
+    def edit(config: Config) -> Config:
+        down, up = list(config["down_block_types"]), list(config["up_block_types"])
+        down[stage], up[-1 - stage] = "DownBlock2D", "UpBlock2D"
+        return {**config, "down_block_types": down, "up_block_types": up}
+
+    return edit
+
+
+def without_self_attention(stage: int) -> Edit:
+    """Transformers of one resolution look at the text alone, twice (`only_cross_attention`)."""
+    return lambda config: {**config, "only_cross_attention": [i == stage for i in range(stages(config))]}
+
+
+class Layout(NamedTuple):
+    """A published small network, as a change of its family's."""
+
+    families: tuple[str, ...]
+    edits: tuple[Edit, ...]
+
+    def config(self, parent: Mapping[str, Any]) -> Config:
+        return reduce(lambda config, edit: edit(config), self.edits, dict(parent))
+
+
+SD, ALL, XL = ("emoji", "sd15", "sd21"), ("emoji", "sd15", "sd21", "sdxl"), ("sdxl",)
+TINY = (with_layers(1), without_middle, without_innermost)
+LAYOUTS = {
+    "bk-base": Layout(ALL, (with_layers(1),)),  # Kim 2023, BK-SDM; Segmind's small-sd
+    "bk-small": Layout(ALL, (with_layers(1), without_middle)),
+    "bk-tiny": Layout(SD, TINY),  # Segmind's tiny-sd
+    "sdxs-512": Layout(SD, (*TINY, without_attention(0))),  # Song 2024, SDXS
+    "sdxs-512-xattn": Layout(SD, (*TINY, without_self_attention(0))),  # its release 0.9
+    "ssd-1b": Layout(XL, (with_depths([1, [2, 2], [4, 4]], [[4, 4, 10], [2, 1, 1], 1]), plain_middle)),  # Gupta 2024, Segmind
+    "vega": Layout(XL, (with_depths([1, 1, 2]), plain_middle)),  # the same; SDXS-1024
+    "koala-1b": Layout(XL, (with_layers(1), with_depths([1, 2, 6]))),  # Lee 2023
+    "koala-700m": Layout(XL, (with_layers(1), with_depths([1, 2, 5]), without_middle)),
+}
+
+
+def student_config(parent: Mapping[str, Any], layout: str, family: str) -> Config:
+    """The config of a layout's name or of FILE.json, whose missing keys are the parent's. UsageError names what is wrong."""
+    if layout in LAYOUTS:
+        known = LAYOUTS[layout]
+        if family not in known.families:
+            fitting = ", ".join(name for name, row in LAYOUTS.items() if family in row.families)
+            raise UsageError(f"--layout {layout}: not a layout of {family} networks", f"use one of {fitting}")
+        return known.config(parent)
+    path = Path(layout).expanduser()
+    if path.suffix != ".json" or not path.is_file():
+        raise UsageError(f"--layout {layout}: no such layout or file", f"one of {', '.join(LAYOUTS)}, or a UNet's config.json")
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(told, dict)
+    except (ValueError, AssertionError) as error:
+        raise UsageError(f"--layout {layout}: not the config of a UNet (JSON with its fields)") from error
+    unknown = sorted(k for k in told if k not in parent and not k.startswith("_"))
+    if unknown:
+        raise UsageError(
+            f"--layout {layout}: unknown field {unknown[0]}", "as in the config.json of diffusers' UNet2DConditionModel"
+        )
+    return {**parent, **{k: v for k, v in told.items() if not k.startswith("_")}}
+
+
+# ---- inheritance
+
+
+def inherited_layers(parent: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, str]:
+    """Layers and blocks of the student whose name in the parent is another, or may be: student's path -> parent's.
+
+    The innermost stages go first, so down blocks keep their number and up blocks count from the end. Of a block's layers
+    the first are kept, but the last of an up block is the parent's last: its skip connection comes from another width.
+    """
+    offset, found = stages(parent) - stages(student), {}
+    told, whole = each(student, "layers_per_block"), each(parent, "layers_per_block")
+    only_cross, has_attention = [bool(v) for v in each(student, "only_cross_attention")], attended(student)
+    for i in range(stages(student)):
+        mirror = stages(student) - 1 - i
+        for side, n, of, to in (
+            ("down_blocks", told[i], whole[i], i),
+            ("up_blocks", told[mirror] + 1, whole[mirror] + 1, i + offset),
+        ):
+            for j in range(n):
+                k = of - 1 if side == "up_blocks" and j == n - 1 else j
+                found[f"{side}.{i}.resnets.{j}"] = f"{side}.{to}.resnets.{k}"
+                stage = i if side == "down_blocks" else mirror
+                if not has_attention[stage]:
+                    continue
+                found[f"{side}.{i}.attentions.{j}"] = f"{side}.{to}.attentions.{k}"
+                if only_cross[stage] and not any(each(parent, "only_cross_attention")):
+                    found |= twice_crossed(f"{side}.{i}.attentions.{j}", f"{side}.{to}.attentions.{k}", depths(student)[stage])
+        found[f"down_blocks.{i}.downsamplers"] = f"down_blocks.{i}.downsamplers"
+        found[f"up_blocks.{i}.upsamplers"] = f"up_blocks.{i + offset}.upsamplers"
+    return found
+
+
+def twice_crossed(mine: str, its: str, depth: int) -> dict[str, str]:
+    """Where self-attention became a look at the text, it starts as the parent's look at the text."""
+    pairs = {"attn1": "attn2", "norm1": "norm2"}
+    block = "transformer_blocks"
+    return {f"{mine}.{block}.{d}.{a}": f"{its}.{block}.{d}.{b}" for d in range(depth) for a, b in pairs.items()}
+
+
+def renamed(name: str, layers: Mapping[str, str]) -> str:
+    """A parameter's or module's name after the longest path of `layers` that it lies under, or as it is."""
+    pieces = name.split(".")
+    for cut in range(len(pieces), 0, -1):
+        if (path := ".".join(pieces[:cut])) in layers:
+            return ".".join([layers[path], *pieces[cut:]])
+    return name
+
+
+def inherited(
+    parent: Mapping[str, Any],
+    student: Mapping[str, Any],
+    parent_shapes: Mapping[str, tuple[int, ...]],
+    student_shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, str]:
+    """Every parameter of the student -> the parent's that it starts from; UsageError where one has none of its shape."""
+    if stages(student) > stages(parent):
+        raise UsageError(
+            f"the layout has {stages(student)} resolutions, the base {stages(parent)}: it is no part of that network"
+        )
+    return matched(student_shapes, parent_shapes, inherited_layers(parent, student), "the layout")
+
+
+def matched(
+    student_shapes: Mapping[str, tuple[int, ...]],
+    parent_shapes: Mapping[str, tuple[int, ...]],
+    layers: Mapping[str, str],
+    what: str,
+) -> dict[str, str]:
+    """Every parameter -> the parent's of its shape, by the map of layers; UsageError where one has none."""
+    found = {name: renamed(name, layers) for name in student_shapes}
+    wrong = [
+        f"{name} {student_shapes[name]} from {old} {parent_shapes.get(old, '(none)')}"
+        for name, old in found.items()
+        if parent_shapes.get(old) != tuple(student_shapes[name])
+    ]
+    if wrong:
+        raise UsageError(
+            f"{what} does not fit into the base: {len(wrong)} of {len(found)} parameters have nothing to inherit; {wrong[0]}",
+            "layers of the base may be left out, none added or widened",
+        )
+    return found
+
+
+def unet_of(config: Mapping[str, Any]) -> nn.Module:
+    """The network of a config on the meta device; UsageError where diffusers cannot build it."""
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+
+    try:
+        with init_empty_weights():
+            return UNet2DConditionModel.from_config(dict(config))
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise UsageError(f"the layout is no UNet that diffusers builds: {error}") from error
+
+
+def shapes_of(net: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in net.state_dict().items()}
+
+
+def inheriting(parent: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+    """A trainable fp32 network of that config, which starts as the parent where the parent has it."""
+    net = unet_of(config)
+    state = parent.state_dict()
+    names = inherited(parent.config, config, {k: tuple(v.shape) for k, v in state.items()}, shapes_of(net))
+    net.load_state_dict({mine: state[its].detach().float().clone() for mine, its in names.items()}, assign=True)
+    return net.train().requires_grad_(True)
+
+
+def feature_pairs(parent: Mapping[str, Any], student: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Blocks whose outputs are compared, student's and parent's: every down and up block, and the bottleneck.
+
+    Where stages are gone the student's bottleneck stands for all that lay below, so it is compared with the output of the
+    parent's up block there (Segmind's tiny-sd); without a middle alone, with the middle's output. [BK-SDM's tiny compares
+    with the parent's own layer at that place, whose task is another.]
+    """
+    n, offset = stages(student), stages(parent) - stages(student)
+    middle, whole = student.get("mid_block_type"), parent.get("mid_block_type")
+    below = f"up_blocks.{offset - 1}" if offset else "mid_block" if whole else f"down_blocks.{n - 1}"
+    pairs = [(f"down_blocks.{i}", f"down_blocks.{i}") for i in range(n - 1)]
+    if middle and not offset:
+        pairs.append((f"down_blocks.{n - 1}", f"down_blocks.{n - 1}"))
+    pairs.append(("mid_block" if middle else f"down_blocks.{n - 1}", below))
+    return pairs + [(f"up_blocks.{i}", f"up_blocks.{i + offset}") for i in range(n)]

@@ -1,0 +1,279 @@
+"""Cutting blocks out of a checkpoint's UNet: by a layout or by measurement, in memory or streamed from file to file."""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastdiff import console
+from fastdiff.console import InputRefused, Result, UsageError
+from fastdiff.data.teacher import default_prompts
+from fastdiff.io import export, tensors
+from fastdiff.io.checkpoint import Checkpoint, stock_config
+from fastdiff.io.layouts import canonical
+from fastdiff.io.ldm import Weights
+from fastdiff.io.lora import Lora, layers_told
+from fastdiff.io.recipe import Recipe
+from fastdiff.io.tensors import Entry
+from fastdiff.io.updates import Update
+from fastdiff.models import controlnet, text, unet
+from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.sampling import DEFAULTS, Sampler, with_size
+
+PROBES, LEVELS, ROUNDS = 8, (99, 299, 499, 699, 899), 5
+
+
+def speed(told: str) -> float:
+    """2x, 1.5x or a plain number above 1."""
+    try:
+        found = float(told.removesuffix("x"))
+    except ValueError:
+        found = 0.0
+    if not 1 < found < math.inf:
+        raise UsageError(f"--target-speed {told}: not how many times as fast", "write 1.5x, 2x or 3x")
+    return found
+
+
+def layout_of(
+    base: Checkpoint, layout: str, *, auto: bool, target_speed: str, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """The student's config: a layout's, a file's, or with `auto` what measurement chose; the map of layers is told."""
+    config = choose(base, speed(target_speed), device) if auto else unet.student_config(base.unet_config, layout, base.family)
+    rows = [[mine, its] for mine, its in unet.inherited_layers(base.unet_config, config).items() if mine != its]
+    if rows:
+        console.table("layers that start as another one of the base's; the others keep their name", ["pruned", "base"], rows)
+    return config
+
+
+def title(base: Checkpoint, net: nn.Module, layout: str) -> str:
+    """For the card: the base, the layout, and how much is left."""
+    mine = sum(p.numel() for p in net.parameters())
+    its = sum(math.prod(shape) for shape in base.shapes("unet").values())
+    return f"{base.ref}, pruned to {Path(layout).stem}: {mine / 1e6:.1f} of {its / 1e6:.1f} million parameters"
+
+
+# ---- from file to file
+
+
+def pruned(base: Checkpoint, config: Mapping[str, Any]) -> tuple[Checkpoint, Weights]:
+    """The checkpoint with a UNet of that config, and the UNet's weights, each read from the base when asked for."""
+    shapes = unet.shapes_of(unet.unet_of(config))
+    names = unet.inherited(base.unet_config, config, base.shapes("unet"), shapes)
+    source = base.weights("unet")
+    readers: dict[str, Callable[[], torch.Tensor]] = {mine: (lambda its=its: source[its]) for mine, its in names.items()}
+    return base.shaped("unet", dict(config)), Weights(readers, shapes, {mine: source.dtypes[its] for mine, its in names.items()})
+
+
+def cut(base: Checkpoint, config: Mapping[str, Any], folder: Path) -> Result:
+    """Write the pruned checkpoint as a diffusers folder, tensor by tensor: nothing of the network is ever whole in memory."""
+    small, weights = pruned(base, config)
+    with console.timed("write_s"):
+        export.to_folder(small, folder, changed={"unet": weights}, recipe=Recipe(method="prune", family=base.family))
+    return Result([folder], figures(base.unet_config, config))
+
+
+def figures(parent: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters and multiply-adds of one call on one picture of the trained size, of both."""
+    found = {}
+    for name, config in (("base", parent), ("pruned", student)):
+        net = unet.unet_of(config)
+        found[name] = {"parameters": sum(p.numel() for p in net.parameters()), "gmac": round(macs(net) / 1e9, 3)}
+    return found
+
+
+def macs(net: nn.Module) -> int:
+    """Multiply-adds of one call, by torch's own counter, on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call(net, probe_of(net, "meta"))
+    return counter.get_total_flops() // 2
+
+
+class Probe(NamedTuple):
+    """An input of a UNet."""
+
+    x_t: torch.Tensor
+    t: torch.Tensor
+    cond: Cond
+
+
+def probe_of(net: nn.Module, device: torch.device | str) -> Probe:
+    """One picture of the trained size, all zeros."""
+    config, side = net.config, net.config.sample_size or 64
+    side = side if isinstance(side, int) else side[0]
+    cond = Cond(torch.zeros(1, 77, config.cross_attention_dim, device=device))
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        cond = replace(cond, pooled=torch.zeros(1, pooled, device=device), time_ids=torch.zeros(1, 6, device=device))
+    return Probe(
+        torch.zeros(1, config.in_channels, side, side, device=device), torch.zeros(1, dtype=torch.int64, device=device), cond
+    )
+
+
+@torch.no_grad()
+def call(net: nn.Module, probe: Probe) -> torch.Tensor:
+    """The network's own output."""
+    extra = {}
+    if probe.cond.pooled is not None:
+        extra["added_cond_kwargs"] = {
+            "text_embeds": probe.cond.pooled.to(net.dtype),
+            "time_ids": probe.cond.time_ids.to(net.dtype),
+        }
+    return net(probe.x_t.to(net.dtype), probe.t, probe.cond.tokens.to(net.dtype), return_dict=False, **extra)[0]
+
+
+def cut_controlnet(source: Path, config: Mapping[str, Any], folder: Path) -> None:
+    """A ControlNet of the base, as a diffusers folder, for the pruned UNet of that config."""
+    told = source / "config.json"
+    if not told.is_file():
+        raise UsageError(f"--controlnet {source}: not a diffusers folder of a ControlNet (config.json is missing)")
+    parent = json.loads(told.read_text())
+    smaller = controlnet.student_config(parent, config)
+    shapes = unet.shapes_of(controlnet.controlnet_of(smaller))
+    files = [tensors.open_file(path) for path in sorted(source.glob("*.safetensors"))]
+    stored = {name: file for file in files for name in file}
+    whole = {name: file.layouts[name].shape for name, file in stored.items()}
+    names = controlnet.inherited(parent, smaller, whole, shapes)
+    rows = [
+        Entry(mine, stored[its].layouts[its].dtype, shapes[mine], lambda its=its: stored[its][its]) for mine, its in names.items()
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors.write(folder / "diffusion_pytorch_model.safetensors", rows, {"format": "pt"})
+    export.write_json(folder / "config.json", smaller)
+
+
+def remapped(base: Checkpoint, item: Lora, *, wanted: bool) -> Lora:
+    """A LoRA for a base that may be pruned. `wanted`: it is of the whole network, and moves to the layers that were kept.
+
+    Names alone would not do: up_blocks.1.attentions.1 is there in both, and in the pruned network it is what was
+    attentions.2. InputRefused where a LoRA has layers that only the whole network has, and nobody said so.
+    """
+    whole, config = stock_config(base.family), base.unet_config
+    if item.layers != 2 and item.layers == config.get("layers_per_block"):
+        return item  # it was trained on a network with these layers, and says so
+    layers = unet.inherited_layers(whole, config)
+    key_of = lambda path: canonical("lora_unet_", path)
+    paths = [name.removesuffix(".weight") for name in unet.shapes_of(unet.unet_of(config)) if name.endswith(".weight")]
+    mine = {key_of(path): key_of(unet.renamed(path, layers)) for path in paths}
+    if not wanted:
+        gone = [key for key in item.modules if key.startswith("lora_unet_") and key not in mine]
+        if gone and set(gone) <= {key_of(name.removesuffix(".weight")) for name in stock_shapes(base.family)}:
+            raise InputRefused(
+                f"{item.source}: is for the network that {base.ref} was pruned from ({gone[0]})",
+                "--remap moves it to the layers that were kept",
+            )
+        return item
+    kept: dict[str, Update] = {key: item.modules[its] for key, its in mine.items() if its in item.modules}
+    texts = {key: update for key, update in item.modules.items() if not key.startswith("lora_unet_")}
+    used = {its for its in mine.values() if its in item.modules}
+    console.info(f"{item.source}: {len(used)} of {len(item.modules) - len(texts)} UNet modules are of layers that were kept")
+    told = {k: v for k, v in item.metadata.items() if k != "fastdiff.layers_per_block"} | layers_told(config)
+    return replace(item, modules=kept | texts, metadata=told)
+
+
+def stock_shapes(family: str) -> dict[str, tuple[int, ...]]:
+    return unet.shapes_of(unet.unet_of(stock_config(family)))
+
+
+def is_pruned(base: Checkpoint) -> bool:
+    """Whether its UNet has other layers than its family's."""
+    whole, mine = stock_config(base.family), base.unet_config
+    count = lambda config: (
+        unet.stages(config),
+        unet.each(config, "layers_per_block"),
+        unet.depths(config),
+        unet.attended(config),
+    )
+    return count(whole) != count(mine) or whole.get("mid_block_type") != mine.get("mid_block_type")
+
+
+# ---- by measurement
+
+
+def candidates(config: Mapping[str, Any]) -> Iterator[tuple[str, unet.Edit]]:
+    """Every single thing that could go."""
+    layers, attention, depth = unet.each(config, "layers_per_block"), unet.attended(config), unet.depths(config)
+    for i in range(unet.stages(config)):
+        if layers[i] > 1:
+            yield f"a layer of resolution {i}", unet.with_layers(layers[i] - 1, i)
+        if attention[i]:
+            yield f"attention at resolution {i}", unet.without_attention(i)
+        if attention[i] and isinstance(depth[i], int) and depth[i] > 1:
+            shallower = [d - -(-d // 3) if j == i else d for j, d in enumerate(depth)]
+            yield f"a third of the transformers of resolution {i}", unet.with_depths(shallower)
+    if config.get("mid_block_type") == "UNetMidBlock2DCrossAttn":
+        yield "attention in the middle", unet.plain_middle
+    if config.get("mid_block_type"):
+        yield "the middle", unet.without_middle
+    if unet.stages(config) > 2:
+        yield "the innermost resolution", unet.without_innermost
+
+
+def choose(base: Checkpoint, target: float, device: torch.device | str) -> dict[str, Any]:
+    """The config that is `target` times as fast as the base here, cut step by step: always what errs least per time saved.
+
+    The error is that of the cut network before any training, against the base on its own samples with noise of five levels.
+    UsageError where even the least network is slower.
+    """
+    whole = base.unet.to(device)
+    probes = probes_of(base, device)
+    goals = [call(whole, probe) for probe in probes]
+    spread = torch.cat(goals).float().var()
+    config = dict(whole.config)
+    start_s = now_s = latency_s(whole, device)
+    error = 0.0
+    while now_s > start_s / target:
+        tried = []
+        for name, edit in candidates(config):
+            try:
+                smaller = edit(config)
+                net = unet.inheriting(whole, smaller).to(device, whole.dtype).eval()
+            except UsageError:
+                continue  # not every combination is a network
+            took_s = latency_s(net, device)
+            wrong = [(call(net, p).float() - goal.float()).square().mean() for p, goal in zip(probes, goals, strict=True)]
+            tried.append((took_s, (torch.stack(wrong).mean() / spread).item(), name, smaller))
+        faster = [row for row in tried if row[0] < 0.99 * now_s]
+        if not faster:
+            told = f"--target-speed {target:g}x: with everything gone that can go it is {start_s / now_s:.2g}x"
+            raise UsageError(told, "ask for less")
+        took_s, wrong_now, name, config = min(faster, key=lambda row: max(row[1] - error, 1e-6) / (now_s - row[0]))
+        console.info(f"without {name}: {start_s / took_s:.2f}x as fast, error {wrong_now:.3f} before training")
+        now_s, error = took_s, wrong_now
+    return config
+
+
+def probes_of(base: Checkpoint, device: torch.device | str) -> list[Probe]:
+    """The base's own samples of a few prompts, with noise of five levels."""
+    prompts = default_prompts(base.family)[:PROBES]
+    cond, uncond = text.encode(base, prompts, device=device), text.unconditional(base, device=device)
+    if base.family == "sdxl":
+        cond, uncond = (with_size(c, base.resolution_px) for c in (cond, uncond))
+    schedule, side = base.schedule(), base.resolution_px // base.pixels_per_latent
+    sampler = Sampler(base, Denoiser(base.unet, schedule, base.prediction_type), base.vae, device=device)
+    quick, generator, found = replace(DEFAULTS[base.family], num_steps=10), torch.Generator().manual_seed(0), []
+    for i in range(len(prompts)):
+        x0 = sampler.latents(cond[i : i + 1], uncond, [i], quick, (side, side))
+        eps, t = torch.randn(x0.shape, generator=generator).to(device), torch.tensor([LEVELS[i % len(LEVELS)]], device=device)
+        found.append(Probe(schedule.add_noise(x0, eps, t), t, cond[i : i + 1].map(lambda v: v.to(device))))
+    return found
+
+
+def latency_s(net: nn.Module, device: torch.device | str) -> float:
+    """Seconds of a call on one picture, the median of a few."""
+    probe, times = probe_of(net, device), []
+    for _ in range(ROUNDS + 1):
+        began = time.perf_counter()
+        call(net, probe)
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])  # the first warms up
