@@ -120,6 +120,46 @@ All settings: `config.toml`; the same run again: `fastdiff {run.command} --confi
     write_atomic(run.folder / "hashes.json", json.dumps(told, indent=2) + "\n")
 
 
+def write_vae_card(run: Run, base: Checkpoint, config: TrainConfig, metrics: dict[str, Any]) -> None:
+    """README.md of a tiny VAE."""
+    lines = [f"| {k} | {fmt(v)} |" for k, v in metrics.items() if isinstance(v, int | float)]
+    table, fence = "\n".join(lines), "```"
+    card = f"""---
+base_model: {config.base}
+library_name: diffusers
+tags: [vae, AutoencoderTiny]
+---
+# tiny-vae: a small decoder for {config.base}
+
+| | |
+| --- | --- |
+| method | L1 at an eighth of the size and a discriminator, against the VAE's own pictures (SDXS), {metrics["steps"]} steps |
+| latents | those of {config.base}, scaled; also of every checkpoint that shares its VAE |
+| licence | that of the base model: a distilled model is derived from it |
+
+![the VAE's own picture, this decoder's, four times their difference](previews/final.png)
+
+## Measured
+
+| against the VAE's own decoder | |
+| --- | --- |
+{table}
+
+## Use
+
+{fence}python
+import {"fastdiff" if base.ref == "emoji" else "diffusers"}
+from diffusers import AutoencoderTiny, DiffusionPipeline
+pipe = {opened(base)}
+pipe.vae = AutoencoderTiny.from_pretrained("tiny-vae")
+{fence}
+
+All settings: `config.toml`; the same run again: `fastdiff {run.command} --config config.toml`.
+"""
+    write_atomic(run.folder / "README.md", card)
+    write_atomic(run.folder / "hashes.json", json.dumps({"files": hashes(run)}, indent=2) + "\n")
+
+
 def hashes(run: Run) -> dict[str, str]:
     """sha256 of every file that was written, those in checkpoint folders too, by place in the run folder."""
     files = [file for path in run.outputs for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]

@@ -34,6 +34,7 @@ class Command(NamedTuple):
 
 COMMANDS = [
     Command("prune", "fastdiff.methods.prune", "Cut a UNet to a small layout and train the loss away (BK-SDM, SDXS)", "Train"),
+    Command("distill-vae", "fastdiff.methods.vae", "Train a tiny decoder for a checkpoint's VAE (SDXS, TAESD)", "Train"),
     Command("train-lcm-lora", "fastdiff.methods.lcm", "Distil a few-step LoRA (LCM, PCM, TCD)", "Train"),
     Command("dmd", "fastdiff.methods.dmd", "Distil a one-step or few-step model (DMD, DMD2)", "Train"),
     Command("lightning", "fastdiff.methods.lightning", "Distil 128 steps down to 1, stage by stage (SDXL-Lightning)", "Train"),

@@ -24,6 +24,7 @@ class Config(BaseConfig):
     PANEL: ClassVar[str] = "Export"
 
     single_file: Annotated[bool, "one LDM-layout file, for ComfyUI, A1111 and Forge, instead of a diffusers folder"] = False
+    force: Annotated[bool, "write a single file of a shape that no other program is known to read"] = False
     lora: Annotated[str | None, "write this LoRA in --format instead of a checkpoint"] = None
     format: Annotated[Literal["kohya", "diffusers", "peft"], "layout of a LoRA; kohya loads everywhere"] = "kohya"
     output: Annotated[str | None, "a folder, or NAME.safetensors for one file"] = field(default=None, metadata={"flags": ["-o"]})
@@ -57,7 +58,7 @@ def run(config: Config) -> Result:
         raise UsageError(f"--output {path}: is a file; give the name of a folder")
     with console.timed("write_s"):
         if one:
-            outputs = export.to_file(base, path, dtype=dtype, recipe=base.recipe)
+            outputs = export.to_file(base, path, dtype=dtype, recipe=base.recipe, force=config.force)
         else:
             export.to_folder(base, path, dtype=dtype, recipe=base.recipe if base.recipe.method else None)
             outputs = [path]

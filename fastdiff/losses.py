@@ -78,3 +78,23 @@ def gan_fake(logits: Tensor) -> Tensor:
 def gan_real(logits: Tensor) -> Tensor:
     """softplus(-D): what a discriminator loses on real samples, and a generator on its own."""
     return F.softplus(-logits.float()).mean()
+
+
+def ssim(a: Tensor, b: Tensor, *, span: float = 1.0, window: int = 11, spread: float = 1.5) -> Tensor:
+    """Structural similarity (B,) of (B, C, H, W), mean over channels and places (Wang 2004, eq. 13); values lie within `span`.
+
+    Gaussian window of 11 places and 1.5 spread, over the places where it lies inside; on smaller maps the largest that does.
+    """
+    side = min(window, *a.shape[-2:])
+    g = torch.exp(-((torch.arange(side, device=a.device) - (side - 1) / 2) ** 2) / (2 * spread**2))
+    kernel = torch.outer(g / g.sum(), g / g.sum())[None, None]
+
+    def mean(x: Tensor) -> Tensor:
+        return F.conv2d(x.flatten(0, 1)[:, None], kernel)
+
+    a, b = a.float(), b.float()
+    m_a, m_b = mean(a), mean(b)
+    v_a, v_b, v_ab = mean(a * a) - m_a * m_a, mean(b * b) - m_b * m_b, mean(a * b) - m_a * m_b
+    c_1, c_2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+    found = (2 * m_a * m_b + c_1) * (2 * v_ab + c_2) / ((m_a**2 + m_b**2 + c_1) * (v_a + v_b + c_2))
+    return found.reshape(len(a), -1).mean(1)

@@ -209,6 +209,23 @@ def test_the_depths_of_sdxl_are_read_off_its_keys(tmp_path):
     assert "--base-config" in caught.value.hint
 
 
+@pytest.mark.parametrize("layout", ["bk-base", "bk-small", "ssd-1b", "vega", "koala-1b", "koala-700m"])
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+def test_the_blocks_of_every_layout_are_read_off_its_keys(tmp_path, name, layout):
+    from fastdiff.models import unet
+
+    if name not in unet.LAYOUTS[layout].families:
+        layout = {"ssd-1b": "bk-tiny", "vega": "sdxs-512", "koala-1b": "sdxs-512-xattn"}.get(layout, "bk-base")
+    config = checkpoint.stock_config(name)
+    smaller = unet.student_config(config, layout, name)
+    shapes, _ = shapes_of({k: v for k, v in smaller.items() if k != "_class_name"})
+    found = unet.unet_of(family.infer_unet(header(tmp_path, shapes), config))
+    assert unet.shapes_of(found) == unet.shapes_of(unet.unet_of(smaller))
+    assert export.known_elsewhere(name, smaller) == ((name, layout) not in {("sdxl", "bk-base"), ("sdxl", "bk-small")}) & (
+        layout != "sdxs-512-xattn"
+    )
+
+
 @pytest.fixture(scope="module")
 def one_file(tmp_path_factory):
     home = tmp_path_factory.mktemp("one")

@@ -22,9 +22,9 @@ FLOORS = [
     {"data.teacher"},
     {"data"},
     {"evaluate", "trainer", "compare"},
-    {"card", "surgery"},
+    {"card", "surgery", "decoders"},
     {"session", "sample", "merge", "export", "inspect"},
-    {"methods.lcm", "methods.dmd", "methods.lightning", "methods.prune"},
+    {"methods.lcm", "methods.dmd", "methods.lightning", "methods.prune", "methods.vae"},
     {"cli"},
     {"__main__"},
 ]

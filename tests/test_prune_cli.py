@@ -101,6 +101,30 @@ def test_a_single_file_is_cut_too(fastdiff, tiny_sd, tmp_path):
     assert all(torch.equal(a.weights("unet")[k], b.weights("unet")[k]) for k in b.weights("unet"))
 
 
+def test_a_file_that_nobody_else_reads_is_written_only_on_demand(fastdiff, tiny_sd, tmp_path, monkeypatch):
+    import diffusers
+
+    assert fastdiff("prune", "--base", tiny_sd, "--layout", "bk-tiny", "--steps", "0", "-o", "tiny")[0] == 0
+    code, told = fastdiff("export", "--base", "tiny/model", "--single-file", "-o", "tiny.safetensors")
+    assert code == 0, told
+    pipe = diffusers.StableDiffusionPipeline.from_single_file(
+        str(tmp_path / "tiny.safetensors"), config=str(tmp_path / "tiny/model")
+    )
+    stored = checkpoint.load(str(tmp_path / "tiny" / "model")).weights("unet")
+    assert all(torch.equal(v, stored[k]) for k, v in pipe.unet.state_dict().items())
+    assert fastdiff("prune", "--base", tiny_sd, "--layout", "sdxs-512-xattn", "--steps", "0", "-o", "cross")[0] == 0
+    export = ("export", "--base", "cross/model", "--single-file", "-o", "cross.safetensors")
+    code, told = fastdiff(*export)
+    assert code == 3
+    assert "ComfyUI, A1111 and Forge know no single file" in told["error"]["message"]
+    assert "--force" in told["error"]["hint"]
+    assert not (tmp_path / "cross.safetensors").exists()
+    assert fastdiff(*export, "--force")[0] == 0
+    again = checkpoint.load(str(tmp_path / "cross.safetensors"), config=str(tmp_path / "cross" / "model")).weights("unet")
+    whole = checkpoint.load(str(tmp_path / "cross" / "model")).weights("unet")
+    assert all(torch.equal(again[k], whole[k]) for k in whole)
+
+
 def test_a_pruned_emoji_checkpoint_measures_what_was_won_back(fastdiff):
     code, told = fastdiff("prune", "--layout", "bk-tiny", "--steps=2", "--batch-size=2", "--proof=8", "-o", "run")
     assert code == 0, told

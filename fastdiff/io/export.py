@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.console import InputRefused, UsageError, info
 from fastdiff.io import ldm, tensors
-from fastdiff.io.checkpoint import Checkpoint, clip_vocabulary, plain_name
+from fastdiff.io.checkpoint import Checkpoint, clip_vocabulary, plain_name, stock_config
 from fastdiff.io.ldm import Slot, Weights
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.tensors import Entry
@@ -181,14 +181,15 @@ def to_file(
     changed: Mapping[str, Weights] | None = None,
     dtype: torch.dtype | None = None,
     recipe: Recipe | None = None,
+    force: bool = False,
 ) -> list[Path]:
     """Write one file in the LDM layout, for ComfyUI, A1111 and Forge; returns it and the yaml beside it if one is needed.
 
-    A UNet with uneven layers is refused. The file is read back and compared tensor by tensor before this returns
-    (GateFailed). At most one tensor is in memory.
+    A UNet with uneven layers is refused, and without `force` one that no other program reads as a single file. The file is
+    read back and compared tensor by tensor before this returns (GateFailed). At most one tensor is in memory.
     """
     changed = changed or {}
-    refuse_uneven(base)
+    refuse_unreadable(base, force=force)
     digests = tensors.write(path, rows_of(base, changed, dtype), metadata_of(base, path.stem, recipe))
     written = [path]
     if needs_yaml(base):
@@ -272,8 +273,45 @@ def yaml_of(base: Checkpoint) -> str:
 """
 
 
-def refuse_uneven(base: Checkpoint) -> None:
-    """InputRefused before anything is written, for a UNet that has no single-file layout."""
+# SDXL's shapes that ComfyUI knows, by the transformers of every encoder layer; of SD1 and SD2 it reads the blocks off the keys.
+SDXL_SHAPES = ([0, 0, 2, 2, 10, 10], [0, 0, 2, 2, 4, 4], [0, 0, 1, 1, 2, 2], [0, 2, 5], [0, 2, 6])
+
+
+def known_elsewhere(family: str, config: Mapping[str, Any]) -> bool:
+    """Whether a program that is neither this nor diffusers reads the UNet from a single file."""
+    crossed = config.get("only_cross_attention")
+    if any(crossed) if isinstance(crossed, list | tuple) else crossed:
+        return False
+    if family != "sdxl":
+        return True
+    depths = config.get("transformer_layers_per_block", 1)
+    rows = depths if isinstance(depths, list | tuple) else [depths] * len(config["block_out_channels"])
+    layers = config["layers_per_block"]
+    attended = ["CrossAttn" in kind for kind in config["down_block_types"]]
+    told = [
+        (row if isinstance(row, list | tuple) else [row] * layers) if a else [0] * layers
+        for row, a in zip(rows, attended, strict=True)
+    ]
+    return [depth for row in told for depth in row] in SDXL_SHAPES
+
+
+def blocks_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What pruning changes."""
+    names = ("down_block_types", "layers_per_block", "mid_block_type", "transformer_layers_per_block")
+    return {name: config.get(name) or (1 if name == "transformer_layers_per_block" else None) for name in names}
+
+
+def refuse_unreadable(base: Checkpoint, *, force: bool) -> None:
+    """InputRefused before anything is written, for a UNet that has no single-file layout, or one that nobody else knows."""
     config = config_of(base, "unet")
     if not isinstance(config.get("layers_per_block"), int):
         raise InputRefused(f"--base {base.ref}: an uneven UNet has no single-file layout", "export it as a folder")
+    if not known_elsewhere(base.family, config):
+        if not force:
+            raise InputRefused(
+                f"--base {base.ref}: ComfyUI, A1111 and Forge know no single file of a UNet of this shape",
+                "export it as a folder, which diffusers loads; --force writes the file for fastdiff and diffusers "
+                "(from_single_file with config=FOLDER)",
+            )
+    elif base.family != "emoji" and blocks_of(config) != blocks_of(stock_config(base.family)):
+        info(f"{base.ref}: pruned; ComfyUI, fastdiff and diffusers (config=FOLDER) read the file, A1111 and Forge do not")

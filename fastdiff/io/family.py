@@ -135,27 +135,41 @@ def infer_unet(file: TensorFile, config: Mapping[str, Any]) -> dict[str, Any]:
     down = [[depth(f"input_blocks.{i * (layers + 1) + j + 1}") for j in range(layers)] for i in range(levels)]
     up = [[depth(f"output_blocks.{i * (layers + 1) + j}") for j in range(layers + 1)] for i in range(levels)]
     middle = depth("middle_block") if "middle_block.0.in_layers.0.weight" in shapes else None
-    even = blocks == count("output_blocks") == levels * (layers + 1) and all(len(set(row)) == 1 for row in (*down, *up))
+    across = list(zip(down, reversed(up), strict=True)) if len(down) == len(up) else []
+    even = blocks == count("output_blocks") == levels * (layers + 1)
+    even &= all(not 0 < row.count(0) < len(row) for row in (*down, *up))  # attention in all layers of a block or in none
     widths = [shapes.get(f"input_blocks.{i * (layers + 1) + 1}.0.in_layers.2.weight", (0,))[0] for i in range(levels)]
-    depths = [max(a[0], b[0]) for a, b in zip(down, reversed(up), strict=True)] if even else []
-    agree = even and all({a[0], b[0]} <= {0, d} for a, b, d in zip(down, reversed(up), depths, strict=True))
-    if not agree or (middle is not None and middle not in {depths[-1], config_depth(config)}) or middle == 0:
+    seen = [{depth for row in rows for depth in row} - {0} for rows in across]
+    whole = all(len(found) <= 1 for found in seen)
+    depths: list[Any] = [max(found, default=0) for found in seen]
+    known = {depths[-1], config_depth(config)} if whole else set()
+    if not even or (middle and middle not in known):
         raise InputRefused(
             f"{file.path}: a pruned UNet whose layers differ within a level or from one half to the other",
             "give the folder with its configs: --base-config FOLDER",
         )
+    kinds = {None: None, 0: "UNetMidBlock2D"}
     found = {
         **config,
         "block_out_channels": widths,
         "layers_per_block": layers,
         "down_block_types": ["CrossAttnDownBlock2D" if row[0] else "DownBlock2D" for row in down],
         "up_block_types": ["CrossAttnUpBlock2D" if row[0] else "UpBlock2D" for row in up],
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle is not None else None,
+        "mid_block_type": kinds.get(middle, "UNetMidBlock2DCrossAttn"),
     }
-    if isinstance(config.get("transformer_layers_per_block"), list):
+    if not whole:  # a list of every layer's, down and, from the innermost, up
+        flat = lambda row: row if any(row) else 1
+        found["transformer_layers_per_block"] = [flat(row) for row in down]
+        found["reverse_transformer_layers_per_block"] = [flat(row) for row in up]
+    elif isinstance(config.get("transformer_layers_per_block"), list):
         found["transformer_layers_per_block"] = [d or 1 for d in depths[:-1]] + [middle or depths[-1] or 1]
     if isinstance(config.get("attention_head_dim"), list):  # heads of 64 channels
         found["attention_head_dim"] = [width // 64 for width in widths]
+    text = config["cross_attention_dim"]
+    keys = (f"input_blocks.{i * (layers + 1) + 1}.1.transformer_blocks.0.attn1.to_k.weight" for i in range(levels))
+    crossed = [key in shapes and shapes[key][1] == text != width for key, width in zip(keys, widths, strict=True)]
+    if any(crossed):
+        found["only_cross_attention"] = crossed
     return found
 
 

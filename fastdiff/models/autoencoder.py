@@ -72,3 +72,31 @@ def pixels(vae: nn.Module, latents: Tensor) -> Tensor:
 def decode(vae: nn.Module, latents: Tensor, *, chunk: int = 16) -> Tensor:
     """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W), clamped to [-1, 1]."""
     return torch.cat([pixels(vae, z).clamp(-1, 1) for z in latents.split(chunk)])
+
+
+def tiny(width: int, decoder_blocks: tuple[int, ...], latent_channels: int = 4) -> nn.Module:
+    """A stock AutoencoderTiny (TAESD) of random weights: residual blocks and upsampling, no attention, no normalisation.
+
+    Its latents are scaled ones (scaling_factor 1) and its pixels lie in [-1, 1], as its own encode and decode see to. It is
+    trained through these: `forward` rounds latents to bytes, which stops gradients, and the encoder under gradient
+    checkpointing skips the change of range, so nobody switches that on.
+    """
+    from diffusers import AutoencoderTiny
+
+    widths, stages = (width,) * len(decoder_blocks), len(decoder_blocks)
+    return AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(1, *(3,) * (stages - 1)),
+        num_decoder_blocks=decoder_blocks,
+        latent_channels=latent_channels,
+        scaling_factor=1.0,
+        force_upcast=False,
+    )
+
+
+def mean_latents(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) -> the scaled latents that a stock pipeline starts from, without their spread; with gradients."""
+    found = vae.encode(pixels.to(vae.device, vae.dtype))
+    latents = found.latents if hasattr(found, "latents") else found.latent_dist.mean
+    return latents.float() * vae.config.scaling_factor

@@ -1,4 +1,4 @@
-"""Discriminators on a UNet's bottleneck: is the latent behind these features a real one?"""
+"""Discriminators: on a UNet's features, is the latent behind them a real one? On pictures, is the patch?"""
 
 import math
 
@@ -76,3 +76,25 @@ class Discriminator(nn.Module):
         maps = maps if self.every else maps[-1:]
         beside = [torch.cat(features.float().chunk(len(xs)), 1) for features in maps]
         return torch.stack([head(features).mean((1, 2, 3)) for head, features in zip(self.heads, beside, strict=True)], 1)
+
+
+class PatchDiscriminator(nn.Module):
+    """Pictures (B, 3, H, W) in [-1, 1] -> logits (B, 1, H / 8, W / 8): is the patch real (Isola 2017)?
+
+    With `latent_channels` it is also shown what the picture was decoded from, spread over the pixels: then it can tell a
+    picture that is real but another one (TAESD).
+    """
+
+    def __init__(self, width: int = 64, latent_channels: int = 0) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3 + latent_channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for i in range(2):
+            wide = width * 2**i
+            layers += [nn.Conv2d(wide, 2 * wide, 4, 2, 1), nn.GroupNorm(8, 2 * wide), nn.LeakyReLU(0.2)]
+        self.conditional = latent_channels > 0
+        self.layers = nn.Sequential(*layers, nn.Conv2d(4 * width, 1, 3, 1, 1))
+
+    def forward(self, pixels: Tensor, latents: Tensor) -> Tensor:
+        if self.conditional:
+            pixels = torch.cat([pixels, nn.functional.interpolate(latents, size=pixels.shape[-2:])], 1)
+        return self.layers(pixels)

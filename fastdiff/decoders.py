@@ -1,0 +1,72 @@
+"""How near one decoder's pictures are to another's, and what each costs."""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import losses
+from fastdiff.models import autoencoder
+
+ROUNDS = 7
+
+
+def high_frequencies(pixels: Tensor) -> float:
+    """Mean energy above half of what a pixel grid can hold: what blur takes first. (B, 3, H, W)."""
+    spectrum = torch.fft.fft2(pixels.float()).abs().square()
+    y, x = (torch.fft.fftfreq(n).abs() for n in pixels.shape[-2:])
+    return spectrum[..., torch.maximum(y[:, None], x[None]) > 0.25].mean().item() / pixels[0, 0].numel()
+
+
+def compare(teacher: nn.Module, student: nn.Module, latents: Tensor, distance: nn.Module | None = None) -> dict[str, Any]:
+    """Of the same scaled latents (N, C, h, w): PSNR in dB and SSIM to the teacher's pictures, LPIPS with a `distance`,
+
+    `detail`, the high-frequency energy in units of the teacher's.
+    """
+    a, b = (autoencoder.decode(vae, latents) for vae in (teacher, student))
+    unit = [(p + 1) / 2 for p in (a, b)]
+    errors = (unit[0] - unit[1]).square().flatten(1).mean(1)
+    found = {
+        "psnr_db": (-10 * errors.clamp(min=1e-10).log10()).mean().item(),
+        "ssim": losses.ssim(*unit).mean().item(),
+        "detail": high_frequencies(b) / high_frequencies(a),
+    }
+    if distance is not None:
+        with torch.no_grad():
+            rows = [distance(q, p) for p, q in zip(a.split(8), b.split(8), strict=True)]
+        found["lpips"] = torch.cat(rows).mean().item()
+    return found
+
+
+def encoder_error(teacher: nn.Module, student: nn.Module, pixels: Tensor) -> float:
+    """Mean squared distance of the latents of the same pictures, in units of their variance."""
+    with torch.no_grad():
+        a, b = (torch.cat([autoencoder.mean_latents(vae, part) for part in pixels.split(16)]) for vae in (teacher, student))
+    return (losses.squared(a, b) / a.var()).item()
+
+
+def macs(vae: nn.Module, side: int) -> int:
+    """Multiply-adds of decoding one latent of that side, on the meta device."""
+    from accelerate import init_empty_weights
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with init_empty_weights():
+        net = type(vae).from_config(vae.config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net.to("meta").decode(torch.empty(1, vae.config.latent_channels, side, side, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def latencies_ms(nets: list[nn.Module], latents: Tensor) -> list[float]:
+    """Milliseconds of decoding, each network in turn, the median of a few rounds."""
+    times: list[list[float]] = [[] for _ in nets]
+    for _ in range(ROUNDS + 1):
+        for vae, row in zip(nets, times, strict=True):
+            began = time.perf_counter()
+            autoencoder.decode(vae, latents)
+            if latents.device.type == "cuda":
+                torch.cuda.synchronize()
+            row.append(1000 * (time.perf_counter() - began))
+    return [statistics.median(row[1:]) for row in times]  # the first warms up

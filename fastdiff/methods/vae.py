@@ -1,0 +1,253 @@
+"""A tiny decoder (and encoder) for any VAE (Song et al. 2024, SDXS, section 3.1; TAESD's architecture and latents).
+
+z ~ samples of the diffusion model, scaled      target = KL decoder(z)      G(z) = tiny decoder
+l1      = | down8(G(z)) - down8(target) |       at an eighth, so that the discriminator alone rules texture     eq. 5
+gan     = -log sigmoid D(G(z));     D loses softplus(-D(target)) + softplus(D(G(z)))                            eq. 5
+pixel   = | G(z) - target |                     option, 0 in the paper
+lpips   = LPIPS(G(z), target)                   option
+encoder = | E(target) - KL encoder(target) |^2  option, a player of its own
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff import console, decoders, losses
+from fastdiff.card import write_vae_card
+from fastdiff.config import Range
+from fastdiff.console import Result, UsageError
+from fastdiff.data import Batch, open_data
+from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io.run import Run
+from fastdiff.models import autoencoder, perceptual
+from fastdiff.models.discriminator import PatchDiscriminator
+from fastdiff.sampling import contact_sheet
+from fastdiff.trainer import Phase, TrainConfig, Trainer, Turn, load_base, open_accelerator, open_run, start
+
+# TAESD: Adam 3e-4, batches of 16. SDXS names no weights: ours.
+CARD = dict(lr=3e-4, lr_schedule="cosine", warmup=100, ema=0.999, batch_size=8, steps=30_000, pairs=1024, data="teacher")
+PRESETS = {
+    "emoji": dict(
+        data="teacher",
+        pairs=1024,
+        width=8,
+        lr=3e-3,
+        lr_schedule="cosine",
+        warmup=20,
+        ema=0.99,
+        batch_size=32,
+        steps=3000,
+        d_width=32,
+        d_lr=1e-3,
+    ),  # fmt: skip
+    "sd15": CARD,
+    "sd21": CARD,
+    "sdxl": CARD,
+}
+EXAMPLES = """fastdiff distill-vae
+fastdiff distill-vae --base sdxl --prompts prompts.txt --encoder
+fastdiff sample --base sdxl --vae runs/distill-vae-sdxl/tiny-vae --prompt "a red apple\""""
+
+
+@dataclass
+class Config(TrainConfig):
+    PANEL: ClassVar[str] = "Tiny decoder"
+
+    width: Annotated[int, "channels of every layer; 64 is TAESD's", Range(4)] = 64
+    blocks: Annotated[str, "residual blocks at each resolution, from the latents' to the picture's"] = "3,3,3,1"
+    encoder: Annotated[bool, "train an encoder too, for image-to-image"] = False
+    lambda_gan: Annotated[float, "weight of the discriminator's judgement; 0 = none", Range(0)] = 0.1
+    lambda_pixel: Annotated[float, "weight of the distance at full resolution; SDXS 0", Range(0)] = 0.0
+    lambda_lpips: Annotated[float, "weight of the perceptual distance; SDXS 0", Range(0)] = 0.0
+    lpips_weights: Annotated[str | None, "torchvision's VGG-16 file, or embedded; default: the model zoo's"] = None
+    cond_disc: Annotated[bool, "the discriminator also sees the latents"] = False
+    d_width: Annotated[int, "channels of the discriminator's first layer", Range(8)] = 64
+    d_lr: Annotated[float | None, "learning rate of the discriminator; default the decoder's", Range(above=0)] = None
+    gan_from: Annotated[
+        int, "first step at which the decoder is judged; the discriminator learns from half of that", Range(0)
+    ] = 0
+    crop: Annotated[int, "pixels a side of the crops that it trains on", Range(16, multiple_of=8)] = 256
+    proof: Annotated[int, "pictures that the closing figures are of", Range(1, 2000)] = 256
+
+    def __post_init__(self) -> None:
+        stages(self)
+
+
+def stages(config: Config) -> tuple[int, ...]:
+    try:
+        found = tuple(int(n) for n in config.blocks.split(","))
+    except ValueError:
+        found = ()
+    if len(found) != 4 or min(found) < 0:
+        raise UsageError(f"--blocks {config.blocks}: not four numbers, one of each resolution", "as in 3,3,3,1")
+    return found
+
+
+class TinyVAE:
+    """Players: the decoder, its discriminator, and where wanted the encoder."""
+
+    def __init__(self, base: Checkpoint, config: Config, distance: nn.Module | None) -> None:
+        self.base_model, self.config, self.teacher, self.distance = base, config, base.vae, distance
+        channels = base.config_of("vae")["latent_channels"]
+        if autoencoder.factor(base.vae) != 8:
+            raise UsageError(f"--base {base.ref}: its VAE has {autoencoder.factor(base.vae)} px a latent; tiny ones have 8")
+        self.student = autoencoder.tiny(config.width, stages(config), channels)
+        self.players: dict[str, nn.Module] = {"decoder": self.student.decoder}
+        self.rates = {"discriminator": config.d_lr} if config.d_lr else {}
+        self.figures: dict[str, Tensor] = {}
+        self.discriminator = None
+        if config.lambda_gan:
+            self.discriminator = PatchDiscriminator(config.d_width, channels if config.cond_disc else 0)
+            self.players["discriminator"] = self.discriminator
+        if config.encoder:
+            self.players["encoder"] = self.student.encoder
+        else:
+            # Nobody trained it: it says nothing rather than noise.
+            nn.init.zeros_(self.student.encoder.layers[-1].weight), nn.init.zeros_(self.student.encoder.layers[-1].bias)
+
+    def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
+        """The discriminator first, then the decoder against it (SDXS, equation 5), the encoder beside it."""
+        z = self.crop(batch.latents)
+        with torch.no_grad():
+            target = autoencoder.pixels(self.teacher, z).clamp(-1, 1)
+        judge = self.discriminator
+        if judge is not None and 2 * step >= self.config.gan_from:
+            with torch.no_grad():
+                fake = self.student.decode(z).sample
+            d_real, d_fake = judge(target, z), judge(fake, z)
+            self.figures = {"d_real": d_real.detach().sigmoid().mean(), "d_fake": d_fake.detach().sigmoid().mean()}
+            yield {"discriminator": {"gan": losses.gan_real(d_real) + losses.gan_fake(d_fake)}}
+        picture = self.student.decode(z).sample
+        terms = {"l1": (down8(picture) - down8(target)).abs().mean()}
+        if judge is not None and step >= self.config.gan_from:
+            terms["gan"] = self.config.lambda_gan * losses.gan_real(judge(picture, z))
+        if self.config.lambda_pixel:
+            terms["pixel"] = self.config.lambda_pixel * (picture - target).abs().mean()
+        if self.config.lambda_lpips:
+            terms["lpips"] = self.config.lambda_lpips * self.distance(picture, target).mean()
+        turn = {"decoder": terms}
+        if self.config.encoder:
+            with torch.no_grad():
+                wanted = autoencoder.mean_latents(self.teacher, target)
+            turn["encoder"] = {"latents": losses.squared(autoencoder.mean_latents(self.student, target), wanted)}
+        yield turn
+
+    def crop(self, z: Tensor) -> Tensor:
+        """The same window of every latent."""
+        h, w = (min(self.config.crop // 8, side) for side in z.shape[-2:])
+        y, x = (int(torch.randint(side - n + 1, ())) for side, n in zip(z.shape[-2:], (h, w), strict=True))
+        return z[..., y : y + h, x : x + w]
+
+    def updated(self, step: int) -> None: ...
+
+    def export(self, run: Run) -> None:
+        """The folder `tiny-vae`, stock AutoencoderTiny; staged and renamed."""
+        folder = run.folder / "tiny-vae"
+        staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        self.student.save_pretrained(staged)
+        told = json.loads((staged / "config.json").read_text())
+        (staged / "config.json").write_text(json.dumps({k: v for k, v in told.items() if k != "_name_or_path"}, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        staged.rename(folder)
+        run.wrote(folder)
+
+
+def down8(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) -> an eighth of each side, by averaging."""
+    return F.avg_pool2d(pixels, 8)
+
+
+def distance_of(config: Config, family: str) -> nn.Module | None:
+    """LPIPS or its stand-in; where it is only for the closing figures and cannot be had, it is left out with a word."""
+    try:
+        return perceptual.open_distance(family, config.lpips_weights)
+    except UsageError as error:
+        if config.lambda_lpips or config.lpips_weights:
+            raise UsageError(str(error).replace("--lambda-reg", "--lambda-lpips"), error.hint) from error
+        console.warn("no LPIPS among the closing figures: VGG-16's weights are not on this machine (--lpips-weights)")
+        return None
+
+
+def run(config: Config) -> Result:
+    """The `distill-vae` command."""
+    run, state = open_run("distill-vae", config)
+    accelerator = open_accelerator(config, run)
+    base = load_base(config, accelerator)
+    resolution_px = config.resolution or base.resolution_px
+    distance = distance_of(config, base.family)
+    with console.timed("data_s"):
+        data = open_data(
+            base,
+            config.data,
+            prompts=config.prompts,
+            resolution_px=resolution_px,
+            pairs=config.pairs,
+            seed=config.seed,
+            device=accelerator.device,
+            sampling=config.teacher_sampling(base.family),
+        )
+        base.release("unet", "text_encoders", "tokenizers")
+    torch.manual_seed(config.seed)
+    method = TinyVAE(base, config, distance)
+    start(run, config, resumed=state is not None)
+    trainer = Trainer(method, data, run, config, accelerator)
+    if state:
+        console.info(f"going on from step {state['step']} of {config.steps}")
+        trainer.restore(state)
+    judged = data.batch(config.proof, torch.Generator().manual_seed(config.seed + 1)).latents.to(accelerator.device)
+    trainer.preview = lambda step: sheet(method, judged, run.folder / "previews" / f"{step:06d}.png")
+    metrics: dict[str, Any] = {}
+
+    def finished(phase: Phase) -> None:
+        if accelerator.is_main_process:
+            method.export(run)
+            run.wrote(sheet(method, judged, run.folder / "previews" / "final.png"))
+
+    trainer.finished = finished
+    with console.timed("training_s"):
+        trainer.fit()
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return Result()
+    with console.timed("proof_s"):
+        student = autoencoder.load(str(run.folder / "tiny-vae")).to(accelerator.device)
+        metrics = {"steps": trainer.step, **figures(base, student, judged, distance, config)}
+    rows = [[k, f"{v:.4g}"] for k, v in metrics.items() if isinstance(v, int | float)]
+    console.table(f"against the VAE's own decoder, {len(judged)} pictures", ["figure", "value"], rows)
+    write_vae_card(run, base, config, metrics)
+    prompt = "red apple" if base.family == "emoji" else "a red apple"
+    return Result(
+        run.outputs, metrics, f'fastdiff sample --base {config.base} --vae {run.folder / "tiny-vae"} --prompt "{prompt}"'
+    )
+
+
+def figures(base: Checkpoint, student: nn.Module, latents: Tensor, distance: nn.Module | None, config: Config) -> dict[str, Any]:
+    """What a user wants to know: how near, how much detail, how much cheaper."""
+    side = (config.resolution or base.resolution_px) // 8
+    cost = [decoders.macs(vae, side) for vae in (base.vae, student)]
+    kl_ms, tiny_ms = decoders.latencies_ms([base.vae, student], latents[:1])
+    parameters = [sum(p.numel() for p in vae.decoder.parameters()) for vae in (base.vae, student)]
+    found = decoders.compare(base.vae, student, latents, distance.to(latents.device) if distance is not None else None)
+    found |= {"kl_gmac": cost[0] / 1e9, "tiny_gmac": cost[1] / 1e9, "times_cheaper": cost[0] / cost[1]}
+    found |= {"kl_ms": kl_ms, "tiny_ms": tiny_ms, "times_faster": kl_ms / tiny_ms}
+    found |= {"kl_parameters": parameters[0], "tiny_parameters": parameters[1]}
+    if config.encoder:
+        pictures = autoencoder.decode(base.vae, latents)
+        found["encoder_error"] = decoders.encoder_error(base.vae, student, pictures)
+    return found
+
+
+def sheet(method: TinyVAE, latents: Tensor, path: Path) -> Path:
+    """The VAE's own picture | the tiny decoder's | their difference, four times as strong on grey."""
+    z = latents[:6]
+    a, b = (autoencoder.decode(vae, z).cpu() for vae in (method.teacher, method.student))
+    contact_sheet([a, b, (4 * (b - a)).clamp(-1, 1)], scale=max(1, 128 // a.shape[-1])).save(path)
+    return path
