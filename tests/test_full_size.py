@@ -135,3 +135,21 @@ def test_two_steps_on_full_size_sdxl_fit_24_gb_and_the_lora_loads_whole(train, f
     assert len(lora.load(written).modules) == 788
     assert int(python(LOAD, base, written).split()[-1]) == 788
     assert list((run / "previews").glob("*.png"))
+
+
+def test_surgery_on_full_size_sdxl_streams_from_file_to_file(tmp_path):
+    from fastdiff.io import checkpoint
+
+    base, run = tmp_path / "sdxl", tmp_path / "run"
+    base.mkdir()
+    python(BUILD, base)
+    measure = "import resource, runpy, sys\ntry:\n    runpy.run_module('fastdiff', run_name='__main__')\nfinally:\n    "
+    measure += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, file=sys.stderr)"
+    command = [sys.executable, "-c", measure, "prune", f"--base={base}", "--layout=vega", "--steps=0", f"-o={run}", "--json"]
+    done = subprocess.run([*command, "--offline"], check=True, capture_output=True, text=True)
+    told, peak_gib = json.loads(done.stdout), float(done.stderr.split()[-1])
+    print(f"surgery to vega: peak {peak_gib:.2f} GiB, {told['timings']}")
+    assert told["metrics"]["pruned"]["parameters"] == 745_225_604
+    assert peak_gib < 4
+    small = checkpoint.load(str(run / "model"))
+    assert sum(v.numel() for v in small.weights("unet").values()) == 745_225_604
