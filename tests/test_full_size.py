@@ -145,7 +145,17 @@ def test_surgery_on_full_size_sdxl_streams_from_file_to_file(tmp_path):
     python(BUILD, base)
     measure = "import resource, runpy, sys\ntry:\n    runpy.run_module('fastdiff', run_name='__main__')\nfinally:\n    "
     measure += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, file=sys.stderr)"
-    command = [sys.executable, "-c", measure, "prune", f"--base={base}", "--layout=vega", "--steps=0", f"-o={run}", "--json"]
+    command = [
+        sys.executable,
+        "-c",
+        measure,
+        "prune",
+        f"--base={base}",
+        "--layout=vega",
+        "--steps=0",
+        f"--output={run}",
+        "--json",
+    ]
     done = subprocess.run([*command, "--offline"], check=True, capture_output=True, text=True)
     told, peak_gib = json.loads(done.stdout), float(done.stderr.split()[-1])
     print(f"surgery to vega: peak {peak_gib:.2f} GiB, {told['timings']}")

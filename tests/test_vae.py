@@ -100,7 +100,7 @@ def test_decoders_cost_what_was_counted(emoji):
 
 def turns(made, step=0, z=None):
     torch.manual_seed(1)
-    return list(made.losses(SimpleNamespace(latents=latents() if z is None else z), step))
+    return list(made.losses(SimpleNamespace(latents=latents() if z is None else z, pixels=None), step))
 
 
 def test_the_loss_is_l1_at_an_eighth_and_what_was_asked_for():
@@ -124,7 +124,7 @@ def test_the_loss_is_l1_at_an_eighth_and_what_was_asked_for():
 
 def test_each_player_is_moved_by_its_own_terms_alone():
     made = tiny(encoder=True)
-    for turn in made.losses(SimpleNamespace(latents=latents()), 0):
+    for turn in made.losses(SimpleNamespace(latents=latents(), pixels=None), 0):
         for who, terms in turn.items():
             mine = list(made.players[who].parameters())
             sum(terms.values()).backward(inputs=mine)
@@ -153,15 +153,32 @@ def test_only_the_conditional_discriminator_sees_the_latents():
         assert torch.equal(a, b) != differs
 
 
-def test_crops_of_latents_and_pictures_are_the_same_place():
+def test_windows_of_latents_and_pictures_are_the_same_place():
     made = tiny(crop=32)
     z = latents(2, 16)
-    torch.manual_seed(0)
-    part = made.crop(z)
-    assert part.shape == (2, 4, 4, 4)
-    places = [(y, x) for y in range(13) for x in range(13) if torch.equal(z[..., y : y + 4, x : x + 4], part)]
-    assert len(places) == 1
-    assert tiny(crop=256).crop(z).shape == z.shape
+    places = torch.arange(16 * 16).reshape(1, 1, 16, 16).repeat_interleave(8, -1).repeat_interleave(8, -2).expand(2, 3, -1, -1)
+    part, pixels = made.window(SimpleNamespace(latents=z, pixels=places.float()))
+    assert (part.shape, pixels.shape) == ((2, 4, 4, 4), (2, 3, 32, 32))
+    flat = z.flatten(2)[..., pixels[0, 0, ::8, ::8].long().flatten()]
+    assert torch.equal(part.flatten(2), flat)
+    whole, decoded = tiny(crop=256).window(SimpleNamespace(latents=z, pixels=None))
+    assert torch.equal(whole, z)
+    assert torch.equal(decoded, autoencoder.decode(made.teacher, z))
+
+
+def test_latents_that_do_not_change_are_decoded_once(emoji):
+    from fastdiff.data import Encoded
+    from fastdiff.models.denoiser import Cond
+
+    texts = Cond(torch.zeros(1, 2, 3))
+    fixed = torch.cat([latents(5), torch.zeros(5, 4, 8, 8)], 1)
+    data = Encoded(fixed, texts, torch.zeros(5, 1, dtype=torch.long), torch.ones(1), texts)
+    method.decode_once(emoji, data, torch.device("cpu"))
+    batch = data.batch(3, torch.Generator().manual_seed(0)).to("cpu")
+    assert (batch.pixels - autoencoder.decode(emoji.vae, batch.latents)).abs().max() <= 0.5 / 127.5 + 1e-5
+    drawn = Encoded(fixed + 0.1, texts, torch.zeros(5, 1, dtype=torch.long), torch.ones(1), texts)
+    method.decode_once(emoji, drawn, torch.device("cpu"))
+    assert drawn.pixels is None
 
 
 def test_an_encoder_that_nobody_trained_says_nothing():

@@ -17,11 +17,12 @@ class Batch:
     cond: Cond  # B rows
     uncond: Cond  # B rows
     noise: Tensor | None = None  # (B, C, h, w) that the teacher's sampler turned into `latents`
+    pixels: Tensor | None = None  # (B, 3, H, W) in [-1, 1], the VAE's picture of `latents`
 
     def to(self, device: torch.device | str) -> "Batch":
         move = lambda v: v.to(device)  # noqa: E731
-        noise = None if self.noise is None else move(self.noise)
-        return Batch(move(self.latents), self.cond.map(move), self.uncond.map(move), noise)
+        noise, pixels = (None if v is None else move(v) for v in (self.noise, self.pixels))
+        return Batch(move(self.latents), self.cond.map(move), self.uncond.map(move), noise, pixels)
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Encoded:
     time_ids: Tensor | None = None  # (N, 6) SDXL
     empty_prompts: float = 0.0  # share of items trained with the unconditional branch as their condition
     noise: Tensor | None = None  # (N, C, h, w) that each latent was sampled from
+    pixels: Tensor | None = None  # (N, 3, H, W) uint8, the VAE's picture of each latent
 
     def __len__(self) -> int:
         return len(self.moments)
@@ -55,4 +57,5 @@ class Encoded:
             kept = torch.where(drop, size, 0) + torch.arange(size)
             cond = Cond.cat([cond, uncond])[kept]
         noise = None if self.noise is None else self.noise[items].float()
-        return Batch(autoencoder.draw(self.moments[items].float(), generator), cond, uncond, noise)
+        pixels = None if self.pixels is None else self.pixels[items].float() / 127.5 - 1
+        return Batch(autoencoder.draw(self.moments[items].float(), generator), cond, uncond, noise, pixels)

@@ -24,12 +24,12 @@ from fastdiff import console, decoders, losses
 from fastdiff.card import write_vae_card
 from fastdiff.config import Range
 from fastdiff.console import Result, UsageError
-from fastdiff.data import Batch, open_data
+from fastdiff.data import Batch, Encoded, open_data
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.discriminator import PatchDiscriminator
-from fastdiff.sampling import contact_sheet
+from fastdiff.sampling import at_once, contact_sheet, uint8
 from fastdiff.trainer import Phase, TrainConfig, Trainer, Turn, load_base, open_accelerator, open_run, start
 
 # TAESD: Adam 3e-4, batches of 16. SDXS names no weights: ours.
@@ -55,6 +55,9 @@ PRESETS = {
 EXAMPLES = """fastdiff distill-vae
 fastdiff distill-vae --base sdxl --prompts prompts.txt --encoder
 fastdiff sample --base sdxl --vae runs/distill-vae-sdxl/tiny-vae --prompt "a red apple\""""
+
+
+PICTURES_GIB = 8  # of decoded pictures kept in memory
 
 
 @dataclass
@@ -115,9 +118,7 @@ class TinyVAE:
 
     def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
         """The discriminator first, then the decoder against it (SDXS, equation 5), the encoder beside it."""
-        z = self.crop(batch.latents)
-        with torch.no_grad():
-            target = autoencoder.pixels(self.teacher, z).clamp(-1, 1)
+        z, target = self.window(batch)
         judge = self.discriminator
         if judge is not None and 2 * step >= self.config.gan_from:
             with torch.no_grad():
@@ -140,11 +141,16 @@ class TinyVAE:
             turn["encoder"] = {"latents": losses.squared(autoencoder.mean_latents(self.student, target), wanted)}
         yield turn
 
-    def crop(self, z: Tensor) -> Tensor:
-        """The same window of every latent."""
+    @torch.no_grad()
+    def window(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same window of every latent, and the VAE's picture of it: cut out of the whole picture where that is at hand."""
+        z = batch.latents
         h, w = (min(self.config.crop // 8, side) for side in z.shape[-2:])
         y, x = (int(torch.randint(side - n + 1, ())) for side, n in zip(z.shape[-2:], (h, w), strict=True))
-        return z[..., y : y + h, x : x + w]
+        part = z[..., y : y + h, x : x + w]
+        if batch.pixels is None:
+            return part, autoencoder.decode(self.teacher, part)
+        return part, batch.pixels[..., 8 * y : 8 * (y + h), 8 * x : 8 * (x + w)]
 
     def updated(self, step: int) -> None: ...
 
@@ -195,6 +201,7 @@ def run(config: Config) -> Result:
             sampling=config.teacher_sampling(base.family),
         )
         base.release("unet", "text_encoders", "tokenizers")
+        decode_once(base, data, accelerator.device)
     torch.manual_seed(config.seed)
     method = TinyVAE(base, config, distance)
     start(run, config, resumed=state is not None)
@@ -227,6 +234,24 @@ def run(config: Config) -> Result:
     return Result(
         run.outputs, metrics, f'fastdiff sample --base {config.base} --vae {run.folder / "tiny-vae"} --prompt "{prompt}"'
     )
+
+
+def decode_once(base: Checkpoint, data: Encoded, device: torch.device) -> None:
+    """Decode every latent before training, as bytes, unless they are drawn anew each time or take too much memory.
+
+    Decoding is most of a step's cost otherwise: six times that of training the tiny decoder at SDXL's size.
+    """
+    mean, spread = data.moments.chunk(2, 1)
+    size = 3 * 64 * mean[:, 0].numel()
+    if spread.any() or size > PICTURES_GIB * 2**30:
+        return
+    base.vae.to(device)
+    with console.progress(len(mean), "decoding pictures") as bar:
+        found = []
+        for part in mean.split(at_once(mean.shape[-1])):
+            found.append(uint8(autoencoder.decode(base.vae, part.float().to(device), chunk=len(part))).cpu())
+            bar.update(len(part))
+    data.pixels = torch.cat(found)
 
 
 def figures(base: Checkpoint, student: nn.Module, latents: Tensor, distance: nn.Module | None, config: Config) -> dict[str, Any]:
