@@ -41,11 +41,9 @@ def speed(told: str) -> float:
     return found
 
 
-def layout_of(
-    base: Checkpoint, layout: str, *, auto: bool, target_speed: str, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
-    """The student's config: a layout's, a file's, or with `auto` what measurement chose; the map of layers is told."""
-    config = choose(base, speed(target_speed), device) if auto else unet.student_config(base.unet_config, layout, base.family)
+def layout_of(base: Checkpoint, layout: str) -> dict[str, Any]:
+    """The student's config, a layout's or a file's; the map of its layers is told."""
+    config = unet.student_config(base.unet_config, layout, base.family)
     rows = [[mine, its] for mine, its in unet.inherited_layers(base.unet_config, config).items() if mine != its]
     if rows:
         console.table("layers that start as another one of the base's; the others keep their name", ["pruned", "base"], rows)
@@ -132,6 +130,13 @@ def call(net: nn.Module, probe: Probe) -> torch.Tensor:
 
 def cut_controlnet(source: Path, config: Mapping[str, Any], folder: Path) -> None:
     """A ControlNet of the base, as a diffusers folder, for the pruned UNet of that config."""
+    smaller, rows = smaller_controlnet(source, config)
+    tensors.write(folder / "diffusion_pytorch_model.safetensors", rows, {"format": "pt"})
+    export.write_json(folder / "config.json", smaller)
+
+
+def smaller_controlnet(source: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Entry]]:
+    """Its config and tensors, each read when it is written; UsageError or InputRefused where it cannot be cut so."""
     told = source / "config.json"
     if not told.is_file():
         raise UsageError(f"--controlnet {source}: not a diffusers folder of a ControlNet (config.json is missing)")
@@ -145,9 +150,7 @@ def cut_controlnet(source: Path, config: Mapping[str, Any], folder: Path) -> Non
     rows = [
         Entry(mine, stored[its].layouts[its].dtype, shapes[mine], lambda its=its: stored[its][its]) for mine, its in names.items()
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors.write(folder / "diffusion_pytorch_model.safetensors", rows, {"format": "pt"})
-    export.write_json(folder / "config.json", smaller)
+    return smaller, rows
 
 
 def remapped(base: Checkpoint, item: Lora, *, wanted: bool) -> Lora:
@@ -227,7 +230,7 @@ def choose(base: Checkpoint, target: float, device: torch.device | str) -> dict[
     probes = probes_of(base, device)
     goals = [call(whole, probe) for probe in probes]
     spread = torch.cat(goals).float().var()
-    config = dict(whole.config)
+    config = dict(base.unet_config)
     start_s = now_s = latency_s(whole, device)
     error = 0.0
     while now_s > start_s / target:

@@ -107,6 +107,12 @@ def test_a_file_names_only_what_changes(tmp_path):
         assert torch.equal(net.state_dict()[f"{mine}.conv1.weight"], own[f"{its}.conv1.weight"])
 
 
+def test_a_file_may_name_fields_that_older_configs_lack(tmp_path):
+    parent = {k: v for k, v in checkpoint.load("emoji").unet_config.items() if k != "only_cross_attention"}
+    (tmp_path / "cross.json").write_text('{"only_cross_attention": [true, false, false, false]}')
+    assert unet.student_config(parent, str(tmp_path / "cross.json"), "emoji")["only_cross_attention"][0]
+
+
 def probe(seed=0, n=2):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(n, 4, 8, 8, generator=g), torch.tensor([999, 300])[:n], Cond(torch.randn(n, 77, 128, generator=g))
@@ -335,20 +341,25 @@ def test_training_brings_the_student_nearer():
 # ---- chosen by measurement
 
 
-def test_auto_cuts_what_costs_most_for_what_it_is_worth(monkeypatch):
+def test_auto_cuts_what_costs_most_for_what_it_is_worth(monkeypatch, tiny_sd):
     """A clock that says one second a layer: then the fewest errors a layer decide."""
-    base = checkpoint.load("emoji")
+    base = checkpoint.load(str(tiny_sd))
     count = lambda net, device: 0.1 + sum(isinstance(m, torch.nn.Conv2d | torch.nn.Linear) for m in net.modules())
     monkeypatch.setattr(surgery, "latency_s", count)
-    config = surgery.choose(base, 1.5, "cpu")
+    config = surgery.choose(base, 1.2, "cpu")
     net = unet.inheriting(base.unet, config)
-    assert count(base.unet, "cpu") / count(net, "cpu") >= 1.5
+    assert count(base.unet, "cpu") / count(net, "cpu") >= 1.2
     said, goals = ([surgery.call(n, p) for p in surgery.probes_of(base, "cpu")] for n in (net, base.unet))
     error = lambda tensors: (torch.cat(tensors) - torch.cat(goals)).square().mean()
-    random_cut = unet.inheriting(base.unet, unet.student_config(base.unet_config, "bk-tiny", "emoji"))
+    random_cut = unet.inheriting(base.unet, unet.student_config(base.unet_config, "bk-tiny", "sd15"))
     assert error(said) < error([surgery.call(random_cut, p) for p in surgery.probes_of(base, "cpu")])
-    with pytest.raises(UsageError, match=r"--target-speed 90x: with everything gone that can go it is"):
-        surgery.choose(base, 90, "cpu")
+
+
+def test_a_speed_that_no_cut_reaches_is_refused(monkeypatch, tiny_sd):
+    monkeypatch.setattr(surgery, "latency_s", lambda net, device: 1.0)
+    monkeypatch.setattr(surgery, "candidates", lambda config: iter([("the middle", unet.without_middle)]))
+    with pytest.raises(UsageError, match=r"--target-speed 2x: with everything gone that can go it is 1x"):
+        surgery.choose(checkpoint.load(str(tiny_sd)), 2.0, "cpu")
 
 
 @pytest.mark.parametrize("told", ["0.5x", "1", "fast", "nan", "inf"])

@@ -135,6 +135,22 @@ def test_a_pruned_emoji_checkpoint_measures_what_was_won_back(fastdiff):
     assert [row["calls"] for row in told["metrics"]["rows"]] == [50, 50, 50]
 
 
+def test_a_layout_that_was_measured_is_kept_for_a_resumed_run(fastdiff, tiny_sd, tmp_path, monkeypatch):
+    from fastdiff import surgery
+
+    seen = []
+    count = lambda net, device: seen.append(0) or 0.1 + sum(1 for _ in net.modules())
+    monkeypatch.setattr(surgery, "latency_s", count)
+    common = ("prune", "--base", tiny_sd, *QUICK, "--auto", "--target-speed", "1.1x", "-o", "run")
+    code, told = fastdiff(*common, "--steps=1")
+    assert code == 0, told
+    layout, calls = json.loads((tmp_path / "run" / "auto.json").read_text()), len(seen)
+    assert checkpoint.load(str(tmp_path / "run" / "model")).unet_config["layers_per_block"] == layout["layers_per_block"]
+    assert fastdiff(*common, "--steps=2")[0] == 0
+    assert len(seen) == calls, "it was measured again"
+    assert 'layout = "run/auto.json"' in (tmp_path / "run" / "config.toml").read_text()
+
+
 def style_of(base, path, layers=None):
     """A LoRA over all layers of a base, with weights that show."""
     net = checkpoint.load(str(base)).unet
@@ -205,6 +221,7 @@ def test_controlnets_are_cut_with_the_base(fastdiff, tmp_path):
         (["--layout", "bk-base.json"], 2, "no such layout or file"),
         (["--auto", "--target-speed", "half"], 2, "--target-speed half"),
         (["--steps", "0", "--controlnet", "gone"], 2, "--controlnet gone"),
+        (["--steps", "1", "--controlnet", "gone", "--proof", "0"], 2, "--controlnet gone"),
     ],
 )
 def test_mistakes_are_one_line(args, code, word, fastdiff):

@@ -10,6 +10,7 @@
 A pruned checkpoint is sampled and trained like its parent: any `--base` takes it.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,9 +26,10 @@ from fastdiff.data import Batch
 from fastdiff.io import checkpoint
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
-from fastdiff.io.run import Run
+from fastdiff.io.run import Run, write_atomic
 from fastdiff.models import adapters, unet
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.sample import pick_device
 from fastdiff.session import train, write_student
 from fastdiff.trainer import TrainConfig, Turn, default_folder
 
@@ -85,9 +87,9 @@ class Prune:
     def __init__(self, base: Checkpoint, config: Config) -> None:
         self.base_model, self.config, self.schedule = base, config, base.schedule()
         self.parent = checkpoint.fingerprint(base.unet)
-        self.layout = layout = surgery.layout_of(
-            base, config.layout, auto=config.auto, target_speed=config.target_speed, device=base.unet.device
-        )
+        self.layout = layout = surgery.layout_of(base, config.layout)
+        for source in config.controlnet:  # what cannot be cut is told before hours of training
+            surgery.smaller_controlnet(Path(source), layout)
         net = unet.inheriting(base.unet, layout)
         if config.gradient_checkpointing:
             adapters.checkpoint_gradients(net)
@@ -96,7 +98,7 @@ class Prune:
         self.pairs = unet.feature_pairs(base.unet.config, layout) if config.lambda_feat else []
         self.players: dict[str, nn.Module] = {"student": net}
         self.recipe = Recipe(method="prune", family=base.family)
-        self.title = surgery.title(base, net, "auto" if config.auto else config.layout)
+        self.title = surgery.title(base, net, config.layout)
         self.facts = surgery.figures(base.unet_config, layout)
 
     def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
@@ -132,11 +134,9 @@ class Prune:
 
 
 def cut(config: Config) -> Result:
-    """Surgery alone, from file to file; with --auto the network is measured first."""
-    base = config.open_base()
-    layout = surgery.layout_of(base, config.layout, auto=config.auto, target_speed=config.target_speed)
-    base.release("unet", "vae", "text_encoders")
-    folder = Path(config.output or default_folder("prune", config))
+    """Surgery alone, from file to file."""
+    base, folder = config.open_base(), Path(config.output or default_folder("prune", config))
+    layout = surgery.layout_of(base, config.layout)
     result = surgery.cut(base, layout, folder / "model")
     result.outputs += controlnets(config, layout, folder)
     return replace(result, next_command=f'fastdiff sample --base {folder / "model"} --prompt "a red apple"')
@@ -151,11 +151,21 @@ def controlnets(config: Config, layout: dict[str, Any], folder: Path) -> list[Pa
     return made
 
 
+def chosen(config: Config) -> Config:
+    """With --auto: measure, and go on with the layout that was chosen, which the run folder keeps for a resumed run."""
+    path = Path(config.output or default_folder("prune", config)) / "auto.json"
+    if not path.exists() or config.resume == "never":
+        layout = surgery.choose(config.open_base(), surgery.speed(config.target_speed), pick_device(config.device))
+        write_atomic(path, json.dumps(layout, indent=2) + "\n")
+    return replace(config, auto=False, layout=str(path))
+
+
 METHOD = Prune
 
 
 def run(config: Config) -> Result:
     """The `prune` command."""
+    config = chosen(config) if config.auto else config
     if config.steps == 0:
         return cut(config)
     return train("prune", Prune, config)

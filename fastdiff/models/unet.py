@@ -3,6 +3,7 @@
 A student is always built from a config: one that is cut out of a living network is saved with the config of the whole.
 """
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from functools import reduce
@@ -144,7 +145,10 @@ def student_config(parent: Mapping[str, Any], layout: str, family: str) -> Confi
         assert isinstance(told, dict)
     except (ValueError, AssertionError) as error:
         raise UsageError(f"--layout {layout}: not the config of a UNet (JSON with its fields)") from error
-    unknown = sorted(k for k in told if k not in parent and not k.startswith("_"))
+    from diffusers import UNet2DConditionModel
+
+    known = {*parent, *inspect.signature(UNet2DConditionModel.__init__).parameters}
+    unknown = sorted(k for k in told if k not in known and not k.startswith("_"))
     if unknown:
         raise UsageError(
             f"--layout {layout}: unknown field {unknown[0]}", "as in the config.json of diffusers' UNet2DConditionModel"
