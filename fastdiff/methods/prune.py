@@ -43,7 +43,7 @@ PRESETS = {
         warmup=20,
         ema=0.98,
         batch_size=24,
-        steps=600,
+        steps=300,
         empty_prompts=0.1,
         weight_decay=0.0,
     ),  # fmt: skip
