@@ -132,7 +132,7 @@ def test_shell_completion(fake, capsys, monkeypatch):
 
 def test_precedence_flag_variable_file_preset_default(fake, tmp_path, monkeypatch):
     families = ModuleType("fastdiff.io.checkpoint")
-    families.family_of = lambda ref, allow_pickle: {"emoji": "emoji", "x": "sd15", "y": "sdxl"}[ref]
+    families.family_of = lambda ref, config, allow_pickle: {"emoji": "emoji", "x": "sd15", "y": "sdxl"}[ref]
     monkeypatch.setitem(sys.modules, "fastdiff.io.checkpoint", families)
     monkeypatch.setattr("fastdiff.io.checkpoint", families, raising=False)
     fake.PRESETS = {"sd15": {"steps": 2, "lr": 0.2, "target": "edge"}, "sdxl": {"steps": 9}}

@@ -327,10 +327,10 @@ def test_training_brings_the_student_nearer():
     data = open_data(checkpoint.load("emoji"), "emoji", prompts=None, resolution_px=64, pairs=0, seed=0, device="cpu")
     method = prune()
     optimizer = torch.optim.AdamW(method.players["student"].parameters(), lr=1e-3)
-    seen = data.batch(8, torch.Generator().manual_seed(99))
+    seen = data.batch(6, torch.Generator().manual_seed(99))
     before = losses_of(method, seen)
-    for step in range(8):
-        (turn,) = method.losses(data.batch(8, torch.Generator().manual_seed(step)), step)
+    for step in range(5):
+        (turn,) = method.losses(data.batch(6, torch.Generator().manual_seed(step)), step)
         sum(turn["student"].values()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -346,9 +346,9 @@ def test_auto_cuts_what_costs_most_for_what_it_is_worth(monkeypatch, tiny_sd):
     base = checkpoint.load(str(tiny_sd))
     count = lambda net, device: 0.1 + sum(isinstance(m, torch.nn.Conv2d | torch.nn.Linear) for m in net.modules())
     monkeypatch.setattr(surgery, "latency_s", count)
-    config = surgery.choose(base, 1.2, "cpu")
+    config = surgery.choose(base, 1.08, "cpu")
     net = unet.inheriting(base.unet, config)
-    assert count(base.unet, "cpu") / count(net, "cpu") >= 1.2
+    assert count(base.unet, "cpu") / count(net, "cpu") >= 1.08
     said, goals = ([surgery.call(n, p) for p in surgery.probes_of(base, "cpu")] for n in (net, base.unet))
     error = lambda tensors: (torch.cat(tensors) - torch.cat(goals)).square().mean()
     random_cut = unet.inheriting(base.unet, unet.student_config(base.unet_config, "bk-tiny", "sd15"))

@@ -139,15 +139,15 @@ def test_a_layout_that_was_measured_is_kept_for_a_resumed_run(fastdiff, tiny_sd,
     from fastdiff import surgery
 
     seen = []
-    count = lambda net, device: seen.append(0) or 0.1 + sum(1 for _ in net.modules())
-    monkeypatch.setattr(surgery, "latency_s", count)
+    choose = lambda base, target, device: seen.append(target) or unet.student_config(base.unet_config, "bk-base", "sd15")
+    monkeypatch.setattr(surgery, "choose", choose)
     common = ("prune", "--base", tiny_sd, *QUICK, "--auto", "--target-speed", "1.1x", "-o", "run")
     code, told = fastdiff(*common, "--steps=1")
     assert code == 0, told
-    layout, calls = json.loads((tmp_path / "run" / "auto.json").read_text()), len(seen)
-    assert checkpoint.load(str(tmp_path / "run" / "model")).unet_config["layers_per_block"] == layout["layers_per_block"]
+    assert json.loads((tmp_path / "run" / "auto.json").read_text())["layers_per_block"] == 1
+    assert checkpoint.load(str(tmp_path / "run" / "model")).unet_config["layers_per_block"] == 1
     assert fastdiff(*common, "--steps=2")[0] == 0
-    assert len(seen) == calls, "it was measured again"
+    assert seen == [1.1], "it was measured again"
     assert 'layout = "run/auto.json"' in (tmp_path / "run" / "config.toml").read_text()
 
 
@@ -189,25 +189,23 @@ def test_a_style_of_the_parent_moves_with_the_layers(fastdiff, tiny_sd, tmp_path
     assert (a - none).abs().max() > 0.02
 
 
-def test_a_lora_is_trained_on_a_pruned_base_and_worn_by_it(fastdiff):
-    assert fastdiff("prune", "--layout", "bk-base", "--steps", "0", "-o", "small")[0] == 0
-    code, told = fastdiff(
-        "train-lcm-lora", "--base", "small/model", "--data", "emoji", "--steps=1", "--batch-size=2", "--proof=0"
-    )
+def test_a_lora_is_trained_on_a_pruned_base_and_worn_by_it(fastdiff, tiny_sd):
+    assert fastdiff("prune", "--base", tiny_sd, "--layout", "bk-base", "--steps", "0", "-o", "small")[0] == 0
+    code, told = fastdiff("train-lcm-lora", "--base", "small/model", *QUICK)
     assert code == 0, told
     weights = next(row["path"] for row in told["outputs"] if row["path"].endswith(".safetensors"))
     for more in ([], ["--remap"]):
-        code, told = fastdiff("sample", "--base", "small/model", "--lora", weights, *more, "--prompt", "pizza")
+        code, told = fastdiff("sample", "--base", "small/model", "--lora", weights, *more, "--prompt", "a cat", "--resolution=64")
         assert code == 0, told
 
 
-def test_controlnets_are_cut_with_the_base(fastdiff, tmp_path):
+def test_controlnets_are_cut_with_the_base(fastdiff, tiny_sd, tmp_path):
     from diffusers import ControlNetModel
 
-    net = ControlNetModel.from_unet(checkpoint.load("emoji").unet, conditioning_embedding_out_channels=(16, 32))
+    net = ControlNetModel.from_unet(checkpoint.load(str(tiny_sd)).unet, conditioning_embedding_out_channels=(16, 32))
     net.save_pretrained(tmp_path / "edges")
-    for i, more in enumerate((["--steps=0"], ["--steps=1", "--batch-size=2", "--proof=0"])):
-        code, told = fastdiff("prune", "--layout", "bk-small", "--controlnet", "edges", "-o", f"run{i}", *more)
+    for i, more in enumerate((["--steps=0"], QUICK)):
+        code, told = fastdiff("prune", "--base", tiny_sd, "--layout", "bk-small", "--controlnet", "edges", "-o", f"run{i}", *more)
         assert code == 0, told
         assert str(tmp_path / f"run{i}" / "controlnet-edges").endswith(told["outputs"][1]["path"])
         cut = ControlNetModel.from_pretrained(tmp_path / f"run{i}" / "controlnet-edges")

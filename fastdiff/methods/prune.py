@@ -88,8 +88,6 @@ class Prune:
         self.base_model, self.config, self.schedule = base, config, base.schedule()
         self.parent = checkpoint.fingerprint(base.unet)
         self.layout = layout = surgery.layout_of(base, config.layout)
-        for source in config.controlnet:  # what cannot be cut is told before hours of training
-            surgery.smaller_controlnet(Path(source), layout)
         net = unet.inheriting(base.unet, layout)
         if config.gradient_checkpointing:
             adapters.checkpoint_gradients(net)
@@ -168,4 +166,8 @@ def run(config: Config) -> Result:
     config = chosen(config) if config.auto else config
     if config.steps == 0:
         return cut(config)
+    base = config.open_base()  # what cannot be cut is told before anything is loaded, let alone trained for hours
+    layout = unet.student_config(base.unet_config, config.layout, base.family)
+    for source in config.controlnet:
+        surgery.smaller_controlnet(Path(source), layout)
     return train("prune", Prune, config)
