@@ -247,8 +247,8 @@ def check_flags(config: Config) -> None:
     if config.tuned:
         if not config.base or bool(config.extract) == bool(config.reference):
             raise UsageError("--tuned needs --base and either --extract or --reference")
-        if config.accel or config.style:
-            raise UsageError("--tuned goes without --accel and --style; merge the LoRA that --extract writes")
+        if config.accel or config.style or config.remap:
+            raise UsageError("--tuned goes without --accel, --style and --remap; merge the LoRA that --extract writes")
     elif config.base and (config.rank or config.format != "kohya"):
         raise UsageError("--rank and --format are of a written LoRA; with --base a checkpoint is written", "leave one out")
     elif config.extract or config.reference:

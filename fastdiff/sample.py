@@ -117,6 +117,8 @@ def open_sampler(config: Config, device: torch.device) -> tuple[Sampler, list[di
     loras = [(lora.load(path, **how), weight) for path, weight in (lora.parse_spec(spec, 1.0) for spec in config.lora)]
     if surgery.is_pruned(base):
         loras = [(surgery.remapped(base, item, wanted=config.remap), weight) for item, weight in loras]
+    elif config.remap:
+        console.warn(f"--remap: {config.base} has all layers of its family; nothing to move")
     recipe = recipe_of(base, loras)
     chosen = settings(config, recipe, base.family)  # a mismatch is told before anything heavy loads
     applied = fitting.apply(base, loras, allow_partial=config.allow_partial)

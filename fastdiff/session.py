@@ -11,7 +11,7 @@ import torch
 from fastdiff import console, evaluate
 from fastdiff.card import fmt, write_card
 from fastdiff.console import Result
-from fastdiff.data import open_data, teacher
+from fastdiff.data import Encoded, open_data, teacher
 from fastdiff.io import checkpoint, export, fitting, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
@@ -90,6 +90,23 @@ def undistilled(base: Checkpoint, calls: int) -> Settings:
     return replace(guided, num_steps=calls // 2) if calls > 1 else replace(guided, num_steps=1, guidance=1.0)
 
 
+def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Encoded:
+    """What the options of a training command ask for, encoded."""
+    data = open_data(
+        base,
+        config.data,
+        prompts=config.prompts,
+        resolution_px=config.resolution or base.resolution_px,
+        pairs=config.pairs,
+        seed=config.seed,
+        device=device,
+        sampling=config.teacher_sampling(base.family),
+        wants=config.wants,
+    )
+    data.empty_prompts = config.empty_prompts
+    return data
+
+
 def train(command: str, method_class: Callable[[Checkpoint, Any], Method], config: Any) -> Result:
     """Run a training command; returns what it wrote and measured."""
     run, state = open_run(command, config)
@@ -102,18 +119,7 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
         judged = base.family == "emoji" and config.proof > 0
         judge = Judged(base, config.proof, accelerator.device) if judged else None
         drift = evaluate.Drift(base, watched(base, config), resolution_px, accelerator.device) if config.eval_every else None
-        data = open_data(
-            base,
-            config.data,
-            prompts=config.prompts,
-            resolution_px=resolution_px,
-            pairs=config.pairs,
-            seed=config.seed,
-            device=accelerator.device,
-            sampling=config.teacher_sampling(base.family),
-            wants=config.wants,
-        )
-        data.empty_prompts = config.empty_prompts
+        data = data_of(base, config, accelerator.device)
         base.release("text_encoders", "tokenizers", "vae")
     base.unet.to(accelerator.device)
     method = method_class(base, config)

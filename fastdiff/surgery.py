@@ -142,7 +142,7 @@ def smaller_controlnet(source: Path, config: Mapping[str, Any]) -> tuple[dict[st
         raise UsageError(f"--controlnet {source}: not a diffusers folder of a ControlNet (config.json is missing)")
     parent = json.loads(told.read_text())
     smaller = controlnet.student_config(parent, config)
-    shapes = unet.shapes_of(controlnet.controlnet_of(smaller))
+    shapes = unet.shapes_of(unet.unet_of(smaller, "ControlNetModel"))
     files = [tensors.open_file(path) for path in sorted(source.glob("*.safetensors"))]
     stored = {name: file for file in files for name in file}
     whole = {name: file.layouts[name].shape for name, file in stored.items()}

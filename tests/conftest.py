@@ -96,3 +96,21 @@ def tiny_v(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory):
     return build(tmp_path_factory.mktemp("tiny") / "sdxl", "sdxl", "epsilon")
+
+
+@pytest.fixture
+def fastdiff(tmp_path, monkeypatch, capfd):
+    """Run a command in an empty folder that holds prompts.txt; returns (exit code, JSON object)."""
+    import json
+
+    from fastdiff import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+
+    def command(*args):
+        code = cli.main([*map(str, args), "--json"])
+        return code, json.loads(capfd.readouterr().out)
+
+    return command

@@ -1,6 +1,5 @@
 """The tiny decoder: the library's traps, the losses, the figures, and the command."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdiff import cli, decoders, losses
+from fastdiff import decoders, losses
 from fastdiff.console import InputRefused, UsageError
 from fastdiff.io import checkpoint
 from fastdiff.methods import vae as method
@@ -68,7 +67,7 @@ def test_the_encoder_is_never_checkpointed():
     plain = net.encode(picture).latents
     net.enable_gradient_checkpointing()
     assert not torch.allclose(net.encode(picture).latents, plain), "the library has been repaired: say so in `tiny`"
-    made = tiny(encoder=True, gradient_checkpointing=True)
+    made = tiny(encoder=True)
     assert not made.student.encoder.gradient_checkpointing
 
 
@@ -166,6 +165,19 @@ def test_windows_of_latents_and_pictures_are_the_same_place():
     assert torch.equal(decoded, autoencoder.decode(made.teacher, z))
 
 
+def test_what_is_judged_is_not_trained_on():
+    from fastdiff.data import Encoded
+    from fastdiff.models.denoiser import Cond
+
+    texts, z = Cond(torch.zeros(1, 2, 3)), latents(8)
+    data = Encoded(torch.cat([z, z], 1), texts, torch.zeros(8, 1, dtype=torch.long), torch.ones(1), texts, noise=z)
+    for asked, held in ((1, 1), (2, 2), (100, 2)):
+        kept, judged = method.held_out(data, asked)
+        assert torch.equal(judged, z[8 - held :])
+        assert torch.equal(kept.moments, data.moments[: 8 - held])
+        assert len(kept.noise) == len(kept.captions) == len(kept) == 8 - held
+
+
 def test_latents_that_do_not_change_are_decoded_once(emoji):
     from fastdiff.data import Encoded
     from fastdiff.models.denoiser import Cond
@@ -238,19 +250,6 @@ def test_high_frequencies_are_those_above_half_of_what_the_grid_holds():
 # ---- the command
 
 
-@pytest.fixture
-def fastdiff(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-
-    def command(*args):
-        code = cli.main([*map(str, args), "--json"])
-        return code, json.loads(capfd.readouterr().out)
-
-    return command
-
-
 QUICK = ("--steps=3", "--batch-size=2", "--pairs=4", "--teacher-steps=2", "--device=cpu", "--width=8", "--proof=4", "--d-width=8")
 QUICK += ("--prompts=prompts.txt", "--resolution=64")
 
@@ -305,6 +304,8 @@ def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(fastdiff, tiny_s
         (["--blocks", "3,3,1"], "--blocks 3,3,1"),
         (["--lambda-lpips", "1", "--lpips-weights", "gone.pth"], "--lpips-weights gone.pth"),
         (["--crop", "20"], "--crop"),
+        (["--eval-every", "5"], "--eval-every"),
+        (["--gradient-checkpointing"], "--gradient-checkpointing"),
     ],
 )
 def test_mistakes_are_one_line(args, word, fastdiff):

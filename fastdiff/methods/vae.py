@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -24,12 +24,13 @@ from fastdiff import console, decoders, losses
 from fastdiff.card import write_vae_card
 from fastdiff.config import Range
 from fastdiff.console import Result, UsageError
-from fastdiff.data import Batch, Encoded, open_data
+from fastdiff.data import Batch, Encoded
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.sampling import at_once, contact_sheet, uint8
+from fastdiff.session import data_of
 from fastdiff.trainer import Phase, TrainConfig, Trainer, Turn, load_base, open_accelerator, open_run, start
 
 # TAESD: Adam 3e-4, batches of 16. SDXS names no weights: ours.
@@ -84,10 +85,15 @@ class Config(TrainConfig):
         int, "first step at which the decoder is judged; the discriminator learns from half of that", Range(0)
     ] = 0
     crop: Annotated[int, "pixels a side of the crops that it trains on", Range(16, multiple_of=8)] = 256
-    proof: Annotated[int, "pictures that the closing figures are of", Range(1, 2000)] = 256
+    proof: Annotated[int, "pictures that are kept out of training for the closing figures, at most a quarter", Range(1, 2000)] = (
+        256
+    )
 
     def __post_init__(self) -> None:
         stages(self)
+        if self.eval_every or self.gradient_checkpointing:
+            flag = "--eval-every" if self.eval_every else "--gradient-checkpointing"
+            raise UsageError(f"{flag}: has no use for a decoder", "--preview-every shows how it gets on; --crop saves memory")
 
 
 def stages(config: Config) -> tuple[int, ...]:
@@ -183,7 +189,8 @@ def distance_of(config: Config, family: str) -> nn.Module | None:
         return perceptual.open_distance(family, config.lpips_weights)
     except UsageError as error:
         if config.lambda_lpips or config.lpips_weights:
-            raise UsageError(str(error).replace("--lambda-reg", "--lambda-lpips"), error.hint) from error
+            told, hint = (text.replace("--lambda-reg", "--lambda-lpips") for text in (str(error), error.hint))
+            raise UsageError(told, hint) from error
         console.warn("no LPIPS among the closing figures: VGG-16's weights are not on this machine (--lpips-weights)")
         return None
 
@@ -193,19 +200,9 @@ def run(config: Config) -> Result:
     run, state = open_run("distill-vae", config)
     accelerator = open_accelerator(config, run)
     base = load_base(config, accelerator)
-    resolution_px = config.resolution or base.resolution_px
     distance = distance_of(config, base.family)
     with console.timed("data_s"):
-        data = open_data(
-            base,
-            config.data,
-            prompts=config.prompts,
-            resolution_px=resolution_px,
-            pairs=config.pairs,
-            seed=config.seed,
-            device=accelerator.device,
-            sampling=config.teacher_sampling(base.family),
-        )
+        data, judged = held_out(data_of(base, config, accelerator.device), config.proof)
         base.release("unet", "text_encoders", "tokenizers")
         decode_once(base, data, accelerator.device)
     torch.manual_seed(config.seed)
@@ -215,7 +212,7 @@ def run(config: Config) -> Result:
     if state:
         console.info(f"going on from step {state['step']} of {config.steps}")
         trainer.restore(state)
-    judged = data.batch(config.proof, torch.Generator().manual_seed(config.seed + 1)).latents.to(accelerator.device)
+    judged = judged.to(accelerator.device)
     trainer.preview = lambda step: sheet(method, judged, run.folder / "previews" / f"{step:06d}.png")
     metrics: dict[str, Any] = {}
 
@@ -240,6 +237,14 @@ def run(config: Config) -> Result:
     return Result(
         run.outputs, metrics, f'fastdiff sample --base {config.base} --vae {run.folder / "tiny-vae"} --prompt "{prompt}"'
     )
+
+
+def held_out(data: Encoded, n: int) -> tuple[Encoded, Tensor]:
+    """The data without its last n items, at most a quarter of them, and the latents (n, C, h, w) of those: for the figures."""
+    kept = len(data) - max(1, min(n, len(data) // 4))
+    rows = {name: getattr(data, name) for name in ("moments", "captions", "noise", "time_ids")}
+    cut = replace(data, **{name: None if v is None else v[:kept] for name, v in rows.items()})
+    return cut, data.moments[kept:].chunk(2, 1)[0].float()
 
 
 def decode_once(base: Checkpoint, data: Encoded, device: torch.device) -> None:

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.console import InputRefused
 from fastdiff.models import unet
 
 # What a ControlNet has in common with its UNet's encoder.
@@ -54,15 +52,3 @@ def inherited(
         f"controlnet_down_blocks.{i}": f"controlnet_down_blocks.{whole.index(r)}" for i, r in enumerate(residuals(student))
     }
     return unet.matched(student_shapes, parent_shapes, layers, "the ControlNet")
-
-
-def controlnet_of(config: Mapping[str, Any]) -> nn.Module:
-    """The network of a config on the meta device."""
-    from accelerate import init_empty_weights
-    from diffusers import ControlNetModel
-
-    try:
-        with init_empty_weights():
-            return ControlNetModel.from_config(dict(config))
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise UsageError(f"--controlnet: no ControlNet that diffusers builds: {error}") from error

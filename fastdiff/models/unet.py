@@ -239,16 +239,16 @@ def matched(
     return found
 
 
-def unet_of(config: Mapping[str, Any]) -> nn.Module:
+def unet_of(config: Mapping[str, Any], kind: str = "UNet2DConditionModel") -> nn.Module:
     """The network of a config on the meta device; UsageError where diffusers cannot build it."""
+    import diffusers
     from accelerate import init_empty_weights
-    from diffusers import UNet2DConditionModel
 
     try:
         with init_empty_weights():
-            return UNet2DConditionModel.from_config(dict(config))
+            return getattr(diffusers, kind).from_config(dict(config))
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise UsageError(f"the layout is no UNet that diffusers builds: {error}") from error
+        raise UsageError(f"the layout is no {kind} that diffusers builds: {error}") from error
 
 
 def shapes_of(net: nn.Module) -> dict[str, tuple[int, ...]]:
