@@ -81,7 +81,7 @@ def test_wrong_layouts_are_refused_by_name(tmp_path):
     with pytest.raises(UsageError, match="not the config of a UNet"):
         unet.student_config(parent, str(tmp_path / "b.json"), "sdxl")
     (tmp_path / "c.json").write_text('{"down_block_types": ["NoSuchBlock"]}')
-    with pytest.raises(UsageError, match="no UNet that diffusers builds"):
+    with pytest.raises(UsageError, match="no UNet2DConditionModel that diffusers builds"):
         unet.unet_of(unet.student_config(parent, str(tmp_path / "c.json"), "sdxl"))
     emoji = checkpoint.load("emoji")
     for told, word in (
