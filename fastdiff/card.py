@@ -44,7 +44,7 @@ def few_step(weights: Path, base: Checkpoint, recipe: Recipe, config: TrainConfi
     if is_lora:
         load += f'pipe.load_lora_weights("{weights.name}")\n'
     return Usage(
-        f"{weights.stem}: {config.base} in {recipe.num_steps} step{'s' if recipe.num_steps != 1 else ''}",
+        f"{weights.stem}: {base.ref} in {recipe.num_steps} step{'s' if recipe.num_steps != 1 else ''}",
         f"{recipe.method}, {'lora, ' if is_lora else ''}few-step",
         f"{scheduler}{how}, {steps}, guidance {recipe.guidance}",
         f"DiffusionPipeline, {scheduler}",
@@ -85,7 +85,7 @@ def write_card(run: Run, base: Checkpoint, method: Method, config: TrainConfig, 
     picture = next(path for path in reversed(run.outputs) if path.suffix == ".png").relative_to(run.folder).as_posix()
     fence = "```"
     card = f"""---
-base_model: {config.base}
+base_model: {base.ref}
 library_name: diffusers
 tags: [{usage.tags}]
 ---
@@ -94,7 +94,7 @@ tags: [{usage.tags}]
 | | |
 | --- | --- |
 | method | {recipe.method}, {metrics["steps"]} steps of {config.batch_size} x {config.grad_accum} |
-| base | {config.base}, {base.prediction_type}, UNet sha256 {method.parent[:16]} |
+| base | {base.ref}, {base.prediction_type}, UNet sha256 {method.parent[:16]} |
 | sampling | {usage.sampling} |
 | data | {config.data or ("emoji" if base.family == "emoji" else "teacher")} |
 | seed | {config.seed} |

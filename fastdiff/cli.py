@@ -38,6 +38,7 @@ COMMANDS = [
     Command("train-lcm-lora", "fastdiff.methods.lcm", "Distil a few-step LoRA (LCM, PCM, TCD)", "Train"),
     Command("dmd", "fastdiff.methods.dmd", "Distil a one-step or few-step model (DMD, DMD2)", "Train"),
     Command("lightning", "fastdiff.methods.lightning", "Distil 128 steps down to 1, stage by stage (SDXL-Lightning)", "Train"),
+    Command("sdxs", "fastdiff.methods.sdxs", "Train a small network to draw in one step (SDXS)", "Train"),
     Command("merge-lora", "fastdiff.merge", "Add LoRAs exactly, to a rank, or into a checkpoint", "Use"),
     Command("sample", "fastdiff.sample", "Draw images with the settings that the weights ask for", "Use"),
     Command("export", "fastdiff.export", "Write a checkpoint as folder or single file, a LoRA in another layout", "Use"),

@@ -98,3 +98,18 @@ def ssim(a: Tensor, b: Tensor, *, span: float = 1.0, window: int = 11, spread: f
     c_1, c_2 = (0.01 * span) ** 2, (0.03 * span) ** 2
     found = (2 * m_a * m_b + c_1) * (2 * v_ab + c_2) / ((m_a**2 + m_b**2 + c_1) * (v_a + v_b + c_2))
     return found.reshape(len(a), -1).mean(1)
+
+
+def structure(a: Tensor, b: Tensor, c: float = 1e-6) -> Tensor:
+    """How alike feature maps (B, C, H, W) are, (B,): SSIM over whole maps, mean over channels (Ding 2020, DISTS, eq. 3 and 4).
+
+        (2 m_a m_b + c) / (m_a^2 + m_b^2 + c)    and    (2 cov + c) / (v_a + v_b + c),    half each
+
+    1 where a is b; finite, with its gradient, on constant maps. Moments are central: E[xy] - E[x]E[y] cancels too much.
+    """
+    a, b = a.float(), b.float()
+    m_a, m_b = a.mean((2, 3)), b.mean((2, 3))
+    d_a, d_b = a - m_a[..., None, None], b - m_b[..., None, None]
+    v_a, v_b, cov = (x.mean((2, 3)) for x in (d_a.square(), d_b.square(), d_a * d_b))
+    luminance = (2 * m_a * m_b + c) / (m_a.square() + m_b.square() + c)
+    return (0.5 * luminance + 0.5 * (2 * cov + c) / (v_a + v_b + c)).mean(1)

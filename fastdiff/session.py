@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdiff import console, evaluate
 from fastdiff.card import fmt, write_card
@@ -16,7 +17,7 @@ from fastdiff.io import checkpoint, export, fitting, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
-from fastdiff.models import adapters, text
+from fastdiff.models import adapters, autoencoder, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
 from fastdiff.trainer import Method, Phase, TrainConfig, Trainer, load_base, open_accelerator, open_run, start
@@ -36,7 +37,7 @@ class Preview:
         else:
             self.prompts = teacher.default_prompts(base.family)[:4]
         self.cond, self.uncond = text.encode(base, self.prompts, device=device), text.unconditional(base, device=device)
-        self.base, self.resolution_px, self.device = base, resolution_px, device
+        self.base, self.vae, self.resolution_px, self.device = base, vae_of(base, config), resolution_px, device
         self.seeds = [config.seed + i for i in range(len(self.prompts))]
         self.columns: dict[Settings | str, Any] = {}  # that stay as they are
 
@@ -58,7 +59,7 @@ class Preview:
         contact_sheet(sheet, scale=scale).save(path)
 
     def draw(self, net: Denoiser, settings: Settings) -> Any:
-        sampler = Sampler(self.base, net, self.base.vae, device=self.device)
+        sampler = Sampler(self.base, net, self.vae, device=self.device)
         return sampler.pixels(self.cond, self.uncond, self.seeds, settings, resolution_px=self.resolution_px, batch=4)
 
 
@@ -90,8 +91,17 @@ def undistilled(base: Checkpoint, calls: int) -> Settings:
     return replace(guided, num_steps=calls // 2) if calls > 1 else replace(guided, num_steps=1, guidance=1.0)
 
 
+def vae_of(base: Checkpoint, config: TrainConfig) -> nn.Module:
+    """What turns latents into pictures: the base's VAE, or another that the method was given."""
+    other = getattr(config, "vae", None)
+    return autoencoder.load(other, latent_channels=base.unet_config["in_channels"]) if other else base.vae
+
+
 def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Encoded:
-    """What the options of a training command ask for, encoded."""
+    """What the options of a training command ask for, encoded; a method's `teacher_loras` are worn by who samples it."""
+    if worn := getattr(config, "teacher_loras", []):
+        base = config.open_base(base.dtype)  # another one: the method's own stays as it is
+        fitting.apply(base, [(lora.load(path), weight) for path, weight in (lora.parse_spec(spec, 1.0) for spec in worn)])
     data = open_data(
         base,
         config.data,
@@ -158,10 +168,13 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
     if judge:
         with console.timed("proof_s"):
             metrics |= judge.prove(run.weights(), config)
-    write_card(run, base, method, config, metrics)
     weights = run.weights()[-1]
-    flag = "--lora" if weights.suffix == ".safetensors" else "--base"
-    where = f"--base {config.base} {flag} {weights}" if flag == "--lora" else f"--base {weights}"
+    is_lora = weights.suffix == ".safetensors"
+    parent = config.open_student() if is_lora else base
+    write_card(run, parent, method, config, metrics)
+    where = f"--base {parent.ref} --lora {weights}" if is_lora else f"--base {weights}"
+    if getattr(config, "vae", None):
+        where += f" --vae {config.vae}"
     return Result(run.outputs, metrics, f'fastdiff sample {where} --prompt "{preview.prompts[0]}"')
 
 
@@ -177,7 +190,7 @@ def write_student(method: Method, run: Run, lora_alpha: float | None, name: str 
     else:
         modules = adapters.factors(method.student.net, lora_alpha, method.student.adapter)
         path = run.folder / f"{name or recipe.method}.safetensors"
-        lora.save(lora.Lora(modules, {**recipe.to_metadata(), **lora.layers_told(base.unet_config)}), path)
+        lora.save(lora.Lora(modules, {**recipe.to_metadata(), **lora.layers_told(method.student.net.config)}), path)
     run.wrote(path)
 
 
@@ -223,8 +236,8 @@ def reopened(path: Path, config: TrainConfig, device: torch.device) -> tuple[Sam
         base = checkpoint.load(str(path))
         recipe = base.recipe
     else:
-        base, worn = config.open_base(torch.float32), lora.load(path)
+        base, worn = config.open_student(torch.float32), lora.load(path)
         recipe = worn.recipe
         fitting.apply(base, [(worn, 1.0)])
     net = Denoiser(base.unet, base.schedule(), recipe.predicts(base.prediction_type))
-    return Sampler(base, net, base.vae, device=device), recipe
+    return Sampler(base, net, vae_of(base, config), device=device), recipe

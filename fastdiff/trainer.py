@@ -69,6 +69,10 @@ class TrainConfig(BaseConfig):
         """What the method needs of its data."""
         return "latents"
 
+    def open_student(self, dtype: torch.dtype = torch.float32) -> Checkpoint:
+        """The checkpoint that an exported LoRA is of: the base, unless a method trains another network."""
+        return self.open_base(dtype)
+
     def teacher_sampling(self, family: str) -> Settings:
         """How the teacher makes its samples: the family's way, at the method's guidance where it has one."""
         given = {"num_steps": self.teacher_steps, "guidance": self.teacher_guidance or getattr(self, "guidance", None)}

@@ -174,7 +174,7 @@ def test_the_exact_denoiser_of_the_example_is_exact():
 def test_the_gradient_is_zero_at_the_start_without_guidance_and_the_guidance_term_with_it(tiny_sd):
     m, base = method(tiny_sd, guidance=1.0)
     batch = batch_for(base)
-    seen = m.noised(batch.latents)
+    seen = m.noised(batch.latents, 0.02, 0.98)
     fake = m.fake(seen.x_t, seen.t, batch.cond)
     assert m.gradient(seen, fake, batch).abs().max() == 0
     m.guidance = 3.0
@@ -202,7 +202,7 @@ def test_both_scores_see_the_same_noised_sample_at_levels_in_range(tiny_sd, monk
 
 def test_noise_levels_reach_both_ends(tiny_sd):
     m, _ = method(tiny_sd)
-    t = m.noised(torch.zeros(20_000, 1, 1, 1)).t
+    t = m.noised(torch.zeros(20_000, 1, 1, 1), m.config.t_min, m.config.t_max).t
     assert (t.min(), t.max()) == (20, 980)
 
 
@@ -392,7 +392,7 @@ def test_fitted_guidance_is_the_least_squares_denoiser_of_the_samples(tiny_sd):
 def test_the_real_score_is_guided_by_the_fitted_value_of_its_level(tiny_sd):
     m, base = method(tiny_sd)
     batch = batch_for(base)
-    seen = m.noised(batch.latents)
+    seen = m.noised(batch.latents, 0.02, 0.98)
     fake = m.fake(seen.x_t, seen.t, batch.cond)
     m.guidance = torch.linspace(1, 2, 1000)
     g = m.gradient(seen, fake, batch)

@@ -16,7 +16,10 @@ from fastdiff.trainer import Trainer, open_accelerator, seed_for
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = dict(steps=4, batch_size=4, seed=3, device="cpu", lr=1e-3)
-CHAIN = {"lightning": dict(stages="8:4", phases="cond,uncond", d_warmup=0)}  # in four steps there is no time for all stages
+CHAIN = {  # in four steps there is no time for all stages
+    "lightning": dict(stages="8:4", phases="cond,uncond", d_warmup=0),
+    "sdxs": dict(match_steps=1, gan_steps=1),
+}
 METHODS = [c.name for c in cli.COMMANDS if hasattr(import_module(c.module), "METHOD")]
 
 

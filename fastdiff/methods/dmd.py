@@ -22,13 +22,14 @@ from fastdiff import losses
 from fastdiff.config import Range
 from fastdiff.console import UsageError, info
 from fastdiff.data import Batch, Wants
-from fastdiff.io import checkpoint, fitting, lora
+from fastdiff.io import checkpoint, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.losses import Noised
-from fastdiff.models import adapters, perceptual
-from fastdiff.models.denoiser import Cond, Denoiser, trainable_copy
+from fastdiff.matching import Scores, start_from
+from fastdiff.models import perceptual
+from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Head
 from fastdiff.schedule import NoiseSchedule, Prediction
 from fastdiff.session import train, write_student
@@ -137,22 +138,17 @@ class Config(TrainConfig):
         return "latents" if self.gan_weight or self.score_guidance == "fitted" else "prompts"
 
 
-class DMD:
+class DMD(Scores):
     """Three roles, on one network where student and fake score are LoRAs; players: student, fake (with the GAN head)."""
 
     def __init__(self, base: Checkpoint, config: Config) -> None:
-        self.base_model, self.config, self.schedule = base, config, base.schedule()
+        super().__init__(base, config)
         self.parent = checkpoint.fingerprint(base.unet)
-        self.teacher = self.role(None)
-        copies = {name: trainable_copy(base.unet) for name in ("student", "fake") if getattr(config, name) == "full"}
-        self.student, students = self.trained("student", copies)
-        self.fake, fakes = self.trained("fake", copies)
+        copies = {name: self.copied() for name in ("student", "fake") if getattr(config, name) == "full"}
+        self.student, students = self.trained("student", copies.get("student"))
+        self.fake, fakes = self.trained("fake", copies.get("fake"))
         if config.init:
-            start = lora.load(config.init, allow_pickle=config.allow_pickle)
-            if "student" in copies:
-                fitting.fold(self.student.net, [(start, 1.0)])
-            else:
-                adapters.start_from(self.student.net, start, "student")
+            start_from(self.student, lora.load(config.init, allow_pickle=config.allow_pickle))
         self.head = None
         if config.gan_weight:
             self.watched = self.fake if config.gan_features == "fake" else self.teacher
@@ -166,8 +162,6 @@ class DMD:
             pixels = perceptual.open_distance(base.family, config.lpips_weights)
             self.distance = perceptual.DecodedDistance(base.vae, pixels, config.reg_crop)
         self.timesteps = sampling_timesteps(self.schedule, config)
-        self.guidance: float | Tensor = config.guidance  # or one for each timestep, (T,)
-        self.figures: dict[str, Tensor] = {}
         self.recipe = Recipe(
             method=config.recipe,
             family=base.family,
@@ -178,19 +172,6 @@ class DMD:
             guidance=1.0,
             prediction_type=base.prediction_type,
         )
-
-    def role(self, adapter: str | None, net: nn.Module | None = None) -> Denoiser:
-        return Denoiser(self.base_model.unet if net is None else net, self.schedule, self.base_model.prediction_type, adapter)
-
-    def trained(self, name: str, copies: dict[str, nn.Module]) -> tuple[Denoiser, list[nn.Parameter]]:
-        """A role with what trains of it: a copy of the network, or an adapter on the shared one."""
-        net = copies.get(name, self.base_model.unet)
-        if self.config.gradient_checkpointing:
-            adapters.checkpoint_gradients(net)
-        if name in copies:
-            return self.role(None, net), list(net.parameters())
-        layers = adapters.TARGETS if self.config.lora_layers == "all" else adapters.ATTENTION
-        return self.role(name), adapters.attach(net, self.config.lora_rank, self.config.lora_alpha, name, layers)
 
     def prepare(self, batch: Batch) -> None:
         """Before training, on samples: the guidance that fits them."""
@@ -217,7 +198,7 @@ class DMD:
         if alone:
             yield {"student": student}
             return
-        seen = self.noised(x.detach())
+        seen = self.noised(x.detach(), config.t_min, config.t_max)
         fake = self.fake(seen.x_t, seen.t, batch.cond)
         players = {"fake": self.fake_losses(seen, fake, batch)}
         if turn:
@@ -227,26 +208,9 @@ class DMD:
             players["student"] = student
         yield players
 
-    def noised(self, x: Tensor) -> Noised:
-        """The student's samples at noise levels drawn between t_min and t_max, both ends included (DMD, section 3.2)."""
-        low, high = (round(part * len(self.schedule)) for part in (self.config.t_min, self.config.t_max))
-        t = torch.randint(low, min(high, len(self.schedule) - 1) + 1, (len(x),), device=x.device)
-        eps = torch.randn_like(x)
-        return Noised(x, eps, t, self.schedule.add_noise(x, eps, t))
-
-    def gradient(self, seen: Noised, fake: Prediction, batch: Batch) -> Tensor:
-        """g against the guided teacher."""
-        w = self.guidance[seen.t] if isinstance(self.guidance, Tensor) else self.guidance
-        with torch.no_grad():
-            real = self.teacher.guided(seen.x_t, seen.t, batch.cond, batch.uncond, w)
-        told = {"x": seen.x, "real": real.x0, "fake": fake.x0.detach()}
-        self.figures |= {f"{k}_{name}": getattr(v, name)() for k, v in told.items() for name in ("mean", "std")}
-        self.figures["difference"] = (told["fake"] - real.x0).abs().mean()
-        return losses.score_difference(self.schedule, seen, real, fake, self.config.weighting)
-
     def fake_losses(self, seen: Noised, fake: Prediction, batch: Batch) -> Losses:
-        """The fake score's own training loss on the student's samples (DMD, eq. 6), and the discriminator's (DMD2, 4.3)."""
-        terms = {"denoising": losses.denoising(self.schedule, self.fake.kind, fake, seen.x, seen.eps, seen.t)}
+        """The fake score's own training loss (DMD, eq. 6), and the discriminator's (DMD2, 4.3)."""
+        terms = self.denoising(seen, fake)
         if self.head:
             made, real = self.logits(seen.x, batch.cond), self.logits(batch.latents, batch.cond)
             terms["gan"] = self.config.gan_weight_fake * (losses.gan_fake(made) + losses.gan_real(real))

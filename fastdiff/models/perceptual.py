@@ -27,13 +27,18 @@ class DecodedDistance(nn.Module):
         self.vae, self.distance, self.crop = vae.requires_grad_(False), distance, crop
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        h, w = (min(self.crop, side) for side in a.shape[-2:])
-        y, x = (int(torch.randint(side - n + 1, ())) for side, n in zip(a.shape[-2:], (h, w), strict=True))
-        a, b = (z[..., y : y + h, x : x + w].float() for z in (a, b))
+        a, b = same_window(a, b, self.crop)
         with torch.autocast(a.device.type, enabled=False):
             with torch.no_grad():
                 target = autoencoder.pixels(self.vae, b).clamp(-1, 1)
             return self.distance(autoencoder.pixels(self.vae, a), target)
+
+
+def same_window(a: Tensor, b: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The same random window of both latents, at most `side` x `side` positions; fp32."""
+    h, w = (min(side, n) for n in a.shape[-2:])
+    y, x = (int(torch.randint(n - m + 1, ())) for n, m in zip(a.shape[-2:], (h, w), strict=True))
+    return tuple(z[..., y : y + h, x : x + w].float() for z in (a, b))
 
 
 class PixelDistance(nn.Module):

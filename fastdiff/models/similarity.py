@@ -1,0 +1,135 @@
+"""Feature matching of latents (Song et al. 2024, SDXS, equation 10): 1 - SSIM of feature maps, as in DISTS (Ding 2020).
+
+The paper finds that a CNN, a ViT and the encoder of the diffusion model's own UNet serve alike. The UNet's is there already
+and needs no decoder; the others look at decoded pictures.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.console import UsageError
+from fastdiff.losses import structure
+from fastdiff.models import autoencoder, perceptual
+from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.models.features import FeatureNet
+
+Encoder = Literal["unet", "vgg", "dinov2", "embedded"]
+DINOV2 = "facebook/dinov2-small"
+LAYERS = (3, 6, 9, 12)  # of DINOv2's twelve
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for DINOv2
+PATCH = 14  # DINOv2's, in pixels
+
+
+class UNetFeatures:
+    """Latents (B, C, h, w) -> what each down block of a frozen UNet makes of them, with a little noise, and its bottleneck."""
+
+    def __init__(self, net: Denoiser, t_max: float) -> None:
+        self.net, self.t_max = net, t_max
+
+    def __call__(self, a: Tensor, b: Tensor, cond: Cond) -> tuple[list[Tensor], list[Tensor]]:
+        """Of both latents, at the same noise and level in [0, t_max T]."""
+        schedule = self.net.schedule
+        t = torch.randint(max(1, round(self.t_max * len(schedule))), (len(a),), device=a.device)
+        eps = torch.randn_like(a)
+        mine = self.net.encoded(schedule.add_noise(a, eps, t), t, cond)
+        with torch.no_grad():
+            return mine, self.net.encoded(schedule.add_noise(b, eps, t), t, cond)
+
+
+class PixelFeatures(nn.Module):
+    """Latents -> feature maps of their decoded pictures, of a window of `crop` latent positions."""
+
+    def __init__(self, vae: nn.Module, maps: nn.Module, crop: int) -> None:
+        super().__init__()
+        self.vae, self.maps, self.crop = vae.requires_grad_(False), maps.requires_grad_(False), crop
+
+    def forward(self, a: Tensor, b: Tensor, cond: Cond) -> tuple[list[Tensor], list[Tensor]]:
+        a, b = perceptual.same_window(a, b, self.crop)
+        with torch.autocast(a.device.type, enabled=False):
+            with torch.no_grad():
+                goals = self.maps(autoencoder.pixels(self.vae, b))
+            return self.maps(autoencoder.pixels(self.vae, a)), goals
+
+
+class Embedded(nn.Module):
+    """The feature network that ships with `emoji`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = FeatureNet.embedded()
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        return self.net.maps(pixels)
+
+
+class VGG(nn.Module):
+    """relu1_2 to relu5_3 of VGG-16, as LPIPS takes them."""
+
+    def __init__(self, lpips: nn.Module) -> None:
+        super().__init__()
+        self.lpips = lpips
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        return list(self.lpips.net(self.lpips.scaling_layer(pixels)))
+
+
+class DINOv2(nn.Module):
+    """Patch tokens of some layers as maps (B, D, H / 14, W / 14); pictures are resized to whole patches."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(MEAN).reshape(3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).reshape(3, 1, 1))
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        h, w = (max(1, round(side / PATCH)) for side in pixels.shape[-2:])
+        whole = F.interpolate(pixels / 2 + 0.5, (h * PATCH, w * PATCH), mode="bilinear", antialias=True)
+        states = self.net((whole - self.mean) / self.std, output_hidden_states=True).hidden_states
+        chosen = sorted({min(i, len(states) - 1) for i in LAYERS})
+        return [states[i][:, 1:].transpose(1, 2).unflatten(2, (h, w)) for i in chosen]
+
+
+class FeatureMatching(nn.Module):
+    """Latents a, b (B, C, h, w) -> (B,): the mean over maps and channels of 1 - SSIM; gradients flow to a. Zero where a is b."""
+
+    def __init__(self, encoder: UNetFeatures | PixelFeatures) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, a: Tensor, b: Tensor, cond: Cond) -> Tensor:
+        mine, its = self.encoder(a, b, cond)
+        return 1 - torch.stack([structure(x, y) for x, y in zip(mine, its, strict=True)]).mean(0)
+
+
+def open_matching(
+    kind: Encoder, teacher: Denoiser, vae: nn.Module, *, weights: str | None = None, t_max: float = 0.25, crop: int = 64
+) -> FeatureMatching:
+    """The loss with one of the encoders; `weights` as for LPIPS with vgg, a folder or hub id with dinov2."""
+    if kind == "unet":
+        return FeatureMatching(UNetFeatures(teacher, t_max))
+    if kind == "embedded":
+        maps: nn.Module = Embedded()
+    elif kind == "vgg":
+        maps = VGG(perceptual.open_distance("", weights).net)
+    else:
+        maps = DINOv2(open_dinov2(weights or DINOV2))
+    return FeatureMatching(PixelFeatures(vae, maps.eval(), crop))
+
+
+def open_dinov2(ref: str) -> nn.Module:
+    """A folder or hub id in transformers' layout; UsageError where it cannot be had: never random weights."""
+    from transformers import Dinov2Model
+
+    try:
+        return Dinov2Model.from_pretrained(str(Path(ref).expanduser()) if Path(ref).expanduser().exists() else ref)
+    except (OSError, ValueError) as error:
+        told = str(error).splitlines()[0]
+        raise UsageError(
+            f"--fm-encoder dinov2: its weights are not on this machine and cannot be downloaded ({told})",
+            "--fm-weights FOLDER, or --fm-encoder unet, which needs none",
+        ) from error
