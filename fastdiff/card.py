@@ -10,7 +10,7 @@ from fastdiff.io import checkpoint, lora
 from fastdiff.io.checkpoint import ALIASES, Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run, write_atomic
-from fastdiff.sampling import DEFAULTS
+from fastdiff.sampling import DEFAULTS, Settings
 from fastdiff.trainer import Method, TrainConfig
 
 
@@ -152,6 +152,51 @@ import {"fastdiff" if base.ref == "emoji" else "diffusers"}
 from diffusers import AutoencoderTiny, DiffusionPipeline
 pipe = {opened(base)}
 pipe.vae = AutoencoderTiny.from_pretrained("tiny-vae")
+{fence}
+
+All settings: `config.toml`; the same run again: `fastdiff {run.command} --config config.toml`.
+"""
+    write_atomic(run.folder / "README.md", card)
+    write_atomic(run.folder / "hashes.json", json.dumps({"files": hashes(run)}, indent=2) + "\n")
+
+
+def write_controlnet_card(run: Run, base: Checkpoint, config: TrainConfig, settings: Settings, metrics: dict[str, Any]) -> None:
+    """README.md of a ControlNet for another UNet."""
+    lines = [f"| {k} | {fmt(v)} |" for k, v in metrics.items()]
+    table, fence, of = "\n".join(lines), "```", config.open_student()
+    kind = "StableDiffusionXLControlNetPipeline" if base.family == "sdxl" else "StableDiffusionControlNetPipeline"
+    pipe = opened(of).replace("DiffusionPipeline", kind).removesuffix(")") + ", controlnet=controlnet)"
+    trained = f"{metrics['steps']} steps of {config.batch_size} x {config.grad_accum}"
+    sampling = f"{settings.scheduler}, steps: {settings.num_steps}, guidance {settings.guidance}"
+    card = f"""---
+base_model: {of.ref}
+library_name: diffusers
+tags: [controlnet]
+---
+# controlnet: {getattr(config, "control", "")} for {of.ref}
+
+| | |
+| --- | --- |
+| method | distilled from {getattr(config, "controlnet", "")} (SDXS), {trained} |
+| sampling | {sampling} |
+| seed | {config.seed} |
+| licence | that of the base model and of the ControlNet that it was distilled from |
+
+![control, the base with its ControlNet, this one](previews/final.png)
+
+## Measured
+
+| edges: F1 of the control's and the picture's; change: mean difference of pictures in [-1, 1] | |
+| --- | --- |
+{table}
+
+## Use
+
+{fence}python
+import {"fastdiff" if of.ref == "emoji" else "diffusers"}
+from diffusers import ControlNetModel, {kind}
+controlnet = ControlNetModel.from_pretrained("controlnet")
+pipe = {pipe}
 {fence}
 
 All settings: `config.toml`; the same run again: `fastdiff {run.command} --config config.toml`.

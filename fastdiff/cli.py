@@ -39,6 +39,7 @@ COMMANDS = [
     Command("dmd", "fastdiff.methods.dmd", "Distil a one-step or few-step model (DMD, DMD2)", "Train"),
     Command("lightning", "fastdiff.methods.lightning", "Distil 128 steps down to 1, stage by stage (SDXL-Lightning)", "Train"),
     Command("sdxs", "fastdiff.methods.sdxs", "Train a small network to draw in one step (SDXS)", "Train"),
+    Command("distill-controlnet", "fastdiff.methods.controlnet", "Train a ControlNet for a small network (SDXS)", "Train"),
     Command("merge-lora", "fastdiff.merge", "Add LoRAs exactly, to a rank, or into a checkpoint", "Use"),
     Command("sample", "fastdiff.sample", "Draw images with the settings that the weights ask for", "Use"),
     Command("export", "fastdiff.export", "Write a checkpoint as folder or single file, a LoRA in another layout", "Use"),

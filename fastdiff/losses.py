@@ -100,6 +100,15 @@ def ssim(a: Tensor, b: Tensor, *, span: float = 1.0, window: int = 11, spread: f
     return found.reshape(len(a), -1).mean(1)
 
 
+def features(mine: list[Tensor], goals: list[Tensor], *, normalised: bool = True) -> Tensor:
+    """Sum over feature maps of the mean squared distance (Kim 2023, BK-SDM, eq. 3).
+
+    [Ours.] In units of the goal's variance every map counts alike; in the raw sum the widest outweighs all.
+    """
+    unit = (lambda goal: goal.float().var().clamp(min=1e-6)) if normalised else lambda goal: 1.0
+    return sum(squared(f, goal) / unit(goal) for f, goal in zip(mine, goals, strict=True))
+
+
 def structure(a: Tensor, b: Tensor, c: float = 1e-6) -> Tensor:
     """How alike feature maps (B, C, H, W) are, (B,): SSIM over whole maps, mean over channels (Ding 2020, DISTS, eq. 3 and 4).
 

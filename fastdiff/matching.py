@@ -29,6 +29,7 @@ class Scores:
     """What methods of distribution matching have in common; the config names guidance, weighting and the adapters' size."""
 
     fake: Denoiser
+    controlnet: nn.Module | None = None  # worn by teacher and online model alike
 
     def __init__(self, base: Checkpoint, config: Any) -> None:
         self.base_model, self.config, self.schedule = base, config, base.schedule()
@@ -37,7 +38,8 @@ class Scores:
         self.figures: dict[str, Tensor] = {}
 
     def role(self, adapter: str | None, net: nn.Module | None = None) -> Denoiser:
-        return Denoiser(self.base_model.unet if net is None else net, self.schedule, self.base_model.prediction_type, adapter)
+        base = self.base_model
+        return Denoiser(base.unet if net is None else net, self.schedule, base.prediction_type, adapter, self.controlnet)
 
     def copied(self) -> nn.Module:
         return trainable_copy(self.base_model.unet)

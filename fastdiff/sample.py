@@ -12,19 +12,23 @@ import torch
 from fastdiff import console, evaluate, surgery
 from fastdiff.config import Range
 from fastdiff.console import InputRefused, Result, UsageError
+from fastdiff.data import control
 from fastdiff.data.teacher import read_prompts
 from fastdiff.io import fitting, lora
 from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.models import autoencoder, text
+from fastdiff.models import controlnet as controlnets
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, uint8
 from fastdiff.solvers import SOLVERS
 
 PRESETS: dict[str, dict[str, Any]] = {}
+CONTROLS = ("controlnet", "control_image", "control", "control_scale")
 EXAMPLES = """fastdiff sample --prompt "a red apple"
 fastdiff sample --lora lcm.safetensors --prompt "a red apple" --seed 1
 fastdiff sample --base sdxl --lora lcm.safetensors --lora style.safetensors=0.8 --prompts prompts.txt
+fastdiff sample --controlnet emoji --control-image apple.png --control canny --prompt "fruit on blue"
 echo "a red apple" | fastdiff sample --prompts - --json"""
 
 
@@ -38,6 +42,12 @@ class Config(BaseConfig):
         False
     )
     vae: Annotated[str | None, "another VAE: a diffusers folder or hub id, AutoencoderTiny or AutoencoderKL"] = None
+    controlnet: Annotated[str | None, "ControlNet of the base: a diffusers folder, a hub id, or emoji"] = None
+    control_image: Annotated[str | None, "what it is shown: a control picture, or with --control one that it is taken from"] = (
+        None
+    )
+    control: Annotated[str | None, "takes the control out of --control-image: canny, or MODULE:FUNCTION"] = None
+    control_scale: Annotated[float, "how strongly it acts", Range(0)] = 1.0
     allow_partial: Annotated[bool, "apply what fits of a LoRA that does not fit whole"] = False
     num_images: Annotated[int, "images a prompt, with seeds seed, seed + 1, ...", Range(1)] = 1
     seed: Annotated[int, "of the first image of each prompt", Range(0, 2**63 - 1)] = 0
@@ -122,7 +132,9 @@ def open_sampler(config: Config, device: torch.device) -> tuple[Sampler, list[di
     recipe = recipe_of(base, loras)
     chosen = settings(config, recipe, base.family)  # a mismatch is told before anything heavy loads
     applied = fitting.apply(base, loras, allow_partial=config.allow_partial)
-    denoiser = Denoiser(base.unet, base.schedule(), recipe.predicts(base.prediction_type))
+    guide = controlnets.load(config.controlnet, base.unet_config).to(dtype) if config.controlnet else None
+    kind = recipe.predicts(base.prediction_type)
+    denoiser = Denoiser(base.unet, base.schedule(), kind, controlnet=guide, strength=config.control_scale)
     vae = autoencoder.load(config.vae, latent_channels=base.unet_config["in_channels"]) if config.vae else base.vae
     if autoencoder.factor(vae) != base.pixels_per_latent:
         raise InputRefused(f"--vae {config.vae}: {autoencoder.factor(vae)} px a latent, the base has {base.pixels_per_latent}")
@@ -133,6 +145,9 @@ def open_sampler(config: Config, device: torch.device) -> tuple[Sampler, list[di
 
 def run(config: Config) -> Result:
     """The `sample` command."""
+    if bool(config.controlnet) != bool(config.control_image):
+        missing = "--control-image" if config.controlnet else "--controlnet"
+        raise UsageError(f"{missing}: a ControlNet and its picture go together", f"give {missing} too")
     prompts, device = wanted(config), pick_device(config.device)
     with console.timed("load_s"):
         sampler, coverage = open_sampler(config, device)
@@ -142,6 +157,9 @@ def run(config: Config) -> Result:
             text.encode(base, [config.negative], device=device) if config.negative else text.unconditional(base, device=device)
         )
         cond = text.encode(base, [p for p in prompts for _ in range(config.num_images)], device=device)
+        if config.control_image:
+            shown = control.read(Path(config.control_image), resolution_px, config.control and control.extractor(config.control))
+            cond = cond.with_control(shown.to(device).expand(len(cond), -1, -1, -1))
     if config.negative and not chosen.guided:
         console.warn("--negative has no effect at guidance 1 or less")
     seeds = [config.seed + i for _ in prompts for i in range(config.num_images)]
@@ -188,6 +206,7 @@ def facts(config: Config, chosen: Settings, prompt: str, seed: int) -> dict[str,
         "seed": seed,
         "base": config.base,
         "lora": config.lora,
+        **({k: getattr(config, k) for k in CONTROLS} if config.controlnet else {}),
         **asdict(chosen),
     }
 

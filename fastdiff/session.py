@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,62 @@ def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Enco
     return data
 
 
-def train(command: str, method_class: Callable[[Checkpoint, Any], Method], config: Any) -> Result:
-    """Run a training command; returns what it wrote and measured."""
+@dataclass
+class Session:
+    """An open run: what there is before there is a method."""
+
+    config: TrainConfig
+    run: Run
+    state: dict[str, Any] | None  # to go on from
+    accelerator: Any
+    base: Checkpoint
+
+    def fit(
+        self,
+        method: Method,
+        data: Encoded,
+        sheet: Callable[[Path], None],
+        measure: Callable[[], dict[str, float]] | None = None,
+    ) -> Trainer:
+        """Train; every phase that writes leaves weights and a contact sheet."""
+        config, run = self.config, self.run
+        start(run, config, resumed=self.state is not None)
+        trainer = Trainer(method, data, run, config, self.accelerator)
+        if self.state:
+            console.info(f"going on from step {self.state['step']} of {config.steps}")
+            trainer.restore(self.state)
+        trainer.preview = lambda step: sheet(run.folder / "previews" / f"{step:06d}.png")
+        trainer.measure = measure
+
+        def finished(phase: Phase) -> None:
+            if self.accelerator.is_main_process:
+                method.export(run)
+                alone = sum(p.exports for p in trainer.phases) == 1
+                picture = run.folder / "previews" / ("final.png" if alone else f"{phase.name}.png")
+                sheet(picture)
+                run.wrote(picture)
+
+        trainer.finished = finished
+        with console.timed("training_s"):
+            trainer.fit()
+        self.accelerator.end_training()
+        return trainer
+
+
+def open_session(command: str, config: TrainConfig) -> Session:
+    """Run folder, devices and base; from here on all processes draw the same initialisations."""
     run, state = open_run(command, config)
     accelerator = open_accelerator(config, run)
-    base = load_base(config, accelerator)
+    session = Session(config, run, state, accelerator, load_base(config, accelerator))
+    torch.manual_seed(config.seed)
+    return session
+
+
+def train(command: str, method_class: Callable[[Checkpoint, Any], Method], config: Any) -> Result:
+    """Run a training command; returns what it wrote and measured."""
+    session = open_session(command, config)
+    base, run, accelerator = session.base, session.run, session.accelerator
     resolution_px = config.resolution or base.resolution_px
-    torch.manual_seed(config.seed)  # the same initialisation on every process
     with console.timed("data_s"):
         preview = Preview(base, config, resolution_px, accelerator.device)
         judged = base.family == "emoji" and config.proof > 0
@@ -137,29 +186,11 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
         preview.begin(method)
         if judge:
             judge.begin(method)
-    start(run, config, resumed=state is not None)
-    trainer = Trainer(method, data, run, config, accelerator)
-    if state:
-        console.info(f"going on from step {state['step']} of {config.steps}")
-        trainer.restore(state)
-    trainer.preview = lambda step: preview.sheet(method, run.folder / "previews" / f"{step:06d}.png")
+    measure = None
     if drift:
         guided = config.teacher_sampling(base.family)
-        trainer.measure = lambda: drift.measure(
-            (method.teacher, guided), (method.student, settings_of(method)(method.recipe.num_steps))
-        )
-
-    def finished(phase: Phase) -> None:
-        if accelerator.is_main_process:
-            method.export(run)
-            sheet = run.folder / "previews" / f"{phase.name or 'final'}.png"
-            preview.sheet(method, sheet)
-            run.wrote(sheet)
-
-    trainer.finished = finished
-    with console.timed("training_s"):
-        trainer.fit()
-    accelerator.end_training()
+        measure = lambda: drift.measure((method.teacher, guided), (method.student, settings_of(method)(method.recipe.num_steps)))
+    trainer = session.fit(method, data, lambda path: preview.sheet(method, path), measure)
     metrics: dict[str, Any] = {"steps": trainer.step, **getattr(method, "facts", {})}
     if trainer.best["params"]:
         metrics["best"] = {k: trainer.best[k] for k in ("step", "drift")}

@@ -1,6 +1,6 @@
 """What a method trains on: latents and conditions, encoded once. B batch, N items, K captions an item, M texts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,9 +41,25 @@ class Encoded:
     empty_prompts: float = 0.0  # share of items trained with the unconditional branch as their condition
     noise: Tensor | None = None  # (N, C, h, w) that each latent was sampled from
     pixels: Tensor | None = None  # (N, 3, H, W) uint8, the VAE's picture of each latent
+    controls: Tensor | None = None  # (N, 1 or 3, H, W) uint8, what a ControlNet is shown of it
 
     def __len__(self) -> int:
         return len(self.moments)
+
+    @property
+    def latents(self) -> Tensor:
+        """(N, C, h, w), the middle of each posterior; fp32."""
+        return self.moments.chunk(2, 1)[0].float()
+
+    def rows(self, items: slice) -> "Encoded":
+        """A part of the items, with the texts of all."""
+        own = ("moments", "captions", "time_ids", "noise", "pixels", "controls")
+        return replace(self, **{k: getattr(self, k)[items] for k in own if getattr(self, k) is not None})
+
+    def split(self, n: int) -> tuple["Encoded", "Encoded"]:
+        """All but the last n items, at most a quarter of them, and those: to be judged on what was not trained on."""
+        kept = len(self) - max(1, min(n, len(self) // 4))
+        return self.rows(slice(kept)), self.rows(slice(kept, None))
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         items = torch.randint(len(self), (size,), generator=generator)
@@ -56,6 +72,8 @@ class Encoded:
             drop = torch.rand(size, generator=generator) < self.empty_prompts
             kept = torch.where(drop, size, 0) + torch.arange(size)
             cond = Cond.cat([cond, uncond])[kept]
+        if self.controls is not None:
+            cond = cond.with_control((self.controls[items].float() / 255).expand(-1, 3, -1, -1))
         noise = None if self.noise is None else self.noise[items].float()
         pixels = None if self.pixels is None else self.pixels[items].float() / 127.5 - 1
         return Batch(autoencoder.draw(self.moments[items].float(), generator), cond, uncond, noise, pixels)

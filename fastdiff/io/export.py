@@ -48,6 +48,18 @@ def config_of(base: Checkpoint, part: str) -> dict[str, Any]:
     return base.config_of(part)
 
 
+def network_to_folder(net: nn.Module, folder: Path, recipe: Recipe | None = None) -> None:
+    """A network of its own (a VAE, a ControlNet) as diffusers saves it, without where it came from; staged and renamed."""
+    staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    net.save_pretrained(staged)
+    told = json.loads((staged / "config.json").read_text())
+    write_json(staged / "config.json", {k: v for k, v in told.items() if k != "_name_or_path"})
+    if recipe:
+        write_json(staged / "fastdiff.json", recipe.to_metadata())
+    shutil.rmtree(folder, ignore_errors=True)
+    staged.rename(folder)
+
+
 def to_folder(
     base: Checkpoint,
     folder: Path,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastdiff import losses, surgery
 from fastdiff.config import Range
@@ -112,15 +112,11 @@ class Prune:
         said = [self.schedule.output(q, t, self.student.kind) for q in (p, goal)]
         terms = {"out": losses.squared(*said)}
         if self.pairs:
-            terms["feat"] = self.config.lambda_feat * self.distance([features[k] for k in mine], [goals[k] for k in its])
+            both = [features[k] for k in mine], [goals[k] for k in its]
+            terms["feat"] = self.config.lambda_feat * losses.features(*both, normalised=self.config.feat_norm == "variance")
         if self.config.lambda_task:
             terms["task"] = self.config.lambda_task * losses.denoising(self.schedule, self.student.kind, p, batch.latents, eps, t)
         yield {"student": terms}
-
-    def distance(self, features: list[Tensor], goals: list[Tensor]) -> Tensor:
-        """Sum over blocks of the mean squared distance; in units of the goal's variance every block counts alike."""
-        unit = (lambda goal: goal.float().var().clamp(min=1e-6)) if self.config.feat_norm == "variance" else lambda goal: 1.0
-        return sum(losses.squared(f, goal) / unit(goal) for f, goal in zip(features, goals, strict=True))
 
     def updated(self, step: int) -> None: ...
 

@@ -8,11 +8,8 @@ lpips   = LPIPS(G(z), target)                   option
 encoder = | E(target) - KL encoder(target) |^2  option, a player of its own
 """
 
-import json
-import os
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -25,13 +22,14 @@ from fastdiff.card import write_vae_card
 from fastdiff.config import Range
 from fastdiff.console import Result, UsageError
 from fastdiff.data import Batch, Encoded
+from fastdiff.io import export
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.sampling import at_once, contact_sheet, uint8
-from fastdiff.session import data_of
-from fastdiff.trainer import Phase, TrainConfig, Trainer, Turn, load_base, open_accelerator, open_run, start
+from fastdiff.session import data_of, open_session
+from fastdiff.trainer import TrainConfig, Turn
 
 # TAESD: Adam 3e-4, batches of 16. SDXS names no weights: ours.
 CARD = dict(lr=3e-4, lr_schedule="cosine", warmup=100, ema=0.999, batch_size=8, steps=30_000, pairs=1024, data="teacher")
@@ -169,12 +167,7 @@ class TinyVAE:
     def export(self, run: Run) -> None:
         """The folder `tiny-vae`, stock AutoencoderTiny; staged and renamed."""
         folder = run.folder / "tiny-vae"
-        staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        self.student.save_pretrained(staged)
-        told = json.loads((staged / "config.json").read_text())
-        (staged / "config.json").write_text(json.dumps({k: v for k, v in told.items() if k != "_name_or_path"}, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        staged.rename(folder)
+        export.network_to_folder(self.student, folder)
         run.wrote(folder)
 
 
@@ -197,38 +190,20 @@ def distance_of(config: Config, family: str) -> nn.Module | None:
 
 def run(config: Config) -> Result:
     """The `distill-vae` command."""
-    run, state = open_run("distill-vae", config)
-    accelerator = open_accelerator(config, run)
-    base = load_base(config, accelerator)
+    session = open_session("distill-vae", config)
+    base, run, device = session.base, session.run, session.accelerator.device
     distance = distance_of(config, base.family)
     with console.timed("data_s"):
-        data, judged = held_out(data_of(base, config, accelerator.device), config.proof)
+        data, kept = data_of(base, config, device).split(config.proof)
         base.release("unet", "text_encoders", "tokenizers")
-        decode_once(base, data, accelerator.device)
-    torch.manual_seed(config.seed)
+        decode_once(base, data, device)
     method = TinyVAE(base, config, distance)
-    start(run, config, resumed=state is not None)
-    trainer = Trainer(method, data, run, config, accelerator)
-    if state:
-        console.info(f"going on from step {state['step']} of {config.steps}")
-        trainer.restore(state)
-    judged = judged.to(accelerator.device)
-    trainer.preview = lambda step: sheet(method, judged, run.folder / "previews" / f"{step:06d}.png")
-    metrics: dict[str, Any] = {}
-
-    def finished(phase: Phase) -> None:
-        if accelerator.is_main_process:
-            method.export(run)
-            run.wrote(sheet(method, judged, run.folder / "previews" / "final.png"))
-
-    trainer.finished = finished
-    with console.timed("training_s"):
-        trainer.fit()
-    accelerator.end_training()
-    if not accelerator.is_main_process:
+    judged = kept.latents.to(device)
+    trainer = session.fit(method, data, lambda path: sheet(method, judged, path))
+    if not session.accelerator.is_main_process:
         return Result()
     with console.timed("proof_s"):
-        student = autoencoder.load(str(run.folder / "tiny-vae")).to(accelerator.device)
+        student = autoencoder.load(str(run.folder / "tiny-vae")).to(device)
         metrics = {"steps": trainer.step, **figures(base, student, judged, distance, config)}
     rows = [[k, f"{v:.4g}"] for k, v in metrics.items() if isinstance(v, int | float)]
     console.table(f"against the VAE's own decoder, {len(judged)} pictures", ["figure", "value"], rows)
@@ -237,14 +212,6 @@ def run(config: Config) -> Result:
     return Result(
         run.outputs, metrics, f'fastdiff sample --base {config.base} --vae {run.folder / "tiny-vae"} --prompt "{prompt}"'
     )
-
-
-def held_out(data: Encoded, n: int) -> tuple[Encoded, Tensor]:
-    """The data without its last n items, at most a quarter of them, and the latents (n, C, h, w) of those: for the figures."""
-    kept = len(data) - max(1, min(n, len(data) // 4))
-    rows = {name: getattr(data, name) for name in ("moments", "captions", "noise", "time_ids")}
-    cut = replace(data, **{name: None if v is None else v[:kept] for name, v in rows.items()})
-    return cut, data.moments[kept:].chunk(2, 1)[0].float()
 
 
 def decode_once(base: Checkpoint, data: Encoded, device: torch.device) -> None:
@@ -281,9 +248,8 @@ def figures(base: Checkpoint, student: nn.Module, latents: Tensor, distance: nn.
     return found
 
 
-def sheet(method: TinyVAE, latents: Tensor, path: Path) -> Path:
+def sheet(method: TinyVAE, latents: Tensor, path: Path) -> None:
     """The VAE's own picture | the tiny decoder's | their difference, four times as strong on grey."""
     z = latents[:6]
     a, b = (autoencoder.decode(vae, z).cpu() for vae in (method.teacher, method.student))
     contact_sheet([a, b, (4 * (b - a)).clamp(-1, 1)], scale=max(1, 128 // a.shape[-1])).save(path)
-    return path

@@ -1,12 +1,10 @@
 """Pixels <-> scaled latents through a stock VAE, in chunks; fp32. B batch, H W pixels, h w latent."""
 
-import json
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.console import InputRefused
+from fastdiff.io import component
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -16,30 +14,12 @@ def load(ref: str, *, latent_channels: int = 4, flag: str = "--vae") -> nn.Modul
 
     UsageError or InputRefused where it is none, or of other latents.
     """
-    import diffusers
-
-    folder = Path(ref).expanduser()
-    if not folder.exists():
-        if ref.startswith((".", "/", "~")) or ref.count("/") != 1:
-            raise UsageError(f"{flag} {ref}: no such folder", "give a diffusers folder of a VAE, or a hub id (owner/name)")
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(ref, allow_patterns=["config.json", "diffusion_pytorch_model.safetensors"]))
-        except Exception as error:  # the hub client raises a dozen kinds
-            raise UsageError(f"{flag} {ref}: not on this machine, and the hub cannot be reached", "give a folder") from error
+    folder = component.locate(ref, flag, "VAE")
     folder = folder / "vae" if (folder / "model_index.json").exists() else folder
-    told = folder / "config.json"
-    name = json.loads(told.read_text()).get("_class_name") if told.is_file() else None
-    if name not in CLASSES:
-        raise InputRefused(f"{flag} {ref}: {name or 'no config.json there'}", f"a diffusers folder of {' or '.join(CLASSES)}")
-    try:
-        vae = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputRefused(f"{flag} {ref}: its weights cannot be read ({str(error).splitlines()[0]})") from error
+    vae = component.load(folder, flag, ref, component.config_of(folder, flag, ref, CLASSES))
     if vae.config.latent_channels != latent_channels:
         raise InputRefused(f"{flag} {ref}: of {vae.config.latent_channels} latent channels, the base has {latent_channels}")
-    return vae.eval().requires_grad_(False)
+    return vae
 
 
 def factor(vae: nn.Module) -> int:

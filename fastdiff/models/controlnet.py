@@ -1,10 +1,16 @@
-"""A ControlNet beside a smaller UNet: the config that fits it, and which of the parent ControlNet's weights it inherits."""
+"""ControlNets: opened, and made smaller beside a smaller UNet, with the weights that they inherit."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from fastdiff.console import InputRefused
+from fastdiff.io import component
+from fastdiff.io.checkpoint import EMOJI
 from fastdiff.models import unet
+
+EMBEDDED = EMOJI / "controlnet"  # Canny edges to emoji
 
 # What a ControlNet has in common with its UNet's encoder.
 SHARED = (
@@ -52,3 +58,40 @@ def inherited(
         f"controlnet_down_blocks.{i}": f"controlnet_down_blocks.{whole.index(r)}" for i, r in enumerate(residuals(student))
     }
     return unet.matched(student_shapes, parent_shapes, layers, "the ControlNet")
+
+
+def inheriting(parent: nn.Module, unet_config: Mapping[str, Any]) -> nn.Module:
+    """A trainable fp32 ControlNet for a UNet of that config, which starts as the parent where the parent has it."""
+    config = student_config(parent.config, unet_config)
+    net = unet.unet_of(config, "ControlNetModel")
+    state = parent.state_dict()
+    names = inherited(parent.config, config, {k: tuple(v.shape) for k, v in state.items()}, unet.shapes_of(net))
+    net.load_state_dict({mine: state[its].detach().float().clone() for mine, its in names.items()}, assign=True)
+    return net.train().requires_grad_(True)
+
+
+def load(ref: str, unet_config: Mapping[str, Any], *, flag: str = "--controlnet") -> nn.Module:
+    """A ControlNet from a diffusers folder or hub id, or the embedded one; fp32, frozen.
+
+    InputRefused where it is none, or of another UNet.
+    """
+    folder = EMBEDDED if ref == "emoji" else component.locate(ref, flag, "ControlNet")
+    config = component.config_of(folder, flag, ref, ("ControlNetModel",))
+    check(config, unet_config, f"{flag} {ref}")
+    return component.load(folder, flag, ref, config)
+
+
+def check(config: Mapping[str, Any], unet_config: Mapping[str, Any], where: str) -> None:
+    """InputRefused unless what it adds has the places and widths of the UNet's skip connections."""
+    for key in ("in_channels", "cross_attention_dim", "addition_embed_type"):
+        if config.get(key) != unet_config.get(key):
+            raise InputRefused(
+                f"{where}: is for a UNet with {key} {config.get(key)}, this one has {unet_config.get(key)}",
+                "it must be of the base's family",
+            )
+    mine, its = ([c, residuals(c)] for c in (config, unet_config))
+    if list(mine[0]["block_out_channels"]) != list(its[0]["block_out_channels"]) or mine[1] != its[1]:
+        raise InputRefused(
+            f"{where}: is for another layout ({len(mine[1])} residuals, the UNet has {len(its[1])})",
+            "`fastdiff prune --controlnet` cuts one alike, `fastdiff distill-controlnet` also trains it",
+        )

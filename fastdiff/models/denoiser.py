@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ class Cond:
     pooled: Tensor | None = None  # (B, D2)  SDXL
     time_ids: Tensor | None = None  # (B, 6)  SDXL: original height, width, crop top, left, target height, width
     guidance: Tensor | None = None  # (B,)  guidance-embedded networks: w of u + w (c - u)
+    control: Tensor | None = None  # (B, 3, H, W) in [0, 1]: the picture that a ControlNet looks at
 
     def map(self, f) -> "Cond":
         """`f` applied to every tensor that is there."""
@@ -44,6 +46,9 @@ class Cond:
     def with_guidance(self, w: Tensor | None) -> "Cond":
         return replace(self, guidance=w)
 
+    def with_control(self, pictures: Tensor | None) -> "Cond":
+        return replace(self, control=pictures)
+
 
 def guidance_embedding(w: Tensor, width: int) -> Tensor:
     """Sinusoidal embedding (B, width) of LCM's guidance w = CFG - 1, times 1000, as the LCM pipelines compute it."""
@@ -61,15 +66,25 @@ class Reached(Exception):  # noqa: N818  (not an error: it ends a forward pass e
 class Denoiser(nn.Module):
     """One role of a UNet: the network with its schedule, prediction type and the adapter that it wears.
 
-    Several roles may share one network: `adapter` is on while this role runs, and None is the bare base.
+    Several roles may share one network: `adapter` is on while this role runs, and None is the bare base. A `controlnet` adds
+    what it makes of `Cond.control`, times `strength` (Zhang 2023, ControlNet); without a picture it does not run.
     Zero-terminal-SNR schedules are refused for epsilon networks: alpha_T = 0 leaves x0 undefined there (Lin 2024).
     """
 
-    def __init__(self, net: nn.Module, schedule: NoiseSchedule, kind: PredictionType, adapter: str | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        schedule: NoiseSchedule,
+        kind: PredictionType,
+        adapter: str | None = None,
+        controlnet: nn.Module | None = None,
+        strength: float = 1.0,
+    ) -> None:
         super().__init__()
         if schedule.zero_terminal_snr and kind == "epsilon":
             raise ValueError("a zero-terminal-SNR schedule needs v_prediction or sample; this checkpoint predicts epsilon")
         self.net, self.schedule, self.kind, self.adapter = net, schedule, kind, adapter
+        self.controlnet, self.strength = controlnet, strength
 
     @property
     def guidance_embedded(self) -> bool:
@@ -87,15 +102,37 @@ class Denoiser(nn.Module):
                 raise ValueError("this network has a guidance embedding: Cond.guidance must be given")
             width = self.net.config.time_cond_proj_dim
             extra["timestep_cond"] = guidance_embedding(cond.guidance - 1, width).to(dtype)
+        residuals = self.controlled(x_t, t, cond, extra)
         with adapters.wearing(self.net, self.adapter):
-            out = self.net(x_t.to(dtype), t, cond.tokens.to(dtype), return_dict=False, **extra)[0]
+            out = self.net(x_t.to(dtype), t, cond.tokens.to(dtype), return_dict=False, **extra, **residuals)[0]
         return self.schedule.predict(out, x_t, t, self.kind)
+
+    def controlled(self, x_t: Tensor, t: Tensor, cond: Cond, extra: dict[str, Any]) -> dict[str, Any]:
+        """What the ControlNet adds to each skip connection and to the middle of the UNet."""
+        if self.controlnet is None or cond.control is None:
+            return {}
+        dtype = self.controlnet.dtype
+        down, middle = self.controlnet(
+            x_t.to(dtype),
+            t,
+            cond.tokens.to(dtype),
+            cond.control.to(dtype),
+            conditioning_scale=self.strength,
+            return_dict=False,
+            **extra,
+        )
+        own = self.net.dtype
+        return {
+            "down_block_additional_residuals": [x.to(own) for x in down],
+            "mid_block_additional_residual": middle.to(own),
+        }
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float | Tensor) -> Prediction:
         """Classifier-free guidance, both halves in one batch of 2B; w of 1 needs no second half."""
         t = t.to(x_t.device).expand(len(x_t))
         if isinstance(w, int | float) and w == 1:
             return self(x_t, t, cond)
+        uncond = uncond.with_control(cond.control)  # guidance is of the text alone
         both = self(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, uncond]))
         c, u = (Prediction(*(part.chunk(2)[i] for part in both)) for i in (0, 1))
         return c.guide(u, w)

@@ -1,0 +1,110 @@
+"""Train the embedded ControlNet, edges to emoji: what `sample --controlnet emoji` and `distill-controlnet` use offline.
+
+    python examples/emoji/controlnet.py --output runs/controlnet
+
+The plain denoising loss with the frozen teacher (Zhang 2023): a copy of its encoder is shown Canny edges of the picture, and adds
+to its skip connections. The pictures are also moved, mirrored and shrunk, which no prompt says, and a third of the prompts are
+empty: so the edges must say where and what is drawn.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastdiff import losses
+from fastdiff.data import control, embedded, open_data
+from fastdiff.io import checkpoint
+from fastdiff.io.recipe import Recipe
+from fastdiff.io.run import Run
+from fastdiff.models import autoencoder
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.sampling import uint8
+from fastdiff.trainer import TrainConfig, Trainer, open_accelerator
+
+
+@dataclass
+class Config(TrainConfig):
+    pass
+
+
+class ControlNet:
+    """E |eps_theta(x_t, t, c, control) - eps|^2, weighted like the teacher's own training: min(1 / alpha^2, 30)."""
+
+    def __init__(self, base, config):
+        from diffusers import ControlNetModel
+
+        base.unet.requires_grad_(False)
+        net = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8, 16, 32, 64)).train()
+        self.student = Denoiser(base.unet, base.schedule(), base.prediction_type, controlnet=net)
+        self.teacher = Denoiser(base.unet, base.schedule(), base.prediction_type)
+        self.players = {"controlnet": net}
+        self.recipe, self.config = Recipe(family=base.family), config
+
+    def losses(self, batch, step):
+        t = torch.randint(len(self.student.schedule), (len(batch.latents),))
+        eps = torch.randn_like(batch.latents)
+        out = self.student(self.student.schedule.add_noise(batch.latents, eps, t), t, batch.cond).eps
+        weight = (1 / self.student.schedule.alpha[t]).clamp(max=30**0.5)[:, None, None, None]
+        yield {"controlnet": {"denoising": losses.squared(weight * out, weight * eps)}}
+
+    def updated(self, step):
+        pass
+
+    def export(self, run):
+        self.student.controlnet.half().save_pretrained(run.folder / "controlnet")
+
+
+def moved(rgba: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+    """Sprites (B, 4, 64, 64) in [0, 1], mirrored or not, up to a third smaller and anywhere: pixels (B, 3, 64, 64) in [-1, 1]."""
+    n = len(rgba)
+    scale = 1 + 0.5 * torch.rand(n)  # of the place that is looked at: the picture shrinks by as much
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0] = scale * (torch.randint(2, (n,)) * 2 - 1)
+    theta[:, 1, 1] = scale
+    theta[:, :, 2] = (torch.rand(n, 2) * 2 - 1) * (scale - 0.9)[:, None]
+    premultiplied = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
+    grid = torch.nn.functional.affine_grid(theta, list(rgba.shape), align_corners=False)
+    found = torch.nn.functional.grid_sample(premultiplied, grid, align_corners=False)
+    colours = torch.tensor(list(embedded.BACKGROUNDS.values())) / 255
+    return (found[:, :3] + colours[background][:, :, None, None] * (1 - found[:, 3:])) * 2 - 1
+
+
+def add_moved(base, data, variants: int) -> None:
+    """Beside every picture on every background, the same moved; and the edges of all."""
+    n, k = len(embedded.pictures()), len(embedded.BACKGROUNDS)
+    picture, background = (grid.flatten() for grid in torch.meshgrid(torch.arange(n), torch.arange(k), indexing="ij"))
+    pixels = [embedded.compose(picture, background)]
+    for _ in range(variants):
+        pixels.append(moved(embedded.sprites()[picture], background))
+        data.moments = torch.cat([data.moments, autoencoder.encode_moments(base.vae, pixels[-1]).cpu()])
+    data.captions = data.captions.repeat(variants + 1, 1)
+    data.controls = torch.cat([control.extract(uint8(part), control.canny) for part in pixels])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--output", type=Path, default=Path("runs/controlnet"))
+    args = parser.parse_args()
+    config = Config(steps=args.steps, lr=args.lr, lr_schedule="cosine", warmup=50, batch_size=24, ema=0.99, empty_prompts=0.33)
+    base, run = checkpoint.load("emoji"), Run(args.output, "controlnet")
+    accelerator = open_accelerator(config, run)
+    data = open_data(base, "emoji", prompts=None, resolution_px=64, pairs=0, seed=0, device=accelerator.device)
+    data.empty_prompts = config.empty_prompts
+    torch.manual_seed(config.seed)
+    add_moved(base, data, variants=2)
+    method = ControlNet(base, config)
+    method.student.to(accelerator.device)
+    trainer = Trainer(method, data, run, config, accelerator)
+    if state := run.load_state():
+        trainer.restore(state)
+    trainer.fit()
+    with trainer.averaged():
+        method.export(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Control pictures: what a ControlNet is shown, taken out of pictures by a library's extractor."""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff import console
+from fastdiff.console import UsageError
+from fastdiff.data.batch import Encoded
+from fastdiff.data.folder import square
+from fastdiff.models import autoencoder
+from fastdiff.sampling import at_once, uint8
+
+Extractor = Callable[[Any], Any]  # numpy RGB (H, W, 3) uint8 -> (H, W) or (H, W, 3) uint8
+THRESHOLDS = (100, 200)  # of the gradient's size: OpenCV's and diffusers' usual ones
+
+
+def canny(picture: Any) -> Any:
+    """Edges, 255 on 0 (OpenCV)."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise UsageError("--control canny: OpenCV is not installed", 'pip install "fastdiff[control]"') from error
+    return cv2.Canny(picture, *THRESHOLDS)
+
+
+def extractor(name: str) -> Extractor:
+    """canny, or MODULE:FUNCTION of your own, which gets and gives arrays as `Extractor` says."""
+    if name == "canny":
+        return canny
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(import_module(module), function or "")
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"--control {name}: no such extractor", "canny, or MODULE:FUNCTION that can be imported") from error
+    return found
+
+
+def extract(pictures: Tensor, how: Extractor) -> Tensor:
+    """Pictures (N, 3, H, W) uint8 -> controls (N, 1 or 3, H, W) uint8. UsageError where the extractor answers something else."""
+    found = []
+    for picture in pictures:
+        told = torch.from_numpy(how(picture.permute(1, 2, 0).contiguous().numpy()).copy())
+        made = told[None] if told.ndim == 2 else told.permute(2, 0, 1)
+        if made.dtype != torch.uint8 or made.shape[0] not in (1, 3) or made.shape[1:] != picture.shape[1:]:
+            raise UsageError(
+                f"--control: the extractor answered {tuple(told.shape)} {told.dtype} for a picture of {tuple(picture.shape[1:])}",
+                "(H, W) or (H, W, 3) in bytes, of the picture's size",
+            )
+        found.append(made)
+    return torch.stack(found)
+
+
+def of_samples(vae: nn.Module, data: Encoded, how: Extractor) -> None:
+    """Give every item the control picture of its own decoded latent: noise, picture and control are a triple (SDXS, 3.2)."""
+    z, found = data.latents, []
+    with console.progress(len(z), "control pictures") as bar:
+        for part in z.split(at_once(z.shape[-1])):
+            found.append(extract(uint8(autoencoder.decode(vae, part.to(vae.device), chunk=len(part))).cpu(), how))
+            bar.update(len(part))
+    data.controls = torch.cat(found)
+
+
+def read(path: Path, side_px: int, how: Extractor | None) -> Tensor:
+    """A control picture from a file, (3, S, S) in [0, 1]; with an extractor the file is a picture that it is taken from."""
+    if not path.is_file():
+        raise UsageError(f"--control-image {path}: no such file")
+    pixels, _ = square(path, side_px)
+    if how is None:
+        return pixels / 2 + 0.5
+    return (extract(uint8(pixels)[None], how)[0].float() / 255).expand(3, -1, -1)
+
+
+def agreement(a: Tensor, b: Tensor, tolerance_px: int = 1) -> Tensor:
+    """F1 (B,) of edge maps (B, 1, H, W) uint8: an edge is found where the other map has one within the tolerance."""
+    a, b = (x[:, :1].float() > 127 for x in (a, b))
+    near = lambda x: F.max_pool2d(x.float(), 2 * tolerance_px + 1, 1, tolerance_px) > 0
+    part = lambda x, y: (x & near(y)).flatten(1).sum(1) / x.flatten(1).sum(1).clamp(min=1)
+    precision, recall = part(b, a), part(a, b)
+    return 2 * precision * recall / (precision + recall).clamp(min=1e-9)
