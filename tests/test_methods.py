@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff import cli
+from fastdiff import cli, surgery
 from fastdiff.data import open_data
 from fastdiff.io import checkpoint
 from fastdiff.io.run import Run
@@ -18,17 +18,21 @@ GOLDEN = Path(__file__).parent / "golden"
 SMALL = dict(steps=4, batch_size=4, seed=3, device="cpu", lr=1e-3)
 CHAIN = {  # in four steps there is no time for all stages
     "lightning": dict(stages="8:4", phases="cond,uncond", d_warmup=0),
-    "sdxs": dict(match_steps=1, gan_steps=1),
+    "sdxs": dict(match_steps=0, gan_steps=1),
 }
 METHODS = [c.name for c in cli.COMMANDS if hasattr(import_module(c.module), "METHOD")]
 
 
 @pytest.fixture(scope="module")
-def data():
-    """The pictures, with noise that makes them pairs for the methods that want some."""
-    base = checkpoint.load("emoji")
+def data(tmp_path_factory):
+    """The pictures, with noise that makes them pairs and controls, for the methods that want some."""
+    base, pruned = checkpoint.load("emoji"), tmp_path_factory.mktemp("pruned") / "model"
+    surgery.cut(base, surgery.layout_of(base, "bk-tiny"), pruned)
+    CHAIN["distill-controlnet"] = dict(init=str(pruned))  # without it the student is the teacher, and loses nothing
     found = open_data(base, "emoji", prompts=None, resolution_px=64, pairs=0, seed=0, device="cpu")
-    found.noise = torch.randn(len(found), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    found.noise = torch.randn(len(found), 4, 8, 8, generator=g)
+    found.controls = torch.randint(2, (len(found), 1, 64, 64), generator=g, dtype=torch.uint8) * 255
     return found
 
 

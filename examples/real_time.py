@@ -1,0 +1,110 @@
+"""The table and picture of `real_time.sh`: each step of the chain against the start.
+
+    python examples/real_time.py runs/real-time [--base emoji] [--rounds 15]
+
+Speed: a prompt in, bytes of a picture out, one at a time and eight at once; the start is the stock diffusers pipeline at 25
+guided steps with its own VAE. All ways take turns, medians are told. Quality on `emoji`: the closing table's metrics.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from fastdiff import evaluate
+from fastdiff.io import checkpoint
+from fastdiff.models import autoencoder, text
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.sample import pick_device
+from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, uint8
+from fastdiff.session import EMOJI_PREVIEW
+
+
+def sampler_of(folder: str, vae: torch.nn.Module | None, device: torch.device) -> tuple[Sampler, Settings]:
+    base = checkpoint.load(folder)
+    net = Denoiser(base.unet, base.schedule(), base.recipe.predicts(base.prediction_type))
+    settings = Settings.of(base.recipe, DEFAULTS[base.family])
+    return Sampler(base, net, base.vae if vae is None else vae, device=device), settings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--base", default="emoji")
+    parser.add_argument("--controlnet", default="emoji")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    tiny = autoencoder.load(str(args.runs / "vae" / "tiny-vae")).to(device)
+    small, one = (str(args.runs / name / "model") for name in ("small", "one"))
+    ways = {
+        "the base, 25 guided steps": sampler_of(args.base, None, device),
+        "small network": sampler_of(small, None, device),
+        "small network, tiny decoder": sampler_of(small, tiny, device),
+        "one step": sampler_of(one, None, device),
+        "one step, tiny decoder": sampler_of(one, tiny, device),
+    }
+    start = ways["the base, 25 guided steps"][0].base
+    pipe = start.pipeline().to(device)
+    pipe.set_progress_bar_config(disable=True)
+    usual, px = DEFAULTS[start.family], start.resolution_px
+    prompts = list(EMOJI_PREVIEW) + ["fox", "house"] if start.family == "emoji" else ["a red apple on a table"] * 8
+
+    def stock(n: int) -> None:
+        pipe(prompts[:n], num_inference_steps=25, guidance_scale=usual.guidance, height=px, width=px)
+
+    def ours(n: int, way: tuple[Sampler, Settings]) -> None:
+        sampler, settings = way
+        cond, uncond = text.encode(sampler.base, prompts[:n], device=device), text.unconditional(sampler.base, device=device)
+        uint8(sampler.pixels(cond, uncond, list(range(n)), settings, resolution_px=px))
+
+    calls = {"stock diffusers": stock} | {name: (lambda n, way=way: ours(n, way)) for name, way in ways.items()}
+    times = {(name, n): [] for name in calls for n in (1, 8)}
+    for i in range(args.rounds + 1):
+        for (name, n), found in times.items():
+            began = time.perf_counter()
+            calls[name](n)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if i:  # the first round warms up
+                found.append((time.perf_counter() - began) / n)
+    median = {key: statistics.median(found) for key, found in times.items()}
+    judge = evaluate.Judge(start, args.samples, device=device) if start.family == "emoji" else None
+    reference = evaluate.Reference() if judge else None
+    lines, told = [], {}
+    for name in calls:
+        ratio = [median["stock diffusers", n] / median[name, n] for n in (1, 8)]
+        row = [name, *(f"{1e3 * median[name, n]:.1f}" for n in (1, 8)), *(f"{r:.1f}x" for r in ratio)]
+        told[name] = {"ms": [1e3 * median[name, n] for n in (1, 8)], "faster": ratio}
+        if judge and name in ways:
+            figures = judge.row(name, *ways[name]).figures(reference.moments)
+            told[name] |= {k: figures[k] for k in ("calls", "retrieval", "frechet")}
+            row += [str(figures["calls"]), f"{figures['retrieval']:.3f}", f"{figures['frechet']:.2f}"]
+        lines.append("| " + " | ".join(row) + " |")
+    print("| | ms a picture | eight at once | faster | eight at once | calls | recognised | Frechet |\n|" + " --- |" * 8)
+    print("\n".join(lines))
+    if judge:
+        best = {m: reference.best(50, m, args.samples) for m in ("retrieval", "frechet")}
+        for name in ("one step", "one step, tiny decoder"):
+            student = judge.row(name, *ways[name])
+            for metric, measure in evaluate.metrics_of(reference).items():
+                undistilled = reference.best(1, metric, args.samples)
+                gap = evaluate.gap_closed(student, undistilled, best[metric], measure)
+                told[name][f"{metric}_gap"] = gap
+                print(f"{name}: {metric} gap closed {gap['gap_closed']:.0%} [{gap['low']:.0%}, {gap['high']:.0%}]")
+    columns = []
+    for name in ("the base, 25 guided steps", "small network, tiny decoder", "one step, tiny decoder"):
+        sampler, settings = ways[name]
+        cond, uncond = text.encode(sampler.base, prompts[:6], device=device), text.unconditional(sampler.base, device=device)
+        columns.append(sampler.pixels(cond, uncond, list(range(6)), settings, resolution_px=px))
+    contact_sheet(columns, scale=max(1, 128 // px)).save(args.runs / "real_time.png")
+    (args.runs / "real_time.json").write_text(json.dumps(told, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
