@@ -18,9 +18,9 @@ from fastdiff import evaluate
 from fastdiff.io import checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.proof import EMOJI_PREVIEW
 from fastdiff.sample import pick_device
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, uint8
-from fastdiff.session import EMOJI_PREVIEW
 
 
 def sampler_of(folder: str, vae: torch.nn.Module | None, device: torch.device) -> tuple[Sampler, Settings]:

@@ -21,7 +21,7 @@ from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.matching import Scores
 from fastdiff.models import similarity
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.session import vae_of
+from fastdiff.proof import vae_of
 from fastdiff.trainer import Losses, Phase, TrainConfig, Turn
 
 

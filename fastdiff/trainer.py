@@ -6,20 +6,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff import console
-from fastdiff.config import Range, to_toml
+from fastdiff.config import Range
 from fastdiff.console import Stopped, UsageError
 from fastdiff.data import Batch, Encoded, Wants
 from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.recipe import Recipe
-from fastdiff.io.run import Run, write_atomic
+from fastdiff.io.run import Run
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.ema import EMA, swapped
 from fastdiff.sampling import DEFAULTS, Settings
@@ -459,65 +457,3 @@ class Trainer:
         self.elapsed_s, self.entered_s = state["elapsed_s"], state["entered_s"]
         self.run.outputs = [self.run.folder / name for name in state["outputs"]]
         self.run.drop_log_after(self.step)
-
-
-def default_folder(command: str, config: TrainConfig) -> Path:
-    """Where a command writes that is not told where."""
-    return Path("runs") / f"{command}-{Path(config.base).stem or config.base}"
-
-
-def open_run(command: str, config: TrainConfig) -> tuple[Run, dict[str, Any] | None]:
-    """The run folder and the state to go on from; another run's folder is never overwritten by accident."""
-    if not config.eval_every and (config.keep == "best" or config.patience):
-        flag = "--keep best" if config.keep == "best" else f"--patience {config.patience}"
-        raise UsageError(f"{flag}: nothing is measured", "give --eval-every too")
-    seconds("--max-time", config.max_time)
-    run = Run(Path(config.output) if config.output else default_folder(command, config))
-    run.command = command
-    source = run if config.resume in {"auto", "never"} else Run(Path(config.resume))
-    state = None if config.resume == "never" else source.load_state()
-    if config.resume not in {"auto", "never"} and state is None:
-        raise UsageError(f"--resume {config.resume}: no state in that run folder")
-    if state and state["step"] > config.steps:
-        raise UsageError(
-            f"--steps {config.steps}: {run.folder} is already at step {state['step']}", "give more, or --resume never"
-        )
-    return run, state
-
-
-def start(run: Run, config: TrainConfig, resumed: bool) -> None:
-    """Make the run folder: only now are the base and the data known to be good."""
-    (run.folder / "previews").mkdir(parents=True, exist_ok=True)
-    if not resumed:
-        (run.folder / "metrics.jsonl").unlink(missing_ok=True)
-    # Whoever gives this file again wants to go on, also after a run that was begun with --resume never.
-    write_atomic(run.folder / "config.toml", to_toml(replace(config, resume="auto")))
-
-
-def open_accelerator(config: TrainConfig, run: Run) -> Any:
-    from accelerate import Accelerator
-
-    cpu = config.device == "cpu" or (
-        config.device == "auto" and not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    )
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device on this machine")
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if not cpu and torch.cuda.is_available() else "fp32"
-    tracker = None if config.tracker == "none" else config.tracker
-    if tracker and not find_spec(tracker):
-        raise UsageError(f"--tracker {tracker}: {tracker} is not installed", f'pip install "fastdiff[{tracker}]"')
-    accelerator = Accelerator(
-        cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, log_with=tracker, project_dir=run.folder
-    )
-    if tracker:
-        accelerator.init_trackers("fastdiff")
-    return accelerator
-
-
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def load_base(config: TrainConfig, accelerator: Any) -> Checkpoint:
-    return config.open_base(DTYPES[accelerator.mixed_precision])

@@ -23,6 +23,7 @@ FLOORS = [
     {"data"},
     {"evaluate", "trainer", "compare"},
     {"card", "surgery", "decoders", "matching"},
+    {"proof"},
     {"session", "sample", "merge", "export", "inspect"},
     {"segmented"},
     {"methods.lcm", "methods.dmd", "methods.lightning", "methods.prune", "methods.vae", "methods.sdxs", "methods.controlnet"},

@@ -16,7 +16,8 @@ from fastdiff.methods.lightning import SHOWN, Config, Lightning, plan, timesteps
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.trainer import Trainer, open_accelerator
+from fastdiff.session import open_accelerator
+from fastdiff.trainer import Trainer
 
 SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 

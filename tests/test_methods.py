@@ -12,7 +12,8 @@ from fastdiff import cli, surgery
 from fastdiff.data import open_data
 from fastdiff.io import checkpoint
 from fastdiff.io.run import Run
-from fastdiff.trainer import Trainer, open_accelerator, seed_for
+from fastdiff.session import open_accelerator
+from fastdiff.trainer import Trainer, seed_for
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = dict(steps=4, batch_size=4, seed=3, device="cpu", lr=1e-3)

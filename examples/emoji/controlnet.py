@@ -21,7 +21,8 @@ from fastdiff.io.run import Run
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import uint8
-from fastdiff.trainer import TrainConfig, Trainer, open_accelerator
+from fastdiff.session import open_accelerator
+from fastdiff.trainer import TrainConfig, Trainer
 
 
 @dataclass

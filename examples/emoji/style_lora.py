@@ -19,7 +19,8 @@ from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.trainer import TrainConfig, Trainer, open_accelerator
+from fastdiff.session import open_accelerator
+from fastdiff.trainer import TrainConfig, Trainer
 
 
 @dataclass

@@ -30,8 +30,8 @@ from fastdiff.io.run import Run, write_atomic
 from fastdiff.models import adapters, unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sample import pick_device
-from fastdiff.session import train, write_student
-from fastdiff.trainer import TrainConfig, Turn, default_folder
+from fastdiff.session import default_folder, train, write_student
+from fastdiff.trainer import TrainConfig, Turn
 
 # Paper: AdamW 5e-5, 256 images a step, 50,000 steps. Ours for one card: smaller batches, a cosine, an average.
 CARD = dict(lr=5e-5, lr_schedule="cosine", warmup=100, ema=0.999, steps=20_000, empty_prompts=0.1, gradient_checkpointing=True)
