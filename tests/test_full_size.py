@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import textwrap
@@ -19,7 +18,7 @@ BUILD = """
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    folder = Path(sys.argv[1])
+    folder, sd21 = Path(sys.argv[1]), sys.argv[2:] == ["sd21"]
 
     def write(part, make):
         with torch.device("meta"):
@@ -47,12 +46,18 @@ BUILD = """
                projection_dim=768)
     two = dict(vocab_size=49408, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
                projection_dim=1280, hidden_act="gelu")
-    write("text_encoder", lambda: CLIPTextModel(CLIPTextConfig(**one)))
-    write("text_encoder_2", lambda: CLIPTextModelWithProjection(CLIPTextConfig(**two)))
+    if sd21:
+        two |= dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, projection_dim=512)
+        write("text_encoder", lambda: CLIPTextModel(CLIPTextConfig(**two)))
+    else:
+        write("text_encoder", lambda: CLIPTextModel(CLIPTextConfig(**one)))
+        write("text_encoder_2", lambda: CLIPTextModelWithProjection(CLIPTextConfig(**two)))
     write("vae", lambda: AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024, scaling_factor=0.13025))
     write("unet", lambda: UNet2DConditionModel(
+        sample_size=64, attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True
+    ) if sd21 else UNet2DConditionModel(
         sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2, attention_head_dim=(5, 10, 20),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -62,6 +67,10 @@ BUILD = """
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1,
     ).save_pretrained(folder / "scheduler")
     index = {
+        "_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    } if sd21 else {
         "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True,
         "scheduler": ["diffusers", "EulerDiscreteScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -91,6 +100,29 @@ def python(code, *args):
     return done.stdout
 
 
+MEASURE = """
+    import resource, runpy
+    try:
+        runpy.run_module("fastdiff", run_name="__main__")
+    finally:
+        import sys
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, file=sys.stderr)
+"""
+
+
+def measured(folder, *command):
+    """Run a command; its JSON and the peak of its memory in GiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEASURE), *map(str, command), "--offline", "--json"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FASTDIFF_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "2"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return json.loads(done.stdout), float(done.stderr.split()[-1])
+
+
 @pytest.mark.parametrize(
     ("train", "file"),
     [
@@ -116,19 +148,8 @@ def test_two_steps_on_full_size_sdxl_fit_24_gb_and_the_lora_loads_whole(train, f
         resolution=64,
         prompts=tmp_path / "prompts.txt",
     )
-    command = [sys.executable, "-m", "fastdiff", *train.split(), *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    done = subprocess.run(
-        [*command, "--offline", "--json"],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "FASTDIFF_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "2"},
-    )
-    peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    told = json.loads(done.stdout)
-    print(f"{train}: peak {peak_gib:.1f} GiB (building it {before / 2**20:.1f}), {told['timings']}")
+    told, peak_gib = measured(tmp_path, *train.split(), *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items()))
+    print(f"{train}: peak {peak_gib:.1f} GiB, {told['timings']}")
     assert told["metrics"]["steps"] == 2
     assert peak_gib < 24
     written = run / f"{file}.safetensors"
@@ -143,23 +164,36 @@ def test_surgery_on_full_size_sdxl_streams_from_file_to_file(tmp_path):
     base, run = tmp_path / "sdxl", tmp_path / "run"
     base.mkdir()
     python(BUILD, base)
-    measure = "import resource, runpy, sys\ntry:\n    runpy.run_module('fastdiff', run_name='__main__')\nfinally:\n    "
-    measure += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, file=sys.stderr)"
-    command = [
-        sys.executable,
-        "-c",
-        measure,
-        "prune",
-        f"--base={base}",
-        "--layout=vega",
-        "--steps=0",
-        f"--output={run}",
-        "--json",
-    ]
-    done = subprocess.run([*command, "--offline"], check=True, capture_output=True, text=True)
-    told, peak_gib = json.loads(done.stdout), float(done.stderr.split()[-1])
+    told, peak_gib = measured(tmp_path, "prune", f"--base={base}", "--layout=vega", "--steps=0", f"--output={run}")
     print(f"surgery to vega: peak {peak_gib:.2f} GiB, {told['timings']}")
     assert told["metrics"]["pruned"]["parameters"] == 745_225_604
     assert peak_gib < 4
     small = checkpoint.load(str(run / "model"))
     assert sum(v.numel() for v in small.weights("unet").values()) == 745_225_604
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "student", "written"),
+    [("sd21", "sdxs-512", "full", 318_695_364), ("sdxl", "vega", "lora", 745_225_604)],
+)
+def test_two_steps_of_sdxs_at_full_size_with_three_networks(family, layout, student, written, tmp_path):
+    """The student's features, then its scores; on the CPU all weights are fp32, so Vega trains as a LoRA here."""
+    from fastdiff.io import checkpoint
+
+    base, small, run = tmp_path / "base", tmp_path / "small", tmp_path / "run"
+    base.mkdir()
+    python(BUILD, base, family)
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    measured(tmp_path, "prune", f"--base={base}", f"--layout={layout}", "--steps=0", f"--output={small}")
+    told, peak_gib = measured(
+        tmp_path, "sdxs", f"--base={base}", f"--init={small / 'model'}", f"--student={student}", f"--output={run}", "--steps=2",
+        "--match-steps=1", "--batch-size=1", "--grad-accum=1", "--pairs=1", "--teacher-steps=2", "--resolution=64",
+        f"--prompts={tmp_path / 'prompts.txt'}",
+    )  # fmt: skip
+    print(f"sdxs {family} {layout}: peak {peak_gib:.1f} GiB, {told['timings']}")
+    assert told["metrics"]["steps"] == 2
+    assert peak_gib < 24
+    if student == "full":
+        assert sum(v.numel() for v in checkpoint.load(str(run / "model")).weights("unet").values()) == written
+    else:
+        assert len(lora.load(run / "sdxs.safetensors").modules) == 233
