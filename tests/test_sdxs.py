@@ -317,39 +317,33 @@ def test_the_finish_trains_a_low_rank_adapter_and_heads_alone_and_is_folded_in(t
 # ---- the command
 
 
-def test_the_command_from_a_pruned_checkpoint_to_pictures(fastdiff, tmp_path):
+def test_from_a_pruned_checkpoint_to_one_step_and_to_a_style_of_it(fastdiff, tmp_path):
     assert fastdiff("prune", "--layout", "sdxs-512", "--steps", "0", "-o", "small")[0] == 0
+    common = ("--pairs", 8, "--batch-size", 2, "--teacher-steps", 1)
     code, told = fastdiff(
-        "sdxs", "--init", "small/model", "--steps", 4, "--match-steps", 1, "--gan-steps", 1, "--pairs", 8, "--batch-size", 2,
-        "--proof", 8, "--teacher-steps", 1, "-o", "one",
-    )  # fmt: skip
+        "sdxs", "--init", "small/model", "--steps", 3, "--match-steps", 1, "--gan-steps", 1, "--proof", 8, *common, "-o", "one"
+    )
     assert code == 0, told
     assert [r["calls"] for r in told["metrics"]["rows"] if r["model"] == "student"] == [1]
-    code, told = fastdiff("sample", "--base", "one/model", "--prompt", "panda", "-o", "panda.png")
-    assert code == 0
-    assert told["metrics"]["settings"]["timesteps"] == [749]
-    made = json.loads((tmp_path / "one/model/unet/config.json").read_text())
-    assert made["block_out_channels"] == json.loads((tmp_path / "small/model/unet/config.json").read_text())["block_out_channels"]
+    shapes = [json.loads((tmp_path / name / "model/unet/config.json").read_text()) for name in ("small", "one")]
+    assert shapes[0]["block_out_channels"] == shapes[1]["block_out_channels"]
     from diffusers import StableDiffusionPipeline
 
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "one/model").unet.config.mid_block_type is None
 
-
-def test_a_style_becomes_a_lora_of_the_one_step_student(fastdiff, tmp_path):
-    style = EMOJI / "style.safetensors"
-    assert fastdiff("prune", "--layout", "sdxs-512", "--steps", "0", "-o", "small")[0] == 0
-    common = ("--pairs", 8, "--batch-size", 2, "--proof", 0, "--teacher-steps", 1)
-    assert fastdiff("sdxs", "--init", "small/model", "--steps", 1, "--match-steps", 0, *common, "-o", "one")[0] == 0
     code, told = fastdiff(
-        "sdxs", "--init", "one/model", "--style-lora", style, "--match-steps", 0, "--steps", 2, *common, "-o", "styled"
-    )
+        "sdxs", "--init", "one/model", "--style-lora", EMOJI / "style.safetensors", "--match-steps", 0, "--steps", 2,
+        "--proof", 0, *common, "-o", "styled",
+    )  # fmt: skip
     assert code == 0, told
     assert told["outputs"][0]["path"].endswith("sdxs.safetensors")
     assert "one/model" in told["next_command"]
+    assert "base_model: one/model" in (tmp_path / "styled/README.md").read_text()
     code, told = fastdiff(
         "sample", "--base", "one/model", "--lora", "styled/sdxs.safetensors", "--prompt", "panda", "-o", "p.png"
     )
     assert code == 0, told
+    assert told["metrics"]["settings"]["timesteps"] == [749]
     assert len(told["metrics"]["loras"]) == 1
 
 
