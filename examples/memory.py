@@ -1,11 +1,12 @@
-"""One step of distribution matching: three roles on one network against three networks; seconds, parameters, peak memory.
+"""One step with all roles on one network against a network for each role; seconds, parameters, peak memory.
 
-    python examples/dmd_memory.py                                   # the embedded checkpoint, on the CPU
-    python examples/dmd_memory.py --family sdxl --device cuda       # full size with random weights; also sd15, sd21
+    python examples/memory.py                                       # dmd on the embedded checkpoint, on the CPU
+    python examples/memory.py --method lightning --family sdxl --device cuda      # full size, random weights; also sd15, sd21
 
-The plain way is the published layout: teacher, fake score and student as whole networks (the teacher in half precision on a
-GPU), each role called as the algorithm says. Both ways make the same step: batch, guidance, one update of student and fake
-score, no regression. They take turns, each in a process of its own; medians over the rounds are printed with their ratios.
+The other way is the published layout, whole networks (frozen ones in half precision on a GPU): of `dmd` teacher, fake score and
+student, each called as the algorithm says, without regression; of `lightning` teacher, student with its LoRA, and discriminator,
+in a conditional phase of 8:4. Both ways make the same step from the same batch. They take turns, each in a process of its own;
+medians over the rounds are printed with their ratios.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from fastdiff import losses
 from fastdiff.data import Batch
 from fastdiff.io.checkpoint import ASSETS, EMOJI, Checkpoint
 from fastdiff.losses import Noised
-from fastdiff.methods.dmd import DMD, PRESETS, Config
+from fastdiff.methods import dmd, lightning
+from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser, trainable_copy
 
 GUIDANCE = 3.0
@@ -53,13 +55,17 @@ def batch_of(base: Checkpoint, n: int, device: str) -> Batch:
     return Batch(make(4, side, side), cond, uncond)
 
 
-class Ours:
-    """fastdiff's method with its family's preset."""
+class OneNetwork:
+    """fastdiff's `dmd` with its family's preset."""
 
     def __init__(self, base: Checkpoint, n: int) -> None:
-        row = {**PRESETS[base.family], **PRESETS.get(f"{base.family}:{PRESETS[base.family].get('recipe', 'dmd')}", {})}
+        row = {
+            **dmd.PRESETS[base.family],
+            **dmd.PRESETS.get(f"{base.family}:{dmd.PRESETS[base.family].get('recipe', 'dmd')}", {}),
+        }
         names = {k: row[k] for k in ("lora_rank", "lora_alpha", "lora_layers", "gradient_checkpointing", "lr") if k in row}
-        self.method = DMD(base, Config(**names, batch_size=n, lambda_reg=0.0, guidance=GUIDANCE))
+        self.method = dmd.DMD(base, dmd.Config(**names, batch_size=n, lambda_reg=0.0, guidance=GUIDANCE))
+        self.schedule = self.method.schedule
         self.networks = [self.method.teacher.net, self.method.student.net, self.method.fake.net]
         self.players = {k: list(net.parameters()) for k, net in self.method.players.items()}
         if names.get("gradient_checkpointing"):
@@ -100,14 +106,58 @@ class ThreeNetworks:
         yield "fake", losses.denoising(self.schedule, self.fake.kind, p, seen.x, eps, t)
 
 
-def measure(way: str, family: str, device: str, n: int, steps: int) -> dict[str, float]:
+class LightningOnOne:
+    """fastdiff's `lightning`, a conditional phase: teacher and discriminator are adapters of the student's network."""
+
+    discriminator = "lora"
+
+    def __init__(self, base: Checkpoint, n: int) -> None:
+        row = lightning.PRESETS[base.family]
+        names = {k: row[k] for k in ("lora_rank", "lora_alpha", "gradient_checkpointing", "lr", "gan") if k in row}
+        told = dict(
+            stages="8:4", phases="cond", lora_only=True, d_warmup=0, discriminator=self.discriminator, batch_size=n, steps=9
+        )
+        self.method = lightning.Lightning(base, lightning.Config(**names, **told, guidance=1.0))
+        self.method.enter(self.method.phases[0])
+        self.schedule = self.method.schedule
+        self.networks = [self.method.student.net, self.method.discriminator]
+        self.players = {k: list(net.parameters()) for k, net in self.method.players.items()}
+        if names.get("gradient_checkpointing"):
+            base.unet.train()
+
+    def turns(self, batch: Batch):
+        for turn in self.method.losses(batch, 0):
+            while turn:
+                who, terms = turn.popitem()
+                yield who, sum(terms.values())
+
+
+class LightningOnThree(LightningOnOne):
+    """A network for each: the teacher frozen, the discriminator's encoder trained whole."""
+
+    discriminator = "full"
+
+    def __init__(self, base: Checkpoint, n: int) -> None:
+        super().__init__(base, n)
+        teacher = adapters.plain(base.unet).to(base.unet.dtype).eval().requires_grad_(False)
+        _, steps, guidance = self.method.sources
+        self.method.sources = (Denoiser(teacher, self.schedule, base.prediction_type), steps, guidance)
+        self.networks.append(teacher)
+
+
+WAYS = {
+    "dmd": {"ours": OneNetwork, "three": ThreeNetworks},
+    "lightning": {"ours": LightningOnOne, "three": LightningOnThree},
+}
+
+
+def measure(method: str, way: str, family: str, device: str, n: int, steps: int) -> dict[str, float]:
     """Median seconds of a step, bytes of parameters, peak bytes."""
     torch.manual_seed(0)
     base = checkpoint(family, device)
     base.unet.to(device)
-    made = {"ours": Ours, "three": ThreeNetworks}[way](base, n)
-    made_schedule = made.method.schedule if way == "ours" else made.schedule
-    made_schedule.to(device)
+    made = WAYS[method][way](base, n)
+    made.schedule.to(device)
     optimizers = {k: torch.optim.AdamW(ps, lr=1e-5, fused=True) for k, ps in made.players.items()}
     batch, times = batch_of(base, n, device), []
     for _ in range(steps + 2):
@@ -133,6 +183,7 @@ def measure(way: str, family: str, device: str, n: int, steps: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=list(WAYS), default="dmd")
     parser.add_argument("--family", choices=["emoji", "sd15", "sd21", "sdxl"], default="emoji")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch", type=int, default=None, help="default: 24 for emoji, else 1")
@@ -144,7 +195,7 @@ def main() -> None:
     n = args.batch or (24 if args.family == "emoji" else 1)
     torch.set_num_threads(args.threads)
     if args.way:
-        print(json.dumps(measure(args.way, args.family, args.device, n, args.steps)))
+        print(json.dumps(measure(args.method, args.way, args.family, args.device, n, args.steps)))
         return
     found: dict[str, list[dict[str, float]]] = {"ours": [], "three": []}
     for _ in range(args.rounds):
