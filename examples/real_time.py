@@ -34,7 +34,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path)
     parser.add_argument("--base", default="emoji")
-    parser.add_argument("--controlnet", default="emoji")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--device", default="auto")
@@ -103,6 +102,9 @@ def main() -> None:
         cond, uncond = text.encode(sampler.base, prompts[:6], device=device), text.unconditional(sampler.base, device=device)
         columns.append(sampler.pixels(cond, uncond, list(range(6)), settings, resolution_px=px))
     contact_sheet(columns, scale=max(1, 128 // px)).save(args.runs / "real_time.png")
+    kept = json.loads((args.runs / "control.json").read_text())["metrics"]
+    told["control"] = {k: v for k, v in kept.items() if k.startswith(("edges", "change"))}
+    print(f"edges of the control kept in one step: {kept['edges_student']:.2f}, by the base {kept['edges_teacher']:.2f} (F1)")
     (args.runs / "real_time.json").write_text(json.dumps(told, indent=2) + "\n")
 
 

@@ -5,6 +5,7 @@
 # Every part goes on where it was stopped. The last lines compare speed and quality with the start.
 set -euo pipefail
 base=${BASE:-emoji} layout=${LAYOUT:-sdxs-512} controlnet=${CONTROLNET:-emoji} out=${1:-runs/real-time}
+shift || true # what is left goes to real_time.py
 shared=(--base "$base" --json ${PROMPTS:+--prompts "$PROMPTS"} ${DEVICE:+--device "$DEVICE"})
 # A tiny decoder of `emoji` needs more than a fifteenth of its VAE, which is tiny itself (examples/emoji/README.md).
 decoder=() && [ "$base" = emoji ] && decoder=(--width 24 --blocks 3,3,2,0)
@@ -14,4 +15,4 @@ fastdiff distill-vae "${shared[@]}" "${decoder[@]}" -o "$out/vae" > "$out/vae.js
 fastdiff sdxs "${shared[@]}" --init "$out/small/model" --vae "$out/vae/tiny-vae" -o "$out/one" > "$out/one.json"
 fastdiff distill-controlnet "${shared[@]}" --controlnet "$controlnet" --init "$out/one/model" --one-step \
     --vae "$out/vae/tiny-vae" -o "$out/control" > "$out/control.json"
-python "$(dirname "$0")/real_time.py" "$out" --base "$base" --controlnet "$controlnet" ${DEVICE:+--device "$DEVICE"}
+python "$(dirname "$0")/real_time.py" "$out" --base "$base" ${DEVICE:+--device "$DEVICE"} "$@"

@@ -43,8 +43,8 @@ class SegmentedConfig(TrainConfig):
     t_min: Annotated[float, "scores are compared from this part of the timesteps ...", Range(0, 1)] = 0.02
     alpha_start: Annotated[float, "... to this at first ...", Range(0, 1)] = 0.98
     alpha_end: Annotated[float, "... and to this at the end", Range(0, 1)] = 0.5
-    lambda_fm_start: Annotated[float, "weight of feature matching beside the scores at first ...", Range(0)] = 1.0
-    lambda_fm_end: Annotated[float, "... and at the end", Range(0)] = 0.1
+    lambda_fm_start: Annotated[float, "weight of feature matching beside the scores at first ...", Range(0)] = 10.0
+    lambda_fm_end: Annotated[float, "... and at the end", Range(0)] = 1.0
     fm_encoder: Annotated[Literal["unet", "vgg", "dinov2", "embedded"], "whose features: unet needs no decoder"] = "unet"
     fm_weights: Annotated[str | None, "vgg: torchvision's VGG-16 file; dinov2: a folder or hub id"] = None
     fm_t_max: Annotated[float, "unet: with noise up to this part of the timesteps", Range(0, 1)] = 0.25

@@ -1,0 +1,59 @@
+"""How much of a style a one-step student has taken over: `sdxs --style-lora`, measured.
+
+    fastdiff sdxs --init runs/sdxs-emoji/model --style-lora fastdiff/assets/emoji/style.safetensors --match-steps 0 -o runs/styled
+    python examples/emoji/one_step_style.py --student runs/sdxs-emoji/model --lora runs/styled/sdxs.safetensors
+
+The way moved is (d(student) - d(styled student)) / (d(teacher) - d(styled teacher)), d the mean feature distance of named emoji to
+the same ones drawn in the style.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from fastdiff.data import embedded
+from fastdiff.io.checkpoint import EMOJI
+
+STYLE = EMOJI / "style.safetensors"
+
+
+def measured(folder: Path, prompts: Path, *flags: object) -> dict:
+    command = [sys.executable, "-m", "fastdiff", "sample", "--prompts", prompts, "--no-grid", "-o", folder, "--json", *flags]
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+    told = json.loads(done.stdout)
+    if not told["ok"]:
+        raise SystemExit(told["error"]["message"])
+    return told["metrics"]["style"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--student", required=True)
+    parser.add_argument("--lora", required=True)
+    parser.add_argument("--style", default="fluent")
+    parser.add_argument("--weight", type=float, default=1.0, help="of the style on the teacher")
+    args = parser.parse_args()
+    colours = list(embedded.BACKGROUNDS)
+    lines = [f"{p.name} on {colours[i % len(colours)]}" for i, p in enumerate(embedded.pictures())]
+    with tempfile.TemporaryDirectory() as name:
+        folder, prompts = Path(name), Path(name) / "prompts.txt"
+        prompts.write_text("\n".join(lines) + "\n")
+        rows = {
+            "teacher": measured(folder / "0", prompts),
+            "teacher with the style": measured(folder / "1", prompts, "--lora", f"{STYLE}={args.weight}"),
+            "one step": measured(folder / "2", prompts, "--base", args.student),
+            "one step with its LoRA": measured(folder / "3", prompts, "--base", args.student, "--lora", args.lora),
+        }
+    print("| | distance to Noto | to the style | nearest to the style |\n| --- | --- | --- | --- |")
+    for label, found in rows.items():
+        figures = [found["noto"]["distance"], found[args.style]["distance"]]
+        print(f"| {label} | {figures[0]:.3f} | {figures[1]:.3f} | {found[args.style]['nearest']:.0%} |")
+    t, t_s, s, s_s = (found[args.style]["distance"] for found in rows.values())
+    print(f"moved {(s - s_s) / (t - t_s):.0%} of the teacher's way to {args.style}")
+
+
+if __name__ == "__main__":
+    main()
