@@ -3,8 +3,8 @@
     fastdiff sdxs --init runs/sdxs-emoji/model --style-lora fastdiff/assets/emoji/style.safetensors --match-steps 0 -o runs/styled
     python examples/emoji/one_step_style.py --student runs/sdxs-emoji/model --lora runs/styled/sdxs.safetensors
 
-The way moved is (d(student) - d(styled student)) / (d(teacher) - d(styled teacher)), d the mean feature distance of named emoji to
-the same ones drawn in the style.
+The way moved is (d(student) - d(styled student)) / (d(teacher) - d(styled teacher)), d the mean feature distance of named emoji
+to the same ones drawn in the style.
 """
 
 import argparse
