@@ -446,8 +446,9 @@ def test_acceleration_is_transferred_to_a_third_checkpoint(tiny_sd, tiny_sdxl, t
     merge.run(Config(**how, output="out"))
     found = checkpoint.load("out")
     assert found.recipe.num_steps == 4
+    weights = found.weights("unet")
     for name, p in both.unet.named_parameters():
-        torch.testing.assert_close(found.weights("unet")[name], p.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weights[name], p.detach(), rtol=1e-5, atol=1e-6)
     with pytest.raises(InputRefused, match="cannot be subtracted"):
         merge.run(Config(**{**how, "tuned": str(tiny_sdxl)}, output="no"))
 

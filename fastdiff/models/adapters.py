@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ TARGETS = (
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )
 # fmt: on
+LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # that have adapters, of each network
 
 
 def attach(
@@ -34,6 +36,7 @@ def attach(
     from peft import LoraConfig
 
     trained = [p for p in unet.parameters() if p.requires_grad and is_adapted(unet)]
+    LAYERS.pop(unet, None)
     unet.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted
@@ -76,11 +79,18 @@ def encoder_layers(unet: nn.Module) -> list[str]:
     return list(dict.fromkeys(n for n in names if n.startswith(("down_blocks.", "mid_block.")) and n.endswith(ends)))
 
 
-def layers_with(unet: nn.Module, name: str) -> Iterator[Any]:
-    """The layers that have that adapter."""
+def adapted_layers(net: nn.Module) -> list[Any]:
+    """The layers that have an adapter, looked for once: a walk over the network takes as long as a block of it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return (m for m in unet.modules() if isinstance(m, BaseTunerLayer) and name in m.lora_A)
+    if net not in LAYERS:
+        LAYERS[net] = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
+    return LAYERS[net]
+
+
+def layers_with(unet: nn.Module, name: str) -> Iterator[Any]:
+    """The layers that have that adapter."""
+    return (layer for layer in adapted_layers(unet) if name in layer.lora_A)
 
 
 def parameters(unet: nn.Module, name: str) -> list[nn.Parameter]:
@@ -126,9 +136,7 @@ def wearing(net: nn.Module, name: str | None) -> Iterator[None]:
     if not is_adapted(net):
         yield
         return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers: list[Any] = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
+    layers = adapted_layers(net)
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
         layer._active_adapter = [name] if name else []
@@ -141,9 +149,7 @@ def wearing(net: nn.Module, name: str | None) -> Iterator[None]:
 
 def worn(net: nn.Module) -> str | None:
     """The adapter that is on."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layer = next((m for m in net.modules() if isinstance(m, BaseTunerLayer)), None)
+    layer = next(iter(adapted_layers(net)), None)
     return layer.active_adapters[0] if layer is not None and layer.active_adapters else None
 
 
