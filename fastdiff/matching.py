@@ -42,7 +42,9 @@ class Scores:
         return Denoiser(base.unet if net is None else net, self.schedule, base.prediction_type, adapter, self.controlnet)
 
     def copied(self) -> nn.Module:
-        return trainable_copy(self.base_model.unet)
+        """All of the base's network, to train; without the adapters that it may have by now."""
+        net = self.base_model.unet
+        return adapters.plain(net) if adapters.is_adapted(net) else trainable_copy(net)
 
     def trained(self, name: str, net: nn.Module | None = None) -> tuple[Denoiser, list[nn.Parameter]]:
         """A role with what trains of it: all of a network of its own, or without one an adapter on the shared one."""

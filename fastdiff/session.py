@@ -22,10 +22,10 @@ from fastdiff.trainer import Method, Phase, TrainConfig, Trainer, seconds
 
 
 def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Encoded:
-    """What the options of a training command ask for, encoded; a method's `teacher_loras` are worn by who samples it."""
-    if worn := getattr(config, "teacher_loras", []):
+    """What the options of a training command ask for, encoded; who samples it wears a method's `teacher_loras`."""
+    if worn := [lora.parse_spec(spec, 1.0) for spec in getattr(config, "teacher_loras", [])]:
         base = config.open_base(base.dtype)  # another one: the method's own stays as it is
-        fitting.apply(base, [(lora.load(path), weight) for path, weight in (lora.parse_spec(spec, 1.0) for spec in worn)])
+        fitting.apply(base, [(lora.load(path, allow_pickle=config.allow_pickle).of_unet(), weight) for path, weight in worn])
     data = open_data(
         base,
         config.data,

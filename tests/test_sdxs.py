@@ -1,6 +1,7 @@
 """SDXS: feature matching, segmented score distillation, styles, the low-rank finish."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -279,6 +280,32 @@ def test_the_teacher_wears_the_style_and_the_online_model_never_does(tiny_sd, tm
     assert not worn & {id(p) for player in m.players.values() for p in player.parameters()}
     assert m.config.teacher_loras == [f"{path}=0.5"]
     assert sdxs.Config(**SMALL, init="x", style_lora="y", style_pairs=False).teacher_loras == []
+
+
+def test_a_full_online_model_has_no_style_and_what_a_style_does_to_texts_is_left_out(tiny_sd, tmp_path, monkeypatch, capfd):
+    from safetensors.torch import load_file, save_file
+
+    from fastdiff import session
+    from fastdiff.io import fitting
+
+    path = style_file(tmp_path, checkpoint.load(str(tiny_sd)))
+    tensors = load_file(path)
+    layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    save_file({**tensors, f"{layer}.lora_down.weight": torch.ones(2, 32), f"{layer}.lora_up.weight": torch.ones(64, 2)}, path)
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+    changes = dict(init=str(prune(tiny_sd, tmp_path)), style_lora=str(path), fake="full", prompts=str(tmp_path / "prompts.txt"))
+    m, base = method(tiny_sd, **changes, pairs=1, teacher_steps=1, resolution=64)
+    assert "1 modules of text encoders are left out" in capfd.readouterr().err
+    names = {name for name, _ in m.fake.net.named_parameters()}
+    assert names == {name for name, _ in checkpoint.load(str(tiny_sd)).unet.named_parameters()}
+    found = session.data_of(base, m.config, torch.device("cpu"))
+    plain = session.data_of(base, replace(m.config, style_pairs=False), torch.device("cpu"))
+    assert torch.equal(found.texts.tokens, plain.texts.tokens)
+    assert not torch.equal(found.latents, plain.latents)
+    assert torch.equal(found.noise, plain.noise)
+    styled = checkpoint.load(str(tiny_sd))
+    assert fitting.apply(styled, [(lora.load(path), 1.0)])  # the file itself is whole
 
 
 # ---- the finish

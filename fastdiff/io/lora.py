@@ -66,6 +66,10 @@ class Lora:
         """Layers a block of the base, which LDM names count with; 2 in every full checkpoint."""
         return int(self.metadata.get("fastdiff.layers_per_block", 2))
 
+    def of_unet(self) -> "Lora":
+        """Without what it does to text encoders."""
+        return replace(self, modules={k: v for k, v in self.modules.items() if k.startswith("lora_unet_")})
+
     def factors(self, doing: str) -> dict[str, Factors]:
         """The modules as low-rank factors, or InputRefused naming what is not; `doing` says what for."""
         for key, update in self.modules.items():

@@ -12,7 +12,7 @@ does: what is trained then is a LoRA of a one-step student (section 3.3).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -202,9 +202,9 @@ def wear(net: nn.Module, config: Config) -> str:
     """The style as an adapter that nothing trains: exact for LoRAs, the nearest of rank 64 for other kinds."""
     path, weight = lora.parse_spec(config.style_lora, 1.0)
     style = lora.load(path, allow_pickle=config.allow_pickle)
-    if texts := [key for key in style.modules if not key.startswith("lora_unet_")]:
-        warn(f"--style-lora {path}: {len(texts)} modules of text encoders are left out; the student has the base's")
-    style = replace(style, modules={k: v for k, v in style.modules.items() if k not in texts})
+    if texts := len(style.modules) - len(style.of_unet().modules):
+        warn(f"--style-lora {path}: {texts} modules of text encoders are left out; the student has the base's")
+    style = style.of_unet()
     rank = max((update.rank for update in style.modules.values() if isinstance(update, Factors)), default=64)
     adapters.attach(net, rank, rank, "style")
     adapters.start_from(net, style, "style")
