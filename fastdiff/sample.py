@@ -148,6 +148,8 @@ def run(config: Config) -> Result:
     if bool(config.controlnet) != bool(config.control_image):
         missing = "--control-image" if config.controlnet else "--controlnet"
         raise UsageError(f"{missing}: a ControlNet and its picture go together", f"give {missing} too")
+    if config.control and not config.control_image:
+        raise UsageError("--control: takes the control out of --control-image, and there is none", "give --control-image too")
     prompts, device = wanted(config), pick_device(config.device)
     with console.timed("load_s"):
         sampler, coverage = open_sampler(config, device)

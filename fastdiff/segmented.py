@@ -66,7 +66,9 @@ class SegmentedConfig(TrainConfig):
         return checkpoint.load(self.init, dtype=dtype, allow_pickle=self.allow_pickle) if self.init else self.open_base(dtype)
 
     def start(self, base: Checkpoint) -> Checkpoint:
-        """The checkpoint that the student starts from; InputRefused where it is of another family."""
+        """The checkpoint that the student starts from; InputRefused where it is of another family, or cannot be called so."""
+        if self.t_gen is not None and self.t_gen >= len(base.schedule()):
+            raise UsageError(f"--t-gen {self.t_gen}: must be below {len(base.schedule())}")
         if not self.init:
             return base
         other = self.open_student(base.dtype)
@@ -102,8 +104,6 @@ class Segmented(Scores):
         )
         told = first.recipe.timesteps
         self.t_gen = config.t_gen if config.t_gen is not None else told[0] if told else len(self.schedule) - 1
-        if self.t_gen >= len(self.schedule):
-            raise UsageError(f"--t-gen {self.t_gen}: must be below {len(self.schedule)}")
 
     def made(self, batch: Batch, pairs: int, fresh: float = 0.0) -> Tensor:
         """The student's x0 of pure noise; the first rows start from their pair's, but for a share `fresh` of it."""

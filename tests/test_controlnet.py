@@ -151,6 +151,8 @@ def test_without_opencv_it_says_what_to_install(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(UsageError, match="OpenCV"):
+        control.extractor("canny")
+    with pytest.raises(UsageError, match="OpenCV"):
         control.canny(np.zeros((8, 8, 3), np.uint8))
 
 
@@ -315,7 +317,12 @@ def test_from_a_pruned_checkpoint_to_a_controlled_picture(fastdiff, tmp_path):
         (("sample", "--prompt", "x", "--controlnet", "emoji"), 2, "--control-image"),
         (("sample", "--prompt", "x", "--control-image", "a.png"), 2, "--controlnet"),
         (("sample", "--prompt", "x", "--controlnet", "emoji", "--control-image", "a.png"), 2, "no such file"),
+        (("sample", "--prompt", "x", "--control", "canny"), 2, "--control-image"),
         (("distill-controlnet", "--control", "depth"), 2, "no such extractor"),
+        (("distill-controlnet", "--redraw", "0.5"), 2, "--one-step"),
+        (("distill-controlnet", "--init", "x", "--one-step", "--match-steps", "400"), 2, "--match-steps 400"),
+        (("distill-controlnet", "--controlnet", "none"), 2, "which one of the base"),
+        (("distill-controlnet", "--t-gen", "1000"), 2, "--t-gen 1000"),
         (("distill-controlnet", "--controlnet", "./nowhere"), 2, "no such folder"),
         (("distill-controlnet", "--eval-every", "5"), 2, "--eval-every"),
     ],

@@ -20,18 +20,23 @@ Extractor = Callable[[Any], Any]  # numpy RGB (H, W, 3) uint8 -> (H, W) or (H, W
 THRESHOLDS = (100, 200)  # of the gradient's size: OpenCV's and diffusers' usual ones
 
 
-def canny(picture: Any) -> Any:
-    """Edges, 255 on 0 (OpenCV)."""
+def opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
         raise UsageError("--control canny: OpenCV is not installed", 'pip install "fastdiff[control]"') from error
-    return cv2.Canny(picture, *THRESHOLDS)
+    return cv2
+
+
+def canny(picture: Any) -> Any:
+    """Edges, 255 on 0 (OpenCV)."""
+    return opencv().Canny(picture, *THRESHOLDS)
 
 
 def extractor(name: str) -> Extractor:
     """canny, or MODULE:FUNCTION of your own, which gets and gives arrays as `Extractor` says."""
     if name == "canny":
+        opencv()  # told now, not after the pictures have been made
         return canny
     module, _, function = name.partition(":")
     try:

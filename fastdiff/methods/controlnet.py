@@ -92,24 +92,32 @@ class Config(SegmentedConfig):
             raise UsageError("--eval-every: has no use for a ControlNet", "--preview-every shows how it gets on")
         if self.one_step and not self.init:
             raise UsageError("--one-step: needs the checkpoint that draws in one step", "give it as --init")
+        if self.one_step and self.match_steps > self.steps:
+            raise UsageError(f"--match-steps {self.match_steps}: more than --steps {self.steps}")
+        if self.redraw and not self.one_step:
+            raise UsageError(f"--redraw {self.redraw:g}: is of --one-step", "several steps start from noised pictures")
+        if not self.controlnet:
+            raise UsageError("--controlnet: which one of the base?", "a diffusers folder or a hub id")
 
     @property
     def wants(self) -> Wants:
         return "pairs" if self.one_step else "latents"
+
+    def start(self, base: Checkpoint) -> Checkpoint:
+        first = super().start(base)
+        if self.one_step and first.recipe.num_steps != 1:
+            raise UsageError(f"--one-step: {self.init} does not draw in one step", "`fastdiff sdxs` makes one that does")
+        return first
 
 
 class DistilControlNet(Segmented):
     """Teacher and online model with the base's ControlNet, another UNet with a small one; players: student, fake (one step)."""
 
     def __init__(self, base: Checkpoint, config: Config) -> None:
-        if not config.controlnet:
-            raise UsageError("--controlnet: which one of the base?", "a diffusers folder or a hub id")
         self.controlnet = controlnet.load(config.controlnet, base.unet_config)
         super().__init__(base, config)
         self.parent, first = checkpoint.fingerprint(base.unet), config.start(base)
         self.recipe = first.recipe
-        if config.one_step and self.recipe.num_steps != 1:
-            raise UsageError(f"--one-step: {config.init} does not draw in one step", "`fastdiff sdxs` makes one that does")
         net, small = first.unet.requires_grad_(False), controlnet.inheriting(self.controlnet, first.unet_config)
         if config.gradient_checkpointing:
             adapters.checkpoint_gradients(net)
@@ -210,8 +218,7 @@ def run(config: Config) -> Result:
     """The `distill-controlnet` command."""
     how = control.extractor(config.control)  # what cannot work is told before anything is sampled
     base = config.open_base()
-    if config.controlnet:
-        controlnet.load(config.controlnet, base.unet_config)
+    controlnet.load(config.controlnet, base.unet_config)
     config.start(base)
     session = open_session("distill-controlnet", config)
     base, run, device = session.base, session.run, session.accelerator.device
