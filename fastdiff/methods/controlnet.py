@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastdiff import console, losses
+from fastdiff import console, losses, segmented
 from fastdiff.card import write_controlnet_card
 from fastdiff.config import Range
 from fastdiff.console import Result, UsageError
@@ -34,38 +34,9 @@ from fastdiff.segmented import Segmented, SegmentedConfig, phases
 from fastdiff.session import data_of, open_session
 from fastdiff.trainer import Phase, Turn
 
-CARD = dict(
-    lr=1e-5,
-    batch_size=4,
-    grad_accum=8,
-    warmup=100,
-    gradient_checkpointing=True,
-    steps=10_000,
-    pairs=4096,
-    ema=0.999,
-    match_steps=0,
-)  # fmt: skip
+CARD = dict(segmented.CARD, match_steps=0)
 PRESETS = {
-    "emoji": dict(
-        controlnet="emoji",
-        pairs=2160,
-        teacher_steps=8,
-        lr=5e-4,
-        fake_lr=1e-3,
-        lr_schedule="cosine",
-        warmup=20,
-        ema=0.98,
-        batch_size=24,
-        steps=300,
-        match_steps=0,
-        alpha_start=0.6,
-        alpha_end=0.6,
-        lora_layers="attention",
-        lora_rank=16,
-        lora_alpha=16,
-        guidance=3.0,
-        max_grad_norm=10.0,
-    ),  # fmt: skip
+    "emoji": dict(segmented.EMOJI, controlnet="emoji", lr=5e-4, steps=300, match_steps=0),
     "sd15": dict(**CARD, guidance=7.5),
     "sd21": dict(**CARD, guidance=7.5),
     "sdxl": dict(CARD, batch_size=1, grad_accum=32, guidance=7.5),

@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff import losses
+from fastdiff import losses, segmented
 from fastdiff.config import Range
 from fastdiff.console import UsageError, warn
 from fastdiff.data import Batch
@@ -34,42 +34,10 @@ from fastdiff.segmented import Segmented, SegmentedConfig, phases
 from fastdiff.session import train, write_student
 from fastdiff.trainer import Phase, Turn
 
-# Paper: batches of 1024 to 2048 by accumulation, schedules of alpha and lambda not told. Ours, for one card.
-CARD = dict(
-    lr=1e-5,
-    fake_lr=1e-5,
-    batch_size=4,
-    grad_accum=8,
-    warmup=100,
-    max_grad_norm=10.0,
-    gradient_checkpointing=True,
-    steps=10_000,
-    match_steps=1000,
-    pairs=4096,
-    ema=0.999,
-)  # fmt: skip
+CARD = dict(segmented.CARD, fake_lr=1e-5, max_grad_norm=10.0, match_steps=1000)
 PRESETS = {
-    "emoji": dict(
-        pairs=2160,
-        teacher_steps=8,
-        t_gen=749,
-        lr=7e-4,
-        fake_lr=1e-3,
-        lr_schedule="cosine",
-        warmup=20,
-        ema=0.98,
-        batch_size=24,
-        steps=800,
-        match_steps=100,
-        alpha_start=0.6,
-        alpha_end=0.6,
-        lambda_fm_end=10.0,  # at 1 its gradient is no stronger than that of the scores, which alone over-saturate
-        lora_layers="attention",
-        lora_rank=16,
-        lora_alpha=16,
-        guidance=3.0,
-        max_grad_norm=10.0,
-    ),  # fmt: skip
+    # At 1 the gradient of feature matching is no stronger than that of the scores, which alone over-saturate.
+    "emoji": dict(segmented.EMOJI, t_gen=749, lr=7e-4, steps=800, match_steps=100, lambda_fm_end=10.0),
     "sd15": dict(**CARD, guidance=7.5),  # table 3
     "sd21": dict(**CARD, guidance=7.5),
     "sdxl": dict(CARD, batch_size=1, grad_accum=32, guidance=7.5),
