@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import evaluate
+from fastdiff import judge
+from fastdiff.distances import gap_closed
 from fastdiff.io import checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
@@ -73,27 +74,27 @@ def main() -> None:
             if i:  # the first round warms up
                 found.append((time.perf_counter() - began) / n)
     median = {key: statistics.median(found) for key, found in times.items()}
-    judge = evaluate.Judge(start, args.samples, device=device) if start.family == "emoji" else None
-    reference = evaluate.Reference() if judge else None
+    own = judge.Judge(start, args.samples, device=device) if start.family == "emoji" else None
+    reference = judge.Reference() if own else None
     lines, told = [], {}
     for name in calls:
         ratio = [median["stock diffusers", n] / median[name, n] for n in (1, 8)]
         row = [name, *(f"{1e3 * median[name, n]:.1f}" for n in (1, 8)), *(f"{r:.1f}x" for r in ratio)]
         told[name] = {"ms": [1e3 * median[name, n] for n in (1, 8)], "faster": ratio}
-        if judge and name in ways:
-            figures = judge.row(name, *ways[name]).figures(reference.moments)
+        if own and name in ways:
+            figures = own.row(name, *ways[name]).figures(reference.moments)
             told[name] |= {k: figures[k] for k in ("calls", "retrieval", "frechet")}
             row += [str(figures["calls"]), f"{figures['retrieval']:.3f}", f"{figures['frechet']:.2f}"]
         lines.append("| " + " | ".join(row) + " |")
     print("| | ms a picture | eight at once | faster | eight at once | calls | recognised | Frechet |\n|" + " --- |" * 8)
     print("\n".join(lines))
-    if judge:
+    if own:
         best = {m: reference.best(50, m, args.samples) for m in ("retrieval", "frechet")}
         for name in ("one step", "one step, tiny decoder"):
-            student = judge.row(name, *ways[name])
-            for metric, measure in evaluate.metrics_of(reference).items():
+            student = own.row(name, *ways[name])
+            for metric, measure in judge.metrics_of(reference).items():
                 undistilled = reference.best(1, metric, args.samples)
-                gap = evaluate.gap_closed(student, undistilled, best[metric], measure)
+                gap = gap_closed(student, undistilled, best[metric], measure)
                 told[name][f"{metric}_gap"] = gap
                 print(f"{name}: {metric} gap closed {gap['gap_closed']:.0%} [{gap['low']:.0%}, {gap['high']:.0%}]")
     columns = []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff import console, evaluate
+from fastdiff import console, judge
 from fastdiff.card import fmt
 from fastdiff.data import teacher
 from fastdiff.io import checkpoint, fitting, lora
@@ -81,7 +81,7 @@ def starts_from_student(method: Method) -> bool:
 def undistilled(base: Checkpoint, calls: int) -> Settings:
     """The best stock solver at that many network calls: measured for `emoji`, guided DPM-Solver++ for others."""
     if base.family == "emoji":
-        table = evaluate.Reference().table
+        table = judge.Reference().table
         known = sorted(int(k.split(".")[1]) for k in table["best"] if k.startswith("retrieval."))
         row = table["rows"][table["best"][f"retrieval.{max(k for k in known if k <= max(calls, known[0]))}"]]
         return Settings(row["solver"], row["num_steps"], row["guidance"], row["spacing"])
@@ -101,8 +101,8 @@ class Judged:
     COLUMNS = ("model", "solver", "num_steps", "guidance", "calls", "retrieval", "frechet", "same_noise")
 
     def __init__(self, base: Checkpoint, n: int, device: torch.device) -> None:
-        self.base, self.judge, self.device = base, evaluate.Judge(base, n, device=device), device
-        self.before: evaluate.Row | None = None
+        self.base, self.judge, self.device = base, judge.Judge(base, n, device=device), device
+        self.before: judge.Row | None = None
 
     def begin(self, method: Method) -> None:
         """Judge the student as it is before training, for methods that repair a damage."""
@@ -125,10 +125,10 @@ class Judged:
     def table(self, path: Path, config: TrainConfig, name: str) -> dict[str, Any]:
         sampler, recipe = reopened(path, config, self.device)
         if self.before:
-            return evaluate.recovered(self.judge, sampler, self.before, name)
+            return judge.recovered(self.judge, sampler, self.before, name)
         settings = lambda n: Settings.of(recipe, DEFAULTS["emoji"], num_steps=n)
         calls = (recipe.num_steps,) if recipe.fixed else (1, 2, 4, 8)
-        return evaluate.prove(self.judge, sampler, settings, calls, name)
+        return judge.prove(self.judge, sampler, settings, calls, name)
 
 
 def reopened(path: Path, config: TrainConfig, device: torch.device) -> tuple[Sampler, Recipe]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from fastdiff import console, evaluate, surgery
+from fastdiff import console, judge, surgery
 from fastdiff.config import Range
 from fastdiff.console import InputRefused, Result, UsageError
 from fastdiff.data import control
@@ -184,7 +184,7 @@ def run(config: Config) -> Result:
         contact_sheet([padded[c::columns] for c in range(columns)]).save(outputs[-1])
     metrics = {"images": len(seeds), "calls": chosen.calls, "settings": asdict(chosen), "loras": coverage}
     if base.family == "emoji":
-        metrics["style"] = evaluate.style_distance(stack, [p for p in prompts for _ in range(config.num_images)])
+        metrics["style"] = judge.style_distance(stack, [p for p in prompts for _ in range(config.num_images)])
     return Result(outputs, metrics)
 
 

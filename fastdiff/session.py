@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from fastdiff import console, evaluate
+from fastdiff import console
 from fastdiff.card import write_card
 from fastdiff.config import to_toml
 from fastdiff.console import Result, UsageError
 from fastdiff.data import Encoded, open_data
+from fastdiff.drift import Drift
 from fastdiff.io import export, fitting, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run, write_atomic
@@ -163,7 +164,7 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
         preview = Preview(base, config, resolution_px, accelerator.device)
         judged = base.family == "emoji" and config.proof > 0
         judge = Judged(base, config.proof, accelerator.device) if judged else None
-        drift = evaluate.Drift(base, watched(base, config), resolution_px, accelerator.device) if config.eval_every else None
+        drift = Drift(base, watched(base, config), resolution_px, accelerator.device) if config.eval_every else None
         data = data_of(base, config, accelerator.device)
         base.release("text_encoders", "tokenizers", "vae")
     base.unet.to(accelerator.device)

@@ -60,13 +60,13 @@ class ControlNet:
 
 
 def moved(rgba: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-    """Sprites (B, 4, 64, 64) in [0, 1], mirrored or not, up to a third smaller and anywhere: pixels (B, 3, 64, 64) in [-1, 1]."""
+    """Sprites (B, 4, 64, 64) in [0, 1], mirrored or not, up to a fifth smaller and moved: pixels (B, 3, 64, 64) in [-1, 1]."""
     n = len(rgba)
-    scale = 1 + 0.5 * torch.rand(n)  # of the place that is looked at: the picture shrinks by as much
+    scale = 1 + 0.25 * torch.rand(n)  # of the place that is looked at: the picture shrinks by as much
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = scale * (torch.randint(2, (n,)) * 2 - 1)
     theta[:, 1, 1] = scale
-    theta[:, :, 2] = (torch.rand(n, 2) * 2 - 1) * (scale - 0.9)[:, None]
+    theta[:, :, 2] = (torch.rand(n, 2) * 2 - 1) * (scale - 0.95)[:, None]
     premultiplied = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
     grid = torch.nn.functional.affine_grid(theta, list(rgba.shape), align_corners=False)
     found = torch.nn.functional.grid_sample(premultiplied, grid, align_corners=False)
@@ -88,7 +88,7 @@ def add_moved(base, data, variants: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--output", type=Path, default=Path("runs/controlnet"))
     args = parser.parse_args()
@@ -98,7 +98,7 @@ def main() -> None:
     data = open_data(base, "emoji", prompts=None, resolution_px=64, pairs=0, seed=0, device=accelerator.device)
     data.empty_prompts = config.empty_prompts
     torch.manual_seed(config.seed)
-    add_moved(base, data, variants=2)
+    add_moved(base, data, variants=3)
     method = ControlNet(base, config)
     method.student.to(accelerator.device)
     trainer = Trainer(method, data, run, config, accelerator)

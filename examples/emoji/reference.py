@@ -13,8 +13,10 @@ from dataclasses import replace
 import torch
 from safetensors.torch import save_file
 
-from fastdiff.evaluate import REFERENCE, REFERENCE_SEED, Judge, Row, embed, moments
+from fastdiff.distances import moments
+from fastdiff.drift import REFERENCE_SEED
 from fastdiff.io import checkpoint
+from fastdiff.judge import REFERENCE, Judge, Row, embed
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, Settings
 

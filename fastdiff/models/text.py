@@ -1,5 +1,7 @@
 """Prompts -> Cond: CLIP-L (SD1.5), OpenCLIP-H (SD2.1), CLIP-L + OpenCLIP-bigG (SDXL)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,12 @@ def _encode(base: Checkpoint, prompts: list[str], device: torch.device | str) ->
         else:
             states.append(out.last_hidden_state.float().cpu())
     return Cond(torch.cat(states, -1), None if pooled is None else pooled.float().cpu())
+
+
+def encode_unique(base: Checkpoint, captions: Sequence[str], device: torch.device | str) -> Cond:
+    """Each distinct caption once through the text encoder, spread back to the rows."""
+    rows = {c: i for i, c in enumerate(dict.fromkeys(captions))}
+    return encode(base, list(rows), device=device)[torch.tensor([rows[c] for c in captions])]
 
 
 def unconditional(base: Checkpoint, *, device: torch.device | str = "cpu") -> Cond:

@@ -6,7 +6,6 @@ is sampled here.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,15 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.data import embedded
+from fastdiff.distances import Metric, Moments, frechet, gap_closed, moments
 from fastdiff.io.checkpoint import EMOJI, Checkpoint
 from fastdiff.models import autoencoder, text
-from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.features import FeatureNet
-from fastdiff.sampling import Sampler, Settings, at_once
+from fastdiff.sampling import Sampler, Settings
 
 REFERENCE = EMOJI / "reference"
-REFERENCE_SEED = 1_000_000  # the reference samples' seeds start here, the judged rows' at 0: they never share noise
-BOOTSTRAPS = 200
 
 
 @dataclass(frozen=True)
@@ -119,19 +116,6 @@ def style_distance(pixels: Tensor, prompts: Sequence[str]) -> dict[str, Any] | N
     return {style: {"distance": distance, "nearest": nearest} for style, distance, nearest in figures}
 
 
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D), fp64."""
-    return features.double().mean(0), features.double().T.cov()
-
-
-def frechet(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), the FID formula (Heusel 2017, eq. 6)."""
-    values, vectors = torch.linalg.eigh(a[1])
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b[1] @ root).clamp(min=0).sqrt().sum()
-    return ((a[0] - b[0]).square().sum() + a[1].trace() + b[1].trace() - 2 * cross).item()
-
-
 @dataclass
 class Row:
     """One judged way of sampling."""
@@ -143,11 +127,14 @@ class Row:
     background: float
     same_noise: float | None = None
 
+    def __len__(self) -> int:
+        return len(self.features)
+
     @property
     def calls(self) -> int:
         return self.settings.calls
 
-    def figures(self, reference: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    def figures(self, reference: Moments) -> dict[str, Any]:
         return {
             "model": self.model,
             "solver": self.settings.scheduler,
@@ -167,7 +154,7 @@ class Judge:
 
     def __init__(self, base: Checkpoint, n: int, *, device: torch.device | str = "cpu") -> None:
         self.prompts, self.device = Prompts.judged(n), device
-        self.cond, self.uncond = encode_unique(base, self.prompts.captions, device), text.unconditional(base, device=device)
+        self.cond, self.uncond = text.encode_unique(base, self.prompts.captions, device), text.unconditional(base, device=device)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -200,55 +187,6 @@ class Judge:
         return Row(model, settings, features, hits, background_right(pixels, self.prompts), distance)
 
 
-def encode_unique(base: Checkpoint, captions: Sequence[str], device: torch.device | str) -> Cond:
-    """Each distinct caption once through the text encoder, spread back to the rows."""
-    rows = {c: i for i, c in enumerate(dict.fromkeys(captions))}
-    return text.encode(base, list(rows), device=device)[torch.tensor([rows[c] for c in captions])]
-
-
-class Drift:
-    """How far a student's pictures are from the teacher's in what over-training spoils first; no network judges, any base.
-
-    Of the same prompts and seeds: `drift_mean` and `drift_spread`, the shift of the latents' mean in teacher's standard
-    deviations and |log| of the ratio of their spreads, over channels; `contrast`, `saturation` and `sharpness`, ratios of the
-    pictures' spread, distance from grey and gradients; `drift`, the sum of all departures.
-    """
-
-    def __init__(self, base: Checkpoint, prompts: Sequence[str], resolution_px: int, device: torch.device | str) -> None:
-        self.cond, self.uncond = encode_unique(base, prompts, device), text.unconditional(base, device=device)
-        self.base, self.resolution_px, self.device = base, resolution_px, device
-        self.seeds = [REFERENCE_SEED + i for i in range(len(prompts))]
-        self.teacher: dict[str, Tensor] | None = None
-
-    def statistics(self, net: Denoiser, settings: Settings) -> dict[str, Tensor]:
-        sampler = Sampler(self.base, net, self.base.vae, device=self.device)
-        n = at_once(self.resolution_px // autoencoder.factor(sampler.vae))
-        parts = [
-            sampler.pictures(self.cond[i : i + n], self.uncond, self.seeds[i : i + n], settings, self.resolution_px)
-            for i in range(0, len(self.seeds), n)
-        ]
-        z, p = (torch.cat(found) for found in zip(*parts, strict=True))
-        z = z.transpose(0, 1).flatten(1)
-        return {
-            "mean": z.mean(1),
-            "spread": z.std(1),
-            "contrast": p.flatten(1).std(1).mean(),
-            "saturation": (p.amax(1) - p.amin(1)).mean(),
-            "sharpness": p.diff(dim=-1).abs().mean() + p.diff(dim=-2).abs().mean(),
-        }
-
-    def measure(self, teacher: tuple[Denoiser, Settings], student: tuple[Denoiser, Settings]) -> dict[str, float]:
-        """The figures; the teacher is sampled at the first call."""
-        self.teacher = self.teacher or self.statistics(*teacher)
-        t, s = self.teacher, self.statistics(*student)
-        found = {
-            "drift_mean": ((s["mean"] - t["mean"]).abs() / t["spread"]).mean().item(),
-            "drift_spread": (s["spread"] / t["spread"]).log().abs().mean().item(),
-        }
-        ratios = {k: (s[k] / t[k]).item() for k in ("contrast", "saturation", "sharpness")}
-        return {"drift": sum(found.values()) + sum(abs(math.log(r)) for r in ratios.values()), **found, **ratios}
-
-
 class Reference:
     """The shipped teacher: statistics of its guided 25-step samples, its rows, and its latents for the first seeds."""
 
@@ -277,37 +215,10 @@ class Reference:
         return Row("teacher", settings, features, hits, told["background"], told["same_noise"])
 
 
-Metric = Callable[[Row, Tensor], float]  # (row, sample indices) -> figure
-
-
 def metrics_of(reference: Reference) -> dict[str, Metric]:
     return {
         "retrieval": lambda row, i: row.hits[i].mean().item(),
         "frechet": lambda row, i: frechet(moments(row.features[i]), reference.moments),
-    }
-
-
-def gap_closed(student: Row, teacher: Row, best: Row, metric: Metric, *, seed: int = 0) -> dict[str, float]:
-    """(m(T, n) - m(S, n)) / (m(T, n) - m(T, 50)) with a 95 % bootstrap band over prompts, all three rows redrawn alike."""
-    n = min(len(r.features) for r in (student, teacher, best))
-    g = torch.Generator().manual_seed(seed)
-    draws = [torch.arange(n), *(torch.randint(n, (n,), generator=g) for _ in range(BOOTSTRAPS))]
-    figures = torch.tensor([[metric(r, i) for r in (teacher, student, best)] for i in draws], dtype=torch.float64)
-    t, s, b = figures.T
-    gap = (t - s) / (t - b)
-    better = (t - s) * (1 if t[0] > b[0] else -1)
-    low, high = gap[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    band = better[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {
-        "gap_closed": gap[0].item(),
-        "low": low,
-        "high": high,
-        "teacher": t[0].item(),
-        "student": s[0].item(),
-        "teacher_50": b[0].item(),
-        "gain": better[0].item(),  # in the metric's own units, positive = the student is better
-        "gain_low": band[0],
-        "gain_high": band[1],
     }
 
 
