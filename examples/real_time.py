@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from fastdiff import judge
+from fastdiff.assemble import pick_device
 from fastdiff.distances import gap_closed
 from fastdiff.io import checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.proof import EMOJI_PREVIEW
-from fastdiff.sample import pick_device
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, uint8
 
 

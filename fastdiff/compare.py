@@ -3,25 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+from fastdiff.assemble import assemble
 from fastdiff.data import teacher
-from fastdiff.io import checkpoint, fitting, lora
+from fastdiff.io import checkpoint, lora
 from fastdiff.io.lora import Lora
 from fastdiff.models import text
-from fastdiff.models.denoiser import Denoiser
-from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, uint8
+from fastdiff.sampling import DEFAULTS, Settings, contact_sheet, uint8
 
 SEEDS = (0, 1, 2, 3)
 
 
 def drawn(ref: str, loras: list[tuple[Lora, float]], prompts: list[str], settings: Settings | None) -> tuple[Any, Settings]:
     """Images (N, 3, H, W) of a base with LoRAs, and the settings they were drawn with: the first recipe's."""
-    base = checkpoint.load(ref)
-    recipe = next((item.recipe for item, _ in loras if item.recipe.scheduler), base.recipe)
-    settings = settings or Settings.of(recipe, DEFAULTS[base.family])
-    fitting.apply(base, loras)
+    made = assemble(checkpoint.load(ref), loras)
+    base = made.sampler.base
+    settings = settings or Settings.of(made.recipe, DEFAULTS[base.family])
     cond, uncond = text.encode(base, prompts), text.unconditional(base)
-    sampler = Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
-    return sampler.pixels(cond, uncond, SEEDS[: len(prompts)], settings, resolution_px=base.resolution_px, batch=4), settings
+    px = base.resolution_px
+    return made.sampler.pixels(cond, uncond, SEEDS[: len(prompts)], settings, resolution_px=px, batch=4), settings
 
 
 def before_and_after(ref: str, loras: list[tuple[Lora, float]], output: Path, *, baked: bool) -> tuple[Path, dict[str, float]]:

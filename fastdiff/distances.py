@@ -1,6 +1,8 @@
 """How far apart two sets of pictures are, from a row of features each, and how sure that is. N pictures, D features."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -10,20 +12,37 @@ BOOTSTRAPS = 200
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana 2024, section 4
 KID_SUBSETS, KID_SUBSET = 100, 1000  # Binkowski 2018, and torch-fidelity's defaults
 
-Moments = tuple[Tensor, Tensor]
+
+@dataclass(eq=False)
+class Moments:
+    """Mean (D,) and covariance (D, D) of features, fp64."""
+
+    mean: Tensor
+    cov: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Moments":
+        return cls(features.double().mean(0), features.double().T.cov())
+
+    @cached_property
+    def root(self) -> Tensor:
+        """cov^1/2."""
+        values, vectors = torch.linalg.eigh(self.cov)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def moments(features: Tensor) -> Moments:
-    """Mean (D,) and covariance (D, D) of features (N, D), fp64."""
-    return features.double().mean(0), features.double().T.cov()
+def frechet(features: Tensor, reference: Moments) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_b^1/2 C_a C_b^1/2)^1/2), the FID formula (Heusel 2017, eq. 6); features (N, D).
 
-
-def frechet(a: Moments, b: Moments) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), the FID formula (Heusel 2017, eq. 6)."""
-    values, vectors = torch.linalg.eigh(a[1])
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b[1] @ root).clamp(min=0).sqrt().sum()
-    return ((a[0] - b[0]).square().sum() + a[1].trace() + b[1].trace() - 2 * cross).item()
+    The reference's root is taken once, and of few features the eigenvalues are those of an N x N matrix: a bootstrap of
+    Inception's 2048 features is affordable on a CPU.
+    """
+    x = features.double()
+    mean = x.mean(0)
+    x = (x - mean) / (len(x) - 1) ** 0.5
+    y = x @ reference.root
+    cross = torch.linalg.eigvalsh(y @ y.T if len(y) < y.shape[1] else y.T @ y).clamp(min=0).sqrt().sum()
+    return ((mean - reference.mean).square().sum() + x.square().sum() + reference.cov.trace() - 2 * cross).item()
 
 
 def kid(a: Tensor, b: Tensor) -> tuple[float, float]:

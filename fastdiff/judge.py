@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.data import embedded
-from fastdiff.distances import Metric, Moments, frechet, gap_closed, moments
+from fastdiff.distances import Metric, Moments, frechet, gap_closed
 from fastdiff.io.checkpoint import EMOJI, Checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.features import FeatureNet
@@ -48,6 +48,18 @@ class Prompts:
         coarse = torch.rand(rows, generator=g) < 0.5
         return cls(torch.arange(n) % len(embedded.pictures()), background[:n], coarse[:n])
 
+    @classmethod
+    def of(cls, lines: Sequence[str]) -> "Prompts | None":
+        """What captions ask for; None where one of them is no caption of this kind."""
+        table = known_captions()
+        if any(line not in table for line in lines):
+            return None
+        picture, background, coarse = zip(*(table[line] for line in lines), strict=True)
+        return cls(torch.tensor(picture), torch.tensor(background), torch.tensor(coarse))
+
+    def __getitem__(self, rows: slice) -> "Prompts":
+        return Prompts(self.picture[rows], self.background[rows], self.coarse[rows])
+
     @cached_property
     def captions(self) -> list[str]:
         rows = zip(self.picture.tolist(), self.background.tolist(), self.coarse.tolist(), strict=True)
@@ -55,6 +67,17 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.picture)
+
+
+@cache
+def known_captions() -> dict[str, tuple[int, int, bool]]:
+    """Caption -> picture (of a group its first), background or -1, whether a group; all that the teacher was trained on."""
+    found: dict[str, tuple[int, int, bool]] = {}
+    for coarse in (False, True):
+        for p in range(len(embedded.pictures())):
+            for b in range(-1, len(embedded.BACKGROUNDS)):
+                found.setdefault(embedded.caption(p, None if b < 0 else b, coarse), (p, b, coarse))
+    return found
 
 
 @cache
@@ -91,27 +114,45 @@ def recognised(features: Tensor, prompts: Prompts) -> Tensor:
     return torch.where(prompts.coarse, in_group, nearest == prompts.picture).float()
 
 
+def backgrounds(pixels: Tensor, prompts: Prompts) -> Tensor:
+    """Whether the corners show the background that the prompt names: (N,) of 0 and 1, NaN where it names none."""
+    right = (embedded.background_of(pixels) == prompts.background).float()
+    return torch.where(prompts.background >= 0, right, torch.nan)
+
+
 def background_right(pixels: Tensor, prompts: Prompts) -> float:
     """Share of the prompts that name a background in which the corners show it."""
-    said = prompts.background >= 0
-    return (embedded.background_of(pixels)[said] == prompts.background[said]).float().mean().item()
+    return backgrounds(pixels, prompts).nanmean().item()
 
 
 @torch.no_grad()
+def style_distances(pixels: Tensor, picture: Tensor) -> Tensor:
+    """Feature distance (N, styles) of images (N, 3, H, W) to their emoji, `picture` (N,), drawn in each style."""
+    background = embedded.background_of(pixels)
+    drawn = [embedded.compose(picture, background, style) for style in embedded.STYLES]
+    return torch.stack([feature_net().distance(pixels, x) for x in drawn], 1)
+
+
+@cache
+def pictures_by_name() -> dict[str, int]:
+    return {embedded.caption(p, None): p for p in range(len(embedded.pictures()))}
+
+
+def named_pictures(prompts: Sequence[str]) -> Tensor:
+    """The picture that each prompt names ("a red apple on blue"), or -1: (N,)."""
+    return torch.tensor([pictures_by_name().get(re.sub(r"^an? | on \w+$", "", prompt.lower()), -1) for prompt in prompts])
+
+
 def style_distance(pixels: Tensor, prompts: Sequence[str]) -> dict[str, Any] | None:
     """In which drawing style images (N, 3, H, W) are: mean feature distance to their emoji drawn in each, and the share
 
     nearest to each. Counts prompts that name a picture ("a red apple on blue"); None where no prompt does.
     """
-    named = {embedded.caption(p, None): p for p in range(len(embedded.pictures()))}
-    picture = torch.tensor([named.get(re.sub(r"^an? | on \w+$", "", prompt.lower()), -1) for prompt in prompts])
-    pixels, picture = pixels[picture >= 0], picture[picture >= 0]
-    if not len(picture):
+    picture = named_pictures(prompts)
+    if not (picture >= 0).any():
         return None
-    background = embedded.background_of(pixels)
-    drawn = [embedded.compose(picture, background, style) for style in embedded.STYLES]
-    distances = torch.stack([feature_net().distance(pixels, x) for x in drawn], 1)  # (N, styles)
-    share = F.one_hot(distances.argmin(1), len(drawn)).float().mean(0)
+    distances = style_distances(pixels[picture >= 0], picture[picture >= 0])
+    share = F.one_hot(distances.argmin(1), distances.shape[1]).float().mean(0)
     figures = zip(embedded.STYLES, distances.mean(0).tolist(), share.tolist(), strict=True)
     return {style: {"distance": distance, "nearest": nearest} for style, distance, nearest in figures}
 
@@ -144,7 +185,7 @@ class Row:
             "calls": self.calls,
             "retrieval": self.hits.mean().item(),
             "background": self.background,
-            "frechet": frechet(moments(self.features), reference),
+            "frechet": frechet(self.features, reference),
             "same_noise": self.same_noise,
         }
 
@@ -195,7 +236,7 @@ class Reference:
 
         tensors = {k: v.float() for k, v in load_file(folder / "teacher.safetensors").items()}
         self.table = json.loads((folder / "teacher.json").read_text())
-        self.moments = (tensors["mean"].double(), tensors["cov"].double())
+        self.moments = Moments(tensors["mean"].double(), tensors["cov"].double())
         self.latents = tensors["latents"]  # (500, C, h, w), seeds 0..499
         self.features = {k: v for k, v in tensors.items() if k.startswith(("features.", "ladder."))}
 
@@ -218,7 +259,7 @@ class Reference:
 def metrics_of(reference: Reference) -> dict[str, Metric]:
     return {
         "retrieval": lambda row, i: row.hits[i].mean().item(),
-        "frechet": lambda row, i: frechet(moments(row.features[i]), reference.moments),
+        "frechet": lambda row, i: frechet(row.features[i], reference.moments),
     }
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from fastdiff import console, judge
+from fastdiff.assemble import assemble
 from fastdiff.card import fmt
 from fastdiff.data import teacher
-from fastdiff.io import checkpoint, fitting, lora
+from fastdiff.io import checkpoint, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.models import autoencoder, text
@@ -133,12 +134,8 @@ class Judged:
 
 def reopened(path: Path, config: TrainConfig, device: torch.device) -> tuple[Sampler, Recipe]:
     """Weights of a run as anybody opens them."""
-    if path.is_dir():
-        base = checkpoint.load(str(path))
-        recipe = base.recipe
-    else:
-        base, worn = config.open_student(torch.float32), lora.load(path)
-        recipe = worn.recipe
-        fitting.apply(base, [(worn, 1.0)])
-    net = Denoiser(base.unet, base.schedule(), recipe.predicts(base.prediction_type))
-    return Sampler(base, net, vae_of(base, config), device=device), recipe
+    alone = path.is_dir()
+    base = checkpoint.load(str(path)) if alone else config.open_student(torch.float32)
+    worn = [] if alone else [(lora.load(path), 1.0)]
+    made = assemble(base, worn, vae=getattr(config, "vae", None), device=device)
+    return made.sampler, made.recipe

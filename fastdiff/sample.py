@@ -9,18 +9,16 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from fastdiff import console, judge, surgery
+from fastdiff import console, judge
+from fastdiff.assemble import Assembled, assemble, load_loras, pick_device, pick_dtype, recipe_of
 from fastdiff.config import Range
-from fastdiff.console import InputRefused, Result, UsageError
+from fastdiff.console import Result, UsageError
 from fastdiff.data import control
 from fastdiff.data.teacher import read_prompts
-from fastdiff.io import fitting, lora
-from fastdiff.io.checkpoint import BaseConfig, Checkpoint
+from fastdiff.io.checkpoint import BaseConfig
 from fastdiff.io.recipe import Recipe
-from fastdiff.models import autoencoder, text
-from fastdiff.models import controlnet as controlnets
-from fastdiff.models.denoiser import Denoiser
-from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, uint8
+from fastdiff.models import text
+from fastdiff.sampling import DEFAULTS, Settings, contact_sheet, uint8
 from fastdiff.solvers import SOLVERS
 
 PRESETS: dict[str, dict[str, Any]] = {}
@@ -79,14 +77,6 @@ def wanted(config: Config) -> list[str]:
     return prompts
 
 
-def recipe_of(base: Checkpoint, loras: list[tuple[lora.Lora, float]]) -> Recipe:
-    """The first recipe found: a LoRA's header, else the checkpoint's fastdiff.json."""
-    for item, _ in loras:
-        if item.recipe.scheduler:
-            return item.recipe
-    return base.recipe
-
-
 def settings(config: Config, recipe: Recipe, family: str) -> Settings:
     """Given flags first, then the recipe; a flag that contradicts the recipe is obeyed and warned of."""
     given = {k: getattr(config, k) for k in ("scheduler", "num_steps", "guidance", "spacing", "eta")}
@@ -107,40 +97,14 @@ def settings(config: Config, recipe: Recipe, family: str) -> Settings:
     return Settings.of(recipe, DEFAULTS[family], **given)
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device on this machine")
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def open_sampler(config: Config, device: torch.device) -> tuple[Sampler, list[dict[str, Any]]]:
-    """The base with its LoRAs folded in, in the precision asked for, and how much of each was."""
-    precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    base = config.open_base(dtype)
-    layers = 2 if config.remap else base.unet_config.get("layers_per_block", 2)
-    how = dict(
-        layers=layers if isinstance(layers, int) else 2, allow_partial=config.allow_partial, allow_pickle=config.allow_pickle
-    )
-    loras = [(lora.load(path, **how), weight) for path, weight in (lora.parse_spec(spec, 1.0) for spec in config.lora)]
-    if surgery.is_pruned(base):
-        loras = [(surgery.remapped(base, item, wanted=config.remap), weight) for item, weight in loras]
-    elif config.remap:
-        console.warn(f"--remap: {config.base} has all layers of its family; nothing to move")
-    recipe = recipe_of(base, loras)
-    chosen = settings(config, recipe, base.family)  # a mismatch is told before anything heavy loads
-    applied = fitting.apply(base, loras, allow_partial=config.allow_partial)
-    guide = controlnets.load(config.controlnet, base.unet_config).to(dtype) if config.controlnet else None
-    kind = recipe.predicts(base.prediction_type)
-    denoiser = Denoiser(base.unet, base.schedule(), kind, controlnet=guide, strength=config.control_scale)
-    vae = autoencoder.load(config.vae, latent_channels=base.unet_config["in_channels"]) if config.vae else base.vae
-    if autoencoder.factor(vae) != base.pixels_per_latent:
-        raise InputRefused(f"--vae {config.vae}: {autoencoder.factor(vae)} px a latent, the base has {base.pixels_per_latent}")
-    sampler = Sampler(base, denoiser, vae, device=device)
-    sampler.settings = chosen
-    return sampler, applied.coverage
+def open_sampler(config: Config, device: torch.device) -> tuple[Assembled, Settings]:
+    """The base with its LoRAs folded in, in the precision asked for, and how to walk."""
+    base = config.open_base(pick_dtype(config.precision, device))
+    how = dict(allow_partial=config.allow_partial)
+    loras = load_loras(base, config.lora, remap=config.remap, allow_pickle=config.allow_pickle, **how)
+    chosen = settings(config, recipe_of(base, loras), base.family)  # a mismatch is told before anything heavy loads
+    control = dict(controlnet=config.controlnet, strength=config.control_scale)
+    return assemble(base, loras, vae=config.vae, device=device, **control, **how), chosen
 
 
 def run(config: Config) -> Result:
@@ -152,8 +116,8 @@ def run(config: Config) -> Result:
         raise UsageError("--control: takes the control out of --control-image, and there is none", "give --control-image too")
     prompts, device = wanted(config), pick_device(config.device)
     with console.timed("load_s"):
-        sampler, coverage = open_sampler(config, device)
-        base, chosen = sampler.base, sampler.settings
+        opened, chosen = open_sampler(config, device)
+        sampler, base = opened.sampler, opened.sampler.base
         resolution_px = config.resolution or base.resolution_px
         uncond = (
             text.encode(base, [config.negative], device=device) if config.negative else text.unconditional(base, device=device)
@@ -182,7 +146,7 @@ def run(config: Config) -> Result:
         padded = torch.cat([stack, blank])
         outputs.append(folder / "grid.png")
         contact_sheet([padded[c::columns] for c in range(columns)]).save(outputs[-1])
-    metrics = {"images": len(seeds), "calls": chosen.calls, "settings": asdict(chosen), "loras": coverage}
+    metrics = {"images": len(seeds), "calls": chosen.calls, "settings": asdict(chosen), "loras": opened.coverage}
     if base.family == "emoji":
         metrics["style"] = judge.style_distance(stack, [p for p in prompts for _ in range(config.num_images)])
     return Result(outputs, metrics)

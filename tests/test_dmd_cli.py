@@ -243,9 +243,8 @@ def test_lpips_needs_the_backbone_or_says_how_to_get_it(train, tiny_sd, tmp_path
     for offline in ("1", "0"):
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
         monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
-        monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", torch.hub.load_state_dict_from_url)
-        with pytest.raises(perceptual.UsageError, match="LPIPS needs VGG-16's weights") as error:
-            perceptual.open_distance("sd15", None)
+        with pytest.raises(perceptual.UsageError, match="LPIPS needs vgg16-397923af.pth") as error:
+            perceptual.open_distance("sd15", None, off="--lambda-reg 0")
         assert ("no route" in str(error.value)) == (offline == "0")
         assert all(way in error.value.hint for way in ("--lpips-weights vgg16", "embedded", "--lambda-reg 0"))
     save_file({"features.0.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -268,7 +267,7 @@ def test_the_backbone_in_torchs_cache_is_used(vgg, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     home = tmp_path / "hub" / "checkpoints"
     home.mkdir(parents=True)
-    torch.save(load_file(vgg), home / perceptual.BACKBONE)
+    torch.save(load_file(vgg), home / "vgg16-397923af.pth")
     a, b = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     cached, given = perceptual.open_distance("sd15", None), perceptual.open_distance("sd15", str(vgg))
     assert torch.equal(cached(a, b), given(a, b))

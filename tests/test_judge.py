@@ -9,7 +9,7 @@ from torchvision.transforms.functional import adjust_saturation, gaussian_blur
 
 from fastdiff import judge
 from fastdiff.data import embedded
-from fastdiff.distances import frechet, gap_closed, moments
+from fastdiff.distances import Moments, frechet, gap_closed
 from fastdiff.drift import Drift
 from fastdiff.io import checkpoint
 from fastdiff.judge import Prompts, Reference, Row, embed, recognised
@@ -32,9 +32,11 @@ def teacher_pixels(reference):
 def test_frechet_of_gaussians_in_closed_form():
     d = 4
     eye = torch.eye(d, dtype=torch.float64)
-    a, b = (torch.zeros(d, dtype=torch.float64), eye), (torch.full((d,), 2.0, dtype=torch.float64), 9 * eye)
-    assert frechet(a, b) == pytest.approx(4 * d + d * (1 + 9 - 2 * 3))
-    assert frechet(b, b) == pytest.approx(0, abs=1e-9)
+    x = torch.randn(50, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # mean 0 and covariance 1, exactly
+    far = Moments(torch.full((d,), 2.0, dtype=torch.float64), 9 * eye)
+    assert frechet(x, far) == pytest.approx(4 * d + d * (1 + 9 - 2 * 3))
+    assert frechet(3 * x + 2, far) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_recogniser_knows_every_real_picture():
@@ -56,7 +58,7 @@ def test_judged_prompts_are_one_fixed_list():
 def test_fewer_calls_are_worse_in_every_judging_metric(reference):
     """The ladder of the teacher's own sampler: 25, 8, 4 and 2 guided steps, then 2 and 1 unguided."""
     rungs = [reference.ladder(calls) for calls in (50, 16, 8, 4, 2, 1)]
-    distance = [frechet(moments(row.features), reference.moments) for row in rungs]
+    distance = [frechet(row.features, reference.moments) for row in rungs]
     assert distance == sorted(distance)
     retrieval = [row.hits.mean().item() for row in rungs]
     assert all(better > worse - 0.01 for better, worse in pairwise(retrieval))  # 16 calls are the 25-step quality already
@@ -65,7 +67,7 @@ def test_fewer_calls_are_worse_in_every_judging_metric(reference):
 
 def test_the_best_undistilled_rows_get_better_with_every_call(reference):
     n = reference.table["samples"]
-    distance = [frechet(moments(reference.best(c, "frechet", n).features), reference.moments) for c in (1, 2, 4, 8, 50)]
+    distance = [frechet(reference.best(c, "frechet", n).features, reference.moments) for c in (1, 2, 4, 8, 50)]
     assert distance == sorted(distance, reverse=True)
     retrieval = [reference.best(c, "retrieval", n).hits.mean().item() for c in (1, 2, 4, 8, 50)]
     assert retrieval == sorted(retrieval)
@@ -77,7 +79,7 @@ def test_spoiled_pictures_are_worse_in_every_judging_metric(spoil, teacher_pixel
     bad = [gaussian_blur(unit, 11, s) if spoil == "blurred" else adjust_saturation(unit, s) for s in ((1.5, 3.0))]
     prompts = Prompts.judged(500)
     features = [embed(teacher_pixels), *(embed(x * 2 - 1) for x in bad)]
-    distance = [frechet(moments(f), reference.moments) for f in features]
+    distance = [frechet(f, reference.moments) for f in features]
     assert distance == sorted(distance)
     near = [judge.feature_net().distance(x * 2 - 1, teacher_pixels).mean().item() for x in bad]
     assert 0 < near[0] < near[1]

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from safetensors.torch import save_file
 
-from fastdiff.distances import moments
+from fastdiff.distances import Moments
 from fastdiff.drift import REFERENCE_SEED
 from fastdiff.io import checkpoint
 from fastdiff.judge import REFERENCE, Judge, Row, embed
@@ -62,7 +62,7 @@ def main() -> None:
     full, small = Judge(base, args.samples), Judge(base, args.search)
     teacher = DEFAULTS["emoji"]
     _, pixels = full.sample(sampler, teacher, first_seed=REFERENCE_SEED)
-    reference = moments(embed(pixels))
+    reference = Moments.of(embed(pixels))
     latents, pixels = full.sample(sampler, teacher)
     rows = [full.row_of("teacher", teacher, pixels, sampler)]
     print(rows[0].figures(reference), flush=True)
@@ -93,7 +93,7 @@ def main() -> None:
     }
     REFERENCE.mkdir(exist_ok=True)
     (REFERENCE / "teacher.json").write_text(json.dumps(table, indent=1) + "\n")
-    tensors = {"mean": reference[0].float(), "cov": reference[1].float(), "latents": latents[:500].half()}
+    tensors = {"mean": reference.mean.float(), "cov": reference.cov.float(), "latents": latents[:500].half()}
     tensors |= {f"features.{i}": row.features.half().contiguous() for i, row in enumerate(rows)}
     tensors |= {f"ladder.{row.calls}": row.features.half().contiguous() for row in ladder}
     save_file(tensors, REFERENCE / "teacher.safetensors")

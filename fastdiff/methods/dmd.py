@@ -159,7 +159,7 @@ class DMD(Scores):
         self.rates = {"fake": config.fake_lr or config.lr}
         self.distance = None
         if config.regresses:
-            pixels = perceptual.open_distance(base.family, config.lpips_weights)
+            pixels = perceptual.open_distance(base.family, config.lpips_weights, off="--lambda-reg 0")
             self.distance = perceptual.DecodedDistance(base.vae, pixels, config.reg_crop)
         self.timesteps = sampling_timesteps(self.schedule, config)
         self.recipe = Recipe(
@@ -291,5 +291,6 @@ def run(config: Config):
     if config.init:  # a wrong file is told before hours of sampling
         lora.load(config.init, allow_pickle=config.allow_pickle)
     if config.regresses:
-        perceptual.locate(checkpoint.family_of(config.base, allow_pickle=config.allow_pickle), config.lpips_weights)
+        family = checkpoint.family_of(config.base, allow_pickle=config.allow_pickle)
+        perceptual.locate(family, config.lpips_weights, off="--lambda-reg 0")
     return train("dmd", DMD, config)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fastdiff import losses, surgery
+from fastdiff.assemble import pick_device
 from fastdiff.config import Range
 from fastdiff.console import Result
 from fastdiff.data import Batch
@@ -29,7 +30,6 @@ from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run, write_atomic
 from fastdiff.models import adapters, unet
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.sample import pick_device
 from fastdiff.session import default_folder, train, write_student
 from fastdiff.trainer import TrainConfig, Turn
 

@@ -179,11 +179,10 @@ def down8(pixels: Tensor) -> Tensor:
 def distance_of(config: Config, family: str) -> nn.Module | None:
     """LPIPS or its stand-in; where it is only for the closing figures and cannot be had, it is left out with a word."""
     try:
-        return perceptual.open_distance(family, config.lpips_weights)
-    except UsageError as error:
+        return perceptual.open_distance(family, config.lpips_weights, off="--lambda-lpips 0")
+    except UsageError:
         if config.lambda_lpips or config.lpips_weights:
-            told, hint = (text.replace("--lambda-reg", "--lambda-lpips") for text in (str(error), error.hint))
-            raise UsageError(told, hint) from error
+            raise
         console.warn("no LPIPS among the closing figures: VGG-16's weights are not on this machine (--lpips-weights)")
         return None
 

@@ -1,18 +1,17 @@
 """Perceptual distance of decoded latents: LPIPS (Zhang 2018), or the embedded feature network through the same formula."""
 
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff.console import UsageError, info
+from fastdiff.console import UsageError
 from fastdiff.io import tensors
+from fastdiff.io.download import weight_file
 from fastdiff.models import autoencoder
 from fastdiff.models.features import FeatureNet
 
 EMBEDDED = "embedded"
-BACKBONE = "vgg16-397923af.pth"  # torchvision's ImageNet weights, as its model zoo names them
 
 
 class DecodedDistance(nn.Module):
@@ -52,45 +51,28 @@ class PixelDistance(nn.Module):
         return self.net.distance(a, b) if isinstance(self.net, FeatureNet) else self.net(a, b).flatten()
 
 
-def open_distance(family: str, weights: str | None) -> PixelDistance:
+def open_distance(family: str, weights: str | None, *, flag: str = "--lpips-weights", off: str = "") -> PixelDistance:
     """The distance for a family.
 
-    `weights`: "embedded" = the shipped feature network (the default for `emoji`), a file with torchvision's VGG-16, None =
-    that file from torchvision's cache or model zoo. Where it cannot be had that is an error, never a random backbone.
+    `weights`, what `flag` gave: "embedded" = the shipped feature network (the default for `emoji`), a file with torchvision's
+    VGG-16, None = that file from torchvision's cache or model zoo. Where it cannot be had that is an error, which names `off`,
+    the option to do without; never a random backbone.
     """
-    path = locate(family, weights)
+    path = locate(family, weights, flag=flag, off=off)
     if path is None:
         return PixelDistance(FeatureNet.embedded())
     file = tensors.open_file(path, allow_pickle=True)
     return PixelDistance(lpips_vgg({key: file[key] for key in file if key.startswith("features.")}))
 
 
-def locate(family: str, weights: str | None) -> Path | None:
+def locate(family: str, weights: str | None, *, flag: str = "--lpips-weights", off: str = "") -> Path | None:
     """The file of VGG-16's weights, downloaded if need be; None where the embedded network stands in. UsageError if neither."""
     if weights == EMBEDDED or (weights is None and family == "emoji"):
         return None
-    if weights is not None:
-        if not Path(weights).is_file():
-            raise UsageError(f"--lpips-weights {weights}: no such file", f"give torchvision's {BACKBONE}, or {EMBEDDED}")
-        return Path(weights)
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
-    if cached.exists():
-        return cached
     from torchvision.models import VGG16_Weights
 
-    source = VGG16_Weights.IMAGENET1K_V1
-    fix = (
-        f"(1) run once with network access, (2) --lpips-weights {BACKBONE}, the file from {source.url}, "
-        f"(3) --lpips-weights {EMBEDDED}, a small network that ships with fastdiff, or (4) --lambda-reg 0"
-    )
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise UsageError(f"--lambda-reg: LPIPS needs VGG-16's weights, and {cached} is not there (--offline)", fix)
-    info(f"downloading VGG-16 for LPIPS (528 MB) to {cached}")
-    try:
-        source.get_state_dict(progress=False, check_hash=True)
-    except Exception as error:  # urllib's and torch's many kinds; each means that there is no file
-        raise UsageError(f"--lambda-reg: LPIPS needs VGG-16's weights, and the download failed ({error})", fix) from error
-    return cached
+    instead = f"(3) {flag} {EMBEDDED}, a small network that ships with fastdiff" + (f", or (4) {off}" if off else "")
+    return weight_file(weights, VGG16_Weights.IMAGENET1K_V1.url, flag=flag, what="LPIPS", instead=instead)
 
 
 def lpips_vgg(features: dict[str, Tensor]) -> nn.Module:

@@ -115,7 +115,7 @@ def open_matching(
     if kind == "embedded":
         maps: nn.Module = Embedded()
     elif kind == "vgg":
-        maps = VGG(perceptual.open_distance("", weights).net)
+        maps = VGG(perceptual.open_distance("", weights, flag="--fm-weights", off="--fm-encoder unet").net)
     else:
         maps = DINOv2(open_dinov2(weights or DINOV2))
     return FeatureMatching(PixelFeatures(vae, maps.eval(), crop))

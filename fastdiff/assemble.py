@@ -1,0 +1,90 @@
+"""What is sampled, put together from files: a base, the LoRAs folded into it, another VAE, a ControlNet."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff import console, surgery
+from fastdiff.console import InputRefused, UsageError
+from fastdiff.io import fitting, ldm, lora, tensors
+from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io.recipe import Recipe
+from fastdiff.models import autoencoder
+from fastdiff.models import controlnet as controlnets
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.sampling import Sampler
+
+
+@dataclass
+class Assembled:
+    """A sampler, how its weights want to be sampled, and how much of each LoRA was applied."""
+
+    sampler: Sampler
+    recipe: Recipe
+    coverage: list[dict[str, Any]]
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device on this machine")
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """auto: bf16 on CUDA, else fp32."""
+    precision = precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def is_lora(path: str | Path) -> bool:
+    """Whether a file holds an update of a network and not a network; by the names of its tensors."""
+    if Path(path).suffix not in {".safetensors", ".bin", ".pt"} or not Path(path).is_file():
+        return False
+    table = ldm.flat_table()
+    return any(lora.parse(key, table) for key in tensors.open_file(path))
+
+
+def load_loras(
+    base: Checkpoint, specs: Sequence[str], *, remap: bool = False, allow_partial: bool = False, allow_pickle: bool = False
+) -> list[tuple[lora.Lora, float]]:
+    """FILE[=WEIGHT] of each, for this base; `remap`: they are of the network that it was pruned from."""
+    layers = 2 if remap else base.unet_config.get("layers_per_block", 2)
+    how = dict(layers=layers if isinstance(layers, int) else 2, allow_partial=allow_partial, allow_pickle=allow_pickle)
+    found = [(lora.load(path, **how), weight) for path, weight in (lora.parse_spec(spec, 1.0) for spec in specs)]
+    if surgery.is_pruned(base):
+        return [(surgery.remapped(base, item, wanted=remap), weight) for item, weight in found]
+    if remap:
+        console.warn(f"--remap: {base.ref} has all layers of its family; nothing to move")
+    return found
+
+
+def recipe_of(base: Checkpoint, loras: Sequence[tuple[lora.Lora, float]]) -> Recipe:
+    """The first recipe found: a LoRA's header, else the checkpoint's fastdiff.json."""
+    return next((item.recipe for item, _ in loras if item.recipe.scheduler), base.recipe)
+
+
+def assemble(
+    base: Checkpoint,
+    loras: Sequence[tuple[lora.Lora, float]] = (),
+    *,
+    vae: str | None = None,
+    controlnet: str | None = None,
+    strength: float = 1.0,
+    allow_partial: bool = False,
+    device: torch.device | str = "cpu",
+) -> Assembled:
+    """Fold the LoRAs in and open the rest; InputRefused where a part does not belong to the base."""
+    recipe = recipe_of(base, loras)
+    applied = fitting.apply(base, list(loras), allow_partial=allow_partial)
+    guide = controlnets.load(controlnet, base.unet_config).to(base.dtype) if controlnet else None
+    kind = recipe.predicts(base.prediction_type)
+    denoiser = Denoiser(base.unet, base.schedule(), kind, controlnet=guide, strength=strength)
+    other = autoencoder.load(vae, latent_channels=base.unet_config["in_channels"]) if vae else base.vae
+    if autoencoder.factor(other) != base.pixels_per_latent:
+        raise InputRefused(f"--vae {vae}: {autoencoder.factor(other)} px a latent, the base has {base.pixels_per_latent}")
+    return Assembled(Sampler(base, denoiser, other, device=device), recipe, applied.coverage)

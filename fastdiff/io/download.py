@@ -1,0 +1,33 @@
+"""A weight file of a network that is not ours: given, in torch's cache, or downloaded once."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from fastdiff import console
+from fastdiff.console import UsageError
+
+
+def weight_file(given: str | None, url: str, *, flag: str, what: str, instead: str = "") -> Path:
+    """The file behind `flag`, or the one at `url`, whose name ends in the start of its sha256.
+
+    UsageError with all ways to get it where it is nowhere: (1) the network, (2) `flag`, then what else helps (`instead`).
+    """
+    name = url.rsplit("/", 1)[1]
+    if given is not None:
+        if not Path(given).is_file():
+            raise UsageError(f"{flag} {given}: no such file", f"give {name}, from {url}")
+        return Path(given)
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if cached.exists():
+        return cached
+    fix = f"(1) run once with network access, (2) {flag} {name}, the file from {url}{instead and f', {instead}'}"
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise UsageError(f"{flag}: {what} needs {name}, and {cached} is not there (--offline)", fix)
+    console.info(f"downloading {name} for {what} to {cached}")
+    try:
+        torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
+    except Exception as error:  # urllib's and torch's many kinds; each means that there is no file
+        raise UsageError(f"{flag}: {what} needs {name}, and the download failed ({error})", fix) from error
+    return cached

@@ -1,0 +1,104 @@
+"""Networks whose features judge pictures of any subject, each its standard library's: Inception-v3 and CLIP. N pictures."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.console import UsageError
+from fastdiff.io import tensors
+from fastdiff.io.download import weight_file
+
+EXTRA = 'pip install "fastdiff[eval]"'
+CLIP = "ViT-L-14-336-quickgelu:openai"  # what CMMD is defined with (Jayasumana 2024, section 4)
+PATCH_PX = 299  # side of Inception's input: a centre crop of that size is seen at native resolution
+
+
+class Inception(nn.Module):
+    """Pictures (N, 3, H, W) uint8 -> FID's 2048 features (N, D); torch-fidelity's network, and its resizing to 299 px."""
+
+    def __init__(self, weights: str | None) -> None:
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise UsageError("--metrics fid: torch-fidelity is not installed", EXTRA) from error
+        path = weight_file(weights, URL_INCEPTION_V3, flag="--inception-weights", what="FID", instead="or leave fid and kid out")
+        file = tensors.open_file(path, allow_pickle=True)
+        with tempfile.TemporaryDirectory() as folder:
+            # The library unpickles its file without a guard: it is given one of our own, with the same tensors.
+            safe = Path(folder) / "inception.pth"
+            torch.save({key: file[key] for key in file}, safe)
+            try:
+                self.net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(safe))
+            except RuntimeError as error:
+                told = str(error).splitlines()[0]
+                raise UsageError(f"--inception-weights {path}: not torch-fidelity's Inception-v3 ({told})") from error
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.net(pictures)[0]
+
+
+def resized(pictures: Tensor, side_px: int | None) -> Tensor:
+    """Pictures (N, 3, H, W) uint8 at another size, by PIL's Lanczos filter, as the published protocols do."""
+    if side_px is None or pictures.shape[-1] == side_px:
+        return pictures
+    import numpy as np
+    from PIL import Image
+
+    def one(picture: Tensor) -> Tensor:
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((side_px, side_px), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    return torch.stack([one(p) for p in pictures.cpu()])
+
+
+def patch(pictures: Tensor, side_px: int = PATCH_PX) -> Tensor:
+    """The centre (N, 3, S, S) at native size (Lin 2024, section 5); smaller pictures whole."""
+    top, left = ((n - min(n, side_px)) // 2 for n in pictures.shape[-2:])
+    return pictures[..., top : top + side_px, left : left + side_px]
+
+
+class Clip(nn.Module):
+    """CLIP's picture and text embeddings (N, D), normalised; `spec` is open_clip's MODEL:PRETRAINED_TAG or MODEL:FILE."""
+
+    def __init__(self, spec: str) -> None:
+        super().__init__()
+        try:
+            import open_clip
+        except ImportError as error:
+            raise UsageError("--metrics clip: open-clip-torch is not installed", EXTRA) from error
+        name, _, weights = spec.partition(":")
+        if name not in open_clip.list_models() or not weights:
+            raise UsageError(f"--clip {spec}: MODEL:TAG or MODEL:FILE, MODEL one of open_clip's", f"as {CLIP}")
+        known = open_clip.list_pretrained_tags_by_model(name)
+        if not Path(weights).is_file() and weights not in known:
+            raise UsageError(f"--clip {spec}: neither a file nor a tag of {name}", f"tags: {', '.join(known[:6]) or 'none'}")
+        try:
+            self.net = open_clip.create_model(name, pretrained=weights, require_pretrained=True).eval().requires_grad_(False)
+        except Exception as error:  # the hub's, urllib's and pickle's many kinds; each means that there are no weights
+            told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UsageError(
+                f"--clip {spec}: its weights cannot be read or downloaded ({told})",
+                f"(1) run once with network access, (2) --clip {name}:FILE, open_clip's file for {name}, or leave clip out",
+            ) from error
+        self.spec, self.tokenizer = spec, open_clip.get_tokenizer(name)
+        self.side_px: int = open_clip.get_model_preprocess_cfg(self.net)["size"]
+        if not isinstance(self.side_px, int):
+            self.side_px = self.side_px[0]
+        told: dict[str, Any] = open_clip.get_model_preprocess_cfg(self.net)
+        self.register_buffer("mean", torch.tensor(told["mean"])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(told["std"])[:, None, None], persistent=False)
+
+    def pictures(self, pictures: Tensor) -> Tensor:
+        """Of pictures (N, 3, H, W) uint8, resized with antialiased bicubic as CLIP's own preprocessing does."""
+        x = pictures.to(self.mean.device).float() / 255
+        x = F.interpolate(x, (self.side_px, self.side_px), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        return F.normalize(self.net.encode_image((x - self.mean) / self.std).float(), dim=-1)
+
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        return F.normalize(self.net.encode_text(self.tokenizer(list(prompts)).to(self.mean.device)).float(), dim=-1)

@@ -1,0 +1,138 @@
+"""The page of an evaluation: table, curves and pictures in one file that needs nothing else."""
+
+import base64
+import io
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.card import fmt
+from fastdiff.io.run import write_atomic
+from fastdiff.lenses import FIGURES, Figure, Shown
+from fastdiff.sampling import contact_sheet
+
+TEMPLATE = Path(__file__).parent / "assets" / "report.html"
+PICTURES = 6  # of each row
+COLOURS = ("#57606a", "#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df", "#bc4c00", "#116329")
+LEFT, RIGHT, TOP, BOTTOM = 52, 302, 30, 176  # of a curve, in its picture's units
+
+
+def half_band(row: dict[str, Any], name: str) -> str:
+    low, high = row["band"].get(name, (0.0, 0.0))
+    return f"{(high - low) / 2:.2g}" if high > low else ""
+
+
+def title_of(row: dict[str, Any]) -> str:
+    guided = f", guidance {row['guidance']:g}" if row["guidance"] > 1 else ""
+    return f"{row['model']}, {row['num_steps']} steps{guided} ({row['solver']})"
+
+
+def present(rows: Sequence[dict[str, Any]]) -> list[Figure]:
+    return [f for f in FIGURES if any(f.name in row for row in rows)]
+
+
+def curve(figure: Figure, rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> dict[str, Any]:
+    """One figure over network calls, a line a model; the teacher's many ways at as many calls are its best."""
+    rows = [row for row in rows if math.isfinite(row.get(figure.name, math.nan))]
+    best: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["model"], row["calls"])
+        pick = max if figure.better == "higher" else min
+        best[key] = pick([row, best.get(key, row)], key=lambda r: r[figure.name])
+    ends = [v for row in best.values() for v in (row[figure.name], *row["band"].get(figure.name, ()))]
+    low, high = min(ends), max(ends)
+    calls = sorted({c for _, c in best})
+    x = lambda c: LEFT + (RIGHT - LEFT) * (math.log2(c / calls[0]) / max(1e-9, math.log2(calls[-1] / calls[0])))
+    y = lambda v: BOTTOM - (BOTTOM - TOP) * (v - low) / max(1e-9, high - low)
+    lines = []
+    for model, colour in colours.items():
+        mine = sorted((row for (m, _), row in best.items() if m == model), key=lambda row: row["calls"])
+        if not mine:
+            continue
+        marks = []
+        for row in mine:
+            value, (a, b) = row[figure.name], row["band"].get(figure.name, (row[figure.name],) * 2)
+            marks.append([round(n, 1) for n in (x(row["calls"]), y(value), y(a), y(b))])
+        lines.append(dict(colour=colour, marks=marks, points=" ".join(f"{m[0]},{m[1]}" for m in marks)))
+    ticks = [(round(x(c), 1), c) for c in calls]
+    return dict(label=figure.label, better=figure.better, top=f"{high:.3g}", bottom=f"{low:.3g}", ticks=ticks, lines=lines)
+
+
+def encoded(picture: Tensor) -> str:
+    """A picture (3, H, W) uint8 as base64 PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def style_table(told: dict[str, Any]) -> tuple[str, str, list[str], list[list[str]]]:
+    students = {k: v for k, v in told.items() if isinstance(v, dict) and "kept" in v}
+    moved = any("moved" in v for v in students.values())
+    lines = [
+        [name, f"{v['kept']:.0%}", f"[{v['low']:.0%}, {v['high']:.0%}]", *([f"{v['moved']:.0%}"] if moved else [])]
+        for name, v in students.items()
+    ]
+    text = f"With {', '.join(told['loras'])}: how much of its change to the teacher's pictures the student shows."
+    return "Style", text, ["model and steps", "kept", "95 % band", *(["moved to its drawings"] if moved else [])], lines
+
+
+def control_table(told: dict[str, Any]) -> tuple[str, str, list[str], list[list[str]]]:
+    students = {k: v for k, v in told.items() if isinstance(v, dict) and "kept" in v}
+    lines = [["teacher", fmt(told["teacher"]["agreement"]), "", ""]]
+    lines += [[name, fmt(v["agreement"]), fmt(v["off"]), f"{v['kept']:.0%}"] for name, v in students.items()]
+    text = f"With {told['controlnet']}: agreement of the drawn control with the one that was asked for."
+    return "Control", text, ["model and steps", "agreement", "without control", "of the teacher's"], lines
+
+
+def write(
+    folder: Path, *, title: str, metrics: dict[str, Any], rows: Sequence[Shown], latency_ms: Sequence[float], lines: list[str]
+) -> Path:
+    """report.html and contact.png, whose path it returns."""
+    from jinja2 import Environment
+
+    told, figures = metrics["rows"], present(metrics["rows"])
+    kept = min(len(row.kept) for row in rows)
+    chosen = [i * kept // PICTURES for i in range(min(PICTURES, kept))]  # the first prompts are often alike
+    models = list(dict.fromkeys(row["model"] for row in told))
+    colours = dict(zip(models, (COLOURS * len(models))[: len(models)], strict=True))
+    table = [
+        [title_of(row), (row["calls"], ""), *((fmt(row.get(f.name)), half_band(row, f.name)) for f in figures), (f"{ms:.1f}", "")]
+        for row, ms in zip(told, latency_ms, strict=True)
+    ]
+    names = [f for f in figures if any(f.name in gap for gap in metrics["gap_closed"].values())]
+    band = lambda gap: f"{gap['gap_closed']:.0%} [{gap['low']:.0%}, {gap['high']:.0%}]"
+    gaps = [(k, [band(gap[f.name]) if f.name in gap else "" for f in names]) for k, gap in metrics["gap_closed"].items() if gap]
+    more = [style_table(metrics["style"])] if "style" in metrics else []
+    more += [control_table(metrics["control"])] if "control" in metrics else []
+    machine = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
+    page = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title,
+        samples=metrics["samples"],
+        reference=metrics["reference"],
+        machine=f"ms: one picture alone, {machine}.",
+        columns=["calls", *(f.label for f in figures), "ms"],
+        table=table,
+        gap_names=[f.label for f in names],
+        gaps=gaps,
+        more=more,
+        curves=[curve(f, told, colours) for f in figures],
+        legend=list(colours.items()),
+        prompts=[lines[i] for i in chosen],
+        pictures=[(title_of(row), [encoded(p) for p in shown.kept[chosen]]) for row, shown in zip(told, rows, strict=True)],
+    )  # fmt: skip
+    write_atomic(folder / "report.html", page)
+    sheet = folder / "contact.png"
+    stacks = [row.kept[chosen].float() / 127.5 - 1 for row in rows]
+    contact_sheet(stacks, scale=max(1, 128 // stacks[0].shape[-1])).save(sheet)
+    return sheet
