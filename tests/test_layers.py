@@ -6,8 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "fastdiff"
 FLOORS = [
     {"console", "schedule"},
-    {"config", "losses"},
-    {"io.recipe", "io.tensors"},
+    {"config", "losses", "processes", "rng"},
+    {"io.recipe", "io.state", "io.tensors", "stop"},
     {"io.run", "io.updates", "io.ldm", "io.family", "io.component"},
     {"io.layouts", "io.checkpoint"},
     {"io.lora", "io.export"},
@@ -21,6 +21,7 @@ FLOORS = [
     {"data.embedded", "data.folder"},
     {"data.teacher", "data.control"},
     {"data"},
+    {"players", "resume"},
     {"evaluate", "trainer", "compare"},
     {"card", "surgery", "decoders", "matching"},
     {"proof"},
