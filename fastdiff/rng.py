@@ -12,6 +12,13 @@ def seed_for(seed: int, rank: int, step: int) -> int:
     return (seed * 1_000_003 + rank) * 1_000_003 + step
 
 
+def reseed(seed: int) -> None:
+    """Python's, NumPy's and torch's generators; a library's own draws between two steps then move nothing."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def state_dict() -> dict[str, Any]:
     """Python's, NumPy's, torch's and every CUDA device's generator, as plain values and tensors."""
     kind, keys, *rest = np.random.get_state()

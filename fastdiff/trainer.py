@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdiff import console, processes, resume, stop
+from fastdiff import console, processes, resume, rng, stop
 from fastdiff.config import Range
 from fastdiff.console import Failed, Stopped, UsageError
 from fastdiff.data import Batch, Encoded, Wants
@@ -20,7 +20,6 @@ from fastdiff.io.run import Run
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.ema import swapped
 from fastdiff.players import Player
-from fastdiff.rng import seed_for
 from fastdiff.sampling import DEFAULTS, Settings
 
 Losses = dict[str, Tensor]  # named, already weighted, scalar
@@ -157,7 +156,7 @@ class Trainer:
         self.index, self.phase = index, self.phases[index]
         self.phase.start = sum(phase.steps for phase in self.phases[:index])
         if enter := getattr(method, "enter", None):
-            torch.manual_seed(seed_for(config.seed, 7_919, index))  # new networks are the same on every process
+            torch.manual_seed(rng.seed_for(config.seed, 7_919, index))  # new networks are the same on every process
             enter(self.phase)
         for part in vars(method).values():
             if isinstance(part, nn.Module):
@@ -293,8 +292,8 @@ class Trainer:
 
         so that a turn's update is made before any micro-batch starts the next turn. Returns the logged figures.
         """
-        seed = seed_for(self.config.seed, self.accelerator.process_index, self.step)
-        torch.manual_seed(seed)
+        seed = rng.seed_for(self.config.seed, self.accelerator.process_index, self.step)
+        rng.reseed(seed)
         generator = torch.Generator().manual_seed(seed)
         n = self.config.grad_accum
         batches = [self.data.batch(self.config.batch_size, generator).to(self.device) for _ in range(n)]
