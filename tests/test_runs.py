@@ -415,3 +415,69 @@ def test_nobody_watching_a_signal_is_the_programs_own():
         assert signal.getsignal(signal.SIGTERM) != handlers[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     stop.check()
+
+
+def signals_at(monkeypatch, call, when=lambda: True):
+    """SIGTERM at that network call of those for which `when` holds."""
+    from fastdiff.models.denoiser import Denoiser
+
+    real, calls = Denoiser.guided, []
+
+    def guided(*args, **kwargs):
+        if when():
+            calls.append(time.monotonic())
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(Denoiser, "guided", guided)
+    return calls
+
+
+QUICK = "--resolution 64 --pairs 2 --teacher-steps 6 --lora-rank 2 --batch-size 2 --grad-accum 1 --device cpu --num-steps 2"
+
+
+def test_sigterm_in_caching_is_75_at_once_and_the_same_command_goes_on(fastdiff, tiny_sd, tmp_path, monkeypatch):
+    args = f"train-lcm-lora --base {tiny_sd} -o run --steps 1 --prompts prompts.txt {QUICK} --resume never".split()
+    calls = signals_at(monkeypatch, 3)
+    code, told = fastdiff(*args)
+    assert (code, told["ok"], told["error"]["kind"]) == (75, False, "stopped")
+    assert len(calls) == 3
+    assert time.monotonic() - calls[-1] < 2
+    assert told["next_command"] == f"fastdiff {' '.join(args)}"
+    assert told["next_command"] in told["error"]["hint"]
+    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    assert fastdiff(*args)[0] == 0
+
+
+def test_sigterm_in_a_preview_of_a_real_run(fastdiff, tiny_sd, tmp_path, monkeypatch):
+    from fastdiff import proof
+
+    drawing = []
+    real = proof.Preview.sheet
+    monkeypatch.setattr(proof.Preview, "sheet", lambda *a: (drawing.append(1), real(*a), drawing.clear()))
+    args = f"train-lcm-lora --base {tiny_sd} -o run --steps 3 --prompts prompts.txt --preview-every 1 {QUICK}".split()
+    calls = signals_at(monkeypatch, 5, lambda: bool(drawing))
+    code, told = fastdiff(*args)
+    assert (code, len(calls)) == (75, 5)
+    assert time.monotonic() - calls[-1] < 2
+    assert told["error"]["message"] == "stopped at step 1 of 3; the state is in run/state"
+    assert told["next_command"] == "fastdiff train-lcm-lora --config run/config.toml"
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+    code, told = fastdiff(*told["next_command"].split()[1:])
+    assert (code, told["metrics"]["steps"]) == (0, 3)
+    assert sorted(p.name for p in (tmp_path / "run" / "previews").iterdir()) == [
+        "000001.png", "000002.png", "000003.png", "final.png",
+    ]  # fmt: skip
+
+
+def test_too_little_room_is_exit_4_before_the_first_step(fastdiff, tiny_sd, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastdiff.session.room", lambda folder: 2**20)
+    args = f"train-lcm-lora --base {tiny_sd} -o run --steps 1 --prompts prompts.txt {QUICK} --lora-rank 64"
+    code, told = fastdiff(*args.split())
+    assert (code, told["error"]["kind"]) == (4, "capacity")
+    assert "--output run: its disk has 0.00 GiB free" in told["error"]["message"]
+    assert not (tmp_path / "run").exists()
