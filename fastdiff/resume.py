@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastdiff import console, processes, rng
+from fastdiff import console, processes, rng, sharding
 from fastdiff.config import options
 from fastdiff.console import Failed, InputRefused, UsageError
 from fastdiff.io.run import Run
@@ -99,7 +99,7 @@ def save(trainer: Any) -> None:
         "parent": getattr(method, "parent", None),
         "processes": processes.every(own),
     }
-    error = None
+    state, error = sharding.whole(state), None
     if processes.first():
         try:
             config = values_of(trainer.config)

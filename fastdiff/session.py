@@ -1,14 +1,16 @@
 """One training command from config to files: base -> data -> method -> trainer -> weights, pictures, table, card."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdiff import console, evaluate, processes, resume
+from fastdiff import console, evaluate, processes, resume, sharding
 from fastdiff.card import write_card
 from fastdiff.config import to_toml
 from fastdiff.console import DoesNotFit, Result, UsageError
@@ -96,8 +98,11 @@ def start(run: Run, config: TrainConfig, resumed: bool) -> None:
     write_atomic(run.folder / "config.toml", to_toml(replace(config, resume="auto")))
 
 
+PATIENCE = timedelta(hours=2)  # that processes wait for one that draws a sheet, or samples a longer share of the data
+
+
 def open_accelerator(config: TrainConfig, run: Run) -> Any:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     cpu = config.device == "cpu" or (
         config.device == "auto" and not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -107,11 +112,17 @@ def open_accelerator(config: TrainConfig, run: Run) -> Any:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if not cpu and torch.cuda.is_available() else "fp32"
+    if config.shard and precision == "fp16":
+        raise UsageError("--shard: not in fp16, whose scale of the loss is each process's own", "use --precision bf16")
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and not find_spec(tracker):
         raise UsageError(f"--tracker {tracker}: {tracker} is not installed", f'pip install "fastdiff[{tracker}]"')
     accelerator = Accelerator(
-        cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, log_with=tracker, project_dir=run.folder
+        cpu=cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=tracker,
+        project_dir=run.folder,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if tracker:
         accelerator.init_trackers("fastdiff")
@@ -154,12 +165,13 @@ class Session:
         trainer.measure = measure
 
         def finished(phase: Phase) -> None:
-            if self.accelerator.is_main_process:
-                method.export(run)
-                alone = sum(p.exports for p in trainer.phases) == 1
-                picture = run.folder / "previews" / ("final.png" if alone else f"{phase.name}.png")
-                sheet(picture)
-                run.wrote(picture)
+            with sharding.gathered(method) if trainer.sharded else nullcontext():
+                if processes.first():
+                    method.export(run)
+            alone = sum(p.exports for p in trainer.phases) == 1
+            picture = run.folder / "previews" / ("final.png" if alone else f"{phase.name}.png")
+            sheet(picture)
+            run.wrote(picture)
 
         trainer.finished = finished
         with console.timed("training_s"):

@@ -3,14 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff import console, processes, resume, rng, stop
+from fastdiff import console, processes, resume, rng, sharding, stop
 from fastdiff.config import Range
 from fastdiff.console import Failed, Stopped, UsageError
 from fastdiff.data import Batch, Encoded, Wants
@@ -53,6 +53,7 @@ class TrainConfig(BaseConfig):
     seed: Annotated[int, "of everything random", Range(0, 2**31 - 1)] = 0
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to train"] = "auto"
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
+    shard: Annotated[bool, "split networks that train whole over all processes (FSDP2)"] = False
     gradient_checkpointing: Annotated[bool, "less memory, a third more time"] = False
     resume: Annotated[str, "auto (go on from the run folder's state), never, or another run folder"] = "auto"
     save_every: Annotated[int, "steps between resumable states", Range(1)] = 200
@@ -161,6 +162,7 @@ class Trainer:
         for part in vars(method).values():
             if isinstance(part, nn.Module):
                 part.to(self.device)
+        self.sharded = self.shard()
         rates, betas, first = getattr(method, "rates", {}), getattr(method, "betas", {}), next(iter(method.players))
         self.players = {
             k: Player(
@@ -176,6 +178,15 @@ class Trainer:
         }
         self.best: dict[str, Any] = {"step": 0, "drift": float("inf"), "params": [], "worse": 0}
         self.entered_s = self.elapsed_s
+
+    def shard(self) -> bool:
+        """Split what trains whole, where that is wanted and there is anybody to share with."""
+        if not self.config.shard or processes.count() == 1:
+            return False
+        n = sharding.shard(self.method, self.device)
+        if not n and self.index == 0:
+            console.warn("--shard: no network trains whole here, so none is split")
+        return n > 0
 
     @property
     def end(self) -> int:
@@ -251,10 +262,10 @@ class Trainer:
             raise stop.stopped(told) from None
 
     def leading(self, work: Callable[[], Any]) -> Any:
-        """What the first process finds, told to all; None where a stop cut it short."""
+        """What the first process finds, told to all; None where a stop cut it short. A split network needs all to work."""
         found = None
-        if self.accelerator.is_main_process:
-            with suppress(Stopped):
+        if self.sharded or processes.first():
+            with suppress(Stopped), stop.together() if self.sharded else nullcontext():
                 found = work()
         return processes.agreed(found)
 
@@ -310,7 +321,7 @@ class Trainer:
                 for who in moved:
                     player, terms = self.players[who], players.pop(who)  # nothing may hold a graph longer than it is needed
                     loss = sum(terms.values()) / n
-                    player.backward(loss)
+                    player.backward(loss, self.players.values())
                     for name, value in terms.items():
                         row[f"{who}/{name}"] = row.get(f"{who}/{name}", 0.0) + value.item() / n
                     found[who] = found.get(who, 0.0) + loss.item()
@@ -338,6 +349,8 @@ class Trainer:
         elif problem == "gradient" and player.finding_scale:
             problem = ""
         player.finish()
+        if self.sharded:
+            sharding.gather_none(self.method)
         return norm, problem
 
     def skipped(self, bad: dict[str, str], batches: list[Batch]) -> None:
@@ -371,7 +384,7 @@ class Trainer:
                 return None
             if found["drift"] < best["drift"]:
                 best |= {"step": self.step, "drift": found["drift"], "worse": 0}
-                best["params"] = [p.detach().cpu().clone() for p in player.params]
+                best["params"] = [sharding.whole(p.detach(), everywhere=True).cpu().clone() for p in player.params]
             else:
                 best["worse"] += 1
         self.log({"step": self.step - 1, **found})

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "fastdiff"
 FLOORS = [
     {"console", "schedule"},
     {"config", "losses", "processes", "rng"},
-    {"io.recipe", "io.state", "io.tensors", "stop"},
+    {"io.recipe", "io.state", "io.tensors", "sharding", "stop"},
     {"io.run", "io.updates", "io.ldm", "io.family", "io.component"},
     {"io.layouts", "io.checkpoint"},
     {"io.lora", "io.export"},
