@@ -1,5 +1,6 @@
 """What the processes of one run tell each other. Alone, each of these answers at once."""
 
+import os
 from typing import Any
 
 import torch
@@ -42,3 +43,12 @@ def highest(number: int) -> int:
     told = torch.tensor(number, device=PartialState().device)
     torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
     return int(told)
+
+
+def launched(command: str) -> str:
+    """A command under the launcher that started these processes, with as many on as many machines."""
+    world, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if world == 1 or not command:
+        return command
+    place = f"--nnodes={world // here} --rdzv-backend=c10d --rdzv-endpoint={os.environ['MASTER_ADDR']}:29400 "
+    return f"torchrun {place if world > here else ''}--nproc-per-node={here} -m {command}"

@@ -50,7 +50,8 @@ def watching(command: str = "") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Stopped("interrupted; what is on disk is whole", request.command, exit_code=130) from None
+        request.exit_code = 130
+        raise stopped("interrupted; what is on disk is whole") from None
     finally:
         request.watched = False
         for s, handler in old.items():
@@ -84,4 +85,4 @@ def together() -> Iterator[None]:
 
 def stopped(message: str = "stopped; what is done so far is kept") -> Stopped:
     """The error of a stop, with the command to go on."""
-    return Stopped(message, request.command, exit_code=request.exit_code or 75)
+    return Stopped(message, processes.launched(request.command), exit_code=request.exit_code or 75)

@@ -10,9 +10,9 @@ torch.set_num_threads(1)
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def halves(get):
+def halves(get, done=0):
     """A batch is its number's: two processes take one each of what one process takes as two micro-batches."""
-    calls = [0]
+    calls = [done]
 
     def batch(self, size, generator):
         number = 2 * calls[0] + RANK if WORLD == 2 else calls[0]
@@ -41,53 +41,48 @@ def keyed(to):
     return moved
 
 
-def toy_run(folder, *options):
-    """The toy on halves of one global batch; `save` at step 3 and leave, or `resume` from there."""
+def toy_losses(self, batch, step):
+    """Noise of the batch's number, so that one process draws what two do."""
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1000 + batch.key))
+    self.noise.append(noise)
+    y = self.student(batch.latents + noise)
+    yield {"judge": {"judge": (self.judge(y.detach()) - 1).square().mean()}}
+    yield {"student": {"student": (y - 0.5).square().mean() + 0.1 * self.judge(y).square().mean()}}
+
+
+def toy_run(name, into, *options):
+    """The toy on halves of one global batch: `shard`; `save` ends at step 3, `resume` goes on from there; `own` noise and
+
+    items of each process, where the second one's loss is NaN at step 2; `stop` by a signal to the second.
+    """
     import toy
 
+    from fastdiff import sharding
     from fastdiff.data import Batch
 
-    toy.Data.batch, Batch.to = halves(toy.Data.batch), keyed(Batch.to)
-    real = toy.Toy.losses
-
-    def losses(self, batch, step):
-        with torch.random.fork_rng():
-            torch.manual_seed(1000 + batch.key)
-            noise = torch.randn(batch.latents.shape)
-        self.noise.append(noise)
-        batch = type(batch)(batch.latents + noise, batch.cond, batch.uncond, items=batch.items)
-        y = self.student(batch.latents)
-        yield {"judge": {"judge": (self.judge(y.detach()) - 1).square().mean()}}
-        yield {"student": {"student": (y - 0.5).square().mean() + 0.1 * self.judge(y).square().mean()}}
-
-    toy.Toy.losses = losses if "noise" not in options else real
-    shard = "shard" in options
-    bad = {(2, "student"): float("nan")} if "nan" in options and RANK == 1 else None
-    if bad:
-        plain = toy.Toy.losses
-
-        def losses(self, batch, step):
-            for turn in plain(self, batch, step):
-                yield {k: {n: v * self.bad.get((step, k), 1.0) for n, v in terms.items()} for k, terms in turn.items()}
-
-        toy.Toy.losses = losses
-    steps = 3 if "save" in options else 5
-    trainer = toy.trainer_of(folder, bad, steps=steps, grad_accum=2 // WORLD, batch_size=2, shard=shard, save_every=99)
-    if "resume" in options:
-        assert toy.go_on(trainer) == 3
-    if "stop" in options and RANK == 1:
-        step = trainer.train_step
-        trainer.train_step = lambda: (trainer.step == 2 and os.kill(os.getpid(), signal.SIGTERM), step())[1]
-    first = [p.detach().clone() for p in trainer.method.student.parameters()] if not shard else []
-    error = None
+    before = toy.Data.batch, Batch.to, toy.Toy.losses
     try:
-        trainer.fit()
-    except Exception as found:
-        error = f"{type(found).__name__}: {found}"
-    from fastdiff import sharding
-
+        if "own" not in options:
+            done = 3 * 2 // WORLD if "resume" in options else 0
+            toy.Data.batch, Batch.to, toy.Toy.losses = halves(toy.Data.batch, done), keyed(Batch.to), toy_losses
+        bad = {(2, "student"): float("nan")} if "own" in options and RANK == 1 else None
+        steps, shard = 3 if "save" in options else 5, "shard" in options
+        trainer = toy.trainer_of(into, bad, steps=steps, grad_accum=2 // WORLD, batch_size=2, shard=shard, save_every=99)
+        first = sharding.whole([p.detach().clone() for p in trainer.players["student"].params], everywhere=True)
+        if "resume" in options:
+            assert toy.go_on(trainer) == 3
+        if "stop" in options and RANK == 1:
+            step = trainer.train_step
+            trainer.train_step = lambda: (trainer.step == 2 and os.kill(os.getpid(), signal.SIGTERM), step())[1]
+        error = None
+        try:
+            trainer.fit()
+        except Exception as found:
+            error = f"{type(found).__name__}: {found}"
+    finally:
+        toy.Data.batch, Batch.to, toy.Toy.losses = before
     told = {
-        "weights": {k: sharding.whole(list(p.params), everywhere=True) for k, p in trainer.players.items()},
+        "weights": {k: sharding.whole([p.detach() for p in v.params], everywhere=True) for k, v in trainer.players.items()},
         "ema": sharding.whole(trainer.players["student"].ema.shadow, everywhere=True),
         "split": [sharding.is_split(p) for p in trainer.players["student"].params],
         "noise": trainer.method.noise,
@@ -96,7 +91,13 @@ def toy_run(folder, *options):
         "error": error,
         "step": trainer.step,
     }
-    torch.save(told, f"{folder}-{WORLD}-{RANK}.pt")
+    torch.save(told, f"{name}-{RANK}.pt")
+
+
+def toy_runs(*runs):
+    """Each `name:folder:option:...`, one after another in the same processes."""
+    for run in runs:
+        toy_run(*run.split(":"))
 
 
 def command_run(name, *args):
@@ -136,4 +137,4 @@ def elastic_run(folder):
 
 
 if __name__ == "__main__":
-    {"toy": toy_run, "command": command_run, "elastic": elastic_run}[sys.argv[1]](*sys.argv[2:])
+    {"toy": toy_runs, "command": command_run, "elastic": elastic_run}[sys.argv[1]](*sys.argv[2:])
