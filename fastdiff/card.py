@@ -9,7 +9,8 @@ from fastdiff.console import sha256
 from fastdiff.io import checkpoint, lora
 from fastdiff.io.checkpoint import ALIASES, Checkpoint
 from fastdiff.io.recipe import Recipe
-from fastdiff.io.run import Run, write_atomic
+from fastdiff.io.run import Run
+from fastdiff.io.state import write_atomic
 from fastdiff.sampling import DEFAULTS, Settings
 from fastdiff.trainer import Method, TrainConfig
 

@@ -1,14 +1,17 @@
 """The command line. A command is one line of COMMANDS and a module with `Config` (a field is a flag) and `run(config)`.
 
 The module is imported only when its command is named: `fastdiff --help` loads no torch. It may also hold
-`PRESETS` ({family: {field: value}}, applied by the family of `base`) and `EXAMPLES` (shown by --help).
+`PRESETS` ({family: {field: value}}, applied by the family of `base`), `EXAMPLES` (shown by --help) and `RESUMES` (the same command
+goes on after a stop).
 """
 
 import inspect
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -66,6 +69,7 @@ class Call:
     debug: bool = False
     offline: bool = False
     quiet: bool = False
+    line: str = ""  # as it was typed, but for --json
 
 
 class Group(TyperGroup):
@@ -245,6 +249,13 @@ def raised_here(error: BaseException) -> bool:
     return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
 
 
+def stoppable(call: Call) -> AbstractContextManager[None]:
+    """A command that trains ends between two units of work, and tells how it goes on."""
+    from fastdiff import stop
+
+    return stop.watching(call.line)
+
+
 def perform(call: Call) -> tuple[Result, str]:
     """Run a call, nothing of it on stdout; returns its result and the text of that for people."""
     with console.stdout_guard(), console.collecting_warnings():
@@ -252,7 +263,8 @@ def perform(call: Call) -> tuple[Result, str]:
         if call.dry_run:
             values = {o.name: getattr(config, o.name) for o in options(type(config))}
             return Result(metrics={"config": values}), to_toml(config).rstrip("\n")
-        result = call.module.run(config)
+        with stoppable(call) if hasattr(config, "resume") or getattr(call.module, "RESUMES", False) else nullcontext():
+            result = call.module.run(config)
         for path in result.outputs:
             if not Path(path).exists():
                 raise RuntimeError(f"{path} was not written")
@@ -287,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(call, Call):  # --help, --version
             return call or 0
         as_json, debug, console.state.quiet = call.json, call.debug, call.quiet
+        call.line = shlex.join(["fastdiff", *(a for a in args if a != "--json")])
         result, text = perform(call)
         if as_json:
             text = console.json_object(name, result)

@@ -29,6 +29,12 @@ class UsageError(ValueError):
         self.hint = hint
 
 
+class Failed(UsageError):
+    """A run cannot go on, through no fault of the command line."""
+
+    exit_code, kind = 1, "failure"
+
+
 class InputRefused(UsageError):
     """A file is unsafe, corrupt or unsupported; the message names the file."""
 
@@ -52,13 +58,13 @@ class GateFailed(UsageError):
 
 
 class Stopped(UsageError):
-    """Stopped by SIGTERM (75) or Ctrl-C (130) with a resumable state on disk."""
+    """Stopped by SIGTERM (75) or Ctrl-C (130); what is on disk can be gone on from, with `command` where it is known."""
 
     kind = "stopped"
 
-    def __init__(self, message: str, hint: str = "", *, exit_code: int = 75) -> None:
-        super().__init__(message, hint)
-        self.exit_code = exit_code
+    def __init__(self, message: str, command: str = "", *, exit_code: int = 75) -> None:
+        super().__init__(message, f"go on with: {command}" if command else "")
+        self.exit_code, self.result = exit_code, Result(next_command=command or None)
 
 
 @dataclass

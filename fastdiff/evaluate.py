@@ -21,7 +21,7 @@ from fastdiff.gallery import Gallery
 from fastdiff.io import checkpoint, tensors
 from fastdiff.io.checkpoint import BaseConfig
 from fastdiff.io.recipe import Recipe
-from fastdiff.io.run import write_atomic
+from fastdiff.io.state import write_atomic
 from fastdiff.lenses import FIGURES, JUDGING, Against, Lens, Shown, measured
 from fastdiff.models import judges, perceptual
 from fastdiff.sampling import DEFAULTS, Settings
@@ -31,6 +31,8 @@ fastdiff evaluate --student lcm.safetensors --student runs/dmd-emoji/dmd.safeten
 fastdiff evaluate --base sdxl --lora lcm.safetensors --num-steps 1,2,4,8 --prompts prompts.txt --reference teacher:25
 fastdiff evaluate --base sdxl --student runs/lightning --protocol coco10k-lightning --reference coco/val2014 --prompts coco.txt
 fastdiff evaluate --lora lcm.safetensors --with-lora style.safetensors"""
+
+RESUMES = True  # every row is stored as soon as it was drawn: the same command goes on
 
 # Published protocols: (DMD, appendix D) 30,000 prompts of COCO-2014 val, 512 px reduced to 256 by Lanczos, FID against all its
 # pictures, OpenCLIP-bigG; (SDXL-Lightning, section 5) its first 10,000 prompts, guidance 6, FID at 299 px whole and of a 299 px

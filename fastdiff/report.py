@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.card import fmt
-from fastdiff.io.run import write_atomic
+from fastdiff.io.state import write_atomic
 from fastdiff.lenses import FIGURES, Figure, Shown
 from fastdiff.sampling import contact_sheet
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff import stop
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.models import autoencoder, text
@@ -103,6 +104,7 @@ class Sampler:
             cond = cond.with_guidance(torch.full((len(cond),), settings.guidance, device=self.device))
 
         def denoise(x, t):
+            stop.check()
             if settings.guided and not self.denoiser.guidance_embedded:
                 return self.denoiser.guided(x, t, cond, uncond, settings.guidance)
             return self.denoiser(x, t, cond)

@@ -1,22 +1,25 @@
 """One training command from config to files: base -> data -> method -> trainer -> weights, pictures, table, card."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdiff import console
+from fastdiff import console, processes, resume, sharding
 from fastdiff.card import write_card
 from fastdiff.config import to_toml
-from fastdiff.console import Result, UsageError
+from fastdiff.console import DoesNotFit, Result, UsageError
 from fastdiff.data import Encoded, open_data
 from fastdiff.drift import Drift
 from fastdiff.io import export, fitting, lora
 from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.io.run import Run, write_atomic
+from fastdiff.io.run import Run
+from fastdiff.io.state import room, write_atomic
 from fastdiff.models import adapters
 from fastdiff.proof import Judged, Preview, settings_of, watched
 from fastdiff.trainer import Method, Phase, TrainConfig, Trainer, seconds
@@ -47,27 +50,48 @@ def default_folder(command: str, config: TrainConfig) -> Path:
     return Path("runs") / f"{command}-{Path(config.base).stem or config.base}"
 
 
-def open_run(command: str, config: TrainConfig) -> tuple[Run, dict[str, Any] | None]:
-    """The run folder and the state to go on from; another run's folder is never overwritten by accident."""
+def open_run(command: str, config: TrainConfig) -> Run:
+    """The run folder, and whether the options go together."""
     if not config.eval_every and (config.keep == "best" or config.patience):
         flag = "--keep best" if config.keep == "best" else f"--patience {config.patience}"
         raise UsageError(f"{flag}: nothing is measured", "give --eval-every too")
     seconds("--max-time", config.max_time)
-    run = Run(Path(config.output) if config.output else default_folder(command, config))
-    run.command = command
-    source = run if config.resume in {"auto", "never"} else Run(Path(config.resume))
-    state = None if config.resume == "never" else source.load_state()
-    if config.resume not in {"auto", "never"} and state is None:
-        raise UsageError(f"--resume {config.resume}: no state in that run folder")
+    return Run(Path(config.output) if config.output else default_folder(command, config), command)
+
+
+def find_state(run: Run, config: TrainConfig) -> dict[str, Any] | None:
+    """The state to go on from; another run's folder is never overwritten by accident."""
+    state = resume.find(run, config)
     if state and state["step"] > config.steps:
         raise UsageError(
             f"--steps {config.steps}: {run.folder} is already at step {state['step']}", "give more, or --resume never"
         )
-    return run, state
+    return state
+
+
+def check_room(trainer: Trainer, base: Checkpoint) -> None:
+    """DoesNotFit where the disk cannot take the states and the weights; told before the first step."""
+    student, phases = next(iter(trainer.players.values())), [phase for phase in trainer.phases if phase.exports]
+    weights = sum(p.numel() * p.element_size() for p in student.params)
+    net = getattr(trainer.method.student, "net", None)
+    if net is not None and weights >= sum(p.numel() * p.element_size() for p in net.parameters()):
+        files = [base.path] if base.path.is_file() else base.path.rglob("*.safetensors")
+        weights += sum(p.stat().st_size for p in files)  # a whole checkpoint is written
+    run, keep = trainer.run, trainer.config.keep_states
+    states = trainer.state_bytes * max(1, keep + 1 - len(run.states.paths()))  # the next is written before the oldest goes
+    need, free = states + weights * len(phases), room(run.folder)
+    if need > free:
+        raise DoesNotFit(
+            f"--output {run.folder}: its disk has {free / 2**30:.2f} GiB free, the run needs {need / 2**30:.2f}: "
+            f"{keep + 1} states of {trainer.state_bytes / 2**30:.2f} and the weights",
+            "free some, choose another --output, or --keep-states 1",
+        )
 
 
 def start(run: Run, config: TrainConfig, resumed: bool) -> None:
-    """Make the run folder: only now are the base and the data known to be good."""
+    """Make the run folder: only now are the base, the data and the room known to be good."""
+    if not processes.first():
+        return
     (run.folder / "previews").mkdir(parents=True, exist_ok=True)
     if not resumed:
         (run.folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -75,8 +99,11 @@ def start(run: Run, config: TrainConfig, resumed: bool) -> None:
     write_atomic(run.folder / "config.toml", to_toml(replace(config, resume="auto")))
 
 
+PATIENCE = timedelta(hours=2)  # that processes wait for one that draws a sheet, or samples a longer share of the data
+
+
 def open_accelerator(config: TrainConfig, run: Run) -> Any:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     cpu = config.device == "cpu" or (
         config.device == "auto" and not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -86,11 +113,17 @@ def open_accelerator(config: TrainConfig, run: Run) -> Any:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if not cpu and torch.cuda.is_available() else "fp32"
+    if config.shard and precision == "fp16":
+        raise UsageError("--shard: not in fp16, whose scale of the loss is each process's own", "use --precision bf16")
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and not find_spec(tracker):
         raise UsageError(f"--tracker {tracker}: {tracker} is not installed", f'pip install "fastdiff[{tracker}]"')
     accelerator = Accelerator(
-        cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, log_with=tracker, project_dir=run.folder
+        cpu=cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=tracker,
+        project_dir=run.folder,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if tracker:
         accelerator.init_trackers("fastdiff")
@@ -123,8 +156,9 @@ class Session:
     ) -> Trainer:
         """Train; every phase that writes leaves weights and a contact sheet."""
         config, run = self.config, self.run
-        start(run, config, resumed=self.state is not None)
         trainer = Trainer(method, data, run, config, self.accelerator)
+        check_room(trainer, self.base)
+        start(run, config, resumed=self.state is not None)
         if self.state:
             console.info(f"going on from step {self.state['step']} of {config.steps}")
             trainer.restore(self.state)
@@ -132,12 +166,13 @@ class Session:
         trainer.measure = measure
 
         def finished(phase: Phase) -> None:
-            if self.accelerator.is_main_process:
-                method.export(run)
-                alone = sum(p.exports for p in trainer.phases) == 1
-                picture = run.folder / "previews" / ("final.png" if alone else f"{phase.name}.png")
-                sheet(picture)
-                run.wrote(picture)
+            with sharding.gathered(method) if trainer.sharded else nullcontext():
+                if processes.first():
+                    method.export(run)
+            alone = sum(p.exports for p in trainer.phases) == 1
+            picture = run.folder / "previews" / ("final.png" if alone else f"{phase.name}.png")
+            sheet(picture)
+            run.wrote(picture)
 
         trainer.finished = finished
         with console.timed("training_s"):
@@ -148,9 +183,9 @@ class Session:
 
 def open_session(command: str, config: TrainConfig) -> Session:
     """Run folder, devices and base; from here on all processes draw the same initialisations."""
-    run, state = open_run(command, config)
+    run = open_run(command, config)
     accelerator = open_accelerator(config, run)
-    session = Session(config, run, state, accelerator, load_base(config, accelerator))
+    session = Session(config, run, find_state(run, config), accelerator, load_base(config, accelerator))
     torch.manual_seed(config.seed)
     return session
 

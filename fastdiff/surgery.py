@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastdiff import console
+from fastdiff import console, stop
 from fastdiff.console import InputRefused, Result, UsageError
 from fastdiff.data.teacher import default_prompts
 from fastdiff.io import export, tensors
@@ -236,6 +236,7 @@ def choose(base: Checkpoint, target: float, device: torch.device | str) -> dict[
     while now_s > start_s / target:
         tried = []
         for name, edit in candidates(config):
+            stop.check()
             try:
                 smaller = edit(config)
                 net = unet.inheriting(whole, smaller).to(device, whole.dtype).eval()

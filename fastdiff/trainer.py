@@ -1,25 +1,25 @@
 """The one training loop. A method is a generator of {player: losses}; everything else happens here."""
 
-import signal
-import threading
+import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff import console
+from fastdiff import console, processes, resume, rng, sharding, stop
 from fastdiff.config import Range
-from fastdiff.console import Stopped, UsageError
+from fastdiff.console import Failed, Stopped, UsageError
 from fastdiff.data import Batch, Encoded, Wants
 from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.ema import EMA, swapped
+from fastdiff.models.ema import swapped
+from fastdiff.players import Player
 from fastdiff.sampling import DEFAULTS, Settings
 
 Losses = dict[str, Tensor]  # named, already weighted, scalar
@@ -53,9 +53,12 @@ class TrainConfig(BaseConfig):
     seed: Annotated[int, "of everything random", Range(0, 2**31 - 1)] = 0
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to train"] = "auto"
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
+    shard: Annotated[bool, "split networks that train whole over all processes (FSDP2)"] = False
     gradient_checkpointing: Annotated[bool, "less memory, a third more time"] = False
     resume: Annotated[str, "auto (go on from the run folder's state), never, or another run folder"] = "auto"
     save_every: Annotated[int, "steps between resumable states", Range(1)] = 200
+    keep_states: Annotated[int, "resumable states that are kept, the newest", Range(1)] = 2
+    max_bad_steps: Annotated[int, "skipped steps in a row that end the run: loss or gradient not finite", Range(1)] = 10
     preview_every: Annotated[int, "steps between contact sheets; 0 = only at the end", Range(0)] = 0
     eval_every: Annotated[int, "steps between measurements of the drift from the teacher; 0 = never", Range(0)] = 0
     keep: Annotated[Literal["last", "best"], "which weights are exported; best: of the least drift (--eval-every)"] = "last"
@@ -125,89 +128,17 @@ def seconds(flag: str, text: str | None) -> float | None:
     return found
 
 
-def seed_for(seed: int, rank: int, step: int) -> int:
-    """Noise of one step on one process: the same after a resume, different on every rank."""
-    return (seed * 1_000_003 + rank) * 1_000_003 + step
-
-
-class StopRequest:
-    """SIGTERM and Ctrl-C become a flag that the loop reads once a step; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.exit_code: int | None = None
-
-    @contextmanager
-    def watching(self) -> Iterator["StopRequest"]:
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        codes = {signal.SIGTERM: 75, signal.SIGINT: 130}
-        old = {s: signal.getsignal(s) for s in codes}
-
-        def note(number: int, frame: Any) -> None:
-            if self.exit_code == 130 and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.exit_code = codes[signal.Signals(number)]
-
-        for s in codes:
-            signal.signal(s, note)
-        try:
-            yield self
-        finally:
-            for s, handler in old.items():
-                signal.signal(s, handler)
-
-
-class Player:
-    """What trains of a role, with its optimiser, average and gradient scale."""
-
-    def __init__(
-        self,
-        net: nn.Module,
-        config: TrainConfig,
-        device: torch.device,
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        averaged: bool,
-        fp16: bool,
-    ) -> None:
-        self.params, self.lr = [p for p in net.parameters() if p.requires_grad], lr
-        self.optimizer = torch.optim.AdamW(
-            self.params, lr=lr, betas=betas, weight_decay=config.weight_decay, fused=device.type != "mps"
-        )
-        self.ema = EMA(self.params, config.ema) if config.ema and averaged else None
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "params": [p.detach() for p in self.params],
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
-            "scaler": self.scaler.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for p, saved in zip(self.params, state["params"], strict=True):
-                p.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
-
-
 class Trainer:
     """for step: for turn in method.losses(batch, step): for who in turn: backward into who; sync; clip; step; average; log."""
 
-    MAX_BAD_STEPS = 10  # in a row
     PREPARED = 48  # samples that a method may look at before training
     PACED = 5  # steps that tell a phase's pace
 
     def __init__(self, method: Method, data: Encoded, run: Run, config: TrainConfig, accelerator: Any) -> None:
         self.method, self.data, self.run, self.config, self.accelerator = method, data, run, config, accelerator
         self.device = accelerator.device
-        self.step, self.bad_steps = 0, 0
+        self.step, self.owed = 0, False  # owed: preview and measurement of the last step are still to be made
+        self.saved: tuple[int, int] | None = None  # step and phase of the last state
         self.latest: dict[str, float] = {}  # of every logged figure: not every player trains at every step
         self.preview: Callable[[int], None] | None = None
         self.measure: Callable[[], dict[str, float]] | None = None  # has `drift`, the figure that decides
@@ -226,11 +157,12 @@ class Trainer:
         self.index, self.phase = index, self.phases[index]
         self.phase.start = sum(phase.steps for phase in self.phases[:index])
         if enter := getattr(method, "enter", None):
-            torch.manual_seed(seed_for(config.seed, 7_919, index))  # new networks are the same on every process
+            torch.manual_seed(rng.seed_for(config.seed, 7_919, index))  # new networks are the same on every process
             enter(self.phase)
         for part in vars(method).values():
             if isinstance(part, nn.Module):
                 part.to(self.device)
+        self.sharded = self.shard()
         rates, betas, first = getattr(method, "rates", {}), getattr(method, "betas", {}), next(iter(method.players))
         self.players = {
             k: Player(
@@ -247,6 +179,15 @@ class Trainer:
         self.best: dict[str, Any] = {"step": 0, "drift": float("inf"), "params": [], "worse": 0}
         self.entered_s = self.elapsed_s
 
+    def shard(self) -> bool:
+        """Split what trains whole, where that is wanted and there is anybody to share with."""
+        if not self.config.shard or processes.count() == 1:
+            return False
+        n = sharding.shard(self.method, self.device)
+        if not n and self.index == 0:
+            console.warn("--shard: no network trains whole here, so none is split")
+        return n > 0
+
     @property
     def end(self) -> int:
         return self.phase.start + self.phase.steps
@@ -255,42 +196,78 @@ class Trainer:
     def total(self) -> int:
         return sum(phase.steps for phase in self.phases)
 
+    @property
+    def state_bytes(self) -> int:
+        """Of a state of this phase."""
+        players = list(self.players.values())
+        best = sum(p.numel() * p.element_size() for p in players[0].params) if self.config.keep == "best" else 0
+        parts = getattr(self.method, "extra_state", {}).values()
+        extra = sum(t.numel() * t.element_size() for part in parts for t in tensors_in(part.state_dict()))
+        return sum(player.state_bytes for player in players) + best + extra
+
     def fit(self) -> None:
         """Train through all phases; on SIGTERM or Ctrl-C save and raise Stopped."""
-        with StopRequest().watching() as stop, console.progress(self.total, "training") as bar:
+        with stop.watching(), console.progress(self.total, "training") as bar:
+            stop.request.command = self.run.resume_command
             bar.update(self.step)
             for index in range(self.index, len(self.phases)):
                 if index > self.index:
                     self.enter(index)
-                self.fit_phase(stop, bar)
+                self.fit_phase(bar)
                 self.leave()
         self.save()
 
-    def fit_phase(self, stop: StopRequest, bar: Any) -> None:
+    def fit_phase(self, bar: Any) -> None:
+        if self.owed:
+            self.watch()
+            self.halt()
         while self.step < self.end:
             began = time.monotonic()
             row = self.train_step()
-            self.step += 1
+            self.step, self.owed = self.step + 1, True
             self.elapsed_s += time.monotonic() - began
             self.fit_budget()
             bar.update(1, loss=row["loss"])
             self.latest |= row
             if self.step % 10 == 0 or self.step == self.end:
                 self.log(self.latest)
-            if stop.exit_code is not None:
-                self.save()
-                raise Stopped(
-                    f"stopped at step {self.step} of {self.total}; the state is in {self.run.state_folder}",
-                    f"go on with: fastdiff {self.run.command} --config {self.run.folder / 'config.toml'}",
-                    exit_code=stop.exit_code,
-                )
             if self.step % self.config.save_every == 0 and self.step < self.total:
                 self.save()
-            if self.preview and self.config.preview_every and self.step % self.config.preview_every == 0:
-                with self.averaged():
-                    self.preview(self.step)
-            if self.config.eval_every and self.step % self.config.eval_every == 0 and self.evaluate():
+            self.watch()
+            self.halt()
+
+    def watch(self) -> None:
+        """Preview and measurement after a step; what a stop cuts short, the resumed run makes again."""
+        due = lambda every: every and self.step % every == 0
+        if self.preview and due(self.config.preview_every):
+            with self.averaged():
+                if not self.leading(lambda: self.preview(self.step) or True):
+                    return
+        if due(self.config.eval_every):
+            over = self.evaluate()
+            if over is None:
+                return
+            if over:
                 self.phase.steps = self.step - self.phase.start
+        self.owed = False
+
+    def halt(self) -> None:
+        """Where any process was asked to stop, all save and stop."""
+        try:
+            stop.meet()
+        except Stopped:
+            if self.saved != (self.step, self.index):
+                self.save()
+            told = f"stopped at step {self.step} of {self.total}; the state is in {self.run.state_folder}"
+            raise stop.stopped(told) from None
+
+    def leading(self, work: Callable[[], Any]) -> Any:
+        """What the first process finds, told to all; None where a stop cut it short. A split network needs all to work."""
+        found = None
+        if self.sharded or processes.first():
+            with suppress(Stopped), stop.together() if self.sharded else nullcontext():
+                found = work()
+        return processes.agreed(found)
 
     def fit_budget(self) -> None:
         """Once a phase, when its pace is known: as many steps as fit in its part of the time that is left."""
@@ -298,27 +275,24 @@ class Trainer:
         if self.budget_s is None or phase.settled or done < self.PACED:
             return
         left = (self.budget_s - self.entered_s) * phase.steps / sum(p.steps for p in self.phases[self.index :])
-        fits = torch.tensor(int(left / ((self.elapsed_s - self.entered_s) / done)), device=self.device)
+        fits = processes.agreed(int(left / ((self.elapsed_s - self.entered_s) / done)))  # one clock decides for all
         phase.settled = True
-        if self.accelerator.num_processes > 1:  # one clock decides for all
-            from accelerate.utils import broadcast
-
-            fits = broadcast(fits)
         if fits < phase.steps:
-            phase.steps = max(int(fits), done)
+            phase.steps = max(fits, done)
             console.info(f"--max-time {self.config.max_time}: {phase.steps} steps {phase.name}".rstrip())
 
     def leave(self) -> None:
         """The phase is over: what it made is written, and the next one goes on from that."""
         with self.exported():
-            if self.measure and self.phase.exports and self.config.eval_every and self.step % self.config.eval_every:
-                found = self.measure()
+            late = self.config.eval_every and self.step % self.config.eval_every
+            if self.measure and self.phase.exports and late and (found := self.leading(self.measure)):
                 self.log({"step": self.step - 1, **found})
                 console.info(f"{self.phase.name or 'end'}: drift {found['drift']:.3f}")
             if self.finished and self.phase.exports:
-                self.finished(self.phase)
+                self.leading(lambda: self.finished(self.phase))
             params = next(iter(self.players.values())).params
             made = [p.detach().clone() for p in params] if self.index + 1 < len(self.phases) else []
+        self.halt()
         with torch.no_grad():
             for p, value in zip(params, made, strict=False):
                 p.copy_(value)
@@ -329,15 +303,17 @@ class Trainer:
 
         so that a turn's update is made before any micro-batch starts the next turn. Returns the logged figures.
         """
-        seed = seed_for(self.config.seed, self.accelerator.process_index, self.step)
-        torch.manual_seed(seed)
+        seed = rng.seed_for(self.config.seed, self.accelerator.process_index, self.step)
+        rng.reseed(seed)
         generator = torch.Generator().manual_seed(seed)
         n = self.config.grad_accum
         batches = [self.data.batch(self.config.batch_size, generator).to(self.device) for _ in range(n)]
         turns = [self.method.losses(batch, self.step) for batch in batches]
         row: dict[str, float] = {"step": self.step, "loss": 0.0}
+        bad: dict[str, str] = {}
         while True:
             moved: list[str] = []
+            found: dict[str, float] = {}
             for turn in turns:
                 with self.accelerator.autocast():
                     players = next(turn, {})
@@ -345,55 +321,70 @@ class Trainer:
                 for who in moved:
                     player, terms = self.players[who], players.pop(who)  # nothing may hold a graph longer than it is needed
                     loss = sum(terms.values()) / n
-                    player.scaler.scale(loss).backward(inputs=player.params)
+                    player.backward(loss, self.players.values())
                     for name, value in terms.items():
                         row[f"{who}/{name}"] = row.get(f"{who}/{name}", 0.0) + value.item() / n
+                    found[who] = found.get(who, 0.0) + loss.item()
                     row["loss"] += loss.item()
                     del terms, loss
             if not moved:
-                return row
+                break
             for who in moved:
-                row[f"{who}/grad_norm"] = self.update(self.players[who])
+                row[f"{who}/grad_norm"], problem = self.update(self.players[who], found[who])
+                bad |= {who: problem} if problem else {}
             self.method.updated(self.step)
+        if bad:
+            self.skipped(bad, batches)
+        return row
 
-    def update(self, player: Player) -> float:
-        """Average gradients over processes, clip, step; a non-finite step is skipped, ten in a row end the run."""
-        config = self.config
-        done = self.step - self.phase.start
-        rate = player.lr * min(1.0, (done + 1) / max(1, config.warmup))
-        if config.lr_schedule == "cosine":
-            rate *= 0.5 + 0.5 * torch.cos(torch.tensor(done / self.phase.steps * torch.pi)).item()
-        for group in player.optimizer.param_groups:
-            group["lr"] = rate
-        player.scaler.unscale_(player.optimizer)
-        if self.accelerator.num_processes > 1:
-            flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in player.params]), "mean")
-            for p, g in zip(player.params, flat.split([p.numel() for p in player.params]), strict=True):
-                p.grad.copy_(g.view_as(p))
-        norm = nn.utils.clip_grad_norm_(player.params, config.max_grad_norm)
-        if norm.isfinite():
-            self.bad_steps = 0
-            player.scaler.step(player.optimizer)
-            if player.ema:
-                player.ema.update()
-        elif not player.scaler.is_enabled():  # with fp16 an overflow is how the scale is found
-            self.bad_steps += 1
-            console.warn(f"step {self.step}: the gradient is not finite; skipped")
-            if self.bad_steps >= self.MAX_BAD_STEPS:
-                raise RuntimeError(f"{self.bad_steps} bad steps in a row; the last good state is in {self.run.state_folder}")
-        player.scaler.update()
-        player.optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+    def update(self, player: Player, loss: float) -> tuple[float, str]:
+        """Average gradients over processes, clip, step, unless loss or norm is not finite on any: (norm, what is not)."""
+        player.set_rate(self.step - self.phase.start, self.phase.steps)
+        player.synchronise(self.accelerator)
+        norm = player.clip().item()
+        wrong = ("", "gradient", "loss")  # a loss goes before the gradient that it makes
+        problem = wrong[processes.highest(2 if not math.isfinite(loss) else 1 if not math.isfinite(norm) else 0)]
+        if not problem:
+            player.step()
+        elif problem == "gradient" and player.finding_scale:
+            problem = ""
+        player.finish()
+        if self.sharded:
+            sharding.gather_none(self.method)
+        return norm, problem
 
-    def evaluate(self) -> bool:
-        """Measure the student as it would be exported and keep it if it is the best so far; True where it is time to stop."""
+    def skipped(self, bad: dict[str, str], batches: list[Batch]) -> None:
+        """Tell what was wrong with a step, and on which items; so many in a row end the run."""
+        name = getattr(self.data, "key", str)
+        mine = [name(i) for batch in batches if batch.items is not None for i in batch.items.tolist()]
+        items = [key for keys in processes.every(mine) for key in keys]
+        what = ", ".join(f"{problem} of {who}" for who, problem in bad.items())
+        console.warn(f"step {self.step}: {what} not finite; skipped; items {' '.join(items)}")
+        if self.accelerator.is_main_process:
+            self.run.log({"step": self.step, "skipped": bad, "items": items, "time": round(time.time(), 3)})
+        for who in bad:
+            player = self.players[who]
+            player.bad_steps += 1
+            if player.bad_steps >= self.config.max_bad_steps:
+                raise Failed(
+                    f"step {self.step}: {player.bad_steps} bad steps of {who} in a row (--max-bad-steps)",
+                    f"{self.run.states.kept()}; go on from it with a lower --lr and --resume {self.run.folder}",
+                )
+
+    def evaluate(self) -> bool | None:
+        """Measure the student as it would be exported and keep it if it is the best so far; True where it is time to end,
+
+        None where a stop cut it short.
+        """
         assert self.measure is not None
         player, best = next(iter(self.players.values())), self.best
         with self.averaged():
-            found = self.measure()
+            found = self.leading(self.measure)
+            if found is None:
+                return None
             if found["drift"] < best["drift"]:
                 best |= {"step": self.step, "drift": found["drift"], "worse": 0}
-                best["params"] = [p.detach().cpu().clone() for p in player.params]
+                best["params"] = [sharding.whole(p.detach(), everywhere=True).cpu().clone() for p in player.params]
             else:
                 best["worse"] += 1
         self.log({"step": self.step - 1, **found})
@@ -434,26 +425,19 @@ class Trainer:
             self.accelerator.log(row, step=self.step)
 
     def save(self) -> None:
-        if self.accelerator.is_main_process:
-            extra = {k: v.state_dict() for k, v in getattr(self.method, "extra_state", {}).items()}
-            players = {k: p.state_dict() for k, p in self.players.items()}
-            state = {"step": self.step, "players": players, "extra": extra, "best": self.best, "elapsed_s": self.elapsed_s}
-            state |= {"phase": self.index, "entered_s": self.entered_s, "outputs": self.run.written()}
-            state["lengths"] = [phase.steps if phase.settled else None for phase in self.phases]
-            self.run.save_state(state)
-        self.accelerator.wait_for_everyone()
+        """Write a state, the same whichever process asks."""
+        resume.save(self)
+        self.saved = self.step, self.index
 
     def restore(self, state: dict[str, Any]) -> None:
-        for phase, steps in zip(self.phases, state["lengths"], strict=True):
-            phase.settled = steps is not None and len(self.phases) > 1
-            phase.steps = steps if phase.settled else phase.steps
-        if state["phase"]:
-            self.enter(state["phase"])
-        for k, part in getattr(self.method, "extra_state", {}).items():
-            part.load_state_dict(state["extra"][k])
-        for k, player in self.players.items():
-            player.load_state_dict(state["players"][k])
-        self.step, self.best = state["step"], state["best"]
-        self.elapsed_s, self.entered_s = state["elapsed_s"], state["entered_s"]
-        self.run.outputs = [self.run.folder / name for name in state["outputs"]]
-        self.run.drop_log_after(self.step)
+        """Go on from a state; InputRefused where it is of another network."""
+        resume.restore(self, state)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a nested state."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)

@@ -6,8 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "fastdiff"
 FLOORS = [
     {"console", "schedule"},
-    {"config", "losses"},
-    {"io.recipe", "io.tensors"},
+    {"config", "losses", "processes", "rng"},
+    {"io.recipe", "io.state", "io.tensors", "sharding", "stop"},
     {"io.run", "io.updates", "io.ldm", "io.family", "io.component", "io.download"},
     {"io.layouts", "io.checkpoint"},
     {"io.lora", "io.export"},
@@ -21,6 +21,7 @@ FLOORS = [
     {"data.embedded", "data.folder"},
     {"data.teacher", "data.control"},
     {"data"},
+    {"players", "resume"},
     {"drift", "trainer"},
     {"judge"},
     {"card", "surgery", "decoders", "matching"},

@@ -18,11 +18,12 @@ class Batch:
     uncond: Cond  # B rows
     noise: Tensor | None = None  # (B, C, h, w) that the teacher's sampler turned into `latents`
     pixels: Tensor | None = None  # (B, 3, H, W) in [-1, 1], the VAE's picture of `latents`
+    items: Tensor | None = None  # (B,) which of the data set they are
 
     def to(self, device: torch.device | str) -> "Batch":
         move = lambda v: v.to(device)  # noqa: E731
         noise, pixels = (None if v is None else move(v) for v in (self.noise, self.pixels))
-        return Batch(move(self.latents), self.cond.map(move), self.uncond.map(move), noise, pixels)
+        return Batch(move(self.latents), self.cond.map(move), self.uncond.map(move), noise, pixels, self.items)
 
 
 @dataclass
@@ -76,4 +77,4 @@ class Encoded:
             cond = cond.with_control((self.controls[items].float() / 255).expand(-1, 3, -1, -1))
         noise = None if self.noise is None else self.noise[items].float()
         pixels = None if self.pixels is None else self.pixels[items].float() / 127.5 - 1
-        return Batch(autoencoder.draw(self.moments[items].float(), generator), cond, uncond, noise, pixels)
+        return Batch(autoencoder.draw(self.moments[items].float(), generator), cond, uncond, noise, pixels, items)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff import console
+from fastdiff import console, stop
 from fastdiff.console import UsageError
 from fastdiff.data.batch import Encoded
 from fastdiff.data.folder import square
@@ -66,6 +66,7 @@ def of_samples(vae: nn.Module, data: Encoded, how: Extractor) -> None:
     z, found = data.latents, []
     with console.progress(len(z), "control pictures") as bar:
         for part in z.split(at_once(z.shape[-1])):
+            stop.check()
             found.append(extract(uint8(autoencoder.decode(vae, part.to(vae.device), chunk=len(part))).cpu(), how))
             bar.update(len(part))
     data.controls = torch.cat(found)

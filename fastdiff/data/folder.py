@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdiff import console
+from fastdiff import console, stop
 from fastdiff.console import InputRefused, UsageError
 from fastdiff.data.batch import Encoded
 from fastdiff.io.checkpoint import Checkpoint
@@ -63,6 +63,7 @@ def encode(base: Checkpoint, folder: Path, resolution_px: int, *, device: torch.
     moments, sizes, vae = [], [], base.vae.to(device)
     with console.progress(len(pairs), "encoding images") as bar:
         for path, _ in pairs:
+            stop.check()
             pixels, size = square(path, resolution_px)
             moments.append(autoencoder.encode_moments(vae, pixels[None]).cpu())
             sizes.append(size)

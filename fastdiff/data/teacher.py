@@ -3,14 +3,15 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastdiff import console
-from fastdiff.console import UsageError
+from fastdiff import console, stop
+from fastdiff.console import Stopped, UsageError
 from fastdiff.data import embedded
 from fastdiff.data.batch import Encoded
 from fastdiff.io.checkpoint import Checkpoint, fingerprint
@@ -111,11 +112,11 @@ class Shards:
         missing = [k for k, rows in wanted.items() if len(self.read(k)["noise"]) < rows]
         mine = missing[state.process_index :: state.num_processes]
         if mine:
-            with console.progress(sum(wanted[k] for k in mine), "sampling the teacher") as bar:
+            with suppress(Stopped), console.progress(sum(wanted[k] for k in mine), "sampling the teacher") as bar:
                 for k in mine:
                     self.extend(k, wanted[k])
                     bar.update(wanted[k])
-        state.wait_for_everyone()
+        stop.meet()  # a stop of one process is one of all
         parts = [self.read(k) for k in wanted]
         noise, latents = (torch.cat([part[name] for part in parts])[:n] for name in ("noise", "latents"))
         return noise, latents

@@ -1,28 +1,15 @@
-"""The run folder: resolved config, metrics, previews, and a resumable state that is either whole or absent."""
+"""The run folder: resolved config, metrics, previews, weights, and the states to go on from."""
 
 import json
-import os
-import shutil
+import shlex
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastdiff.console import InputRefused, sha256
-
-MANIFEST = "manifest.json"
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Whole or not at all: temporary file in the same folder, fsync, one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with staged.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+from fastdiff.console import DoesNotFit, jsonable
+from fastdiff.io.state import FULL, States, write_atomic
 
 
 @dataclass
@@ -36,6 +23,15 @@ class Run:
     @property
     def state_folder(self) -> Path:
         return self.folder / "state"
+
+    @cached_property
+    def states(self) -> States:
+        return States(self.state_folder)
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with this run."""
+        return shlex.join(["fastdiff", self.command, "--config", str(self.folder / "config.toml")])
 
     def wrote(self, path: Path) -> None:
         if path not in self.outputs:
@@ -52,37 +48,32 @@ class Run:
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        path = self.folder / "metrics.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(jsonable(row)) + "\n")
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise DoesNotFit(f"{path}: {error.strerror.lower()}", self.states.kept()) from error
 
-    def drop_log_after(self, step: int) -> None:
-        """A resumed run repeats the steps after its state: their old lines go."""
+    def rows(self) -> int:
+        """How many lines metrics.jsonl has."""
+        path = self.folder / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def drop_log_after(self, step: int, rows: int) -> None:
+        """A resumed run repeats what came after its state, which was at that step with so many lines: the others go."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step]
+            kept = []
+            for line in path.read_text().splitlines()[:rows]:
+                with suppress(ValueError):  # a crash can leave half a line
+                    if json.loads(line)["step"] < step:
+                        kept.append(line)
             write_atomic(path, "".join(line + "\n" for line in kept))
 
-    def save_state(self, state: dict[str, Any]) -> None:
-        """Staged beside the old state, hashed, manifest last, then swapped by rename."""
-        staged = self.folder / f".state.{os.getpid()}.tmp"
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        torch.save(state, staged / "state.pt")
-        with (staged / "state.pt").open("rb") as file:
-            os.fsync(file.fileno())
-        write_atomic(staged / MANIFEST, json.dumps({"step": state["step"], "state.pt": sha256(staged / "state.pt")}))
-        old = self.folder / f".state.{os.getpid()}.old"
-        if self.state_folder.exists():
-            self.state_folder.rename(old)
-        staged.rename(self.state_folder)
-        shutil.rmtree(old, ignore_errors=True)
-
     def load_state(self) -> dict[str, Any] | None:
-        """The saved state, or None where there is none; a damaged one is refused by name."""
-        manifest = self.state_folder / MANIFEST
-        if not manifest.exists():
-            return None
-        path = self.state_folder / "state.pt"
-        if not path.exists() or sha256(path) != json.loads(manifest.read_text())["state.pt"]:
-            raise InputRefused(f"{path}: damaged (its hash is not the manifest's)", "start again with --resume never")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        """The newest whole state, or None where there is none."""
+        found = self.states.newest()
+        return None if found is None else self.states.load(found)

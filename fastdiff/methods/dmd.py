@@ -31,10 +31,11 @@ from fastdiff.matching import Scores, start_from
 from fastdiff.models import perceptual
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Head
+from fastdiff.rng import seed_for
 from fastdiff.schedule import NoiseSchedule, Prediction
 from fastdiff.session import train, write_student
 from fastdiff.solvers import simulate
-from fastdiff.trainer import Losses, TrainConfig, Turn, seed_for
+from fastdiff.trainer import Losses, TrainConfig, Turn
 
 # Rows are families; a row family:recipe lies over its family's.
 DMD2 = dict(lambda_reg=0.0, fake_steps_per_gen=5, num_steps=4)  # DMD2 sections 4.2, 4.5

@@ -27,7 +27,8 @@ from fastdiff.data import Batch
 from fastdiff.io import checkpoint
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
-from fastdiff.io.run import Run, write_atomic
+from fastdiff.io.run import Run
+from fastdiff.io.state import write_atomic
 from fastdiff.models import adapters, unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.session import default_folder, train, write_student

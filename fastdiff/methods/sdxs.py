@@ -64,6 +64,8 @@ class Config(SegmentedConfig):
         super().__post_init__()
         if self.match_steps + self.gan_steps > self.steps:
             raise UsageError(f"--steps {self.steps}: less than --match-steps and --gan-steps together")
+        if self.shard and self.gan_steps and self.student == "full" and not self.style_lora:
+            raise UsageError("--shard: no LoRA goes onto split weights", "leave out --gan-steps, or --student lora")
         if self.style_lora and not self.init:
             raise UsageError("--style-lora: is for a student of one step", "give its checkpoint as --init")
 

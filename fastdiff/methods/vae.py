@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff import console, decoders, losses
+from fastdiff import console, decoders, losses, stop
 from fastdiff.card import write_vae_card
 from fastdiff.config import Range
 from fastdiff.console import Result, UsageError
@@ -226,6 +226,7 @@ def decode_once(base: Checkpoint, data: Encoded, device: torch.device) -> None:
     with console.progress(len(mean), "decoding pictures") as bar:
         found = []
         for part in mean.split(at_once(mean.shape[-1])):
+            stop.check()
             found.append(uint8(autoencoder.decode(base.vae, part.float().to(device), chunk=len(part))).cpu())
             bar.update(len(part))
     data.pixels = torch.cat(found)

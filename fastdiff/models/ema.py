@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fastdiff.sharding import local, placed
+
 
 class EMA:
     """shadow <- decay * shadow + (1 - decay) * parameter, after every optimiser step; fp32.
@@ -24,7 +26,7 @@ class EMA:
         self.updates += 1
         self.follow()
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warm else self.decay
-        torch._foreach_lerp_(self.shadow, [p.detach().float() for p in self.parameters], 1 - decay)
+        torch._foreach_lerp_(local(self.shadow), [p.detach().float() for p in local(self.parameters)], 1 - decay)
 
     def follow(self) -> None:
         """To the device of the parameters, should they have moved."""
@@ -42,16 +44,24 @@ class EMA:
 
     def load_state_dict(self, state: dict) -> None:
         self.updates = state["updates"]
-        torch._foreach_copy_(self.shadow, [s.to(self.shadow[0].device) for s in state["shadow"]])
+        values = [placed(s, mine) for s, mine in zip(state["shadow"], self.shadow, strict=True)]
+        torch._foreach_copy_(local(self.shadow), local(values))
+
+    def repoint(self, moved: dict[nn.Parameter, nn.Parameter]) -> None:
+        """The same average of parameters that have been split over processes."""
+        self.parameters = [moved.get(p, p) for p in self.parameters]
+        self.shadow = [placed(s, p) for s, p in zip(self.shadow, self.parameters, strict=True)]
 
 
 @contextmanager
 @torch.no_grad()
 def swapped(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
     """Those values in the parameters; afterwards their own again, bit-exactly."""
-    kept = [p.detach().clone() for p in parameters]
-    torch._foreach_copy_([p.data for p in parameters], [v.to(p.device) for v, p in zip(values, parameters, strict=True)])
+    values = [placed(v, p) for v, p in zip(values, parameters, strict=True)]
+    inside = [p.data for p in local([p.detach() for p in parameters])]
+    kept = [p.clone() for p in inside]
+    torch._foreach_copy_(inside, local(values))
     try:
         yield
     finally:
-        torch._foreach_copy_([p.data for p in parameters], kept)
+        torch._foreach_copy_(inside, kept)

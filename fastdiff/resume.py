@@ -1,0 +1,141 @@
+"""What a run saves of itself, how it goes on from that, and whether a changed config may."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fastdiff import console, processes, rng, sharding
+from fastdiff.config import options
+from fastdiff.console import Failed, InputRefused, UsageError
+from fastdiff.io.run import Run
+from fastdiff.io.state import manifest_of
+
+# What another value of makes no other run: where it writes, how long, how it is watched, on what it runs.
+FREE = {
+    *("output", "resume", "save_every", "keep_states", "preview_every", "eval_every", "keep", "patience", "tracker", "proof"),
+    *("steps", "max_time", "max_bad_steps", "device", "gradient_checkpointing", "shard", "allow_pickle"),
+}
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """The options of a config by name, as JSON keeps them."""
+    return console.jsonable({o.name: getattr(config, o.name) for o in options(type(config))})
+
+
+def find(run: Run, config: Any) -> dict[str, Any] | None:
+    """The state that --resume asks for, the same on every process; UsageError where there is none or it is another run's."""
+    if config.resume == "never" and not restarted():
+        run.states.superseded |= set(run.states.paths())
+        return None
+    elsewhere = config.resume not in {"auto", "never"}
+    source = Run(Path(config.resume)) if elsewhere else run
+    name, error = None, None
+    if processes.first():  # one process reads and checks the hashes
+        try:
+            path = source.states.newest()
+            if path and not elsewhere:
+                refuse_changes(run, config, manifest_of(path))
+            name = path and path.name
+        except UsageError as found:
+            error = found
+    name, failed = processes.agreed((name, error and str(error)))
+    if failed:
+        raise error or Failed(failed)
+    if elsewhere and source.state_folder != run.state_folder:
+        run.states.superseded |= set(run.states.paths())
+    if name is None:
+        if elsewhere:
+            raise UsageError(f"--resume {config.resume}: no state in that run folder")
+        return None
+    path = source.state_folder / name
+    if not path.exists():
+        raise InputRefused(f"{path}: not on this machine", "all machines need --output on a disk that they share")
+    return source.states.load(path)
+
+
+def restarted() -> bool:
+    """Whether torchrun started these processes again after one failed: the run has begun already."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def refuse_changes(run: Run, config: Any, manifest: dict[str, Any]) -> None:
+    """UsageError where the run in this folder is another command's, or was begun with other options."""
+    if manifest["command"] != run.command:
+        raise UsageError(f"{run.folder}: is a run of {manifest['command']}", "give another --output, or --resume never")
+    now, then = values_of(config), manifest["config"]
+    changed = [k for k in now if k not in FREE and k in then and now[k] != then[k]]
+    if changed:
+        told = ", ".join(f"--{k.replace('_', '-')} {shown(then[k])} (now {shown(now[k])})" for k in changed)
+        raise UsageError(
+            f"{run.folder}: its run was begun with {told}",
+            f"repeat them, or --resume {run.folder} to go on with the new ones, or --resume never to begin anew",
+        )
+
+
+def shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def save(trainer: Any) -> None:
+    """Write a trainer's state; every process has a part in it."""
+    method, run = trainer.method, trainer.run
+    own = {"rng": rng.state_dict()}
+    if hasattr(trainer.data, "state_dict"):
+        own["data"] = trainer.data.state_dict()
+    state = {
+        "step": trainer.step,
+        "players": {k: p.state_dict() for k, p in trainer.players.items()},
+        "extra": {k: v.state_dict() for k, v in getattr(method, "extra_state", {}).items()},
+        "best": trainer.best,
+        "latest": trainer.latest,
+        "elapsed_s": trainer.elapsed_s,
+        "entered_s": trainer.entered_s,
+        "phase": trainer.index,
+        "lengths": [phase.steps if phase.settled else None for phase in trainer.phases],
+        "owed": trainer.owed,
+        "outputs": run.written(),
+        "rows": run.rows(),
+        "parent": getattr(method, "parent", None),
+        "processes": processes.every(own),
+    }
+    state, error = sharding.whole(state), None
+    if processes.first():
+        try:
+            config = values_of(trainer.config)
+            run.states.save(state, trainer.config.keep_states, command=run.command, config=config)
+        except UsageError as found:
+            error = found
+    if failed := processes.agreed(error and str(error)):
+        raise error or Failed(failed)
+
+
+def restore(trainer: Any, state: dict[str, Any]) -> None:
+    """Put a fresh trainer where the state was; InputRefused where it is of another network."""
+    method, run = trainer.method, trainer.run
+    if state["parent"] != getattr(method, "parent", None):
+        raise InputRefused(f"{run.folder}: its state is of another base", "give the same --base, or --resume never")
+    for phase, steps in zip(trainer.phases, state["lengths"], strict=True):
+        phase.settled = steps is not None and len(trainer.phases) > 1
+        phase.steps = steps if phase.settled else phase.steps
+    if state["phase"]:
+        trainer.enter(state["phase"])
+    for k, part in getattr(method, "extra_state", {}).items():
+        part.load_state_dict(state["extra"][k])
+    for k, player in trainer.players.items():
+        try:
+            player.load_state_dict(state["players"][k])
+        except (KeyError, ValueError) as error:
+            raise InputRefused(f"{run.folder}: its state is of other networks ({k}: {error})") from error
+    for name in ("step", "best", "latest", "elapsed_s", "entered_s", "owed"):
+        setattr(trainer, name, state[name])
+    if len(state["processes"]) == processes.count():
+        own = state["processes"][trainer.accelerator.process_index]
+        rng.load_state_dict(own["rng"])
+        if "data" in own:
+            trainer.data.load_state_dict(own["data"])
+    else:
+        console.info(f"saved by {len(state['processes'])} processes, now {processes.count()}: other noise from here on")
+    run.outputs = [run.folder / name for name in state["outputs"]]
+    if processes.first():
+        run.drop_log_after(trainer.step, state["rows"])

@@ -1,0 +1,142 @@
+"""Full weights split over the processes (FSDP2, torch's fully_shard): each holds its part of parameters, gradients and moments.
+
+A network is sharded block by block; a block is whole only while it runs. States are saved whole, so any number of processes
+goes on from them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import processes
+
+BLOCKS = ("down_blocks", "up_blocks", "transformer_blocks", "resnets")  # lists of modules that are gathered one at a time
+
+
+def is_split(value: Any) -> bool:
+    """Whether it is a DTensor; asked without importing that class."""
+    return hasattr(value, "to_local")
+
+
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """This process's parts, which share their memory."""
+    return [t.to_local() if is_split(t) else t for t in tensors]
+
+
+def placed(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor on the device of another, and split as that one is."""
+    if is_split(value) or not is_split(like):
+        return value.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def whole(value: Any, *, everywhere: bool = False) -> Any:
+    """A nested value with its split tensors gathered on the CPU; empty on all but the first process, unless wanted there.
+
+    All processes must call it.
+    """
+    if is_split(value):
+        full = value.detach().full_tensor()
+        return full.cpu() if everywhere or processes.first() else full.new_empty(0)
+    if isinstance(value, dict):
+        return {k: whole(v, everywhere=everywhere) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(whole(v, everywhere=everywhere) for v in value)
+    return value
+
+
+def networks(method: Any) -> list[nn.Module]:
+    """Everything of a method that is called as one: the networks of its roles, and players that are modules."""
+    found = [v for v in method.players.values() if not isinstance(v, nn.ParameterList | nn.ModuleList)]
+    for part in vars(method).values():
+        found += [net for net in (getattr(part, "net", None), getattr(part, "controlnet", None)) if isinstance(net, nn.Module)]
+    return list(dict.fromkeys(found))
+
+
+def shard(method: Any, device: torch.device) -> int:
+    """Split every network of a method that trains whole, over all processes; returns how many parameters are split."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    trained = {p for net in method.players.values() for p in net.parameters()}
+    mesh, moved = init_device_mesh(device.type, (processes.count(),)), {}
+    for net in networks(method):
+        before = dict(net.named_parameters())
+        if isinstance(net, FSDPModule) or not before or not trained.issuperset(before.values()):
+            continue
+        for name, part in reversed(list(net.named_modules())):  # the innermost first
+            path = name.split(".")
+            if path[-1] == "mid_block" or (len(path) > 1 and path[-2] in BLOCKS):
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        # The root too: its weights may be others at the next call (an averaged target), with no backward pass between.
+        fully_shard(net, mesh=mesh, reshard_after_forward=True)
+        moved |= {old: dict(net.named_parameters())[name] for name, old in before.items()}
+    repoint(method, moved)
+    return sum(p.numel() for net in method.players.values() for p in net.parameters() if is_split(p))
+
+
+def repoint(method: Any, moved: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Whatever the method keeps of the old parameters becomes the new ones."""
+    parts = [method.__dict__, method.players]
+    for part in parts:
+        for name, value in part.items():
+            if isinstance(value, nn.ParameterList):
+                part[name] = nn.ParameterList([moved.get(p, p) for p in value])
+            elif isinstance(value, list) and value and all(isinstance(p, nn.Parameter) for p in value):
+                value[:] = [moved.get(p, p) for p in value]
+            elif hasattr(value, "repoint"):
+                value.repoint(moved)
+
+
+def split_modules(method: Any) -> list[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return [part for net in networks(method) for part in net.modules() if isinstance(part, FSDPModule)]
+
+
+def gather_none(method: Any) -> None:
+    """Free what a pass left whole that ended early: the next one must see the weights as they are by then."""
+    for part in split_modules(method):
+        part.reshard()
+
+
+@contextmanager
+def gathered(method: Any) -> Iterator[None]:
+    """Plain whole copies on the CPU in the places of split networks, on the first process, to be exported. All must call it."""
+    kept: list[tuple[Any, str, nn.Module]] = []
+    copies: dict[nn.Module, nn.Module] = {}
+    for holder, name, net in places(method):
+        if net not in copies:
+            state = whole(net.state_dict())
+            copies[net] = plain(net, state) if processes.first() else net
+        kept.append((holder, name, net))
+    try:
+        for holder, name, net in kept:
+            setattr(holder, name, copies[net])
+        yield
+    finally:
+        for holder, name, net in kept:
+            setattr(holder, name, net)
+
+
+def places(method: Any) -> Iterator[tuple[Any, str, nn.Module]]:
+    """(holder, attribute, network) of every diffusers network of the method that is split, or has parts that are."""
+    for name, part in vars(method).items():
+        for holder, attribute in ((method, name), (part, "net"), (part, "controlnet")):
+            net = getattr(holder, attribute, None)
+            if isinstance(net, nn.Module) and hasattr(net, "from_config") and any(map(is_split, net.parameters())):
+                yield holder, attribute, net
+
+
+def plain(net: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """A network of the same class, before fully_shard changed it, with these weights."""
+    kind = next(c for c in type(net).__mro__ if c.__module__.startswith("diffusers"))
+    with torch.device("meta"):
+        copy = kind.from_config(net.config)
+    copy.load_state_dict(state, assign=True)
+    return copy

@@ -1,0 +1,114 @@
+"""Several processes train what one would: data parallel and sharded, on the CPU (gloo)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ["-m", "torch.distributed.run", "--standalone"]
+
+
+def start(folder, n, *args, launch=()):
+    """tests/together.py with n processes, in that folder."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "FASTDIFF_CACHE": str(folder / "cache")}
+    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+    before = [*LAUNCH, f"--nproc_per_node={n}", *launch] if n > 1 else []
+    command = [sys.executable, *before, str(ROOT / "tests" / "together.py"), *map(str, args)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{name: what each process told}."""
+    folder = tmp_path_factory.mktemp("runs")
+    start(folder, 2, "toy", "two:two", "sharded:sharded:shard", "half:parts:shard:save", "own:own:own", "stopped:stopped:stop")
+    start(folder, 1, "toy", "one:one", "resumed:parts:resume")
+    names = ["one", "two", "sharded", "half", "resumed", "own", "stopped"]
+    return {name: [torch.load(path) for path in sorted(folder.glob(f"{name}-*.pt"))] for name in names}
+
+
+def furthest(a, b):
+    pairs = [(x, y) for k in a["weights"] for x, y in zip(a["weights"][k], b["weights"][k], strict=True)]
+    pairs += zip(a["ema"], b["ema"], strict=True)
+    return max((x - y).abs().max().item() for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_two_processes_equal_one_with_the_same_global_batch(name, runs):
+    (one,), two = runs["one"], runs[name]
+    assert all(r["split"] == [name == "sharded"] * 4 for r in two)
+    assert len(one["noise"]) == 10
+    for i, noise in enumerate(one["noise"]):
+        assert torch.equal(noise, two[i % 2]["noise"][i // 2])
+    print(name, [furthest(one, r) for r in two])
+    assert all(furthest(one, r) < 1e-6 for r in two)
+    assert furthest(*two) == 0
+    assert max((p - q).abs().max() for p, q in zip(one["first"], one["weights"]["student"], strict=True)) > 1e-3  # they learned
+
+
+def test_a_sharded_state_of_two_processes_is_gone_on_from_by_one(runs):
+    """As if that one had trained from the start."""
+    (one,), (resumed,) = runs["one"], runs["resumed"]
+    assert [r["step"] for r in runs["half"]] == [3, 3]
+    assert (resumed["step"], resumed["split"]) == (5, [False] * 4)
+    assert furthest(one, resumed) < 1e-6
+    assert furthest(one, runs["half"][0]) > 1e-3
+
+
+def test_noise_and_items_differ_between_processes_and_first_weights_do_not(runs):
+    a, b = runs["own"]
+    for x, y in zip(a["noise"], b["noise"], strict=True):
+        assert not torch.equal(x, y)
+    assert a["seen"] != b["seen"]
+    assert all(torch.equal(x, y) for x, y in zip(a["first"], b["first"], strict=True))
+    assert furthest(a, b) == 0
+
+
+def test_nan_on_one_process_is_skipped_by_all(runs):
+    assert [(r["error"], r["step"]) for r in runs["own"]] == [(None, 5)] * 2
+    assert all(p.isfinite().all() for p in runs["own"][0]["weights"]["student"])
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(runs):
+    assert [r["step"] for r in runs["stopped"]] == [3, 3]
+    assert all(r["error"].startswith("Stopped: stopped at step 3 of 5") for r in runs["stopped"])
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_dead_process_again_and_the_run_goes_on(tmp_path):
+    done = start(tmp_path, 2, "elastic", "run", launch=["--max-restarts=1"])
+    assert sorted(done.stdout.split("\n"))[-6:] == ["ended at 8"] * 2 + ["started at 0"] * 2 + ["started at 4"] * 2, done.stderr
+
+
+SMALL = "--resolution 64 --pairs 4 --teacher-steps 2 --batch-size 2 --steps 5 --device cpu --prompts prompts.txt --ema 0.5"
+LCM = "train-lcm-lora --num-steps 2 --guidance-min 3 --guidance-max 3"
+DMD = "dmd --recipe dmd2 --student full --fake full --gan-weight 1e-3 --fake-steps-per-gen 2 --lambda-reg 0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "weights"),
+    [
+        (f"{LCM} --full --gradient-checkpointing --preview-every 5", "model/unet"),
+        (f"{LCM} --lora-rank 4", "lcm.safetensors"),
+        (DMD, "model/unet"),
+    ],
+)
+def test_a_command_on_two_processes_writes_what_one_would(command, weights, tiny_sd, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    args = f"{command} --base {tiny_sd} {SMALL} --warmup 0 --lr 1e-4".split()
+    start(tmp_path, 1, "command", *args, "--grad-accum", 2, "-o", "one")
+    start(tmp_path, 2, "command", *args, "--grad-accum", 1, "-o", "two", "--shard")
+    name = weights if weights.endswith("safetensors") else f"{weights}/diffusion_pytorch_model.safetensors"
+    one, two = (load_file(tmp_path / run / name) for run in ("one", "two"))
+    assert one.keys() == two.keys()
+    worst = max((one[k] - two[k]).abs().max().item() for k in one)
+    print(command, worst)
+    assert worst < 1e-6
