@@ -1,8 +1,8 @@
 """The command line. A command is one line of COMMANDS and a module with `Config` (a field is a flag) and `run(config)`.
 
 The module is imported only when its command is named: `fastdiff --help` loads no torch. It may also hold
-`PRESETS` ({family: {field: value}}, applied by the family of `base`), `EXAMPLES` (shown by --help) and `RESUMES` (the same command
-goes on after a stop).
+`PRESETS` ({family: {field: value}}, applied by the family of `base`), `EXAMPLES` (shown by --help) and `RESUMES` (the same
+command goes on after a stop).
 """
 
 import inspect
