@@ -13,6 +13,7 @@ from fastdiff import console, judge
 from fastdiff.assemble import assemble
 from fastdiff.card import fmt
 from fastdiff.data import teacher
+from fastdiff.drift import Drift
 from fastdiff.io import checkpoint, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
@@ -67,6 +68,31 @@ def watched(base: Checkpoint, config: TrainConfig) -> list[str]:
     lines = teacher.read_prompts(Path(config.prompts)) if config.prompts else teacher.default_prompts(base.family)
     n = 64 if base.family == "emoji" else 16
     return [lines[i % len(lines)] for i in range(n)]
+
+
+class Measured:
+    """What --eval-every measures: the drift of a few pictures, and on `emoji` the Frechet distance of a few hundred.
+
+    `score` decides which weights are the best: the drift, and how much further the pictures are from the teacher's than other
+    samples of the teacher, as a part of that distance.
+    """
+
+    JUDGED = 200
+
+    def __init__(self, base: Checkpoint, config: TrainConfig, resolution_px: int, device: torch.device) -> None:
+        self.base, self.device, self.guided = base, device, config.teacher_sampling(base.family)
+        self.drift = Drift(base, watched(base, config), resolution_px, device)
+        self.judge = judge.Judge(base, self.JUDGED, device=device) if base.family == "emoji" else None
+
+    def measure(self, method: Method) -> dict[str, float]:
+        settings = settings_of(method)(method.recipe.num_steps)
+        found = self.drift.measure((method.teacher, self.guided), (method.student, settings))
+        if self.judge is None:
+            return {"score": found["drift"], **found}
+        reference = judge.Reference()
+        row = self.judge.row("student", Sampler(self.base, method.student, self.base.vae, device=self.device), settings)
+        mine, least = (r.figures(reference.moments)["frechet"] for r in (row, reference.best(50, "frechet", self.JUDGED)))
+        return {"score": found["drift"] + mine / least - 1, **found, "frechet": mine, "retrieval": row.hits.mean().item()}
 
 
 def settings_of(method: Method) -> Callable[[int], Settings]:

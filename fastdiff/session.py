@@ -15,13 +15,12 @@ from fastdiff.card import write_card
 from fastdiff.config import to_toml
 from fastdiff.console import DoesNotFit, Result, UsageError
 from fastdiff.data import Encoded, open_data
-from fastdiff.drift import Drift
 from fastdiff.io import export, fitting, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run
 from fastdiff.io.state import room, write_atomic
 from fastdiff.models import adapters
-from fastdiff.proof import Judged, Preview, settings_of, watched
+from fastdiff.proof import Judged, Measured, Preview
 from fastdiff.trainer import Method, Phase, TrainConfig, Trainer, seconds
 
 
@@ -164,6 +163,7 @@ class Session:
             trainer.restore(self.state)
         trainer.preview = lambda step: sheet(run.folder / "previews" / f"{step:06d}.png")
         trainer.measure = measure
+        trainer.improved = lambda: method.export(Run(run.folder / "best", run.command))
 
         def finished(phase: Phase) -> None:
             with sharding.gathered(method) if trainer.sharded else nullcontext():
@@ -199,7 +199,7 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
         preview = Preview(base, config, resolution_px, accelerator.device)
         judged = base.family == "emoji" and config.proof > 0
         judge = Judged(base, config.proof, accelerator.device) if judged else None
-        drift = Drift(base, watched(base, config), resolution_px, accelerator.device) if config.eval_every else None
+        measured = Measured(base, config, resolution_px, accelerator.device) if config.eval_every else None
         data = data_of(base, config, accelerator.device)
         base.release("text_encoders", "tokenizers", "vae")
     base.unet.to(accelerator.device)
@@ -208,14 +208,11 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
         preview.begin(method)
         if judge:
             judge.begin(method)
-    measure = None
-    if drift:
-        guided = config.teacher_sampling(base.family)
-        measure = lambda: drift.measure((method.teacher, guided), (method.student, settings_of(method)(method.recipe.num_steps)))
+    measure = (lambda: measured.measure(method)) if measured else None
     trainer = session.fit(method, data, lambda path: preview.sheet(method, path), measure)
     metrics: dict[str, Any] = {"steps": trainer.step, **getattr(method, "facts", {})}
     if trainer.best["params"]:
-        metrics["best"] = {k: trainer.best[k] for k in ("step", "drift")}
+        metrics["best"] = {k: trainer.best[k] for k in ("step", "score")}
     if not accelerator.is_main_process:
         return Result()
     if judge:

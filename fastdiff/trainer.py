@@ -60,8 +60,8 @@ class TrainConfig(BaseConfig):
     keep_states: Annotated[int, "resumable states that are kept, the newest", Range(1)] = 2
     max_bad_steps: Annotated[int, "skipped steps in a row that end the run: loss or gradient not finite", Range(1)] = 10
     preview_every: Annotated[int, "steps between contact sheets; 0 = only at the end", Range(0)] = 0
-    eval_every: Annotated[int, "steps between measurements of the drift from the teacher; 0 = never", Range(0)] = 0
-    keep: Annotated[Literal["last", "best"], "which weights are exported; best: of the least drift (--eval-every)"] = "last"
+    eval_every: Annotated[int, "steps between measurements of the student; its best weights go to best/; 0 = never", Range(0)] = 0
+    keep: Annotated[Literal["last", "best"], "which weights are exported; best: of the best measurement (--eval-every)"] = "last"
     patience: Annotated[int, "stop after so many measurements without a better one; 0 = never", Range(0)] = 0
     tracker: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], "besides metrics.jsonl"] = "none"
 
@@ -141,7 +141,9 @@ class Trainer:
         self.saved: tuple[int, int] | None = None  # step and phase of the last state
         self.latest: dict[str, float] = {}  # of every logged figure: not every player trains at every step
         self.preview: Callable[[int], None] | None = None
-        self.measure: Callable[[], dict[str, float]] | None = None  # has `drift`, the figure that decides
+        self.measure: Callable[[], dict[str, float]] | None = None  # has `score`, which decides: less is better
+        self.improved: Callable[[], None] | None = None  # called with the best weights so far in place
+        self.shown: dict[str, Any] = {}  # of the last measurement, beside the loss
         self.finished: Callable[[Phase], None] | None = None  # called with the weights to export in place
         self.phases: list[Phase] = getattr(method, "phases", None) or [Phase("", config.steps)]
         self.budget_s = seconds("--max-time", config.max_time)
@@ -176,7 +178,7 @@ class Trainer:
             )
             for k, net in method.players.items()
         }
-        self.best: dict[str, Any] = {"step": 0, "drift": float("inf"), "params": [], "worse": 0}
+        self.best: dict[str, Any] = {"step": 0, "score": float("inf"), "params": [], "worse": 0}
         self.entered_s = self.elapsed_s
 
     def shard(self) -> bool:
@@ -227,7 +229,7 @@ class Trainer:
             self.step, self.owed = self.step + 1, True
             self.elapsed_s += time.monotonic() - began
             self.fit_budget()
-            bar.update(1, loss=row["loss"])
+            bar.update(1, loss=row["loss"], **self.shown)
             self.latest |= row
             if self.step % 10 == 0 or self.step == self.end:
                 self.log(self.latest)
@@ -287,7 +289,7 @@ class Trainer:
             late = self.config.eval_every and self.step % self.config.eval_every
             if self.measure and self.phase.exports and late and (found := self.leading(self.measure)):
                 self.log({"step": self.step - 1, **found})
-                console.info(f"{self.phase.name or 'end'}: drift {found['drift']:.3f}")
+                console.info(f"{self.phase.name or 'end'}: {told(found)}")
             if self.finished and self.phase.exports:
                 self.leading(lambda: self.finished(self.phase))
             params = next(iter(self.players.values())).params
@@ -382,17 +384,17 @@ class Trainer:
             found = self.leading(self.measure)
             if found is None:
                 return None
-            if found["drift"] < best["drift"]:
-                best |= {"step": self.step, "drift": found["drift"], "worse": 0}
+            if found["score"] < best["score"]:
+                best |= {"step": self.step, "score": found["score"], "worse": 0}
                 best["params"] = [sharding.whole(p.detach(), everywhere=True).cpu().clone() for p in player.params]
+                if self.improved and self.phase.exports:
+                    self.leading(self.improved)
             else:
                 best["worse"] += 1
         self.log({"step": self.step - 1, **found})
-        if best["worse"]:
-            more = 100 * (found["drift"] / best["drift"] - 1)
-            console.info(f"drift {found['drift']:.3f}; best at {best['step']}, now worse by {more:.0f} %")
-        else:
-            console.info(f"drift {found['drift']:.3f}, the least so far")
+        since = f"best at {best['step']}, now worse by {100 * (found['score'] / best['score'] - 1):.0f} %"
+        console.info(f"step {self.step}: {told(found)}; {since if best['worse'] else 'the best so far'}")
+        self.shown = {"score": found["score"], "best_at": best["step"]}
         if over := 0 < self.config.patience <= best["worse"]:
             console.info(f"stopped at step {self.step}: {best['worse']} measurements without a better one")
         return over
@@ -432,6 +434,12 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state; InputRefused where it is of another network."""
         resume.restore(self, state)
+
+
+def told(found: dict[str, float]) -> str:
+    """A measurement in a line: the deciding figure, and what it is made of."""
+    parts = ", ".join(f"{name} {found[name]:.3f}" for name in ("drift", "frechet") if name in found)
+    return f"score {found['score']:.3f}" + (f" ({parts})" if parts else "")
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

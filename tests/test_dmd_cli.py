@@ -125,6 +125,9 @@ def test_every_variant(kind, args, train, tmp_path, request):
     if "--keep" in args:
         assert {"drift", "contrast", "saturation", "sharpness"} <= set(rows[-1])
         assert told["metrics"]["best"]["step"] in {1, 2}
+        assert (
+            lora.load(tmp_path / "run" / "best" / Path(told["outputs"][0]["path"]).name).modules.keys() == written.modules.keys()
+        )
 
 
 def test_without_regression_and_gan_no_sample_and_no_picture_is_needed(train, tiny_sd, tmp_path):

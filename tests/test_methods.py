@@ -203,13 +203,13 @@ def test_bad_gradients_are_skipped_and_ten_in_a_row_end_the_run(data, tmp_path, 
 # ---- measuring during training
 
 
-def measured(trainer, drifts):
-    """Each measurement in turn gives the next of these drifts."""
-    left = iter(drifts)
-    trainer.measure = lambda: {"drift": next(left)}
+def measured(trainer, scores):
+    """Each measurement in turn gives the next of these."""
+    left = iter(scores)
+    trainer.measure = lambda: {"score": next(left)}
 
 
-def test_the_weights_of_the_least_drift_are_exported_and_survive_a_resume(data, tmp_path):
+def test_the_best_weights_are_exported_and_survive_a_resume(data, tmp_path):
     trainer, _ = trainer_of("train-lcm-lora", data, tmp_path, steps=6, eval_every=2, keep="best", ema=0.5)
     measured(trainer, [0.5, 0.2, 0.9])
     seen = {}
@@ -221,8 +221,12 @@ def test_the_weights_of_the_least_drift_are_exported_and_survive_a_resume(data, 
         return real()
 
     trainer.evaluate = spy
+    kept = []
+    trainer.improved = lambda: kept.append((trainer.step, weights(trainer)["student"]))
     trainer.fit()
-    assert (trainer.best["step"], trainer.best["drift"], trainer.best["worse"]) == (4, 0.2, 1)
+    assert [step for step, _ in kept] == [2, 4]
+    assert all(torch.equal(a, b) for a, b in zip(kept[-1][1], seen[4], strict=True))
+    assert (trainer.best["step"], trainer.best["score"], trainer.best["worse"]) == (4, 0.2, 1)
     second, _ = trainer_of("train-lcm-lora", data, tmp_path, steps=6, eval_every=2, keep="best", ema=0.5)
     second.restore(second.run.load_state())
     for one in (trainer, second):
@@ -234,7 +238,7 @@ def test_the_weights_of_the_least_drift_are_exported_and_survive_a_resume(data, 
     last.restore(last.run.load_state())
     with last.exported():
         assert all(torch.equal(a, b) for a, b in zip(seen[6], weights(last)["student"], strict=True))
-    assert [row["drift"] for row in rows(tmp_path) if "drift" in row] == [0.5, 0.2, 0.9]
+    assert [row["score"] for row in rows(tmp_path) if "score" in row] == [0.5, 0.2, 0.9]
 
 
 def test_a_run_that_only_gets_worse_is_stopped(data, tmp_path, capsys):
@@ -243,7 +247,7 @@ def test_a_run_that_only_gets_worse_is_stopped(data, tmp_path, capsys):
     trainer.fit()
     assert trainer.step == 3
     err = capsys.readouterr().err
-    assert "drift 0.750; best at 1, now worse by 50 %" in err
+    assert "score 0.750; best at 1, now worse by 50 %" in err
     assert "stopped at step 3" in err
 
 

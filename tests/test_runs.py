@@ -357,7 +357,7 @@ def test_a_stop_in_a_preview_or_measurement_ends_it_and_the_resumed_run_makes_it
                     os.kill(os.getpid(), signal.SIGTERM)
                 stop.check()
             made.append((what, trainer.step))
-            return {"drift": 1.0 / trainer.step}
+            return {"score": 1.0 / trainer.step}
 
         trainer.preview, trainer.measure = lambda step: work("preview"), lambda: work("measure")
         return trainer, made
