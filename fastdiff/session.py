@@ -12,7 +12,7 @@ from fastdiff import console, evaluate
 from fastdiff.card import write_card
 from fastdiff.config import to_toml
 from fastdiff.console import Result, UsageError
-from fastdiff.data import Encoded, open_data
+from fastdiff.data import Data, Framing, open_data
 from fastdiff.io import export, fitting, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run, write_atomic
@@ -21,7 +21,7 @@ from fastdiff.proof import Judged, Preview, settings_of, watched
 from fastdiff.trainer import Method, Phase, TrainConfig, Trainer, seconds
 
 
-def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Encoded:
+def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Data:
     """What the options of a training command ask for, encoded; who samples it wears a method's `teacher_loras`."""
     if worn := [lora.parse_spec(spec, 1.0) for spec in getattr(config, "teacher_loras", [])]:
         base = config.open_base(base.dtype)  # another one: the method's own stays as it is
@@ -36,6 +36,8 @@ def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Enco
         device=device,
         sampling=config.teacher_sampling(base.family),
         wants=config.wants,
+        framing=Framing(config.resolution or base.resolution_px, config.buckets, config.random_crops, config.flip),
+        max_images=config.max_images,
     )
     data.empty_prompts = config.empty_prompts
     return data
@@ -116,7 +118,7 @@ class Session:
     def fit(
         self,
         method: Method,
-        data: Encoded,
+        data: Data,
         sheet: Callable[[Path], None],
         measure: Callable[[], dict[str, float]] | None = None,
     ) -> Trainer:

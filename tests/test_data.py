@@ -80,7 +80,7 @@ def test_folder_with_text_files_and_with_a_table(tiny_sdxl, tmp_path):
         (tmp_path / f"{i}.txt").unlink()
     rows = [json.dumps({"file_name": f"{i}.png", "text": "same"}) for i in range(2)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
-    assert [c for _, c in folder.captioned(tmp_path)] == ["same", "same"]
+    assert list(folder.Folder(tmp_path).captions.values()) == ["same", "same"]
 
 
 def test_folder_mistakes_are_named(tmp_path):

@@ -13,6 +13,7 @@ from fastdiff import console
 from fastdiff.console import UsageError
 from fastdiff.data import embedded
 from fastdiff.data.batch import Encoded
+from fastdiff.data.store import Share, cache_folder
 from fastdiff.io.checkpoint import Checkpoint, fingerprint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
@@ -41,10 +42,6 @@ def default_prompts(family: str) -> list[str]:
     kinds = torch.multinomial(torch.tensor(embedded.CAPTION_WEIGHTS), len(pairs), replacement=True, generator=g).tolist()
     lines = [embedded.caption(p, None if k % 2 else b, coarse=k > 1) for (p, b), k in zip(pairs, kinds, strict=True)]
     return [lines[i] for i in torch.randperm(len(lines), generator=g)]
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("FASTDIFF_CACHE", Path.home() / ".cache" / "fastdiff"))
 
 
 def encode(
@@ -104,18 +101,16 @@ class Shards:
 
     def first(self, n: int) -> tuple[Tensor, Tensor]:
         """Noise and latents (n, C, h, w), fp16; those that are not there yet are sampled."""
-        from accelerate import PartialState
-
-        state = PartialState()
+        share = Share(self.folder)
         wanted = {k: min(self.SIZE, n - k * self.SIZE) for k in range(-(-n // self.SIZE))}
         missing = [k for k, rows in wanted.items() if len(self.read(k)["noise"]) < rows]
-        mine = missing[state.process_index :: state.num_processes]
+        mine = [k for k in missing if share.mine(k)]
         if mine:
             with console.progress(sum(wanted[k] for k in mine), "sampling the teacher") as bar:
                 for k in mine:
                     self.extend(k, wanted[k])
                     bar.update(wanted[k])
-        state.wait_for_everyone()
+        share.wait()
         parts = [self.read(k) for k in wanted]
         noise, latents = (torch.cat([part[name] for part in parts])[:n] for name in ("noise", "latents"))
         return noise, latents
