@@ -11,11 +11,17 @@ def shown(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.{1 if size < 2**27 else 0}f} MiB"
 
 
+def nearest(folder: Path) -> Path:
+    """The folder, or where it will be made."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
 def free_bytes(folder: Path) -> int:
     """What is free where the folder is, or will be."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(nearest(folder)).free
 
 
 def require(folder: Path, size: float, what: str, hint: str = "") -> None:

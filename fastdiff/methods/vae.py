@@ -188,6 +188,10 @@ def distance_of(config: Config, family: str) -> nn.Module | None:
         return None
 
 
+def open_method(base: Checkpoint, config: Config) -> TinyVAE:
+    return TinyVAE(base, config, distance_of(config, base.family))
+
+
 def run(config: Config) -> Result:
     """The `distill-vae` command."""
     session = open_session("distill-vae", config)
