@@ -14,6 +14,21 @@ from fastdiff.models import adapters
 SMALL = ["--resolution", 64, "--batch-size", 4, "--grad-accum", 2, "--lora-rank", 16, "--no-gradient-checkpointing", "--no-probe"]
 
 
+walk, walked = footprint.of_unet, {}
+
+
+@pytest.fixture(autouse=True)
+def once(monkeypatch):
+    """Each network is walked once for all tests."""
+
+    def cached(base, *given):
+        key = base.ref, *given
+        walked[key] = walked.get(key) or walk(base, *given)
+        return walked[key]
+
+    monkeypatch.setattr(footprint, "of_unet", cached)
+
+
 def memory(monkeypatch, size):
     monkeypatch.setattr(plan, "memory_bytes", lambda device: size)
 
@@ -63,7 +78,6 @@ def test_without_a_probe_smaller_settings_are_proposed_until_one_fits(fastdiff, 
     assert sizes[0] > sizes[1] > sizes[2] > sizes[5] > sizes[6] > sizes[7]
     assert "as given" not in str(told["warnings"])
     for index in (1, 5, 7):
-        monkeypatch.undo()
         memory(monkeypatch, (sizes[index] + 1) / plan.FREE_PART)
         code, told = fastdiff(*given)
         assert code == 0
@@ -80,7 +94,7 @@ def test_exit_4_where_nothing_fits(fastdiff, tiny_sd, monkeypatch):
     assert code == 4
     assert "no setting fits" in told["error"]["message"]
     assert not any(row["fits"] for row in told["metrics"]["settings"])  # the figures are there all the same
-    monkeypatch.undo()
+    memory(monkeypatch, 2**40)
     monkeypatch.setattr(disk, "free_bytes", lambda folder: 1000)
     code, told = fastdiff("plan", "train-lcm-lora", "--base", tiny_sd, *SMALL)
     assert code == 4

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fastdiff import console
-from fastdiff.console import UsageError
+from fastdiff.console import InputRefused, UsageError
 from fastdiff.data import embedded
 from fastdiff.data.batch import Encoded
 from fastdiff.data.store import Share, cache_folder
+from fastdiff.io import disk
 from fastdiff.io.checkpoint import Checkpoint, fingerprint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
@@ -73,9 +75,22 @@ def encode(
             console.warn(f"--pairs {pairs}: only that many of the {len(prompts)} prompts are used")
         sampler = Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae, device=device)
         noise, latents = Shards(sampler, settings, prompts, texts[row], uncond, seed, resolution_px).first(pairs)
+        good = finite(latents, [prompts[i % len(prompts)] for i in range(pairs)])
+        noise, latents, of = noise[good], latents[good], of[good]
         moments = torch.cat([latents, torch.zeros_like(latents)], 1)  # samples, not posteriors: no spread
     sizes = None if texts.time_ids is None else texts.time_ids[of]
     return Encoded(moments, texts, of[:, None], torch.ones(1), uncond, sizes, noise=noise)
+
+
+def finite(latents: Tensor, prompts: list[str]) -> Tensor:
+    """The rows (N',) of samples that are finite; the others are counted and named by their prompt."""
+    good = latents.flatten(1).isfinite().all(1)
+    bad = [prompts[i] for i in (~good).nonzero().flatten().tolist()]
+    if len(bad) == len(prompts):
+        raise InputRefused("--data teacher: no sample is finite", "in half precision a network may overflow: --precision fp32")
+    if bad:
+        console.warn(f"--data teacher: {len(bad)} of {len(prompts)} samples are not finite and left out; the first: {bad[0]}")
+    return good.nonzero().flatten()
 
 
 class Shards:
@@ -105,6 +120,11 @@ class Shards:
         wanted = {k: min(self.SIZE, n - k * self.SIZE) for k in range(-(-n // self.SIZE))}
         missing = [k for k, rows in wanted.items() if len(self.read(k)["noise"]) < rows]
         mine = [k for k in missing if share.mine(k)]
+        if missing:
+            size = 2 * 2 * math.prod(self.shape) * sum(wanted[k] for k in missing)
+            hint = "FASTDIFF_CACHE names another folder; fewer --pairs need less"
+            disk.require(self.folder, size, f"{n} samples of the teacher", hint)
+            console.info(f"sampling the teacher takes about {disk.shown(size)} in {self.folder.parent}")
         if mine:
             with console.progress(sum(wanted[k] for k in mine), "sampling the teacher") as bar:
                 for k in mine:
