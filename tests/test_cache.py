@@ -1,10 +1,12 @@
 """Pictures and captions are encoded once: found again by content, in any run; what cannot be used is named and counted."""
 
+import gc
 import json
 import os
 import signal
 import socket
 import traceback
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,6 +92,28 @@ def test_what_is_stored_is_what_vae_and_text_encoders_answer(tiny_sdxl, folder):
     torch.testing.assert_close(data.texts[:2].pooled, told.pooled, atol=2e-3, rtol=2e-3)
     assert data.captions.flatten().tolist() == [0, 1, 0, 1, 0, 1]
     assert data.names == [f"{i}.png" for i in range(6)]
+
+
+def test_the_encoders_are_freed_afterwards(tiny_sd, folder):
+    base = checkpoint.load(str(tiny_sd))
+    encoder = weakref.ref(base.text_encoders[0])
+    open_data(base, str(folder), resolution_px=64, **OPEN)
+    base.release("vae")  # as a run does that does not decode
+    gc.collect()
+    assert encoder() is None
+    assert not {"text_encoders", "tokenizers", "vae", "unet"} & set(vars(base))
+
+
+def test_many_refused_are_listed_in_a_file(tiny_sd, folder, capsys):
+    for i in range(cache.NAMED + 1):
+        (folder / f"bad{i}.png").write_bytes(b"x%d" % i)
+        (folder / f"bad{i}.txt").write_text("x")
+    opened(tiny_sd, folder)
+    err = capsys.readouterr().err
+    assert "bad4.png: not a readable image" in err
+    assert "bad5.png" not in err
+    told = json.loads(Path(err.strip().rsplit("all of them: ", 1)[1]).read_text())
+    assert [name for name, _ in told["refused"]] == [f"bad{i}.png" for i in range(cache.NAMED + 1)]
 
 
 def test_only_what_is_new_is_encoded(tiny_sd, tiny_sdxl, folder, encoded):

@@ -161,34 +161,33 @@ def test_an_alias_without_weights_is_counted_by_the_published_shapes():
 # ---- the arithmetic
 
 
-def test_a_pass_on_shapes_is_a_pass_on_values(tiny_sd, tiny_sdxl):
+def test_a_pass_on_shapes_is_a_pass_on_values(tiny_sdxl):
     """Parameters exactly; what autograd keeps and the operations, as they are counted on a real network."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for path in (tiny_sd, tiny_sdxl):
-        base = checkpoint.load(str(path))
-        told = footprint.of_unet(base, 64, torch.float32, 4, adapters.TARGETS)
-        net = base.unet
-        assert told.parameters == sum(p.numel() for p in net.parameters())
-        trained = adapters.attach(net, 4, 4)
-        assert told.trained == sum(p.numel() for p in trained)
-        kept = {}
+    base = checkpoint.load(str(tiny_sdxl))
+    told = footprint.of_unet(base, 64, torch.float32, 4, adapters.TARGETS)
+    net = base.unet
+    assert told.parameters == sum(p.numel() for p in net.parameters())
+    trained = adapters.attach(net, 4, 4)
+    assert told.trained == sum(p.numel() for p in trained)
+    kept = {}
 
-        def keep(tensor, kept=kept):
-            if not isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor._base, torch.nn.Parameter):
-                kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
-            return tensor
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor._base, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
 
-        cond = footprint.condition(base, 1)
-        extra = {} if cond.pooled is None else {"added_cond_kwargs": {"text_embeds": cond.pooled, "time_ids": cond.time_ids}}
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), FlopCounterMode(display=False) as counter:
-            net(torch.randn(1, 4, 8, 8), torch.tensor([5]), cond.tokens, return_dict=False, **extra)
-        assert told.saved_bytes == pytest.approx(sum(n for n, _ in kept.values()), rel=0.1)
-        assert told.flops == pytest.approx(counter.get_total_flops(), rel=0.1)
-        assert told.checkpointed_bytes < 0.7 * told.saved_bytes
-        full = footprint.of_unet(base, 64, torch.float32, None, adapters.TARGETS)
-        assert full.trained == full.parameters == told.parameters
-        assert footprint.encoding_flops(base, 64) > 0
+    cond = footprint.condition(base, 1)
+    extra = {} if cond.pooled is None else {"added_cond_kwargs": {"text_embeds": cond.pooled, "time_ids": cond.time_ids}}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), FlopCounterMode(display=False) as counter:
+        net(torch.randn(1, 4, 8, 8), torch.tensor([5]), cond.tokens, return_dict=False, **extra)
+    assert told.saved_bytes == pytest.approx(sum(n for n, _ in kept.values()), rel=0.1)
+    assert told.flops == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert told.checkpointed_bytes < 0.7 * told.saved_bytes
+    full = footprint.of_unet(base, 64, torch.float32, None, adapters.TARGETS)
+    assert full.trained == full.parameters == told.parameters
+    assert footprint.encoding_flops(base, 64) > 0
 
 
 def test_the_ladder_keeps_the_batch():

@@ -99,7 +99,7 @@ def encode(
         total = len(listing.rows) + len(listing.refused)
         console.warn(
             f"--data {source.spec}: {len(listing.refused)} of {total} images skipped: {reasons(listing.refused)}; "
-            f"the first: {name}: {why}"
+            f"the first: {name}: {why}" + (f"; all of them: {pictures.index}" if len(listing.refused) > NAMED else "")
         )
     return pictures.encoded(listing.rows)
 
@@ -172,13 +172,14 @@ class Pictures:
     def listed(self, source: Source, most: int | None) -> Listing:
         """What the source holds, all of it encoded; without reading anything where that was done before."""
         identity = source.identity()
-        index = self.store.folder / "sets" / f"{hash_of(identity, source.spec, most, self.framing)}.json"
-        found = Listing.read(index) if identity else None
+        self.index = self.store.folder / "sets" / f"{hash_of(identity, source.spec, most, self.framing)}.json"
+        found = Listing.read(self.index) if identity else None
         if self.share.all(found is not None and all(self.there(digest) for _, digest, _ in found.rows)):
+            console.info(f"{len(found.rows)} images of {source.spec}, encoded before; without {self.index} they are read again")
             return found
         listing = Reading(self, source, most).read()
-        if identity and self.share.rank == 0:
-            listing.write(index)
+        if self.share.rank == 0:
+            listing.write(self.index)
         return listing
 
     def bytes_each(self) -> int:
