@@ -3,6 +3,7 @@
 import http.server
 import io
 import json
+import socket
 import tarfile
 import threading
 import time
@@ -170,6 +171,15 @@ def test_a_slow_stream_without_a_good_image_is_given_up_in_time(opened, tmp_path
     with pytest.raises(InputRefused, match="1 not a readable image"):
         opened(f"wds:{tmp_path}/a.tar")
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_is_given_up_within_half_a_minute(opened):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        with pytest.raises(InputRefused, match="broken tar"):
+            opened(f"wds:http://127.0.0.1:{silent.getsockname()[1]}/{{0..9}}.tar")
+        assert time.monotonic() - began < 30
 
 
 # ---- Hugging Face data sets, offline

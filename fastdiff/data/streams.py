@@ -11,9 +11,10 @@ from fastdiff.data.folder import MISSING
 from fastdiff.data.pictures import CAPTIONS, SUFFIXES, Sample, caption_in, caption_of_json, hash_of
 
 EXTRA = 'pip install "fastdiff[data]"'
-# A server that does not answer, or stops sending, is given up in half a minute; webdataset's own command would take 15.
-CURL = ["curl", "-sfL", "--connect-timeout", "10", "--retry", "2", "--retry-delay", "1", "--speed-limit", "1"]
-CURL += ["--speed-time", "20"]
+# A server that does not answer, or stops sending, is given up within 30 s; webdataset's own command would take 15 minutes.
+# No retry once bytes may have come: they cannot be taken back out of a pipe.
+CURL = ["curl", "-sfL", "--connect-timeout", "10", "--speed-limit", "1", "--speed-time", "20"]
+CURL += ["--retry", "2", "--retry-delay", "1", "--retry-max-time", "5"]
 PIPED_ENDS = [141, 23]  # how curl ends when nobody reads on
 IMAGES = ("image", "img", "picture", "jpg", "png", "webp")  # names of an image column
 BUILDERS = {"imagefolder", "parquet", "arrow", "webdataset", "json"}
