@@ -50,6 +50,10 @@ COMMANDS = [
     Command("inspect", "fastdiff.inspect", "Tell what a file is, what it fits and whether it is safe", "Use"),
 ]  # fmt: skip
 
+# A prefix: `fastdiff plan COMMAND ...` takes that command's own options.
+PLAN = Command("plan", "fastdiff.plan", "Tell memory, disk and hours of a training command on this machine", "Use")
+PLANNED = [c.name for c in COMMANDS if c.panel == "Train"]
+
 PACKAGE = Path(__file__).parent
 SOURCES = "Every option is also a variable (FASTDIFF_STEPS) and a key of --config FILE.toml; flags win."
 # typer carries its own copy of click, or depends on it: either way its parser's errors are these.
@@ -70,6 +74,8 @@ class Call:
     offline: bool = False
     quiet: bool = False
     line: str = ""  # as it was typed, but for --json
+    plan: bool = False  # tell what it would take, and do not run it
+    probe: bool = True
 
 
 class Group(TyperGroup):
@@ -79,11 +85,16 @@ class Group(TyperGroup):
         name, stub, rest = super().resolve_command(ctx, args)
         if stub is None:  # completing an unknown command
             return name, stub, rest
+        planned = name == PLAN.name
+        if planned:
+            if not rest or rest[0] not in PLANNED:
+                return name, stub, rest
+            name, *rest = rest
         console.quiet_libraries(offline="--offline" in rest)
         command = next(c for c in COMMANDS if c.name == name)
         with console.stdout_guard(), console.collecting_warnings():
             module = import_module(command.module)
-        return name, build_command(command, module), rest
+        return f"{PLAN.name} {name}" if planned else name, build_command(command, module, planned=planned), rest
 
 
 def version(value: bool) -> None:
@@ -103,15 +114,23 @@ def build_group() -> Any:
 
     for command in COMMANDS:
         app.command(command.name, help=command.help, rich_help_panel=command.panel)(lambda: None)
+
+    @app.command(PLAN.name, help=PLAN.help, rich_help_panel=PLAN.panel, epilog="fastdiff plan train-lcm-lora --base sdxl")
+    def plan(
+        command: Annotated[str, typer.Argument(help=f"{', '.join(PLANNED)}; its options follow", metavar="COMMAND ...")],
+        json: Annotated[bool, typer.Option("--json", hidden=True)] = False,
+    ) -> None:
+        raise UsageError(f"plan {command}: not a training command", suggestion(command, PLANNED) or ", ".join(PLANNED))
+
     return typer.main.get_command(app)
 
 
-def build_command(command: Command, module: ModuleType) -> Any:
-    """The typer command of a module's Config; invoking it returns a Call."""
+def build_command(command: Command, module: ModuleType, *, planned: bool = False) -> Any:
+    """The typer command of a module's Config; invoking it returns a Call. `planned`: one that only tells what it would take."""
 
     def call(**values: Any) -> Call:
         own = {k.removeprefix("cli_"): values.pop(k) for k in list(values) if k.startswith("cli_")}
-        return Call(command, module, values, **own)
+        return Call(command, module, values, plan=planned, **own)
 
     listed = options(module.Config)
     # The command's own options come first on the help page, the inherited ones after them.
@@ -119,7 +138,7 @@ def build_command(command: Command, module: ModuleType) -> Any:
     ordered = sorted(listed, key=lambda o: o.panel != own_panel)
     rows = family_rows(module, listed)
     parameters = [parameter(o, {family: row[o.name] for family, row in rows.items() if o.name in row}) for o in ordered]
-    call.__signature__ = inspect.Signature([*parameters, *general()])  # typer reads a command's options from here
+    call.__signature__ = inspect.Signature([*parameters, *general(planned)])  # typer reads a command's options from here
     examples = getattr(module, "EXAMPLES", None) or getattr(module, "EPILOG", "")
     app = typer.Typer(rich_markup_mode="rich", add_completion=False)
     # Rich joins lines within a paragraph: each example is its own.
@@ -173,7 +192,7 @@ def shown(value: Any) -> str:
     return ("on" if value else "off") if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def general() -> list[inspect.Parameter]:
+def general(planned: bool = False) -> list[inspect.Parameter]:
     """What every command takes besides its config."""
     rows = [
         ("json", bool, ["--json"], "one JSON object on stdout, also on failure"),
@@ -183,11 +202,15 @@ def general() -> list[inspect.Parameter]:
         ("quiet", bool, ["--quiet", "-q"], "only results, warnings and errors"),
         ("debug", bool, ["--debug"], "show the traceback of an error"),
     ]
+    if planned:
+        rows.append(
+            ("probe", bool, ["--probe/--no-probe"], "take some steps and measure; else arithmetic, which needs no weights")
+        )
     made = []
     for name, kind, flags, text in rows:
         extra: dict[str, Any] = {"metavar": "FILE.toml"} if kind is Path else {}
         info = typer.Option(*flags, help=text, show_default=False, rich_help_panel="General", **extra)
-        default, hint = (None, Path | None) if kind is Path else (False, bool)
+        default, hint = (None, Path | None) if kind is Path else (name == "probe", bool)
         made.append(
             inspect.Parameter(f"cli_{name}", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info])
         )
@@ -256,6 +279,19 @@ def stoppable(call: Call) -> AbstractContextManager[None]:
     return stop.watching(call.line)
 
 
+def typed(call: Call) -> str:
+    """The command line of a call, without the general flags."""
+    words = ["fastdiff", call.command.name, *(["--config", str(call.config)] if call.config else [])]
+    for o in options(call.module.Config):
+        value = call.flags.get(o.name)
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, bool):
+                words.append(o.flag if item else f"--no-{o.flag.removeprefix('--')}")
+            elif item is not None:
+                words += [str(item)] if o.argument else [o.flag, str(item)]
+    return shlex.join(words)
+
+
 def perform(call: Call) -> tuple[Result, str]:
     """Run a call, nothing of it on stdout; returns its result and the text of that for people."""
     with console.stdout_guard(), console.collecting_warnings():
@@ -263,8 +299,12 @@ def perform(call: Call) -> tuple[Result, str]:
         if call.dry_run:
             values = {o.name: getattr(config, o.name) for o in options(type(config))}
             return Result(metrics={"config": values}), to_toml(config).rstrip("\n")
-        with stoppable(call) if hasattr(config, "resume") or getattr(call.module, "RESUMES", False) else nullcontext():
-            result = call.module.run(config)
+        if call.plan:
+            result = import_module(PLAN.module).run(call.command.name, call.module, config, probe=call.probe, typed=typed(call))
+        else:
+            resumes = hasattr(config, "resume") or getattr(call.module, "RESUMES", False)
+            with stoppable(call) if resumes else nullcontext():
+                result = call.module.run(config)
         for path in result.outputs:
             if not Path(path).exists():
                 raise RuntimeError(f"{path} was not written")

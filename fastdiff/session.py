@@ -14,17 +14,17 @@ from fastdiff import console, processes, resume, sharding
 from fastdiff.card import write_card
 from fastdiff.config import to_toml
 from fastdiff.console import DoesNotFit, Result, UsageError
-from fastdiff.data import Encoded, open_data
-from fastdiff.io import export, fitting, lora
+from fastdiff.data import Data, Framing, open_data
+from fastdiff.io import disk, export, fitting, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run
-from fastdiff.io.state import room, write_atomic
+from fastdiff.io.state import write_atomic
 from fastdiff.models import adapters
 from fastdiff.proof import Judged, Measured, Preview
 from fastdiff.trainer import Method, Phase, TrainConfig, Trainer, seconds
 
 
-def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Encoded:
+def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Data:
     """What the options of a training command ask for, encoded; who samples it wears a method's `teacher_loras`."""
     if worn := [lora.parse_spec(spec, 1.0) for spec in getattr(config, "teacher_loras", [])]:
         base = config.open_base(base.dtype)  # another one: the method's own stays as it is
@@ -39,6 +39,8 @@ def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Enco
         device=device,
         sampling=config.teacher_sampling(base.family),
         wants=config.wants,
+        framing=Framing(config.resolution or base.resolution_px, config.buckets, config.random_crops, config.flip),
+        max_images=config.max_images,
     )
     data.empty_prompts = config.empty_prompts
     return data
@@ -78,7 +80,7 @@ def check_room(trainer: Trainer, base: Checkpoint) -> None:
         weights += sum(p.stat().st_size for p in files)  # a whole checkpoint is written
     run, keep = trainer.run, trainer.config.keep_states
     states = trainer.state_bytes * max(1, keep + 1 - len(run.states.paths()))  # the next is written before the oldest goes
-    need, free = states + weights * len(phases), room(run.folder)
+    need, free = states + weights * len(phases), disk.free_bytes(run.folder)
     if need > free:
         raise DoesNotFit(
             f"--output {run.folder}: its disk has {free / 2**30:.2f} GiB free, the run needs {need / 2**30:.2f}: "
@@ -149,7 +151,7 @@ class Session:
     def fit(
         self,
         method: Method,
-        data: Encoded,
+        data: Data,
         sheet: Callable[[Path], None],
         measure: Callable[[], dict[str, float]] | None = None,
     ) -> Trainer:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastdiff import console, processes, resume, rng, sharding, stop
 from fastdiff.config import Range
 from fastdiff.console import Failed, Stopped, UsageError
-from fastdiff.data import Batch, Encoded, Wants
+from fastdiff.data import Batch, Data, Wants
 from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
@@ -32,7 +32,15 @@ class TrainConfig(BaseConfig):
 
     PANEL: ClassVar[str] = "Training"
 
-    data: Annotated[str | None, "emoji, emoji:STYLE, teacher, or a folder of images and captions"] = None
+    data: Annotated[str | None, "emoji, emoji:STYLE, teacher, a folder of images and captions, wds:SHARDS or hf:ID[:SPLIT]"] = (
+        None
+    )
+    max_images: Annotated[
+        int | None, "images that are encoded at most; default: all of a folder, 10000 of wds: and hf:", Range(1)
+    ] = None
+    buckets: Annotated[bool, "keep the shape of pictures: sizes of SDXL's list, about --resolution squared each"] = False
+    random_crops: Annotated[int, "encode so many crops of each picture, at random places; 0 = one at the centre", Range(0)] = 0
+    flip: Annotated[bool, "encode pictures mirrored, too"] = False
     prompts: Annotated[str | None, "prompts for --data teacher, one a line"] = None
     pairs: Annotated[int, "pairs of noise and latents that --data teacher samples", Range(1)] = 256
     teacher_steps: Annotated[int | None, "sampling steps of each; default: the family's", Range(1, 1000)] = None
@@ -134,7 +142,7 @@ class Trainer:
     PREPARED = 48  # samples that a method may look at before training
     PACED = 5  # steps that tell a phase's pace
 
-    def __init__(self, method: Method, data: Encoded, run: Run, config: TrainConfig, accelerator: Any) -> None:
+    def __init__(self, method: Method, data: Data, run: Run, config: TrainConfig, accelerator: Any) -> None:
         self.method, self.data, self.run, self.config, self.accelerator = method, data, run, config, accelerator
         self.device = accelerator.device
         self.step, self.owed = 0, False  # owed: preview and measurement of the last step are still to be made
@@ -308,8 +316,8 @@ class Trainer:
         seed = rng.seed_for(self.config.seed, self.accelerator.process_index, self.step)
         rng.reseed(seed)
         generator = torch.Generator().manual_seed(seed)
-        n = self.config.grad_accum
-        batches = [self.data.batch(self.config.batch_size, generator).to(self.device) for _ in range(n)]
+        n, shared = self.config.grad_accum, torch.Generator().manual_seed(rng.seed_for(self.config.seed, 15_485_863, self.step))
+        batches = [self.data.batch(self.config.batch_size, generator, shared).to(self.device) for _ in range(n)]
         turns = [self.method.losses(batch, self.step) for batch in batches]
         row: dict[str, float] = {"step": self.step, "loss": 0.0}
         bad: dict[str, str] = {}
@@ -357,8 +365,7 @@ class Trainer:
 
     def skipped(self, bad: dict[str, str], batches: list[Batch]) -> None:
         """Tell what was wrong with a step, and on which items; so many in a row end the run."""
-        name = getattr(self.data, "key", str)
-        mine = [name(i) for batch in batches if batch.items is not None for i in batch.items.tolist()]
+        mine = [name for batch in batches for name in batch.items or ()]
         items = [key for keys in processes.every(mine) for key in keys]
         what = ", ".join(f"{problem} of {who}" for who, problem in bad.items())
         console.warn(f"step {self.step}: {what} not finite; skipped; items {' '.join(items)}")

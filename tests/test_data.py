@@ -6,13 +6,19 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.console import DoesNotFit, InputRefused, UsageError
 from fastdiff.data import embedded, folder, open_data, teacher
 from fastdiff.data.batch import Encoded
-from fastdiff.io import checkpoint
+from fastdiff.io import checkpoint, disk
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.sampling import Settings
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+
 
 OPEN = dict(prompts=None, resolution_px=64, pairs=3, seed=0, device="cpu")
 
@@ -80,7 +86,7 @@ def test_folder_with_text_files_and_with_a_table(tiny_sdxl, tmp_path):
         (tmp_path / f"{i}.txt").unlink()
     rows = [json.dumps({"file_name": f"{i}.png", "text": "same"}) for i in range(2)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
-    assert [c for _, c in folder.captioned(tmp_path)] == ["same", "same"]
+    assert list(folder.Folder(tmp_path).captions.values()) == ["same", "same"]
 
 
 def test_folder_mistakes_are_named(tmp_path):
@@ -171,6 +177,34 @@ def test_a_damaged_file_is_sampled_again(teacher_data, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-7])
     assert torch.equal(data().moments, first.moments)
     assert "damaged; sampled again" in capsys.readouterr().err
+
+
+def test_samples_that_are_not_finite_are_left_out_by_name(teacher_data, monkeypatch, capsys):
+    data, _ = teacher_data
+    real = teacher.Sampler.latents
+
+    def broken(self, cond, uncond, seeds, *a):
+        found = real(self, cond, uncond, seeds, *a)
+        found[[i for i, seed in enumerate(seeds) if seed in bad]] = float("inf")
+        return found
+
+    monkeypatch.setattr(teacher.Sampler, "latents", broken)
+    bad = {1}
+    found = data(3)
+    assert len(found) == len(found.noise) == len(found.captions) == 2
+    assert found.captions.flatten().tolist() == [0, 0]
+    assert "1 of 3 samples are not finite and left out; the first: a dog" in capsys.readouterr().err
+    bad = {7, 8}
+    with pytest.raises(InputRefused, match="no sample is finite"):
+        data(2, seed=7)
+
+
+def test_a_disk_too_small_for_the_samples_is_told_before_sampling(teacher_data, monkeypatch):
+    data, sampled = teacher_data
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 100)
+    with pytest.raises(DoesNotFit, match="3 samples of the teacher need"):
+        data()
+    assert not sampled
 
 
 def test_a_pair_is_the_noise_and_what_the_sampler_made_of_it(teacher_data, tiny_sd, tmp_path):

@@ -138,7 +138,7 @@ def test_accumulation_equals_one_large_batch(command, data, tmp_path, monkeypatc
         table = real(4, torch.Generator().manual_seed(2))
 
         class Fixed:
-            def batch(self, size, generator, parts=parts, table=table, offset=[0]):  # noqa: B006  (a counter)
+            def batch(self, size, generator, shared, parts=parts, table=table, offset=[0]):  # noqa: B006  (a counter)
                 from fastdiff.data import Batch
 
                 rows = slice(offset[0], offset[0] + size)

@@ -277,7 +277,7 @@ def test_one_bad_step_is_skipped_told_with_its_items_and_the_run_ends_well(tmp_p
     trainer.train_step = step
     trainer.fit()
     assert before
-    items = [f"item{i}" for i in trainer.method.seen[5]]
+    items = trainer.method.seen[5]
     (row,) = [row for row in rows(tmp_path) if "skipped" in row]
     assert (row["step"], row["skipped"], row["items"]) == (5, {"student": "loss"}, items)
     assert f"step 5: loss of student not finite; skipped; items {' '.join(items)}" in capsys.readouterr().err
@@ -484,7 +484,7 @@ def test_sigterm_in_a_preview_of_a_real_run(fastdiff, tiny_sd, tmp_path, monkeyp
 
 
 def test_too_little_room_is_exit_4_before_the_first_step(fastdiff, tiny_sd, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastdiff.session.room", lambda folder: 2**20)
+    monkeypatch.setattr("fastdiff.io.disk.free_bytes", lambda folder: 2**20)
     args = f"train-lcm-lora --base {tiny_sd} -o run --steps 1 --prompts prompts.txt {QUICK} --lora-rank 64"
     code, told = fastdiff(*args.split())
     assert (code, told["error"]["kind"]) == (4, "capacity")

@@ -31,10 +31,7 @@ class Data:
         items = torch.randint(1000, (size,), generator=generator)
         x = items[:, None] / 1000 + torch.randn(size, 8, generator=generator)
         nothing = Cond(torch.zeros(size, 1, 1))
-        return Batch(x, nothing, nothing, items=items)
-
-    def key(self, item):
-        return f"item{item}"
+        return Batch(x, nothing, nothing, items=[f"item{i}" for i in items.tolist()])
 
     def state_dict(self):
         return {"position": self.position}
@@ -58,7 +55,7 @@ class Toy:
         x = batch.latents
         noise = torch.randn_like(x) + random.random() + np.random.rand()
         self.noise.append(noise)
-        self.seen.append(batch.items.tolist())
+        self.seen.append(batch.items)
         y = self.student(x + noise)
         loss = (self.judge(y.detach()) - x).square().mean()
         yield {"judge": {"judge": loss * self.bad.get((step, "judge"), 1.0)}}

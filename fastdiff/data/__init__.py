@@ -1,20 +1,23 @@
-"""Where training data comes from: `--data emoji | teacher | FOLDER`."""
+"""Where training data comes from: `--data emoji | teacher | FOLDER | wds:SHARDS | hf:ID`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from fastdiff.console import UsageError
-from fastdiff.data import embedded, folder, teacher
-from fastdiff.data.batch import Batch, Encoded
+from fastdiff.data import cache, embedded, folder, streams, teacher
+from fastdiff.data.batch import Batch, Buckets, Data, Encoded
+from fastdiff.data.pictures import Framing
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.sampling import DEFAULTS, Settings
 
-__all__ = ["Batch", "Encoded", "Wants", "open_data"]
+__all__ = ["Batch", "Buckets", "Data", "Encoded", "Framing", "Wants", "open_data"]
 
 
 Wants = Literal["latents", "pairs", "prompts"]
+STREAMED = 10_000  # images of a stream, whose end nobody knows
 
 
 def open_data(
@@ -28,15 +31,23 @@ def open_data(
     device: torch.device | str,
     sampling: Settings | None = None,
     wants: Wants = "latents",
-) -> Encoded:
+    framing: Framing | None = None,
+    max_images: int | None = None,
+) -> Data:
     """Encode once; afterwards the VAE and the text encoders may go. None: `emoji` for that base, `teacher` for others.
 
-    The teacher makes `pairs` samples with `sampling` (default: the family's), and none where only prompts are wanted.
+    `framing` (default: squares of the resolution) and `max_images` are of pictures that are read. The teacher makes `pairs`
+    samples with `sampling` (default: the family's), and none where only prompts are wanted.
     Pairs of noise and sample come from the teacher alone.
     """
     spec = spec or ("emoji" if base.family == "emoji" else "teacher")
     if wants == "pairs" and spec != "teacher":
         raise UsageError(f"--data {spec}: regression needs pairs of noise and picture", "use --data teacher, or --lambda-reg 0")
+    framing = framing or Framing(resolution_px)
+    unused = {"--buckets": framing.buckets, "--random-crops": framing.random_crops, "--flip": framing.flip}
+    given = next((flag for flag, value in {**unused, "--max-images": max_images}.items() if value), None)
+    if given and spec.partition(":")[0] in {"emoji", "teacher"}:
+        raise UsageError(f"{given}: has no use with --data {spec}", "it is for pictures that are read: a folder, wds: or hf:")
     if spec == "emoji":
         if resolution_px != embedded.CELL_PX:
             raise UsageError(f"--data emoji: the pictures are {embedded.CELL_PX} px; use --resolution {embedded.CELL_PX}")
@@ -48,6 +59,11 @@ def open_data(
         chosen = sampling or DEFAULTS[base.family]
         n = 0 if wants == "prompts" else pairs
         return teacher.encode(base, lines, resolution_px, chosen, pairs=n, seed=seed, device=device)
+    framing = replace(framing, least_px=base.pixels_per_latent)
+    if spec.startswith(("wds:", "hf:")):
+        kind, _, told = spec.partition(":")
+        source = streams.WebDataset(told) if kind == "wds" else streams.HuggingFace(told)
+        return cache.encode(base, source, framing, most=max_images or STREAMED, device=device)
     if Path(spec).is_dir():
-        return folder.encode(base, Path(spec), resolution_px, device=device)
-    raise UsageError(f"--data {spec}: emoji, emoji:STYLE, teacher, or a folder of images and captions")
+        return cache.encode(base, folder.Folder(Path(spec)), framing, most=max_images, device=device)
+    raise UsageError(f"--data {spec}: emoji, emoji:STYLE, teacher, wds:SHARDS, hf:ID, or a folder of images and captions")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastdiff.data.store import Stored
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Cond
 
@@ -18,7 +19,7 @@ class Batch:
     uncond: Cond  # B rows
     noise: Tensor | None = None  # (B, C, h, w) that the teacher's sampler turned into `latents`
     pixels: Tensor | None = None  # (B, 3, H, W) in [-1, 1], the VAE's picture of `latents`
-    items: Tensor | None = None  # (B,) which of the data set they are
+    items: list[str] | None = None  # B, which of the data set they are
 
     def to(self, device: torch.device | str) -> "Batch":
         move = lambda v: v.to(device)  # noqa: E731
@@ -28,13 +29,13 @@ class Batch:
 
 @dataclass
 class Encoded:
-    """A whole data set in latent space.
+    """A whole data set in latent space, of one size.
 
     Which items a step sees depends on (seed, rank, step) alone, so a resumed run sees what an uninterrupted one would.
     """
 
-    moments: Tensor  # (N, 2 C, h, w) posterior mean and standard deviation of scaled latents
-    texts: Cond  # M rows, each distinct caption once
+    moments: Tensor | Stored  # (N, 2 C, h, w) posterior mean and standard deviation of scaled latents
+    texts: Cond  # M rows, each distinct caption once; they may be Stored, too
     captions: Tensor  # (N, K) rows of `texts`
     weights: Tensor  # (K,) how often each of an item's captions is drawn
     uncond: Cond  # one row
@@ -43,6 +44,8 @@ class Encoded:
     noise: Tensor | None = None  # (N, C, h, w) that each latent was sampled from
     pixels: Tensor | None = None  # (N, 3, H, W) uint8, the VAE's picture of each latent
     controls: Tensor | None = None  # (N, 1 or 3, H, W) uint8, what a ControlNet is shown of it
+    names: list[str] | None = None  # N, where each item comes from
+    views: int = 1  # items of one picture, side by side: its crops and mirror images
 
     def __len__(self) -> int:
         return len(self.moments)
@@ -50,19 +53,22 @@ class Encoded:
     @property
     def latents(self) -> Tensor:
         """(N, C, h, w), the middle of each posterior; fp32."""
-        return self.moments.chunk(2, 1)[0].float()
+        return self.moments[:].chunk(2, 1)[0].float()
 
     def rows(self, items: slice) -> "Encoded":
         """A part of the items, with the texts of all."""
-        own = ("moments", "captions", "time_ids", "noise", "pixels", "controls")
-        return replace(self, **{k: getattr(self, k)[items] for k in own if getattr(self, k) is not None})
+        own = ("moments", "captions", "time_ids", "noise", "pixels", "controls", "names")
+        there = {k: v for k in own if (v := getattr(self, k)) is not None}
+        return replace(self, **{k: v.rows(items) if isinstance(v, Stored) else v[items] for k, v in there.items()})
 
     def split(self, n: int) -> tuple["Encoded", "Encoded"]:
         """All but the last n items, at most a quarter of them, and those: to be judged on what was not trained on."""
         kept = len(self) - max(1, min(n, len(self) // 4))
+        kept -= kept % self.views  # no picture is on both sides
         return self.rows(slice(kept)), self.rows(slice(kept, None))
 
-    def batch(self, size: int, generator: torch.Generator) -> Batch:
+    def batch(self, size: int, generator: torch.Generator, shared: torch.Generator | None = None) -> Batch:
+        """Items drawn by `generator`; `shared`, the same on every process, has no say where all are of one size."""
         items = torch.randint(len(self), (size,), generator=generator)
         column = torch.multinomial(self.weights, size, replacement=True, generator=generator)
         cond = self.texts[self.captions[items, column]]
@@ -77,4 +83,38 @@ class Encoded:
             cond = cond.with_control((self.controls[items].float() / 255).expand(-1, 3, -1, -1))
         noise = None if self.noise is None else self.noise[items].float()
         pixels = None if self.pixels is None else self.pixels[items].float() / 127.5 - 1
-        return Batch(autoencoder.draw(self.moments[items].float(), generator), cond, uncond, noise, pixels, items)
+        told = [self.names[i] if self.names else str(i) for i in items.tolist()]
+        return Batch(autoencoder.draw(self.moments[items].float(), generator), cond, uncond, noise, pixels, told)
+
+
+@dataclass
+class Buckets:
+    """A data set of several sizes: a batch is of one of them, drawn in proportion to its items."""
+
+    groups: list[Encoded]  # the largest first
+
+    def __len__(self) -> int:
+        return sum(len(group) for group in self.groups)
+
+    @property
+    def empty_prompts(self) -> float:
+        return self.groups[0].empty_prompts
+
+    @empty_prompts.setter
+    def empty_prompts(self, share: float) -> None:
+        for group in self.groups:
+            group.empty_prompts = share
+
+    def split(self, n: int) -> tuple["Buckets", Encoded]:
+        """As `Encoded.split`; what is kept is of one size, the most frequent."""
+        first, kept = self.groups[0].split(n)
+        return Buckets([first, *self.groups[1:]]), kept
+
+    def batch(self, size: int, generator: torch.Generator, shared: torch.Generator | None = None) -> Batch:
+        """`shared` chooses the size: with one that is the same on every process, no process waits for a larger picture."""
+        lengths = torch.tensor([float(len(group)) for group in self.groups])
+        group = self.groups[int(torch.multinomial(lengths, 1, generator=shared or generator))]
+        return group.batch(size, generator)
+
+
+Data = Encoded | Buckets

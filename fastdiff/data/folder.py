@@ -1,78 +1,84 @@
-"""A folder of images with captions: `a.png` beside `a.txt`, or one `metadata.jsonl` of {"file_name", "text"} rows."""
+"""A folder of images: `a.png` with its caption in `a.txt`, in `a.json`, or in one `metadata.jsonl` for all."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from fastdiff import console, stop
 from fastdiff.console import InputRefused, UsageError
-from fastdiff.data.batch import Encoded
-from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.models import autoencoder, text
+from fastdiff.data.pictures import CAPTIONS, SUFFIXES, Framing, Refused, Sample, caption_in, caption_of_json, decode, hash_of
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+MISSING = "without a caption"
 
 
-def captioned(folder: Path) -> list[tuple[Path, str]]:
-    """(image, caption) pairs in name order; images without a caption are an error that counts them."""
-    table = folder / "metadata.jsonl"
-    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not images:
-        raise UsageError(f"--data {folder}: no images in it ({', '.join(sorted(SUFFIXES))})")
-    if table.exists():
-        rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
-        captions = {folder / row["file_name"]: row["text"] for row in rows}
-    else:
-        sides = {p: p.with_suffix(".txt") for p in images}
-        captions = {p: side.read_text(encoding="utf-8").strip() for p, side in sides.items() if side.exists()}
-    missing = [p for p in images if p not in captions]
-    if missing:
-        raise UsageError(
-            f"--data {folder}: {len(missing)} of {len(images)} images have no caption, the first is {missing[0].name}",
-            "put the caption into a .txt file of the same name, or give a metadata.jsonl",
-        )
-    return [(p, captions[p]) for p in images]
+class Folder:
+    """Images in name order, in sub-folders too."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.spec = folder, str(folder)
+        self.images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not self.images:
+            raise UsageError(f"--data {folder}: no images in it ({', '.join(SUFFIXES)})")
+        self.table = table(folder)
+        self.captions = {path: self.caption(path) for path in self.images}
+        missing = [p for p in self.images if self.captions[p] is None]
+        if len(missing) == len(self.images):
+            raise UsageError(
+                f"--data {folder}: {len(missing)} of {len(missing)} images have no caption, the first is {missing[0].name}",
+                f"put it into {missing[0].stem}.txt beside the image, into {missing[0].stem}.json as "
+                '{"text": ...}, or into a metadata.jsonl of {"file_name": ..., "text": ...} lines',
+            )
+
+    @property
+    def count(self) -> int:
+        return len(self.images)
+
+    def caption(self, path: Path) -> str | None:
+        if path in self.table:
+            return self.table[path]
+        if (side := path.with_suffix(".txt")).exists():
+            return side.read_text(encoding="utf-8", errors="replace").strip() or None
+        if (side := path.with_suffix(".json")).exists():
+            return caption_of_json(side.read_text(encoding="utf-8", errors="replace"))
+        return None
+
+    def identity(self) -> str:
+        """Changes whenever a file or a caption does."""
+        stats = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in self.images]
+        return hash_of(str(self.folder.resolve()), stats, [self.captions[p] for p in self.images])
+
+    def samples(self) -> Iterator[Sample]:
+        for path in self.images:
+            name, caption = str(path.relative_to(self.folder)), self.captions[path]
+            yield Sample(name, caption, path.read_bytes, "" if caption else MISSING)
+        for path in set(self.table) - set(self.images):
+            yield Sample(str(path.relative_to(self.folder)), problem="in metadata.jsonl but not in the folder")
+
+
+def table(folder: Path) -> dict[Path, str | None]:
+    """The captions of metadata.jsonl; a line that is no such row is refused by number."""
+    path = folder / "metadata.jsonl"
+    found: dict[Path, str | None] = {}
+    if not path.exists():
+        return found
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name = row["file_name"]
+        except (ValueError, TypeError, KeyError) as error:
+            told = f'each line is {{"file_name": ..., "{CAPTIONS[0]}": ...}}'
+            raise InputRefused(f"{path}: line {number} is no row of JSON with a file_name", told) from error
+        found[folder / name] = caption_in(row)
+    return found
 
 
 def square(path: Path, side_px: int) -> tuple[Tensor, list[int]]:
     """Resize the short side, crop the centre: pixels (3, S, S) in [-1, 1] and SDXL's six numbers, height first."""
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputRefused(f"{path}: not a readable image ({error})") from error
-    scale = side_px / min(image.size)
-    width, height = (max(side_px, round(x * scale)) for x in image.size)
-    left, top = (width - side_px) // 2, (height - side_px) // 2
-    cropped = image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + side_px, top + side_px))
-    pixels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1) / 127.5 - 1
-    return pixels, [image.height, image.width, top, left, side_px, side_px]
-
-
-def encode(base: Checkpoint, folder: Path, resolution_px: int, *, device: torch.device | str = "cpu") -> Encoded:
-    """Every image through the VAE once, every distinct caption through the text encoders once."""
-    pairs = captioned(folder)
-    rows = {caption: i for i, caption in enumerate(dict.fromkeys(c for _, c in pairs))}
-    texts, uncond = text.encode(base, list(rows), device=device), text.unconditional(base, device=device)
-    base.release("text_encoders", "tokenizers")
-    moments, sizes, vae = [], [], base.vae.to(device)
-    with console.progress(len(pairs), "encoding images") as bar:
-        for path, _ in pairs:
-            stop.check()
-            pixels, size = square(path, resolution_px)
-            moments.append(autoencoder.encode_moments(vae, pixels[None]).cpu())
-            sizes.append(size)
-            bar.update(1)
-    return Encoded(
-        moments=torch.cat(moments),
-        texts=texts,
-        captions=torch.tensor([[rows[caption]] for _, caption in pairs]),
-        weights=torch.ones(1),
-        uncond=uncond,
-        time_ids=torch.tensor(sizes, dtype=torch.float32) if base.family == "sdxl" else None,
-    )
+        ((pixels, size),) = Framing(side_px).cut(decode(path.read_bytes()), "")
+    except Refused as error:
+        raise InputRefused(f"{path}: {error}") from error
+    return pixels / 127.5 - 1, size

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from contextlib import suppress
 from dataclasses import asdict
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fastdiff import console, stop
-from fastdiff.console import Stopped, UsageError
+from fastdiff.console import InputRefused, Stopped, UsageError
 from fastdiff.data import embedded
 from fastdiff.data.batch import Encoded
+from fastdiff.data.store import Share, cache_folder
+from fastdiff.io import disk
 from fastdiff.io.checkpoint import Checkpoint, fingerprint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
@@ -42,10 +45,6 @@ def default_prompts(family: str) -> list[str]:
     kinds = torch.multinomial(torch.tensor(embedded.CAPTION_WEIGHTS), len(pairs), replacement=True, generator=g).tolist()
     lines = [embedded.caption(p, None if k % 2 else b, coarse=k > 1) for (p, b), k in zip(pairs, kinds, strict=True)]
     return [lines[i] for i in torch.randperm(len(lines), generator=g)]
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("FASTDIFF_CACHE", Path.home() / ".cache" / "fastdiff"))
 
 
 def encode(
@@ -77,9 +76,22 @@ def encode(
             console.warn(f"--pairs {pairs}: only that many of the {len(prompts)} prompts are used")
         sampler = Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae, device=device)
         noise, latents = Shards(sampler, settings, prompts, texts[row], uncond, seed, resolution_px).first(pairs)
+        good = finite(latents, [prompts[i % len(prompts)] for i in range(pairs)])
+        noise, latents, of = noise[good], latents[good], of[good]
         moments = torch.cat([latents, torch.zeros_like(latents)], 1)  # samples, not posteriors: no spread
     sizes = None if texts.time_ids is None else texts.time_ids[of]
     return Encoded(moments, texts, of[:, None], torch.ones(1), uncond, sizes, noise=noise)
+
+
+def finite(latents: Tensor, prompts: list[str]) -> Tensor:
+    """The rows (N',) of samples that are finite; the others are counted and named by their prompt."""
+    good = latents.flatten(1).isfinite().all(1)
+    bad = [prompts[i] for i in (~good).nonzero().flatten().tolist()]
+    if len(bad) == len(prompts):
+        raise InputRefused("--data teacher: no sample is finite", "in half precision a network may overflow: --precision fp32")
+    if bad:
+        console.warn(f"--data teacher: {len(bad)} of {len(prompts)} samples are not finite and left out; the first: {bad[0]}")
+    return good.nonzero().flatten()
 
 
 class Shards:
@@ -105,12 +117,15 @@ class Shards:
 
     def first(self, n: int) -> tuple[Tensor, Tensor]:
         """Noise and latents (n, C, h, w), fp16; those that are not there yet are sampled."""
-        from accelerate import PartialState
-
-        state = PartialState()
+        share = Share(self.folder)
         wanted = {k: min(self.SIZE, n - k * self.SIZE) for k in range(-(-n // self.SIZE))}
         missing = [k for k, rows in wanted.items() if len(self.read(k)["noise"]) < rows]
-        mine = missing[state.process_index :: state.num_processes]
+        mine = [k for k in missing if share.mine(k)]
+        if missing:
+            size = 2 * 2 * math.prod(self.shape) * sum(wanted[k] for k in missing)
+            hint = "FASTDIFF_CACHE names another folder; fewer --pairs need less"
+            disk.require(self.folder, size, f"{n} samples of the teacher", hint)
+            console.info(f"sampling the teacher takes about {disk.shown(size)} in {self.folder.parent}")
         if mine:
             with suppress(Stopped), console.progress(sum(wanted[k] for k in mine), "sampling the teacher") as bar:
                 for k in mine:

@@ -48,12 +48,6 @@ def flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def room(folder: Path) -> int:
-    """Free bytes on the disk that a folder is on, or will be."""
-    folder = folder.absolute()
-    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-
-
 class HashedFile:
     """A new file that hashes what is written to it; `error` keeps what went wrong, which torch.save hides behind its own."""
 

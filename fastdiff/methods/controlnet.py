@@ -61,6 +61,8 @@ class Config(SegmentedConfig):
         super().__post_init__()
         if self.eval_every:
             raise UsageError("--eval-every: has no use for a ControlNet", "--preview-every shows how it gets on")
+        if self.buckets:
+            raise UsageError("--buckets: has no use for a ControlNet here", "control pictures are squares of --resolution")
         if self.one_step and not self.init:
             raise UsageError("--one-step: needs the checkpoint that draws in one step", "give it as --init")
         if self.one_step and self.match_steps > self.steps:

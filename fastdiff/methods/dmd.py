@@ -154,6 +154,7 @@ class DMD(Scores):
         if config.gan_weight:
             self.watched = self.fake if config.gan_features == "fake" else self.teacher
             side = (config.resolution or base.resolution_px) // base.pixels_per_latent
+            side //= 2 if config.buckets else 1  # the shortest of the buckets
             self.head = Head.on(self.watched.net, base.unet_config["block_out_channels"][-1], side)
             fakes += self.head.parameters()
         self.players: dict[str, nn.Module] = {"student": nn.ParameterList(students), "fake": nn.ParameterList(fakes)}

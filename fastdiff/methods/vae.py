@@ -21,7 +21,7 @@ from fastdiff import console, decoders, losses, stop
 from fastdiff.card import write_vae_card
 from fastdiff.config import Range
 from fastdiff.console import Result, UsageError
-from fastdiff.data import Batch, Encoded
+from fastdiff.data import Batch, Buckets, Data
 from fastdiff.io import export
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run
@@ -187,6 +187,10 @@ def distance_of(config: Config, family: str) -> nn.Module | None:
         return None
 
 
+def open_method(base: Checkpoint, config: Config) -> TinyVAE:
+    return TinyVAE(base, config, distance_of(config, base.family))
+
+
 def run(config: Config) -> Result:
     """The `distill-vae` command."""
     session = open_session("distill-vae", config)
@@ -213,14 +217,15 @@ def run(config: Config) -> Result:
     )
 
 
-def decode_once(base: Checkpoint, data: Encoded, device: torch.device) -> None:
+def decode_once(base: Checkpoint, data: Data, device: torch.device) -> None:
     """Decode every latent before training, as bytes, unless they are drawn anew each time or take too much memory.
 
     Decoding is most of a step's cost otherwise: six times that of training the tiny decoder at SDXL's size.
     """
-    mean, spread = data.moments.chunk(2, 1)
-    size = 3 * 64 * mean[:, 0].numel()
-    if spread.any() or size > PICTURES_GIB * 2**30:
+    if isinstance(data, Buckets) or data.moments[:1].chunk(2, 1)[1].any():
+        return
+    mean = data.latents
+    if 3 * 64 * mean[:, 0].numel() > PICTURES_GIB * 2**30:
         return
     base.vae.to(device)
     with console.progress(len(mean), "decoding pictures") as bar:

@@ -1,0 +1,153 @@
+"""Tensors on disk by key: many to a safetensors file, mapped and not loaded, so that a data set may be larger than memory."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import console
+from fastdiff.console import DoesNotFit
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("FASTDIFF_CACHE", Path.home() / ".cache" / "fastdiff"))
+
+
+class Store:
+    """A folder of files of `KEY.PART` tensors; what is in it is found by the files' headers, in any order and number.
+
+    Every process writes files of its own, each whole or not at all, so that several may fill a store and one that was killed
+    goes on after its last file. `notes` are small values beside the tensors, by key.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.places, self.notes = folder, {}, {}
+        self.files: dict[Path, Any] = {}
+        self.scan()
+
+    places: dict[str, Any]  # key -> the open file that holds it
+    notes: dict[str, Any]
+
+    def scan(self) -> None:
+        """Find what others have written since."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path not in self.files:
+                self.open(path)
+
+    def open(self, path: Path) -> None:
+        """Map a file; a damaged one is removed, so that what it held is made again."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            file = safe_open(path, "pt").__enter__()
+            notes = json.loads((file.metadata() or {}).get("notes", "{}"))
+        except FileNotFoundError:  # another process has removed it
+            return
+        except (SafetensorError, ValueError, OSError):
+            console.warn(f"{path}: damaged; what it held is made again")
+            path.unlink(missing_ok=True)
+            return
+        self.files[path] = file
+        self.places |= {name.split(".")[0]: file for name in file.keys()}  # noqa: SIM118  (it has no __iter__)
+        self.notes |= notes
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def put(self, rows: dict[str, dict[str, Tensor]], notes: dict[str, Any] | None = None) -> None:
+        """Write {key: {part: tensor}} as one file. DoesNotFit where the disk is full."""
+        from safetensors.torch import save_file
+
+        if not rows:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{hashlib.sha256(' '.join(rows).encode()).hexdigest()[:32]}.safetensors"
+        staged = path.with_suffix(f".{os.getpid()}.tmp")
+        flat = {f"{key}.{part}": tensor.contiguous() for key, parts in rows.items() for part, tensor in parts.items()}
+        try:
+            save_file(flat, staged, {"notes": json.dumps(notes or {})})
+            staged.replace(path)
+        except Exception as error:  # safetensors has an error of its own for a full disk
+            staged.unlink(missing_ok=True)
+            if "No space left" in str(error) or "StorageFull" in str(error):
+                raise DoesNotFit(f"{self.folder}: the disk is full", "FASTDIFF_CACHE names another folder") from error
+            raise
+        self.open(path)
+
+    def get(self, key: str, part: str) -> Tensor:
+        """As it was stored; a view of the file."""
+        return self.places[key].get_tensor(f"{key}.{part}")
+
+    def shape(self, key: str, part: str) -> tuple[int, ...]:
+        return tuple(self.places[key].get_slice(f"{key}.{part}").get_shape())
+
+
+class Stored:
+    """One part of many keys as the rows of a tensor (N, ...), read when they are indexed; fp32."""
+
+    def __init__(self, store: Store, part: str, keys: list[str]) -> None:
+        self.store, self.part, self.keys = store, part, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.store.shape(self.keys[0], self.part))
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        """(N',) indices or a slice -> rows (N', ...)."""
+        keys: Iterable[str] = self.keys[index] if isinstance(index, slice) else (self.keys[i] for i in index.tolist())
+        return torch.stack([self.store.get(key, self.part).float() for key in keys])
+
+    def rows(self, part: slice) -> "Stored":
+        """A part of the rows, none of it read."""
+        return Stored(self.store, self.part, self.keys[part])
+
+
+class Share:
+    """Which part of the work for a cache is this process's. All processes make one and call the same methods in turn.
+
+    Machines that see each other's files share one cache; else each fills its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from accelerate import PartialState
+
+        self.state = PartialState()
+        self.rank, self.processes = self.state.process_index, self.state.num_processes
+        if self.processes == 1:
+            return
+        mark = folder / f".shared-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}"
+        if self.state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        self.wait()
+        if not self.all(mark.exists()):
+            self.rank, self.processes = self.state.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
+        if self.state.is_main_process:
+            mark.unlink(missing_ok=True)
+
+    def mine(self, number: int) -> bool:
+        """By an item's own number, not by its place among those that are missing: others may have made some by now."""
+        return number % self.processes == self.rank
+
+    def wait(self) -> None:
+        self.state.wait_for_everyone()
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """Everybody's items."""
+        from accelerate.utils import gather_object
+
+        return gather_object(items) if self.state.num_processes > 1 else items
+
+    def all(self, mine: bool) -> bool:
+        return all(self.gather([mine]))

@@ -1,0 +1,152 @@
+"""What a network's pass costs, from its shapes alone: it is walked on the meta device, no weights and no memory needed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.models import adapters
+from fastdiff.models.denoiser import Cond
+
+CHECKPOINTED = ("ResnetBlock2D", "BasicTransformerBlock")  # what diffusers' UNets compute again under gradient checkpointing
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A UNet, with an adapter or all of it to train."""
+
+    parameters: int
+    trained: int
+    saved_bytes: int  # kept for the backward pass of one picture
+    checkpointed_bytes: int  # the same under gradient checkpointing
+    flops: int  # of one picture's forward pass
+
+
+def condition(base: Checkpoint, rows: int, device: torch.device | str = "cpu") -> Cond:
+    """A random condition of the base's shapes."""
+    config = base.unet_config
+    length = base.config_of(base.text_parts[0]).get("max_position_embeddings", 77)
+    tokens = torch.randn(rows, length, config["cross_attention_dim"], device=device)
+    if base.family != "sdxl":
+        return Cond(tokens)
+    width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    side = float(base.resolution_px)
+    ids = torch.tensor([[side, side, 0, 0, side, side]], device=device).expand(rows, 6)
+    return Cond(tokens, torch.randn(rows, width, device=device), ids)
+
+
+def of_unet(base: Checkpoint, resolution_px: int, dtype: torch.dtype, rank: int | None, layers: tuple[str, ...]) -> Footprint:
+    """Of the base's UNet at a resolution; `rank` of the adapter on those layers, None = all of the network trains."""
+    net = base.skeleton("unet").requires_grad_(rank is None)
+    parameters = sum(p.numel() for p in net.parameters())
+    if rank:
+        with torch.device("meta"):
+            adapters.attach(net, rank, rank, targets=layers)
+    for p in net.parameters():  # as under autocast, where the adapter's own fp32 is cast
+        p.data = p.data.to(dtype)
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    side = resolution_px // base.pixels_per_latent
+    ledger = Ledger(net)
+    with ledger.watching():
+        cond = condition(base, 1, "meta").map(lambda v: v.to(dtype))
+        extra = {"added_cond_kwargs": {"text_embeds": cond.pooled, "time_ids": cond.time_ids}} if cond.pooled is not None else {}
+        if net.config.time_cond_proj_dim:
+            extra["timestep_cond"] = torch.empty(1, net.config.time_cond_proj_dim, device="meta", dtype=dtype)
+        x = torch.empty(1, net.config.in_channels, side, side, device="meta", dtype=dtype)
+        net(x, torch.zeros(1, device="meta"), cond.tokens, return_dict=False, **extra)
+    return Footprint(parameters, trained, ledger.saved, ledger.checkpointed, ledger.flops)
+
+
+def encoding_flops(base: Checkpoint, resolution_px: int) -> int:
+    """Of one picture through the VAE's encoder."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    vae = base.skeleton("vae")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae.encoder(torch.empty(1, 3, resolution_px, resolution_px, device="meta"))
+    return counter.get_total_flops()
+
+
+class Ledger:
+    """Counts what autograd keeps and the operations of a pass, by the block that is running."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net, self.flops = net, 0
+        self.blocks: dict[nn.Module | None, int] = {None: 0}
+        self.inputs: dict[nn.Module, int] = {}
+        self.running: nn.Module | None = None
+        self.seen: dict[int, Any] = {}  # storages: one that two operations keep is there once
+
+    @property
+    def saved(self) -> int:
+        return sum(self.blocks.values())
+
+    @property
+    def checkpointed(self) -> int:
+        """What lies outside of blocks, the blocks' inputs, and the block whose inside is there again."""
+        inside = [size for block, size in self.blocks.items() if block is not None]
+        return self.blocks[None] + sum(self.inputs.values()) + max(inside, default=0)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+        if not weight and storage._cdata not in self.seen:
+            self.seen[storage._cdata] = storage  # held, so that its number is not given to another
+            self.blocks[self.running] = self.blocks.get(self.running, 0) + storage.nbytes()
+        return tensor
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        handles = []
+        for block in self.net.modules():
+            if type(block).__name__ in CHECKPOINTED:
+                handles += [
+                    block.register_forward_pre_hook(self.enter, with_kwargs=True),
+                    block.register_forward_hook(self.leave),
+                ]
+        real = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self.attention
+        counter = FlopCounterMode(display=False)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self.keep, lambda t: t), counter:
+                yield
+        finally:
+            F.scaled_dot_product_attention = real
+            self.flops += counter.get_total_flops()
+            for handle in handles:
+                handle.remove()
+
+    def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.running = block
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        self.inputs[block] = given[0].nbytes  # the others, text and time, are shared by all
+
+    def leave(self, *_: Any) -> None:
+        self.running = None
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Fused attention, as it runs on a device: it keeps its inputs and its output, never the matrix between them."""
+        self.flops += 4 * q.shape[:-1].numel() * k.shape[-2] * q.shape[-1]
+        return Fused.apply(q, k, v)
+
+
+class Fused(torch.autograd.Function):
+    """The shape of attention without its values."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -1,0 +1,403 @@
+"""`fastdiff plan COMMAND ...`: memory, disk and hours of a training run on this machine, before it is begun.
+
+With a probe the command's own steps are measured; what other settings would take is told by what the arithmetic says that
+they differ. Without one it is arithmetic alone: parameters and what a pass keeps are counted on the network's shapes.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastdiff import console, footprint
+from fastdiff.config import options
+from fastdiff.console import DoesNotFit, Result, UsageError
+from fastdiff.data import STREAMED
+from fastdiff.data.folder import Folder
+from fastdiff.data.store import cache_folder
+from fastdiff.footprint import Footprint
+from fastdiff.io import checkpoint, disk
+from fastdiff.io.checkpoint import ALIASES, ASSETS, Checkpoint
+from fastdiff.models import adapters, unet
+from fastdiff.probe import Measured, measure
+from fastdiff.sample import pick_device
+from fastdiff.session import default_folder
+from fastdiff.trainer import TrainConfig, seconds
+
+OPTIMISER = 16  # bytes of a parameter that trains: itself, its gradient and two moments in fp32
+RUNTIME_GIB = {"cuda": 0.6, "mps": 0.5, "cpu": 0.6}  # taken before a tensor is made: CUDA's context, the libraries
+PRODUCT_PART = 0.5  # of the speed of a large matrix product that a whole pass reaches
+FREE_PART = 0.95  # of the memory that a plan may fill
+RECOMPUTED = 1.33  # time of a training step with gradient checkpointing
+LEAST_RANK = 4
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What a method holds and calls, in units of the base's UNet; the arithmetic's whole knowledge of it."""
+
+    full: float = 0  # networks that train as a whole
+    lora: float = 0  # adapters that train
+    frozen: float = 1  # networks that do not train
+    graph: float = 1  # passes whose graph is in memory at once
+    grad: float = 1  # passes with gradients a step
+    free: float = 0  # passes without
+
+
+def size_of(base: Checkpoint, config: dict[str, Any]) -> float:
+    """A UNet of that config, in units of the base's."""
+    sizes = [sum(p.numel() for p in shaped.skeleton("unet").parameters()) for shaped in (base.shaped("unet", config), base)]
+    return sizes[0] / sizes[1]
+
+
+def lcm_roles(config: Any, base: Checkpoint) -> Roles:
+    return Roles(full=1, free=3) if config.full else Roles(lora=1, free=1 if config.finetune else 3)
+
+
+def dmd_roles(config: Any, base: Checkpoint) -> Roles:
+    full, turn = (config.student == "full") + (config.fake == "full"), 1 / config.fake_steps_per_gen
+    gan = 1.5 if config.gan_weight else 0.0
+    return Roles(full, 2 - full, 1, 2 + gan / 2, 1 + turn + gan, 2 * turn + (config.num_steps - 1) / 2)
+
+
+def lightning_roles(config: Any, base: Checkpoint) -> Roles:
+    """The largest phase: discriminator and student, in the full phase a network of its own."""
+    a, b = (int(n) for n in config.stages.split(",")[0].split(":")[:2])
+    own = 0.5 if config.discriminator == "full" else 0.0  # the encoder alone
+    full = own + (0 if config.lora_only else 1)
+    return Roles(full, 2.0 if own else 2.5, graph=1.5, grad=2.5, free=1 + 2 * a / b)
+
+
+def sdxs_roles(config: Any, base: Checkpoint) -> Roles:
+    student = size_of(base, config.open_student().unet_config) if config.init else 1.0
+    full = student * (config.student == "full" and not config.style_lora) + (config.fake == "full")
+    return Roles(full, 2 - (full > 0) - (full > 1), 1, 1.5 + student, 1.5 + student, 2.5)
+
+
+def prune_roles(config: Any, base: Checkpoint) -> Roles:
+    student = size_of(base, unet.student_config(base.unet_config, config.layout, base.family))
+    return Roles(full=student, graph=student, grad=student, free=1)
+
+
+def controlnet_roles(config: Any, base: Checkpoint) -> Roles:
+    """The encoder again, with its two small networks; teacher and student are two UNets where there is an --init."""
+    student = size_of(base, config.open_student().unet_config) if config.init else 0.0
+    return Roles(0.4, config.one_step + 0.0, 1.4 + student, (student or 1) + 0.4, (student or 1) + 0.4, 1.4)
+
+
+ROLES: dict[str, Callable[[Any, Checkpoint], Roles]] = {
+    "train-lcm-lora": lcm_roles,
+    "dmd": dmd_roles,
+    "lightning": lightning_roles,
+    "sdxs": sdxs_roles,
+    "prune": prune_roles,
+    "distill-controlnet": controlnet_roles,
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The arithmetic's answer for one setting."""
+
+    memory_bytes: float
+    step_flops: float
+    state_bytes: float
+    output_bytes: float
+
+
+def estimate(roles: Roles, shape: Footprint, config: Any, dtype: torch.dtype, device: str) -> Estimate:
+    """Weights, optimisers, averages and the graphs of one micro-batch. `shape` is of an adapter of the config's own rank."""
+    adapter = roles.lora * shape.trained if shape.trained != shape.parameters else 0
+    whole = roles.full * shape.parameters
+    student = min(whole, shape.parameters) or adapter / max(roles.lora, 1)
+    averaged = 4 * student if config.ema else 0
+    graph = shape.checkpointed_bytes if config.gradient_checkpointing else shape.saved_bytes
+    fixed = roles.frozen * shape.parameters * dtype.itemsize + (adapter + whole) * OPTIMISER + averaged
+    backward = 2 * (RECOMPUTED if config.gradient_checkpointing else 1)
+    return Estimate(
+        fixed + graph * roles.graph * config.batch_size + RUNTIME_GIB[device] * 2**30,
+        shape.flops * (roles.grad * (1 + backward) + roles.free) * config.batch_size * config.grad_accum,
+        (adapter + whole) * (OPTIMISER - 4) + averaged,
+        student * (dtype.itemsize if whole else 4),
+    )
+
+
+def settings(config: Any) -> list[Any]:
+    """The config, then what takes less memory for the same batch: smaller parts, then checkpointing, then a lower rank."""
+    whole = config.batch_size * config.grad_accum
+    parts = [n for n in range(config.batch_size, 0, -1) if whole % n == 0]
+    found = []
+    for again in [False, True] if not config.gradient_checkpointing else [True]:
+        found += [replace(config, batch_size=n, grad_accum=whole // n, gradient_checkpointing=again) for n in parts]
+    rank = 0 if getattr(config, "full", False) else getattr(config, "lora_rank", 0)
+    while (rank := rank // 2) >= LEAST_RANK:
+        found.append(replace(found[-1], lora_rank=rank, lora_alpha=config.lora_alpha * rank / config.lora_rank))
+    return found
+
+
+def shapes_of(config: TrainConfig) -> Checkpoint:
+    """The base, or where an alias's weights are not on this machine its family's published shapes."""
+    try:
+        return config.open_base()
+    except UsageError:
+        if config.base not in ALIASES:
+            raise
+    family = checkpoint.family_of(config.base)
+    console.info(f"--base {config.base}: no weights on this machine; the published shapes of {family} are counted")
+    return checkpoint.load(str(ASSETS / "families" / family))
+
+
+def memory_bytes(device: torch.device) -> int:
+    """What a run may take: free on a card, all that this container has on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    limit = Path("/sys/fs/cgroup/memory.max")
+    told = limit.read_text().strip() if limit.exists() else "max"
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(whole, int(told)) if told.isdigit() else whole
+
+
+def product_flops(device: torch.device, dtype: torch.dtype, side: int = 2048) -> float:
+    """Operations a second of a large matrix product on this machine."""
+    side = side if device.type != "cpu" else side // 2
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What is made before the first step."""
+
+    what: str
+    bytes: float = 0.0
+    calls: int = 0  # of the UNet
+    pictures: int = 0  # that the VAE encodes
+
+
+def data_plan(base: Checkpoint, config: TrainConfig) -> DataPlan:
+    spec = config.data or ("emoji" if base.family == "emoji" else "teacher")
+    side = (config.resolution or base.resolution_px) // base.pixels_per_latent
+    latent = 2 * base.unet_config["in_channels"] * side**2  # fp16
+    if spec.startswith("emoji"):
+        return DataPlan(spec)
+    if spec == "teacher":
+        n = 0 if config.wants == "prompts" else config.pairs
+        told = f"{n} samples of the teacher" if n else "prompts alone"
+        return DataPlan(told, n * 2 * latent, n * config.teacher_sampling(base.family).calls)
+    cond = footprint.condition(base, 1)
+    text = 2 * (cond.tokens.numel() + (0 if cond.pooled is None else cond.pooled.numel()))
+    n = len(Folder(Path(spec)).images) if Path(spec).is_dir() else STREAMED
+    n = min(n, config.max_images) if config.max_images and Path(spec).is_dir() else config.max_images or n
+    views = max(1, config.random_crops) * (2 if config.flip else 1)
+    return DataPlan(f"{n} images of {spec}", n * (2 * latent * views + text), 0, n * views)
+
+
+@dataclass
+class Row:
+    """One setting, and what it would take."""
+
+    config: Any = field(repr=False)
+    memory_bytes: float | None = None  # None: more than there is
+    step_s: float | None = None
+    measured: bool = False
+    fits: bool = False
+
+    def told(self) -> dict[str, Any]:
+        names = [name for name in CHANGED if hasattr(self.config, name)]
+        own = {k: v for k, v in vars(self).items() if k != "config"}
+        return {name: getattr(self.config, name) for name in names} | own
+
+
+CHANGED = ("batch_size", "grad_accum", "gradient_checkpointing", "lora_rank", "lora_alpha")
+
+
+class Plan:
+    """Settings of a command in order of preference, the first that fits, and what it takes."""
+
+    def __init__(self, command: str, module: ModuleType, config: TrainConfig, *, probe: bool) -> None:
+        self.command, self.module, self.config, self.probe = command, module, config, probe
+        self.device = pick_device(config.device)
+        on_cuda = self.device.type == "cuda"
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            ("bf16" if on_cuda else "fp32") if config.precision == "auto" else config.precision
+        ]
+        self.base = config.open_base() if probe else shapes_of(config)
+        self.data, self.room = data_plan(self.base, config), memory_bytes(self.device)
+        self.px = config.resolution or self.base.resolution_px
+        self.estimates = self.estimated()
+        self.rows = [Row(c) for c in settings(config)][: None if self.estimates else 1]
+        self.measured: Measured | None = None
+        self.speed = 0.0 if probe else PRODUCT_PART * product_flops(self.device, self.dtype)
+        self.choose()
+
+    def estimated(self) -> list[Estimate]:
+        """The arithmetic for every setting; empty where there is none for the method."""
+        if self.command not in ROLES:
+            return []
+        roles, rank = ROLES[self.command](self.config, self.base), getattr(self.config, "lora_rank", None)
+        attention = getattr(self.config, "lora_layers", "all") == "attention"
+        layers = adapters.ATTENTION if attention else adapters.TARGETS
+        self.shape = footprint.of_unet(self.base, self.px, self.dtype, rank if roles.lora else None, layers)
+        found = []
+        for config in settings(self.config):
+            ratio = config.lora_rank / rank if roles.lora else 1
+            shape = replace(self.shape, trained=round(self.shape.trained * ratio))
+            found.append(estimate(roles, shape, config, self.dtype, self.device.type))
+        return found
+
+    def choose(self) -> None:
+        """Fill in the rows; a setting that is chosen has been measured where there is a probe."""
+        if self.probe:
+            self.measure(self.rows[0])
+        offset = (self.rows[0].memory_bytes or 0) - self.estimates[0].memory_bytes if self.measured and self.estimates else 0.0
+        for row, told in zip(self.rows, self.estimates, strict=False):
+            if not row.measured:
+                row.memory_bytes = told.memory_bytes + offset
+                row.step_s = self.step_s(told)
+                row.fits = row.memory_bytes <= FREE_PART * self.room
+        while self.probe and (best := self.chosen) is not None and not best.measured:
+            self.measure(best)
+
+    def step_s(self, told: Estimate) -> float | None:
+        if self.measured:
+            return (self.rows[0].step_s or 0) * told.step_flops / self.estimates[0].step_flops
+        return told.step_flops / self.speed if self.speed else None
+
+    def measure(self, row: Row) -> None:
+        found = measure(self.module.__name__, row.config, pictures=self.data.pictures > 0)
+        row.measured, row.memory_bytes, row.step_s, row.fits = True, None, None, False
+        if found:
+            self.measured = found
+            row.memory_bytes, row.step_s = found.peak_bytes, found.training_s / sum(n for n, _ in found.phases.values())
+            row.fits = row.memory_bytes <= FREE_PART * self.room
+
+    @property
+    def chosen(self) -> Row | None:
+        return next((row for row in self.rows if row.fits), None)
+
+    @property
+    def row(self) -> Row:
+        """The one that the figures are of."""
+        return self.chosen or self.rows[0]
+
+    def data_s(self) -> float:
+        if self.measured:
+            return self.data.calls * self.measured.call_s + self.data.pictures * self.measured.picture_s
+        encoding = footprint.encoding_flops(self.base, self.px) if self.data.pictures and self.speed else 0
+        return (self.data.calls * self.shape.flops + self.data.pictures * encoding) / self.speed if self.speed else 0.0
+
+    def training_s(self) -> float:
+        took = (self.row.step_s or 0.0) * self.config.steps
+        return min(took, seconds("--max-time", self.config.max_time) or took)
+
+    def disk(self) -> dict[str, tuple[Path, float]]:
+        """Folder and bytes of the cache, of the states (one more than are kept, while it is written) and of the weights."""
+        folder = Path(self.config.output) if self.config.output else default_folder(self.command, self.config)
+        told = self.estimates[self.rows.index(self.row)] if self.estimates else None
+        state = self.measured.state_bytes if self.measured else told.state_bytes
+        weights = told.output_bytes if told else self.measured.trained_bytes
+        states = getattr(self.config, "keep_states", 1) + 1
+        return {"cache": (cache_folder(), self.data.bytes), "states": (folder, state * states), "weights": (folder, weights)}
+
+    def told(self) -> dict[str, Any]:
+        """All of it, for the JSON object."""
+        disk_told = {name: {"folder": str(folder), "bytes": size} for name, (folder, size) in self.disk().items()}
+        return {
+            "command": self.command,
+            "device": named(self.device),
+            "memory_free_bytes": self.room,
+            "probed": self.probe,
+            "settings": [row.told() for row in self.rows],
+            "proposal": self.chosen and {k: v for k, v in self.chosen.told().items() if k in CHANGED},
+            "data": asdict(self.data),
+            "data_h": self.data_s() / 3600,
+            "training_h": self.training_s() / 3600,
+            "disk": disk_told,
+        }
+
+    def show(self) -> None:
+        how = "measured" if self.probe else "by arithmetic"
+        gib = lambda size: "out of memory" if size is None else f"{size / 2**30:.2f}"
+        columns = ["images a step", "at once", "checkpointing", "rank", "GiB", "s a step", "fits"]
+        shown = [row for row in self.rows if row.fits][:3] + [row for row in self.rows if not row.fits]
+        rows = [
+            [
+                str(row.config.batch_size * row.config.grad_accum),
+                str(row.config.batch_size),
+                "yes" if row.config.gradient_checkpointing else "no",
+                str(getattr(row.config, "lora_rank", "")),
+                gib(row.memory_bytes) + ("" if row.measured or not self.probe else " (estimated)"),
+                "" if row.step_s is None else f"{row.step_s:.3g}",
+                "yes" if row.fits else "no",
+            ]
+            for row in sorted(shown, key=self.rows.index)
+        ]
+        title = f"{self.command} on {self.config.base}, {how}: {named(self.device)}, {self.room / 2**30:.1f} GiB"
+        console.table(title, columns, rows)
+        needs = [["data", self.data.what, f"{self.data_s() / 3600:.2f} h"]]
+        needs += [["training", f"{self.config.steps} steps", f"{self.training_s() / 3600:.2f} h"]]
+        needs += [[name, str(folder), disk.shown(size)] for name, (folder, size) in self.disk().items()]
+        console.table("time and disk of the first that fits", ["what", "of", "takes"], needs)
+
+    def check(self) -> None:
+        """DoesNotFit with everything that was found."""
+        failure = None
+        if self.chosen is None:
+            least = min((row.memory_bytes for row in self.rows if row.memory_bytes), default=None)
+            told = f"at least {disk.shown(least)}" if least else "more than there is"
+            failure = DoesNotFit(
+                f"plan {self.command}: no setting fits: {told} of memory, and {disk.shown(self.room)} are free",
+                "a smaller --resolution, a LoRA in place of full weights, or a larger device",
+            )
+        needed: dict[int, float] = {}
+        for folder, size in self.disk().values():
+            home = disk.nearest(folder)
+            needed[home.stat().st_dev] = needed.get(home.stat().st_dev, 0.0) + size
+            if needed[home.stat().st_dev] > disk.free_bytes(folder) and failure is None:
+                told = f"{disk.shown(needed[home.stat().st_dev])} on the disk of {home}"
+                failure = DoesNotFit(
+                    f"plan {self.command}: needs {told}, and {disk.shown(disk.free_bytes(folder))} are free",
+                    "FASTDIFF_CACHE and -o name other folders; fewer --pairs or --max-images need less",
+                )
+        if failure:
+            failure.result = Result(metrics=self.told())
+            raise failure
+
+
+def named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+
+
+def run(command: str, module: ModuleType, config: TrainConfig, *, probe: bool, typed: str) -> Result:
+    """Tell what the command would take, and the first of its settings that fits; DoesNotFit where none does.
+
+    `typed` is the command as it was given; the one to type next has the changes behind it.
+    """
+    if command not in ROLES and not probe:
+        raise UsageError(f"plan {command}: --no-probe: there is no arithmetic for it", "without --no-probe it is measured")
+    if not config.steps:
+        raise UsageError("--steps 0: nothing trains, so there is nothing to plan")
+    plan = Plan(command, module, config, probe=probe)
+    plan.show()
+    plan.check()
+    flags = {o.name: o for o in options(type(config))}
+    changes = []
+    for name in CHANGED:
+        value = getattr(plan.row.config, name, None)
+        if value != getattr(config, name, None):
+            changes.append(flags[name].flag if value is True else f"{flags[name].flag} {value:g}")
+    if changes:
+        console.warn(f"as given it does not fit; this does: {' '.join(changes)}")
+    return Result(metrics=plan.told(), next_command=" ".join([typed, *changes]))

@@ -1,0 +1,181 @@
+"""A training command's own steps, two or a few, on this machine: what they take, measured in a process of their own."""
+
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import console
+from fastdiff.data import Encoded
+from fastdiff.footprint import condition
+from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io.run import Run
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.sampling import at_once
+from fastdiff.session import load_base, open_accelerator
+from fastdiff.trainer import TrainConfig, Trainer
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a probe found."""
+
+    peak_bytes: int  # of device memory, on the CPU of the whole process
+    phases: dict[str, tuple[int, float]]  # its steps and seconds each, by name
+    call_s: float  # one picture through the base's network, without gradients
+    picture_s: float  # one picture through the VAE's encoder; 0 where no pictures are read
+    state_bytes: int  # of a resumable state
+    trained_bytes: int  # of the student's own parameters
+
+    @property
+    def training_s(self) -> float:
+        return sum(steps * seconds for steps, seconds in self.phases.values())
+
+
+def measure(module: str, config: TrainConfig, *, pictures: bool) -> Measured | None:
+    """Probe a command's module; None where it ran out of memory."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(steps, module, config, pictures).result()
+        except BrokenProcessPool:  # how the kernel answers who takes too much memory
+            console.warn("the probe was ended from outside: most likely it took more memory than there is")
+            return None
+
+
+def steps(module: str, config: TrainConfig, pictures: bool) -> Measured | None:
+    """The probe itself: every phase of the method is entered and takes its steps on random latents."""
+    console.quiet_libraries(offline=True)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return probed(import_module(module), config, pictures, Path(folder))
+    except (torch.OutOfMemoryError, MemoryError):
+        return None
+
+
+def probed(module: Any, config: TrainConfig, pictures: bool, folder: Path) -> Measured:
+    run = Run(folder)
+    accelerator = open_accelerator(replace(config, tracker="none"), run)
+    base, device = load_base(config, accelerator), accelerator.device
+    torch.manual_seed(config.seed)
+    picture_s = encoding_s(base, config, device) if pictures else 0.0
+    base.unet.to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    call_s = calling_s(base, config, device)
+    method = (getattr(module, "open_method", None) or module.METHOD)(base, config)
+    trainer = Trainer(method, latents(base, config, control=hasattr(config, "control")), run, config, accelerator)
+    found = {}
+    for index in range(len(trainer.phases)):
+        if index:
+            trainer.leave()
+            trainer.enter(index)
+        found[trainer.phase.name or "all"] = trainer.phase.steps, stepping_s(trainer, period(config))
+    states = [player.state_dict() for player in trainer.players.values()]
+    extra = [part.state_dict() for part in getattr(method, "extra_state", {}).values()]
+    student = next(iter(trainer.players.values()))
+    return Measured(
+        peak_bytes(device),
+        found,
+        call_s,
+        picture_s,
+        sum(tensor.nbytes for tensor in tensors([states, extra])),
+        sum(p.nbytes for p in student.params),
+    )
+
+
+def period(config: Any) -> int:
+    """Steps until all players have trained."""
+    return getattr(config, "fake_steps_per_gen", None) or getattr(config, "d_steps_per_gen", None) or 1
+
+
+def stepping_s(trainer: Trainer, length: int) -> float:
+    """Seconds of a step, as late in its phase as can be: by then all that comes in later has come in."""
+    last = trainer.end - length
+    trainer.step = max(trainer.phase.start, last - last % length)
+    trainer.train_step()  # the first one is slow: memory is found, kernels are chosen
+    began = clock(trainer.device)
+    for _ in range(length):
+        trainer.train_step()
+        trainer.step += 1
+    return (clock(trainer.device) - began) / length
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def calling_s(base: Checkpoint, config: TrainConfig, device: torch.device) -> float:
+    """Of one picture in a full batch of the teacher's."""
+    side = (config.resolution or base.resolution_px) // base.pixels_per_latent
+    n = at_once(side)
+    net, cond = Denoiser(base.unet, base.schedule(), base.prediction_type), condition(base, n, device)
+    x, t = torch.randn(n, base.unet_config["in_channels"], side, side, device=device), torch.tensor(500, device=device)
+    if net.guidance_embedded:
+        cond = cond.with_guidance(torch.ones(n, device=device))
+    net.to(device)(x, t, cond)
+    began = clock(device)
+    net(x, t, cond)
+    return (clock(device) - began) / n
+
+
+@torch.no_grad()
+def encoding_s(base: Checkpoint, config: TrainConfig, device: torch.device) -> float:
+    px = config.resolution or base.resolution_px
+    vae, pixels = base.vae.to(device), torch.zeros(1, 3, px, px, device=device)
+    vae.encode(pixels)
+    began = clock(device)
+    vae.encode(pixels)
+    took = clock(device) - began
+    base.release("vae")
+    return took
+
+
+def latents(base: Checkpoint, config: TrainConfig, *, control: bool) -> Encoded:
+    """Random items of the shapes that the data will have; enough for a method to look at before training."""
+    px = config.resolution or base.resolution_px
+    side, channels, n = px // base.pixels_per_latent, base.unet_config["in_channels"], 4
+    noise, texts = torch.randn(n, channels, side, side), condition(base, n)
+    return Encoded(
+        moments=torch.cat([torch.randn(n, channels, side, side), torch.zeros(n, channels, side, side)], 1),
+        texts=replace(texts, time_ids=None),
+        captions=torch.arange(n)[:, None],
+        weights=torch.ones(1),
+        uncond=condition(base, 1),
+        time_ids=texts.time_ids,
+        noise=noise,
+        controls=torch.zeros(n, 1, px, px, dtype=torch.uint8) if control else None,
+    )
+
+
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved()
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from tensors(list(tree.values()))
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from tensors(part)

@@ -1,0 +1,200 @@
+"""`fastdiff plan`: what a run would take, what fits, and exit 4 where nothing does."""
+
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+
+from fastdiff import cli, footprint, plan, probe
+from fastdiff.io import checkpoint, disk
+from fastdiff.methods import lcm
+from fastdiff.models import adapters
+
+SMALL = ["--resolution", 64, "--batch-size", 4, "--grad-accum", 2, "--lora-rank", 16, "--no-gradient-checkpointing", "--no-probe"]
+
+
+walk, walked = footprint.of_unet, {}
+
+
+@pytest.fixture(autouse=True)
+def once(monkeypatch):
+    """Each network is walked once for all tests."""
+
+    def cached(base, *given):
+        key = base.ref, *given
+        walked[key] = walked.get(key) or walk(base, *given)
+        return walked[key]
+
+    monkeypatch.setattr(footprint, "of_unet", cached)
+
+
+def memory(monkeypatch, size):
+    monkeypatch.setattr(plan, "memory_bytes", lambda device: size)
+
+
+def needs(told):
+    return [row["memory_bytes"] for row in told["metrics"]["settings"]]
+
+
+def test_a_probe_measures_the_commands_own_steps(fastdiff, tiny_sd, tmp_path):
+    given = ["--base", tiny_sd, "--lora-rank", 4, "--batch-size", 2, "--grad-accum", 1, "--steps", 7, "--prompts", "prompts.txt"]
+    code, told = fastdiff("plan", "train-lcm-lora", *given)
+    assert code == 0, told
+    found = told["metrics"]
+    first = found["settings"][0]
+    assert (first["measured"], first["fits"], found["probed"]) == (True, True, True)
+    assert 2**27 < first["memory_bytes"] < 2**33  # all of a process with torch in it
+    assert found["training_h"] == pytest.approx(7 * first["step_s"] / 3600)
+    assert found["data_h"] > 0
+    assert found["data"]["calls"] == 256 * 50  # pairs, 25 guided steps
+    assert found["disk"]["cache"]["bytes"] == 256 * 2 * 4 * 8 * 8 * 2  # noise and latents in fp16
+    assert told["next_command"].startswith(f"fastdiff train-lcm-lora --base {tiny_sd} --prompts prompts.txt")
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", cli.PLANNED)
+def test_every_method_can_be_probed(command):
+    """In this process: all its phases, on the embedded checkpoint."""
+    module = import_module(next(c.module for c in cli.COMMANDS if c.name == command))
+    config = module.Config(**module.PRESETS["emoji"] | {"batch_size": 2, "device": "cpu", "output": "nowhere"})
+    found = probe.steps(module.__name__, config, False)
+    assert found.training_s > 0
+    assert found.state_bytes >= 2 * found.trained_bytes > 0
+    assert sum(n for n, _ in found.phases.values()) == config.steps
+
+
+def test_without_a_probe_smaller_settings_are_proposed_until_one_fits(fastdiff, tiny_sd, monkeypatch):
+    given = ["plan", "train-lcm-lora", "--base", tiny_sd, *SMALL]
+    code, told = fastdiff(*given)
+    assert code == 0
+    sizes = needs(told)
+    rows = [(r["batch_size"], r["grad_accum"], r["gradient_checkpointing"], r["lora_rank"]) for r in told["metrics"]["settings"]]
+    assert rows == [(4, 2, False, 16), (2, 4, False, 16), (1, 8, False, 16)] + [
+        (4, 2, True, 16), (2, 4, True, 16), (1, 8, True, 16), (1, 8, True, 8), (1, 8, True, 4)
+    ]  # fmt: skip
+    assert sizes[0] > sizes[1] > sizes[2] > sizes[5] > sizes[6] > sizes[7]
+    assert "as given" not in str(told["warnings"])
+    for index in (1, 5, 7):
+        memory(monkeypatch, (sizes[index] + 1) / plan.FREE_PART)
+        code, told = fastdiff(*given)
+        assert code == 0
+        fits = [row["fits"] for row in told["metrics"]["settings"]]
+        assert fits.index(True) == index
+        assert any("as given it does not fit" in line for line in told["warnings"])
+    assert told["metrics"]["proposal"]["lora_rank"] == 4
+    assert told["next_command"].endswith("--batch-size 1 --grad-accum 8 --gradient-checkpointing --lora-rank 4 --lora-alpha 16")
+
+
+def test_exit_4_where_nothing_fits(fastdiff, tiny_sd, monkeypatch):
+    memory(monkeypatch, 10_000)
+    code, told = fastdiff("plan", "train-lcm-lora", "--base", tiny_sd, *SMALL)
+    assert code == 4
+    assert "no setting fits" in told["error"]["message"]
+    assert not any(row["fits"] for row in told["metrics"]["settings"])  # the figures are there all the same
+    memory(monkeypatch, 2**40)
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 1000)
+    code, told = fastdiff("plan", "train-lcm-lora", "--base", tiny_sd, *SMALL)
+    assert code == 4
+    assert "on the disk of" in told["error"]["message"]
+
+
+def test_what_does_not_fit_when_probed_is_not_proposed(tiny_sd, monkeypatch):
+    """The first setting runs out of memory; so does the first that the arithmetic would take."""
+    config = lcm.Config(base=str(tiny_sd), resolution=64, batch_size=4, grad_accum=1, device="cpu", lora_rank=8, lora_alpha=8)
+    tried = []
+
+    def measured(module, config, *, pictures):
+        tried.append(config.batch_size)
+        return None if config.batch_size > 1 else probe.Measured(2**30, {"all": (1000, 0.5)}, 0.1, 0.0, 100, 10)
+
+    monkeypatch.setattr(plan, "measure", measured)
+    result = plan.run("train-lcm-lora", lcm, config, probe=True, typed="fastdiff train-lcm-lora")
+    assert tried == [4, 2, 1]
+    assert result.metrics["proposal"]["batch_size"] == 1
+    assert result.metrics["training_h"] == pytest.approx(1000 * 0.5 / 3600)
+    assert result.next_command == "fastdiff train-lcm-lora --batch-size 1 --grad-accum 4"
+
+
+def test_methods_without_arithmetic_are_only_measured():
+    methods = {c.name for c in cli.COMMANDS if hasattr(import_module(c.module), "METHOD")}
+    assert methods == set(plan.ROLES)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["smple"], "plan smple: not a training command"),
+        (["distill-vae", "--no-probe"], "there is no arithmetic for it"),
+        (["prune", "--steps", "0", "--no-probe"], "--steps 0: nothing trains"),
+        (["train-lcm-lora", "--no-such-flag"], "--no-such-flag"),
+        ([], "Missing argument"),
+    ],
+)
+def test_mistakes_are_told(fastdiff, args, message):
+    code, told = fastdiff("plan", *args)
+    assert code == 2
+    assert message in told["error"]["message"]
+
+
+def test_help_is_the_commands_own(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["plan", "--help"]) == 0
+    assert "train-lcm-lora" in capsys.readouterr().out
+    assert cli.main(["plan", "dmd", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert "--no-probe" in page
+    assert "--lambda-reg" in page
+    assert cli.main(["dmd", "--help"]) == 0
+    assert "--no-probe" not in capsys.readouterr().out
+
+
+def test_an_alias_without_weights_is_counted_by_the_published_shapes():
+    found = plan.shapes_of(lcm.Config(base="sd15"))
+    assert found.unet_config["block_out_channels"] == [320, 640, 1280, 1280]
+    with pytest.raises(ValueError, match="no such file or folder"):
+        plan.shapes_of(lcm.Config(base="./gone"))
+
+
+# ---- the arithmetic
+
+
+def test_a_pass_on_shapes_is_a_pass_on_values(tiny_sdxl):
+    """Parameters exactly; what autograd keeps and the operations, as they are counted on a real network."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    base = checkpoint.load(str(tiny_sdxl))
+    told = footprint.of_unet(base, 64, torch.float32, 4, adapters.TARGETS)
+    net = base.unet
+    assert told.parameters == sum(p.numel() for p in net.parameters())
+    trained = adapters.attach(net, 4, 4)
+    assert told.trained == sum(p.numel() for p in trained)
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor._base, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    cond = footprint.condition(base, 1)
+    extra = {} if cond.pooled is None else {"added_cond_kwargs": {"text_embeds": cond.pooled, "time_ids": cond.time_ids}}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), FlopCounterMode(display=False) as counter:
+        net(torch.randn(1, 4, 8, 8), torch.tensor([5]), cond.tokens, return_dict=False, **extra)
+    assert told.saved_bytes == pytest.approx(sum(n for n, _ in kept.values()), rel=0.1)
+    assert told.flops == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert told.checkpointed_bytes < 0.7 * told.saved_bytes
+    full = footprint.of_unet(base, 64, torch.float32, None, adapters.TARGETS)
+    assert full.trained == full.parameters == told.parameters
+    assert footprint.encoding_flops(base, 64) > 0
+
+
+def test_the_ladder_keeps_the_batch():
+    config = lcm.Config(batch_size=6, grad_accum=2, lora_rank=16, lora_alpha=32, gradient_checkpointing=True)
+    found = plan.settings(config)
+    assert found[0] == config
+    assert all(c.batch_size * c.grad_accum == 12 for c in found)
+    assert [c.batch_size for c in found[:4]] == [6, 4, 3, 2]
+    assert (found[-1].lora_rank, found[-1].lora_alpha) == (4, 8)
+    assert [c.lora_rank for c in plan.settings(replace(config, full=True))] == [16] * 5
