@@ -1,7 +1,8 @@
 """`fastdiff plan COMMAND ...`: memory, disk and hours of a training run on this machine, before it is begun.
 
 With a probe the command's own steps are measured; what other settings would take is told by what the arithmetic says that
-they differ. Without one it is arithmetic alone: parameters and what a pass keeps are counted on the network's shapes.
+they differ. Without one it is arithmetic alone: parameters and what a pass keeps are counted on the network's shapes; decoding
+(previews, LPIPS) is not in it.
 """
 
 import os

@@ -21,10 +21,14 @@ from fastdiff.data import Encoded
 from fastdiff.footprint import condition
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run
+from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.proof import vae_of
 from fastdiff.sampling import at_once
 from fastdiff.session import load_base, open_accelerator
 from fastdiff.trainer import TrainConfig, Trainer
+
+PREVIEWED = 4  # pictures that a contact sheet draws at once
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def probed(module: Any, config: TrainConfig, pictures: bool, folder: Path) -> Me
             trainer.leave()
             trainer.enter(index)
         found[trainer.phase.name or "all"] = trainer.phase.steps, stepping_s(trainer, period(config))
+    preview(base, config, device)
     states = [player.state_dict() for player in trainer.players.values()]
     extra = [part.state_dict() for part in getattr(method, "extra_state", {}).values()]
     student = next(iter(trainer.players.values()))
@@ -132,6 +137,14 @@ def calling_s(base: Checkpoint, config: TrainConfig, device: torch.device) -> fl
     began = clock(device)
     net(x, t, cond)
     return (clock(device) - began) / n
+
+
+@torch.no_grad()
+def preview(base: Checkpoint, config: TrainConfig, device: torch.device) -> None:
+    """The most of a contact sheet's memory: decoding four pictures beside all that trains."""
+    side = (config.resolution or base.resolution_px) // base.pixels_per_latent
+    z = torch.randn(PREVIEWED, base.unet_config["in_channels"], side, side, device=device)
+    autoencoder.decode(vae_of(base, config).to(device), z)
 
 
 @torch.no_grad()
