@@ -1,8 +1,13 @@
 """The `sample` command: prompts to PNGs, with the settings that the weights' own recipe asks for."""
 
+import itertools
 import json
 import math
+import os
+import statistics
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,14 +18,16 @@ from fastdiff import console, evaluate, surgery
 from fastdiff.config import Range
 from fastdiff.console import InputRefused, Result, UsageError
 from fastdiff.data import control
-from fastdiff.data.teacher import read_prompts
+from fastdiff.data.teacher import cache_folder, read_prompts
 from fastdiff.io import fitting, lora
 from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.models import autoencoder, text
 from fastdiff.models import controlnet as controlnets
-from fastdiff.models.denoiser import Denoiser
-from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, uint8
+from fastdiff.models.decoder import decoder_of
+from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.models.folded import unet_of
+from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, decoding
 from fastdiff.solvers import SOLVERS
 
 PRESETS: dict[str, dict[str, Any]] = {}
@@ -29,6 +36,7 @@ EXAMPLES = """fastdiff sample --prompt "a red apple"
 fastdiff sample --lora lcm.safetensors --prompt "a red apple" --seed 1
 fastdiff sample --base sdxl --lora lcm.safetensors --lora style.safetensors=0.8 --prompts prompts.txt
 fastdiff sample --controlnet emoji --control-image apple.png --control canny --prompt "fruit on blue"
+fastdiff sample --prompt "a red apple" --fps 10
 echo "a red apple" | fastdiff sample --prompts - --json"""
 
 
@@ -66,6 +74,14 @@ class Config(BaseConfig):
     )
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to sample"] = "auto"
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
+    compile: Annotated[
+        Literal["auto", "off", "max"], "on CUDA auto: one graph at once, compiled while it draws; max: compiled first, minutes"
+    ] = "auto"
+    fps: Annotated[
+        float | None,
+        "seconds to draw as fast as it goes, telling images a second; only the last image is written",
+        Range(above=0),
+    ] = None
 
 
 def wanted(config: Config) -> list[str]:
@@ -133,12 +149,14 @@ def open_sampler(config: Config, device: torch.device) -> tuple[Sampler, list[di
     chosen = settings(config, recipe, base.family)  # a mismatch is told before anything heavy loads
     applied = fitting.apply(base, loras, allow_partial=config.allow_partial)
     guide = controlnets.load(config.controlnet, base.unet_config).to(dtype) if config.controlnet else None
-    kind = recipe.predicts(base.prediction_type)
-    denoiser = Denoiser(base.unet, base.schedule(), kind, controlnet=guide, strength=config.control_scale)
-    vae = autoencoder.load(config.vae, latent_channels=base.unet_config["in_channels"]) if config.vae else base.vae
-    if autoencoder.factor(vae) != base.pixels_per_latent:
+    vae = autoencoder.load(config.vae, latent_channels=base.unet_config["in_channels"]) if config.vae else None
+    if vae is not None and autoencoder.factor(vae) != base.pixels_per_latent:
         raise InputRefused(f"--vae {config.vae}: {autoencoder.factor(vae)} px a latent, the base has {base.pixels_per_latent}")
-    sampler = Sampler(base, denoiser, vae, device=device)
+    kind = recipe.predicts(base.prediction_type)
+    denoiser = Denoiser(unet_of(base, device=device), base.schedule(), kind, controlnet=guide, strength=config.control_scale)
+    base.release("unet")  # where it was loaded for LoRAs, its weights are the folded network's now
+    decoder = decoder_of(base, vae, dtype=decoding(dtype), device=device)
+    sampler = Sampler(base, denoiser, decoder, device=device, compile=config.compile)
     sampler.settings = chosen
     return sampler, applied.coverage
 
@@ -151,31 +169,37 @@ def run(config: Config) -> Result:
     if config.control and not config.control_image:
         raise UsageError("--control: takes the control out of --control-image, and there is none", "give --control-image too")
     prompts, device = wanted(config), pick_device(config.device)
+    if config.compile != "off":  # where compiled kernels are kept from one run to the next
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     with console.timed("load_s"):
         sampler, coverage = open_sampler(config, device)
         base, chosen = sampler.base, sampler.settings
         resolution_px = config.resolution or base.resolution_px
-        uncond = (
-            text.encode(base, [config.negative], device=device) if config.negative else text.unconditional(base, device=device)
-        )
-        cond = text.encode(base, [p for p in prompts for _ in range(config.num_images)], device=device)
+        encode = text.Prompts(base, device=device)
+        uncond = encode([config.negative]) if config.negative else encode.unconditional()
+        cond = encode([p for p in prompts for _ in range(config.num_images)])
         if config.control_image:
             shown = control.read(Path(config.control_image), resolution_px, config.control and control.extractor(config.control))
             cond = cond.with_control(shown.to(device).expand(len(cond), -1, -1, -1))
     if config.negative and not chosen.guided:
         console.warn("--negative has no effect at guidance 1 or less")
     seeds = [config.seed + i for _ in prompts for i in range(config.num_images)]
-    folder, names = places(config, prompts, seeds)
-    images, outputs = [], []
-    with console.timed("sampling_s"), console.progress(len(seeds), "sampling") as bar:
-        for i in range(0, len(seeds), config.batch_size):
-            rows = slice(i, i + config.batch_size)
-            images.append(sampler.pixels(cond[rows], uncond, seeds[rows], chosen, resolution_px=resolution_px))
-            for pixels, k in zip(images[-1], range(len(seeds))[rows], strict=True):
-                prompt = prompts[k // config.num_images]
-                outputs.append(write_png(folder / names[k], pixels, facts(config, chosen, prompt, seeds[k])))
-            bar.update(len(seeds[rows]))
-    stack = torch.cat(images)
+    folder, names = places(config, prompts, seeds[:1] if config.fps else seeds)
+    if config.fps:
+        return real_time(config, sampler, cond[: config.batch_size], uncond, resolution_px, folder / names[0], prompts[0])
+    parts = [slice(i, i + config.batch_size) for i in range(0, len(seeds), config.batch_size)]
+    stream = sampler.stream(((cond[rows], uncond, seeds[rows]) for rows in parts), chosen, resolution_px)
+    written, images = [], []
+    # PNG is packed beside the drawing of the next batch; it takes longer than one step of a small network.
+    with console.timed("sampling_s"), console.progress(len(seeds), "sampling") as bar, ThreadPoolExecutor(1) as packer:
+        for rows, batch in zip(parts, stream, strict=True):
+            images.append(batch)
+            for pixels, k in zip(batch, range(len(seeds))[rows], strict=True):
+                told = facts(config, chosen, prompts[k // config.num_images], seeds[k])
+                written.append(packer.submit(write_png, folder / names[k], pixels, told))
+            bar.update(len(batch))
+    outputs = [item.result() for item in written]
+    stack = torch.cat(images).permute(0, 3, 1, 2) / 127.5 - 1
     if config.grid and len(seeds) > 1:
         columns = config.num_images if config.num_images > 1 else math.ceil(len(seeds) ** 0.5)
         blank = torch.ones(-len(stack) % columns, *stack.shape[1:])
@@ -186,6 +210,25 @@ def run(config: Config) -> Result:
     if base.family == "emoji":
         metrics["style"] = evaluate.style_distance(stack, [p for p in prompts for _ in range(config.num_images)])
     return Result(outputs, metrics)
+
+
+def real_time(config: Config, sampler: Sampler, cond: Cond, uncond: Cond, resolution_px: int, path: Path, prompt: str) -> Result:
+    """Draw for `--fps` seconds, seed after seed, and tell images a second; the last one is written."""
+    n, seeds = len(cond), itertools.count(config.seed)
+    batches = ((cond, uncond, list(itertools.islice(seeds, n))) for _ in itertools.count())
+    stream = sampler.stream(batches, sampler.settings, resolution_px)
+    with console.timed("first_s"):
+        batch = next(stream)
+    marks = [time.perf_counter()]
+    while marks[-1] < marks[0] + config.fps:
+        batch = next(stream)
+        marks.append(time.perf_counter())
+    gaps = [b - a for a, b in itertools.pairwise(marks)]
+    rate = n / statistics.median(gaps)
+    console.info(f"{rate:.1f} images/s ({n} at once, median of {len(gaps)} batches)")
+    write_png(path, batch[0], facts(config, sampler.settings, prompt, config.seed + n * len(gaps)))
+    metrics = {"images_per_s": rate, "images": n * len(marks), "batch_size": n, "calls": sampler.settings.calls}
+    return Result([path], {**metrics, "settings": asdict(sampler.settings)})
 
 
 def places(config: Config, prompts: list[str], seeds: list[int]) -> tuple[Path, list[str]]:
@@ -214,11 +257,12 @@ def facts(config: Config, chosen: Settings, prompt: str, seed: int) -> dict[str,
 
 
 def write_png(path: Path, pixels: torch.Tensor, told: dict[str, Any]) -> Path:
+    """pixels (H, W, 3), uint8."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_text("prompt", told["prompt"])
     info.add_text("fastdiff", json.dumps(told))
-    Image.fromarray(uint8(pixels).permute(1, 2, 0).numpy()).save(path, pnginfo=info)
+    Image.fromarray(pixels.numpy()).save(path, pnginfo=info)
     return path
