@@ -42,6 +42,7 @@ COMMANDS = [
     Command("distill-controlnet", "fastdiff.methods.controlnet", "Train a ControlNet for a small network (SDXS)", "Train"),
     Command("merge-lora", "fastdiff.merge", "Add LoRAs exactly, to a rank, or into a checkpoint", "Use"),
     Command("sample", "fastdiff.sample", "Draw images with the settings that the weights ask for", "Use"),
+    Command("bench", "fastdiff.bench", "Measure speed against the stock way, and the machine's limit", "Use"),
     Command("export", "fastdiff.export", "Write a checkpoint as folder or single file, a LoRA in another layout", "Use"),
     Command("inspect", "fastdiff.inspect", "Tell what a file is, what it fits and whether it is safe", "Use"),
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "fastdiff"
 FLOORS = [
-    {"console", "schedule"},
+    {"console", "measure", "schedule"},
     {"config", "losses"},
     {"io.recipe", "io.tensors"},
     {"io.run", "io.updates", "io.ldm", "io.family", "io.component"},
@@ -22,12 +22,13 @@ FLOORS = [
     {"data.embedded", "data.folder"},
     {"data.teacher", "data.control"},
     {"data"},
-    {"evaluate", "trainer", "compare"},
+    {"evaluate", "trainer", "compare", "baselines"},
     {"card", "surgery", "decoders", "matching"},
     {"proof"},
     {"session", "sample", "merge", "export", "inspect"},
     {"segmented"},
     {"methods.lcm", "methods.dmd", "methods.lightning", "methods.prune", "methods.vae", "methods.sdxs", "methods.controlnet"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]
