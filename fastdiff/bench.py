@@ -27,7 +27,7 @@ from fastdiff.io.updates import Factors
 from fastdiff.methods import lcm
 from fastdiff.models import autoencoder, text, unet
 from fastdiff.models.adapters import TARGETS
-from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.sample import pick_device
 from fastdiff.sampling import Sampler, Settings
 
@@ -95,8 +95,8 @@ def shown(value: Any) -> str:
 # ---- what is measured
 
 
-def opened(config: Config, device: torch.device) -> Checkpoint:
-    """The base, or its shape with random weights made on the device."""
+def opened(config: Config, device: torch.device, *, unet_alone: bool = False) -> Checkpoint:
+    """The base, or its shape with random weights made on the device; the other networks only where they are wanted."""
     half = "bf16" if device.type == "cuda" else "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
         half if config.precision == "auto" else config.precision
@@ -114,9 +114,10 @@ def opened(config: Config, device: torch.device) -> Checkpoint:
     base = base.shaped("unet", shape)
     torch.manual_seed(0)
     with torch.device(device):
-        for part in ("unet", "vae"):
-            base.__dict__[part] = made(part, base.config_of(part)).to(dtype if part == "unet" else torch.float32)
-        base.__dict__["text_encoders"] = [made(part, base.config_of(part), base.index[part][1]) for part in base.text_parts]
+        base.__dict__["unet"] = made("unet", shape).to(dtype)
+        if not unet_alone:
+            base.__dict__["vae"] = made("vae", base.config_of("vae"))
+            base.__dict__["text_encoders"] = [made(part, base.config_of(part), base.index[part][1]) for part in base.text_parts]
     return base
 
 
@@ -210,9 +211,10 @@ def sample(config: Config, device: torch.device) -> dict[str, Any]:
             ways["ours"]()
         for walk in sampler.engine.captured.values():
             walk.thread.join()
+    most = measure.ceiling(device, base.dtype)
     found = compared(measure.interleaved(ways, config.calls, device=device), n)
     if not config.null:
-        most = measure.ceiling(device, base.dtype)
+        most = measure.ceiling(device, base.dtype, least=most)
         # In a graph nothing can be counted: the same work, drawn plainly.
         counted = measure.cost(lambda: autoencoder.decode(sampler.vae, sampler.engine.latents(cond_px)))
         found |= {"parity": parity, "gflop": counted.flops / 1e9, "of_limit": 1e3 * counted.limit_s(most) / found["ours_ms"],
@@ -274,8 +276,8 @@ class OurStep:
 
 
 def step_of(which: str, config: Config, device: torch.device) -> tuple[Any, Callable[[], Any], lcm.Config]:
-    """One of the two ways to train, ready, with what a step of it is."""
-    base = opened(config, device)
+    """One of the two ways to train, ready, with what a step of it is. Ours finds latents and prompts in its cache."""
+    base = opened(config, device, unet_alone=which == "ours")
     row = lcm.PRESETS[base.family]
     names = {k: row[k] for k in ("lora_rank", "lora_alpha", "lr", "guidance_min", "guidance_max", "skip") if k in row}
     n = config.batch_size or row["batch_size"]
@@ -286,11 +288,10 @@ def step_of(which: str, config: Config, device: torch.device) -> tuple[Any, Call
     if which == "stock":
         way = baselines.OfficialStep(base, told, [PROMPT] * n, device=device)
         return way, lambda: way.step(pixels), told
-    encode = text.Prompts(base, device=device)
-    cond, uncond = encode([PROMPT] * n), encode.unconditional()
-    latents = torch.randn(n, base.unet_config["in_channels"], side, side, generator=torch.Generator().manual_seed(1))
-    base.release("text_encoders", "tokenizers", "vae")
-    way = OurStep(base, told, Batch(latents, cond, uncond.expand(n)), device)
+    g, tokens = torch.Generator().manual_seed(1), base.config_of("text_encoder")["max_position_embeddings"]
+    latents = torch.randn(n, base.unet_config["in_channels"], side, side, generator=g)
+    cond, uncond = (Cond(torch.randn(n, tokens, base.unet_config["cross_attention_dim"], generator=g)) for _ in range(2))
+    way = OurStep(base, told, Batch(latents, cond, uncond), device)
     return way, way.step, told
 
 
@@ -304,6 +305,7 @@ def train(config: Config, device: torch.device) -> dict[str, Any]:
     for way in ("ours", "stock"):
         torch.manual_seed(0)
         batch = ours.batch
+        stock.uncond = batch.uncond.tokens
         losses.append(ours.loss() if way == "ours" else stock.loss(batch.latents, batch.cond.tokens))
     parity = nearness("losses", *(loss.detach() for loss in losses), torch.float32)
     del losses
