@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.losses import pseudo_huber
+from fastdiff.models import text
 from fastdiff.models.adapters import TARGETS
-from fastdiff.sampling import SeededNoise, Settings
+from fastdiff.models.denoiser import Cond
+from fastdiff.sampling import SeededNoise, Settings, with_size
+from fastdiff.schedule import Prediction
 
 # A first picture as the libraries' documentation has it; arguments: folder, steps, guidance, seed, output.
 FIRST_PICTURE = """
@@ -104,34 +107,36 @@ class OfficialStep:
         for encoder in base.text_encoders:
             encoder.to(device)
         targets = list(TARGETS)
+        self.unet.requires_grad_(False)
         self.unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets))
         self.unet.enable_gradient_checkpointing()
         self.trained = [p for p in self.unet.parameters() if p.requires_grad]
+        for p in self.trained:
+            p.data = p.data.float()
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.lr)
         self.schedule = base.schedule().to(device)
         self.grid = self.schedule.ddim_grid(config.grid_steps).to(device)
-        self.uncond = self.encode([""]).expand(len(self.prompts), -1, -1)
+        self.uncond = self.encode([""]).expand(len(self.prompts))
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Tensor:
-        (encoder,), (tokenizer,) = self.base.text_encoders, self.base.tokenizers
-        length = tokenizer.model_max_length
-        ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        return encoder(ids.to(self.device))[0]
+    def encode(self, prompts: list[str]) -> Cond:
+        cond = text.encode(self.base, prompts, device=self.device).map(lambda v: v.to(self.device))
+        return with_size(cond, self.base.resolution_px) if self.base.family == "sdxl" else cond
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
         return self.vae.encode(pixels.to(self.device)).latent_dist.sample() * self.vae.config.scaling_factor
 
-    def predict(self, x: Tensor, t: Tensor, tokens: Tensor):
-        out = self.unet(x, t, encoder_hidden_states=tokens).sample
+    def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        told = {} if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+        out = self.unet(x, t, encoder_hidden_states=cond.tokens, added_cond_kwargs=told).sample
         return self.schedule.predict(out, x, t, self.base.prediction_type)
 
-    def consistency(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+    def consistency(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         c_skip, c_out = self.schedule.boundary(t, x)
-        return c_skip * x + c_out * self.predict(x, t, tokens).x0
+        return c_skip * x + c_out * self.predict(x, t, cond).x0
 
-    def loss(self, x0: Tensor, tokens: Tensor) -> Tensor:
+    def loss(self, x0: Tensor, cond: Cond) -> Tensor:
         n = len(x0)
         index = torch.randint(len(self.grid), (n,), device=x0.device)
         w = torch.empty(n, device=x0.device).uniform_(self.config.guidance_min, self.config.guidance_max)
@@ -139,18 +144,19 @@ class OfficialStep:
         below = index - self.config.skip
         t, u = self.grid[index], torch.where(below >= 0, self.grid[below.clamp(min=0)], 0)
         x_t = self.schedule.add_noise(x0, eps, t)
-        online = self.consistency(x_t, t, tokens)
+        online = self.consistency(x_t, t, cond)
         with torch.no_grad():
             self.unet.disable_adapters()
-            cond = self.predict(x_t, t, tokens)
-            uncond = self.predict(x_t, t, self.uncond)
+            told, untold = (self.predict(x_t, t, c) for c in (cond, self.uncond))  # one after the other
             self.unet.enable_adapters()
-            guided = cond.guide(uncond, w)
-            target = self.consistency(self.schedule.add_noise(guided.x0, guided.eps, u), u, tokens)
+            guided = told.guide(untold, w)
+            target = self.consistency(self.schedule.add_noise(guided.x0, guided.eps, u), u, cond)
         return pseudo_huber(online, target, self.config.huber_c)
 
     def step(self, pixels: Tensor) -> float:
-        loss = self.loss(self.latents(pixels), self.encode(self.prompts))
+        x0, cond = self.latents(pixels), self.encode(self.prompts)
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=x0.is_cuda):
+            loss = self.loss(x0, cond)
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()

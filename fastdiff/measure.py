@@ -7,12 +7,14 @@ bound and not a promise.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +63,9 @@ class Process:
 
 def process(command: Sequence[str]) -> Process:
     """Run a command in a process of its own; RuntimeError with its last line where it fails."""
-    done = subprocess.run([sys.executable, "-c", WATCH, *command], check=True, capture_output=True, text=True)
+    home = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": home}  # this very package, also where it is not installed
+    done = subprocess.run([sys.executable, "-c", WATCH, *command], check=True, capture_output=True, text=True, env=env)
     wall, cpu, peak, code, error = json.loads(done.stdout)
     if code:
         raise RuntimeError(f"{command[0]} ended with {code}: {error.strip().splitlines()[-1] if error.strip() else ''}")

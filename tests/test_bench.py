@@ -71,6 +71,7 @@ def test_shapes_with_random_weights(fastdiff):
         bench.run(bench.Config(work="sample", layout="bk-tiny"))
 
 
+@pytest.mark.slow
 def test_train_steps_have_the_same_loss(fastdiff):
     code, told = fastdiff("bench", "train", "--device", "cpu", "--calls", 1, "--batch-size", 2)
     assert code == 0
