@@ -9,13 +9,16 @@ import torch
 
 from fastdiff import console, surgery
 from fastdiff.console import InputRefused, UsageError
+from fastdiff.engine import Compile
 from fastdiff.io import fitting, ldm, lora, tensors
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.models import autoencoder
 from fastdiff.models import controlnet as controlnets
+from fastdiff.models.decoder import decoder_of
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.sampling import Sampler
+from fastdiff.models.folded import unet_of
+from fastdiff.sampling import Sampler, decoding
 
 
 @dataclass
@@ -77,14 +80,23 @@ def assemble(
     strength: float = 1.0,
     allow_partial: bool = False,
     device: torch.device | str = "cpu",
+    folded: bool = False,
+    compile: Compile = "off",
 ) -> Assembled:
-    """Fold the LoRAs in and open the rest; InputRefused where a part does not belong to the base."""
+    """Fold the LoRAs in and open the rest; InputRefused where a part does not belong to the base.
+
+    `folded`: to draw with and nothing else, by networks that are faster and cannot be trained; `compile` is the sampler's.
+    """
     recipe = recipe_of(base, loras)
     applied = fitting.apply(base, list(loras), allow_partial=allow_partial)
     guide = controlnets.load(controlnet, base.unet_config).to(base.dtype) if controlnet else None
-    kind = recipe.predicts(base.prediction_type)
-    denoiser = Denoiser(base.unet, base.schedule(), kind, controlnet=guide, strength=strength)
-    other = autoencoder.load(vae, latent_channels=base.unet_config["in_channels"]) if vae else base.vae
-    if autoencoder.factor(other) != base.pixels_per_latent:
+    other = autoencoder.load(vae, latent_channels=base.unet_config["in_channels"]) if vae else None
+    if other is not None and autoencoder.factor(other) != base.pixels_per_latent:
         raise InputRefused(f"--vae {vae}: {autoencoder.factor(other)} px a latent, the base has {base.pixels_per_latent}")
-    return Assembled(Sampler(base, denoiser, other, device=device), recipe, applied.coverage)
+    net = unet_of(base, device=device) if folded else base.unet
+    denoiser = Denoiser(net, base.schedule(), recipe.predicts(base.prediction_type), controlnet=guide, strength=strength)
+    if not folded:
+        return Assembled(Sampler(base, denoiser, other or base.vae, device=device), recipe, applied.coverage)
+    base.release("unet")  # where it was loaded for LoRAs, its weights are the folded network's now
+    decoder = decoder_of(base, other, dtype=decoding(base.dtype), device=device)
+    return Assembled(Sampler(base, denoiser, decoder, device=device, compile=compile), recipe, applied.coverage)

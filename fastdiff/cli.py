@@ -46,6 +46,7 @@ COMMANDS = [
     Command("merge-lora", "fastdiff.merge", "Add LoRAs exactly, to a rank, or into a checkpoint", "Use"),
     Command("sample", "fastdiff.sample", "Draw images with the settings that the weights ask for", "Use"),
     Command("evaluate", "fastdiff.evaluate", "Judge few-step models on pictures against their teacher", "Use"),
+    Command("bench", "fastdiff.bench", "Measure speed against the stock way, and the machine's limit", "Use"),
     Command("export", "fastdiff.export", "Write a checkpoint as folder or single file, a LoRA in another layout", "Use"),
     Command("inspect", "fastdiff.inspect", "Tell what a file is, what it fits and whether it is safe", "Use"),
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastdiff import console, footprint
+from fastdiff.assemble import pick_device
 from fastdiff.config import options
 from fastdiff.console import DoesNotFit, Result, UsageError
 from fastdiff.data import STREAMED
@@ -26,7 +27,6 @@ from fastdiff.io import checkpoint, disk
 from fastdiff.io.checkpoint import ALIASES, ASSETS, Checkpoint
 from fastdiff.models import adapters, unet
 from fastdiff.probe import Measured, measure
-from fastdiff.sample import pick_device
 from fastdiff.session import default_folder
 from fastdiff.trainer import TrainConfig, seconds
 

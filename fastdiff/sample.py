@@ -1,8 +1,13 @@
 """The `sample` command: prompts to PNGs, with the settings that the weights' own recipe asks for."""
 
+import itertools
 import json
 import math
+import os
+import statistics
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,11 +19,12 @@ from fastdiff.assemble import Assembled, assemble, load_loras, pick_device, pick
 from fastdiff.config import Range
 from fastdiff.console import Result, UsageError
 from fastdiff.data import control
-from fastdiff.data.teacher import read_prompts
+from fastdiff.data.teacher import cache_folder, read_prompts
 from fastdiff.io.checkpoint import BaseConfig
 from fastdiff.io.recipe import Recipe
 from fastdiff.models import text
-from fastdiff.sampling import DEFAULTS, Settings, contact_sheet, uint8
+from fastdiff.models.denoiser import Cond
+from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
 from fastdiff.solvers import SOLVERS
 
 PRESETS: dict[str, dict[str, Any]] = {}
@@ -27,6 +33,7 @@ EXAMPLES = """fastdiff sample --prompt "a red apple"
 fastdiff sample --lora lcm.safetensors --prompt "a red apple" --seed 1
 fastdiff sample --base sdxl --lora lcm.safetensors --lora style.safetensors=0.8 --prompts prompts.txt
 fastdiff sample --controlnet emoji --control-image apple.png --control canny --prompt "fruit on blue"
+fastdiff sample --prompt "a red apple" --fps 10
 echo "a red apple" | fastdiff sample --prompts - --json"""
 
 
@@ -64,6 +71,14 @@ class Config(BaseConfig):
     )
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to sample"] = "auto"
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
+    compile: Annotated[
+        Literal["auto", "off", "max"], "on CUDA auto: one graph at once, compiled while it draws; max: compiled first, minutes"
+    ] = "auto"
+    fps: Annotated[
+        float | None,
+        "seconds to draw as fast as it goes, telling images a second; only the last image is written",
+        Range(above=0),
+    ] = None
 
 
 def wanted(config: Config) -> list[str]:
@@ -103,8 +118,8 @@ def open_sampler(config: Config, device: torch.device) -> tuple[Assembled, Setti
     how = dict(allow_partial=config.allow_partial)
     loras = load_loras(base, config.lora, remap=config.remap, allow_pickle=config.allow_pickle, **how)
     chosen = settings(config, recipe_of(base, loras), base.family)  # a mismatch is told before anything heavy loads
-    control = dict(controlnet=config.controlnet, strength=config.control_scale)
-    return assemble(base, loras, vae=config.vae, device=device, **control, **how), chosen
+    how |= dict(controlnet=config.controlnet, strength=config.control_scale, vae=config.vae)
+    return assemble(base, loras, device=device, folded=True, compile=config.compile, **how), chosen
 
 
 def run(config: Config) -> Result:
@@ -115,31 +130,38 @@ def run(config: Config) -> Result:
     if config.control and not config.control_image:
         raise UsageError("--control: takes the control out of --control-image, and there is none", "give --control-image too")
     prompts, device = wanted(config), pick_device(config.device)
+    if config.compile != "off":  # where compiled kernels are kept from one run to the next
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     with console.timed("load_s"):
         opened, chosen = open_sampler(config, device)
         sampler, base = opened.sampler, opened.sampler.base
         resolution_px = config.resolution or base.resolution_px
-        uncond = (
-            text.encode(base, [config.negative], device=device) if config.negative else text.unconditional(base, device=device)
-        )
-        cond = text.encode(base, [p for p in prompts for _ in range(config.num_images)], device=device)
+        encode = text.Prompts(base, device=device)
+        uncond = encode([config.negative]) if config.negative else encode.unconditional()
+        cond = encode([p for p in prompts for _ in range(config.num_images)])
         if config.control_image:
             shown = control.read(Path(config.control_image), resolution_px, config.control and control.extractor(config.control))
             cond = cond.with_control(shown.to(device).expand(len(cond), -1, -1, -1))
     if config.negative and not chosen.guided:
         console.warn("--negative has no effect at guidance 1 or less")
     seeds = [config.seed + i for _ in prompts for i in range(config.num_images)]
-    folder, names = places(config, prompts, seeds)
-    images, outputs = [], []
-    with console.timed("sampling_s"), console.progress(len(seeds), "sampling") as bar:
-        for i in range(0, len(seeds), config.batch_size):
-            rows = slice(i, i + config.batch_size)
-            images.append(sampler.pixels(cond[rows], uncond, seeds[rows], chosen, resolution_px=resolution_px))
-            for pixels, k in zip(images[-1], range(len(seeds))[rows], strict=True):
-                prompt = prompts[k // config.num_images]
-                outputs.append(write_png(folder / names[k], pixels, facts(config, chosen, prompt, seeds[k])))
-            bar.update(len(seeds[rows]))
-    stack = torch.cat(images)
+    folder, names = places(config, prompts, seeds[:1] if config.fps else seeds)
+    if config.fps:
+        few = cond[: config.batch_size]
+        return real_time(config, sampler, chosen, few, uncond, resolution_px, folder / names[0], prompts[0])
+    parts = [slice(i, i + config.batch_size) for i in range(0, len(seeds), config.batch_size)]
+    stream = sampler.stream(((cond[rows], uncond, seeds[rows]) for rows in parts), chosen, resolution_px)
+    written, images = [], []
+    # PNG is packed beside the drawing of the next batch; it takes longer than one step of a small network.
+    with console.timed("sampling_s"), console.progress(len(seeds), "sampling") as bar, ThreadPoolExecutor(1) as packer:
+        for rows, batch in zip(parts, stream, strict=True):
+            images.append(batch)
+            for pixels, k in zip(batch, range(len(seeds))[rows], strict=True):
+                told = facts(config, chosen, prompts[k // config.num_images], seeds[k])
+                written.append(packer.submit(write_png, folder / names[k], pixels, told))
+            bar.update(len(batch))
+    outputs = [item.result() for item in written]
+    stack = torch.cat(images).permute(0, 3, 1, 2) / 127.5 - 1
     if config.grid and len(seeds) > 1:
         columns = config.num_images if config.num_images > 1 else math.ceil(len(seeds) ** 0.5)
         blank = torch.ones(-len(stack) % columns, *stack.shape[1:])
@@ -150,6 +172,27 @@ def run(config: Config) -> Result:
     if base.family == "emoji":
         metrics["style"] = judge.style_distance(stack, [p for p in prompts for _ in range(config.num_images)])
     return Result(outputs, metrics)
+
+
+def real_time(
+    config: Config, sampler: Sampler, chosen: Settings, cond: Cond, uncond: Cond, resolution_px: int, path: Path, prompt: str
+) -> Result:
+    """Draw for `--fps` seconds, seed after seed, and tell images a second; the last one is written."""
+    n, seeds = len(cond), itertools.count(config.seed)
+    batches = ((cond, uncond, list(itertools.islice(seeds, n))) for _ in itertools.count())
+    stream = sampler.stream(batches, chosen, resolution_px)
+    with console.timed("first_s"):
+        batch = next(stream)
+    marks = [time.perf_counter()]
+    while marks[-1] < marks[0] + config.fps:
+        batch = next(stream)
+        marks.append(time.perf_counter())
+    gaps = [b - a for a, b in itertools.pairwise(marks)]
+    rate = n / statistics.median(gaps)
+    console.info(f"{rate:.1f} images/s ({n} at once, median of {len(gaps)} batches)")
+    write_png(path, batch[0], facts(config, chosen, prompt, config.seed + n * len(gaps)))
+    metrics = {"images_per_s": rate, "images": n * len(marks), "batch_size": n, "calls": chosen.calls}
+    return Result([path], {**metrics, "settings": asdict(chosen)})
 
 
 def places(config: Config, prompts: list[str], seeds: list[int]) -> tuple[Path, list[str]]:
@@ -178,11 +221,12 @@ def facts(config: Config, chosen: Settings, prompt: str, seed: int) -> dict[str,
 
 
 def write_png(path: Path, pixels: torch.Tensor, told: dict[str, Any]) -> Path:
+    """pixels (H, W, 3), uint8."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_text("prompt", told["prompt"])
     info.add_text("fastdiff", json.dumps(told))
-    Image.fromarray(uint8(pixels).permute(1, 2, 0).numpy()).save(path, pnginfo=info)
+    Image.fromarray(pixels.numpy()).save(path, pnginfo=info)
     return path

@@ -4,18 +4,24 @@ Image i depends on seed i alone, never on its place in a batch: each has its own
 every later draw.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff import stop
+from fastdiff import coefficients, engine, stop
+from fastdiff.coefficients import Table
+from fastdiff.engine import Compile, Engine, Inputs, Walk
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.models import autoencoder, text
+from fastdiff.models.decoder import Decoder, decoder_of
 from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.models.folded import unet_of
+from fastdiff.schedule import Prediction
 from fastdiff.solvers import SOLVERS, Grid
 
 
@@ -88,26 +94,89 @@ class SeededNoise:
 
 
 class Sampler:
-    """A denoiser and a VAE of one checkpoint."""
+    """A denoiser and a VAE of one checkpoint.
 
-    def __init__(self, base: Checkpoint, denoiser: Denoiser, vae: nn.Module, *, device: torch.device | str = "cpu") -> None:
-        self.base, self.denoiser, self.vae, self.device = base, denoiser.to(device), vae.to(device), device
+    `compile` is what happens on a GPU: a graph of the whole walk with the decoder, and its compiled form when that is ready
+    (auto) or before the first picture (max); off for networks that are still trained, since a graph keeps their adapters.
+    """
 
-    @torch.no_grad()
+    def __init__(
+        self,
+        base: Checkpoint,
+        denoiser: Denoiser,
+        vae: nn.Module | Decoder,
+        *,
+        device: torch.device | str = "cpu",
+        compile: Compile = "off",
+    ) -> None:
+        self.base, self.denoiser, self.device = base, denoiser.to(device), device
+        self.vae = vae if isinstance(vae, Decoder) else vae.to(device)
+        self.engine = Engine(self.denoiser, lambda z: autoencoder.decode(self.vae, z), device, compile=compile)
+        self.tables: dict[Settings, Table] = {}
+        self.told: tuple[tuple[Any, ...], Inputs] | None = None
+
+    @classmethod
+    def opened(
+        cls, base: Checkpoint, *, device: torch.device | str = "cpu", compile: Compile = "auto", vae: nn.Module | None = None
+    ) -> "Sampler":
+        """To draw with and nothing else: the checkpoint's networks folded, on that device, in the checkpoint's precision."""
+        denoiser = Denoiser(unet_of(base, device=device), base.schedule(), base.prediction_type)
+        decoder = decoder_of(base, vae, dtype=decoding(base.dtype), device=device)
+        return cls(base, denoiser, decoder, device=device, compile=compile)
+
+    def table(self, settings: Settings) -> Table:
+        if settings not in self.tables:
+            grid = settings.grid(self.denoiser.schedule, self.base.scheduler_config)
+            self.tables[settings] = coefficients.table(settings.scheduler, grid, self.denoiser.kind).to(self.device)
+        return self.tables[settings]
+
+    def noise(self, table: Table, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
+        """All that a walk draws (draws, B, C, h, w), on the device without waiting for it."""
+        draw = SeededNoise(seeds, (self.denoiser.net.config.in_channels, *size), "cpu")
+        noise = torch.stack([draw() for _ in range(table.draws)])
+        return (noise.pin_memory() if on_cuda(self.device) else noise).to(self.device, non_blocking=True)
+
+    def inputs(self, table: Table, cond: Cond, uncond: Cond | None, settings: Settings, px: int | None = None) -> Inputs:
+        """What the network is told of prompts; of the same ones as last time the same tensors, so that nothing is copied."""
+        key = (table, cond, uncond, px)
+        if self.told is None or any(a is not b for a, b in zip(self.told[0], key, strict=True)):
+            rows = cond
+            if uncond is not None:  # guidance is of the text alone: both halves see the same control
+                uncond = uncond if len(uncond) == len(cond) else uncond.expand(len(cond))
+                rows = Cond.cat([cond, uncond.with_control(cond.control)])
+            if px is not None and self.base.family == "sdxl":
+                rows = with_size(rows, px)
+            if self.denoiser.guidance_embedded:
+                rows = rows.with_guidance(torch.full((len(rows),), settings.guidance))
+            self.told = key, self.engine.inputs(table, rows.map(lambda v: v.to(self.device)))
+        return self.told[1]
+
+    def walk(
+        self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int], px: int | None = None
+    ) -> Walk:
+        """The walk of one batch for latent size (h, w)."""
+        guided, table = settings.guided and not self.denoiser.guidance_embedded, self.table(settings)
+        inputs = self.inputs(table, cond, uncond if guided else None, settings, px)
+        return Walk(table, self.noise(table, seeds, size), inputs, settings.guidance if guided else None)
+
     def latents(self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int]) -> Tensor:
         """Scaled latents (B, C, h, w) for latent size (h, w); cond has B rows, uncond one or B."""
-        noise = SeededNoise(seeds, (self.denoiser.net.config.in_channels, *size), self.device)
-        cond = cond.map(lambda v: v.to(self.device))
-        uncond = uncond.map(lambda v: v.to(self.device))
-        uncond = uncond if len(uncond) == len(cond) else uncond.expand(len(cond))
-        if self.denoiser.guidance_embedded:
-            cond = cond.with_guidance(torch.full((len(cond),), settings.guidance, device=self.device))
+        self.told = None  # the network may have been trained since
+        if getattr(type(self.denoiser), "forward", None) is not Denoiser.forward:
+            return self.solved(cond, uncond, seeds, settings, size)
+        return self.engine.latents(self.walk(cond, uncond, seeds, settings, size))
 
-        def denoise(x, t):
+    @torch.no_grad()
+    def solved(self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int]) -> Tensor:
+        """As `latents`, by the solver itself: for a denoiser whose answers are not those of its network."""
+        noise = SeededNoise(seeds, (self.denoiser.net.config.in_channels, *size), self.device)
+        cond, uncond = (c.map(lambda v: v.to(self.device)) for c in (cond, uncond))
+        uncond = uncond if len(uncond) == len(cond) else uncond.expand(len(cond))
+
+        def denoise(x: Tensor, t: Tensor) -> Prediction:
             stop.check()
-            if settings.guided and not self.denoiser.guidance_embedded:
-                return self.denoiser.guided(x, t, cond, uncond, settings.guidance)
-            return self.denoiser(x, t, cond)
+            p = self.denoiser(x, t, cond)
+            return p.guide(self.denoiser(x, t, uncond), settings.guidance) if settings.guided else p
 
         grid = settings.grid(self.denoiser.schedule, self.base.scheduler_config)
         return SOLVERS[settings.scheduler].run(denoise, noise(), grid, noise)
@@ -133,6 +202,51 @@ class Sampler:
             found.append(self.pictures(cond[rows], negative, seeds[rows], settings, resolution_px)[1])
         return torch.cat(found)
 
+    def stream(
+        self, batches: Iterable[tuple[Cond, Cond, Sequence[int]]], settings: Settings, resolution_px: int
+    ) -> Iterator[Tensor]:
+        """Images (B, H, W, 3), uint8, on the CPU, of each (prompts, unconditional, seeds).
+
+        While the caller has one batch the device draws the next. The same Cond objects again are not folded again. The
+        networks must not change meanwhile.
+        """
+        side, waiting = resolution_px // autoencoder.factor(self.vae), deque()
+        self.told = None
+        for cond, uncond, seeds in batches:
+            walk = self.walk(cond, uncond, seeds, settings, (side, side), resolution_px)
+            waiting.append(Copy(self.engine.bytes(walk)))
+            if len(waiting) > 1:
+                yield waiting.popleft().wait()
+        yield from (copy.wait() for copy in waiting)
+
+
+class Copy:
+    """A tensor on its way from the device; `wait` returns it."""
+
+    def __init__(self, source: Tensor) -> None:
+        self.event = None
+        if source.is_cuda:
+            self.host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            self.host.copy_(source, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.host = source.cpu().clone()  # the engine may write there again
+
+    def wait(self) -> Tensor:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host
+
+
+def on_cuda(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def decoding(dtype: torch.dtype) -> torch.dtype:
+    """What a decoder runs in: bf16 has the range of fp32, in fp16 SDXL's overflows."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
 
 def at_once(side: int) -> int:
     """How many latents of that side a modest card samples in one batch: 8 of SD1.5's, 2 of SDXL's, 64 of the smallest."""
@@ -146,7 +260,7 @@ def with_size(cond: Cond, resolution_px: int) -> Cond:
 
 def uint8(pixels: Tensor) -> Tensor:
     """[-1, 1] -> 0..255, rounded as diffusers rounds."""
-    return (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return engine.to_bytes(pixels)
 
 
 def contact_sheet(columns: Sequence[Tensor], *, scale: int = 1, gap_px: int = 4) -> Any:

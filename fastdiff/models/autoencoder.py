@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fastdiff.console import InputRefused
 from fastdiff.io import component
+from fastdiff.models.decoder import Decoder
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -22,7 +23,7 @@ def load(ref: str, *, latent_channels: int = 4, flag: str = "--vae") -> nn.Modul
     return vae
 
 
-def factor(vae: nn.Module) -> int:
+def factor(vae: nn.Module | Decoder) -> int:
     """Pixels per latent position and side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -43,13 +44,15 @@ def draw(moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
 
 
-def pixels(vae: nn.Module, latents: Tensor) -> Tensor:
+def pixels(vae: nn.Module | Decoder, latents: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W), not clamped; with gradients."""
+    if isinstance(vae, Decoder):
+        return vae(latents)
     return vae.decode((latents / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample.float()
 
 
 @torch.no_grad()
-def decode(vae: nn.Module, latents: Tensor, *, chunk: int = 16) -> Tensor:
+def decode(vae: nn.Module | Decoder, latents: Tensor, *, chunk: int = 16) -> Tensor:
     """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W), clamped to [-1, 1]."""
     return torch.cat([pixels(vae, z).clamp(-1, 1) for z in latents.split(chunk)])
 

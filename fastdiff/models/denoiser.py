@@ -93,19 +93,26 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """x_t (B, C, h, w), t scalar or (B,) -> Prediction, fp32."""
         t = t.to(x_t.device).expand(len(x_t))
-        dtype = self.net.dtype
-        extra = {}
+        return self.schedule.predict(self.answer(x_t, t, cond), x_t, t, self.kind)
+
+    def answer(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """What the network itself puts out (B, C, h, w), in its dtype; t scalar or (B,), on its device."""
+        t, dtype, extra = t.expand(len(x_t)), self.net.dtype, self.extra(cond)
+        residuals = self.controlled(x_t, t, cond, extra)
+        with adapters.wearing(self.net, self.adapter):
+            return self.net(x_t.to(dtype), t, cond.tokens.to(dtype), return_dict=False, **extra, **residuals)[0]
+
+    def extra(self, cond: Cond) -> dict[str, Any]:
+        """What the network is told besides the prompt's tokens, by diffusers' names."""
+        dtype, told = self.net.dtype, {}
         if cond.pooled is not None:
-            extra["added_cond_kwargs"] = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids.to(dtype)}
+            told["added_cond_kwargs"] = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids.to(dtype)}
         if self.guidance_embedded:
             if cond.guidance is None:
                 raise ValueError("this network has a guidance embedding: Cond.guidance must be given")
             width = self.net.config.time_cond_proj_dim
-            extra["timestep_cond"] = guidance_embedding(cond.guidance - 1, width).to(dtype)
-        residuals = self.controlled(x_t, t, cond, extra)
-        with adapters.wearing(self.net, self.adapter):
-            out = self.net(x_t.to(dtype), t, cond.tokens.to(dtype), return_dict=False, **extra, **residuals)[0]
-        return self.schedule.predict(out, x_t, t, self.kind)
+            told["timestep_cond"] = guidance_embedding(cond.guidance - 1, width).to(dtype)
+        return told
 
     def controlled(self, x_t: Tensor, t: Tensor, cond: Cond, extra: dict[str, Any]) -> dict[str, Any]:
         """What the ControlNet adds to each skip connection and to the middle of the UNet."""

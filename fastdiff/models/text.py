@@ -1,12 +1,15 @@
 """Prompts -> Cond: CLIP-L (SD1.5), OpenCLIP-H (SD2.1), CLIP-L + OpenCLIP-bigG (SDXL)."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.models import clip
 from fastdiff.models.denoiser import Cond
+from fastdiff.models.frozen import Unknown, tensors_of
 
 
 @torch.no_grad()
@@ -45,3 +48,59 @@ def unconditional(base: Checkpoint, *, device: torch.device | str = "cpu") -> Co
 def size_ids(height_px: int, width_px: int, n: int = 1) -> Tensor:
     """SDXL's micro-conditioning (n, 6) of an uncropped picture: original size, crop (0, 0), target size; height first."""
     return torch.tensor([[height_px, width_px, 0, 0, height_px, width_px]], dtype=torch.float32).expand(n, 6)
+
+
+class Prompts:
+    """Prompts -> Cond (on the CPU), each prompt through the encoders once; the last KEPT are remembered.
+
+    The encoders are read here without the library that they come from, unless they are loaded already (a LoRA may have
+    changed them) or are of an unknown kind.
+    """
+
+    KEPT = 1024
+
+    def __init__(self, base: Checkpoint, *, device: torch.device | str = "cpu") -> None:
+        self.base, self.device, self.rows = base, device, OrderedDict()
+        self.encoders: list[clip.TextEncoder] = []
+        self.tokenizers: list[clip.Tokenizer] = []
+        if "text_encoders" in base.__dict__:
+            return
+        try:
+            tokenizers = [k for k, v in base.index.items() if k.startswith("tokenizer") and v[1]]
+            self.tokenizers = [clip.Tokenizer(base.folder / part) for part in tokenizers]
+            for part in base.text_parts:
+                tensors = tensors_of(base, part)
+                if not base.index[part][1].endswith("WithProjection"):
+                    tensors.pop("text_projection.weight", None)
+                self.encoders.append(clip.TextEncoder(tensors, base.config_of(part), device=device))
+        except Unknown:
+            self.encoders = []
+
+    def __call__(self, prompts: list[str]) -> Cond:
+        """Token states (B, L, D), and pooled (B, D2) for SDXL."""
+        if new := [p for p in dict.fromkeys(prompts) if p not in self.rows]:
+            made = self.encode(new)
+            self.rows |= {p: made[i : i + 1] for i, p in enumerate(new)}
+        for p in prompts:
+            self.rows.move_to_end(p)
+        found = Cond.cat([self.rows[p] for p in prompts])
+        while len(self.rows) > self.KEPT:
+            self.rows.popitem(last=False)
+        return found
+
+    def encode(self, prompts: list[str], batch: int = 64) -> Cond:
+        if not self.encoders:
+            return encode(self.base, prompts, device=self.device)
+        parts = []
+        for i in range(0, len(prompts), batch):
+            pairs = zip(self.encoders, self.tokenizers, strict=True)
+            found = [encoder(tokenizer(prompts[i : i + batch])) for encoder, tokenizer in pairs]
+            sdxl = self.base.family == "sdxl"
+            states = torch.cat([x.before if sdxl else x.last for x in found], -1)
+            parts.append(Cond(states.cpu(), found[-1].pooled.cpu() if sdxl else None))
+        return Cond.cat(parts)
+
+    def unconditional(self) -> Cond:
+        """The unconditional branch, one row, as `unconditional` has it."""
+        cond = self([""])
+        return cond.map(torch.zeros_like) if self.base.zeros_for_empty_prompt else cond

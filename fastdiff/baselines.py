@@ -1,0 +1,164 @@
+"""What `bench` compares with: the ways that the stock libraries are used, wired by their own calls."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.losses import pseudo_huber
+from fastdiff.models import text
+from fastdiff.models.adapters import TARGETS
+from fastdiff.models.denoiser import Cond
+from fastdiff.sampling import SeededNoise, Settings, with_size
+from fastdiff.schedule import Prediction
+
+# A first picture as the libraries' documentation has it; arguments: folder, steps, guidance, seed, output.
+FIRST_PICTURE = """
+import sys, torch
+from diffusers import AutoPipelineForText2Image
+folder, steps, guidance, seed, output = sys.argv[1:]
+pipe = AutoPipelineForText2Image.from_pretrained(folder, torch_dtype=torch.float32)
+seed = torch.Generator().manual_seed(int(seed))
+pipe("a red apple", num_inference_steps=int(steps), guidance_scale=float(guidance), generator=seed).images[0].save(output)
+"""
+# A LoRA into a checkpoint; arguments: folder, LoRA, target.
+BAKE = """
+import sys, torch
+from diffusers import AutoPipelineForText2Image
+source, lora, target = sys.argv[1:]
+pipe = AutoPipelineForText2Image.from_pretrained(source, torch_dtype=torch.float32)
+pipe.load_lora_weights(lora)
+pipe.fuse_lora()
+pipe.unload_lora_weights()
+pipe.save_pretrained(target)
+"""
+
+
+class Pipeline:
+    """A stock pipeline of the same networks; `compiled` by the recipe of diffusers' documentation on speed."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        settings: Settings,
+        px: int,
+        *,
+        device: torch.device | str,
+        compiled: bool = False,
+        vae: Any = None,
+    ) -> None:
+        import diffusers
+
+        self.pipe = base.pipeline().to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        if vae is not None:
+            self.pipe.vae = vae.to(device)
+        self.pipe.vae.to(self.pipe.unet.dtype)
+        for encoder in (self.pipe.text_encoder, getattr(self.pipe, "text_encoder_2", None)):
+            if encoder is not None:
+                encoder.to(self.pipe.unet.dtype)
+        told = {**base.scheduler_config, "timestep_spacing": "trailing"}
+        self.pipe.scheduler = diffusers.DDIMScheduler.from_config(told)
+        self.settings, self.px, self.device = settings, px, device
+        if compiled:
+            self.pipe.unet.to(memory_format=torch.channels_last)
+            self.pipe.vae.to(memory_format=torch.channels_last)
+            self.pipe.fuse_qkv_projections()
+            self.pipe.unet = torch.compile(self.pipe.unet, mode="max-autotune", fullgraph=True)
+            self.pipe.vae.decode = torch.compile(self.pipe.vae.decode, mode="max-autotune", fullgraph=True)
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], *, output: str = "pil", **told: Any) -> Any:
+        side = self.px // self.pipe.vae_scale_factor
+        noise = SeededNoise(seeds, (self.pipe.unet.config.in_channels, side, side), self.device)()
+        told = told or {"prompt": list(prompts)}
+        return self.pipe(
+            **told, num_inference_steps=self.settings.num_steps, guidance_scale=self.settings.guidance, height=self.px,
+            width=self.px, latents=noise.to(self.pipe.unet.dtype), output_type=output,
+        ).images  # fmt: skip
+
+
+class NullUNet(nn.Module):
+    """Answers zeros at once: what is left of a call is the host's part."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, self.dtype, self.device = config, torch.float32, torch.device("cpu")
+        self.add_embedding = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        return (torch.zeros_like(x),)
+
+
+class OfficialStep:
+    """A step of diffusers' consistency distillation with a LoRA, in the layout of its training scripts.
+
+    One UNet whose adapter is switched; pictures and prompts through their encoders in every step; teacher with and without
+    prompt one after the other; gradient checkpointing, as its commands have it; plain AdamW.
+    """
+
+    def __init__(self, base: Checkpoint, config: Any, prompts: Sequence[str], *, device: torch.device | str) -> None:
+        from peft import LoraConfig
+
+        self.base, self.config, self.prompts, self.device = base, config, list(prompts), device
+        self.unet = base.unet.to(device).train()
+        self.vae = base.vae.to(device)
+        for encoder in base.text_encoders:
+            encoder.to(device)
+        targets = list(TARGETS)
+        self.unet.requires_grad_(False)
+        self.unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets))
+        self.unet.enable_gradient_checkpointing()
+        self.trained = [p for p in self.unet.parameters() if p.requires_grad]
+        for p in self.trained:
+            p.data = p.data.float()
+        self.optimizer = torch.optim.AdamW(self.trained, lr=config.lr)
+        self.schedule = base.schedule().to(device)
+        self.grid = self.schedule.ddim_grid(config.grid_steps).to(device)
+        self.uncond = self.encode([""]).expand(len(self.prompts))
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Cond:
+        cond = text.encode(self.base, prompts, device=self.device).map(lambda v: v.to(self.device))
+        return with_size(cond, self.base.resolution_px) if self.base.family == "sdxl" else cond
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(pixels.to(self.device)).latent_dist.sample() * self.vae.config.scaling_factor
+
+    def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        told = {} if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+        out = self.unet(x, t, encoder_hidden_states=cond.tokens, added_cond_kwargs=told).sample
+        return self.schedule.predict(out, x, t, self.base.prediction_type)
+
+    def consistency(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        c_skip, c_out = self.schedule.boundary(t, x)
+        return c_skip * x + c_out * self.predict(x, t, cond).x0
+
+    def loss(self, x0: Tensor, cond: Cond) -> Tensor:
+        n = len(x0)
+        index = torch.randint(len(self.grid), (n,), device=x0.device)
+        w = torch.empty(n, device=x0.device).uniform_(self.config.guidance_min, self.config.guidance_max)
+        eps = torch.randn_like(x0)
+        below = index - self.config.skip
+        t, u = self.grid[index], torch.where(below >= 0, self.grid[below.clamp(min=0)], 0)
+        x_t = self.schedule.add_noise(x0, eps, t)
+        online = self.consistency(x_t, t, cond)
+        with torch.no_grad():
+            self.unet.disable_adapters()
+            told, untold = (self.predict(x_t, t, c) for c in (cond, self.uncond))  # one after the other
+            self.unet.enable_adapters()
+            guided = told.guide(untold, w)
+            target = self.consistency(self.schedule.add_noise(guided.x0, guided.eps, u), u, cond)
+        return pseudo_huber(online, target, self.config.huber_c)
+
+    def step(self, pixels: Tensor) -> float:
+        x0, cond = self.latents(pixels), self.encode(self.prompts)
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=x0.is_cuda):
+            loss = self.loss(x0, cond)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()

@@ -1,0 +1,375 @@
+"""The `bench` command: fastdiff against the stock way of the same work, taking turns in one process.
+
+That both ways give the same is checked before a ratio is printed.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import baselines, console, measure
+from fastdiff.assemble import pick_device
+from fastdiff.config import Range
+from fastdiff.console import GateFailed, Result, UsageError
+from fastdiff.data import Batch
+from fastdiff.engine import WORTH_COMPILING
+from fastdiff.io import checkpoint, export, lora
+from fastdiff.io.checkpoint import ASSETS, EMOJI, BaseConfig, Checkpoint
+from fastdiff.io.recipe import Recipe
+from fastdiff.io.updates import Factors
+from fastdiff.methods import lcm
+from fastdiff.models import autoencoder, text, unet
+from fastdiff.models.adapters import TARGETS
+from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.sampling import Sampler, Settings, with_size
+
+PRESETS: dict[str, dict[str, Any]] = {}
+EXAMPLES = """fastdiff bench sample
+fastdiff bench sample --base sd15 --random-weights --device cuda --assert-ratio 3
+fastdiff bench sample --base sd21 --random-weights --layout sdxs-512 --widths 96,192,384 --resolution 256 --decoder tiny
+fastdiff bench train
+fastdiff bench merge --rounds 3"""
+PROMPT = "a red apple"
+NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.999, torch.float16: 0.999}  # largest difference; for halves, the cosine
+
+
+@dataclass(kw_only=True)
+class Config(BaseConfig):
+    PANEL: ClassVar[str] = "Bench"
+
+    work: Annotated[
+        Literal["sample", "train", "merge"], "sample (pictures), train (LCM-LoRA steps) or merge (LoRA into base)"
+    ] = field(default=MISSING, metadata={"argument": True})  # type: ignore[assignment]
+    random_weights: Annotated[bool, "the base's network sizes with random weights: nothing is downloaded"] = False
+    layout: Annotated[str | None, "with --random-weights: a smaller UNet, one of prune's layouts"] = None
+    widths: Annotated[str | None, "with --random-weights: channels of its resolutions, as 96,192,384"] = None
+    against: Annotated[Literal["eager", "compiled"], "diffusers as it comes, or by its recipe for speed: minutes to compile"] = (
+        "eager"
+    )
+    decoder: Annotated[Literal["kl", "tiny"], "what fastdiff decodes with; tiny: a TAESD of random weights"] = "kl"
+    stock_decoder: Annotated[Literal["kl", "tiny"], "what diffusers decodes with"] = "kl"
+    stock_embeds: Annotated[bool, "hand diffusers its prompt encoded, as fastdiff has it from the second call on"] = False
+    null: Annotated[bool, "networks that answer zeros at once: what remains is the host's part"] = False
+    compile: Annotated[Literal["auto", "off", "max"], "as of `sample`; timed when it is there"] = "auto"
+    num_steps: Annotated[int, "sampling steps", Range(1, 1000)] = 4
+    guidance: Annotated[float, "1 or less = none", Range(0)] = 1.0
+    resolution: Annotated[int | None, "pixels a side; default: the family's own", Range(8, multiple_of=8)] = None
+    batch_size: Annotated[int | None, "pictures at once; default 1, of train the preset's", Range(1)] = None
+    calls: Annotated[int, "timed calls of each way", Range(1)] = 20
+    rounds: Annotated[int, "cold starts of each way, and of merge whole runs; 0 = none", Range(0)] = 1
+    assert_ratio: Annotated[float | None, "end with exit code 5 unless fastdiff is that many times as fast", Range(above=0)] = (
+        None
+    )
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to measure"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
+
+
+def run(config: Config) -> Result:
+    """The `bench` command."""
+    if (config.layout or config.widths) and not config.random_weights:
+        raise UsageError("--layout, --widths: change the network's shape, so its weights are random", "add --random-weights")
+    device = pick_device(config.device)
+    metrics = {"sample": sample, "train": train, "merge": merge}[config.work](config, device)
+    metrics |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"}
+    for name, value in metrics.items():
+        console.info(f"{name}: {shown(value)}")
+    result = Result(metrics=metrics)
+    if config.assert_ratio and metrics["ratio"] < config.assert_ratio:
+        told = f"bench {config.work}: {metrics['ratio']:.2f}x of the stock way's speed, less than {config.assert_ratio:g}x"
+        raise GateFailed(told, "", result=result)
+    return result
+
+
+def shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+# ---- what is measured
+
+
+def opened(config: Config, device: torch.device, *, unet_alone: bool = False) -> Checkpoint:
+    """The base, or its shape with random weights made on the device; the other networks only where they are wanted."""
+    half = "bf16" if device.type == "cuda" else "fp32"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+        half if config.precision == "auto" else config.precision
+    ]
+    if not config.random_weights:
+        return config.open_base(dtype)
+    family = checkpoint.family_of(config.base)
+    home = EMOJI if family == "emoji" else ASSETS / "families" / family
+    base = Checkpoint(config.base, home, family, dtype)
+    shape = base.unet_config
+    if config.layout:
+        shape = unet.student_config(shape, config.layout, family)
+    if config.widths:
+        shape = with_widths(shape, config.widths)
+    base = base.shaped("unet", shape)
+    torch.manual_seed(0)
+    with torch.device(device):
+        base.__dict__["unet"] = made("unet", shape).to(dtype)
+        if not unet_alone:
+            base.__dict__["vae"] = made("vae", base.config_of("vae"))
+            base.__dict__["text_encoders"] = [made(part, base.config_of(part), base.index[part][1]) for part in base.text_parts]
+    return base
+
+
+def made(part: str, config: dict[str, Any], kind: str = "") -> nn.Module:
+    if part.startswith("text_encoder"):
+        import transformers
+
+        cls = getattr(transformers, kind)
+        return cls(cls.config_class.from_dict(config)).eval().requires_grad_(False)
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    return (UNet2DConditionModel if part == "unet" else AutoencoderKL).from_config(config).eval().requires_grad_(False)
+
+
+def with_widths(shape: dict[str, Any], told: str) -> dict[str, Any]:
+    """The config with other channels, and heads of 32 of them."""
+    try:
+        widths = [int(w) for w in told.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--widths {told}: not numbers with commas between them", "as 96,192,384") from error
+    if len(widths) != unet.stages(shape) or any(w < 1 or w % 32 for w in widths):
+        raise UsageError(f"--widths {told}: {unet.stages(shape)} multiples of 32 are needed, one a resolution")
+    return {**shape, "block_out_channels": widths, "attention_head_dim": [w // 32 for w in widths], "num_attention_heads": None}
+
+
+def nearness(name: str, ours: Tensor, stock: Tensor, dtype: torch.dtype) -> float:
+    """Largest difference of numbers of size 1, or in half precision the cosine; GateFailed where the two ways differ."""
+    a, b = ours.float().flatten().cpu(), stock.float().flatten().cpu()
+    if dtype == torch.float32:
+        found = ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
+        same = found <= NEAR[dtype]
+    else:
+        found = torch.cosine_similarity(a, b, dim=0).item()
+        same = found >= NEAR[dtype]
+    if not same:
+        raise GateFailed(f"bench: {name} of the two ways differ ({found:.2g}); no ratio is told")
+    return found
+
+
+def compared(found: dict[str, list[float]], work: float) -> dict[str, Any]:
+    """Medians and their ratio; `work` is pictures or samples a call."""
+    ours, stock = (statistics.median(found[name]) for name in ("ours", "stock"))
+    return {"ratio": stock / ours, "ours_ms": 1e3 * ours, "stock_ms": 1e3 * stock, "ours_per_s": work / ours,
+            "stock_per_s": work / stock, "calls": len(found["ours"])}  # fmt: skip
+
+
+def peaks(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Peak MiB of each way on the GPU."""
+    found = {}
+    for name, way in ways.items():
+        torch.cuda.reset_peak_memory_stats()
+        way()
+        torch.cuda.synchronize()
+        found[f"{name}_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return found
+
+
+# ---- pictures
+
+
+def sample(config: Config, device: torch.device) -> dict[str, Any]:
+    """Prompt to picture, n at once: the stock pipeline encodes its prompt in every call, fastdiff remembers it."""
+    from PIL import Image
+
+    base, n = opened(config, device), config.batch_size or 1
+    px, settings = config.resolution or base.resolution_px, Settings("ddim", config.num_steps, config.guidance, "trailing")
+    tiny = autoencoder.tiny(64, (3,) * (len(base.config_of("vae")["block_out_channels"]) - 1) + (1,))
+    tiny = tiny.to(device, base.dtype).eval().requires_grad_(False)
+    encode = text.Prompts(base, device=device)
+    cond, uncond = encode([PROMPT] * n), encode.unconditional()
+    sampler = Sampler.opened(base, device=device, compile=config.compile, vae=tiny if config.decoder == "tiny" else None)
+    stock = baselines.Pipeline(base, settings, px, device=device, compiled=config.against == "compiled",
+                               vae=tiny if config.stock_decoder == "tiny" else None)  # fmt: skip
+    seeds = list(range(n))
+    side = px // autoencoder.factor(sampler.vae)
+    told = {"prompt_embeds": cond.tokens, "pooled_prompt_embeds": cond.pooled} if config.stock_embeds or config.null else {}
+    told = {k: v.to(device, base.dtype) for k, v in told.items() if v is not None}
+    if config.null:
+        nulled(sampler, stock, px)
+    else:
+        cond_px = sampler.walk(cond, uncond, seeds, settings, (side, side), px)
+        ours = sampler.engine.latents(cond_px)
+        parity = nearness("latents", ours, stock([PROMPT] * n, seeds, output="latent"), base.dtype)
+    ways = {
+        "ours": lambda: [Image.fromarray(p.numpy()) for p in next(sampler.stream([(cond, uncond, seeds)], settings, px))],
+        "stock": lambda: stock([PROMPT] * n, seeds, **told),
+    }
+    first = measure.interleaved({"ours": ways["ours"]}, 1, device=device, warmup=0)["ours"][0]
+    if sampler.engine.backend is not None and config.compile == "auto":
+        for _ in range(WORTH_COMPILING):
+            ways["ours"]()
+        for walk in sampler.engine.captured.values():
+            walk.thread.join()
+    most = measure.ceiling(device, base.dtype)
+    found = compared(measure.interleaved(ways, config.calls, device=device), n)
+    if not config.null:
+        most = measure.ceiling(device, base.dtype, least=most)
+        # In a graph nothing can be counted: the same work, drawn plainly.
+        counted = measure.cost(lambda: autoencoder.decode(sampler.vae, sampler.engine.latents(cond_px)))
+        found |= {"parity": parity, "gflop": counted.flops / 1e9, "of_limit": 1e3 * counted.limit_s(most) / found["ours_ms"],
+                  "ceiling_tflops": most.flops / 1e12, "ceiling_gb_s": most.bytes / 1e9}  # fmt: skip
+    found |= {"first_ms": 1e3 * first, "num_steps": config.num_steps, "batch_size": n, "resolution": px}
+    found |= peaks(ways) if device.type == "cuda" else {}
+    return found | ({} if config.random_weights or config.null or not config.rounds else cold(config, base))
+
+
+def nulled(sampler: Sampler, stock: baselines.Pipeline, px: int) -> None:
+    """Networks that do nothing on both sides."""
+    null = baselines.NullUNet(stock.pipe.unet.config)
+    stock.pipe.unet = null
+    pictures = lambda z: torch.zeros(len(z), 3, px, px, device=z.device)
+    stock.pipe.vae.decode = lambda z, **_: (pictures(z),)
+    old = sampler.denoiser
+    sampler.denoiser = Denoiser(null, old.schedule, old.kind)
+    sampler.engine = type(sampler.engine)(sampler.denoiser, pictures, sampler.device)
+
+
+def cold(config: Config, base: Checkpoint) -> dict[str, Any]:
+    """From a new process to a picture on the disk: `fastdiff sample` against the script of the libraries' documentation."""
+    if not base.path.is_dir():
+        return {}
+    with tempfile.TemporaryDirectory() as name:
+        numbers = [str(config.num_steps), str(config.guidance)]
+        flags = ["--num-steps", numbers[0], "--guidance", numbers[1], "--device", config.device, "--precision", "fp32"]
+        ours = [sys.executable, "-m", "fastdiff", "sample", "--base", str(base.path), "--prompt", PROMPT, *flags]
+        script = Path(name) / "first.py"
+        script.write_text(baselines.FIRST_PICTURE)
+        stock = [sys.executable, str(script), str(base.path), *numbers, "0", f"{name}/stock.png"]
+        found = measure.processes({"ours": [*ours, "-o", f"{name}/ours.png"], "stock": stock}, config.rounds)
+    return {"cold": {k: asdict(v) for k, v in found.items()}, "cold_ratio": found["ours"].wall_s / found["stock"].wall_s,
+            "cold_cpu_ratio": found["ours"].cpu_s / found["stock"].cpu_s}  # fmt: skip
+
+
+# ---- training steps
+
+
+class OurStep:
+    """A step of `train-lcm-lora` from cached latents and prompts."""
+
+    def __init__(self, base: Checkpoint, config: lcm.Config, batch: Batch, device: torch.device) -> None:
+        base.unet.to(device)
+        self.method, self.batch, self.config = lcm.LCM(base, config), batch.to(device), config
+        self.method.schedule.to(device)
+        self.trained = list(self.method.players["student"].parameters())
+        self.optimizer = torch.optim.AdamW(self.trained, lr=config.lr, fused=True)
+
+    def loss(self) -> Tensor:
+        (turn,) = self.method.losses(self.batch, 0)
+        return sum(turn["student"].values())
+
+    def step(self) -> None:
+        with torch.autocast(self.batch.latents.device.type, torch.bfloat16, enabled=self.batch.latents.is_cuda):
+            loss = self.loss()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def step_of(which: str, config: Config, device: torch.device) -> tuple[Any, Callable[[], Any], lcm.Config]:
+    """One of the two ways to train, ready, with what a step of it is. Ours finds latents and prompts in its cache."""
+    base = opened(config, device, unet_alone=which == "ours")
+    row = lcm.PRESETS[base.family]
+    names = {k: row[k] for k in ("lora_rank", "lora_alpha", "lr", "guidance_min", "guidance_max", "skip") if k in row}
+    n = config.batch_size or row["batch_size"]
+    told = lcm.Config(**names, batch_size=n, gradient_checkpointing=row.get("gradient_checkpointing", False))
+    px = config.resolution or base.resolution_px
+    pixels = torch.rand(n, 3, px, px, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    side = px // base.pixels_per_latent
+    if which == "stock":
+        way = baselines.OfficialStep(base, told, [PROMPT] * n, device=device)
+        return way, lambda: way.step(pixels), told
+    g, tokens = torch.Generator().manual_seed(1), base.config_of("text_encoder")["max_position_embeddings"]
+    latents = torch.randn(n, base.unet_config["in_channels"], side, side, generator=g)
+    cond, uncond = (Cond(torch.randn(n, tokens, base.unet_config["cross_attention_dim"], generator=g)) for _ in range(2))
+    if base.family == "sdxl":
+        cond, uncond = (with_size(replace(c, pooled=torch.randn(n, 1280, generator=g)), px) for c in (cond, uncond))
+    way = OurStep(base, told, Batch(latents, cond, uncond), device)
+    return way, way.step, told
+
+
+def train(config: Config, device: torch.device) -> dict[str, Any]:
+    """LCM-LoRA steps: from cached latents and prompts with one teacher pass, against the layout of the official scripts."""
+    ours, our_step, told = step_of("ours", config, device)
+    stock, stock_step, _ = step_of("stock", config, device)
+    losses = []
+    for way in ("ours", "stock"):
+        torch.manual_seed(0)
+        batch = ours.batch
+        stock.uncond = batch.uncond
+        losses.append(ours.loss() if way == "ours" else stock.loss(batch.latents, batch.cond))
+    near = (losses[0] / losses[1]).detach()  # losses are small numbers: their ratio is compared
+    parity = nearness("losses", near, torch.ones_like(near), torch.float32 if device.type == "cpu" else torch.bfloat16)
+    del losses
+    found = compared(measure.interleaved({"ours": our_step, "stock": stock_step}, config.calls, device=device), told.batch_size)
+    if device.type == "cuda":
+        return found | {"parity": parity} | peaks({"ours": our_step, "stock": stock_step})
+    ways = {way: [sys.executable, "-c", PEAK, way, json.dumps(asdict(config))] for way in ("ours", "stock")}
+    used = measure.processes(ways, 1)
+    found |= {f"{way}_peak_mib": used[way].peak_mib for way in used}
+    return found | {"parity": parity, "peak_ratio": used["ours"].peak_mib / used["stock"].peak_mib}
+
+
+PEAK = """
+import json, sys, torch
+from fastdiff import bench
+config = bench.Config(**json.loads(sys.argv[2]))
+_, step, _ = bench.step_of(sys.argv[1], config, torch.device("cpu"))
+for _ in range(3):
+    step()
+"""
+
+
+# ---- a LoRA into a checkpoint
+
+
+def merge(config: Config, device: torch.device) -> dict[str, Any]:
+    """`merge-lora --base` against load, fuse and save of diffusers, each in a process of its own."""
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = opened(config, torch.device("cpu"))
+        source = base.path
+        if config.random_weights:
+            source = folder / "base"
+            export.to_folder(base, source)
+        if not source.is_dir():
+            raise UsageError("bench merge: needs a diffusers folder, or --random-weights")
+        style = folder / "lora.safetensors"
+        lora.save(random_lora(base), style)
+        (folder / "bake.py").write_text(baselines.BAKE)
+        ours = [sys.executable, "-m", "fastdiff", "merge-lora", "--accel", str(style), "--base", str(source)]
+        ways = {
+            "ours": [*ours, "--precision", "fp32", "--output", str(folder / "ours")],
+            "stock": [sys.executable, str(folder / "bake.py"), str(source), str(style), str(folder / "stock")],
+        }
+        used = measure.processes(ways, max(1, config.rounds))
+        file = "unet/diffusion_pytorch_model.safetensors"
+        a, b = (load_file(folder / way / file) for way in ways)
+        parity = max(nearness(key, a[key], value, torch.float32) for key, value in b.items())
+    wall, peak = (getattr(used["stock"], k) / getattr(used["ours"], k) for k in ("wall_s", "peak_mib"))
+    runs = {way: asdict(found) for way, found in used.items()}
+    return {"ratio": wall, "parity": parity, "runs": runs, "peak_ratio": 1 / peak, "rounds": max(1, config.rounds)}
+
+
+def random_lora(base: Checkpoint, rank: int = 16) -> lora.Lora:
+    g, modules = torch.Generator().manual_seed(0), {}
+    for name, shape in base.shapes("unet").items():
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module.endswith(TARGETS):
+            small = lambda *size: torch.randn(*size, generator=g) * 0.02
+            down, up = small(rank, *shape[1:]), small(shape[0], rank, *[1] * (len(shape) - 2))
+            modules[f"lora_unet_{module.replace('.', '_')}"] = Factors(down, up)
+    return lora.Lora(modules, Recipe(family=base.family).to_metadata())

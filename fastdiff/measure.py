@@ -1,0 +1,145 @@
+"""Speed as ratios and as a share of what the machine can do: turns taken, medians, FLOP and bytes of the work itself.
+
+    limit = sum over products, convolutions and attentions of max(FLOP / F, bytes / B)
+
+F and B are this machine's best matrix product and best copy, measured. Everything else counts as fused away, so the limit is a
+bound and not a promise.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WATCH = """
+import json, os, resource, subprocess, sys, time
+start = time.time()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+wall, cpu = time.time() - start, used.ru_utime + used.ru_stime
+print(json.dumps([wall, cpu, used.ru_maxrss / 1024, done.returncode, done.stderr[-2000:]]))
+"""
+
+
+def synchronize(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(
+    ways: Mapping[str, Callable[[], Any]], calls: int, *, device: torch.device | str = "cpu", warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of every call, the ways taking turns, so that a busy machine is busy for all of them."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(warmup + calls):
+        for name, way in ways.items():
+            synchronize(device)
+            start = time.perf_counter()
+            way()
+            synchronize(device)
+            if i >= warmup:
+                found[name].append(time.perf_counter() - start)
+    return found
+
+
+@dataclass
+class Process:
+    """What a command took: wall and processor seconds, peak MiB."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mib: float
+
+
+def process(command: Sequence[str]) -> Process:
+    """Run a command in a process of its own; RuntimeError with its last line where it fails."""
+    home = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": home}  # this very package, also where it is not installed
+    done = subprocess.run([sys.executable, "-c", WATCH, *command], check=True, capture_output=True, text=True, env=env)
+    wall, cpu, peak, code, error = json.loads(done.stdout)
+    if code:
+        raise RuntimeError(f"{command[0]} ended with {code}: {error.strip().splitlines()[-1] if error.strip() else ''}")
+    return Process(wall, cpu, peak)
+
+
+def processes(ways: Mapping[str, Sequence[str]], rounds: int) -> dict[str, Process]:
+    """Medians over rounds in which the commands take turns."""
+    found: dict[str, list[Process]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, command in ways.items():
+            found[name].append(process(command))
+    middle = lambda rows, key: statistics.median(getattr(row, key) for row in rows)
+    return {name: Process(*(middle(rows, k) for k in ("wall_s", "cpu_s", "peak_mib"))) for name, rows in found.items()}
+
+
+@dataclass
+class Ceiling:
+    """The best that this machine was seen to do."""
+
+    flops: float  # FLOP a second of a matrix product
+    bytes: float  # read and written a second by a copy
+
+
+def ceiling(device: torch.device | str, dtype: torch.dtype, *, rounds: int = 7, least: Ceiling | None = None) -> Ceiling:
+    """Measured: the fastest of several products and copies, or, on a machine with other work, what was seen before."""
+    n, size = (8192, 2**28) if torch.device(device).type == "cuda" else (1024, 2**25)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    found = interleaved({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds, device=device)
+    seen = Ceiling(2 * n**3 / min(found["product"]), 2 * size / min(found["copy"]))
+    return Ceiling(max(seen.flops, least.flops), max(seen.bytes, least.bytes)) if least else seen
+
+
+class Cost(TorchDispatchMode):
+    """Counts FLOP (2 a multiply-add) and bytes of the products, convolutions and attentions inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        from torch.utils.flop_counter import flop_registry
+
+        out = func(*args, **(kwargs or {}))
+        packet, name = func._overloadpacket, func.__name__
+        if "scaled_dot_product" in name:
+            q, k, v = args[:3]
+            flops = 2 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        elif packet in flop_registry:
+            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        else:
+            return out
+        result = out[0] if isinstance(out, tuple) else out
+        moved = [t for t in (*args, result) if isinstance(t, Tensor)]
+        self.rows.append((flops, sum(t.numel() * t.element_size() for t in moved)))
+        return out
+
+    @property
+    def flops(self) -> int:
+        return sum(f for f, _ in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        return sum(b for _, b in self.rows)
+
+    def limit_s(self, most: Ceiling) -> float:
+        """The least time that this work can take."""
+        return sum(max(f / most.flops, b / most.bytes) for f, b in self.rows)
+
+
+@torch.no_grad()
+def cost(work: Callable[[], Any]) -> Cost:
+    with Cost() as found:
+        work()
+    return found

@@ -1,0 +1,92 @@
+"""CLIP's text encoders as plain functions of their weights, and the tokenizer without the library around it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.models.frozen import Linear, Norm, Stored, Unknown, attend, joined
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": F.gelu,
+}
+
+
+class Encoded(NamedTuple):
+    """What an encoder makes of B prompts of L tokens."""
+
+    last: Tensor  # (B, L, D), normalised
+    before: Tensor  # (B, L, D): out of the last layer but one, as SDXL is conditioned
+    pooled: Tensor | None  # (B, P): projected, of the end token
+
+
+class TextEncoder:
+    """The network of a CLIPTextModel's (WithProjection's) config and tensors, whose names begin with `text_model.`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, device: torch.device | str = "cpu") -> None:
+        stored = Stored(tensors, dtype=torch.float32, device=device)
+        if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
+            raise Unknown(f"hidden_act {config['hidden_act']}")
+        self.act, self.heads = ACTIVATIONS[config.get("hidden_act", "quick_gelu")], config["num_attention_heads"]
+        self.end, eps = config.get("eos_token_id", 2), config.get("layer_norm_eps", 1e-5)
+        self.device, width = torch.device(device), config["hidden_size"]
+        self.tokens = stored("text_model.embeddings.token_embedding.weight", None, width)
+        self.positions = stored("text_model.embeddings.position_embedding.weight", None, width)
+        self.layers = []
+        for name in stored.count("text_model.encoder.layers.{}.layer_norm1.weight"):
+            self.layers.append(
+                SimpleNamespace(
+                    norms=[Norm(stored, f"{name}.layer_norm{i}", eps, width=width) for i in (1, 2)],
+                    qkv=joined([Linear(stored, f"{name}.self_attn.{x}_proj", width) for x in "qkv"]),
+                    out=Linear(stored, f"{name}.self_attn.out_proj", width),
+                    up=Linear(stored, f"{name}.mlp.fc1", width),
+                    down=Linear(stored, f"{name}.mlp.fc2"),
+                )
+            )
+        self.norm = Norm(stored, "text_model.final_layer_norm", eps, width=width)
+        self.projection = Linear(stored, "text_projection") if "text_projection.weight" in stored else None
+        stored.complete()
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> Encoded:
+        """ids (B, L)."""
+        ids = ids.to(self.device)
+        x = before = self.tokens[ids] + self.positions[: ids.shape[1]]
+        for layer in self.layers:
+            one, two = layer.norms
+            before = x
+            x = x + layer.out(attend(*layer.qkv(one(x)).chunk(3, -1), self.heads, causal=True))
+            x = x + layer.down(self.act(layer.up(two(x))))
+        last = self.norm(x)
+        if self.projection is None:
+            return Encoded(last, before, None)
+        # Configs from before transformers fixed their eos_token_id say 2; the end token then is the highest id.
+        place = ids.argmax(1) if self.end == 2 else (ids == self.end).int().argmax(1)
+        return Encoded(last, before, self.projection(last[torch.arange(len(ids), device=self.device), place]))
+
+
+class Tokenizer:
+    """Prompts -> ids (B, L), padded and cut as CLIPTokenizer does, out of a folder's tokenizer.json."""
+
+    def __init__(self, folder: Path) -> None:
+        import json
+
+        if not (folder / "tokenizer.json").exists():
+            raise Unknown(f"{folder}: no tokenizer.json")
+        from tokenizers import Tokenizer as Fast
+
+        told = json.loads((folder / "tokenizer_config.json").read_text())
+        pad = told.get("pad_token", "<|endoftext|>")
+        pad = pad["content"] if isinstance(pad, dict) else pad
+        self.model = Fast.from_file(str(folder / "tokenizer.json"))
+        self.length = told["model_max_length"]
+        self.model.enable_truncation(self.length)
+        self.model.enable_padding(length=self.length, pad_id=self.model.token_to_id(pad), pad_token=pad)
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        return torch.tensor([e.ids for e in self.model.encode_batch(list(prompts))])

@@ -1,0 +1,88 @@
+"""`bench`: what it counts, that it refuses to compare what differs, and its gate. No figure of this machine is asserted."""
+
+import pytest
+import torch
+
+from fastdiff import bench, measure
+from fastdiff.console import GateFailed, UsageError
+
+
+def test_flop_and_bytes_are_those_of_the_work():
+    x, w = torch.randn(8, 16), torch.randn(32, 16)
+    found = measure.cost(lambda: torch.nn.functional.linear(x, w).relu())
+    assert (found.flops, found.bytes) == (2 * 8 * 16 * 32, 4 * (8 * 16 + 16 * 32 + 8 * 32))
+    picture, kernel = torch.randn(1, 4, 10, 10), torch.randn(6, 4, 3, 3)
+    assert measure.cost(lambda: torch.nn.functional.conv2d(picture, kernel, padding=1)).flops == 2 * 100 * 6 * 4 * 9
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
+    assert measure.cost(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, k)).flops == 4 * 2 * 5 * 7 * 8
+    most = measure.Ceiling(flops=1e3, bytes=1e9)
+    assert found.limit_s(most) == pytest.approx(found.flops / 1e3)
+    assert found.limit_s(measure.Ceiling(1e12, 1e3)) == pytest.approx(found.bytes / 1e3)
+
+
+def test_ways_take_turns():
+    calls = []
+    found = measure.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert {k: len(v) for k, v in found.items()} == {"a": 3, "b": 3}
+
+
+def test_a_process_is_measured_and_its_failure_told():
+    found = measure.process(["python3", "-c", "x = b'0' * 2**26"])
+    assert found.peak_mib > 60
+    assert found.wall_s > 0
+    with pytest.raises(RuntimeError, match="ended with 1: ValueError: no"):
+        measure.process(["python3", "-c", "raise ValueError('no')"])
+
+
+def test_no_ratio_without_parity():
+    a = torch.randn(100)
+    assert bench.nearness("x", a, a + 1e-6, torch.float32) < 1e-5
+    assert bench.nearness("x", a, a + 1e-3, torch.bfloat16) > 0.999
+    for other, dtype in ((a + 1e-2, torch.float32), (torch.randn(100), torch.bfloat16)):
+        with pytest.raises(GateFailed, match="no ratio"):
+            bench.nearness("x", a, other, dtype)
+
+
+def test_sample_against_the_pipeline(fastdiff):
+    flags = ["--device", "cpu", "--calls", 2, "--rounds", 0, "--num-steps", 2]
+    code, told = fastdiff("bench", "sample", *flags, "--guidance", 2)
+    assert code == 0
+    found = told["metrics"]
+    assert found["parity"] < 1e-4
+    assert found["ratio"] == pytest.approx(found["stock_ms"] / found["ours_ms"])
+    assert found["gflop"] > 0.1
+    assert found["of_limit"] > 0
+    code, told = fastdiff("bench", "sample", *flags, "--null", "--assert-ratio", 1e6)
+    assert (code, told["error"]["kind"]) == (5, "gate")
+    assert told["metrics"]["ratio"] > 0
+
+
+def test_shapes_with_random_weights(fastdiff):
+    flags = ["--random-weights", "--device", "cpu", "--calls", 1, "--num-steps", 1, "--decoder", "tiny", "--stock-embeds"]
+    code, told = fastdiff("bench", "sample", *flags, "--layout", "sdxs-512", "--widths", "32,32,64", "--stock-decoder", "tiny")
+    assert code == 0
+    assert told["metrics"]["parity"] < 1e-4
+    for args, word in ((["--widths", "32,48,64"], "multiples of 32"), (["--widths", "a"], "not numbers")):
+        code, told = fastdiff("bench", "sample", *flags, "--layout", "sdxs-512", *args)
+        assert code == 2
+        assert word in told["error"]["message"]
+    with pytest.raises(UsageError, match="weights are random"):
+        bench.run(bench.Config(work="sample", layout="bk-tiny"))
+
+
+@pytest.mark.slow
+def test_train_steps_have_the_same_loss(fastdiff):
+    code, told = fastdiff("bench", "train", "--device", "cpu", "--calls", 1, "--batch-size", 2)
+    assert code == 0
+    found = told["metrics"]
+    assert found["parity"] < 1e-4
+    assert found["ours_peak_mib"] > 0
+    assert found["ratio"] > 0
+
+
+@pytest.mark.slow
+def test_merge_gives_the_same_weights_as_diffusers(fastdiff):
+    code, told = fastdiff("bench", "merge")
+    assert code == 0
+    assert told["metrics"]["parity"] < 1e-4

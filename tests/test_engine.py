@@ -1,0 +1,173 @@
+"""Capture, compile and swap of the drawing function, with a backend that needs no GPU; streams; nothing read back inside."""
+
+import itertools
+import json
+import threading
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdiff import engine
+from fastdiff.io import checkpoint
+from fastdiff.models import autoencoder, text
+from fastdiff.sampling import Sampler, Settings, uint8
+
+LCM, GUIDED = Settings("lcm", 2, 1.0), Settings("dpm++", 3, 4.0)
+
+
+class Fake(engine.Plain):
+    """Compiles when it is told to, and counts."""
+
+    def __init__(self, fails=False):
+        self.captured, self.compiled, self.fails, self.go = 0, [], fails, threading.Event()
+
+    def capture(self, function):
+        self.captured += 1
+        return engine.Plain.capture(function)
+
+    def compile(self, function, mode):
+        self.go.wait(10)
+        if self.fails:
+            raise RuntimeError("no compiler here")
+        self.compiled.append(mode)
+        return function
+
+
+@pytest.fixture
+def opened(tiny_sd):
+    base = checkpoint.load(str(tiny_sd))
+    prompts = text.Prompts(base)
+    return base, prompts(["a cat"]), prompts(["a dog"]), prompts.unconditional()
+
+
+def sampler_of(base, backend=None, compile="auto"):
+    sampler = Sampler.opened(base)
+    sampler.engine = engine.Engine(sampler.denoiser, sampler.engine.decode, "cpu", compile=compile, backend=backend)
+    return sampler
+
+
+@pytest.mark.parametrize("settings", [LCM, GUIDED])
+def test_a_captured_walk_draws_what_the_plain_one_does(opened, settings):
+    base, cat, dog, uncond = opened
+    jobs = [(cat, uncond, [1]), (cat, uncond, [2]), (dog, uncond, [2]), (cat, uncond, [1]), (cat, uncond, [3])]
+    backend = Fake()
+    plain, captured = (list(sampler_of(base, b).stream(jobs, settings, 64)) for b in (None, backend))
+    assert backend.captured == 1
+    for a, b in zip(plain, captured, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(plain[0], plain[3])
+    assert not torch.equal(plain[1], plain[2])
+    pixels = Sampler.opened(base).pixels(dog, uncond, [2], settings, resolution_px=64)
+    assert (plain[2].permute(0, 3, 1, 2).int() - uint8(pixels).int()).abs().max() <= 1
+
+
+def test_the_compiled_form_is_swapped_in_when_it_is_ready(opened):
+    base, cat, _, uncond = opened
+    backend = Fake()
+    sampler = sampler_of(base, backend)
+    seen = []
+    for i, picture in enumerate(sampler.stream(((cat, uncond, [7]) for _ in itertools.repeat(0, 14)), LCM, 64)):
+        seen.append(picture)
+        (walk,) = sampler.engine.captured.values()
+        if i == 5:
+            assert walk.thread is None  # one picture is not worth a compiler
+        if i == 9:
+            assert (walk.state, backend.captured) == ("graph", 1)
+            backend.go.set()
+            walk.thread.join(10)
+    assert (walk.state, backend.captured, backend.compiled) == ("compiled", 2, ["default"])
+    assert all(torch.equal(picture, seen[0]) for picture in seen)
+
+
+def test_max_compiles_first_and_a_compiler_that_fails_leaves_the_graph(opened, capfd):
+    base, cat, _, uncond = opened
+    backend = Fake()
+    backend.go.set()
+    sampler = sampler_of(base, backend, "max")
+    next(sampler.stream([(cat, uncond, [1])], LCM, 64))
+    assert backend.compiled == ["max-autotune-no-cudagraphs"]
+    backend = Fake(fails=True)
+    backend.go.set()
+    sampler = sampler_of(base, backend)
+    jobs = ((cat, uncond, [1]) for _ in range(engine.WORTH_COMPILING))
+    assert len(list(sampler.stream(jobs, LCM, 64))) == engine.WORTH_COMPILING
+    (walk,) = sampler.engine.captured.values()
+    walk.thread.join(10)
+    assert walk.state == "graph"
+    assert "no compiler here" in capfd.readouterr().err
+
+
+def test_only_the_last_shapes_keep_their_memory(opened):
+    base, cat, _, uncond = opened
+    sampler = sampler_of(base, Fake())
+    for n in range(1, 7):
+        next(sampler.stream([(cat.expand(n), uncond, list(range(n)))], LCM, 64))
+    assert len(sampler.engine.captured) == engine.Engine.KEPT
+
+
+def test_what_a_machine_can_do_decides():
+    assert engine.backend_of("cpu", "auto") is None
+    assert isinstance(engine.backend_of("cpu", "max"), engine.Plain)
+    assert isinstance(engine.backend_of("cuda", "auto"), engine.Cuda) == torch.cuda.is_available()
+    assert engine.backend_of("cuda", "off") is None
+
+
+class NothingLeaves(TorchDispatchMode):
+    """Refuses what makes the host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}, func
+        assert not (func is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") is not None), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [LCM, GUIDED, Settings("tcd", 2, 1.0, eta=0.3), Settings("euler", 2, 2.0)])
+@pytest.mark.parametrize("kind", ["tiny_sd", "tiny_sdxl"])
+def test_nothing_is_read_back_inside(kind, settings, request):
+    base = checkpoint.load(str(request.getfixturevalue(kind)))
+    prompts = text.Prompts(base)
+    sampler = Sampler.opened(base)
+    walk = sampler.walk(prompts(["a cat"]), prompts.unconditional(), [1], settings, (8, 8), 64)
+    with NothingLeaves():
+        found = sampler.engine.bytes(walk)
+    assert found.shape == (1, 64, 64, 3) if kind == "tiny_sd" else found.shape[0] == 1
+
+
+@pytest.mark.slow
+def test_the_whole_walk_is_one_graph_for_a_compiler(opened):
+    base, cat, _, uncond = opened
+    sampler = Sampler.opened(base)
+    walk = sampler.walk(cat, uncond, [1], LCM, (8, 8))
+    expected = sampler.engine.bytes(walk)
+
+    def draw(noise, **inputs):
+        z = engine.latents(sampler.engine.call, walk._replace(noise=noise, inputs=inputs))
+        return engine.to_bytes(autoencoder.decode(sampler.vae, z))
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(draw, backend="eager", fullgraph=True)(walk.noise, **walk.inputs)
+    assert (found.permute(0, 2, 3, 1).int() - expected.int()).abs().max() <= 1
+
+
+def test_batches_of_prompts_and_frames_a_second(tmp_path, capfd, monkeypatch):
+    from fastdiff import cli
+
+    monkeypatch.chdir(tmp_path)
+    flags = ["--num-steps", "1", "--device", "cpu", "--json"]
+    many = ["sample", "--prompt", "panda", "--prompt", "a red apple", "--prompt", "robot", "--batch-size", "2", "-o", "many"]
+    assert cli.main([*many, *flags]) == 0
+    assert len(json.loads(capfd.readouterr().out)["outputs"]) == 4
+    one = ["sample", "--prompt", "robot", "-o", "one.png", "--compile", "off"]
+    assert cli.main([*one, *flags]) == 0
+    capfd.readouterr()
+    from PIL import Image
+
+    same = [torch.tensor(list(Image.open(p).tobytes())).int() for p in ("many/0002-seed0.png", "one.png")]
+    assert (same[0] - same[1]).abs().max() <= 1
+    assert cli.main(["sample", "--prompt", "panda", "--fps", "0.3", "-o", "last.png", *flags]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["metrics"]["images_per_s"] > 0
+    assert [o["path"] for o in told["outputs"]] == ["last.png"]
+    assert cli.main(["sample", "--prompt", "panda", "--compile", "always", *flags]) == 2
