@@ -69,15 +69,26 @@ def shard(method: Any, device: torch.device) -> int:
         before = dict(net.named_parameters())
         if isinstance(net, FSDPModule) or not before or not trained.issuperset(before.values()):
             continue
-        for name, part in reversed(list(net.named_modules())):  # the innermost first
-            path = name.split(".")
-            if path[-1] == "mid_block" or (len(path) > 1 and path[-2] in BLOCKS):
-                fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        for part in reversed(parts_of(net)):  # the innermost first
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
         # The root too: its weights may be others at the next call (an averaged target), with no backward pass between.
         fully_shard(net, mesh=mesh, reshard_after_forward=True)
         moved |= {old: dict(net.named_parameters())[name] for name, old in before.items()}
     repoint(method, moved)
     return sum(p.numel() for net in method.players.values() for p in net.parameters() if is_split(p))
+
+
+def parts_of(net: nn.Module) -> list[nn.Module]:
+    """The modules that are gathered by themselves: of a UNet its blocks, and what it calls besides them.
+
+    Whatever is left to the root is gathered for the backward pass only where the network's output is used: a discriminator
+    that looks at its middle uses none.
+    """
+    if not hasattr(net, "down_blocks"):
+        return []
+    inner = [m for name, m in net.named_modules() if len(path := name.split(".")) > 1 and path[-2] in BLOCKS]
+    outer = [m for m in net.children() if not isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())]
+    return [*outer, *inner]
 
 
 def repoint(method: Any, moved: dict[nn.Parameter, nn.Parameter]) -> None:
@@ -91,18 +102,6 @@ def repoint(method: Any, moved: dict[nn.Parameter, nn.Parameter]) -> None:
                 value[:] = [moved.get(p, p) for p in value]
             elif hasattr(value, "repoint"):
                 value.repoint(moved)
-
-
-def split_modules(method: Any) -> list[Any]:
-    from torch.distributed.fsdp import FSDPModule
-
-    return [part for net in networks(method) for part in net.modules() if isinstance(part, FSDPModule)]
-
-
-def gather_none(method: Any) -> None:
-    """Free what a pass left whole that ended early: the next one must see the weights as they are by then."""
-    for part in split_modules(method):
-        part.reshard()
 
 
 @contextmanager

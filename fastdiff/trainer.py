@@ -359,8 +359,6 @@ class Trainer:
         elif problem == "gradient" and player.finding_scale:
             problem = ""
         player.finish()
-        if self.sharded:
-            sharding.gather_none(self.method)
         return norm, problem
 
     def skipped(self, bad: dict[str, str], batches: list[Batch]) -> None:

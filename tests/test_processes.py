@@ -103,7 +103,7 @@ DMD = "dmd --recipe dmd2 --student full --fake full --gan-weight 1e-3 --fake-ste
 )
 def test_a_command_on_two_processes_writes_what_one_would(command, weights, tiny_sd, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    args = f"{command} --base {tiny_sd} {SMALL} --warmup 0 --lr 1e-4".split()
+    args = f"{command} --base {tiny_sd} {SMALL} --warmup 0 --lr 5e-5".split()
     start(tmp_path, 1, "command", *args, "--grad-accum", 2, "-o", "one")
     start(tmp_path, 2, "command", *args, "--grad-accum", 1, "-o", "two", "--shard")
     name = weights if weights.endswith("safetensors") else f"{weights}/diffusion_pytorch_model.safetensors"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdiff.models import adapters
 from fastdiff.schedule import NoiseSchedule, Prediction, PredictionType
+from fastdiff.sharding import is_split
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,10 @@ class Denoiser(nn.Module):
     def encoded(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
         """The feature maps (B, D_i, h_i, w_i) of every down block before it halves the picture, and the bottleneck.
 
-        The decoder does not run.
+        The decoder does not run, but where the network is split over processes: its blocks are gathered in turn, to the end.
         """
         blocks, found = list(self.net.down_blocks), []
+        split = is_split(next(self.net.parameters()))
 
         def note(module: nn.Module, args: tuple, out: Tensor | tuple) -> None:
             if isinstance(out, Tensor):
@@ -179,7 +181,7 @@ class Denoiser(nn.Module):
             else:
                 _, states = out
                 found.append(states[-2] if module.downsamplers else states[-1])
-            if module is last:
+            if module is last and not split:
                 raise Reached
 
         last = self.net.mid_block if self.net.mid_block is not None else blocks[-1]
@@ -187,11 +189,12 @@ class Denoiser(nn.Module):
         try:
             self(x_t, t, cond)
         except Reached:
-            return found
+            pass
         finally:
             for handle in handles:
                 handle.remove()
-        raise AssertionError("the last block was not reached")
+        assert len(found) == len(handles), "the last block was not reached"
+        return found
 
 
 def trainable_copy(net: nn.Module) -> nn.Module:
