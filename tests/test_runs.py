@@ -430,16 +430,16 @@ def signals_at(monkeypatch, call, when=lambda: True):
     """SIGTERM at that network call of those for which `when` holds."""
     from fastdiff.models.denoiser import Denoiser
 
-    real, calls = Denoiser.guided, []
+    real, calls = Denoiser.answer, []
 
-    def guided(*args, **kwargs):
+    def answer(*args, **kwargs):
         if when():
             calls.append(time.monotonic())
             if len(calls) == call:
                 os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(Denoiser, "guided", guided)
+    monkeypatch.setattr(Denoiser, "answer", answer)
     return calls
 
 

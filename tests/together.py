@@ -14,7 +14,7 @@ def halves(get, done=0):
     """A batch is its number's: two processes take one each of what one process takes as two micro-batches."""
     calls = [done]
 
-    def batch(self, size, generator):
+    def batch(self, size, generator, shared=None):
         number = 2 * calls[0] + RANK if WORLD == 2 else calls[0]
         calls[0] += 1
         found = get(self, size, torch.Generator().manual_seed(number))

@@ -26,7 +26,7 @@ class Data:
     def __init__(self):
         self.position = 0
 
-    def batch(self, size, generator):
+    def batch(self, size, generator, shared=None):
         self.position += 1
         items = torch.randint(1000, (size,), generator=generator)
         x = items[:, None] / 1000 + torch.randn(size, 8, generator=generator)
