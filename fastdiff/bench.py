@@ -29,6 +29,7 @@ from fastdiff.methods import lcm
 from fastdiff.models import autoencoder, text, unet
 from fastdiff.models.adapters import TARGETS
 from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.models.folded import FoldedUNet
 from fastdiff.sampling import Sampler, Settings, with_size
 
 PRESETS: dict[str, dict[str, Any]] = {}
@@ -219,6 +220,7 @@ def sample(config: Config, device: torch.device) -> dict[str, Any]:
         counted = measure.cost(lambda: autoencoder.decode(sampler.vae, sampler.engine.latents(cond_px)))
         found |= {"parity": parity, "gflop": counted.flops / 1e9, "of_limit": 1e3 * counted.limit_s(most) / found["ours_ms"],
                   "ceiling_tflops": most.flops / 1e12, "ceiling_gb_s": most.bytes / 1e9}  # fmt: skip
+    found |= {"folded": isinstance(sampler.denoiser.net, FoldedUNet)}
     found |= {"first_ms": 1e3 * first, "num_steps": config.num_steps, "batch_size": n, "resolution": px}
     found |= peaks(ways) if device.type == "cuda" else {}
     return found | ({} if config.random_weights or config.null or not config.rounds else cold(config, base))

@@ -60,9 +60,10 @@ def test_sample_against_the_pipeline(fastdiff):
 
 def test_shapes_with_random_weights(fastdiff):
     flags = ["--random-weights", "--device", "cpu", "--calls", 1, "--num-steps", 1, "--decoder", "tiny", "--stock-embeds"]
-    code, told = fastdiff("bench", "sample", *flags, "--layout", "sdxs-512", "--widths", "32,32,64", "--stock-decoder", "tiny")
+    code, told = fastdiff("bench", "sample", *flags, "--layout", "sdxs-512", "--widths", "32,64,96", "--stock-decoder", "tiny")
     assert code == 0
     assert told["metrics"]["parity"] < 1e-4
+    assert told["metrics"]["folded"] is True
     for args, word in ((["--widths", "32,48,64"], "multiples of 32"), (["--widths", "a"], "not numbers")):
         code, told = fastdiff("bench", "sample", *flags, "--layout", "sdxs-512", *args)
         assert code == 2

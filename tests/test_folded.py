@@ -7,11 +7,14 @@ from conftest import SCHEDULER, UNET, build
 
 from fastdiff.coefficients import table
 from fastdiff.io import checkpoint
+from fastdiff.io.checkpoint import ASSETS, EMOJI, Checkpoint
 from fastdiff.models import autoencoder, text
+from fastdiff.models.clip import TextEncoder
 from fastdiff.models.decoder import Decoder
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.folded import FoldedUNet, unet_of
 from fastdiff.models.frozen import Unknown
+from fastdiff.models.unet import LAYOUTS, student_config
 from fastdiff.sampling import Sampler, Settings
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import SOLVERS, Grid
@@ -29,6 +32,7 @@ def blocks(*kinds):
 NETWORKS = {
     "sd15": SMALL,
     "sd21": dict(SMALL, use_linear_projection=True, attention_head_dim=(2, 4, 4, 4), cross_attention_dim=48),
+    "widening": dict(SMALL, block_out_channels=(16, 32, 48, 64)),
     "no middle": dict(SMALL, layers_per_block=1, mid_block_type=None),
     "sdxs-512": dict(
         SMALL, layers_per_block=1, mid_block_type=None, block_out_channels=(16, 32, 32), **blocks(PLAIN, CROSS, CROSS)
@@ -120,6 +124,28 @@ def test_what_is_not_known_is_not_guessed():
         FoldedUNet(broken, net.config)
     with pytest.raises(Unknown, match="conv_in.weight is"):
         FoldedUNet(dict(state, **{"conv_in.weight": torch.zeros(16, 5, 3, 3)}), net.config)
+
+
+FAMILIES = ["emoji", "sd15", "sd21", "sdxl"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_published_networks_and_all_layouts_are_known(family):
+    """At full size, without memory: names and shapes of every tensor."""
+    home = EMOJI if family == "emoji" else ASSETS / "families" / family
+    base = Checkpoint(family, home, family)
+    for layout in [None, *(name for name, row in LAYOUTS.items() if family in row.families)]:
+        config = student_config(base.unet_config, layout, family) if layout else base.unet_config
+        with torch.device("meta"):
+            net = diffusers.UNet2DConditionModel.from_config(config)
+        assert len(FoldedUNet(net.state_dict(), config, device="meta").cross) > 0
+    if family == "emoji":
+        return
+    empty = lambda part: {k: torch.empty(s, device="meta") for k, s in base.shapes(part).items()}
+    assert Decoder(empty("vae"), base.config_of("vae"), device="meta").config.latent_channels == 4
+    for part in base.text_parts:
+        encoder = TextEncoder(empty(part), base.config_of(part), device="meta")
+        assert (encoder.projection is not None) == (part == "text_encoder_2")
 
 
 def test_an_unknown_network_still_draws(tiny_sd, monkeypatch):

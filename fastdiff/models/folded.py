@@ -133,8 +133,12 @@ class FoldedUNet:
                 skips.append(block.sampler.width)
             self.down.append(block)
         self.middle = self._block(stored, "mid_block", width, heads[-1], middle)
-        self.up = [self._block(stored, f"up_blocks.{i}", width, heads[-1 - i], only[-1 - i], skips) for i in range(len(widths))]
-        width = self.up[-1].resnets[-1].width
+        if self.middle.resnets:
+            width = self.middle.resnets[-1].width
+        self.up = []
+        for i in range(len(widths)):
+            self.up.append(self._block(stored, f"up_blocks.{i}", width, heads[-1 - i], only[-1 - i], skips))
+            width = self.up[-1].resnets[-1].width
         self.last = Norm(stored, "conv_norm_out", self.eps, self.groups, width)
         self.leave = Conv(stored, "conv_out", width)
         stored.complete()

@@ -54,7 +54,7 @@ class Stored:
         if shape and (len(shape) != found.ndim or any(w not in {None, n} for w, n in zip(shape, found.shape, strict=True))):
             raise Unknown(f"{name} is {tuple(found.shape)}, not {shape}")
         self.asked.add(name)
-        if not found.is_floating_point() or not bool(found.isfinite().all()):
+        if not found.is_floating_point() or not (found.is_meta or bool(found.isfinite().all())):
             raise Unknown(f"{name} is not a finite number everywhere")
         return found.detach().to(self.device, self.dtype)
 
