@@ -296,7 +296,8 @@ def step_of(which: str, config: Config, device: torch.device) -> tuple[Any, Call
     latents = torch.randn(n, base.unet_config["in_channels"], side, side, generator=g)
     cond, uncond = (Cond(torch.randn(n, tokens, base.unet_config["cross_attention_dim"], generator=g)) for _ in range(2))
     if base.family == "sdxl":
-        cond, uncond = (with_size(replace(c, pooled=torch.randn(n, 1280, generator=g)), px) for c in (cond, uncond))
+        width = base.config_of("text_encoder_2")["projection_dim"]
+        cond, uncond = (with_size(replace(c, pooled=torch.randn(n, width, generator=g)), px) for c in (cond, uncond))
     way = OurStep(base, told, Batch(latents, cond, uncond), device)
     return way, way.step, told
 

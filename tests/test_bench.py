@@ -73,8 +73,10 @@ def test_shapes_with_random_weights(fastdiff):
 
 
 @pytest.mark.slow
-def test_train_steps_have_the_same_loss(fastdiff):
-    code, told = fastdiff("bench", "train", "--device", "cpu", "--calls", 1, "--batch-size", 2)
+@pytest.mark.parametrize("base", ["emoji", "tiny_sdxl"])
+def test_train_steps_have_the_same_loss(base, fastdiff, request):
+    base = base if base == "emoji" else request.getfixturevalue(base)
+    code, told = fastdiff("bench", "train", "--base", base, "--device", "cpu", "--calls", 1, "--batch-size", 2)
     assert code == 0
     found = told["metrics"]
     assert found["parity"] < 1e-4
