@@ -11,7 +11,7 @@ from fastdiff import console, surgery
 from fastdiff.console import InputRefused, UsageError
 from fastdiff.engine import Compile
 from fastdiff.io import fitting, ldm, lora, tensors
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.io.checkpoint import Checkpoint, fingerprint
 from fastdiff.io.recipe import Recipe
 from fastdiff.models import autoencoder
 from fastdiff.models import controlnet as controlnets
@@ -28,6 +28,7 @@ class Assembled:
     sampler: Sampler
     recipe: Recipe
     coverage: list[dict[str, Any]]
+    identity: tuple[str, ...] = ()  # hashes of the networks' weights, where they were asked for
 
 
 def pick_device(name: str) -> torch.device:
@@ -81,11 +82,13 @@ def assemble(
     allow_partial: bool = False,
     device: torch.device | str = "cpu",
     folded: bool = False,
+    identified: bool = False,
     compile: Compile = "off",
 ) -> Assembled:
     """Fold the LoRAs in and open the rest; InputRefused where a part does not belong to the base.
 
     `folded`: to draw with and nothing else, by networks that are faster and cannot be trained; `compile` is the sampler's.
+    `identified`: with the hashes of all weights, for what is kept by content.
     """
     recipe = recipe_of(base, loras)
     applied = fitting.apply(base, list(loras), allow_partial=allow_partial)
@@ -93,10 +96,13 @@ def assemble(
     other = autoencoder.load(vae, latent_channels=base.unet_config["in_channels"]) if vae else None
     if other is not None and autoencoder.factor(other) != base.pixels_per_latent:
         raise InputRefused(f"--vae {vae}: {autoencoder.factor(other)} px a latent, the base has {base.pixels_per_latent}")
+    nets = [base.unet, other or base.vae, *([guide] if guide else [])] if identified else []
+    identity = tuple(fingerprint(net) for net in nets)
     net = unet_of(base, device=device) if folded else base.unet
     denoiser = Denoiser(net, base.schedule(), recipe.predicts(base.prediction_type), controlnet=guide, strength=strength)
     if not folded:
-        return Assembled(Sampler(base, denoiser, other or base.vae, device=device), recipe, applied.coverage)
+        return Assembled(Sampler(base, denoiser, other or base.vae, device=device), recipe, applied.coverage, identity)
     base.release("unet")  # where it was loaded for LoRAs, its weights are the folded network's now
     decoder = decoder_of(base, other, dtype=decoding(base.dtype), device=device)
-    return Assembled(Sampler(base, denoiser, decoder, device=device, compile=compile), recipe, applied.coverage)
+    sampler = Sampler(base, denoiser, decoder, device=device, compile=compile)
+    return Assembled(sampler, recipe, applied.coverage, identity)

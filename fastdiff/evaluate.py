@@ -145,6 +145,7 @@ class Config(BaseConfig):
 
 # ---- what is sampled
 
+FAST = dict(folded=True, identified=True)  # drawn with and nothing else, and kept by content
 Opener = Callable[[Sequence[str], str | None], Assembled]  # (further LoRAs, ControlNet): opened when its turn comes
 
 
@@ -167,7 +168,7 @@ def lora_on_base(config: Config, specs: Sequence[str], dtype: torch.dtype, devic
     def opened(more: Sequence[str], guide: str | None) -> Assembled:
         base = config.open_base(dtype)
         worn = load_loras(base, [*specs, *more], remap=bool(more) and surgery.is_pruned(base), allow_pickle=config.allow_pickle)
-        return assemble(base, worn, vae=config.vae, controlnet=guide, device=device)
+        return assemble(base, worn, vae=config.vae, controlnet=guide, device=device, **FAST)
 
     return opened
 
@@ -177,7 +178,7 @@ def whole(config: Config, ref: str, dtype: torch.dtype, device: torch.device) ->
         base = checkpoint.load(ref, dtype=dtype, allow_pickle=config.allow_pickle)
         worn = load_loras(base, more, remap=bool(more) and surgery.is_pruned(base), allow_pickle=config.allow_pickle)
         recipe = base.recipe  # a style's header does not say how its wearer is sampled
-        return replace(assemble(base, worn, vae=config.vae, controlnet=guide, device=device), recipe=recipe)
+        return replace(assemble(base, worn, vae=config.vae, controlnet=guide, device=device, **FAST), recipe=recipe)
 
     return opened
 
@@ -270,7 +271,7 @@ def reference_of(config: Config, gallery: Gallery, made: Assembled, shown: Shown
     told = {"embedded": judge.Reference().moments} if usual else {}
     if len(gallery.lenses) <= len(told):
         return Against({}, shown, told)
-    other = gallery.show("reference", made.sampler, shown.settings, offset=REFERENCE_SEED)
+    other = gallery.show("reference", made, shown.settings, offset=REFERENCE_SEED)
     return Against(other.seen, shown, told)
 
 
@@ -320,22 +321,22 @@ def run(config: Config) -> Result:
     saved = output / "images" if config.save_images else None
     gallery = Gallery(lines, config.seed, px, looking, distance, device, config.batch_size, saved)
     guided = config.teacher_settings(family)
-    made = assemble(base, device=device)
-    best = gallery.show("teacher", made.sampler, guided)
+    made = assemble(base, device=device, **FAST)
+    best = gallery.show("teacher", made, guided)
     against = reference_of(config, gallery, made, best)
-    speed = {id(best): gallery.latency_ms(made.sampler, guided)}
+    speed = {id(best): gallery.latency_ms(made, guided)}
     teachers: list[Shown] = []
     for calls in sorted({settings.calls for model in judged for settings in model.ladder}) if config.baseline else []:
         for settings in ways(family, calls):
-            teachers.append(gallery.show("teacher", made.sampler, settings, beside=best))
-            speed[id(teachers[-1])] = gallery.latency_ms(made.sampler, settings)
+            teachers.append(gallery.show("teacher", made, settings, beside=best))
+            speed[id(teachers[-1])] = gallery.latency_ms(made, settings)
     del made, base  # before the next network is opened
     rows: list[Shown] = []
     for model in judged:
         made = model.open([], None)
         for settings in model.ladder:
-            rows.append(gallery.show(model.name, made.sampler, settings, beside=best))
-            speed[id(rows[-1])] = gallery.latency_ms(made.sampler, settings)
+            rows.append(gallery.show(model.name, made, settings, beside=best))
+            speed[id(rows[-1])] = gallery.latency_ms(made, settings)
         del made
     order = [best, *sorted([*teachers, *rows], key=lambda row: row.calls)]
     with console.timed("figures_s"):

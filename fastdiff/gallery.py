@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff import console
+from fastdiff.assemble import Assembled
 from fastdiff.console import InputRefused
 from fastdiff.data import folder, teacher
 from fastdiff.drift import REFERENCE_SEED, departures
-from fastdiff.io import checkpoint
 from fastdiff.lenses import Lens, Seen, Shown
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond
@@ -57,7 +58,7 @@ class Gallery:
     def show(
         self,
         model: str,
-        sampler: Sampler,
+        made: Assembled,
         settings: Settings,
         *,
         beside: Shown | None = None,
@@ -70,11 +71,11 @@ class Gallery:
 
         `offset` moves the seeds; `controls` (n, 1 or 3, H, W) uint8 are what a ControlNet is shown.
         """
-        n = n or len(self)
+        n, sampler = n or len(self), made.sampler
         cond, uncond = self.encoded(sampler, self.lines[:n])
         if controls is not None:
             cond = cond.with_control((controls[:n].float() / 255).expand(-1, 3, -1, -1))
-        key = self.key(sampler, cond, uncond, settings, offset, beside)
+        key = self.key(made, cond, uncond, settings, offset, beside)
         if stored := self.stored(key):
             kept = stored.pop("kept")
             row = Shown(model, settings, stored, kept, note)
@@ -135,22 +136,21 @@ class Gallery:
         with torch.no_grad():
             return torch.cat([net(pixels(x), pixels(y)).cpu() for x, y in zip(a.split(16), b.split(16), strict=True)])
 
-    def latency_ms(self, sampler: Sampler, settings: Settings) -> float:
+    def latency_ms(self, made: Assembled, settings: Settings) -> float:
         """One prompt's embedding to one picture's bytes, alone; median."""
-        cond, uncond = self.encoded(sampler, self.lines[:1])
+        cond, uncond = self.encoded(made.sampler, self.lines[:1])
         found, began = [], time.perf_counter()
         while len(found) <= TIMED[0] or (time.perf_counter() - began < TIMED_S and len(found) <= TIMED[1]):
             start = time.perf_counter()
-            uint8(sampler.pictures(cond, uncond, [len(found)], settings, self.resolution_px)[1])
+            list(made.sampler.stream([(cond, uncond, [len(found)])], settings, self.resolution_px))
             found.append(1e3 * (time.perf_counter() - start))
         return statistics.median(found[1:])  # the first one warms up
 
-    def key(self, sampler: Sampler, cond: Cond, uncond: Cond, settings: Settings, offset: int, beside: Shown | None) -> str:
-        digest = sha256()
-        nets = [sampler.denoiser.net, sampler.vae, *filter(None, [sampler.denoiser.controlnet])]
-        told = [checkpoint.fingerprint(net) for net in nets]
-        told += [sampler.denoiser.kind, sampler.denoiser.strength, asdict(settings), self.first_seed + offset]
-        told += [self.resolution_px, str(sampler.base.dtype), [lens.key for lens in self.lenses], self.distance is not None]
+    def key(self, made: Assembled, cond: Cond, uncond: Cond, settings: Settings, offset: int, beside: Shown | None) -> str:
+        digest, sampler = sha256(), made.sampler
+        told: list[Any] = [made.identity, sampler.denoiser.kind, sampler.denoiser.strength, asdict(settings)]
+        told += [self.first_seed + offset, self.resolution_px, str(sampler.base.dtype)]
+        told += [[lens.key for lens in self.lenses], self.distance is not None]
         told += [None if beside is None else sha256(beside.kept.numpy().tobytes()).hexdigest(), self.lines[: len(cond)]]
         digest.update(repr(told).encode())
         for tensor in (cond.tokens, uncond.tokens, cond.control):
