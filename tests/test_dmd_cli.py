@@ -307,6 +307,7 @@ torch.save({"seen": seen, "code": code}, f"rank{rank}.pt")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_student(tiny_sd, tmp_path):
     """Same weights, same step of the student, other noise; the pairs are made once between them; one writes."""
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")

@@ -6,6 +6,7 @@ import math
 import os
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from fastdiff.io import disk
 from fastdiff.io.checkpoint import Checkpoint, fingerprint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.models.folded import unet_of
 from fastdiff.sampling import Sampler, SeededNoise, Settings, at_once, with_size
 
 PROMPTS = Path(__file__).parent.parent / "assets" / "prompts.txt"
@@ -74,8 +76,7 @@ def encode(
         of = row[torch.arange(pairs) % len(row)]
         if pairs < len(prompts):
             console.warn(f"--pairs {pairs}: only that many of the {len(prompts)} prompts are used")
-        sampler = Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae, device=device)
-        noise, latents = Shards(sampler, settings, prompts, texts[row], uncond, seed, resolution_px).first(pairs)
+        noise, latents = Shards(base, settings, prompts, texts[row], uncond, seed, resolution_px, device).first(pairs)
         good = finite(latents, [prompts[i % len(prompts)] for i in range(pairs)])
         noise, latents, of = noise[good], latents[good], of[good]
         moments = torch.cat([latents, torch.zeros_like(latents)], 1)  # samples, not posteriors: no spread
@@ -104,16 +105,30 @@ class Shards:
     SIZE = 64
 
     def __init__(
-        self, sampler: Sampler, settings: Settings, prompts: list[str], cond: Cond, uncond: Cond, seed: int, resolution_px: int
+        self,
+        base: Checkpoint,
+        settings: Settings,
+        prompts: list[str],
+        cond: Cond,
+        uncond: Cond,
+        seed: int,
+        resolution_px: int,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.sampler, self.settings, self.prompts, self.cond, self.uncond, self.seed = (
-            sampler, settings, prompts, cond, uncond, seed,
-        )  # fmt: skip
-        side = resolution_px // autoencoder.factor(sampler.vae)
-        self.shape = (sampler.denoiser.net.config.in_channels, side, side)
-        self.parent = fingerprint(sampler.denoiser.net)
+        self.base, self.device = base, device
+        self.settings, self.prompts, self.cond, self.uncond, self.seed = settings, prompts, cond, uncond, seed
+        side = resolution_px // autoencoder.factor(base.vae)
+        self.shape = (base.unet_config["in_channels"], side, side)
+        self.parent = fingerprint(base.unet)
         key = repr((self.parent, prompts, resolution_px, seed, settings))
         self.folder = cache_folder() / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Made where something is missing: a network to draw with, beside the one that will be trained."""
+        net = unet_of(self.base, device=self.device)
+        denoiser = Denoiser(net, self.base.schedule(), self.base.prediction_type)
+        return Sampler(self.base, denoiser, self.base.vae, device=self.device)
 
     def first(self, n: int) -> tuple[Tensor, Tensor]:
         """Noise and latents (n, C, h, w), fp16; those that are not there yet are sampled."""
