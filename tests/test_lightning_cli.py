@@ -233,7 +233,7 @@ rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 calls, seen = 0, []
 real, start = Encoded.batch, Lightning.start
 
-def batch(self, size, generator):  # the halves of one batch: of two processes, or of two micro-batches
+def batch(self, size, generator, shared=None):  # the halves of one batch: of two processes, or of two micro-batches
     global calls
     number, part = (calls, rank) if world == 2 else divmod(calls, 2)
     calls += 1
