@@ -428,9 +428,9 @@ def test_nobody_watching_a_signal_is_the_programs_own():
 
 def signals_at(monkeypatch, call, when=lambda: True):
     """SIGTERM at that network call of those for which `when` holds."""
-    from fastdiff.models.denoiser import Denoiser
+    from fastdiff.engine import Caller
 
-    real, calls = Denoiser.answer, []
+    real, calls = Caller.__call__, []
 
     def answer(*args, **kwargs):
         if when():
@@ -439,7 +439,7 @@ def signals_at(monkeypatch, call, when=lambda: True):
                 os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(Denoiser, "answer", answer)
+    monkeypatch.setattr(Caller, "__call__", answer)
     return calls
 
 

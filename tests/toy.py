@@ -135,10 +135,7 @@ def crashes(folder, instants, seed=0):
     assert child(lambda: train(folder / "whole")).wait() == 0
     run = Run(folder / "parts", "toy")
     newest, rounds = 0, 0
-    for instant in range(instants):
-        if newest >= steps - 8:  # the run has nearly ended: a new one
-            rounds, newest = rounds + 1, 0
-            run = Run(folder / f"parts{rounds}", "toy")
+    while len(told) < instants:
         known = run.states.paths()[-1:]
         one = child(lambda run=run: train(run.folder))
         while run.states.paths()[-1:] == known:  # until it has something of its own to lose
@@ -148,10 +145,14 @@ def crashes(folder, instants, seed=0):
         os.kill(one.pid, signal.SIGKILL)
         code = one.wait()
         state = run.load_state()
-        assert state is not None, instant
-        assert state["step"] >= max(newest, before), (instant, state["step"], newest, before)
+        assert state is not None, told
+        assert state["step"] >= max(newest, before), (told, state["step"], newest, before)
         newest = state["step"]
-        told.append((code, newest))
+        if code:
+            told.append((code, 1000 * rounds + newest))
+        if newest >= steps - 8:  # the run has ended before it was killed, or nearly: a new one
+            rounds, newest = rounds + 1, 0
+            run = Run(folder / f"parts{rounds}", "toy")
     assert child(lambda: train(run.folder)).wait() == 0
     whole, parts = (torch.load(f / "result.pt", weights_only=True) for f in (folder / "whole", run.folder))
     assert same(whole, parts)

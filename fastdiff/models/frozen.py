@@ -33,6 +33,8 @@ def tensors_of(base: Checkpoint, part: str) -> dict[str, Tensor]:
         found = {name: file[name] for file in files for name in file}
     if not found:
         raise Unknown(f"{part} has no files")
+    if any(".base_layer." in name for name in found):
+        raise Unknown(f"{part} has adapters")
     return {plain_name(part, k): v for k, v in found.items() if not re.search(r"position_ids$|logit_scale$", k)}
 
 
