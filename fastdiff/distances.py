@@ -96,13 +96,17 @@ def band(row: R, metric: Metric, draws: int = BOOTSTRAPS) -> list[float]:
 
 
 def gap_closed(student: R, teacher: R, best: R, metric: Metric, *, draws: int = BOOTSTRAPS) -> dict[str, Any]:
-    """(m(T, n) - m(S, n)) / (m(T, n) - m(T, 50)) with a 95 % bootstrap band over prompts, all three rows redrawn alike."""
+    """(m(T, n) - m(S, n)) / (m(T, n) - m(T, 50)) with a 95 % bootstrap band over prompts, all three rows redrawn alike.
+
+    Without draws the band's ends are None.
+    """
     n = min(len(r) for r in (student, teacher, best))
     figures = torch.tensor([[metric(r, i) for r in (teacher, student, best)] for i in resamples(n, draws)], dtype=torch.float64)
     t, s, b = figures.T
     gap = (t - s) / (t - b)
     better = (t - s) * (1 if t[0] > b[0] else -1)
-    (low, high), (gain_low, gain_high) = quantiles(gap[1:]), quantiles(better[1:])
+    none = [None, None]
+    (low, high), (gain_low, gain_high) = (quantiles(gap[1:]), quantiles(better[1:])) if draws else (none, none)
     return {
         "gap_closed": gap[0].item(),
         "low": low,

@@ -29,7 +29,7 @@ from fastdiff.sampling import DEFAULTS, Settings
 EXAMPLES = """fastdiff evaluate --lora lcm.safetensors
 fastdiff evaluate --student lcm.safetensors --student runs/dmd-emoji/dmd.safetensors --num-images 2000
 fastdiff evaluate --base sdxl --lora lcm.safetensors --num-steps 1,2,4,8 --prompts prompts.txt --reference teacher:25
-fastdiff evaluate --base sdxl --student runs/lightning --protocol coco10k-lightning --reference coco/val2014 --prompts coco.txt
+fastdiff evaluate --base sdxl --lora lightning-4step.safetensors --protocol coco10k-lightning --reference val2014 --prompts coco.txt
 fastdiff evaluate --lora lcm.safetensors --with-lora style.safetensors"""
 
 RESUMES = True  # every row is stored as soon as it was drawn: the same command goes on
@@ -44,16 +44,9 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
                               metrics="fid,patch,clip"),
     "coco5k-sdxs": dict(num_images=5_000, resolution=512, teacher_guidance=7.5, metrics="fid,clip"),
 }  # fmt: skip
-PRESETS = {
-    **{family: dict(num_images=500) for family in DEFAULTS},
-    **{f"{family}:{name}": row for family in ("sd15", "sd21", "sdxl") for name, row in PROTOCOLS.items()},
-}
-GROUPS = (
-    "fid",
-    "patch",
-    "clip",
-    "lpips",
-)  # FID and KID; FID of the centre; CLIP score and CMMD; distances to the teacher, and of seeds
+PRESETS = {f"{family}:{name}": row for family in ("sd15", "sd21", "sdxl") for name, row in PROTOCOLS.items()}
+# FID and KID; FID of the centre; CLIP score and CMMD; distances to the teacher's picture, and between seeds.
+GROUPS = ("fid", "patch", "clip", "lpips")
 
 
 @dataclass
@@ -155,7 +148,6 @@ class Model:
 
     name: str
     open: Opener
-    recipe: Recipe
     ladder: list[Settings]
 
 
@@ -203,7 +195,7 @@ def students(config: Config, family: str, dtype: torch.dtype, device: torch.devi
         name, alike = name_of(path), sum(m.name.split(" #")[0] == name_of(path) for m in found)
         own = (recipe.num_steps,) if recipe.fixed and recipe.num_steps else (1, 2, 4, 8)
         ladder = [Settings.of(recipe, DEFAULTS[family], num_steps=n) for n in config.steps or own]
-        found.append(Model(f"{name} #{alike + 1}" if alike else name, opener, recipe, ladder))
+        found.append(Model(f"{name} #{alike + 1}" if alike else name, opener, ladder))
     return found
 
 
@@ -302,7 +294,7 @@ def gaps(row: Shown, teachers: Sequence[Shown], against: Against) -> dict[str, A
         metric = lambda r, i, f=figure: f.of(r, i, against)
         every = torch.arange(len(row))
         undistilled = (max if figure.better == "higher" else min)(equal, key=lambda t, m=metric: m(t, every))
-        found[figure.name] = gap_closed(row, undistilled, best, metric, draws=figure.draws(len(row)) or 2)
+        found[figure.name] = gap_closed(row, undistilled, best, metric, draws=figure.draws(len(row)))
     return found
 
 
@@ -343,16 +335,16 @@ def run(config: Config) -> Result:
         table = [row_of(row, against) for row in order]
         closed = {f"{row.model} {row.settings.num_steps}": gaps(row, teachers, against) for row in rows}
     metrics: dict[str, Any] = {"samples": len(gallery), "reference": config.reference, "rows": table, "gap_closed": closed}
-    teacher_model = Model("teacher", lora_on_base(replace(config, vae=None), [], dtype, device), Recipe(), [guided])
+    teacher_model = Model("teacher", lora_on_base(replace(config, vae=None), [], dtype, device), [guided])
     if config.with_lora:
         metrics["style"] = survival.style(gallery, config.with_lora, teacher_model, judged, best, rows)
     if config.with_controlnet:
         nets = (config.with_controlnet, config.student_controlnet or config.with_controlnet)
         metrics["control"] = survival.controlled(gallery, nets, config.control, teacher_model, judged, rows)
     latency = [speed[id(row)] for row in order]
-    console.state.timings |= {f"latency_ms/{r.model} {r.settings.num_steps}": ms for r, ms in zip(order, latency, strict=True)}
+    console.state.timings |= {f"latency_ms/{row.title}": ms for row, ms in zip(order, latency, strict=True)}
     shown(metrics, latency)
-    write_atomic(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_atomic(output / "metrics.json", json.dumps(console.jsonable(metrics), indent=2) + "\n")
     sheet = report.write(
         output, title=f"{config.base} and its students", metrics=metrics, rows=order, latency_ms=latency, lines=lines
     )

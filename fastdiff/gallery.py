@@ -4,6 +4,7 @@ What was seen of a row is stored by content (weights, prompts, seeds, settings, 
 where it was, and a second one does not draw the same teacher again.
 """
 
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from fastdiff.assemble import Assembled
 from fastdiff.console import InputRefused
 from fastdiff.data import folder, teacher
 from fastdiff.drift import REFERENCE_SEED, departures
-from fastdiff.lenses import Lens, Seen, Shown
+from fastdiff.lenses import Lens, Seen, Shown, title
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond
 from fastdiff.sampling import Sampler, Settings, at_once, uint8
@@ -65,7 +66,6 @@ class Gallery:
         offset: int = 0,
         n: int | None = None,
         controls: Tensor | None = None,
-        note: str = "",
     ) -> Shown:
         """Draw and look at the first n pictures (default all); `beside`, the row that they are compared with one by one.
 
@@ -76,11 +76,9 @@ class Gallery:
         if controls is not None:
             cond = cond.with_control((controls[:n].float() / 255).expand(-1, 3, -1, -1))
         key = self.key(made, cond, uncond, settings, offset, beside)
-        if stored := self.stored(key):
+        if not self.save_to and (stored := self.stored(key)):
             kept = stored.pop("kept")
-            row = Shown(model, settings, stored, kept, note)
-            if not self.save_to:
-                return row
+            return Shown(model, settings, stored, kept)
         seen, kept = self.draw(model, sampler, cond, uncond, settings, offset)
         if self.distance and n == len(self) and offset == 0:
             seen["diversity"] = self.diversity(sampler, settings)
@@ -89,15 +87,14 @@ class Gallery:
             k = min(len(kept), len(beside.kept))
             seen["same_noise"][:k] = self.apart(kept[:k], beside.kept[:k])
         self.store(key, seen, kept)
-        return Shown(model, settings, seen, kept, note)
+        return Shown(model, settings, seen, kept)
 
     def draw(
         self, model: str, sampler: Sampler, cond: Cond, uncond: Cond, settings: Settings, offset: int
     ) -> tuple[Seen, Tensor]:
         n, parts, kept = len(cond), [], []
         size = self.batch or at_once(self.resolution_px // autoencoder.factor(sampler.vae))
-        title = f"{model}, {settings.num_steps} steps"
-        with console.progress(n, title) as bar, torch.no_grad():
+        with console.progress(n, title(model, settings)) as bar, torch.no_grad():
             for i in range(0, n, size):
                 rows = slice(i, min(i + size, n))
                 seeds = [self.first_seed + offset + k for k in range(rows.start, rows.stop)]
@@ -106,7 +103,7 @@ class Gallery:
                 parts.append({"departures": departures(z, pixels), **self.seen_of(pictures, rows)})
                 kept.append(pictures[: max(0, self.paired - i)])
                 if self.save_to and offset == 0:
-                    write(self.save_to / f"{model}-{settings.num_steps}", pictures, seeds)
+                    write(self.save_to / folder_name(title(model, settings)), pictures, seeds)
                 bar.update(len(seeds))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, torch.cat(kept)
 
@@ -198,6 +195,11 @@ class Gallery:
                 parts.append(found)
                 bar.update(1)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def folder_name(title: str) -> str:
+    """teacher-4-steps-guidance-2-dpm++"""
+    return re.sub(r"[^\w.+]+", "-", title).strip("-")
 
 
 def write(to: Path, pictures: Tensor, seeds: Sequence[int]) -> None:

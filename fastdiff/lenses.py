@@ -103,7 +103,6 @@ class Shown:
     settings: Settings
     seen: Seen
     kept: Tensor  # (K, 3, H, W) uint8, the first pictures
-    note: str = ""  # what it wore
 
     def __len__(self) -> int:
         return len(self.seen["departures"])
@@ -111,6 +110,16 @@ class Shown:
     @property
     def calls(self) -> int:
         return self.settings.calls
+
+    @property
+    def title(self) -> str:
+        return title(self.model, self.settings)
+
+
+def title(model: str, settings: Settings) -> str:
+    """A row's name, no other row's: the teacher is sampled in as many steps guided and not."""
+    guided = f", guidance {settings.guidance:g}" if settings.guided else ""
+    return f"{model}, {settings.num_steps} steps{guided} ({settings.scheduler})"
 
 
 @dataclass

@@ -27,11 +27,6 @@ def half_band(row: dict[str, Any], name: str) -> str:
     return f"{(high - low) / 2:.2g}" if high > low else ""
 
 
-def title_of(row: dict[str, Any]) -> str:
-    guided = f", guidance {row['guidance']:g}" if row["guidance"] > 1 else ""
-    return f"{row['model']}, {row['num_steps']} steps{guided} ({row['solver']})"
-
-
 def present(rows: Sequence[dict[str, Any]]) -> list[Figure]:
     return [f for f in FIGURES if any(f.name in row for row in rows)]
 
@@ -103,11 +98,12 @@ def write(
     models = list(dict.fromkeys(row["model"] for row in told))
     colours = dict(zip(models, (COLOURS * len(models))[: len(models)], strict=True))
     table = [
-        [title_of(row), (row["calls"], ""), *((fmt(row.get(f.name)), half_band(row, f.name)) for f in figures), (f"{ms:.1f}", "")]
-        for row, ms in zip(told, latency_ms, strict=True)
+        [shown.title, (row["calls"], ""), *((fmt(row.get(f.name)), half_band(row, f.name)) for f in figures), (f"{ms:.1f}", "")]
+        for row, shown, ms in zip(told, rows, latency_ms, strict=True)
     ]
     names = [f for f in figures if any(f.name in gap for gap in metrics["gap_closed"].values())]
-    band = lambda gap: f"{gap['gap_closed']:.0%} [{gap['low']:.0%}, {gap['high']:.0%}]"
+    ends = lambda gap: "" if gap["low"] is None else f" [{gap['low']:.0%}, {gap['high']:.0%}]"
+    band = lambda gap: f"{gap['gap_closed']:.0%}{ends(gap)}"
     gaps = [(k, [band(gap[f.name]) if f.name in gap else "" for f in names]) for k, gap in metrics["gap_closed"].items() if gap]
     more = [style_table(metrics["style"])] if "style" in metrics else []
     more += [control_table(metrics["control"])] if "control" in metrics else []
@@ -129,7 +125,7 @@ def write(
         curves=[curve(f, told, colours) for f in figures],
         legend=list(colours.items()),
         prompts=[lines[i] for i in chosen],
-        pictures=[(title_of(row), [encoded(p) for p in shown.kept[chosen]]) for row, shown in zip(told, rows, strict=True)],
+        pictures=[(row.title, [encoded(p) for p in row.kept[chosen]]) for row in rows],
     )  # fmt: skip
     write_atomic(folder / "report.html", page)
     sheet = folder / "contact.png"

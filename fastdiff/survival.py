@@ -27,7 +27,7 @@ def style(
     that drawing style went, as a part of the teacher's way.
     """
     n, made = min(len(gallery), IMAGES), teacher.open(loras, None)
-    wearing = gallery.show("teacher", made, teacher.ladder[0], n=n, note="style")
+    wearing = gallery.show("teacher", made, teacher.ladder[0], n=n)
     del made
     found: dict[str, Any] = {"loras": list(loras), "samples": n}
     name = next((f for f in FEATURES if f in wearing.seen), None)
@@ -41,7 +41,7 @@ def style(
         made = model.open(loras, None)
         for settings in model.ladder:
             before = next(r for r in rows if (r.model, r.settings) == (model.name, settings))
-            after = gallery.show(model.name, made, settings, n=n, note="style")
+            after = gallery.show(model.name, made, settings, n=n)
             gap = gap_closed(after, before, wearing, away)
             told = {"kept": gap["gap_closed"], "low": gap["low"], "high": gap["high"], **styles_of(after, n)}
             told |= {"plain": styles_of(before, n), "away": gap["student"], "away_plain": gap["teacher"]}
@@ -80,7 +80,7 @@ def controlled(
     extractor, guided = control.extractor(how), teacher.ladder[0]
     made = teacher.open([], nets[0])
     n = min(len(gallery), IMAGES, gallery.paired)
-    asked = gallery.show("teacher", made, guided, offset=REFERENCE_SEED, n=n, note="asked")
+    asked = gallery.show("teacher", made, guided, offset=REFERENCE_SEED, n=n)
     controls = control.extract(asked.kept[:n], extractor)
 
     def agreement(row: Shown) -> Tensor:
@@ -93,14 +93,14 @@ def controlled(
         f = agreement(row)
         return {"agreement": f.mean().item(), "band": band(f, lambda x, i: x[i].mean().item())}
 
-    obeying = gallery.show("teacher", made, guided, n=n, controls=controls, note="control")
+    obeying = gallery.show("teacher", made, guided, n=n, controls=controls)
     del made
     found: dict[str, Any] = {"controlnet": nets[0], "samples": n, "teacher": told(obeying)}
     for model in students:
         made = model.open([], nets[1])
         for settings in model.ladder:
             before = next(r for r in rows if (r.model, r.settings) == (model.name, settings))
-            after = told(gallery.show(model.name, made, settings, n=n, controls=controls, note="control"))
+            after = told(gallery.show(model.name, made, settings, n=n, controls=controls))
             after |= {"off": agreement(before).mean().item(), "kept": after["agreement"] / found["teacher"]["agreement"]}
             found[f"{model.name} {settings.num_steps}"] = after
         del made

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from fastdiff import cli, gallery, lenses
 from fastdiff.data import embedded
-from fastdiff.distances import Moments, band, cmmd, frechet, kid
+from fastdiff.distances import Moments, band, cmmd, frechet, gap_closed, kid
 from fastdiff.io import checkpoint, lora
 from fastdiff.models import adapters, judges
 from fastdiff.sampling import Settings
@@ -54,6 +54,12 @@ def test_kid_and_cmmd_in_their_own_formulas():
     rbf = lambda p, q: torch.exp(-torch.cdist(p, q).square() / (2 * 10**2)).mean()
     assert cmmd(x, y) == pytest.approx(1000 * (rbf(x, x) + rbf(y, y) - 2 * rbf(x, y)).item(), rel=1e-6)
     assert cmmd(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_without_draws_a_gap_has_no_band():
+    x = torch.arange(4.0)
+    found = gap_closed(x + 1, x, x + 2, lambda r, i: r[i].mean().item(), draws=0)
+    assert (found["gap_closed"], found["low"], found["gain_high"]) == (0.5, None, None)
 
 
 def test_a_band_has_the_width_of_the_sampling_error_and_lies_around_the_figure():
@@ -109,7 +115,7 @@ def test_fid_is_what_torch_fidelitys_command_says(inception, tmp_path, fastdiff,
     )
     assert code == 0, told
     mine = {row["model"]: row["fid"] for row in told["metrics"]["rows"]}
-    saved = tmp_path / "runs" / f"evaluate-{tiny_sd.name}" / "images" / f"{tiny_sd.name}-2"
+    saved = tmp_path / "runs" / f"evaluate-{tiny_sd.name}" / "images" / f"{tiny_sd.name}-2-steps-guidance-7.5-dpm++"
     command = [sys.executable, "-m", "torch_fidelity.fidelity", "--input1", saved, "--input2", real, "--fid", "--json"]
     command += ["--feature-extractor-weights-path", inception, "--no-cache", "--batch-size", "6"]
     out = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
@@ -169,17 +175,19 @@ def test_clip_score_is_open_clips_cosine(clip):
 # ---- the command
 
 
+def random_factors(unet, std):
+    """A LoRA's factors that change what the network draws."""
+    torch.manual_seed(0)
+    for p in adapters.attach(unet, 2, 2.0, "style", adapters.ATTENTION):
+        torch.nn.init.normal_(p, std=std)
+    return adapters.factors(unet, 2.0, "style")
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_sd, tmp_path_factory):
     """A LoRA with a few-step recipe in its header."""
     base = checkpoint.load(str(tiny_sd))
-    torch.manual_seed(0)
-    adapters.attach(base.unet, 2, 2.0, "style", adapters.ATTENTION)
-    with torch.no_grad():
-        for name, p in base.unet.named_parameters():
-            if "lora" in name:
-                p.normal_(std=0.2)
-    modules = adapters.factors(base.unet, 2.0, "style")
+    modules = random_factors(base.unet, 0.2)
     told = {"fastdiff.scheduler": "lcm", "fastdiff.num_steps": "4", "fastdiff.guidance": "1.0", "fastdiff.method": "lcm"}
     path = tmp_path_factory.mktemp("trained") / "lcm.safetensors"
     lora.save(lora.Lora(modules, {**told, **lora.layers_told(base.unet.config)}), path)
@@ -211,7 +219,9 @@ def test_rows_figures_and_a_page_that_needs_nothing_else(fastdiff, tiny_sd, trai
     ]
     assert (rows[0]["drift"], rows[0].get("same_noise")) == (0, None)
     assert all(row["same_noise"] > 0 and row["drift"] > 0 and row["diversity"] > 0 for row in rows[1:])
-    assert {"latency_ms/teacher 3", "latency_ms/lcm 1"} <= set(told["timings"])
+    latencies = {name for name in told["timings"] if name.startswith("latency_ms/")}
+    assert len(latencies) == len(rows)  # as many names as rows: guided and not are two
+    assert {"latency_ms/teacher, 3 steps, guidance 7.5 (dpm++)", "latency_ms/lcm, 1 steps (lcm)"} <= latencies
     page = (tmp_path / told["outputs"][0]["path"]).read_text()
     assert page.count("data:image/png;base64,") == len(rows) * 6
     assert not re.search(r"(src|href)=.(http|/)", page)
@@ -241,14 +251,7 @@ def test_the_teacher_as_its_own_student_is_no_different(fastdiff):
 
 def test_a_style_and_a_control_that_survive_whole(fastdiff, tmp_path):
     """The base as its own student keeps all."""
-    base = checkpoint.load("emoji")
-    torch.manual_seed(0)
-    adapters.attach(base.unet, 2, 2.0, "style", adapters.ATTENTION)
-    with torch.no_grad():
-        for name, p in base.unet.named_parameters():
-            if "lora" in name:
-                p.normal_(std=0.1)
-    lora.save(lora.Lora(adapters.factors(base.unet, 2.0, "style"), {}), tmp_path / "style.safetensors")
+    lora.save(lora.Lora(random_factors(checkpoint.load("emoji").unet, 0.1), {}), tmp_path / "style.safetensors")
     given = ["evaluate", "--student", "emoji", "--num-steps", 2, "--reference", "teacher:2", "--num-images", 6, "--no-baseline"]
     code, told = fastdiff(*given, "--with-lora", "style.safetensors", "--with-controlnet", "emoji")
     assert code == 0, told
