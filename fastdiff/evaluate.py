@@ -29,7 +29,7 @@ from fastdiff.sampling import DEFAULTS, Settings
 EXAMPLES = """fastdiff evaluate --lora lcm.safetensors
 fastdiff evaluate --student lcm.safetensors --student runs/dmd-emoji/dmd.safetensors --num-images 2000
 fastdiff evaluate --base sdxl --lora lcm.safetensors --num-steps 1,2,4,8 --prompts prompts.txt --reference teacher:25
-fastdiff evaluate --base sdxl --lora lightning-4step.safetensors --protocol coco10k-lightning --reference val2014 --prompts coco.txt
+fastdiff evaluate --base sdxl --lora fast.safetensors --protocol coco10k-lightning --reference val2014 --prompts coco.txt
 fastdiff evaluate --lora lcm.safetensors --with-lora style.safetensors"""
 
 RESUMES = True  # every row is stored as soon as it was drawn: the same command goes on
