@@ -16,12 +16,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastdiff import console, stop
+from fastdiff import console, intel, stop
 from fastdiff.coefficients import Table
 from fastdiff.models.denoiser import Cond, Denoiser, guidance_embedding
 from fastdiff.models.folded import Folded, FoldedUNet
 
-Compile = Literal["auto", "off", "max"]
+Compile = Literal["auto", "off", "max", "openvino"]
 Inputs = dict[str, Tensor]  # what a call of the network takes besides x, by name
 MODES = {"auto": "default", "max": "max-autotune-no-cudagraphs"}  # of torch.compile; the graph is ours
 WORTH_COMPILING = 8  # calls of one shape: who draws a single picture does not wait for a compiler
@@ -57,6 +57,18 @@ class Caller:
             cond, t = Cond(**told), inputs["t"][k].expand(len(x))
             residuals = self.denoiser.controlled(x, t, cond, self.denoiser.extra(cond))
         return self.net.step(x, Folded(inputs["kv"], inputs["shift"]), k, residuals)
+
+
+class Converted(Caller):
+    """The network by OpenVINO: it sees one timestep's rows, so that one form of it does for every step of every walk."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__(denoiser)
+        step = super().__call__
+        self.form = intel.Compiled(lambda x, **inputs: step(x, 0, inputs), "the network")
+
+    def __call__(self, x: Tensor, k: int, inputs: Inputs) -> Tensor:
+        return self.form(x=x, **{name: v[k : k + 1] if name in {"t", "shift"} else v for name, v in inputs.items()})
 
 
 class Walk(NamedTuple):
@@ -217,6 +229,10 @@ class Engine:
         backend: Backend | None = None,
     ) -> None:
         self.call, self.decode, self.device, self.compile = Caller(denoiser), decode, torch.device(device), compile
+        if compile == "openvino":  # no backend: a captured walk has a network for each of its steps, this one for all
+            intel.check(device)
+            form = intel.Compiled(decode, "the decoder")
+            self.call, self.decode = Converted(denoiser), lambda z: form(latents=z)
         self.backend = backend or backend_of(device, compile)
         self.captured: dict[Any, Captured] = {}
 
@@ -242,6 +258,7 @@ class Engine:
         told = {"noise": walk.noise, **walk.inputs}
         if self.backend is None:
             return draw(**told)
+        stop.check()
         key = (id(walk.table), walk.guidance, tuple((k, tuple(v.shape)) for k, v in told.items()))
         if key not in self.captured:
             while len(self.captured) >= self.KEPT:

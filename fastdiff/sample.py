@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from fastdiff import console, judge
+from fastdiff import console, intel, judge
 from fastdiff.assemble import Assembled, assemble, load_loras, pick_device, pick_dtype, recipe_of
 from fastdiff.config import Range
 from fastdiff.console import Result, UsageError
@@ -72,7 +72,8 @@ class Config(BaseConfig):
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to sample"] = "auto"
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
     compile: Annotated[
-        Literal["auto", "off", "max"], "on CUDA auto: one graph at once, compiled while it draws; max: compiled first, minutes"
+        Literal["auto", "off", "max", "openvino"],
+        "on CUDA auto: one graph at once, compiled while it draws; max: compiled first, minutes; openvino: on the CPU, seconds",
     ] = "auto"
     fps: Annotated[
         float | None,
@@ -130,7 +131,9 @@ def run(config: Config) -> Result:
     if config.control and not config.control_image:
         raise UsageError("--control: takes the control out of --control-image, and there is none", "give --control-image too")
     prompts, device = wanted(config), pick_device(config.device)
-    if config.compile != "off":  # where compiled kernels are kept from one run to the next
+    if config.compile == "openvino":
+        intel.check(device, config.precision)
+    elif config.compile != "off":  # where compiled kernels are kept from one run to the next
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     with console.timed("load_s"):
         opened, chosen = open_sampler(config, device)

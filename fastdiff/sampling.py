@@ -98,6 +98,7 @@ class Sampler:
 
     `compile` is what happens on a GPU: a graph of the whole walk with the decoder, and its compiled form when that is ready
     (auto) or before the first picture (max); off for networks that are still trained, since a graph keeps their adapters.
+    On the CPU `openvino` has network and decoder compiled by it at the first batch of each shape.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Sampler:
     ) -> None:
         self.base, self.denoiser, self.device = base, denoiser.to(device), device
         self.vae = vae if isinstance(vae, Decoder) else vae.to(device)
-        self.engine = Engine(self.denoiser, lambda z: autoencoder.decode(self.vae, z), device, compile=compile)
+        self.engine = Engine(self.denoiser, lambda latents: autoencoder.decode(self.vae, latents), device, compile=compile)
         self.tables: dict[Settings, Table] = {}
         self.told: tuple[tuple[Any, ...], Inputs] | None = None
 

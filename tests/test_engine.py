@@ -6,11 +6,14 @@ import threading
 
 import pytest
 import torch
+from conftest import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiff import engine
+from fastdiff import engine, intel, stop
+from fastdiff.console import Stopped, UsageError
 from fastdiff.io import checkpoint
 from fastdiff.models import autoencoder, text
+from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import Sampler, Settings, uint8
 
 LCM, GUIDED = Settings("lcm", 2, 1.0), Settings("dpm++", 3, 4.0)
@@ -106,11 +109,101 @@ def test_only_the_last_shapes_keep_their_memory(opened):
     assert len(sampler.engine.captured) == engine.Engine.KEPT
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("tiny") / "bk", "bk-tiny", "epsilon")
+
+
+@pytest.mark.parametrize(
+    ("kind", "folded", "settings"),
+    [
+        ("small", True, GUIDED),
+        ("small", False, LCM),
+        pytest.param("tiny_sd", True, LCM, marks=pytest.mark.slow),
+        pytest.param("tiny_sdxl", True, GUIDED, marks=pytest.mark.slow),
+        pytest.param("tiny_sdxl", False, GUIDED, marks=pytest.mark.slow),
+    ],
+)
+def test_openvino_draws_what_torch_does(kind, folded, settings, request):
+    pytest.importorskip("openvino")
+    base = checkpoint.load(str(request.getfixturevalue(kind)))
+    prompts = text.Prompts(base)
+    cat, pair, uncond = prompts(["a cat"]), prompts(["a dog", "a cat"]), prompts.unconditional()
+    jobs = [(cat, uncond, [1]), (pair, uncond, [2, 1]), (prompts(["a dog"]), uncond, [2]), (cat, uncond, [3])]
+
+    def sampler(compile):
+        if folded:
+            return Sampler.opened(base, compile=compile)
+        return Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae, compile=compile)
+
+    plain, other = sampler("off"), sampler("openvino")
+    found = [list(s.stream(jobs, settings, 8 * autoencoder.factor(base.vae))) for s in (plain, other)]
+    for a, b in zip(*found, strict=True):
+        assert (a.int() - b.int()).abs().max() <= 1
+    assert not torch.equal(found[1][0], found[1][2])
+    a, b = (s.engine.latents(s.walk(pair, uncond, [4, 5], settings, (8, 8), 64)) for s in (plain, other))
+    assert (a - b).abs().max() <= 1e-4 * a.abs().max().clamp(min=1)
+    forms = other.engine.call.form.forms
+    assert len(forms) == 2  # one a batch size, whatever the steps
+    assert all(form is not other.engine.call.form.function for form in forms.values())
+
+
+@pytest.mark.slow
+def test_openvino_with_a_controlnet(opened):
+    pytest.importorskip("openvino")
+    from diffusers import ControlNetModel
+
+    base, cat, _, uncond = opened
+    guide = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(16, 32)).requires_grad_(False)
+    for parameter in guide.controlnet_down_blocks.parameters():
+        parameter.fill_(0.1)  # a new one says nothing
+    cond, pictures = cat.with_control(torch.rand(1, 3, 16, 16)), []
+    for compile in ("off", "openvino"):
+        sampler = Sampler.opened(base, compile=compile)
+        sampler.denoiser.controlnet = guide
+        pictures.append(next(sampler.stream([(cond, uncond, [1])], LCM, 64)).int())
+    assert (pictures[0] - pictures[1]).abs().max() <= 1
+    bare = next(Sampler.opened(base).stream([(cat, uncond, [1])], LCM, 64))
+    assert not torch.equal(bare.int(), pictures[1])
+
+
+def test_what_openvino_cannot_do_runs_without_it(opened, monkeypatch, capfd):
+    base, cat, _, uncond = opened
+    monkeypatch.setattr(intel, "check", lambda device: None)
+    monkeypatch.setattr(intel, "compiled", lambda *args: 1 / 0)
+    a, b = (next(Sampler.opened(base, compile=c).stream([(cat, uncond, [1])] * 2, LCM, 64)) for c in ("off", "openvino"))
+    assert torch.equal(a, b)
+    told = capfd.readouterr().err
+    assert told.count("the network runs without it (ZeroDivisionError") == told.count("the decoder runs without it") == 1
+
+
+def test_openvino_is_refused_where_it_cannot_run(fastdiff, monkeypatch):
+    flags = ["sample", "--prompt", "panda", "--num-steps", 1, "--compile", "openvino"]
+    code, told = fastdiff(*flags, "--device", "cpu", "--precision", "bf16")
+    assert (code, "--precision" in told["error"]["hint"]) == (2, True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, told = fastdiff(*flags, "--device", "cpu")
+    assert (code, told["error"]["message"]) == (2, "--compile openvino: OpenVINO is not installed")
+    assert told["error"]["hint"] == 'pip install "fastdiff[openvino]"'
+    with pytest.raises(UsageError, match="--compile openvino: it runs on the CPU, not on cuda"):
+        intel.check("cuda")
+
+
+def test_a_stop_is_honoured_between_batches(opened, monkeypatch):
+    base, cat, _, uncond = opened
+    stream = sampler_of(base, Fake()).stream(((cat, uncond, [i]) for i in itertools.count()), LCM, 64)
+    next(stream)
+    monkeypatch.setattr(stop.request, "exit_code", 130)
+    with pytest.raises(Stopped):
+        next(stream)
+
+
 def test_what_a_machine_can_do_decides():
     assert engine.backend_of("cpu", "auto") is None
     assert isinstance(engine.backend_of("cpu", "max"), engine.Plain)
     assert isinstance(engine.backend_of("cuda", "auto"), engine.Cuda) == torch.cuda.is_available()
     assert engine.backend_of("cuda", "off") is None
+    assert engine.backend_of("cpu", "openvino") is None
 
 
 class NothingLeaves(TorchDispatchMode):

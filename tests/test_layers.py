@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "fastdiff"
 FLOORS = [
     {"console", "measure", "schedule"},
-    {"config", "losses", "processes", "rng", "io.disk"},
+    {"config", "intel", "losses", "processes", "rng", "io.disk"},
     {"io.recipe", "io.state", "io.tensors", "sharding", "stop"},
     {"io.run", "io.updates", "io.ldm", "io.family", "io.component", "io.download"},
     {"io.layouts", "io.checkpoint"},
