@@ -1,5 +1,6 @@
 """What `bench` compares with: the ways that the stock libraries are used, wired by their own calls."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +78,64 @@ class Pipeline:
             **told, num_inference_steps=self.settings.num_steps, guidance_scale=self.settings.guidance, height=self.px,
             width=self.px, latents=noise.to(self.pipe.unet.dtype), output_type=output,
         ).images  # fmt: skip
+
+
+class OpenVino:
+    """UNet and decoder as OpenVINO's documentation has it: each converted, compiled and called in turn by a bare loop.
+
+    For prompts (B, L, D) that are encoded already, with one call a step; nothing of a pipeline's own time is in it.
+    """
+
+    def __init__(self, base: Checkpoint, settings: Settings, px: int, cond: Cond, *, vae: nn.Module) -> None:
+        import diffusers
+        import openvino
+
+        self.scheduler = diffusers.DDIMScheduler.from_config({**base.scheduler_config, "timestep_spacing": "trailing"})
+        self.scheduler.set_timesteps(settings.num_steps)
+        self.tokens, side = cond.tokens.numpy(), px // 2 ** (len(vae.config.block_out_channels) - 1)
+        self.shape, how = (base.unet_config["in_channels"], side, side), {"PERFORMANCE_HINT": "LATENCY"}
+        how |= {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+        x, t = torch.zeros(len(cond), *self.shape), torch.tensor([1])
+
+        def compiled(part: nn.Module, *example: Tensor) -> Any:
+            shapes = [tuple(v.shape) for v in example]
+            model = openvino.convert_model(part, example_input=example, input=shapes)
+            return openvino.compile_model(model, "CPU", how)
+
+        start = time.perf_counter()
+        self.unet, self.decoder = compiled(Answer(base.unet), x, t, cond.tokens), compiled(Pixels(vae), x)
+        self.start_s = time.perf_counter() - start
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], *, output: str = "pil", **told: Any) -> Any:
+        from PIL import Image
+
+        x = SeededNoise(seeds, self.shape, "cpu")()
+        for t in self.scheduler.timesteps:
+            out = torch.from_numpy(self.unet([x.numpy(), t[None].numpy(), self.tokens])[0])
+            x = self.scheduler.step(out, t, x).prev_sample
+        if output == "latent":
+            return x
+        pixels = torch.from_numpy(self.decoder([x.numpy()])[0])
+        pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return [Image.fromarray(p) for p in pixels.numpy()]
+
+
+class Answer(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        return self.net(x, t, tokens, return_dict=False)[0]
+
+
+class Pixels(nn.Module):
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
 
 
 class NullUNet(nn.Module):

@@ -15,12 +15,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff import baselines, console, measure
+from fastdiff import baselines, console, intel, measure
 from fastdiff.assemble import pick_device
 from fastdiff.config import Range
 from fastdiff.console import GateFailed, Result, UsageError
 from fastdiff.data import Batch
-from fastdiff.engine import WORTH_COMPILING
+from fastdiff.engine import WORTH_COMPILING, Engine
 from fastdiff.io import checkpoint, export, lora
 from fastdiff.io.checkpoint import ASSETS, EMOJI, BaseConfig, Checkpoint
 from fastdiff.io.recipe import Recipe
@@ -36,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {}
 EXAMPLES = """fastdiff bench sample
 fastdiff bench sample --base sd15 --random-weights --device cuda --assert-ratio 3
 fastdiff bench sample --base sd21 --random-weights --layout sdxs-512 --widths 96,192,384 --resolution 256 --decoder tiny
+fastdiff bench sample --against openvino
 fastdiff bench train
 fastdiff bench merge --rounds 3"""
 PROMPT = "a red apple"
@@ -52,14 +53,15 @@ class Config(BaseConfig):
     random_weights: Annotated[bool, "the base's network sizes with random weights: nothing is downloaded"] = False
     layout: Annotated[str | None, "with --random-weights: a smaller UNet, one of prune's layouts"] = None
     widths: Annotated[str | None, "with --random-weights: channels of its resolutions, as 96,192,384"] = None
-    against: Annotated[Literal["eager", "compiled"], "diffusers as it comes, or by its recipe for speed: minutes to compile"] = (
-        "eager"
-    )
+    against: Annotated[
+        Literal["eager", "compiled", "openvino"],
+        "diffusers as it comes, or by its recipe for speed: minutes to compile; or its networks by OpenVINO, in a bare loop",
+    ] = "eager"
     decoder: Annotated[Literal["kl", "tiny"], "what fastdiff decodes with; tiny: a TAESD of random weights"] = "kl"
     stock_decoder: Annotated[Literal["kl", "tiny"], "what diffusers decodes with"] = "kl"
     stock_embeds: Annotated[bool, "hand diffusers its prompt encoded, as fastdiff has it from the second call on"] = False
     null: Annotated[bool, "networks that answer zeros at once: what remains is the host's part"] = False
-    compile: Annotated[Literal["auto", "off", "max"], "as of `sample`; timed when it is there"] = "auto"
+    compile: Annotated[Literal["auto", "off", "max", "openvino"], "as of `sample`; timed when it is there"] = "auto"
     num_steps: Annotated[int, "sampling steps", Range(1, 1000)] = 4
     guidance: Annotated[float, "1 or less = none", Range(0)] = 1.0
     resolution: Annotated[int | None, "pixels a side; default: the family's own", Range(8, multiple_of=8)] = None
@@ -78,6 +80,8 @@ def run(config: Config) -> Result:
     if (config.layout or config.widths) and not config.random_weights:
         raise UsageError("--layout, --widths: change the network's shape, so its weights are random", "add --random-weights")
     device = pick_device(config.device)
+    if "openvino" in {config.compile, config.against}:
+        intel.check(device, config.precision)
     metrics = {"sample": sample, "train": train, "merge": merge}[config.work](config, device)
     metrics |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"}
     for name, value in metrics.items():
@@ -188,42 +192,60 @@ def sample(config: Config, device: torch.device) -> dict[str, Any]:
     tiny = autoencoder.tiny(64, (3,) * (len(base.config_of("vae")["block_out_channels"]) - 1) + (1,))
     tiny = tiny.to(device, base.dtype).eval().requires_grad_(False)
     encode = text.Prompts(base, device=device)
-    cond, uncond = encode([PROMPT] * n), encode.unconditional()
-    sampler = Sampler.opened(base, device=device, compile=config.compile, vae=tiny if config.decoder == "tiny" else None)
-    stock = baselines.Pipeline(base, settings, px, device=device, compiled=config.against == "compiled",
-                               vae=tiny if config.stock_decoder == "tiny" else None)  # fmt: skip
-    seeds = list(range(n))
+    cond, uncond, seeds = encode([PROMPT] * n), encode.unconditional(), list(range(n))
+    how = dict(device=device, vae=tiny if config.decoder == "tiny" else None)
+    sampler = Sampler.opened(base, compile=config.compile, **how)
+    samplers = {"ours": sampler}
+    if config.against == "openvino" and config.compile != "openvino":  # a third way: ours by that library
+        samplers["openvino"] = Sampler.opened(base, compile="openvino", **how)
+    stock = stock_of(config, base, settings, px, cond, device, tiny if config.stock_decoder == "tiny" else None)
     side = px // autoencoder.factor(sampler.vae)
     told = {"prompt_embeds": cond.tokens, "pooled_prompt_embeds": cond.pooled} if config.stock_embeds or config.null else {}
     told = {k: v.to(device, base.dtype) for k, v in told.items() if v is not None}
     if config.null:
         nulled(sampler, stock, px)
-    else:
-        cond_px = sampler.walk(cond, uncond, seeds, settings, (side, side), px)
-        ours = sampler.engine.latents(cond_px)
-        parity = nearness("latents", ours, stock([PROMPT] * n, seeds, output="latent"), base.dtype)
-    ways = {
-        "ours": lambda: [Image.fromarray(p.numpy()) for p in next(sampler.stream([(cond, uncond, seeds)], settings, px))],
-        "stock": lambda: stock([PROMPT] * n, seeds, **told),
-    }
-    first = measure.interleaved({"ours": ways["ours"]}, 1, device=device, warmup=0)["ours"][0]
+    draw = lambda s: lambda: [Image.fromarray(p.numpy()) for p in next(s.stream([(cond, uncond, seeds)], settings, px))]
+    ours = {name: draw(s) for name, s in samplers.items()}
+    first = {name: times[0] for name, times in measure.interleaved(ours, 1, device=device, warmup=0).items()}
+    if not config.null:
+        walk, same = sampler.walk(cond, uncond, seeds, settings, (side, side), px), stock([PROMPT] * n, seeds, output="latent")
+        parity = [nearness("latents", s.engine.latents(walk), same, base.dtype) for s in samplers.values()]
     if sampler.engine.backend is not None and config.compile == "auto":
         for _ in range(WORTH_COMPILING):
-            ways["ours"]()
-        for walk in sampler.engine.captured.values():
-            walk.thread.join()
+            ours["ours"]()
+        for captured in sampler.engine.captured.values():
+            captured.thread.join()
     most = measure.ceiling(device, base.dtype)
-    found = compared(measure.interleaved(ways, config.calls, device=device), n)
+    ways = ours | {"stock": lambda: stock([PROMPT] * n, seeds, **told)}
+    times = measure.interleaved(ways, config.calls, device=device)
+    found = compared(times, n)
+    if "openvino" in times:
+        third = compared({**times, "ours": times["openvino"]}, n)
+        found |= {"openvino_ratio": third["ratio"], "openvino_ms": third["ours_ms"], "openvino_first_ms": 1e3 * first["openvino"],
+                  "stock_start_ms": 1e3 * stock.start_s}  # fmt: skip
     if not config.null:
         most = measure.ceiling(device, base.dtype, least=most)
-        # In a graph nothing can be counted: the same work, drawn plainly.
-        counted = measure.cost(lambda: autoencoder.decode(sampler.vae, sampler.engine.latents(cond_px)))
-        found |= {"parity": parity, "gflop": counted.flops / 1e9, "of_limit": 1e3 * counted.limit_s(most) / found["ours_ms"],
+        # In a graph or another library nothing can be counted: the same work, drawn plainly.
+        plain = Engine(sampler.denoiser, lambda latents: autoencoder.decode(sampler.vae, latents), device)
+        counted, worst = measure.cost(lambda: plain.bytes(walk)), max if base.dtype == torch.float32 else min
+        found |= {"parity": worst(parity), "gflop": counted.flops / 1e9,
+                  "of_limit": 1e3 * counted.limit_s(most) / found["ours_ms"],
                   "ceiling_tflops": most.flops / 1e12, "ceiling_gb_s": most.bytes / 1e9}  # fmt: skip
     found |= {"folded": isinstance(sampler.denoiser.net, FoldedUNet)}
-    found |= {"first_ms": 1e3 * first, "num_steps": config.num_steps, "batch_size": n, "resolution": px}
-    found |= peaks(ways) if device.type == "cuda" else {}
+    found |= {"first_ms": 1e3 * first["ours"], "num_steps": config.num_steps, "batch_size": n, "resolution": px}
+    found |= peaks({"ours": ways["ours"], "stock": ways["stock"]}) if device.type == "cuda" else {}
     return found | ({} if config.random_weights or config.null or not config.rounds else cold(config, base))
+
+
+def stock_of(
+    config: Config, base: Checkpoint, settings: Settings, px: int, cond: Cond, device: torch.device, vae: nn.Module | None
+) -> Any:
+    """What is compared with; `vae` instead of the base's own."""
+    if config.against != "openvino":
+        return baselines.Pipeline(base, settings, px, device=device, compiled=config.against == "compiled", vae=vae)
+    if config.null or settings.guided or base.family == "sdxl":
+        raise UsageError("--against openvino: one call a step of an SD1.5 or SD2.1 network", "leave --null and --guidance out")
+    return baselines.OpenVino(base, settings, px, cond, vae=vae or base.vae)
 
 
 def nulled(sampler: Sampler, stock: baselines.Pipeline, px: int) -> None:

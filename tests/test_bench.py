@@ -73,6 +73,23 @@ def test_shapes_with_random_weights(fastdiff):
 
 
 @pytest.mark.slow
+def test_three_ways_of_openvino(fastdiff):
+    pytest.importorskip("openvino")
+    flags = ["bench", "sample", "--random-weights", "--device", "cpu", "--calls", 1, "--num-steps", 2, "--decoder", "tiny"]
+    flags += ["--layout", "sdxs-512", "--widths", "32,64,96", "--stock-decoder", "tiny", "--against", "openvino"]
+    code, told = fastdiff(*flags)
+    assert code == 0
+    found = told["metrics"]
+    assert found["parity"] < 1e-4
+    assert found["openvino_ratio"] == pytest.approx(found["stock_ms"] / found["openvino_ms"])
+    assert found["gflop"] > 0.1
+    code, told = fastdiff(*flags, "--compile", "openvino")
+    assert code == 0
+    assert "openvino_ratio" not in told["metrics"]
+    assert fastdiff(*flags, "--guidance", 2)[0] == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["emoji", "tiny_sdxl"])
 def test_train_steps_have_the_same_loss(base, fastdiff, request):
     base = base if base == "emoji" else request.getfixturevalue(base)
