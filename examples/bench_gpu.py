@@ -2,62 +2,138 @@
 
     python examples/bench_gpu.py --output bench_gpu.json                    # CUDA, bf16, full sizes, random weights
     python examples/bench_gpu.py --smoke --output smoke.json                # the same path with tiny networks, on the CPU
+    python examples/bench_gpu.py --only "sdxl 4 steps against compiled" --minutes 10
 
-Each row is `fastdiff bench` in a process of its own, so that one that runs out of memory or time ends alone; its reason is
-then in the row. What must be shown comes first, rows that compile long come last. A row starts only while there is time for it.
+One worker process does the rows in turn, so that importing is paid once. Each row has its time, and what the rows before it left
+over; one that takes longer is ended with the worker, and the next has a new one. The JSON is written after every row; a row
+without figures says why. What must be shown comes first, rows that compile long come last.
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
+from typing import Any, NamedTuple
 
-FULL = ["--random-weights", "--device", "cuda", "--precision", "bf16", "--calls", "20", "--rounds", "0"]
-SMOKE = ["--random-weights", "--device", "cpu", "--calls", "1", "--rounds", "0", "--base", "emoji", "--resolution", "64"]
-SDXS = ["--base", "sd21", "--layout", "sdxs-512", "--num-steps", "1", "--resolution", "512"]
-TINY = ["--decoder", "tiny", "--stock-decoder", "tiny"]
-# name, seconds that it may take, flags, what must be shown: (figure, at least)
+
+class Row(NamedTuple):
+    """`flags` are a `fastdiff bench` Config, or of examples/memory.py; `wanted` is what must be shown: (figure, at least)."""
+
+    name: str
+    seconds: float  # that it may take
+    flags: dict[str, Any]
+    wanted: dict[str, float] = {}
+
+
+FULL = dict(random_weights=True, device="cuda", precision="bf16", rounds=0)
+SMOKE = dict(random_weights=True, device="cpu", calls=1, rounds=0, base="emoji", resolution=64)
+SDXS = dict(work="sample", base="sd21", layout="sdxs-512", num_steps=1, resolution=512, decoder="tiny", stock_decoder="tiny")
+SD15, SDXL = (dict(work="sample", base=base, num_steps=4) for base in ("sd15", "sdxl"))
+COMPILED = dict(against="compiled", compile="max")
+TRAIN = dict(work="train", calls=10)
 ROWS = [
-    ("sdxs512 1 step, batch 1", 60, ["sample", *SDXS, *TINY], {"ratio": 5, "ours_per_s": 350}),
-    ("sdxs512 1 step, batch 8", 60, ["sample", *SDXS, *TINY, "--batch-size", "8"], {"ours_per_s": 650, "of_limit": 0.5}),
-    ("sd15 4 steps", 70, ["sample", "--base", "sd15", "--num-steps", "4"], {"ratio": 3, "first_ms": -3000}),
-    ("sd15 4 steps, batch 8", 70, ["sample", "--base", "sd15", "--num-steps", "4", "--batch-size", "8"], {"of_limit": 0.5}),
-    ("sdxl 4 steps", 110, ["sample", "--base", "sdxl", "--num-steps", "4", "--calls", "20"], {"ratio": 1.8}),
-    ("train sd15 batch 1", 60, ["train", "--base", "sd15", "--batch-size", "1", "--calls", "10"], {}),
-    ("train sd15 batch 8", 60, ["train", "--base", "sd15", "--batch-size", "8", "--calls", "10"], {}),
-    ("train sdxl batch 1", 90, ["train", "--base", "sdxl", "--batch-size", "1", "--calls", "10"], {"ratio": 2}),
-    ("sd15 4 steps against compiled", 200, ["sample", "--base", "sd15", "--num-steps", "4", "--against", "compiled",
-                                            "--compile", "max"], {"ratio": 1.15}),
-    ("sdxl 4 steps against compiled", 300, ["sample", "--base", "sdxl", "--num-steps", "4", "--against", "compiled",
-                                            "--compile", "max"], {"ratio": 1.1}),
-]  # fmt: skip
-# Peak memory of the methods, by examples/memory.py: method, families, batches.
-MEMORY = [(method, family, n) for family in ("sd15", "sdxl") for method in ("dmd", "lightning") for n in (1, 8)]
+    Row("sdxs512 1 step, batch 1", 60, SDXS, {"ratio": 5, "ours_per_s": 350}),  # with the imports
+    Row("sdxs512 1 step, batch 8", 20, SDXS | {"batch_size": 8}, {"ours_per_s": 650, "of_limit": 0.5}),
+    Row("sd15 4 steps", 35, SD15, {"ratio": 3, "first_ms": -3000}),
+    Row("sd15 4 steps, batch 8", 35, SD15 | {"batch_size": 8}, {"of_limit": 0.5}),
+    Row("sdxl 4 steps", 60, SDXL, {"ratio": 1.8}),
+    Row("train sd15 batch 1", 15, TRAIN | {"base": "sd15", "batch_size": 1}),
+    Row("train sd15 batch 8", 20, TRAIN | {"base": "sd15", "batch_size": 8}),
+    Row("train sdxl batch 1", 35, TRAIN | {"base": "sdxl", "batch_size": 1}, {"ratio": 2}),
+    Row("memory dmd sd15 batch 8", 20, {"method": "dmd", "family": "sd15", "n": 8}),
+    Row("memory dmd sdxl batch 1", 30, {"method": "dmd", "family": "sdxl", "n": 1}),
+    Row("memory lightning sdxl batch 1", 30, {"method": "lightning", "family": "sdxl", "n": 1}),
+    Row("sd15 4 steps against compiled", 120, SD15 | COMPILED, {"ratio": 1.15}),
+]  # 480 s
+MORE = [  # where the others have left that much
+    Row("sdxl 4 steps against compiled", 200, SDXL | COMPILED, {"ratio": 1.1}),
+    Row("memory dmd sdxl batch 8", 40, {"method": "dmd", "family": "sdxl", "n": 8}),
+    Row("memory lightning sdxl batch 8", 40, {"method": "lightning", "family": "sdxl", "n": 8}),
+]
 
 
-def row(flags: list[str], limit_s: float) -> dict:
-    """One `fastdiff bench --json`; what went wrong where it did."""
-    command = [sys.executable, "-m", "fastdiff", "bench", *flags, "--json"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
-        told = json.loads(done.stdout)
-        return told["metrics"] if told["ok"] else {"failed": told["error"]["message"]}
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done in {limit_s:.0f} s"}
-    except json.JSONDecodeError:
-        return {"failed": done.stderr.strip().splitlines()[-1:]}
+# ---- one row, in the worker
 
 
-def memory(method: str, family: str, n: int, limit_s: float, device: str) -> dict:
-    script = Path(__file__).parent / "memory.py"
-    flags = ["--method", method, "--family", family, "--batch", str(n), "--device", device, "--rounds", "1", "--steps", "2"]
-    try:
-        done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, timeout=limit_s)
-        return {"told": done.stdout.strip().splitlines()}
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done in {limit_s:.0f} s"}
+def measured(flags: dict[str, Any]) -> dict[str, Any]:
+    """Figures of one row."""
+    if "method" in flags:
+        return memory(**flags)
+    from fastdiff import bench
+
+    return bench.run(bench.Config(**flags)).metrics
+
+
+def memory(method: str, family: str, n: int, device: str) -> dict[str, Any]:
+    """Both ways of examples/memory.py in turn, in one process, and ours as a share of the other."""
+    import memory
+    import torch
+
+    found = {}
+    for way in ("ours", "three"):
+        if device == "cuda":
+            cleared()
+            torch.cuda.reset_peak_memory_stats()
+        found[way] = memory.measure(method, way, family, device, n, 2)
+    return found | {f"{k}_ratio": found["ours"][k] / found["three"][k] for k in found["ours"]}
+
+
+def cleared() -> None:
+    """Give back what the last row had."""
+    import torch
+
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def worker() -> None:
+    """Flags as JSON on standard input, a line a row; figures on standard output, what else is printed on standard error."""
+    out, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        try:
+            found = measured(json.loads(line))
+        except Exception as error:  # out of memory, a compiler that is not there: the other rows go on
+            found = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        cleared()
+        print(json.dumps(found), file=out, flush=True)
+
+
+# ---- all of them, in time
+
+
+class Worker:
+    """The process that measures; begun anew after one that took too long or ended."""
+
+    def __init__(self, command: list[str] | None = None) -> None:
+        self.command = command or [sys.executable, __file__, "--worker"]
+        self.process: subprocess.Popen | None = None
+        self.reader = ThreadPoolExecutor(1)
+
+    def __call__(self, flags: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        if self.process is None:
+            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        print(json.dumps(flags), file=self.process.stdin, flush=True)
+        answer = self.reader.submit(self.process.stdout.readline)
+        try:
+            line = answer.result(limit_s)
+        except TimeoutError:
+            self.end()
+            return {"failed": f"not done in {limit_s:.0f} s"}
+        if not line:
+            code, _ = self.process.wait(), self.end()
+            return {"failed": f"the worker ended with {code}"}
+        return json.loads(line)
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
 
 
 def shown(found: dict, wanted: dict[str, float]) -> dict[str, bool]:
@@ -65,35 +141,55 @@ def shown(found: dict, wanted: dict[str, float]) -> dict[str, bool]:
     return {k: (found[k] >= bound if bound > 0 else found[k] <= -bound) for k, bound in wanted.items() if k in found}
 
 
+def in_time(rows: list[Row], more: list[Row], minutes: float, measure: Any, keep: Any) -> None:
+    """Every row that there is time for; `measure(flags, limit_s)` answers, `keep(name, figures)` takes them.
+
+    A row may take what is left but for the time of the rows after it; those of `more` start only where all of theirs is left.
+    """
+    end = time.monotonic() + 60 * minutes
+    for i, row in enumerate([*rows, *more]):
+        left = end - time.monotonic() - sum(later.seconds for later in rows[i + 1 :])
+        if left < row.seconds * (0.5 if i < len(rows) else 1):
+            keep(row.name, {"failed": f"{max(0, left):.0f} s are left for it, it takes up to {row.seconds:.0f}"})
+            continue
+        found = measure(row.flags, left)
+        keep(row.name, found | {"shown": shown(found, row.wanted)})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("bench_gpu.json"))
     parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--only", action="append", help="a row's name; repeat it for more")
     parser.add_argument("--smoke", action="store_true", help="tiny networks on the CPU: that the script works")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    end, found = time.monotonic() + 60 * args.minutes, {}
+    if args.worker:
+        worker()
+        return
+    started, found, measure = time.monotonic(), {}, Worker()
+    chosen = lambda rows: [row for row in rows if not args.only or row.name in args.only]
+    rows, more = chosen(ROWS), chosen(MORE)
+    if args.only and len(rows) + len(more) < len(set(args.only)):
+        parser.error(f"--only: the rows are {', '.join(row.name for row in [*ROWS, *MORE])}")
+
+    def sized(flags: dict[str, Any]) -> dict[str, Any]:
+        if "method" in flags:
+            return flags | ({"family": "emoji", "n": 2, "device": "cpu"} if args.smoke else {"device": "cuda"})
+        return flags | (SMOKE if args.smoke else FULL)
+
+    if args.smoke:  # the CPU's compiler takes minutes
+        rows, more = [row for row in rows if "compiled" not in row.name], []
 
     def keep(name: str, value: dict) -> None:
         found[name] = value
-        print(f"{name}: {json.dumps(value)}", flush=True)
+        print(f"{time.monotonic() - started:.0f} s, {name}: {json.dumps(value)}", flush=True)
         args.output.write_text(json.dumps(found, indent=2) + "\n")  # after every row: a run that is cut short keeps its rows
 
-    jobs = [(name, seconds, lambda left, f=flags: row([*f, *(SMOKE if args.smoke else FULL)], left), wanted)
-            for name, seconds, flags, wanted in ROWS]  # fmt: skip
-    if args.smoke:  # the CPU's compiler takes minutes
-        jobs = [job for job in jobs if "compiled" not in job[0]]
-    places = MEMORY[:1] if args.smoke else MEMORY
-    device = "cpu" if args.smoke else "cuda"
-    tables = [(f"memory {m} {f} batch {n}", 40,
-               lambda left, m=m, f=f, n=n: memory(m, "emoji" if args.smoke else f, 2 if args.smoke else n, left, device), {})
-              for m, f, n in places]  # fmt: skip
-    for name, seconds, job, wanted in [*jobs[:8], *tables, *jobs[8:]]:
-        left = end - time.monotonic()
-        if left < seconds / 2:
-            keep(name, {"failed": f"{left:.0f} s left, it takes about {seconds}"})
-            continue
-        value = job(left)
-        keep(name, value | {"shown": shown(value, wanted)})
+    try:
+        in_time(rows, more, args.minutes, lambda flags, limit_s: measure(sized(flags), limit_s), keep)
+    finally:
+        measure.end()
 
 
 if __name__ == "__main__":
