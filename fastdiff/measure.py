@@ -116,6 +116,9 @@ class Cost(TorchDispatchMode):
         if "scaled_dot_product" in name:
             q, k, v = args[:3]
             flops = 2 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        elif "_convolution_pointwise" in name:  # a convolution and what follows it; its weight comes after what goes in
+            weight = args[2 if "binary" in name else 1]
+            flops = 2 * out.numel() * weight[0].numel()
         elif packet in flop_registry:
             flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         else:

@@ -12,6 +12,7 @@ import torch
 
 from fastdiff import bench, measure
 from fastdiff.console import GateFailed, UsageError
+from fastdiff.models import frozen
 
 
 def test_flop_and_bytes_are_those_of_the_work():
@@ -20,6 +21,12 @@ def test_flop_and_bytes_are_those_of_the_work():
     assert (found.flops, found.bytes) == (2 * 8 * 16 * 32, 4 * (8 * 16 + 16 * 32 + 8 * 32))
     picture, kernel = torch.randn(1, 4, 10, 10), torch.randn(6, 4, 3, 3)
     assert measure.cost(lambda: torch.nn.functional.conv2d(picture, kernel, padding=1)).flops == 2 * 100 * 6 * 4 * 9
+    stored = frozen.Stored({"c.weight": kernel, "c.bias": torch.randn(6)}, dtype=torch.float32, device="cpu")
+    conv, other = frozen.Conv(stored, "c"), torch.randn(1, 6, 10, 10)
+    fused = measure.cost(lambda: (conv.relu(picture), conv.relu(picture, other)))
+    assert fused.flops == 2 * 2 * 100 * 6 * 4 * 9
+    assert torch.allclose(conv.relu(picture), conv(picture).relu(), atol=1e-5)
+    assert torch.allclose(conv.relu(picture, other), (conv(picture) + other).relu(), atol=1e-5)
     q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
     assert measure.cost(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, k)).flops == 4 * 2 * 5 * 7 * 8
     most = measure.Ceiling(flops=1e3, bytes=1e9)

@@ -115,7 +115,7 @@ class TinyDecoder:
             i += 1
 
     def __call__(self, z: Tensor) -> Tensor:
-        x = self.enter(torch.tanh(z / 3) * 3).relu_()
+        x = self.enter.relu(torch.tanh(z / 3) * 3)
         for part in self.parts:
             x = part(x)
         return x.mul(2).sub(1)
@@ -128,5 +128,4 @@ class TinyBlock:
 
     def __call__(self, x: Tensor) -> Tensor:
         one, two, three = self.convs
-        y = three(two(one(x).relu_()).relu_())
-        return y.add_(x if self.skip is None else self.skip(x)).relu_()
+        return three.relu(two.relu(one.relu(x)), x if self.skip is None else self.skip(x))

