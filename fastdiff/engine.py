@@ -4,7 +4,8 @@
 
 On CUDA the function is captured: one graph for all steps and the decoder, ready after a few runs of it. With `auto` it is
 compiled meanwhile, and the graph of the compiled form takes the place of the first. Networks of stock layers run as
-`models.folded` and `models.decoder` have them; any other runs as it is, in the same walk.
+`models.folded` and `models.decoder` have them; any other runs as it is, in the same walk. On the CPU network and decoder may
+be handed to another library, each as one function of a call (`intel`).
 """
 
 import threading
