@@ -55,8 +55,11 @@ def find(run: Run, config: Any) -> dict[str, Any] | None:
 
 
 def restarted() -> bool:
-    """Whether torchrun started these processes again after one failed: the run has begun already."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Whether torchrun started these processes again after one failed: the run has begun already.
+
+    It counts on each machine for itself, so they ask each other.
+    """
+    return processes.highest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0
 
 
 def refuse_changes(run: Run, config: Any, manifest: dict[str, Any]) -> None:

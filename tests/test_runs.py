@@ -465,7 +465,7 @@ def test_sigterm_in_a_preview_of_a_real_run(fastdiff, tiny_sd, tmp_path, monkeyp
 
     drawing = []
     real = proof.Preview.sheet
-    monkeypatch.setattr(proof.Preview, "sheet", lambda *a: (drawing.append(1), real(*a), drawing.clear()))
+    monkeypatch.setattr(proof.Preview, "sheet", lambda *a: (drawing.append(1), real(*a), drawing.clear())[1])
     args = f"train-lcm-lora --base {tiny_sd} -o run --steps 3 --prompts prompts.txt --preview-every 1 {QUICK}".split()
     calls = signals_at(monkeypatch, 5, lambda: bool(drawing))
     code, told = fastdiff(*args)

@@ -1,0 +1,90 @@
+"""Every training command in processes of its own: once to the end, once killed with -9 and started again.
+
+`python tests/killed.py FOLDER BASE CONTROLNET PRUNED COMMAND...` prints what came of each. Everything heavy is imported once;
+each run is a fork, which torch allows as long as nothing here has called backward().
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from tiny import arguments
+from toy import child, same
+
+torch.set_num_threads(1)
+STEPS, EVERY, DIES = 12, 5, 7
+
+
+def command(args, dies=None):
+    """The command; at the beginning of that step the process kills itself."""
+    from fastdiff import cli
+    from fastdiff.trainer import Trainer
+
+    real = Trainer.train_step
+
+    def step(trainer):
+        if trainer.step == dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(trainer)
+
+    Trainer.train_step = step
+    sys.stdout = open(os.devnull, "w")
+    if code := cli.main([*args, "--json"]):
+        raise SystemExit(code)
+
+
+def left_by(folder):
+    """What two runs must agree on: the files of weights, the state (weights, averages, moments), and the log but for the time."""
+    from fastdiff.io.state import States
+
+    states = States(folder / "state")
+    state = states.load(states.newest())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*.safetensors")}
+    return {
+        "files": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()},
+        "log": [{k: v for k, v in row.items() if k != "time"} for row in rows],
+        **{k: state[k] for k in ("step", "phase", "players", "extra", "best", "latest")},
+    }
+
+
+def compared(name, *places):
+    """How the processes ended, at which step the second went on, and in what the two runs differ."""
+    args = [*arguments(name, *places), "--steps", str(STEPS), "--save-every", str(EVERY), "-o"]
+    codes = [child(lambda: command([*args, f"{name}-whole"])).wait()]
+    codes.append(child(lambda: command([*args, f"{name}-parts"], DIES)).wait())
+    at = sorted(p.name for p in Path(f"{name}-parts/state").iterdir())
+    codes.append(child(lambda: command([*args, f"{name}-parts"])).wait())
+    a, b = (left_by(Path(f"{name}-{run}")) for run in ("whole", "parts"))
+    players = a["players"].values()
+    return {
+        "codes": codes,
+        "at": at,
+        "files": len(a["files"]),
+        "rows": len(a["log"]),
+        "players": list(a["players"]),
+        "averaged": sum(player["ema"] is not None for player in players),
+        "differ": [k for k in a if not same(a[k], b[k])],
+    }
+
+
+if __name__ == "__main__":
+    import diffusers  # noqa: F401
+    import peft  # noqa: F401
+
+    from fastdiff.io import checkpoint
+
+    folder, *places = sys.argv[1:5]
+    os.chdir(folder)
+    os.environ["FASTDIFF_CACHE"] = "cache"
+    Path("prompts.txt").write_text("a cat\na dog\n")
+    checkpoint.load(places[0]).pipeline()
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    torch.optim.AdamW([weight]).step()  # what torch imports only now would take every child seconds
+    for name in sys.argv[5:]:
+        print(json.dumps({"command": name, **compared(name, *places)}), flush=True)
