@@ -222,8 +222,9 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
     measure = (lambda: measured.measure(method)) if measured else None
     trainer = session.fit(method, data, lambda: preview.sheet(method), measure)
     metrics: dict[str, Any] = {"steps": trainer.step, **getattr(method, "facts", {})}
-    if trainer.best["params"]:
-        metrics["best"] = {k: trainer.best[k] for k in ("step", "score")}
+    if trainer.kept:
+        alone = sum(phase.exports for phase in trainer.phases) == 1
+        metrics["best"] = next(iter(trainer.kept.values())) if alone else trainer.kept
     if not accelerator.is_main_process:
         return Result()
     if judge:

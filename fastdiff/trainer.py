@@ -151,6 +151,7 @@ class Trainer:
         self.preview: Callable[[int], None] | None = None
         self.measure: Callable[[], dict[str, float]] | None = None  # has `score`, which decides: less is better
         self.improved: Callable[[], None] | None = None  # called with the best weights so far in place
+        self.kept: dict[str, dict[str, Any]] = {}  # step and score of the best weights of each phase that is over
         self.shown: dict[str, Any] = {}  # of the last measurement, beside the loss
         self.finished: Callable[[Phase], None] | None = None  # called with the weights to export in place
         self.phases: list[Phase] = getattr(method, "phases", None) or [Phase("", config.steps)]
@@ -300,6 +301,8 @@ class Trainer:
                 console.info(f"{self.phase.name or 'end'}: {told(found)}")
             if self.finished and self.phase.exports:
                 self.leading(lambda: self.finished(self.phase))
+            if self.best["params"] and self.phase.exports:
+                self.kept[self.phase.name] = {k: self.best[k] for k in ("step", "score")}
             params = next(iter(self.players.values())).params
             made = [p.detach().clone() for p in params] if self.index + 1 < len(self.phases) else []
         self.halt()

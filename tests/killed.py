@@ -1,7 +1,7 @@
-"""Every training command in processes of its own: once to the end, once killed with -9 and started again.
+"""Every training command in processes of its own: once to the end, once stopped by a signal and started again.
 
-`python tests/killed.py FOLDER BASE CONTROLNET PRUNED COMMAND...` prints what came of each. Everything heavy is imported once;
-each run is a fork, which torch allows as long as nothing here has called backward().
+`python tests/killed.py FOLDER BASE CONTROLNET PRUNED COMMAND:SIGNAL...` prints what came of each. Everything heavy is imported
+once; each run is a fork, which torch allows as long as nothing here has called backward().
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -19,17 +20,19 @@ torch.set_num_threads(1)
 STEPS, EVERY, DIES = 12, 5, 7
 
 
-def command(args, dies=None):
-    """The command; at the beginning of that step the process kills itself."""
+def command(args, number=None):
+    """The command; at the beginning of a step the process sends itself that signal."""
     from fastdiff import cli
     from fastdiff.trainer import Trainer
 
     real = Trainer.train_step
 
     def step(trainer):
-        if trainer.step == dies:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(trainer)
+        if number and trainer.step == DIES:
+            os.kill(os.getpid(), number)
+        row = real(trainer)
+        Path("step").write_text(str(time.monotonic()))
+        return row
 
     Trainer.train_step = step
     sys.stdout = open(os.devnull, "w")
@@ -52,17 +55,19 @@ def left_by(folder):
     }
 
 
-def compared(name, *places):
-    """How the processes ended, at which step the second went on, and in what the two runs differ."""
+def compared(name, number, *places):
+    """How the processes ended, the second how long after its last step, where the third went on, and what differs in the end."""
     args = [*arguments(name, *places), "--steps", str(STEPS), "--save-every", str(EVERY), "-o"]
     codes = [child(lambda: command([*args, f"{name}-whole"])).wait()]
-    codes.append(child(lambda: command([*args, f"{name}-parts"], DIES)).wait())
+    codes.append(child(lambda: command([*args, f"{name}-parts"], number)).wait())
+    late_s = time.monotonic() - float(Path("step").read_text())
     at = sorted(p.name for p in Path(f"{name}-parts/state").iterdir())
     codes.append(child(lambda: command([*args, f"{name}-parts"])).wait())
     a, b = (left_by(Path(f"{name}-{run}")) for run in ("whole", "parts"))
     players = a["players"].values()
     return {
         "codes": codes,
+        "late_s": late_s,
         "at": at,
         "files": len(a["files"]),
         "rows": len(a["log"]),
@@ -86,5 +91,6 @@ if __name__ == "__main__":
     weight = torch.nn.Parameter(torch.ones(1))
     weight.grad = torch.ones(1)
     torch.optim.AdamW([weight]).step()  # what torch imports only now would take every child seconds
-    for name in sys.argv[5:]:
-        print(json.dumps({"command": name, **compared(name, *places)}), flush=True)
+    for told in sys.argv[5:]:
+        name, number = told.split(":")
+        print(json.dumps({"command": name, **compared(name, signal.Signals[number], *places)}), flush=True)

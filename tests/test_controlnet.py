@@ -17,6 +17,7 @@ from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.sampling import Sampler, Settings
 
+
 def batch_for(n=3, width=32):
     g = torch.Generator().manual_seed(1)
     cond, uncond = (Cond(torch.randn(n, 12, width, generator=g)) for _ in range(2))
@@ -188,8 +189,12 @@ def one_step(path, pruned):
     return path
 
 
-def test_in_one_step_both_scores_wear_the_original_and_the_student_the_small_one(tiny_sd, tiny_pruned, tiny_controlnet, tmp_path, monkeypatch):
-    m, _ = method(tiny_sd, tiny_controlnet, init=str(one_step(tmp_path / "one", tiny_pruned)), one_step=True, match_steps=0, steps=4)
+def test_in_one_step_both_scores_wear_the_original_and_the_student_the_small_one(
+    tiny_sd, tiny_pruned, tiny_controlnet, tmp_path, monkeypatch
+):
+    m, _ = method(
+        tiny_sd, tiny_controlnet, init=str(one_step(tmp_path / "one", tiny_pruned)), one_step=True, match_steps=0, steps=4
+    )
     assert m.t_gen == 749
     assert m.teacher.controlnet is m.fake.controlnet is m.controlnet
     assert m.student.controlnet is not m.controlnet
@@ -211,7 +216,13 @@ def test_in_one_step_both_scores_wear_the_original_and_the_student_the_small_one
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_share_of_the_noise_is_drawn_anew(tiny_sd, tiny_pruned, tiny_controlnet, tmp_path, monkeypatch, share):
     m, _ = method(
-        tiny_sd, tiny_controlnet, init=str(one_step(tmp_path / "one", tiny_pruned)), one_step=True, steps=4, match_steps=0, redraw=share
+        tiny_sd,
+        tiny_controlnet,
+        init=str(one_step(tmp_path / "one", tiny_pruned)),
+        one_step=True,
+        steps=4,
+        match_steps=0,
+        redraw=share,
     )
     seen = {}
     real = m.student.forward
