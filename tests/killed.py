@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -35,8 +36,9 @@ def command(args, number=None):
         return row
 
     Trainer.train_step = step
-    sys.stdout = open(os.devnull, "w")
-    if code := cli.main([*args, "--json"]):
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        code = cli.main([*args, "--json"])
+    if code:
         raise SystemExit(code)
 
 

@@ -120,7 +120,7 @@ def commands(tiny_sd, tiny_controlnet, tiny_pruned, tmp_path_factory):
     """All training commands for five steps: alone, on two processes, and there with --shard; {(command, run): its weights}."""
     folder = tmp_path_factory.mktemp("commands")
     (folder / "prompts.txt").write_text("a cat\na dog\n")
-    table = {**{name: tiny.WHOLE for name in tiny.WHOLE}, "train-lcm-lora/lora": tiny.COMMANDS}
+    table = {**dict.fromkeys(tiny.WHOLE, tiny.WHOLE), "train-lcm-lora/lora": tiny.COMMANDS}
     for n, kinds in ((1, ["alone"]), (2, ["data", "shard"])):
         lines = []
         for name, rows in table.items():

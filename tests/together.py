@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 
@@ -126,7 +127,7 @@ def command_runs(path):
             if isinstance(method, type) and hasattr(method, "losses") and method.__module__ == module.__name__:
                 method.losses = same_noise(method.losses)
     Accelerator.end_training = lambda self: None  # it would part the processes
-    for args in json.load(open(path)):
+    for args in json.loads(Path(path).read_text()):
         Encoded.batch = halves(get)
         if code := cli.main([*args, "--json"]):
             sys.exit(code)
