@@ -71,9 +71,15 @@ class Player:
     def clip(self) -> Tensor:
         """Clip the gradients; returns their norm before."""
         self.scaler.unscale_(self.optimizer)
-        grads = [p.grad for p in self.params if p.grad is not None]
-        norm = sharding.norm(grads)
-        torch._foreach_mul_(sharding.local(grads), (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).float())
+        if not self.split:
+            return nn.utils.clip_grad_norm_(self.params, self.config.max_grad_norm)
+        kinds = [[p.grad for p in self.params if sharding.is_split(p) == split and p.grad is not None] for split in (True, False)]
+        norms = [nn.utils.get_total_norm(grads) for grads in kinds if grads]
+        norm = torch.stack([n.full_tensor() if sharding.is_split(n) else n for n in norms]).norm()
+        scale = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grads in kinds:
+            for part in sharding.local(grads):
+                part.mul_(scale)
         return norm
 
     def step(self) -> None:

@@ -26,32 +26,6 @@ def local(tensors: list[Tensor]) -> list[Tensor]:
     return [t.to_local() if is_split(t) else t for t in tensors]
 
 
-def norm(tensors: list[Tensor]) -> Tensor:
-    """The norm of all of them together, the same on every process.
-
-    In float64: with float32 it depends on how they are split, in the seventh digit, and two processes then train other weights
-    than one does, by more than a millionth after a few steps.
-    """
-    split = [t.to_local() for t in tensors if is_split(t)]
-    total = squares([t for t in tensors if not is_split(t)])
-    if split:
-        parts = squares(split)
-        torch.distributed.all_reduce(parts)
-        total = total.to(parts.device) + parts
-    return total.sqrt()
-
-
-def squares(tensors: list[Tensor]) -> Tensor:
-    """The sum of all squares."""
-    if not tensors:
-        return torch.zeros((), dtype=torch.float64)
-    if (device := tensors[0].device.type) == "cpu":  # where the conversion costs less than a sum over another type
-        norms = [torch.linalg.vector_norm(t.double()) for t in tensors]
-    else:
-        norms = torch._foreach_norm(tensors, 2, None if device == "mps" else torch.float64)
-    return torch.stack(norms).square().sum()
-
-
 def placed(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor on the device of another, and split as that one is."""
     if is_split(value) or not is_split(like):

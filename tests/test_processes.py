@@ -141,9 +141,13 @@ def commands(tiny_sd, tiny_controlnet, tiny_pruned, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["data", "shard"])
 @pytest.mark.parametrize("name", [*tiny.WHOLE, "train-lcm-lora/lora"])
 def test_a_command_on_two_processes_writes_what_one_would(name, kind, commands):
+    """Data parallel bit by bit. Split, a backward pass adds what comes to one tensor from several places in another order (on one
+
+    process, too): gradients then differ by less than a millionth of themselves, and Adam makes more of that where they are small.
+    """
     one, two = commands(name, "alone"), commands(name, kind)
     assert one
     assert one.keys() == two.keys()
     worst = max((one[k].double() - two[k].double()).abs().max().item() for k in one)
     print(name, kind, worst)
-    assert worst < 1e-6
+    assert worst < (1e-6 if kind == "shard" else 1e-12)
