@@ -176,12 +176,16 @@ class Session:
 
         trainer.preview = lambda step: draw(f"{step:06d}")
         trainer.measure = measure
-        trainer.improved = lambda: method.export(Run(run.folder / "best", run.command))
 
-        def finished(phase: Phase) -> None:
+        def write(into: Run) -> None:
             with sharding.gathered(method) if trainer.sharded else nullcontext():
                 if processes.first():
-                    method.export(run)
+                    method.export(into)
+
+        trainer.improved = lambda: write(Run(run.folder / "best", run.command))
+
+        def finished(phase: Phase) -> None:
+            write(run)
             alone = sum(p.exports for p in trainer.phases) == 1
             run.wrote(draw("final" if alone else phase.name))
 

@@ -196,7 +196,11 @@ class Trainer:
             return False
         n = sharding.shard(self.method, self.device)
         if not n and self.index == 0:
-            console.warn("--shard: no network trains whole here, so none is split")
+            console.warn(
+                "--shard: no network trains whole"
+                + (f" in phase {self.phase.name}" if self.phase.name else "")
+                + ", none is split"
+            )
         return n > 0
 
     @property
@@ -273,10 +277,13 @@ class Trainer:
             raise stop.stopped(told) from None
 
     def leading(self, work: Callable[[], Any]) -> Any:
-        """What the first process finds, told to all; None where a stop cut it short. A split network needs all to work."""
-        found = None
-        if self.sharded or processes.first():
-            with suppress(Stopped), stop.together() if self.sharded else nullcontext():
+        """What the first process finds, told to all; None where a stop cut it short.
+
+        A split network needs all to work; then all do so in every phase, that each has drawn what the others have.
+        """
+        found, all_work = None, self.config.shard and processes.count() > 1
+        if all_work or processes.first():
+            with suppress(Stopped), stop.together() if all_work else nullcontext():
                 found = work()
         return processes.agreed(found)
 

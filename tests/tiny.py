@@ -17,7 +17,8 @@ COMMANDS = {  # every player trains, in every phase
 }
 WHOLE = {  # all weights of a network train: what --shard splits
     "train-lcm-lora": "--full --num-steps 2 --guidance-min 3 --guidance-max 3 --gradient-checkpointing --preview-every 5",
-    "dmd": "--recipe dmd2 --student full --fake full --gan-weight 1e-3 --fake-steps-per-gen 2 --lambda-reg 0",
+    "dmd": "--recipe dmd2 --student full --fake full --gan-weight 1e-3 --fake-steps-per-gen 2 --lambda-reg 0"
+    " --eval-every 3 --keep best",
     "lightning": f"{LIGHTNING} --phases cond,full",
     "sdxs": "--fake full --match-steps 2 --gan-steps 0",
     "prune": "--layout bk-tiny",
