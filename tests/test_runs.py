@@ -560,6 +560,15 @@ def test_sigterm_in_a_preview_of_a_real_run(fastdiff, tiny_sd, tmp_path, monkeyp
     ]  # fmt: skip
 
 
+def test_sigterm_in_an_evaluation_is_75_at_once_and_names_the_command(fastdiff, monkeypatch):
+    calls = signals_at(monkeypatch, 3)
+    args = ["evaluate", "--student", "emoji", "--num-steps", "2", "--reference", "teacher:2", "--num-images", "8"]
+    code, told = fastdiff(*args)
+    assert (code, told["error"]["kind"], len(calls)) == (75, "stopped", 3)
+    assert time.monotonic() - calls[-1] < 2
+    assert told["next_command"] == f"fastdiff {' '.join(args)}"
+
+
 def test_too_little_room_is_exit_4_before_the_first_step(fastdiff, tiny_sd, tmp_path, monkeypatch):
     monkeypatch.setattr("fastdiff.io.disk.free_bytes", lambda folder: 2**20)
     args = f"train-lcm-lora --base {tiny_sd} -o run --steps 1 --prompts prompts.txt {QUICK} --lora-rank 64"
