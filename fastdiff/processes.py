@@ -1,6 +1,7 @@
 """What the processes of one run tell each other. Alone, each of these answers at once."""
 
 import os
+import socket
 import time
 from datetime import timedelta
 from typing import Any
@@ -29,8 +30,9 @@ def join(backend: str, timeout: timedelta) -> None:
     while own is None:
         try:
             port, brief = int(agents.get(STORE)), timedelta(seconds=5)
+            socket.create_connection((place, port), brief.seconds).close()  # TCPStore waits where nobody listens
             own = torch.distributed.TCPStore(place, port, is_master=False, timeout=brief)
-        except RuntimeError:  # nobody is there any more: what it names is of the attempt before
+        except (OSError, RuntimeError):  # nobody is there any more: what it names is of the attempt before
             time.sleep(0.1)
     own.set_timeout(timeout)
     torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)

@@ -143,7 +143,7 @@ def elastic_run(folder):
     state = resume.find(trainer.run, trainer.config)
     if state:
         trainer.restore(state)
-    print("started at", trainer.step, flush=True)
+    sys.stdout.write(f"started at {trainer.step}\n")  # print would write in parts, between those of the other process
     real = trainer.train_step
 
     def step():
@@ -153,7 +153,7 @@ def elastic_run(folder):
 
     trainer.train_step = step
     trainer.fit()
-    print("ended at", trainer.step, flush=True)
+    sys.stdout.write(f"ended at {trainer.step}\n")
 
 
 if __name__ == "__main__":
