@@ -77,7 +77,7 @@ def probed(module: Any, config: TrainConfig, pictures: bool, folder: Path) -> Me
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     call_s = calling_s(base, config, device)
-    method = (getattr(module, "open_method", None) or module.METHOD)(base, config)
+    method = module.METHOD(base, config)
     trainer = Trainer(method, latents(base, config, control=hasattr(config, "control")), run, config, accelerator)
     found = {}
     for index in range(len(trainer.phases)):

@@ -1,9 +1,41 @@
 """What the processes of one run tell each other. Alone, each of these answers at once."""
 
 import os
+import socket
+import time
+from datetime import timedelta
 from typing import Any
 
 import torch
+
+STORE = "fastdiff/store"  # where torchrun's own store names the one of this attempt
+
+
+def join(backend: str, timeout: timedelta) -> None:
+    """Meet the other processes, where torchrun may start them again after a failure.
+
+    It keeps one store for all attempts (pytorch issue 135712), in which the second finds the addresses of dead processes and
+    waits for them: each attempt gets a store of its own. Elsewhere accelerate does all that is needed.
+    """
+    told = os.environ
+    if int(told.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0 or told.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    if count() > 1 or told["WORLD_SIZE"] == "1":
+        return
+    place, rank, world = told["MASTER_ADDR"], int(told["RANK"]), int(told["WORLD_SIZE"])
+    agents, own = torch.distributed.TCPStore(place, int(told["MASTER_PORT"]), is_master=False, timeout=timeout), None
+    if rank == 0:
+        own = torch.distributed.TCPStore(place, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        agents.set(STORE, str(own.port))
+    while own is None:
+        try:
+            port, brief = int(agents.get(STORE)), timedelta(seconds=5)
+            socket.create_connection((place, port), brief.seconds).close()  # TCPStore waits where nobody listens
+            own = torch.distributed.TCPStore(place, port, is_master=False, timeout=brief)
+        except (OSError, RuntimeError):  # nobody is there any more: what it names is of the attempt before
+            time.sleep(0.1)
+    own.set_timeout(timeout)
+    torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
 
 
 def count() -> int:

@@ -46,8 +46,8 @@ class Preview:
         if starts_from_student(method):
             self.columns["before"] = self.draw(method.student, settings_of(method)(method.recipe.num_steps))
 
-    def sheet(self, method: Method, path: Path) -> None:
-        """Draw the columns and write the sheet; those that stay are drawn once."""
+    def sheet(self, method: Method) -> Any:
+        """The columns as one PIL picture; those that stay are drawn once."""
         student = settings_of(method)(method.recipe.num_steps)
         plain: list[Settings | str] = [DEFAULTS[self.base.family]]
         plain.append("before" if "before" in self.columns else undistilled(self.base, student.calls))
@@ -56,7 +56,7 @@ class Preview:
                 self.columns[settings] = self.draw(method.teacher, settings)
         scale = max(1, 128 // self.resolution_px)
         sheet = [*(self.columns[settings] for settings in plain), self.draw(method.student, student)]
-        contact_sheet(sheet, scale=scale).save(path)
+        return contact_sheet(sheet, scale=scale)
 
     def draw(self, net: Denoiser, settings: Settings) -> Any:
         sampler = Sampler(self.base, net, self.vae, device=self.device)

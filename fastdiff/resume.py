@@ -55,8 +55,11 @@ def find(run: Run, config: Any) -> dict[str, Any] | None:
 
 
 def restarted() -> bool:
-    """Whether torchrun started these processes again after one failed: the run has begun already."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Whether torchrun started these processes again after one failed: the run has begun already.
+
+    It counts on each machine for itself, so they ask each other.
+    """
+    return processes.highest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0
 
 
 def refuse_changes(run: Run, config: Any, manifest: dict[str, Any]) -> None:
@@ -88,6 +91,7 @@ def save(trainer: Any) -> None:
         "players": {k: p.state_dict() for k, p in trainer.players.items()},
         "extra": {k: v.state_dict() for k, v in getattr(method, "extra_state", {}).items()},
         "best": trainer.best,
+        "kept": trainer.kept,
         "latest": trainer.latest,
         "elapsed_s": trainer.elapsed_s,
         "entered_s": trainer.entered_s,
@@ -129,6 +133,7 @@ def restore(trainer: Any, state: dict[str, Any]) -> None:
             raise InputRefused(f"{run.folder}: its state is of other networks ({k}: {error})") from error
     for name in ("step", "best", "latest", "elapsed_s", "entered_s", "owed"):
         setattr(trainer, name, state[name])
+    trainer.kept = state.get("kept", {})
     if len(state["processes"]) == processes.count():
         own = state["processes"][trainer.accelerator.process_index]
         rng.load_state_dict(own["rng"])

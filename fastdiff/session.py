@@ -119,6 +119,10 @@ def open_accelerator(config: TrainConfig, run: Run) -> Any:
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and not find_spec(tracker):
         raise UsageError(f"--tracker {tracker}: {tracker} is not installed", f'pip install "fastdiff[{tracker}]"')
+    if not cpu and torch.cuda.is_available():
+        processes.join("nccl", PATIENCE)
+    elif cpu:
+        processes.join("gloo", PATIENCE)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
@@ -152,7 +156,7 @@ class Session:
         self,
         method: Method,
         data: Data,
-        sheet: Callable[[Path], None],
+        sheet: Callable[[], Any],
         measure: Callable[[], dict[str, float]] | None = None,
     ) -> Trainer:
         """Train; every phase that writes leaves weights and a contact sheet."""
@@ -163,18 +167,27 @@ class Session:
         if self.state:
             console.info(f"going on from step {self.state['step']} of {config.steps}")
             trainer.restore(self.state)
-        trainer.preview = lambda step: sheet(run.folder / "previews" / f"{step:06d}.png")
-        trainer.measure = measure
-        trainer.improved = lambda: method.export(Run(run.folder / "best", run.command))
 
-        def finished(phase: Phase) -> None:
+        def draw(name: str) -> Path:
+            path, picture = run.folder / "previews" / f"{name}.png", sheet()
+            if processes.first():
+                picture.save(path)
+            return path
+
+        trainer.preview = lambda step: draw(f"{step:06d}")
+        trainer.measure = measure
+
+        def write(into: Run) -> None:
             with sharding.gathered(method) if trainer.sharded else nullcontext():
                 if processes.first():
-                    method.export(run)
+                    method.export(into)
+
+        trainer.improved = lambda: write(Run(run.folder / "best", run.command))
+
+        def finished(phase: Phase) -> None:
+            write(run)
             alone = sum(p.exports for p in trainer.phases) == 1
-            picture = run.folder / "previews" / ("final.png" if alone else f"{phase.name}.png")
-            sheet(picture)
-            run.wrote(picture)
+            run.wrote(draw("final" if alone else phase.name))
 
         trainer.finished = finished
         with console.timed("training_s"):
@@ -211,10 +224,11 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
         if judge:
             judge.begin(method)
     measure = (lambda: measured.measure(method)) if measured else None
-    trainer = session.fit(method, data, lambda path: preview.sheet(method, path), measure)
+    trainer = session.fit(method, data, lambda: preview.sheet(method), measure)
     metrics: dict[str, Any] = {"steps": trainer.step, **getattr(method, "facts", {})}
-    if trainer.best["params"]:
-        metrics["best"] = {k: trainer.best[k] for k in ("step", "score")}
+    if trainer.kept:
+        alone = sum(phase.exports for phase in trainer.phases) == 1
+        metrics["best"] = next(iter(trainer.kept.values())) if alone else trainer.kept
     if not accelerator.is_main_process:
         return Result()
     if judge:

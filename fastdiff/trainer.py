@@ -151,6 +151,7 @@ class Trainer:
         self.preview: Callable[[int], None] | None = None
         self.measure: Callable[[], dict[str, float]] | None = None  # has `score`, which decides: less is better
         self.improved: Callable[[], None] | None = None  # called with the best weights so far in place
+        self.kept: dict[str, dict[str, Any]] = {}  # step and score of the best weights of each phase that is over
         self.shown: dict[str, Any] = {}  # of the last measurement, beside the loss
         self.finished: Callable[[Phase], None] | None = None  # called with the weights to export in place
         self.phases: list[Phase] = getattr(method, "phases", None) or [Phase("", config.steps)]
@@ -195,7 +196,11 @@ class Trainer:
             return False
         n = sharding.shard(self.method, self.device)
         if not n and self.index == 0:
-            console.warn("--shard: no network trains whole here, so none is split")
+            console.warn(
+                "--shard: no network trains whole"
+                + (f" in phase {self.phase.name}" if self.phase.name else "")
+                + ", none is split"
+            )
         return n > 0
 
     @property
@@ -272,10 +277,13 @@ class Trainer:
             raise stop.stopped(told) from None
 
     def leading(self, work: Callable[[], Any]) -> Any:
-        """What the first process finds, told to all; None where a stop cut it short. A split network needs all to work."""
-        found = None
-        if self.sharded or processes.first():
-            with suppress(Stopped), stop.together() if self.sharded else nullcontext():
+        """What the first process finds, told to all; None where a stop cut it short.
+
+        A split network needs all to work; then all do so in every phase, that each has drawn what the others have.
+        """
+        found, all_work = None, self.config.shard and processes.count() > 1
+        if all_work or processes.first():
+            with suppress(Stopped), stop.together() if all_work else nullcontext():
                 found = work()
         return processes.agreed(found)
 
@@ -300,6 +308,8 @@ class Trainer:
                 console.info(f"{self.phase.name or 'end'}: {told(found)}")
             if self.finished and self.phase.exports:
                 self.leading(lambda: self.finished(self.phase))
+            if self.best["params"] and self.phase.exports:
+                self.kept[self.phase.name] = {k: self.best[k] for k in ("step", "score")}
             params = next(iter(self.players.values())).params
             made = [p.detach().clone() for p in params] if self.index + 1 < len(self.phases) else []
         self.halt()

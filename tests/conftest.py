@@ -98,6 +98,38 @@ def tiny_sdxl(tmp_path_factory):
     return build(tmp_path_factory.mktemp("tiny") / "sdxl", "sdxl", "epsilon")
 
 
+def controlnet_of(base, spread=0.05):
+    """A ControlNet of the base whose additions are not zero."""
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(5)
+    net = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8, 8, 8, 8))
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if "controlnet_" in name:
+                p.add_(spread * torch.randn_like(p))
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_controlnet(tiny_sd, tmp_path_factory):
+    from fastdiff.io import checkpoint, export
+
+    path = tmp_path_factory.mktemp("controlnet") / "edges"
+    export.network_to_folder(controlnet_of(checkpoint.load(str(tiny_sd))), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_pruned(tiny_sd, tmp_path_factory):
+    from fastdiff import surgery
+    from fastdiff.io import checkpoint
+
+    base, path = checkpoint.load(str(tiny_sd)), tmp_path_factory.mktemp("pruned") / "model"
+    surgery.cut(base, surgery.layout_of(base, "bk-tiny"), path)
+    return path
+
+
 @pytest.fixture(autouse=True)
 def _few_teacher_steps(monkeypatch):
     """Contact sheets show the teacher of tiny checkpoints too: of 4 steps, not 25, which would be a fifth of the suite's time."""

@@ -322,12 +322,15 @@ def test_max_images(tiny_sd, folder, encoded):
 
 
 def test_the_buckets_are_sdxls():
-    """Podell 2023, appendix I."""
+    """Podell 2023, appendix I: height x width."""
     told = """512x2048 512x1984 512x1920 512x1856 576x1792 576x1728 576x1664 640x1600 640x1536 704x1472 704x1408 704x1344
     768x1344 768x1280 832x1216 832x1152 896x1152 896x1088 960x1088 960x1024 1024x1024 1024x960 1088x960 1088x896 1152x896
-    1152x832 1216x832 1280x768 1344x768 1344x704 1408x704 1472x704 1536x640 1600x640 1664x576 1728x576 1792x576 1856x512 1920x512
+    1152x832 1216x832 1280x768 1344x768 1408x704 1472x704 1536x640 1600x640 1664x576 1728x576 1792x576 1856x512 1920x512
     1984x512 2048x512"""
-    assert set(sizes_near(1024, 8)) == {tuple(map(int, row.split("x"))) for row in told.split()}
+    large = sizes_near(1024, 8)
+    assert set(large) == {tuple(map(int, row.split("x"))) for row in told.split()}
+    assert len(large) == 40
+    assert all(h % 64 == w % 64 == 0 and 0.9 < h * w / 1024**2 <= 1 for h, w in large)
     small = sizes_near(64, 8)
     assert (64, 64) in small
     assert all(h % 8 == w % 8 == 0 and 0.9 < h * w / 64**2 <= 1 for h, w in small)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import controlnet_of
 
 from fastdiff.console import InputRefused, UsageError
 from fastdiff.data import Batch, control
@@ -15,28 +16,6 @@ from fastdiff.methods import controlnet as distil
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.sampling import Sampler, Settings
-
-COLOURS = (8, 8, 8, 8)
-
-
-def original(base, spread=0.05):
-    """A ControlNet of the base whose additions are not zero."""
-    from diffusers import ControlNetModel
-
-    torch.manual_seed(5)
-    net = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=COLOURS)
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            if "controlnet_" in name:
-                p.add_(spread * torch.randn_like(p))
-    return net.eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_sd, tmp_path_factory):
-    path = tmp_path_factory.mktemp("controlnet") / "edges"
-    export.network_to_folder(original(checkpoint.load(str(tiny_sd))), path)
-    return path
 
 
 def batch_for(n=3, width=32):
@@ -64,7 +43,7 @@ def test_sampling_with_a_controlnet_equals_the_stock_pipeline(tiny_sd):
     from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 
     base = checkpoint.load(str(tiny_sd))
-    net, stock = original(base), base.pipeline()
+    net, stock = controlnet_of(base), base.pipeline()
     scheduler = DDIMScheduler.from_config(stock.scheduler.config, timestep_spacing="trailing")
     pipe = StableDiffusionControlNetPipeline(
         stock.vae, stock.text_encoder, stock.tokenizer, stock.unet, net, scheduler, None, None, requires_safety_checker=False
@@ -90,7 +69,7 @@ def test_sampling_with_a_controlnet_equals_the_stock_pipeline(tiny_sd):
 def test_both_halves_of_guidance_see_the_control_and_strength_scales_it(tiny_sd):
     base = checkpoint.load(str(tiny_sd))
     batch, t = batch_for(), torch.tensor(400)
-    net = original(base)
+    net = controlnet_of(base)
     one = Denoiser(base.unet, base.schedule(), "epsilon", controlnet=net)
     c, u = (one(batch.latents, t, x.with_control(batch.cond.control)) for x in (batch.cond, batch.uncond))
     torch.testing.assert_close(
@@ -172,24 +151,15 @@ def test_every_sample_is_controlled_by_its_own_picture():
 # ---- distilled
 
 
-def test_a_copy_of_the_teacher_loses_nothing(tiny_sd, folder):
-    m, _ = method(tiny_sd, folder)
+def test_a_copy_of_the_teacher_loses_nothing(tiny_sd, tiny_controlnet):
+    m, _ = method(tiny_sd, tiny_controlnet)
     terms = next(m.losses(batch_for(), 0))["student"]
     assert set(terms) == {"out", "feat"}
     assert sum(terms.values()) < 1e-9
 
 
-@pytest.fixture(scope="module")
-def pruned(tiny_sd, tmp_path_factory):
-    from fastdiff import surgery
-
-    base, path = checkpoint.load(str(tiny_sd)), tmp_path_factory.mktemp("pruned") / "model"
-    surgery.cut(base, surgery.layout_of(base, "bk-tiny"), path)
-    return path
-
-
-def test_only_the_small_controlnet_trains_and_it_has_no_part_that_the_unet_lacks(tiny_sd, pruned, folder, tmp_path):
-    m, _ = method(tiny_sd, folder, init=str(pruned))
+def test_only_the_small_controlnet_trains_and_it_has_no_part_that_the_unet_lacks(tiny_sd, tiny_pruned, tiny_controlnet, tmp_path):
+    m, _ = method(tiny_sd, tiny_controlnet, init=str(tiny_pruned))
     terms = next(m.losses(batch_for(), 0))["student"]
     params = list(m.players["student"].parameters())
     grads = torch.autograd.grad(sum(terms.values()), params, allow_unused=True)
@@ -219,8 +189,12 @@ def one_step(path, pruned):
     return path
 
 
-def test_in_one_step_both_scores_wear_the_original_and_the_student_the_small_one(tiny_sd, pruned, folder, tmp_path, monkeypatch):
-    m, _ = method(tiny_sd, folder, init=str(one_step(tmp_path / "one", pruned)), one_step=True, match_steps=0, steps=4)
+def test_in_one_step_both_scores_wear_the_original_and_the_student_the_small_one(
+    tiny_sd, tiny_pruned, tiny_controlnet, tmp_path, monkeypatch
+):
+    m, _ = method(
+        tiny_sd, tiny_controlnet, init=str(one_step(tmp_path / "one", tiny_pruned)), one_step=True, match_steps=0, steps=4
+    )
     assert m.t_gen == 749
     assert m.teacher.controlnet is m.fake.controlnet is m.controlnet
     assert m.student.controlnet is not m.controlnet
@@ -240,9 +214,15 @@ def test_in_one_step_both_scores_wear_the_original_and_the_student_the_small_one
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_share_of_the_noise_is_drawn_anew(tiny_sd, pruned, folder, tmp_path, monkeypatch, share):
+def test_a_share_of_the_noise_is_drawn_anew(tiny_sd, tiny_pruned, tiny_controlnet, tmp_path, monkeypatch, share):
     m, _ = method(
-        tiny_sd, folder, init=str(one_step(tmp_path / "one", pruned)), one_step=True, steps=4, match_steps=0, redraw=share
+        tiny_sd,
+        tiny_controlnet,
+        init=str(one_step(tmp_path / "one", tiny_pruned)),
+        one_step=True,
+        steps=4,
+        match_steps=0,
+        redraw=share,
     )
     seen = {}
     real = m.student.forward
@@ -253,25 +233,25 @@ def test_a_share_of_the_noise_is_drawn_anew(tiny_sd, pruned, folder, tmp_path, m
     assert kept == pytest.approx(1 - share, abs=0.12)
 
 
-def test_one_step_wants_a_student_of_one_step(tiny_sd, pruned, folder):
+def test_one_step_wants_a_student_of_one_step(tiny_sd, tiny_pruned, tiny_controlnet):
     with pytest.raises(UsageError, match="does not draw in one step"):
-        method(tiny_sd, folder, init=str(pruned), one_step=True)
+        method(tiny_sd, tiny_controlnet, init=str(tiny_pruned), one_step=True)
     with pytest.raises(UsageError, match="--one-step"):
         distil.Config(one_step=True)
 
 
-def test_a_controlnet_of_another_layout_or_family_is_refused(tiny_sd, tiny_sdxl, pruned, folder, tmp_path):
+def test_a_controlnet_of_another_layout_or_family_is_refused(tiny_sd, tiny_sdxl, tiny_pruned, tiny_controlnet, tmp_path):
     with pytest.raises(InputRefused, match="another layout"):
-        controlnet.load(str(folder), checkpoint.load(str(pruned)).unet_config)
+        controlnet.load(str(tiny_controlnet), checkpoint.load(str(tiny_pruned)).unet_config)
     with pytest.raises(InputRefused, match="cross_attention_dim"):
-        controlnet.load(str(folder), checkpoint.load(str(tiny_sdxl)).unet_config)
+        controlnet.load(str(tiny_controlnet), checkpoint.load(str(tiny_sdxl)).unet_config)
     with pytest.raises(InputRefused, match="AutoencoderKL"):
         controlnet.load(str(tiny_sd / "vae"), checkpoint.load(str(tiny_sd)).unet_config)
     with pytest.raises(UsageError, match="no such folder"):
         controlnet.load("./nowhere", checkpoint.load(str(tiny_sd)).unet_config)
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "config.json").write_text((folder / "config.json").read_text())
+    (broken / "config.json").write_text((tiny_controlnet / "config.json").read_text())
     with pytest.raises(InputRefused, match="cannot be read"):
         controlnet.load(str(broken), checkpoint.load(str(tiny_sd)).unet_config)
 

@@ -1,11 +1,13 @@
 """Several processes train what one would: data parallel and sharded, on the CPU (gloo)."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
@@ -13,13 +15,13 @@ ROOT = Path(__file__).parent.parent
 LAUNCH = ["-m", "torch.distributed.run", "--standalone"]
 
 
-def start(folder, n, *args, launch=()):
+def start(folder, n, *args, launch=(), timeout=400):
     """tests/together.py with n processes, in that folder."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "FASTDIFF_CACHE": str(folder / "cache")}
     env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
     before = [*LAUNCH, f"--nproc_per_node={n}", *launch] if n > 1 else []
     command = [sys.executable, *before, str(ROOT / "tests" / "together.py"), *map(str, args)]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -87,28 +89,71 @@ def test_torchrun_starts_a_dead_process_again_and_the_run_goes_on(tmp_path):
     assert sorted(done.stdout.split("\n"))[-6:] == ["ended at 8"] * 2 + ["started at 0"] * 2 + ["started at 4"] * 2, done.stderr
 
 
-SMALL = "--resolution 64 --pairs 4 --teacher-steps 2 --batch-size 2 --steps 5 --device cpu --prompts prompts.txt --ema 0.5"
-LCM = "train-lcm-lora --num-steps 2 --guidance-min 3 --guidance-max 3"
-DMD = "dmd --recipe dmd2 --student full --fake full --gan-weight 1e-3 --fake-steps-per-gen 2 --lambda-reg 0"
+@pytest.mark.slow
+def test_accelerate_launch_starts_as_many(tmp_path):
+    """Without a GPU it does so with --multi_gpu alone: --cpu starts one process, whatever --num_processes says."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/together.py"), "toy", "own:own:own"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (torch.load(tmp_path / f"own-{rank}.pt") for rank in (0, 1))
+    assert furthest(a, b) == 0
+    assert a["seen"] != b["seen"]
+
+
+# ---- the commands
+
+
+@pytest.fixture(scope="module")
+def commands(tiny_sd, tiny_controlnet, tiny_pruned, tmp_path_factory):
+    """All training commands for five steps: alone, on two processes, and there with --shard; {(command, run): its weights}."""
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "prompts.txt").write_text("a cat\na dog\n")
+    table = {**dict.fromkeys(tiny.WHOLE, tiny.WHOLE), "train-lcm-lora/lora": tiny.COMMANDS}
+    for n, kinds in ((1, ["alone"]), (2, ["data", "shard"])):
+        lines = []
+        for name, rows in table.items():
+            args = tiny.arguments(name.split("/")[0], tiny_sd, tiny_controlnet, tiny_pruned, rows)
+            for kind in kinds:
+                more = ["--steps=5", f"--grad-accum={2 // n}", "-o", f"{name}-{kind}", *(["--shard"] if kind == "shard" else [])]
+                lines.append([*args, *more])
+        (folder / f"{n}.json").write_text(json.dumps(lines))
+        start(folder, n, "commands", f"{n}.json", timeout=1500)
+    return lambda name, kind: {
+        f"{path.relative_to(folder / f'{name}-{kind}')} {k}": v
+        for path in sorted((folder / f"{name}-{kind}").rglob("*.safetensors"))
+        for k, v in load_file(path).items()
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "weights"),
-    [
-        (f"{LCM} --full --gradient-checkpointing --preview-every 5", "model/unet"),
-        (f"{LCM} --lora-rank 4", "lcm.safetensors"),
-        (DMD, "model/unet"),
-    ],
-)
-def test_a_command_on_two_processes_writes_what_one_would(command, weights, tiny_sd, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    args = f"{command} --base {tiny_sd} {SMALL} --warmup 0 --lr 5e-5".split()
-    start(tmp_path, 1, "command", *args, "--grad-accum", 2, "-o", "one")
-    start(tmp_path, 2, "command", *args, "--grad-accum", 1, "-o", "two", "--shard")
-    name = weights if weights.endswith("safetensors") else f"{weights}/diffusion_pytorch_model.safetensors"
-    one, two = (load_file(tmp_path / run / name) for run in ("one", "two"))
+@pytest.mark.parametrize("kind", ["data", "shard"])
+@pytest.mark.parametrize("name", [*tiny.WHOLE, "train-lcm-lora/lora"])
+def test_a_command_on_two_processes_writes_what_one_would(name, kind, commands):
+    """Data parallel bit by bit, split to a millionth.
+
+    A split backward pass adds what comes to one tensor from several places in another order, on one process too: gradients then
+    differ in the seventh digit, and where one is next to nothing Adam makes a whole step of that. Feature matching has such ones.
+    """
+    one, two = commands(name, "alone"), commands(name, kind)
+    assert one
     assert one.keys() == two.keys()
-    worst = max((one[k] - two[k]).abs().max().item() for k in one)
-    print(command, worst)
-    assert worst < 1e-6
+    apart = torch.cat([(one[k].double() - two[k].double()).abs().flatten() for k in one])
+    print(name, kind, apart.max().item(), (apart > 1e-6).sum().item(), len(apart))
+    if kind == "data":
+        assert apart.max() < 1e-12
+    elif name == "sdxs":
+        assert (apart > 1e-6).double().mean() < 1e-4
+    else:
+        assert apart.max() < 1e-6

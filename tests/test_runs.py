@@ -9,18 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import toy
 
-from fastdiff import processes, resume, rng, stop
+from fastdiff import cli, processes, resume, rng, stop
 from fastdiff.console import DoesNotFit, Failed, InputRefused, Stopped, UsageError
 from fastdiff.io import state as states
 from fastdiff.io.run import Run
 from fastdiff.io.state import States
+from fastdiff.trainer import Phase
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,6 +144,58 @@ def test_killed_at_thirty_random_instants(tmp_path):
     assert len(told) == 30
     assert sum(code == -signal.SIGKILL for code, _ in told) > 25
     print(told)
+
+
+def after(number, names, folder, *places):
+    """tests/killed.py on these commands with that signal: what it tells of each."""
+    out = script(ROOT / "tests" / "killed.py", folder, *places, *(f"{name}:{number.name}" for name in names), timeout=1500)
+    told = {row["command"]: row for row in map(json.loads, out.splitlines())}
+    assert list(told) == list(names)
+    return told
+
+
+def ended_as_if_nothing_had_been(row):
+    assert not row["differ"]  # files, log, and of all players weights, averages and moments
+    assert row["files"] > 0
+    assert row["rows"] > 1
+    assert row["averaged"] == 1
+
+
+def test_a_command_killed_with_9_goes_on_and_ends_bit_by_bit_the_same(tiny_sd, tmp_path):
+    """In processes of its own; one here, all in a slow test."""
+    (row,) = after(signal.SIGKILL, ["train-lcm-lora"], tmp_path, tiny_sd, "none", "none").values()
+    assert (row["codes"], row["at"]) == ([0, -signal.SIGKILL, 0], ["000005"])
+    ended_as_if_nothing_had_been(row)
+
+
+@pytest.fixture(scope="module")
+def all_killed(tiny_sd, tiny_controlnet, tiny_pruned, tmp_path_factory):
+    return after(signal.SIGKILL, tiny.COMMANDS, tmp_path_factory.mktemp("killed"), tiny_sd, tiny_controlnet, tiny_pruned)
+
+
+@pytest.fixture(scope="module")
+def all_stopped(tiny_sd, tiny_controlnet, tiny_pruned, tmp_path_factory):
+    return after(signal.SIGTERM, tiny.COMMANDS, tmp_path_factory.mktemp("stopped"), tiny_sd, tiny_controlnet, tiny_pruned)
+
+
+TRAINING = [c.name for c in cli.COMMANDS if hasattr(import_module(c.module), "METHOD")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", TRAINING)
+def test_every_command_killed_with_9_goes_on_and_ends_bit_by_bit_the_same(command, all_killed):
+    row = all_killed[command]
+    assert (row["codes"], row["at"]) == ([0, -signal.SIGKILL, 0], ["000005"])
+    ended_as_if_nothing_had_been(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", TRAINING)
+def test_every_command_ends_soon_after_sigterm_with_75_and_goes_on(command, all_stopped):
+    row = all_stopped[command]
+    assert (row["codes"], row["at"]) == ([0, 75, 0], ["000005", "000008"])
+    assert row["late_s"] < 2
+    ended_as_if_nothing_had_been(row)
 
 
 def test_a_state_holds_every_generator_and_the_data_position(tmp_path):
@@ -380,6 +435,28 @@ def test_a_stop_in_a_preview_or_measurement_ends_it_and_the_resumed_run_makes_it
         assert second.best["step"] == whole.best["step"] == 6
 
 
+def test_the_best_of_every_phase_is_told_also_after_a_resume(tmp_path, monkeypatch):
+    real = toy.Toy.__init__
+
+    def init(self, *args):
+        real(self, *args)
+        self.phases = [Phase("a", 3), Phase("b", 3)]
+
+    monkeypatch.setattr(toy.Toy, "__init__", init)
+    scores = iter([0.5, 0.2, 0.9, 0.8, 0.7, 0.75])
+    expected = {"a": {"step": 2, "score": 0.2}, "b": {"step": 5, "score": 0.7}}
+    trainer = toy.trainer_of(tmp_path, steps=6, eval_every=1, save_every=99, keep="best")
+    trainer.measure = lambda: {"score": next(scores)}
+    interrupted(trainer, 3)
+    with pytest.raises(Stopped):
+        trainer.fit()
+    second = toy.trainer_of(tmp_path, steps=6, eval_every=1, save_every=99, keep="best")
+    assert toy.go_on(second) == 4
+    second.measure = trainer.measure
+    second.fit()
+    assert second.kept == expected
+
+
 def test_a_stop_while_the_weights_are_written_is_made_up_for(tmp_path):
     first = toy.trainer_of(tmp_path, steps=3, save_every=99)
     first.finished = lambda phase: (os.kill(os.getpid(), signal.SIGTERM), stop.check())
@@ -465,7 +542,7 @@ def test_sigterm_in_a_preview_of_a_real_run(fastdiff, tiny_sd, tmp_path, monkeyp
 
     drawing = []
     real = proof.Preview.sheet
-    monkeypatch.setattr(proof.Preview, "sheet", lambda *a: (drawing.append(1), real(*a), drawing.clear()))
+    monkeypatch.setattr(proof.Preview, "sheet", lambda *a: (drawing.append(1), real(*a), drawing.clear())[1])
     args = f"train-lcm-lora --base {tiny_sd} -o run --steps 3 --prompts prompts.txt --preview-every 1 {QUICK}".split()
     calls = signals_at(monkeypatch, 5, lambda: bool(drawing))
     code, told = fastdiff(*args)
@@ -481,6 +558,15 @@ def test_sigterm_in_a_preview_of_a_real_run(fastdiff, tiny_sd, tmp_path, monkeyp
     assert sorted(p.name for p in (tmp_path / "run" / "previews").iterdir()) == [
         "000001.png", "000002.png", "000003.png", "final.png",
     ]  # fmt: skip
+
+
+def test_sigterm_in_an_evaluation_is_75_at_once_and_names_the_command(fastdiff, monkeypatch):
+    calls = signals_at(monkeypatch, 3)
+    args = ["evaluate", "--student", "emoji", "--num-steps", "2", "--reference", "teacher:2", "--num-images", "8"]
+    code, told = fastdiff(*args)
+    assert (code, told["error"]["kind"], len(calls)) == (75, "stopped", 3)
+    assert time.monotonic() - calls[-1] < 2
+    assert told["next_command"] == f"fastdiff {' '.join(args)}"
 
 
 def test_too_little_room_is_exit_4_before_the_first_step(fastdiff, tiny_sd, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 
@@ -27,9 +28,17 @@ def halves(get, done=0):
 
 
 def same_noise(losses):
+    """Noise of the batch's number, whatever other micro-batches draw between two turns of this one."""
+
     def seeded(self, batch, step):
-        torch.manual_seed(1000 + batch.key)
-        yield from losses(self, batch, step)
+        turns, state = losses(self, batch, step), torch.Generator().manual_seed(1000 + batch.key).get_state()
+        while True:
+            torch.set_rng_state(state)
+            turn = next(turns, None)
+            state = torch.get_rng_state()
+            if turn is None:
+                return
+            yield turn
 
     return seeded
 
@@ -102,17 +111,26 @@ def toy_runs(*runs):
         toy_run(*run.split(":"))
 
 
-def command_run(name, *args):
-    """A training command on halves of one global batch."""
+def command_runs(path):
+    """Training commands one after another in the same processes, each on halves of one global batch; a JSON list of them."""
+    import json
+    from importlib import import_module
+
+    from accelerate import Accelerator
+
     from fastdiff import cli
     from fastdiff.data import Batch, Encoded
-    from fastdiff.methods import dmd, lcm
 
-    Encoded.batch, Batch.to = halves(Encoded.batch), keyed(Batch.to)
-    for method in (lcm.LCM, dmd.DMD):
-        method.losses = same_noise(method.losses)
-    code = cli.main([name, *args, "--json"])
-    sys.exit(code)
+    get, Batch.to = Encoded.batch, keyed(Batch.to)
+    for module in [import_module(c.module) for c in cli.COMMANDS]:
+        for method in vars(module).values():
+            if isinstance(method, type) and hasattr(method, "losses") and method.__module__ == module.__name__:
+                method.losses = same_noise(method.losses)
+    Accelerator.end_training = lambda self: None  # it would part the processes
+    for args in json.loads(Path(path).read_text()):
+        Encoded.batch = halves(get)
+        if code := cli.main([*args, "--json"]):
+            sys.exit(code)
 
 
 def elastic_run(folder):
@@ -125,7 +143,7 @@ def elastic_run(folder):
     state = resume.find(trainer.run, trainer.config)
     if state:
         trainer.restore(state)
-    print("started at", trainer.step, flush=True)
+    sys.stdout.write(f"started at {trainer.step}\n")  # print would write in parts, between those of the other process
     real = trainer.train_step
 
     def step():
@@ -135,8 +153,8 @@ def elastic_run(folder):
 
     trainer.train_step = step
     trainer.fit()
-    print("ended at", trainer.step, flush=True)
+    sys.stdout.write(f"ended at {trainer.step}\n")
 
 
 if __name__ == "__main__":
-    {"toy": toy_runs, "command": command_run, "elastic": elastic_run}[sys.argv[1]](*sys.argv[2:])
+    {"toy": toy_runs, "commands": command_runs, "elastic": elastic_run}[sys.argv[1]](*sys.argv[2:])

@@ -110,6 +110,8 @@ def child(work):
     try:
         work()
         os._exit(0)
+    except SystemExit as told:
+        os._exit(told.code)
     except BaseException as error:
         print(f"child: {error!r}", file=sys.stderr, flush=True)
         os._exit(1)

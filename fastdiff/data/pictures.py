@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+UNLISTED = (1344, 704)  # though its mirror image is
 CAPTIONS = ("text", "caption", "prompt")  # keys of a caption, in .json, metadata.jsonl and data sets' columns
 
 
@@ -71,11 +72,11 @@ def sizes_near(resolution_px: int, least_px: int) -> list[tuple[int, int]]:
     """Heights and widths of about resolution^2 pixels, SDXL's list (Podell 2023, appendix I) at any resolution.
 
     Sides are multiples of 64 px (an eighth of small resolutions, but of `least_px`) from half to twice the resolution, with
-    between 90 and 100 % of a square's pixels.
+    between 90 and 100 % of a square's pixels. Of what that gives at 1024 px, the list leaves out one.
     """
     step = max(least_px, min(64, resolution_px // 8 // least_px * least_px))
     sides = range(-(-resolution_px // 2 // step) * step, 2 * resolution_px + 1, step)
-    return [(h, w) for h in sides for w in sides if 0.9 < h * w / resolution_px**2 <= 1]
+    return [(h, w) for h in sides for w in sides if 0.9 < h * w / resolution_px**2 <= 1 and (h, w) != UNLISTED]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ Control pictures are taken out of the teacher's own decoded samples by a library
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -162,11 +161,11 @@ class Rows:
         """Mean F1 of the pictures' edges and the control's."""
         return control.agreement(control.extract(uint8(pictures), self.how), controls).mean().item()
 
-    def sheet(self, method: DistilControlNet, path: Path) -> None:
+    def sheet(self, method: DistilControlNet) -> Any:
         """Control | teacher | student, six of them."""
         shown = (self.controls[:6].float() / 127.5 - 1).expand(-1, 3, -1, -1)
         drawn = [self.draw(method, who, self.controls, 6) for who in (method.teacher, method.student)]
-        contact_sheet([shown, *drawn], scale=max(1, 128 // self.px)).save(path)
+        return contact_sheet([shown, *drawn], scale=max(1, 128 // self.px))
 
     def figures(self, method: DistilControlNet) -> dict[str, Any]:
         """How well the control is kept, and whether it does anything: off, and with another item's."""
@@ -205,7 +204,7 @@ def run(config: Config) -> Result:
     base.unet.to(device)
     method = DistilControlNet(base, config)
     rows = Rows(base, vae, kept, config, device)
-    trainer = session.fit(method, data, lambda path: rows.sheet(method, path))
+    trainer = session.fit(method, data, lambda: rows.sheet(method))
     if not session.accelerator.is_main_process:
         return Result()
     with console.timed("proof_s"):

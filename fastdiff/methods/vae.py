@@ -10,7 +10,6 @@ encoder = | E(target) - KL encoder(target) |^2  option, a player of its own
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -191,6 +190,9 @@ def open_method(base: Checkpoint, config: Config) -> TinyVAE:
     return TinyVAE(base, config, distance_of(config, base.family))
 
 
+METHOD = open_method
+
+
 def run(config: Config) -> Result:
     """The `distill-vae` command."""
     session = open_session("distill-vae", config)
@@ -202,7 +204,7 @@ def run(config: Config) -> Result:
         decode_once(base, data, device)
     method = TinyVAE(base, config, distance)
     judged = kept.latents.to(device)
-    trainer = session.fit(method, data, lambda path: sheet(method, judged, path))
+    trainer = session.fit(method, data, lambda: sheet(method, judged))
     if not session.accelerator.is_main_process:
         return Result()
     with console.timed("proof_s"):
@@ -253,8 +255,8 @@ def figures(base: Checkpoint, student: nn.Module, latents: Tensor, distance: nn.
     return found
 
 
-def sheet(method: TinyVAE, latents: Tensor, path: Path) -> None:
+def sheet(method: TinyVAE, latents: Tensor) -> Any:
     """The VAE's own picture | the tiny decoder's | their difference, four times as strong on grey."""
     z = latents[:6]
     a, b = (autoencoder.decode(vae, z).cpu() for vae in (method.teacher, method.student))
-    contact_sheet([a, b, (4 * (b - a)).clamp(-1, 1)], scale=max(1, 128 // a.shape[-1])).save(path)
+    return contact_sheet([a, b, (4 * (b - a)).clamp(-1, 1)], scale=max(1, 128 // a.shape[-1]))
