@@ -144,16 +144,12 @@ def test_a_command_on_two_processes_writes_what_one_would(name, kind, commands):
     """Data parallel bit by bit, split to a millionth.
 
     A split backward pass adds what comes to one tensor from several places in another order, on one process too: gradients then
-    differ in the seventh digit, and where one is next to nothing Adam makes a whole step of that. Feature matching has such ones.
+    differ in the seventh digit. Where one is next to nothing Adam makes a whole step of that, so `sdxs` has a larger epsilon in
+    these runs; with the usual one 26 of 827,476 weights are up to 1.8e-5 apart.
     """
     one, two = commands(name, "alone"), commands(name, kind)
     assert one
     assert one.keys() == two.keys()
     apart = torch.cat([(one[k].double() - two[k].double()).abs().flatten() for k in one])
     print(name, kind, apart.max().item(), (apart > 1e-6).sum().item(), len(apart))
-    if kind == "data":
-        assert apart.max() < 1e-12
-    elif name == "sdxs":
-        assert (apart > 1e-6).double().mean() < 1e-4
-    else:
-        assert apart.max() < 1e-6
+    assert apart.max() < (1e-12 if kind == "data" else 1e-6)
