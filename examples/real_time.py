@@ -2,8 +2,9 @@
 
     python examples/real_time.py runs/real-time [--base emoji] [--rounds 15]
 
-Speed: a prompt in, bytes of a picture out, one at a time and eight at once; the start is the stock diffusers pipeline at 25
-guided steps with its own VAE. All ways take turns, medians are told. Quality on `emoji`: the closing table's metrics.
+Speed: a prompt in, bytes of a picture out, one at a time and eight at once, as `fastdiff sample` draws; the start is the stock
+diffusers pipeline at 25 guided steps with its own VAE. All ways take turns, medians are told. Quality on `emoji`: the closing
+table's metrics.
 """
 
 import argparse
@@ -11,24 +12,37 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fastdiff import judge
-from fastdiff.assemble import pick_device
+from fastdiff.assemble import assemble, pick_device, pick_dtype
 from fastdiff.distances import gap_closed
 from fastdiff.io import checkpoint
-from fastdiff.models import autoencoder, text
-from fastdiff.models.denoiser import Denoiser
+from fastdiff.models import text
 from fastdiff.proof import EMOJI_PREVIEW
-from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, uint8
+from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
 
 
-def sampler_of(folder: str, vae: torch.nn.Module | None, device: torch.device) -> tuple[Sampler, Settings]:
-    base = checkpoint.load(folder)
-    net = Denoiser(base.unet, base.schedule(), base.recipe.predicts(base.prediction_type))
-    settings = Settings.of(base.recipe, DEFAULTS[base.family])
-    return Sampler(base, net, base.vae if vae is None else vae, device=device), settings
+class Way(NamedTuple):
+    """A checkpoint that is opened for drawing."""
+
+    sampler: Sampler
+    settings: Settings
+    prompts: text.Prompts
+
+    @classmethod
+    def opened(cls, folder: str, vae: str | None, device: torch.device) -> "Way":
+        base = checkpoint.load(folder, dtype=pick_dtype("auto", device))
+        prompts = text.Prompts(base, device=device)
+        found = assemble(base, vae=vae, device=device, folded=True, compile="auto")
+        return cls(found.sampler, Settings.of(found.recipe, DEFAULTS[base.family]), prompts)
+
+    def draw(self, lines: list[str], px: int) -> torch.Tensor:
+        """Prompts to pictures (B, H, W, 3), uint8; the prompts are encoded every time."""
+        batch = self.prompts.encode(lines), self.prompts.unconditional(), list(range(len(lines)))
+        return next(iter(self.sampler.stream([batch], self.settings, px)))
 
 
 def main() -> None:
@@ -40,16 +54,16 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = pick_device(args.device)
-    tiny = autoencoder.load(str(args.runs / "vae" / "tiny-vae")).to(device)
+    tiny = str(args.runs / "vae" / "tiny-vae")
     small, one = (str(args.runs / name / "model") for name in ("small", "one"))
     ways = {
-        "the base, 25 guided steps": sampler_of(args.base, None, device),
-        "small network": sampler_of(small, None, device),
-        "small network, tiny decoder": sampler_of(small, tiny, device),
-        "one step": sampler_of(one, None, device),
-        "one step, tiny decoder": sampler_of(one, tiny, device),
+        "the base, 25 guided steps": Way.opened(args.base, None, device),
+        "small network": Way.opened(small, None, device),
+        "small network, tiny decoder": Way.opened(small, tiny, device),
+        "one step": Way.opened(one, None, device),
+        "one step, tiny decoder": Way.opened(one, tiny, device),
     }
-    start = ways["the base, 25 guided steps"][0].base
+    start = checkpoint.load(args.base, dtype=pick_dtype("auto", device))
     pipe = start.pipeline().to(device)
     pipe.set_progress_bar_config(disable=True)
     usual, px = DEFAULTS[start.family], start.resolution_px
@@ -58,12 +72,7 @@ def main() -> None:
     def stock(n: int) -> None:
         pipe(prompts[:n], num_inference_steps=25, guidance_scale=usual.guidance, height=px, width=px)
 
-    def ours(n: int, way: tuple[Sampler, Settings]) -> None:
-        sampler, settings = way
-        cond, uncond = text.encode(sampler.base, prompts[:n], device=device), text.unconditional(sampler.base, device=device)
-        uint8(sampler.pixels(cond, uncond, list(range(n)), settings, resolution_px=px))
-
-    calls = {"stock diffusers": stock} | {name: (lambda n, way=way: ours(n, way)) for name, way in ways.items()}
+    calls = {"stock diffusers": stock} | {name: (lambda n, way=way: way.draw(prompts[:n], px)) for name, way in ways.items()}
     times = {(name, n): [] for name in calls for n in (1, 8)}
     for i in range(args.rounds + 1):
         for (name, n), found in times.items():
@@ -82,7 +91,7 @@ def main() -> None:
         row = [name, *(f"{1e3 * median[name, n]:.1f}" for n in (1, 8)), *(f"{r:.1f}x" for r in ratio)]
         told[name] = {"ms": [1e3 * median[name, n] for n in (1, 8)], "faster": ratio}
         if own and name in ways:
-            figures = own.row(name, *ways[name]).figures(reference.moments)
+            figures = own.row(name, ways[name].sampler, ways[name].settings).figures(reference.moments)
             told[name] |= {k: figures[k] for k in ("calls", "retrieval", "frechet")}
             row += [str(figures["calls"]), f"{figures['retrieval']:.3f}", f"{figures['frechet']:.2f}"]
         lines.append("| " + " | ".join(row) + " |")
@@ -91,7 +100,7 @@ def main() -> None:
     if own:
         best = {m: reference.best(50, m, args.samples) for m in ("retrieval", "frechet")}
         for name in ("one step", "one step, tiny decoder"):
-            student = own.row(name, *ways[name])
+            student = own.row(name, ways[name].sampler, ways[name].settings)
             for metric, measure in judge.metrics_of(reference).items():
                 undistilled = reference.best(1, metric, args.samples)
                 gap = gap_closed(student, undistilled, best[metric], measure)
@@ -99,9 +108,7 @@ def main() -> None:
                 print(f"{name}: {metric} gap closed {gap['gap_closed']:.0%} [{gap['low']:.0%}, {gap['high']:.0%}]")
     columns = []
     for name in ("the base, 25 guided steps", "small network, tiny decoder", "one step, tiny decoder"):
-        sampler, settings = ways[name]
-        cond, uncond = text.encode(sampler.base, prompts[:6], device=device), text.unconditional(sampler.base, device=device)
-        columns.append(sampler.pixels(cond, uncond, list(range(6)), settings, resolution_px=px))
+        columns.append(ways[name].draw(prompts[:6], px).permute(0, 3, 1, 2) / 127.5 - 1)
     contact_sheet(columns, scale=max(1, 128 // px)).save(args.runs / "real_time.png")
     kept = json.loads((args.runs / "control.json").read_text())["metrics"]
     told["control"] = {k: v for k, v in kept.items() if k.startswith(("edges", "change"))}
