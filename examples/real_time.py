@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastdiff import judge
+from fastdiff import console, judge
 from fastdiff.assemble import assemble, pick_device, pick_dtype
 from fastdiff.distances import gap_closed
 from fastdiff.io import checkpoint
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
+    console.quiet_libraries()
     device = pick_device(args.device)
     tiny = str(args.runs / "vae" / "tiny-vae")
     small, one = (str(args.runs / name / "model") for name in ("small", "one"))

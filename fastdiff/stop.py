@@ -53,7 +53,7 @@ def watching(command: str = "") -> Iterator[None]:
         request.exit_code = 130
         raise stopped("interrupted; what is on disk is whole") from None
     finally:
-        request.watched = False
+        request.__init__()  # what was asked of this work is not asked of the next
         for s, handler in old.items():
             signal.signal(s, handler)
 
