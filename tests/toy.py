@@ -111,7 +111,7 @@ def child(work):
         work()
         os._exit(0)
     except SystemExit as told:
-        os._exit(told.code)
+        os._exit(told.code if isinstance(told.code, int) else int(told.code is not None))
     except BaseException as error:
         print(f"child: {error!r}", file=sys.stderr, flush=True)
         os._exit(1)
