@@ -13,6 +13,7 @@ The last four need the weight that they change: they can be baked into a checkpo
 Shapes: r rank; weights (out, in[, kh, kw]).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 from fastdiff.console import InputRefused
 
 
-class Update:
+class Update(ABC):
     """An update of one parameter."""
 
     kind = "update"
@@ -34,9 +35,9 @@ class Update:
         """Of the parameter; None where any shape will do."""
         return None
 
+    @abstractmethod
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """Delta(W) in fp32, in the parameter's shape; `weight` is W in fp32 where `needs_weight`."""
-        raise NotImplementedError
 
 
 @dataclass
