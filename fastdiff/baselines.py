@@ -121,6 +121,8 @@ class OpenVino:
 
 
 class Answer(nn.Module):
+    """A UNet's own output, without the classes around it."""
+
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
@@ -130,6 +132,8 @@ class Answer(nn.Module):
 
 
 class Pixels(nn.Module):
+    """A VAE's picture of scaled latents, as the stock pipelines decode."""
+
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = vae

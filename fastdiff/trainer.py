@@ -196,11 +196,8 @@ class Trainer:
             return False
         n = sharding.shard(self.method, self.device)
         if not n and self.index == 0:
-            console.warn(
-                "--shard: no network trains whole"
-                + (f" in phase {self.phase.name}" if self.phase.name else "")
-                + ", none is split"
-            )
+            where = f" in phase {self.phase.name}" if self.phase.name else ""
+            console.warn(f"--shard: no network trains whole{where}, none is split")
         return n > 0
 
     @property

@@ -503,6 +503,13 @@ def test_nobody_watching_a_signal_is_the_programs_own():
     stop.check()
 
 
+def test_a_stop_is_asked_of_the_work_that_was_watched_and_of_no_later_one():
+    with pytest.raises(Stopped), stop.watching():
+        stop.request.note(signal.SIGTERM, None)
+        stop.check()
+    stop.check()
+
+
 def signals_at(monkeypatch, call, when=lambda: True):
     """SIGTERM at that network call of those for which `when` holds."""
     from fastdiff.engine import Caller
