@@ -504,9 +504,10 @@ def test_nobody_watching_a_signal_is_the_programs_own():
 
 
 def test_a_stop_is_asked_of_the_work_that_was_watched_and_of_no_later_one():
-    with pytest.raises(Stopped), stop.watching():
+    with stop.watching():
         stop.request.note(signal.SIGTERM, None)
-        stop.check()
+        with pytest.raises(Stopped):
+            stop.check()
     stop.check()
 
 
