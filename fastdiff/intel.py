@@ -3,6 +3,7 @@
 import importlib.util
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +23,18 @@ def check(device: torch.device | str, precision: str = "auto") -> None:
         raise UsageError("--compile openvino: OpenVINO is not installed", 'pip install "fastdiff[openvino]"')
 
 
+@cache
+def core() -> Any:
+    """The one of this process, kept to its end.
+
+    Each lays a stack for signal handlers over that of the one before and unmaps its own when it goes, also from under one that
+    goes later and puts it back: the next Ctrl-C would be a segmentation fault (2026.4).
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def compiled(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Any:
     """OpenVINO's form of a function of tensors of these shapes.
 
@@ -29,7 +42,6 @@ def compiled(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> An
     need nothing, and keeps statistics of its use. No cache on the disk: it would be as large as the network, and a second start
     was no shorter (SD1.5's widths: 12 s with and without).
     """
-    import openvino
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
@@ -41,7 +53,7 @@ def compiled(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> An
     model = frontend.convert(frontend.load(decoder))
     model.reshape({i: tuple(t.shape) for i, t in enumerate(tensors)})  # a trace says nothing of sizes
     how = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    return openvino.Core().compile_model(model, "CPU", how)
+    return core().compile_model(model, "CPU", how)
 
 
 class Compiled:

@@ -1,11 +1,14 @@
 """Capture, compile and swap of the drawing function, with a backend that needs no GPU; streams; nothing read back inside."""
 
+import gc
 import itertools
 import json
+import signal
 import threading
 
 import pytest
 import torch
+import toy
 from conftest import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -175,6 +178,22 @@ def test_what_openvino_cannot_do_runs_without_it(opened, monkeypatch, capfd):
     assert torch.equal(a, b)
     told = capfd.readouterr().err
     assert told.count("the network runs without it (ZeroDivisionError") == told.count("the decoder runs without it") == 1
+
+
+def test_a_signal_is_survived_when_openvinos_models_are_gone():
+    """In a child, which a segmentation fault would end."""
+    pytest.importorskip("openvino")
+    models = [intel.Compiled(lambda x: x + 1, "one more") for _ in range(2)]
+    assert all(torch.equal(model(x=torch.zeros(2)), torch.ones(2)) for model in models)
+    while models:
+        models.pop(0)
+        gc.collect()
+
+    def signalled():
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        signal.raise_signal(signal.SIGTERM)
+
+    assert toy.child(signalled).wait() == 0
 
 
 def test_openvino_is_refused_where_it_cannot_run(fastdiff, monkeypatch):
