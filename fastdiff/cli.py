@@ -355,4 +355,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             told = {"kind": failure.kind, "message": console.one_line(failure.message), "hint": failure.hint or None}
             text = console.json_object(name, failure.result, told)
     emit(text)
+    if (failure is None or failure.kind == "stopped") and (loaded := sys.modules.get("fastdiff.processes")):
+        loaded.leave()
     return failure.exit_code if failure else 0

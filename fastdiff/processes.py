@@ -38,6 +38,12 @@ def join(backend: str, timeout: timedelta) -> None:
     torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
 
 
+def leave() -> None:
+    """Part from the others, at an end that all come to: threads of a group that is still there can abort an ending process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def count() -> int:
     """How many processes train together."""
     return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1

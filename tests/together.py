@@ -119,7 +119,7 @@ def command_runs(path):
 
     from accelerate import Accelerator
 
-    from fastdiff import cli
+    from fastdiff import cli, processes
     from fastdiff.data import Batch, Encoded
 
     get, Batch.to = Encoded.batch, keyed(Batch.to)
@@ -127,7 +127,7 @@ def command_runs(path):
         for method in vars(module).values():
             if isinstance(method, type) and hasattr(method, "losses") and method.__module__ == module.__name__:
                 method.losses = same_noise(method.losses)
-    Accelerator.end_training = lambda self: None  # it would part the processes
+    Accelerator.end_training, processes.leave = lambda self: None, lambda: None  # they would part the processes
     adam = torch.optim.AdamW
     for args in json.loads(Path(path).read_text()):
         Encoded.batch = halves(get)
@@ -162,3 +162,5 @@ def elastic_run(folder):
 
 if __name__ == "__main__":
     {"toy": toy_runs, "commands": command_runs, "elastic": elastic_run}[sys.argv[1]](*sys.argv[2:])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
