@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from fastdiff.io import export, lora
-from fastdiff.io.checkpoint import ASSETS, Checkpoint
+from fastdiff.io.bases import ASSETS
+from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.ldm import Weights
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.updates import Factors

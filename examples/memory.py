@@ -22,7 +22,8 @@ from torch import nn
 
 from fastdiff import losses
 from fastdiff.data import Batch
-from fastdiff.io.checkpoint import ASSETS, EMOJI, Checkpoint
+from fastdiff.io.bases import ASSETS, EMOJI
+from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.losses import Noised
 from fastdiff.methods import dmd, lightning
 from fastdiff.models import adapters

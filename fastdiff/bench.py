@@ -21,8 +21,9 @@ from fastdiff.config import Range
 from fastdiff.console import GateFailed, Result, UsageError
 from fastdiff.data import Batch
 from fastdiff.engine import WORTH_COMPILING, Engine
-from fastdiff.io import checkpoint, export, lora
-from fastdiff.io.checkpoint import ASSETS, EMOJI, BaseConfig, Checkpoint
+from fastdiff.io import bases, export, lora
+from fastdiff.io.bases import ASSETS, EMOJI
+from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.updates import Factors
 from fastdiff.methods import lcm
@@ -108,7 +109,7 @@ def opened(config: Config, device: torch.device, *, unet_alone: bool = False) ->
     ]
     if not config.random_weights:
         return config.open_base(dtype)
-    family = checkpoint.family_of(config.base)
+    family = bases.family_of(config.base)
     home = EMOJI if family == "emoji" else ASSETS / "families" / family
     base = Checkpoint(config.base, home, family, dtype)
     shape = base.unet_config

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from fastdiff.console import sha256
 from fastdiff.io import checkpoint, lora
-from fastdiff.io.checkpoint import ALIASES, Checkpoint
+from fastdiff.io.bases import ALIASES
+from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.io.state import write_atomic

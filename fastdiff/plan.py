@@ -23,8 +23,9 @@ from fastdiff.data import STREAMED
 from fastdiff.data.folder import Folder
 from fastdiff.data.store import cache_folder
 from fastdiff.footprint import Footprint
-from fastdiff.io import checkpoint, disk
-from fastdiff.io.checkpoint import ALIASES, ASSETS, Checkpoint
+from fastdiff.io import bases, checkpoint, disk
+from fastdiff.io.bases import ALIASES, ASSETS
+from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.models import adapters, unet
 from fastdiff.probe import Measured, measure
 from fastdiff.session import default_folder
@@ -148,7 +149,7 @@ def shapes_of(config: TrainConfig) -> Checkpoint:
     except UsageError:
         if config.base not in ALIASES:
             raise
-    family = checkpoint.family_of(config.base)
+    family = bases.family_of(config.base)
     console.info(f"--base {config.base}: no weights on this machine; the published shapes of {family} are counted")
     return checkpoint.load(str(ASSETS / "families" / family))
 

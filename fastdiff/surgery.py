@@ -16,7 +16,8 @@ from fastdiff import console, stop
 from fastdiff.console import InputRefused, Result, UsageError
 from fastdiff.data.teacher import default_prompts
 from fastdiff.io import export, tensors
-from fastdiff.io.checkpoint import Checkpoint, stock_config
+from fastdiff.io.bases import stock_config
+from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.layouts import canonical
 from fastdiff.io.ldm import Weights
 from fastdiff.io.lora import Lora, layers_told

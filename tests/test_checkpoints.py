@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
 from fastdiff.console import InputRefused, UsageError
-from fastdiff.io import checkpoint, export, family, ldm
-from fastdiff.io.checkpoint import ASSETS, Checkpoint
+from fastdiff.io import bases, checkpoint, export, family, ldm
+from fastdiff.io.bases import ASSETS
+from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.tensors import Layout, TensorFile
 
 UNET = "model.diffusion_model."
@@ -64,8 +65,8 @@ def test_the_table_of_shapes_is_that_of_the_networks():
     path = ASSETS / "families" / "shapes.json.gz"
     if os.environ.get("FASTDIFF_SHAPES") == "write":
         path.write_bytes(gzip.compress(json.dumps(found).encode(), mtime=0))
-    checkpoint.shape_tables.cache_clear()
-    assert checkpoint.shape_tables() == found
+    bases.shape_tables.cache_clear()
+    assert bases.shape_tables() == found
 
 
 def built(base, part):
@@ -74,7 +75,7 @@ def built(base, part):
 
 
 def test_the_shipped_vocabulary_is_clips():
-    vocab, merges = checkpoint.clip_vocabulary()
+    vocab, merges = bases.clip_vocabulary()
     assert (len(vocab), len(merges)) == (49_408, 48_894)
     assert (vocab["<|startoftext|>"], vocab["<|endoftext|>"], vocab["a</w>"]) == (49_406, 49_407, 320)
     one, two = Checkpoint("sdxl", ASSETS / "families" / "sdxl", "sdxl").tokenizers
@@ -216,7 +217,7 @@ def test_the_blocks_of_every_layout_are_read_off_its_keys(tmp_path, name, layout
 
     if name not in unet.LAYOUTS[layout].families:
         layout = {"ssd-1b": "bk-tiny", "vega": "sdxs-512", "koala-1b": "sdxs-512-xattn"}.get(layout, "bk-base")
-    config = checkpoint.stock_config(name)
+    config = bases.stock_config(name)
     smaller = unet.student_config(config, layout, name)
     shapes, _ = shapes_of({k: v for k, v in smaller.items() if k != "_class_name"})
     found = unet.unet_of(family.infer_unet(header(tmp_path, shapes), config))

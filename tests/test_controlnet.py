@@ -10,7 +10,7 @@ from conftest import controlnet_of
 from fastdiff.console import InputRefused, UsageError
 from fastdiff.data import Batch, control
 from fastdiff.data.batch import Encoded
-from fastdiff.io import checkpoint, export
+from fastdiff.io import bases, checkpoint, export
 from fastdiff.io.recipe import Recipe
 from fastdiff.methods import controlnet as distil
 from fastdiff.models import controlnet, unet
@@ -257,7 +257,7 @@ def test_a_controlnet_of_another_layout_or_family_is_refused(tiny_sd, tiny_sdxl,
 
 
 def test_uneven_layouts_have_no_controlnet():
-    parent = unet.unet_of(checkpoint.stock_config("sd15")).config
+    parent = unet.unet_of(bases.stock_config("sd15")).config
     with pytest.raises(InputRefused, match="no ControlNet for it"):
         controlnet.student_config(parent, {**parent, "layers_per_block": [1, 2, 2, 2]})
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
 from fastdiff.console import DoesNotFit, GateFailed, InputRefused
-from fastdiff.io import checkpoint, export, fitting, tensors
+from fastdiff.io import bases, checkpoint, export, fitting, tensors
 from fastdiff.io.recipe import Recipe
 
 KINDS = ["sd15", "sd21", "sdxl", "bk-tiny"]
@@ -162,7 +162,7 @@ def test_the_embedded_checkpoint_as_one_file_needs_nothing_else(tmp_path, capfd,
     assert cli.main(["export", "--base", "emoji.safetensors", "-o", "folder"]) == 0
     pipe = __import__("diffusers").StableDiffusionPipeline.from_pretrained("folder", local_files_only=True)
     assert pipe.unet.config.cross_attention_dim == 128
-    style = str(checkpoint.EMOJI / "style.safetensors")
+    style = str(bases.EMOJI / "style.safetensors")
     assert (
         cli.main(["merge-lora", "--accel", style, "--base", "emoji.safetensors", "-o", "baked.safetensors", "--check", "emoji"])
         == 0

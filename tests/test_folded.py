@@ -7,7 +7,8 @@ from conftest import SCHEDULER, UNET, build
 
 from fastdiff.coefficients import table
 from fastdiff.io import checkpoint
-from fastdiff.io.checkpoint import ASSETS, EMOJI, Checkpoint
+from fastdiff.io.bases import ASSETS, EMOJI
+from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.clip import TextEncoder
 from fastdiff.models.decoder import Decoder

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from test_lora_layouts import ROWS, Made
 
 from fastdiff import cli, inspect
-from fastdiff.io import checkpoint, export, tensors
-from fastdiff.io.checkpoint import EMOJI
+from fastdiff.io import bases, checkpoint, export, tensors
+from fastdiff.io.bases import EMOJI
 
 
 def told(capfd, *args, code=0):
@@ -83,7 +83,7 @@ def test_checkpoints_folders_and_others(capfd, tmp_path, tiny_sd):
 
 def test_no_weight_is_read(tmp_path, monkeypatch):
     """A 7 GB file, of holes: its header alone is touched, in well under a second."""
-    base = checkpoint.Checkpoint("sdxl", checkpoint.ASSETS / "families" / "sdxl", "sdxl")
+    base = checkpoint.Checkpoint("sdxl", bases.ASSETS / "families" / "sdxl", "sdxl")
     entries, offset = {}, 0
     for part in base.parts:
         shapes = base.shapes(part)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastdiff import cli
-from fastdiff.io import checkpoint, export, fitting, lora
+from fastdiff.io import bases, checkpoint, export, fitting, lora
 from fastdiff.io.lora import Factors, Lora
 from fastdiff.io.recipe import Recipe
 from fastdiff.models import text
@@ -207,11 +207,11 @@ def test_broken_checkpoints_are_refused_by_name(tiny_sd, tmp_path):
 
 
 def test_families(tiny_sd, tiny_sdxl):
-    assert checkpoint.family_of("emoji") == "emoji"
-    assert checkpoint.family_of("ssd-1b") == "sdxl"
-    assert checkpoint.family_of(str(tiny_sdxl)) == "sdxl"
+    assert bases.family_of("emoji") == "emoji"
+    assert bases.family_of("ssd-1b") == "sdxl"
+    assert bases.family_of(str(tiny_sdxl)) == "sdxl"
     for width, family in checkpoint.FAMILY_OF_WIDTH.items():
-        assert checkpoint.family_of_config({"cross_attention_dim": width}) == family
+        assert bases.family_of_config({"cross_attention_dim": width}) == family
 
 
 def test_hub_layout_is_read_offline(tiny_sd, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from fastdiff import losses
 from fastdiff.console import InputRefused, UsageError
 from fastdiff.data import Batch
 from fastdiff.io import checkpoint, lora
-from fastdiff.io.checkpoint import EMOJI
+from fastdiff.io.bases import EMOJI
 from fastdiff.methods import dmd, sdxs
 from fastdiff.models import adapters, similarity
 from fastdiff.models.denoiser import Denoiser

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from fastdiff.data import embedded
-from fastdiff.io.checkpoint import EMOJI
+from fastdiff.io.bases import EMOJI
 
 STYLE = EMOJI / "style.safetensors"
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from fastdiff.console import InputRefused, UsageError, info
 from fastdiff.io import ldm, tensors
-from fastdiff.io.checkpoint import Checkpoint, clip_vocabulary, plain_name, stock_config
+from fastdiff.io.bases import clip_vocabulary, stock_config
+from fastdiff.io.checkpoint import Checkpoint, plain_name
 from fastdiff.io.ldm import Slot, Weights
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.tensors import Entry

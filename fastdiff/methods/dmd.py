@@ -22,7 +22,7 @@ from fastdiff import losses
 from fastdiff.config import Range
 from fastdiff.console import UsageError, info
 from fastdiff.data import Batch, Wants
-from fastdiff.io import checkpoint, lora
+from fastdiff.io import bases, checkpoint, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
@@ -293,6 +293,6 @@ def run(config: Config):
     if config.init:  # a wrong file is told before hours of sampling
         lora.load(config.init, allow_pickle=config.allow_pickle)
     if config.regresses:
-        family = checkpoint.family_of(config.base, allow_pickle=config.allow_pickle)
+        family = bases.family_of(config.base, allow_pickle=config.allow_pickle)
         perceptual.locate(family, config.lpips_weights, off="--lambda-reg 0")
     return train("dmd", DMD, config)

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastdiff.console import InputRefused
 from fastdiff.io import component
-from fastdiff.io.checkpoint import EMOJI
+from fastdiff.io.bases import EMOJI
 from fastdiff.models import unet
 
 EMBEDDED = EMOJI / "controlnet"  # Canny edges to emoji
