@@ -7,8 +7,9 @@ set -euo pipefail
 base=${BASE:-emoji} layout=${LAYOUT:-sdxs-512} controlnet=${CONTROLNET:-emoji} out=${1:-runs/real-time}
 shift || true # what is left goes to real_time.py
 shared=(--base "$base" --json ${PROMPTS:+--prompts "$PROMPTS"} ${DEVICE:+--device "$DEVICE"})
-# A tiny decoder of `emoji` needs more than a fifteenth of its VAE, which is tiny itself (examples/emoji/README.md).
-decoder=() && [ "$base" = emoji ] && decoder=(--width 24 --blocks 3,3,2,0)
+# A tiny decoder of `emoji` needs more than a fifteenth of its VAE, which is tiny itself, and then takes more of the discriminator
+# (examples/emoji/README.md).
+decoder=() && [ "$base" = emoji ] && decoder=(--width 24 --blocks 3,3,2,0 --lambda-gan 0.03)
 mkdir -p "$out"
 fastdiff prune "${shared[@]}" --layout "$layout" -o "$out/small" > "$out/prune.json"
 fastdiff distill-vae "${shared[@]}" "${decoder[@]}" -o "$out/vae" > "$out/vae.json"

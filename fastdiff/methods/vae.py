@@ -36,11 +36,12 @@ PRESETS = {
     # Its own decoder costs 1/68 of SD's a pixel, and a fifteenth of that leaves 12 channels (examples/emoji/README.md).
     "emoji": dict(
         data="teacher",
-        pairs=1024,
+        pairs=2160,
+        teacher_steps=8,
         width=12,
         blocks="3,2,2,0",
         lambda_pixel=1.0,
-        lambda_gan=0.03,
+        lambda_gan=0.004,
         gan_from=200,
         cond_disc=True,
         lr=3e-3,
