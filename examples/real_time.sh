@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain of SDXS (Song et al. 2024): a small network, a tiny decoder, one step, control. On the embedded checkpoint in
-# about an hour of one CPU core; on your own:
+# three quarters of an hour of one CPU core; on your own:
 #   BASE=sd21 CONTROLNET=owner/canny-of-sd21 PROMPTS=prompts.txt examples/real_time.sh runs/real-time
 # Every part goes on where it was stopped. The last lines compare speed and quality with the start.
 set -euo pipefail
