@@ -210,7 +210,7 @@ def test_families(tiny_sd, tiny_sdxl):
     assert bases.family_of("emoji") == "emoji"
     assert bases.family_of("ssd-1b") == "sdxl"
     assert bases.family_of(str(tiny_sdxl)) == "sdxl"
-    for width, family in checkpoint.FAMILY_OF_WIDTH.items():
+    for width, family in bases.FAMILY_OF_WIDTH.items():
         assert bases.family_of_config({"cross_attention_dim": width}) == family
 
 
