@@ -5,13 +5,13 @@
     fake = fake_score(x_t, t; c)               trained online on the student's samples, not guided
     g    = weight (fake.x0 - real.x0)          what methods push the student along
 
-The roles are adapters on one network, or copies; the student's network may be another one altogether.
+The student's network may be another one altogether.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff import losses
 from fastdiff.data import Batch
@@ -20,46 +20,20 @@ from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.lora import Lora
 from fastdiff.losses import Noised
 from fastdiff.models import adapters
-from fastdiff.models.denoiser import Denoiser, trainable_copy
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.roles import Roles
 from fastdiff.schedule import Prediction
 from fastdiff.trainer import Losses
 
 
-class Scores:
-    """What methods of distribution matching have in common; the config names guidance, weighting and the adapters' size."""
+class Scores(Roles):
+    """What methods of distribution matching have in common; the config names guidance and weighting."""
 
     fake: Denoiser
-    controlnet: nn.Module | None = None  # worn by teacher and online model alike
 
     def __init__(self, base: Checkpoint, config: Any) -> None:
-        self.base_model, self.config, self.schedule = base, config, base.schedule()
-        self.teacher = self.role(None)
+        super().__init__(base, config)
         self.guidance: float | Tensor = config.guidance  # or one for each timestep, (T,)
-        self.figures: dict[str, Tensor] = {}
-
-    def role(self, adapter: str | None, net: nn.Module | None = None) -> Denoiser:
-        base = self.base_model
-        return Denoiser(base.unet if net is None else net, self.schedule, base.prediction_type, adapter, self.controlnet)
-
-    def copied(self) -> nn.Module:
-        """All of the base's network, to train; without the adapters that it may have by now."""
-        net = self.base_model.unet
-        return adapters.plain(net) if adapters.is_adapted(net) else trainable_copy(net)
-
-    def trained(self, name: str, net: nn.Module | None = None) -> tuple[Denoiser, list[nn.Parameter]]:
-        """A role with what trains of it: all of a network of its own, or without one an adapter on the shared one."""
-        if net is None:
-            return self.role(name), self.adapter(self.base_model.unet, name)
-        if self.config.gradient_checkpointing:
-            adapters.checkpoint_gradients(net)
-        return self.role(None, net), list(net.parameters())
-
-    def adapter(self, net: nn.Module, name: str) -> list[nn.Parameter]:
-        """A fresh adapter on a network, of the config's size."""
-        if self.config.gradient_checkpointing:
-            adapters.checkpoint_gradients(net)
-        layers = adapters.TARGETS if self.config.lora_layers == "all" else adapters.ATTENTION
-        return adapters.attach(net, self.config.lora_rank, self.config.lora_alpha, name, layers)
 
     def noised(self, x: Tensor, low: float, high: float) -> Noised:
         """Samples at noise levels drawn between these parts of the timesteps, both ends included (DMD, section 3.2)."""
@@ -89,3 +63,28 @@ def start_from(role: Denoiser, start: Lora) -> None:
         fitting.fold(role.net, [(start, 1.0)])
     else:
         adapters.start_from(role.net, start, role.adapter)
+
+
+@torch.no_grad()
+def fitted_guidance(teacher: Denoiser, batch: Batch, levels: int = 8) -> Tensor:
+    """For each timestep the w with which u + w (c - u) best denoises given samples: E<x0 - u, c - u> / E|c - u|^2; (T,).
+
+    [Ours.] A guided sampler's pictures are not what its guided network denoises to: at high noise that overshoots them, and a
+    student that is matched to it over-saturates. With this w the distribution that is matched is that of the samples.
+    """
+    total, x0 = len(teacher.schedule), batch.latents
+    at = (torch.linspace(0.1414, 0.99, levels).square() * total).long()  # from 0.02 T to 0.98 T, dense where w changes
+    found = []
+    for t in at:
+        x_t = teacher.schedule.add_noise(x0, torch.randn_like(x0), t)
+        both = zip(*(part.split(16) for part in (x_t, torch.arange(len(x0)))), strict=True)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for noisy, rows in both:
+            c, u = (teacher(noisy, t, cond[rows]).x0 for cond in (batch.cond, batch.uncond))
+            apart = c - u
+            sums += torch.stack([((x0[rows] - u) * apart).sum(), apart.square().sum()]).double().cpu()
+        found.append(sums[0] / sums[1])
+    w, every = torch.stack(found).float(), torch.arange(total)
+    right = torch.searchsorted(at, every).clamp(1, levels - 1)
+    part = ((every - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
+    return torch.lerp(w[right - 1], w[right], part).to(x0.device)

@@ -7,7 +7,6 @@ they differ. Without one it is arithmetic alone: parameters and what a pass keep
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -19,114 +18,19 @@ from fastdiff import console, footprint
 from fastdiff.assemble import pick_device
 from fastdiff.config import options
 from fastdiff.console import DoesNotFit, Result, UsageError
-from fastdiff.data import STREAMED
-from fastdiff.data.folder import Folder
 from fastdiff.data.store import cache_folder
-from fastdiff.footprint import Footprint
+from fastdiff.estimate import LOADS, Estimate, data_plan, estimate
 from fastdiff.io import bases, checkpoint, disk
 from fastdiff.io.bases import ALIASES, ASSETS
 from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.models import adapters, unet
+from fastdiff.models import adapters
 from fastdiff.probe import Measured, measure
 from fastdiff.session import default_folder
 from fastdiff.trainer import TrainConfig, seconds
 
-OPTIMISER = 16  # bytes of a parameter that trains: itself, its gradient and two moments in fp32
-RUNTIME_GIB = {"cuda": 0.6, "mps": 0.5, "cpu": 0.6}  # taken before a tensor is made: CUDA's context, the libraries
 PRODUCT_PART = 0.5  # of the speed of a large matrix product that a whole pass reaches
 FREE_PART = 0.95  # of the memory that a plan may fill
-RECOMPUTED = 1.33  # time of a training step with gradient checkpointing
 LEAST_RANK = 4
-
-
-@dataclass(frozen=True)
-class Roles:
-    """What a method holds and calls, in units of the base's UNet; the arithmetic's whole knowledge of it."""
-
-    full: float = 0  # networks that train as a whole
-    lora: float = 0  # adapters that train
-    frozen: float = 1  # networks that do not train
-    graph: float = 1  # passes whose graph is in memory at once
-    grad: float = 1  # passes with gradients a step
-    free: float = 0  # passes without
-
-
-def size_of(base: Checkpoint, config: dict[str, Any]) -> float:
-    """A UNet of that config, in units of the base's."""
-    sizes = [sum(p.numel() for p in shaped.skeleton("unet").parameters()) for shaped in (base.shaped("unet", config), base)]
-    return sizes[0] / sizes[1]
-
-
-def lcm_roles(config: Any, base: Checkpoint) -> Roles:
-    return Roles(full=1, free=3) if config.full else Roles(lora=1, free=1 if config.finetune else 3)
-
-
-def dmd_roles(config: Any, base: Checkpoint) -> Roles:
-    full, turn = (config.student == "full") + (config.fake == "full"), 1 / config.fake_steps_per_gen
-    gan = 1.5 if config.gan_weight else 0.0
-    return Roles(full, 2 - full, 1, 2 + gan / 2, 1 + turn + gan, 2 * turn + (config.num_steps - 1) / 2)
-
-
-def lightning_roles(config: Any, base: Checkpoint) -> Roles:
-    """The largest phase: discriminator and student, in the full phase a network of its own."""
-    a, b = (int(n) for n in config.stages.split(",")[0].split(":")[:2])
-    own = 0.5 if config.discriminator == "full" else 0.0  # the encoder alone
-    full = own + (0 if config.lora_only else 1)
-    return Roles(full, 2.0 if own else 2.5, graph=1.5, grad=2.5, free=1 + 2 * a / b)
-
-
-def sdxs_roles(config: Any, base: Checkpoint) -> Roles:
-    student = size_of(base, config.open_student().unet_config) if config.init else 1.0
-    full = student * (config.student == "full" and not config.style_lora) + (config.fake == "full")
-    return Roles(full, 2 - (full > 0) - (full > 1), 1, 1.5 + student, 1.5 + student, 2.5)
-
-
-def prune_roles(config: Any, base: Checkpoint) -> Roles:
-    student = size_of(base, unet.student_config(base.unet_config, config.layout, base.family))
-    return Roles(full=student, graph=student, grad=student, free=1)
-
-
-def controlnet_roles(config: Any, base: Checkpoint) -> Roles:
-    """The encoder again, with its two small networks; teacher and student are two UNets where there is an --init."""
-    student = size_of(base, config.open_student().unet_config) if config.init else 0.0
-    return Roles(0.4, config.one_step + 0.0, 1.4 + student, (student or 1) + 0.4, (student or 1) + 0.4, 1.4)
-
-
-ROLES: dict[str, Callable[[Any, Checkpoint], Roles]] = {
-    "train-lcm-lora": lcm_roles,
-    "dmd": dmd_roles,
-    "lightning": lightning_roles,
-    "sdxs": sdxs_roles,
-    "prune": prune_roles,
-    "distill-controlnet": controlnet_roles,
-}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The arithmetic's answer for one setting."""
-
-    memory_bytes: float
-    step_flops: float
-    state_bytes: float
-    output_bytes: float
-
-
-def estimate(roles: Roles, shape: Footprint, config: Any, dtype: torch.dtype, device: str) -> Estimate:
-    """Weights, optimisers, averages and the graphs of one micro-batch. `shape` is of an adapter of the config's own rank."""
-    adapter = roles.lora * shape.trained if shape.trained != shape.parameters else 0
-    whole = roles.full * shape.parameters
-    student = min(whole, shape.parameters) or adapter / max(roles.lora, 1)
-    averaged = 4 * student if config.ema else 0
-    graph = shape.checkpointed_bytes if config.gradient_checkpointing else shape.saved_bytes
-    fixed = roles.frozen * shape.parameters * dtype.itemsize + (adapter + whole) * OPTIMISER + averaged
-    backward = 2 * (RECOMPUTED if config.gradient_checkpointing else 1)
-    return Estimate(
-        fixed + graph * roles.graph * config.batch_size + RUNTIME_GIB[device] * 2**30,
-        shape.flops * (roles.grad * (1 + backward) + roles.free) * config.batch_size * config.grad_accum,
-        (adapter + whole) * (OPTIMISER - 4) + averaged,
-        student * (dtype.itemsize if whole else 4),
-    )
 
 
 def settings(config: Any) -> list[Any]:
@@ -178,34 +82,6 @@ def product_flops(device: torch.device, dtype: torch.dtype, side: int = 2048) ->
     return 2 * side**3 / best
 
 
-@dataclass(frozen=True)
-class DataPlan:
-    """What is made before the first step."""
-
-    what: str
-    bytes: float = 0.0
-    calls: int = 0  # of the UNet
-    pictures: int = 0  # that the VAE encodes
-
-
-def data_plan(base: Checkpoint, config: TrainConfig) -> DataPlan:
-    spec = config.data or ("emoji" if base.family == "emoji" else "teacher")
-    side = (config.resolution or base.resolution_px) // base.pixels_per_latent
-    latent = 2 * base.unet_config["in_channels"] * side**2  # fp16
-    if spec.startswith("emoji"):
-        return DataPlan(spec)
-    if spec == "teacher":
-        n = 0 if config.wants == "prompts" else config.pairs
-        told = f"{n} samples of the teacher" if n else "prompts alone"
-        return DataPlan(told, n * 2 * latent, n * config.teacher_sampling(base.family).calls)
-    cond = footprint.condition(base, 1)
-    text = 2 * (cond.tokens.numel() + (0 if cond.pooled is None else cond.pooled.numel()))
-    n = len(Folder(Path(spec)).images) if Path(spec).is_dir() else STREAMED
-    n = min(n, config.max_images) if config.max_images and Path(spec).is_dir() else config.max_images or n
-    views = max(1, config.random_crops) * (2 if config.flip else 1)
-    return DataPlan(f"{n} images of {spec}", n * (2 * latent * views + text), 0, n * views)
-
-
 @dataclass
 class Row:
     """One setting, and what it would take."""
@@ -246,17 +122,17 @@ class Plan:
 
     def estimated(self) -> list[Estimate]:
         """The arithmetic for every setting; empty where there is none for the method."""
-        if self.command not in ROLES:
+        if self.command not in LOADS:
             return []
-        roles, rank = ROLES[self.command](self.config, self.base), getattr(self.config, "lora_rank", None)
+        load, rank = LOADS[self.command](self.config, self.base), getattr(self.config, "lora_rank", None)
         attention = getattr(self.config, "lora_layers", "all") == "attention"
         layers = adapters.ATTENTION if attention else adapters.TARGETS
-        self.shape = footprint.of_unet(self.base, self.px, self.dtype, rank if roles.lora else None, layers)
+        self.shape = footprint.of_unet(self.base, self.px, self.dtype, rank if load.lora else None, layers)
         found = []
         for config in settings(self.config):
-            ratio = config.lora_rank / rank if roles.lora else 1
+            ratio = config.lora_rank / rank if load.lora else 1
             shape = replace(self.shape, trained=round(self.shape.trained * ratio))
-            found.append(estimate(roles, shape, config, self.dtype, self.device.type))
+            found.append(estimate(load, shape, config, self.dtype, self.device.type))
         return found
 
     def choose(self) -> None:
@@ -387,7 +263,7 @@ def run(command: str, module: ModuleType, config: TrainConfig, *, probe: bool, t
 
     `typed` is the command as it was given; the one to type next has the changes behind it.
     """
-    if command not in ROLES and not probe:
+    if command not in LOADS and not probe:
         raise UsageError(f"plan {command}: --no-probe: there is no arithmetic for it", "without --no-probe it is measured")
     if not config.steps:
         raise UsageError("--steps 0: nothing trains, so there is nothing to plan")

@@ -25,23 +25,13 @@ from fastdiff.proof import vae_of
 from fastdiff.trainer import Losses, Phase, TrainConfig, Turn
 
 # Presets of these methods begin with these rows. Paper: batches of 1024 to 2048, no schedules told; ours, for one card.
+# fmt: off
 CARD = dict(lr=1e-5, batch_size=4, grad_accum=8, warmup=100, gradient_checkpointing=True, steps=10_000, pairs=4096, ema=0.999)
 EMOJI = dict(
-    pairs=2160,
-    teacher_steps=8,
-    fake_lr=1e-3,
-    lr_schedule="cosine",
-    warmup=20,
-    ema=0.98,
-    batch_size=24,
-    alpha_start=0.6,
-    alpha_end=0.6,
-    lora_layers="attention",
-    lora_rank=16,
-    lora_alpha=16,
-    guidance=3.0,
-    max_grad_norm=10.0,
-)  # fmt: skip
+    pairs=2160, teacher_steps=8, fake_lr=1e-3, lr_schedule="cosine", warmup=20, ema=0.98, batch_size=24, alpha_start=0.6,
+    alpha_end=0.6, lora_layers="attention", lora_rank=16, lora_alpha=16, guidance=3.0, max_grad_norm=10.0,
+)
+# fmt: on
 
 
 @dataclass

@@ -4,10 +4,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Protocol
 
+from torch import Tensor
+
 from fastdiff.console import UsageError
+from fastdiff.schedule import NoiseSchedule
 from fastdiff.trainer import Phase
 
 PHASES = ("switch", "mse", "cond", "uncond", "full")
+QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of T: where students of two steps and one train (SDXL-Lightning, section 3.7)
 
 
 class Chain(Protocol):
@@ -28,6 +32,16 @@ class Part(Phase):
     kind: Literal["mse", "switch", "cond", "uncond", "full"] = "mse"
     a: int = 0  # steps of the stage's teacher
     b: int = 0  # and of its student
+
+    @property
+    def places(self) -> tuple[float, ...]:
+        """Where the student trains, in (0, 1], 1 the last timestep."""
+        return QUARTERS if self.b <= 2 else tuple((k + 1) / self.b for k in range(self.b))
+
+
+def timesteps(schedule: NoiseSchedule, place: Tensor) -> Tensor:
+    """Places (B,) as timesteps, 0 and below as -1, clean: with k / n those of trailing spacing."""
+    return (place.clamp(min=0) * len(schedule)).round().long() - 1
 
 
 def plan(config: Chain) -> list[Part]:

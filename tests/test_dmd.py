@@ -12,7 +12,8 @@ from fastdiff.console import UsageError
 from fastdiff.data import Batch
 from fastdiff.io import checkpoint, fitting
 from fastdiff.losses import Noised
-from fastdiff.methods.dmd import DMD, PRESETS, Config, fitted_guidance
+from fastdiff.matching import fitted_guidance
+from fastdiff.methods.dmd import DMD, PRESETS, Config
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Head

@@ -12,12 +12,12 @@ from fastdiff.console import UsageError
 from fastdiff.data.batch import Encoded
 from fastdiff.io import checkpoint, fitting, lora
 from fastdiff.io.run import Run
-from fastdiff.methods.lightning import SHOWN, Config, Lightning, timesteps
+from fastdiff.methods.lightning import SHOWN, Config, Lightning
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.session import open_accelerator
-from fastdiff.stages import plan
+from fastdiff.stages import plan, timesteps
 from fastdiff.trainer import Trainer
 
 SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

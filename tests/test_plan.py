@@ -121,7 +121,7 @@ def test_what_does_not_fit_when_probed_is_not_proposed(tiny_sd, monkeypatch):
 
 def test_methods_without_arithmetic_are_only_measured():
     methods = {c.name for c in cli.COMMANDS if hasattr(import_module(c.module), "METHOD")}
-    assert methods - {"distill-vae"} == set(plan.ROLES)
+    assert methods - {"distill-vae"} == set(plan.LOADS)
 
 
 @pytest.mark.parametrize(

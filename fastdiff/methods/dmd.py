@@ -27,9 +27,9 @@ from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.losses import Noised
-from fastdiff.matching import Scores, start_from
+from fastdiff.matching import Scores, fitted_guidance, start_from
 from fastdiff.models import perceptual
-from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.models.denoiser import Cond
 from fastdiff.models.discriminator import Head
 from fastdiff.rng import seed_for
 from fastdiff.schedule import NoiseSchedule, Prediction
@@ -38,6 +38,7 @@ from fastdiff.solvers import simulate
 from fastdiff.trainer import Losses, TrainConfig, Turn
 
 # Rows are families; a row family:recipe lies over its family's.
+# fmt: off
 DMD2 = dict(lambda_reg=0.0, fake_steps_per_gen=5, num_steps=4)  # DMD2 sections 4.2, 4.5
 PAPER = dict(weight_decay=0.01, max_grad_norm=10.0, warmup=500)  # DMD appendix B, DMD2 scripts
 CARD = dict(lr=5e-5, batch_size=2, grad_accum=4, gradient_checkpointing=True, steps=4000)  # lr: DMD2's LoRA; ours: for one card
@@ -46,27 +47,10 @@ PRESETS = {
     # Measured (examples/emoji/README.md). At t = 749 an error of eps is multiplied by 4, not by 14.6 as at 999, and training
     # is steady; above 0.6 the guided scores over-saturate; attention alone makes the step cheaper than three networks.
     "emoji": dict(
-        data="teacher",
-        pairs=2160,
-        teacher_steps=8,
-        t_gen=749,
-        t_max=0.6,
-        lambda_reg=1.0,
-        reg_batch=8,
-        lora_layers="attention",
-        lora_rank=16,
-        lora_alpha=16,
-        lr=7e-4,
-        fake_lr=1e-3,
-        lr_schedule="cosine",
-        warmup=20,
-        ema=0.98,
-        batch_size=24,
-        steps=400,
-        guidance=3.0,
-        max_grad_norm=10.0,
-        eval_every=100,
-    ),  # fmt: skip
+        data="teacher", pairs=2160, teacher_steps=8, t_gen=749, t_max=0.6, lambda_reg=1.0, reg_batch=8, lora_layers="attention",
+        lora_rank=16, lora_alpha=16, lr=7e-4, fake_lr=1e-3, lr_schedule="cosine", warmup=20, ema=0.98, batch_size=24, steps=400,
+        guidance=3.0, max_grad_norm=10.0, eval_every=100,
+    ),
     # Its bottleneck is one latent position: a discriminator stays at a half there, so no GAN and no samples for one.
     "emoji:dmd2": dict(DMD2, t_gen=None, guidance=2.0, fake_steps_per_gen=2, lr=3e-4, steps=300),
     "sd15": dict(**PAPER, **CARD, **WATCHED, guidance=3.0, pairs=2048),  # guidance: DMD section 4.3
@@ -76,6 +60,7 @@ PRESETS = {
     "sdxl": dict(PAPER, **{**CARD, **WATCHED, "batch_size": 1, "grad_accum": 8}, recipe="dmd2", guidance=8.0, pairs=1024),
     "sdxl:dmd2": dict(DMD2, gan_weight=5e-3),
 }
+# fmt: on
 EXAMPLES = """fastdiff dmd
 fastdiff dmd --base sd15 --prompts prompts.txt
 fastdiff dmd --base sdxl --recipe dmd2 --num-steps 4 --data pictures/
@@ -250,31 +235,6 @@ class DMD(Scores):
     def export(self, run: Run) -> None:
         """`dmd.safetensors` or `dmd2.safetensors`, or with --student full a diffusers folder."""
         write_student(self, run, None if self.config.student == "full" else self.config.lora_alpha)
-
-
-@torch.no_grad()
-def fitted_guidance(teacher: Denoiser, batch: Batch, levels: int = 8) -> Tensor:
-    """For each timestep the w with which u + w (c - u) best denoises given samples: E<x0 - u, c - u> / E|c - u|^2; (T,).
-
-    [Ours.] A guided sampler's pictures are not what its guided network denoises to: at high noise that overshoots them, and a
-    student that is matched to it over-saturates. With this w the distribution that is matched is that of the samples.
-    """
-    total, x0 = len(teacher.schedule), batch.latents
-    at = (torch.linspace(0.1414, 0.99, levels).square() * total).long()  # from 0.02 T to 0.98 T, dense where w changes
-    found = []
-    for t in at:
-        x_t = teacher.schedule.add_noise(x0, torch.randn_like(x0), t)
-        both = zip(*(part.split(16) for part in (x_t, torch.arange(len(x0)))), strict=True)
-        sums = torch.zeros(2, dtype=torch.float64)
-        for noisy, rows in both:
-            c, u = (teacher(noisy, t, cond[rows]).x0 for cond in (batch.cond, batch.uncond))
-            apart = c - u
-            sums += torch.stack([((x0[rows] - u) * apart).sum(), apart.square().sum()]).double().cpu()
-        found.append(sums[0] / sums[1])
-    w, every = torch.stack(found).float(), torch.arange(total)
-    right = torch.searchsorted(at, every).clamp(1, levels - 1)
-    part = ((every - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
-    return torch.lerp(w[right - 1], w[right], part).to(x0.device)
 
 
 def sampling_timesteps(schedule: NoiseSchedule, config: Config) -> Tensor:

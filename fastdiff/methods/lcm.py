@@ -29,35 +29,28 @@ from fastdiff.io import checkpoint
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
-from fastdiff.models import adapters
-from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.models.denoiser import Cond
 from fastdiff.models.ema import EMA
+from fastdiff.roles import Roles
 from fastdiff.schedule import NoiseSchedule, per_sample
 from fastdiff.session import train, write_student
 from fastdiff.solvers import jump
 from fastdiff.trainer import TrainConfig, Turn
 
 # guidance is w of u + w (c - u), so the official scripts' w of [5, 15] and [3, 15] is one more here.
+# fmt: off
 PRESETS = {
     # Measured: its best guidance is 3, and in so few steps a teacher step of five grid points teaches most.
     "emoji": dict(
-        lora_rank=32,
-        lora_alpha=32,
-        lr=1e-3,
-        lr_schedule="cosine",
-        warmup=20,
-        ema=0.98,
-        batch_size=24,
-        steps=450,
-        guidance_min=3.0,
-        guidance_max=3.0,
-        skip=5,
-    ),  # fmt: skip
+        lora_rank=32, lora_alpha=32, lr=1e-3, lr_schedule="cosine", warmup=20, ema=0.98, batch_size=24, steps=450,
+        guidance_min=3.0, guidance_max=3.0, skip=5,
+    ),
     # lr, guidance and 12 images a step: diffusers' LCM scripts and READMEs; here in parts, for small cards.
     "sd15": dict(lr=1e-4, batch_size=4, grad_accum=3, gradient_checkpointing=True, guidance_min=6.0, guidance_max=16.0),
     "sd21": dict(lr=1e-4, batch_size=4, grad_accum=3, gradient_checkpointing=True, guidance_min=6.0, guidance_max=16.0),
     "sdxl": dict(lr=1e-4, batch_size=2, grad_accum=6, gradient_checkpointing=True, guidance_min=4.0, guidance_max=16.0),
 }
+# fmt: on
 SCHEDULERS = {"zero": "lcm", "edge": "ddim", "random": "tcd"}
 EXAMPLES = """fastdiff train-lcm-lora
 fastdiff train-lcm-lora --base sdxl
@@ -94,26 +87,17 @@ class Config(TrainConfig):
             raise UsageError(f"--skip {self.skip}: must be at most --grid-steps {self.grid_steps}")
 
 
-class LCM:
+class LCM(Roles):
     """One UNet; players: the student's adapter (or all its weights)."""
 
     def __init__(self, base: Checkpoint, config: Config) -> None:
-        self.base_model, self.config = base, config
-        schedule = base.schedule()
+        super().__init__(base, config)
         self.parent = checkpoint.fingerprint(base.unet)
-        self.teacher = Denoiser(base.unet, schedule, base.prediction_type)
-        if config.full:
-            self.student = Denoiser(guidance_embedded(base.unet), schedule, base.prediction_type)
-            trained = list(self.student.net.parameters())
-        else:
-            trained = adapters.attach(base.unet, config.lora_rank, config.lora_alpha)
-            self.student = Denoiser(base.unet, schedule, base.prediction_type, "student")
-        if config.gradient_checkpointing:
-            adapters.checkpoint_gradients(self.student.net)
+        self.student, trained = self.trained("student", guidance_embedded(base.unet) if config.full else None)
         self.players: dict[str, nn.Module] = {"student": nn.ParameterList(trained)}
         self.target = EMA(trained, config.target_ema, warm=False) if config.full else None
         self.extra_state = {"target": self.target} if self.target else {}
-        self.grid = distillation_grid(schedule, config)
+        self.grid = distillation_grid(self.schedule, config)
         self.recipe = Recipe(
             method={"zero": "lcm", "edge": "pcm", "random": "tcd"}[config.target],
             family=base.family,
@@ -181,10 +165,6 @@ class LCM:
         """The averaged target of full training; with a LoRA the target is the student itself (mu = 0)."""
         with self.target.swapped() if self.target else ExitStack():
             yield
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.student.schedule
 
     def updated(self, step: int) -> None:
         if self.target:

@@ -32,57 +32,36 @@ from fastdiff.io.run import Run
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Discriminator
-from fastdiff.schedule import NoiseSchedule, per_sample
+from fastdiff.roles import Roles
+from fastdiff.schedule import per_sample
 from fastdiff.session import train, write_student
 from fastdiff.solvers import jump
-from fastdiff.stages import Part, plan
+from fastdiff.stages import Part, plan, timesteps
 from fastdiff.trainer import TrainConfig, Turn
 
 # Paper: 1e-5 for mse, 1e-6 with LoRA, 5e-7 full, 512 images a step. Ours for one card: larger, for far smaller batches.
 # A distance first and the paired loss are what small batches took on `emoji`.
+# fmt: off
 CARD = dict(
-    lr=1e-4,
-    adversarial_lr=1e-5,
-    full_lr=1e-6,
-    phases="mse,cond,uncond,full",
-    gan="paired",
-    gradient_checkpointing=True,
-    lora_only=True,
-    warmup=20,
-)  # fmt: skip
+    lr=1e-4, adversarial_lr=1e-5, full_lr=1e-6, phases="mse,cond,uncond,full", gan="paired", gradient_checkpointing=True,
+    lora_only=True, warmup=20,
+)
 PRESETS = {
     # Measured (examples/emoji/README.md): distance does most here, and a discriminator has something to see in one step only.
     "emoji": dict(
-        stages="32:8:4,8:4:2,4:2:2.4,2:1:9.6",
-        phases="switch:1,mse:7,cond:1,uncond:2,full:1",
-        lora_rank=32,
-        lora_alpha=32,
-        lr=2e-3,
-        adversarial_lr=1e-4,
-        full_lr=5e-5,
-        discriminator="full",
-        d_lr=3e-4,
-        d_warmup=10,
-        d_features="every",
-        gan="paired",
-        late_detail_at=0,
-        lr_schedule="cosine",
-        warmup=10,
-        ema=0.98,
-        batch_size=24,
-        steps=900,
-        guidance=3.0,
-        adversarial_below=8,
-        eval_every=100,
-    ),  # fmt: skip
+        stages="32:8:4,8:4:2,4:2:2.4,2:1:9.6", phases="switch:1,mse:7,cond:1,uncond:2,full:1", lora_rank=32, lora_alpha=32,
+        lr=2e-3, adversarial_lr=1e-4, full_lr=5e-5, discriminator="full", d_lr=3e-4, d_warmup=10, d_features="every",
+        gan="paired", late_detail_at=0, lr_schedule="cosine", warmup=10, ema=0.98, batch_size=24, steps=900, guidance=3.0,
+        adversarial_below=8, eval_every=100,
+    ),
     "sd15": dict(**CARD, batch_size=4, grad_accum=4, steps=10_000, guidance=7.5),
     "sd21": dict(**CARD, batch_size=4, grad_accum=4, steps=10_000, guidance=7.5),
     "sdxl": dict(**CARD, batch_size=1, grad_accum=16, steps=10_000, guidance=6.0),  # guidance: section 3.6
 }
+# fmt: on
 EXAMPLES = """fastdiff lightning
 fastdiff lightning --base sdxl --prompts prompts.txt --max-time 20h
 fastdiff lightning --base sdxl --stages 8:4 --init lightning-8step.safetensors --phases cond"""
-QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of T: where few-step students train (section 3.7)
 SHOWN = (9, 249, 499, 749)  # noise levels at which clean latents are judged
 DETAIL = (5.0, 1.0, 1.0, 1.0)  # their weights once training is stable
 
@@ -122,34 +101,22 @@ class Config(TrainConfig):
         plan(self)
 
 
-class Lightning:
+class Lightning(Roles):
     """One UNet with adapters: student, teacher (the stage before), skip (the one before that), discriminator.
 
     Players: student (in the full phase a network of its own), discriminator.
     """
 
     def __init__(self, base: Checkpoint, config: Config) -> None:
-        self.base_model, self.config, self.schedule = base, config, base.schedule()
+        super().__init__(base, config)
         self.phases, self.parent = plan(config), checkpoint.fingerprint(base.unet)
-        self.teacher = self.role(None)
-        self.adapter("student")
+        self.adapter(base.unet, "student")
         if config.init:
             adapters.start_from(base.unet, lora.load(config.init, allow_pickle=config.allow_pickle), "student")
         self.kept = nn.ModuleDict()  # what a resumed run needs besides its players
         self.extra_state = {"adapters": self.kept}
         self.stage, self.discriminator = -1, None
-        self.figures: dict[str, Tensor] = {}
         self.players: dict[str, nn.Module] = {}
-
-    def role(self, adapter: str | None, net: nn.Module | None = None, kind: str | None = None) -> Denoiser:
-        net = self.base_model.unet if net is None else net
-        return Denoiser(net, self.schedule, kind or self.base_model.prediction_type, adapter)
-
-    def adapter(self, name: str, layers: list[str] | None = None) -> None:
-        config, net = self.config, self.base_model.unet
-        if config.gradient_checkpointing:
-            adapters.checkpoint_gradients(net)
-        adapters.attach(net, config.lora_rank, config.lora_alpha, name, layers or adapters.TARGETS)
 
     # ---- phases
 
@@ -164,10 +131,7 @@ class Lightning:
         self.kept["student"] = nn.ParameterList(trained)
         if part.kind == "full":
             worn = lora.Lora(adapters.factors(self.base_model.unet, self.config.lora_alpha), {})
-            net = adapters.plain(self.base_model.unet, worn)
-            if self.config.gradient_checkpointing:
-                adapters.checkpoint_gradients(net)
-            self.student, trained = self.role(None, net, kind), list(net.parameters())
+            self.student, trained = self.trained("student", adapters.plain(self.base_model.unet, worn), kind)
         self.players = {"student": nn.ParameterList(trained)}
         self.betas = {}
         if part.kind not in {"mse", "switch"}:
@@ -196,7 +160,7 @@ class Lightning:
         made = [name for name, first in (("teacher", 1), ("skip", 2)) if depth >= first]
         for name in made:
             if not adapters.parameters(net, name):
-                self.adapter(name)
+                self.adapter(net, name)
             self.kept[name] = nn.ParameterList(adapters.parameters(net, name)).requires_grad_(False)
         for name in reversed(made):
             adapters.imitate(net, {"skip": "teacher", "teacher": "student"}[name], name)
@@ -205,19 +169,13 @@ class Lightning:
         """A fresh one for each stage and each way of judging; it goes on from uncond to full."""
         if self.discriminator is not None and self.discriminator.paired == paired:
             return
-        base = self.base_model
+        base, net, name = self.base_model, self.base_model.unet, "discriminator"
         if self.config.discriminator == "full":
-            net = adapters.plain(base.unet)
-            net.up_blocks = nn.ModuleList()  # never reached
-            net.conv_norm_out = net.conv_out = None
-            if self.config.gradient_checkpointing:
-                adapters.checkpoint_gradients(net)
-            watched, judges = self.role(None, net), list(net.parameters())
+            watched, judges = self.trained(name, adapters.encoder(net))
         else:
-            if not adapters.parameters(base.unet, "discriminator"):
-                self.adapter("discriminator", adapters.encoder_layers(base.unet))
-            adapters.reset(base.unet, "discriminator")
-            watched, judges = self.role("discriminator"), adapters.parameters(base.unet, "discriminator")
+            judges = adapters.parameters(net, name) or self.adapter(net, name, adapters.encoder_layers(net))
+            adapters.reset(net, name)
+            watched = self.role(name)
         side = (self.config.resolution or base.resolution_px) // base.pixels_per_latent
         self.discriminator = Discriminator(watched, side, paired=paired, every=self.config.d_features == "every")
         self.judges = [*judges, *self.discriminator.heads.parameters()]
@@ -259,8 +217,7 @@ class Lightning:
 
     def start(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """x_t and its place in (0, 1], where 1 is the last timestep; there x_t is pure noise, as it is when sampling (3.5)."""
-        b, latents = self.part.b, batch.latents
-        places = torch.tensor(QUARTERS if b <= 2 else [(k + 1) / b for k in range(b)], dtype=torch.float64)
+        latents, places = batch.latents, torch.tensor(self.part.places, dtype=torch.float64)
         place = places[torch.randint(len(places), (len(latents),))].to(latents.device)
         eps = torch.randn_like(latents)
         x_t = self.schedule.add_noise(latents, eps, timesteps(self.schedule, place))
@@ -314,11 +271,6 @@ class Lightning:
         `lightning-8step-full`."""
         name, full = f"lightning-{self.part.b}step", self.part.kind == "full"
         write_student(self, run, None if full else self.config.lora_alpha, f"{name}-full" if full else name)
-
-
-def timesteps(schedule: NoiseSchedule, place: Tensor) -> Tensor:
-    """Places (B,) in (0, 1] as timesteps, 0 and below as -1, clean: with k / n those of trailing spacing."""
-    return (place.clamp(min=0) * len(schedule)).round().long() - 1
 
 
 METHOD = Lightning

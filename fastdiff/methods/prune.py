@@ -35,23 +35,18 @@ from fastdiff.session import default_folder, train, write_student
 from fastdiff.trainer import TrainConfig, Turn
 
 # Paper: AdamW 5e-5, 256 images a step, 50,000 steps. Ours for one card: smaller batches, a cosine, an average.
+# fmt: off
 CARD = dict(lr=5e-5, lr_schedule="cosine", warmup=100, ema=0.999, steps=20_000, empty_prompts=0.1, gradient_checkpointing=True)
 PRESETS = {
     "emoji": dict(
-        layout="bk-base",
-        lr=1e-3,
-        lr_schedule="cosine",
-        warmup=20,
-        ema=0.98,
-        batch_size=24,
-        steps=300,
-        empty_prompts=0.1,
+        layout="bk-base", lr=1e-3, lr_schedule="cosine", warmup=20, ema=0.98, batch_size=24, steps=300, empty_prompts=0.1,
         weight_decay=0.0,
-    ),  # fmt: skip
+    ),
     "sd15": dict(**CARD, layout="sdxs-512", batch_size=8, grad_accum=4),
     "sd21": dict(**CARD, layout="sdxs-512", batch_size=8, grad_accum=4),
     "sdxl": dict(**CARD, layout="vega", batch_size=1, grad_accum=16),
 }
+# fmt: on
 EXAMPLES = """fastdiff prune --layout bk-tiny
 fastdiff prune --base sd21 --layout sdxs-512 --prompts prompts.txt
 fastdiff prune --base sdxl --layout vega --steps 0

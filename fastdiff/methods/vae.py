@@ -31,32 +31,20 @@ from fastdiff.session import data_of, open_session
 from fastdiff.trainer import TrainConfig, Turn
 
 # TAESD: Adam 3e-4, batches of 16. SDXS names no weights: ours.
+# fmt: off
 CARD = dict(lr=3e-4, lr_schedule="cosine", warmup=100, ema=0.999, batch_size=8, steps=30_000, pairs=1024, data="teacher")
 PRESETS = {
     # Its own decoder costs 1/68 of SD's a pixel, and a fifteenth of that leaves 12 channels (examples/emoji/README.md).
     "emoji": dict(
-        data="teacher",
-        pairs=2160,
-        teacher_steps=8,
-        width=12,
-        blocks="3,2,2,0",
-        lambda_pixel=1.0,
-        lambda_gan=0.004,
-        gan_from=200,
-        cond_disc=True,
-        lr=3e-3,
-        lr_schedule="cosine",
-        warmup=20,
-        ema=0.99,
-        batch_size=32,
-        steps=1500,
-        d_width=16,
+        data="teacher", pairs=2160, teacher_steps=8, width=12, blocks="3,2,2,0", lambda_pixel=1.0, lambda_gan=0.004,
+        gan_from=200, cond_disc=True, lr=3e-3, lr_schedule="cosine", warmup=20, ema=0.99, batch_size=32, steps=1500, d_width=16,
         d_lr=1e-3,
-    ),  # fmt: skip
+    ),
     "sd15": CARD,
     "sd21": CARD,
     "sdxl": CARD,
 }
+# fmt: on
 EXAMPLES = """fastdiff distill-vae
 fastdiff distill-vae --base sdxl --prompts prompts.txt --encoder
 fastdiff sample --base sdxl --vae runs/distill-vae-sdxl/tiny-vae --prompt "a red apple\""""

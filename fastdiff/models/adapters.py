@@ -122,6 +122,14 @@ def plain(unet: nn.Module, worn: Lora | None = None) -> nn.Module:
     return copy.train().requires_grad_(True)
 
 
+def encoder(unet: nn.Module) -> nn.Module:
+    """A trainable fp32 copy of the down and mid blocks alone, without adapters."""
+    copy = plain(unet)
+    copy.up_blocks = nn.ModuleList()
+    copy.conv_norm_out = copy.conv_out = None
+    return copy
+
+
 def is_adapted(net: nn.Module) -> bool:
     return getattr(net, "_hf_peft_config_loaded", False)
 
