@@ -38,8 +38,8 @@ class Oracle(LCM):
 
     def __init__(self, student, teacher, **config):
         self.config = Config(guidance_min=1.0, guidance_max=1.0, huber_c=1e-3, **config)
-        self.student, self.teacher, self.target = student, teacher, None
-        self.grid = distillation_grid(student.schedule, self.config)
+        self.student, self.teacher, self.schedule, self.target = student, teacher, student.schedule, None
+        self.grid = distillation_grid(self.schedule, self.config)
 
     def loss(self, n=512):
         torch.manual_seed(0)
