@@ -22,6 +22,10 @@ class StopRequest:
     GAP_S = 0.5  # torchrun and the terminal both pass a Ctrl-C on: within this time it is one
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Nobody has asked for anything."""
         self.exit_code: int | None = None
         self.asked_s = 0.0
         self.command = ""
@@ -44,7 +48,7 @@ def watching(command: str = "") -> Iterator[None]:
     if request.watched or threading.current_thread() is not threading.main_thread():
         yield
         return
-    request.__init__()
+    request.forget()
     request.watched, request.command = True, command
     old = {s: signal.signal(s, request.note) for s in CODES}
     try:
@@ -53,7 +57,7 @@ def watching(command: str = "") -> Iterator[None]:
         request.exit_code = 130
         raise stopped("interrupted; what is on disk is whole") from None
     finally:
-        request.__init__()  # what was asked of this work is not asked of the next
+        request.forget()  # what was asked of this work is not asked of the next
         for s, handler in old.items():
             signal.signal(s, handler)
 
