@@ -1,5 +1,6 @@
 """Who plays in a method: teacher, student and others as adapters on the base's one network, or as networks of their own."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Roles:
             adapters.checkpoint_gradients(net)
         return self.role(None, net, kind), list(net.parameters())
 
-    def adapter(self, net: nn.Module, name: str, layers: list[str] | None = None) -> list[nn.Parameter]:
+    def adapter(self, net: nn.Module, name: str, layers: Sequence[str] | None = None) -> list[nn.Parameter]:
         """A fresh adapter on a network, of the config's size."""
         if self.config.gradient_checkpointing:
             adapters.checkpoint_gradients(net)

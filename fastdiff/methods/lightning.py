@@ -173,9 +173,10 @@ class Lightning(Roles):
         if self.config.discriminator == "full":
             watched, judges = self.trained(name, adapters.encoder(net))
         else:
-            judges = adapters.parameters(net, name) or self.adapter(net, name, adapters.encoder_layers(net))
+            if not adapters.parameters(net, name):
+                self.adapter(net, name, adapters.encoder_layers(net))
             adapters.reset(net, name)
-            watched = self.role(name)
+            watched, judges = self.role(name), adapters.parameters(net, name)
         side = (self.config.resolution or base.resolution_px) // base.pixels_per_latent
         self.discriminator = Discriminator(watched, side, paired=paired, every=self.config.d_features == "every")
         self.judges = [*judges, *self.discriminator.heads.parameters()]

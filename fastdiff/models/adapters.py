@@ -123,7 +123,7 @@ def plain(unet: nn.Module, worn: Lora | None = None) -> nn.Module:
 
 
 def encoder(unet: nn.Module) -> nn.Module:
-    """A trainable fp32 copy of the down and mid blocks alone, without adapters."""
+    """A trainable fp32 copy that ends with the mid block, without adapters."""
     copy = plain(unet)
     copy.up_blocks = nn.ModuleList()
     copy.conv_norm_out = copy.conv_out = None
