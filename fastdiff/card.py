@@ -12,8 +12,8 @@ from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.io.state import write_atomic
+from fastdiff.method import Method, TrainConfig
 from fastdiff.sampling import DEFAULTS, Settings
-from fastdiff.trainer import Method, TrainConfig
 
 
 def fmt(value: Any) -> str:

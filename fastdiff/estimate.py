@@ -12,8 +12,8 @@ from fastdiff.data import STREAMED
 from fastdiff.data.folder import Folder
 from fastdiff.footprint import Footprint
 from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.method import TrainConfig
 from fastdiff.models import unet
-from fastdiff.trainer import TrainConfig
 
 OPTIMISER = 16  # bytes of a parameter that trains: itself, its gradient and two moments in fp32
 RECOMPUTED = 1.33  # time of a training step with gradient checkpointing

@@ -19,11 +19,11 @@ from fastdiff.io import fitting
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.lora import Lora
 from fastdiff.losses import Noised
+from fastdiff.method import Losses
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.roles import Roles
 from fastdiff.schedule import Prediction
-from fastdiff.trainer import Losses
 
 
 class Scores(Roles):

@@ -23,10 +23,10 @@ from fastdiff.estimate import LOADS, Estimate, data_plan, estimate
 from fastdiff.io import bases, checkpoint, disk
 from fastdiff.io.bases import ALIASES, ASSETS
 from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.method import TrainConfig, seconds
 from fastdiff.models import adapters
 from fastdiff.probe import Measured, measure
 from fastdiff.session import default_folder
-from fastdiff.trainer import TrainConfig, seconds
 
 PRODUCT_PART = 0.5  # of the speed of a large matrix product that a whole pass reaches
 FREE_PART = 0.95  # of the memory that a plan may fill

@@ -21,12 +21,13 @@ from fastdiff.data import Encoded
 from fastdiff.footprint import condition
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run
+from fastdiff.method import TrainConfig
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.proof import vae_of
 from fastdiff.sampling import at_once
 from fastdiff.session import load_base, open_accelerator
-from fastdiff.trainer import TrainConfig, Trainer
+from fastdiff.trainer import Trainer
 
 PREVIEWED = 4  # pictures that a contact sheet draws at once
 

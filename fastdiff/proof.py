@@ -17,10 +17,10 @@ from fastdiff.drift import Drift
 from fastdiff.io import checkpoint, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
+from fastdiff.method import Method, TrainConfig
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
-from fastdiff.trainer import Method, TrainConfig
 
 # Pictures that are told apart at a glance, on backgrounds that are not their own colour.
 EMOJI_PREVIEW = ("red apple on blue", "panda on yellow", "rocket on purple", "sunflower on white", "robot on green", "pizza")

@@ -19,10 +19,10 @@ from fastdiff.data import Batch, Wants
 from fastdiff.io import checkpoint
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.matching import Scores
+from fastdiff.method import Losses, Phase, TrainConfig, Turn
 from fastdiff.models import similarity
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.proof import vae_of
-from fastdiff.trainer import Losses, Phase, TrainConfig, Turn
 
 # Presets of these methods begin with these rows. Paper: batches of 1024 to 2048, no schedules told; ours, for one card.
 # fmt: off

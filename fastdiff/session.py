@@ -19,9 +19,10 @@ from fastdiff.io import disk, export, fitting, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run
 from fastdiff.io.state import write_atomic
+from fastdiff.method import Method, Phase, TrainConfig, seconds
 from fastdiff.models import adapters
 from fastdiff.proof import Judged, Measured, Preview
-from fastdiff.trainer import Method, Phase, TrainConfig, Trainer, seconds
+from fastdiff.trainer import Trainer
 
 
 def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Data:

@@ -24,7 +24,7 @@ FLOORS = [
     {"data.embedded", "data.streams", "data.cache"},
     {"data.teacher", "data.control"},
     {"data"},
-    {"players", "resume"},
+    {"method", "players", "resume"},
     {"drift", "trainer", "baselines"},
     {"judge", "footprint"},
     {"card", "surgery", "decoders", "roles"},

@@ -23,7 +23,7 @@ from fastdiff.console import DoesNotFit, Failed, InputRefused, Stopped, UsageErr
 from fastdiff.io import state as states
 from fastdiff.io.run import Run
 from fastdiff.io.state import States
-from fastdiff.trainer import Phase
+from fastdiff.method import Phase
 
 ROOT = Path(__file__).parent.parent
 

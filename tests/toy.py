@@ -15,9 +15,10 @@ from torch import nn
 
 from fastdiff.data import Batch
 from fastdiff.io.run import Run
+from fastdiff.method import TrainConfig
 from fastdiff.models.denoiser import Cond
 from fastdiff.session import open_accelerator
-from fastdiff.trainer import TrainConfig, Trainer
+from fastdiff.trainer import Trainer
 
 
 class Data:

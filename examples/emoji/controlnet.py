@@ -18,11 +18,12 @@ from fastdiff.data import control, embedded, open_data
 from fastdiff.io import checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
+from fastdiff.method import TrainConfig
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import uint8
 from fastdiff.session import open_accelerator
-from fastdiff.trainer import TrainConfig, Trainer
+from fastdiff.trainer import Trainer
 
 
 @dataclass

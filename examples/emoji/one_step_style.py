@@ -1,8 +1,9 @@
 r"""How much of a style a one-step student has taken over: `sdxs --style-lora`, measured.
 
-    fastdiff sdxs --init runs/sdxs-emoji/model --style-lora fastdiff/assets/emoji/style.safetensors --match-steps 0 --steps 2000 \
+    one=runs/long-sdxs-0/model # of long_proof.sh
+    fastdiff sdxs --init $one --style-lora fastdiff/assets/emoji/style.safetensors --match-steps 0 --steps 2000 \
         --pairs 4320 --ema 0.99 --lora-layers all --lora-rank 64 --lora-alpha 64 --lr 2e-3 -o runs/styled
-    python examples/emoji/one_step_style.py --student runs/sdxs-emoji/model --lora runs/styled/sdxs.safetensors
+    python examples/emoji/one_step_style.py --student $one --lora runs/styled/sdxs.safetensors
 
 The way moved is (d(student) - d(styled student)) / (d(teacher) - d(styled teacher)), d the mean feature distance of named emoji
 to the same ones drawn in the style.

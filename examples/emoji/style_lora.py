@@ -17,10 +17,11 @@ from fastdiff.data import open_data
 from fastdiff.io import checkpoint, lora
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
+from fastdiff.method import TrainConfig
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.session import open_accelerator
-from fastdiff.trainer import TrainConfig, Trainer
+from fastdiff.trainer import Trainer
 
 
 @dataclass

@@ -25,13 +25,13 @@ from fastdiff.data import Batch, Encoded, Wants, control
 from fastdiff.io import checkpoint, export
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run
+from fastdiff.method import Phase, Turn
 from fastdiff.models import adapters, controlnet, unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.proof import vae_of
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, uint8
 from fastdiff.segmented import Segmented, SegmentedConfig, phases
 from fastdiff.session import data_of, open_session
-from fastdiff.trainer import Phase, Turn
 
 CARD = dict(segmented.CARD, match_steps=0)
 PRESETS = {

@@ -28,6 +28,7 @@ from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.losses import Noised
 from fastdiff.matching import Scores, fitted_guidance, start_from
+from fastdiff.method import Losses, TrainConfig, Turn
 from fastdiff.models import perceptual
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.discriminator import Head
@@ -35,7 +36,6 @@ from fastdiff.rng import seed_for
 from fastdiff.schedule import NoiseSchedule, Prediction
 from fastdiff.session import train, write_student
 from fastdiff.solvers import simulate
-from fastdiff.trainer import Losses, TrainConfig, Turn
 
 # Rows are families; a row family:recipe lies over its family's.
 # fmt: off

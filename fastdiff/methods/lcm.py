@@ -29,13 +29,13 @@ from fastdiff.io import checkpoint
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
+from fastdiff.method import TrainConfig, Turn
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.ema import EMA
 from fastdiff.roles import Roles
 from fastdiff.schedule import NoiseSchedule, per_sample
 from fastdiff.session import train, write_student
 from fastdiff.solvers import jump
-from fastdiff.trainer import TrainConfig, Turn
 
 # guidance is w of u + w (c - u), so the official scripts' w of [5, 15] and [3, 15] is one more here.
 # fmt: off

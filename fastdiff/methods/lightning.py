@@ -29,6 +29,7 @@ from fastdiff.io import checkpoint, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
+from fastdiff.method import TrainConfig, Turn
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Discriminator
@@ -37,7 +38,6 @@ from fastdiff.schedule import per_sample
 from fastdiff.session import train, write_student
 from fastdiff.solvers import jump
 from fastdiff.stages import Part, plan, timesteps
-from fastdiff.trainer import TrainConfig, Turn
 
 # Paper: 1e-5 for mse, 1e-6 with LoRA, 5e-7 full, 512 images a step. Ours for one card: larger, for far smaller batches.
 # A distance first and the paired loss are what small batches took on `emoji`.

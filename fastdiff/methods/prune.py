@@ -29,10 +29,10 @@ from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.io.state import write_atomic
+from fastdiff.method import TrainConfig, Turn
 from fastdiff.models import adapters, unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.session import default_folder, train, write_student
-from fastdiff.trainer import TrainConfig, Turn
 
 # Paper: AdamW 5e-5, 256 images a step, 50,000 steps. Ours for one card: smaller batches, a cosine, an average.
 # fmt: off

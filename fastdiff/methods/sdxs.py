@@ -27,12 +27,12 @@ from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.io.updates import Factors
+from fastdiff.method import Phase, Turn
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Denoiser, trainable_copy
 from fastdiff.models.discriminator import Discriminator
 from fastdiff.segmented import Segmented, SegmentedConfig, phases
 from fastdiff.session import train, write_student
-from fastdiff.trainer import Phase, Turn
 
 CARD = dict(segmented.CARD, fake_lr=1e-5, max_grad_norm=10.0, match_steps=1000)
 PRESETS = {

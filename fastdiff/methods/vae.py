@@ -24,11 +24,11 @@ from fastdiff.data import Batch, Buckets, Data
 from fastdiff.io import export
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run
+from fastdiff.method import TrainConfig, Turn
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.sampling import at_once, contact_sheet, uint8
 from fastdiff.session import data_of, open_session
-from fastdiff.trainer import TrainConfig, Turn
 
 # TAESD: Adam 3e-4, batches of 16. SDXS names no weights: ours.
 # fmt: off
