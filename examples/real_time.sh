@@ -10,6 +10,7 @@ shared=(--base "$base" --json ${PROMPTS:+--prompts "$PROMPTS"} ${DEVICE:+--devic
 # A tiny decoder of `emoji` needs more than a fifteenth of its VAE, which is tiny itself, and then takes more of the discriminator
 # (examples/emoji/README.md).
 decoder=() && [ "$base" = emoji ] && decoder=(--width 24 --blocks 3,3,2,0 --lambda-gan 0.03)
+python -c 'import cv2' 2> /dev/null || { echo 'error: edges for control need OpenCV: pip install ".[control]"' >&2; exit 2; }
 mkdir -p "$out"
 fastdiff prune "${shared[@]}" --layout "$layout" -o "$out/small" > "$out/prune.json"
 fastdiff distill-vae "${shared[@]}" "${decoder[@]}" -o "$out/vae" > "$out/vae.json"
