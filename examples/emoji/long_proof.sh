@@ -5,14 +5,14 @@
 #   examples/emoji/long_proof.sh [SEED]
 set -euo pipefail
 seed=${1:-0}
-shared=(--ema 0.99 --warmup 50 --proof 2000 --seed "$seed" --json)
-lcm=(--batch-size 32 --lora-rank 64 --lora-alpha 64)
-dmd=(--lora-layers all --lora-rank 32 --lora-alpha 32 --lr 5e-4 --pairs 4320 --reg-batch 12)
+shared=(--warmup 50 --proof 2000 --seed "$seed" --json)
+lcm=(--ema 0.99 --batch-size 32 --lora-rank 64 --lora-alpha 64)
+dmd=(--ema 0.99 --lora-layers all --lora-rank 32 --lora-alpha 32 --lr 5e-4 --pairs 4320 --reg-batch 12)
 fastdiff train-lcm-lora "${shared[@]}" "${lcm[@]}" --steps 1500 --weighting inverse-step -o "runs/long-lcm-$seed" > "long-lcm-$seed.json"
 fastdiff train-lcm-lora "${shared[@]}" "${lcm[@]}" --steps 1200 --target edge --skip 4 -o "runs/long-pcm-$seed" > "long-pcm-$seed.json"
 fastdiff dmd "${shared[@]}" "${dmd[@]}" --steps 1200 -o "runs/long-dmd-$seed" > "long-dmd-$seed.json"
-light=("${shared[@]}" --lora-rank 64 --lora-alpha 64 --lr 1e-3 --lora-only --eval-every 0 --steps 3800)
-fastdiff lightning "${light[@]}" --stages 32:8:16,8:4:5,4:2:5,2:1:12 --phases switch:1,mse:8,cond:1,uncond:2 \
+light=(--ema 0.995 --guidance 3.25 --lora-rank 64 --lora-alpha 64 --lr 1e-3 --lora-only --eval-every 0 --steps 4100)
+fastdiff lightning "${shared[@]}" "${light[@]}" --stages 32:8:18,8:4:8,4:2:5,2:1:10 --phases switch:1,mse:8,cond:1,uncond:2 \
     -o "runs/long-light-$seed" > "long-light-$seed.json"
 small=(--seed "$seed" --json)
 fastdiff prune "${small[@]}" --layout sdxs-512 --steps 2000 --ema 0.99 -o "runs/long-small-$seed" > "long-small-$seed.json"
