@@ -9,7 +9,9 @@ for name, path in (argument.split("=", 1) for argument in sys.argv[1:]):
     gaps = json.loads(Path(path).read_text())["metrics"]["gap_closed"]
     files = {"": gaps} if "retrieval" in gaps else gaps  # of one file, or of each that the run wrote
     for metric in ("retrieval", "frechet"):
-        for calls, gap in ((calls, gap) for table in files.values() for calls, gap in table[metric].items()):
-            closed, low, high = (100 * gap[k] for k in ("gap_closed", "low", "high"))
+        for file, calls, gap in ((file, calls, gap) for file, table in files.items() for calls, gap in table[metric].items()):
+            label = f"{name}, full weights" if file.endswith("-full") else name
             figures = f"{gap['teacher']:.3f} | {gap['student']:.3f} | {gap['teacher_50']:.3f}"
-            print(f"| {name} | {calls} | {metric} | {figures} | {closed:.0f} % [{low:.0f}, {high:.0f}] |")
+            closed, low, high = ("" if gap[k] is None else f"{100 * gap[k]:.0f}" for k in ("gap_closed", "low", "high"))
+            told = "within the noise" if gap["gain_low"] <= 0 <= gap["gain_high"] else f"{closed} % [{low}, {high}]"
+            print(f"| {label} | {calls} | {metric} | {figures} | {told} |")
