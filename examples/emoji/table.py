@@ -9,7 +9,7 @@ for name, path in (argument.split("=", 1) for argument in sys.argv[1:]):
     gaps = json.loads(Path(path).read_text())["metrics"]["gap_closed"]
     files = {"": gaps} if "retrieval" in gaps else gaps  # of one file, or of each that the run wrote
     for metric in ("retrieval", "frechet"):
-        for file, calls, gap in ((file, calls, gap) for file, table in files.items() for calls, gap in table[metric].items()):
+        for file, calls, gap in [(file, *row) for file, table in files.items() for row in table[metric].items()]:
             label = f"{name}, full weights" if file.endswith("-full") else name
             figures = f"{gap['teacher']:.3f} | {gap['student']:.3f} | {gap['teacher_50']:.3f}"
             closed, low, high = ("" if gap[k] is None else f"{100 * gap[k]:.0f}" for k in ("gap_closed", "low", "high"))
