@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastdiff import console, judge
+from fastdiff.runtime import console
+from fastdiff import judge
 from fastdiff.assemble import assemble, pick_device, pick_dtype
 from fastdiff.distances import gap_closed
 from fastdiff.io import checkpoint

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from fastdiff import console, surgery
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.runtime import console
+from fastdiff import surgery
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.engine import Compile
 from fastdiff.io import fitting, ldm, lora, tensors
 from fastdiff.io.checkpoint import Checkpoint, fingerprint

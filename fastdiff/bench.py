@@ -15,10 +15,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff import baselines, console, intel, measure
+from fastdiff import baselines, intel, measure
+from fastdiff.runtime import console
 from fastdiff.assemble import pick_device
-from fastdiff.config import Range
-from fastdiff.console import GateFailed, Result, UsageError
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import GateFailed, Result, UsageError
 from fastdiff.data import Batch
 from fastdiff.engine import WORTH_COMPILING, Engine
 from fastdiff.io import bases, export, lora

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastdiff.console import sha256
+from fastdiff.runtime.console import sha256
 from fastdiff.io import checkpoint, lora
 from fastdiff.io.bases import ALIASES
 from fastdiff.io.checkpoint import Checkpoint

@@ -21,9 +21,10 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from typer.core import TyperGroup
 
-from fastdiff import __version__, console
-from fastdiff.config import Option, options, preset, resolve, suggestion, to_toml
-from fastdiff.console import Result, UsageError
+from fastdiff import __version__
+from fastdiff.runtime import console
+from fastdiff.runtime.config import Option, options, preset, resolve, suggestion, to_toml
+from fastdiff.runtime.console import Result, UsageError
 
 
 class Command(NamedTuple):
@@ -275,7 +276,7 @@ def raised_here(error: BaseException) -> bool:
 
 def stoppable(call: Call) -> AbstractContextManager[None]:
     """A command that trains ends between two units of work, and tells how it goes on."""
-    from fastdiff import stop
+    from fastdiff.runtime import stop
 
     return stop.watching(call.line)
 
@@ -355,6 +356,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             told = {"kind": failure.kind, "message": console.one_line(failure.message), "hint": failure.hint or None}
             text = console.json_object(name, failure.result, told)
     emit(text)
-    if (failure is None or failure.kind == "stopped") and (loaded := sys.modules.get("fastdiff.processes")):
+    if (failure is None or failure.kind == "stopped") and (loaded := sys.modules.get("fastdiff.runtime.processes")):
         loaded.leave()
     return failure.exit_code if failure else 0

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import console
-from fastdiff.console import InputRefused, Result, UsageError
+from fastdiff.runtime import console
+from fastdiff.runtime.console import InputRefused, Result, UsageError
 from fastdiff.io import checkpoint, export, fitting, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.ldm import Weights

@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastdiff import console, intel, stop
+from fastdiff.runtime import console, stop
+from fastdiff import intel
 from fastdiff.coefficients import Table
 from fastdiff.models.denoiser import Cond, Denoiser, guidance_embedding
 from fastdiff.models.folded import Folded, FoldedUNet

@@ -9,11 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from fastdiff import console, judge, lenses, report, surgery, survival
+from fastdiff.runtime import console
+from fastdiff import judge, lenses, report, surgery, survival
 from fastdiff.assemble import Assembled, assemble, is_lora, load_loras, pick_device, pick_dtype
 from fastdiff.card import fmt
-from fastdiff.config import Range
-from fastdiff.console import Result, UsageError
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import Result, UsageError
 from fastdiff.data import teacher
 from fastdiff.distances import gap_closed
 from fastdiff.drift import REFERENCE_SEED

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from fastdiff import console
-from fastdiff.console import Result, UsageError
+from fastdiff.runtime import console
+from fastdiff.runtime.console import Result, UsageError
 from fastdiff.io import export, lora
 from fastdiff.io.checkpoint import BaseConfig
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import console
+from fastdiff.runtime import console
 from fastdiff.assemble import Assembled
-from fastdiff.console import InputRefused
+from fastdiff.runtime.console import InputRefused
 from fastdiff.data import folder, teacher
 from fastdiff.drift import REFERENCE_SEED, departures
 from fastdiff.lenses import Lens, Seen, Shown, title

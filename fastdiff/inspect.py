@@ -7,8 +7,8 @@ from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastdiff import console
-from fastdiff.console import InputRefused, Result, UsageError
+from fastdiff.runtime import console
+from fastdiff.runtime.console import InputRefused, Result, UsageError
 from fastdiff.io import checkpoint, family, fitting, layouts, ldm, lora, tensors
 from fastdiff.io.lora import Lora
 from fastdiff.io.recipe import Recipe

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import console
-from fastdiff.console import UsageError
+from fastdiff.runtime import console
+from fastdiff.runtime.console import UsageError
 
 
 def check(device: torch.device | str, precision: str = "auto") -> None:

@@ -15,9 +15,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from fastdiff import compare, console, difference, surgery
-from fastdiff.config import Range
-from fastdiff.console import InputRefused, Result, UsageError
+from fastdiff import compare, difference, surgery
+from fastdiff.runtime import console
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import InputRefused, Result, UsageError
 from fastdiff.io import export, fitting, ldm, lora
 from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.layouts import split

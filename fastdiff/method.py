@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdiff.config import Range
-from fastdiff.console import UsageError
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import UsageError
 from fastdiff.data import Batch, Wants
 from fastdiff.io.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.recipe import Recipe

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-from fastdiff import console, footprint
+from fastdiff.runtime import console
+from fastdiff import footprint
 from fastdiff.assemble import pick_device
-from fastdiff.config import options
-from fastdiff.console import DoesNotFit, Result, UsageError
+from fastdiff.runtime.config import options
+from fastdiff.runtime.console import DoesNotFit, Result, UsageError
 from fastdiff.data.store import cache_folder
 from fastdiff.estimate import LOADS, Estimate, data_plan, estimate
-from fastdiff.io import bases, checkpoint, disk
+from fastdiff.io import bases, checkpoint
+from fastdiff.runtime import disk
 from fastdiff.io.bases import ALIASES, ASSETS
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.method import TrainConfig, seconds

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import processes, sharding
+from fastdiff.runtime import processes
+from fastdiff import sharding
 from fastdiff.models.ema import EMA
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import console
+from fastdiff.runtime import console
 from fastdiff.data import Encoded
 from fastdiff.footprint import condition
 from fastdiff.io.checkpoint import Checkpoint

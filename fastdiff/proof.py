@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff import console, judge
+from fastdiff.runtime import console
+from fastdiff import judge
 from fastdiff.assemble import assemble
 from fastdiff.card import fmt
 from fastdiff.data import teacher

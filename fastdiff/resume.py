@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastdiff import console, processes, rng, sharding
-from fastdiff.config import options
-from fastdiff.console import Failed, InputRefused, UsageError
+from fastdiff.runtime import console, processes, rng
+from fastdiff import sharding
+from fastdiff.runtime.config import options
+from fastdiff.runtime.console import Failed, InputRefused, UsageError
 from fastdiff.io.run import Run
 from fastdiff.io.state import manifest_of
 

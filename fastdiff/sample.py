@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from fastdiff import console, intel, judge
+from fastdiff.runtime import console
+from fastdiff import intel, judge
 from fastdiff.assemble import Assembled, assemble, load_loras, pick_device, pick_dtype, recipe_of
-from fastdiff.config import Range
-from fastdiff.console import Result, UsageError
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import Result, UsageError
 from fastdiff.data import control
 from fastdiff.data.teacher import cache_folder, read_prompts
 from fastdiff.io.checkpoint import BaseConfig

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import coefficients, engine, stop
+from fastdiff import coefficients, engine
+from fastdiff.runtime import stop
 from fastdiff.coefficients import Table
 from fastdiff.engine import Compile, Engine, Inputs, Walk
 from fastdiff.io.checkpoint import Checkpoint

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import losses
-from fastdiff.config import Range
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.data import Batch, Wants
 from fastdiff.io import checkpoint
 from fastdiff.io.checkpoint import Checkpoint

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from fastdiff import console, processes, resume, sharding
+from fastdiff.runtime import console, processes
+from fastdiff import resume, sharding
 from fastdiff.card import write_card
-from fastdiff.config import to_toml
-from fastdiff.console import DoesNotFit, Result, UsageError
+from fastdiff.runtime.config import to_toml
+from fastdiff.runtime.console import DoesNotFit, Result, UsageError
 from fastdiff.data import Data, Framing, open_data
-from fastdiff.io import disk, export, fitting, lora
+from fastdiff.runtime import disk
+from fastdiff.io import export, fitting, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.run import Run
 from fastdiff.io.state import write_atomic

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import processes
+from fastdiff.runtime import processes
 
 BLOCKS = ("down_blocks", "up_blocks", "transformer_blocks", "resnets")  # lists of modules that are gathered one at a time
 

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from fastdiff.console import UsageError
+from fastdiff.runtime.console import UsageError
 from fastdiff.method import Phase
 from fastdiff.schedule import NoiseSchedule
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastdiff import console, stop
-from fastdiff.console import InputRefused, Result, UsageError
+from fastdiff.runtime import console, stop
+from fastdiff.runtime.console import InputRefused, Result, UsageError
 from fastdiff.data.teacher import default_prompts
 from fastdiff.io import export, tensors
 from fastdiff.io.bases import stock_config

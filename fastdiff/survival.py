@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import console
+from fastdiff.runtime import console
 from fastdiff.data import control, embedded
 from fastdiff.distances import Moments, band, frechet, gap_closed
 from fastdiff.drift import REFERENCE_SEED

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import console, processes, resume, rng, sharding, stop
-from fastdiff.console import Failed, Stopped
+from fastdiff.runtime import console, processes, rng, stop
+from fastdiff import resume, sharding
+from fastdiff.runtime.console import Failed, Stopped
 from fastdiff.data import Batch, Data
 from fastdiff.io.run import Run
 from fastdiff.method import Method, Phase, TrainConfig, seconds

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastdiff import bench, measure
-from fastdiff.console import GateFailed, UsageError
+from fastdiff.runtime.console import GateFailed, UsageError
 from fastdiff.models import frozen
 
 

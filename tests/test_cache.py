@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff import console
-from fastdiff.console import DoesNotFit, InputRefused, UsageError
+from fastdiff.runtime import console
+from fastdiff.runtime.console import DoesNotFit, InputRefused, UsageError
 from fastdiff.data import Buckets, Framing, cache, open_data
 from fastdiff.data import store as stores
 from fastdiff.data.pictures import Refused, decode, sizes_near
-from fastdiff.io import checkpoint, disk
+from fastdiff.io import checkpoint
+from fastdiff.runtime import disk
 from fastdiff.models import autoencoder, text
 
 OPEN = dict(prompts=None, pairs=0, seed=0, device="cpu")

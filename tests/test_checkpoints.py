@@ -11,7 +11,7 @@ from conftest import build
 from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.io import bases, checkpoint, export, family, ldm
 from fastdiff.io.bases import ASSETS
 from fastdiff.io.checkpoint import Checkpoint

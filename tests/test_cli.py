@@ -13,8 +13,9 @@ from typing import Annotated, ClassVar, Literal
 import pytest
 import typer
 
-from fastdiff import cli, config, console
-from fastdiff.console import DoesNotFit, GateFailed, InputRefused, Result, Stopped, UsageError
+from fastdiff import cli
+from fastdiff.runtime import config, console
+from fastdiff.runtime.console import DoesNotFit, GateFailed, InputRefused, Result, Stopped, UsageError
 
 ROOT = Path(__file__).parent.parent
 

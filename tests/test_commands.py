@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 
 from fastdiff import cli
-from fastdiff.config import options
+from fastdiff.runtime.config import options
 
 NAMES = [c.name for c in cli.COMMANDS]
 

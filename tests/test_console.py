@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff import console
-from fastdiff.console import Result
+from fastdiff.runtime import console
+from fastdiff.runtime.console import Result
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import controlnet_of
 
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.data import Batch, control
 from fastdiff.data.batch import Encoded
 from fastdiff.io import bases, checkpoint, export

@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.console import DoesNotFit, InputRefused, UsageError
+from fastdiff.runtime.console import DoesNotFit, InputRefused, UsageError
 from fastdiff.data import embedded, folder, open_data, teacher
 from fastdiff.data.batch import Encoded
-from fastdiff.io import checkpoint, disk
+from fastdiff.io import checkpoint
+from fastdiff.runtime import disk
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.sampling import Settings

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdiff import losses
-from fastdiff.console import UsageError
+from fastdiff.runtime.console import UsageError
 from fastdiff.data import Batch
 from fastdiff.io import checkpoint, fitting
 from fastdiff.losses import Noised
@@ -569,7 +569,7 @@ def test_regression_of_several_steps_is_at_the_first(tiny_sd):
 
 @pytest.mark.parametrize("family", ["emoji", "sd15", "sd21", "sdxl"])
 def test_recipes_are_rows_over_their_family(family):
-    from fastdiff.config import resolve
+    from fastdiff.runtime.config import resolve
 
     for recipe in ("dmd", "dmd2"):
         config = resolve(Config, {"recipe": recipe}, presets=PRESETS, family_of=lambda values: family, environ={})

@@ -12,8 +12,9 @@ import toy
 from conftest import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiff import engine, intel, stop
-from fastdiff.console import Stopped, UsageError
+from fastdiff import engine, intel
+from fastdiff.runtime import stop
+from fastdiff.runtime.console import Stopped, UsageError
 from fastdiff.io import checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser

@@ -267,7 +267,7 @@ def test_a_style_and_a_control_that_survive_whole(fastdiff, tmp_path):
 
 def test_protocols_set_what_they_say(tmp_path, tiny_sdxl, monkeypatch):
     from fastdiff import evaluate
-    from fastdiff.config import resolve
+    from fastdiff.runtime.config import resolve
 
     (tmp_path / "p.txt").write_text("a cat\n")
     given = dict(protocol="coco10k-lightning", reference=str(tmp_path), prompts=str(tmp_path / "p.txt"))

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
-from fastdiff.console import DoesNotFit, GateFailed, InputRefused
+from fastdiff.runtime.console import DoesNotFit, GateFailed, InputRefused
 from fastdiff.io import bases, checkpoint, export, fitting, tensors
 from fastdiff.io.recipe import Recipe
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_dmd import batch_for, disturb
 
-from fastdiff.console import UsageError
+from fastdiff.runtime.console import UsageError
 from fastdiff.data.batch import Encoded
 from fastdiff.io import checkpoint, fitting, lora
 from fastdiff.io.run import Run

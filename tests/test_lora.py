@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastdiff import console
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.runtime import console
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.io import fitting, lora
 from fastdiff.io.lora import Factors, Lora
 from fastdiff.io.recipe import Recipe

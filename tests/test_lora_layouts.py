@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from test_single_file import ldm_unet
 
-from fastdiff import console
+from fastdiff.runtime import console
 from fastdiff.io import checkpoint, fitting, lora
 
 R = 3

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastdiff import merge
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.io import checkpoint, fitting, lora
 from fastdiff.io.lora import Factors, Lora
 from fastdiff.io.recipe import Recipe
@@ -170,7 +170,7 @@ def test_a_base_of_another_family_is_refused(files, monkeypatch):
 
 
 def test_every_field_is_a_flag():
-    from fastdiff.config import options
+    from fastdiff.runtime.config import options
 
     named = {"--accel", "--style", "--base", "--output", "--rank", "--block-weights", "--extract", "--tuned", "--check"}
     assert named < {o.flag for o in options(Config)}

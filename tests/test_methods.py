@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from fastdiff import cli, surgery
-from fastdiff.console import Failed
+from fastdiff.runtime.console import Failed
 from fastdiff.data import open_data
 from fastdiff.io import checkpoint
 from fastdiff.io.run import Run
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.rng import seed_for
+from fastdiff.runtime.rng import seed_for
 from fastdiff.session import open_accelerator
 from fastdiff.trainer import Trainer
 
@@ -183,7 +183,7 @@ def test_noise_differs_between_ranks_and_steps():
 def test_a_stop_signal_saves_a_state_and_says_how_to_go_on(data, tmp_path, monkeypatch):
     import signal
 
-    from fastdiff.console import Stopped
+    from fastdiff.runtime.console import Stopped
 
     trainer, _ = trainer_of("train-lcm-lora", data, tmp_path, steps=50)
     real = trainer.train_step

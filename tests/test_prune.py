@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdiff import losses, surgery
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.data import open_data
 from fastdiff.io import bases, checkpoint, fitting
 from fastdiff.io.lora import Factors, Lora

@@ -18,8 +18,9 @@ import tiny
 import torch
 import toy
 
-from fastdiff import cli, processes, resume, rng, stop
-from fastdiff.console import DoesNotFit, Failed, InputRefused, Stopped, UsageError
+from fastdiff import cli, resume
+from fastdiff.runtime import processes, rng, stop
+from fastdiff.runtime.console import DoesNotFit, Failed, InputRefused, Stopped, UsageError
 from fastdiff.io import state as states
 from fastdiff.io.run import Run
 from fastdiff.io.state import States
@@ -578,7 +579,7 @@ def test_sigterm_in_an_evaluation_is_75_at_once_and_names_the_command(fastdiff, 
 
 
 def test_too_little_room_is_exit_4_before_the_first_step(fastdiff, tiny_sd, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastdiff.io.disk.free_bytes", lambda folder: 2**20)
+    monkeypatch.setattr("fastdiff.runtime.disk.free_bytes", lambda folder: 2**20)
     args = f"train-lcm-lora --base {tiny_sd} -o run --steps 1 --prompts prompts.txt {QUICK} --lora-rank 64"
     code, told = fastdiff(*args.split())
     assert (code, told["error"]["kind"]) == (4, "capacity")

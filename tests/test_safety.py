@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastdiff import cli
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.io import lora, tensors
 
 KEY = "lora_unet_mid_block_resnets_0_conv1"

@@ -184,7 +184,7 @@ def test_checkpoint_folder_round_trip_keeps_every_tensor_and_the_recipe(tiny_sd,
 def test_broken_checkpoints_are_refused_by_name(tiny_sd, tmp_path):
     import shutil
 
-    from fastdiff.console import InputRefused, UsageError
+    from fastdiff.runtime.console import InputRefused, UsageError
 
     copy = tmp_path / "copy"
     shutil.copytree(tiny_sd, copy)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdiff import losses
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.data import Batch
 from fastdiff.io import checkpoint, lora
 from fastdiff.io.bases import EMOJI

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.data import cache, open_data, streams
 from fastdiff.io import checkpoint
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastdiff import decoders, losses
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.io import checkpoint
 from fastdiff.methods import vae as method
 from fastdiff.methods.vae import Config, TinyVAE

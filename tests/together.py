@@ -119,7 +119,8 @@ def command_runs(path):
 
     from accelerate import Accelerator
 
-    from fastdiff import cli, processes
+    from fastdiff import cli
+    from fastdiff.runtime import processes
     from fastdiff.data import Batch, Encoded
 
     get, Batch.to = Encoded.batch, keyed(Batch.to)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from fastdiff.console import UsageError
+from fastdiff.runtime.console import UsageError
 from fastdiff.data import cache, embedded, folder, streams, teacher
 from fastdiff.data.batch import Batch, Buckets, Data, Encoded
 from fastdiff.data.pictures import Framing

@@ -17,12 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastdiff import console, stop
-from fastdiff.console import InputRefused, Stopped
+from fastdiff.runtime import console, stop
+from fastdiff.runtime.console import InputRefused, Stopped
 from fastdiff.data.batch import Buckets, Data, Encoded
 from fastdiff.data.pictures import Framing, Refused, Sample, decode, hash_of, reasons
 from fastdiff.data.store import Share, Store, Stored, cache_folder
-from fastdiff.io import disk
+from fastdiff.runtime import disk
 from fastdiff.io.checkpoint import Checkpoint, fingerprint
 from fastdiff.io.state import write_atomic
 from fastdiff.models import autoencoder, text

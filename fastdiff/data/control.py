@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff import console, stop
-from fastdiff.console import UsageError
+from fastdiff.runtime import console, stop
+from fastdiff.runtime.console import UsageError
 from fastdiff.data.batch import Encoded
 from fastdiff.data.folder import square
 from fastdiff.models import autoencoder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.data.pictures import CAPTIONS, SUFFIXES, Framing, Refused, Sample, caption_in, caption_of_json, decode, hash_of
 
 MISSING = "without a caption"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import console
-from fastdiff.console import DoesNotFit
+from fastdiff.runtime import console
+from fastdiff.runtime.console import DoesNotFit
 
 
 def cache_folder() -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastdiff.console import UsageError
+from fastdiff.runtime.console import UsageError
 from fastdiff.data.folder import MISSING
 from fastdiff.data.pictures import CAPTIONS, SUFFIXES, Sample, caption_in, caption_of_json, hash_of
 

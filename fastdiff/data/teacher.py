@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdiff import console, stop
-from fastdiff.console import InputRefused, Stopped, UsageError
+from fastdiff.runtime import console, stop
+from fastdiff.runtime.console import InputRefused, Stopped, UsageError
 from fastdiff.data import embedded
 from fastdiff.data.batch import Encoded
 from fastdiff.data.store import Share, cache_folder
-from fastdiff.io import disk
+from fastdiff.runtime import disk
 from fastdiff.io.checkpoint import Checkpoint, fingerprint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser

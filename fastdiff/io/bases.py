@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastdiff.console import InputRefused, UsageError
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.io import tensors
 from fastdiff.io.family import FAMILIES, FAMILY_OF_WIDTH, detect
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff.console import InputRefused, info
+from fastdiff.runtime.console import InputRefused, info
 from fastdiff.io import ldm, tensors
 from fastdiff.io.bases import ASSETS, EMOJI, clip_vocabulary, family_of, locate, shape_tables
 from fastdiff.io.family import Found, detect, infer_unet

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.console import InputRefused, UsageError, info
+from fastdiff.runtime.console import InputRefused, UsageError, info
 from fastdiff.io import ldm, tensors
 from fastdiff.io.bases import clip_vocabulary, stock_config
 from fastdiff.io.checkpoint import Checkpoint, plain_name

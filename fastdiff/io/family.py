@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdiff.console import InputRefused
+from fastdiff.runtime.console import InputRefused
 from fastdiff.io.tensors import TensorFile
 
 FAMILIES = ("emoji", "sd15", "sd21", "sdxl")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdiff.console import InputRefused, info, warn
+from fastdiff.runtime.console import InputRefused, info, warn
 from fastdiff.io import ldm
 from fastdiff.io.layouts import canonical
 from fastdiff.io.ldm import Weights

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.console import InputRefused
+from fastdiff.runtime.console import InputRefused
 from fastdiff.io.tensors import Entry, TensorFile
 
 PREFIXES = {

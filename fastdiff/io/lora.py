@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastdiff.console import InputRefused, UsageError, warn
+from fastdiff.runtime.console import InputRefused, UsageError, warn
 from fastdiff.io import ldm, tensors
 from fastdiff.io.layouts import OTHERS, READERS, Part, canonical, read_peft, split
 from fastdiff.io.recipe import Recipe

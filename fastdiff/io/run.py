@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastdiff.console import DoesNotFit, jsonable
+from fastdiff.runtime.console import DoesNotFit, jsonable
 from fastdiff.io.state import FULL, States, write_atomic
 
 

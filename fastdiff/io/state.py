@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from fastdiff import console
-from fastdiff.console import DoesNotFit, Failed, InputRefused, sha256
+from fastdiff.runtime import console
+from fastdiff.runtime.console import DoesNotFit, Failed, InputRefused, sha256
 
 MANIFEST = "manifest.json"
 FULL = {errno.ENOSPC, errno.EDQUOT}

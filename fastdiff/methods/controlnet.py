@@ -17,10 +17,11 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastdiff import console, losses, segmented
+from fastdiff.runtime import console
+from fastdiff import losses, segmented
 from fastdiff.card import write_controlnet_card
-from fastdiff.config import Range
-from fastdiff.console import Result, UsageError
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import Result, UsageError
 from fastdiff.data import Batch, Encoded, Wants, control
 from fastdiff.io import checkpoint, export
 from fastdiff.io.checkpoint import Checkpoint

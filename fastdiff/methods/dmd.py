@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import losses
-from fastdiff.config import Range
-from fastdiff.console import UsageError, info
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import UsageError, info
 from fastdiff.data import Batch, Wants
 from fastdiff.io import bases, checkpoint, lora
 from fastdiff.io.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ from fastdiff.method import Losses, TrainConfig, Turn
 from fastdiff.models import perceptual
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.discriminator import Head
-from fastdiff.rng import seed_for
+from fastdiff.runtime.rng import seed_for
 from fastdiff.schedule import NoiseSchedule, Prediction
 from fastdiff.session import train, write_student
 from fastdiff.solvers import simulate

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import losses
-from fastdiff.config import Range
-from fastdiff.console import UsageError
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import UsageError
 from fastdiff.data import Batch
 from fastdiff.io import checkpoint
 from fastdiff.io.checkpoint import Checkpoint

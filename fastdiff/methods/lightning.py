@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import losses
-from fastdiff.config import Range
+from fastdiff.runtime.config import Range
 from fastdiff.data import Batch
 from fastdiff.io import checkpoint, lora
 from fastdiff.io.checkpoint import Checkpoint

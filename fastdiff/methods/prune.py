@@ -21,8 +21,8 @@ from torch import nn
 
 from fastdiff import losses, surgery
 from fastdiff.assemble import pick_device
-from fastdiff.config import Range
-from fastdiff.console import Result
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import Result
 from fastdiff.data import Batch
 from fastdiff.io import checkpoint
 from fastdiff.io.checkpoint import Checkpoint

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import losses, segmented
-from fastdiff.config import Range
-from fastdiff.console import UsageError, warn
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import UsageError, warn
 from fastdiff.data import Batch
 from fastdiff.io import checkpoint, lora
 from fastdiff.io.checkpoint import Checkpoint

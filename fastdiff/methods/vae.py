@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff import console, decoders, losses, stop
+from fastdiff.runtime import console, stop
+from fastdiff import decoders, losses
 from fastdiff.card import write_vae_card
-from fastdiff.config import Range
-from fastdiff.console import Result, UsageError
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import Result, UsageError
 from fastdiff.data import Batch, Buckets, Data
 from fastdiff.io import export
 from fastdiff.io.checkpoint import Checkpoint

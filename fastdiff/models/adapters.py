@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from fastdiff.console import UsageError
+from fastdiff.runtime.console import UsageError
 from fastdiff.io import fitting
 from fastdiff.io.lora import Factors, Lora, from_peft
 from fastdiff.io.updates import Dense, low_rank_of

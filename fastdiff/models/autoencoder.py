@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastdiff.console import InputRefused
+from fastdiff.runtime.console import InputRefused
 from fastdiff.io import component
 from fastdiff.models.decoder import Decoder
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdiff.console import InputRefused
+from fastdiff.runtime.console import InputRefused
 from fastdiff.io import component
 from fastdiff.io.bases import EMOJI
 from fastdiff.models import unet

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.console import UsageError
+from fastdiff.runtime.console import UsageError
 from fastdiff.io import tensors
-from fastdiff.io.download import weight_file
+from fastdiff.runtime.download import weight_file
 
 EXTRA = 'pip install "fastdiff[eval]"'
 CLIP = "ViT-L-14-336-quickgelu:openai"  # what CMMD is defined with (Jayasumana 2024, section 4)

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastdiff.console import UsageError
+from fastdiff.runtime.console import UsageError
 from fastdiff.io import tensors
-from fastdiff.io.download import weight_file
+from fastdiff.runtime.download import weight_file
 from fastdiff.models import autoencoder
 from fastdiff.models.features import FeatureNet
 

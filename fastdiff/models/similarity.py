@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.console import UsageError
+from fastdiff.runtime.console import UsageError
 from fastdiff.losses import structure
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.denoiser import Cond, Denoiser

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import console
-from fastdiff.console import UsageError
+from fastdiff.runtime import console
+from fastdiff.runtime.console import UsageError
 
 
 def weight_file(given: str | None, url: str, *, flag: str, what: str, instead: str = "") -> Path:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastdiff import processes
-from fastdiff.console import Stopped
+from fastdiff.runtime import processes
+from fastdiff.runtime.console import Stopped
 
 CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from fastdiff.console import DoesNotFit
+from fastdiff.runtime.console import DoesNotFit
 
 
 def shown(size: float) -> str:
