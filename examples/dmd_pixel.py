@@ -4,7 +4,7 @@
     python examples/dmd_pixel.py emoji     class-conditional 16 px pictures over EDM's noise levels: teacher, student; minutes
 
 What DMD needs of a model is a `Prediction` (x0, eps) for (x_t, t). `match` is algorithm 1 for any such pair; with
-`fastdiff.losses.score_difference` it serves a model of your own.
+`fastdiff.diffusion.losses.score_difference` it serves a model of your own.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastdiff import losses
+from fastdiff.diffusion import losses
 from fastdiff.data import embedded
-from fastdiff.losses import Noised
+from fastdiff.diffusion.losses import Noised
 from fastdiff.sampling import contact_sheet
-from fastdiff.schedule import NoiseSchedule, Prediction
-from fastdiff.solvers import jump
+from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
+from fastdiff.diffusion.solvers import jump
 
 STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 

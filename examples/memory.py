@@ -20,11 +20,11 @@ import time
 import torch
 from torch import nn
 
-from fastdiff import losses
+from fastdiff.diffusion import losses
 from fastdiff.data import Batch
 from fastdiff.io.bases import ASSETS, EMOJI
 from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.losses import Noised
+from fastdiff.diffusion.losses import Noised
 from fastdiff.methods import dmd, lightning
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser, trainable_copy

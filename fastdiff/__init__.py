@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from fastdiff.io.checkpoint import load as load
     from fastdiff.models.denoiser import Denoiser as Denoiser
     from fastdiff.sampling import Sampler as Sampler
-    from fastdiff.schedule import NoiseSchedule as NoiseSchedule
+    from fastdiff.diffusion.schedule import NoiseSchedule as NoiseSchedule
     from fastdiff.trainer import Trainer as Trainer
 
 # Looked up on first use: `fastdiff --help` and the command line's errors must not wait for torch.
 PUBLIC = {
     "load": "fastdiff.io.checkpoint",
     "Denoiser": "fastdiff.models.denoiser",
-    "NoiseSchedule": "fastdiff.schedule",
+    "NoiseSchedule": "fastdiff.diffusion.schedule",
     "Sampler": "fastdiff.sampling",
     "Trainer": "fastdiff.trainer",
 }

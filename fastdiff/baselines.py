@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.losses import pseudo_huber
+from fastdiff.diffusion.losses import pseudo_huber
 from fastdiff.models import text
 from fastdiff.models.adapters import TARGETS
 from fastdiff.models.denoiser import Cond
 from fastdiff.sampling import SeededNoise, Settings, with_size
-from fastdiff.schedule import Prediction
+from fastdiff.diffusion.schedule import Prediction
 
 # A first picture as the libraries' documentation has it; arguments: folder, steps, guidance, seed, output.
 FIRST_PICTURE = """

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiff.schedule import PredictionType
-from fastdiff.solvers import SOLVERS, Grid
+from fastdiff.diffusion.schedule import PredictionType
+from fastdiff.diffusion.solvers import SOLVERS, Grid
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import losses
+from fastdiff.diffusion import losses
 from fastdiff.models import autoencoder
 
 ROUNDS = 7

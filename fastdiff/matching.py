@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import losses
+from fastdiff.diffusion import losses
 from fastdiff.data import Batch
 from fastdiff.io import fitting
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.lora import Lora
-from fastdiff.losses import Noised
+from fastdiff.diffusion.losses import Noised
 from fastdiff.method import Losses
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.roles import Roles
-from fastdiff.schedule import Prediction
+from fastdiff.diffusion.schedule import Prediction
 
 
 class Scores(Roles):

@@ -26,7 +26,7 @@ from fastdiff.io.recipe import Recipe
 from fastdiff.models import text
 from fastdiff.models.denoiser import Cond
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
-from fastdiff.solvers import SOLVERS
+from fastdiff.diffusion.solvers import SOLVERS
 
 PRESETS: dict[str, dict[str, Any]] = {}
 CONTROLS = ("controlnet", "control_image", "control", "control_scale")

@@ -22,8 +22,8 @@ from fastdiff.models import autoencoder, text
 from fastdiff.models.decoder import Decoder, decoder_of
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.folded import unet_of
-from fastdiff.schedule import Prediction
-from fastdiff.solvers import SOLVERS, Grid
+from fastdiff.diffusion.schedule import Prediction
+from fastdiff.diffusion.solvers import SOLVERS, Grid
 
 
 @dataclass(frozen=True)

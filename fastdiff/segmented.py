@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastdiff import losses
+from fastdiff.diffusion import losses
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.data import Batch, Wants

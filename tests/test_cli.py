@@ -82,7 +82,7 @@ def test_help_loads_no_torch_and_names_every_command():
 
 def test_public_names_are_lazy():
     code = "import sys, fastdiff as f; assert 'torch' not in sys.modules; print(f.NoiseSchedule, 'load' in dir(f))"
-    assert python("-c", code).stdout == "<class 'fastdiff.schedule.NoiseSchedule'> True\n"
+    assert python("-c", code).stdout == "<class 'fastdiff.diffusion.schedule.NoiseSchedule'> True\n"
     import fastdiff
 
     with pytest.raises(AttributeError, match="nonsense"):

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff import losses
+from fastdiff.diffusion import losses
 from fastdiff.runtime.console import UsageError
 from fastdiff.data import Batch
 from fastdiff.io import checkpoint, fitting
-from fastdiff.losses import Noised
+from fastdiff.diffusion.losses import Noised
 from fastdiff.matching import fitted_guidance
 from fastdiff.methods.dmd import DMD, PRESETS, Config
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Head
-from fastdiff.schedule import NoiseSchedule, Prediction
-from fastdiff.solvers import simulate
+from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
+from fastdiff.diffusion.solvers import simulate
 
 SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "dmd_pixel.py"

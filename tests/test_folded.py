@@ -17,8 +17,8 @@ from fastdiff.models.folded import FoldedUNet, unet_of
 from fastdiff.models.frozen import Unknown
 from fastdiff.models.unet import LAYOUTS, student_config
 from fastdiff.sampling import Sampler, Settings
-from fastdiff.schedule import NoiseSchedule
-from fastdiff.solvers import SOLVERS, Grid
+from fastdiff.diffusion.schedule import NoiseSchedule
+from fastdiff.diffusion.solvers import SOLVERS, Grid
 
 SMALL = dict(UNET, cross_attention_dim=32)
 CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"

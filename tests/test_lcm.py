@@ -8,7 +8,7 @@ from fastdiff.io import checkpoint, lora
 from fastdiff.methods.lcm import LCM, Config, distillation_grid, guidance_embedded
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser
-from fastdiff.schedule import NoiseSchedule, Prediction, per_sample
+from fastdiff.diffusion.schedule import NoiseSchedule, Prediction, per_sample
 
 SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 

@@ -16,7 +16,7 @@ from fastdiff.method import seconds
 from fastdiff.methods.lightning import SHOWN, Config, Lightning
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.schedule import NoiseSchedule
+from fastdiff.diffusion.schedule import NoiseSchedule
 from fastdiff.session import open_accelerator
 from fastdiff.stages import plan, timesteps
 from fastdiff.trainer import Trainer

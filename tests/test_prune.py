@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdiff import losses, surgery
+from fastdiff.diffusion import losses
+from fastdiff import surgery
 from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.data import open_data
 from fastdiff.io import bases, checkpoint, fitting
@@ -15,7 +16,7 @@ from fastdiff.io.lora import Factors, Lora
 from fastdiff.methods.prune import Config, Prune
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Cond, Denoiser
-from fastdiff.schedule import NoiseSchedule
+from fastdiff.diffusion.schedule import NoiseSchedule
 
 COUNTS = {  # parameters and tensors, of the published networks
     ("sd15", "bk-base"): (579_384_964, 442),

@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 
-from fastdiff.schedule import NoiseSchedule, Prediction
+from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
 
 SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 KINDS = ("epsilon", "v_prediction", "sample")

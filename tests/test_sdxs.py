@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastdiff import losses
+from fastdiff.diffusion import losses
 from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.data import Batch
 from fastdiff.io import checkpoint, lora

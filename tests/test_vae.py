@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastdiff import decoders, losses
+from fastdiff import decoders
+from fastdiff.diffusion import losses
 from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.io import checkpoint
 from fastdiff.methods import vae as method

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import losses
+from fastdiff.diffusion import losses
 from fastdiff.data import control, embedded, open_data
 from fastdiff.io import checkpoint
 from fastdiff.io.recipe import Recipe

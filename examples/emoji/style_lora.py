@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import losses
+from fastdiff.diffusion import losses
 from fastdiff.data import open_data
 from fastdiff.io import checkpoint, lora
 from fastdiff.io.recipe import Recipe

@@ -366,7 +366,7 @@ def train_unet(args) -> None:
 
     The plain loss hardly counts the high noise levels, where picture and background are decided.
     """
-    from fastdiff.schedule import NoiseSchedule
+    from fastdiff.diffusion.schedule import NoiseSchedule
 
     unet = unet_net().to(args.device)
     schedule = NoiseSchedule.from_config(SCHEDULER).to(args.device)

@@ -21,7 +21,7 @@ from fastdiff.io.family import prediction as prediction_told
 from fastdiff.io.ldm import Slot, Weights
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.tensors import TensorFile
-from fastdiff.schedule import NoiseSchedule, PredictionType
+from fastdiff.diffusion.schedule import NoiseSchedule, PredictionType
 
 
 @dataclass

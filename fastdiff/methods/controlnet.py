@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.runtime import console
-from fastdiff import losses, segmented
+from fastdiff.diffusion import losses
+from fastdiff import segmented
 from fastdiff.card import write_controlnet_card
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError

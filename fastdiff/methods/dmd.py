@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff import losses
+from fastdiff.diffusion import losses
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import UsageError, info
 from fastdiff.data import Batch, Wants
@@ -26,16 +26,16 @@ from fastdiff.io import bases, checkpoint, lora
 from fastdiff.io.checkpoint import Checkpoint
 from fastdiff.io.recipe import Recipe
 from fastdiff.io.run import Run
-from fastdiff.losses import Noised
+from fastdiff.diffusion.losses import Noised
 from fastdiff.matching import Scores, fitted_guidance, start_from
 from fastdiff.method import Losses, TrainConfig, Turn
 from fastdiff.models import perceptual
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.discriminator import Head
 from fastdiff.runtime.rng import seed_for
-from fastdiff.schedule import NoiseSchedule, Prediction
+from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
 from fastdiff.session import train, write_student
-from fastdiff.solvers import simulate
+from fastdiff.diffusion.solvers import simulate
 
 # Rows are families; a row family:recipe lies over its family's.
 # fmt: off

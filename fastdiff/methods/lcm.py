@@ -21,7 +21,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff import losses
+from fastdiff.diffusion import losses
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import UsageError
 from fastdiff.data import Batch
@@ -33,9 +33,9 @@ from fastdiff.method import TrainConfig, Turn
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.ema import EMA
 from fastdiff.roles import Roles
-from fastdiff.schedule import NoiseSchedule, per_sample
+from fastdiff.diffusion.schedule import NoiseSchedule, per_sample
 from fastdiff.session import train, write_student
-from fastdiff.solvers import jump
+from fastdiff.diffusion.solvers import jump
 
 # guidance is w of u + w (c - u), so the official scripts' w of [5, 15] and [3, 15] is one more here.
 # fmt: off

@@ -22,7 +22,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff import losses
+from fastdiff.diffusion import losses
 from fastdiff.runtime.config import Range
 from fastdiff.data import Batch
 from fastdiff.io import checkpoint, lora
@@ -34,9 +34,9 @@ from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Discriminator
 from fastdiff.roles import Roles
-from fastdiff.schedule import per_sample
+from fastdiff.diffusion.schedule import per_sample
 from fastdiff.session import train, write_student
-from fastdiff.solvers import jump
+from fastdiff.diffusion.solvers import jump
 from fastdiff.stages import Part, plan, timesteps
 
 # Paper: 1e-5 for mse, 1e-6 with LoRA, 5e-7 full, 512 images a step. Ours for one card: larger, for far smaller batches.

@@ -19,7 +19,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from fastdiff import losses, surgery
+from fastdiff.diffusion import losses
+from fastdiff import surgery
 from fastdiff.assemble import pick_device
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result

@@ -18,7 +18,8 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff import losses, segmented
+from fastdiff.diffusion import losses
+from fastdiff import segmented
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import UsageError, warn
 from fastdiff.data import Batch

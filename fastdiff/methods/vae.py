@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.runtime import console, stop
-from fastdiff import decoders, losses
+from fastdiff import decoders
+from fastdiff.diffusion import losses
 from fastdiff.card import write_vae_card
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError

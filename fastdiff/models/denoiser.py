@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.models import adapters
-from fastdiff.schedule import NoiseSchedule, Prediction, PredictionType
+from fastdiff.diffusion.schedule import NoiseSchedule, Prediction, PredictionType
 from fastdiff.sharding import is_split
 
 

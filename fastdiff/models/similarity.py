@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.runtime.console import UsageError
-from fastdiff.losses import structure
+from fastdiff.diffusion.losses import structure
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.features import FeatureNet

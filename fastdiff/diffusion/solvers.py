@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdiff.schedule import NoiseSchedule, Prediction, per_sample
+from fastdiff.diffusion.schedule import NoiseSchedule, Prediction, per_sample
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
 Noise = Callable[[], Tensor]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.schedule import NoiseSchedule, Prediction, PredictionType, per_sample
+from fastdiff.diffusion.schedule import NoiseSchedule, Prediction, PredictionType, per_sample
 
 Weighting = Literal["dmd", "eq8", "none", "sigma2"]
 
