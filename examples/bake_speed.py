@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.io import export, lora
-from fastdiff.io.bases import ASSETS
-from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.io.ldm import Weights
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints import write
+from fastdiff.io import lora
+from fastdiff.checkpoints.locate import ASSETS
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.single_file import Weights
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.io.updates import Factors
 from fastdiff.models.adapters import TARGETS
 
@@ -55,7 +56,7 @@ def full_size(family: str, folder: Path) -> tuple[Path, Path]:
         shapes = base.shapes(part)
         readers = {name: (lambda s=shape, i=i: random(s, i)) for i, (name, shape) in enumerate(shapes.items())}
         parts[part] = Weights(readers, shapes, dict.fromkeys(shapes, torch.float16))
-    export.to_file(base, folder / f"{family}.safetensors", changed=parts)
+    write.to_file(base, folder / f"{family}.safetensors", changed=parts)
     modules = {}
     for i, (name, shape) in enumerate(base.shapes("unet").items()):
         module = name.removesuffix(".weight")
@@ -95,10 +96,10 @@ def main() -> None:
         base = Checkpoint("sdxl", ASSETS / "families" / "sdxl", "sdxl")
         for part in ("scheduler", "unet", "vae", "text_encoder", "text_encoder_2"):
             file = "scheduler_config.json" if part == "scheduler" else "config.json"
-            export.write_json(config / part / file, json.loads((base.path / part / file).read_text()))
+            write.write_json(config / part / file, json.loads((base.path / part / file).read_text()))
         for part in ("tokenizer", "tokenizer_2"):
-            export.write_tokenizer(base.path / part, config / part)
-        export.write_json(config / "model_index.json", base.index)
+            write.write_tokenizer(base.path / part, config / part)
+        write.write_json(config / "model_index.json", base.index)
         (folder / "stock.py").write_text(STOCK)
         ours = [sys.executable, "-m", "fastdiff", "merge-lora", "--accel", str(style), "--base", str(source)]
         ways = {

@@ -22,8 +22,8 @@ from torch import nn
 
 from fastdiff.diffusion import losses
 from fastdiff.data import Batch
-from fastdiff.io.bases import ASSETS, EMOJI
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints.locate import ASSETS, EMOJI
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.diffusion.losses import Noised
 from fastdiff.methods import dmd, lightning
 from fastdiff.models import adapters

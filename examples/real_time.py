@@ -20,7 +20,7 @@ from fastdiff.runtime import console
 from fastdiff import judge
 from fastdiff.assemble import assemble, pick_device, pick_dtype
 from fastdiff.distances import gap_closed
-from fastdiff.io import checkpoint
+from fastdiff.checkpoints import checkpoint
 from fastdiff.models import text
 from fastdiff.proof import EMOJI_PREVIEW
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet

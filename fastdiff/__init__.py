@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fastdiff.io.checkpoint import load as load
+    from fastdiff.checkpoints.checkpoint import load as load
     from fastdiff.models.denoiser import Denoiser as Denoiser
     from fastdiff.sampling import Sampler as Sampler
     from fastdiff.diffusion.schedule import NoiseSchedule as NoiseSchedule
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Looked up on first use: `fastdiff --help` and the command line's errors must not wait for torch.
 PUBLIC = {
-    "load": "fastdiff.io.checkpoint",
+    "load": "fastdiff.checkpoints.checkpoint",
     "Denoiser": "fastdiff.models.denoiser",
     "NoiseSchedule": "fastdiff.diffusion.schedule",
     "Sampler": "fastdiff.sampling",

@@ -11,9 +11,10 @@ from fastdiff.runtime import console
 from fastdiff import surgery
 from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.engine import Compile
-from fastdiff.io import fitting, ldm, lora, tensors
-from fastdiff.io.checkpoint import Checkpoint, fingerprint
-from fastdiff.io.recipe import Recipe
+from fastdiff.io import fitting, lora
+from fastdiff.checkpoints import single_file, tensors
+from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.models import autoencoder
 from fastdiff.models import controlnet as controlnets
 from fastdiff.models.decoder import decoder_of
@@ -50,7 +51,7 @@ def is_lora(path: str | Path) -> bool:
     """Whether a file holds an update of a network and not a network; by the names of its tensors."""
     if Path(path).suffix not in {".safetensors", ".bin", ".pt"} or not Path(path).is_file():
         return False
-    table = ldm.flat_table()
+    table = single_file.flat_table()
     return any(lora.parse(key, table) for key in tensors.open_file(path))
 
 

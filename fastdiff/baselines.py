@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.diffusion.losses import pseudo_huber
 from fastdiff.models import text
 from fastdiff.models.adapters import TARGETS

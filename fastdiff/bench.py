@@ -22,10 +22,11 @@ from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import GateFailed, Result, UsageError
 from fastdiff.data import Batch
 from fastdiff.engine import WORTH_COMPILING, Engine
-from fastdiff.io import bases, export, lora
-from fastdiff.io.bases import ASSETS, EMOJI
-from fastdiff.io.checkpoint import BaseConfig, Checkpoint
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints import locate, write
+from fastdiff.io import lora
+from fastdiff.checkpoints.locate import ASSETS, EMOJI
+from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.io.updates import Factors
 from fastdiff.methods import lcm
 from fastdiff.models import autoencoder, text, unet
@@ -110,7 +111,7 @@ def opened(config: Config, device: torch.device, *, unet_alone: bool = False) ->
     ]
     if not config.random_weights:
         return config.open_base(dtype)
-    family = bases.family_of(config.base)
+    family = locate.family_of(config.base)
     home = EMOJI if family == "emoji" else ASSETS / "families" / family
     base = Checkpoint(config.base, home, family, dtype)
     shape = base.unet_config
@@ -371,7 +372,7 @@ def merge(config: Config, device: torch.device) -> dict[str, Any]:
         source = base.path
         if config.random_weights:
             source = folder / "base"
-            export.to_folder(base, source)
+            write.to_folder(base, source)
         if not source.is_dir():
             raise UsageError("bench merge: needs a diffusers folder, or --random-weights")
         style = folder / "lora.safetensors"

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastdiff.runtime.console import sha256
-from fastdiff.io import checkpoint, lora
-from fastdiff.io.bases import ALIASES
-from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import lora
+from fastdiff.checkpoints.locate import ALIASES
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.io.state import write_atomic
 from fastdiff.method import Method, TrainConfig

@@ -224,9 +224,9 @@ def configure(call: Call) -> Any:
     table = getattr(call.module, "PRESETS", None)
     family_of = None
     if table and any(f.name == "base" for f in fields(call.module.Config)):
-        from fastdiff.io import bases
+        from fastdiff.checkpoints import locate
 
-        family_of = lambda values: bases.family_of(
+        family_of = lambda values: locate.family_of(
             values["base"], config=values.get("base_config"), allow_pickle=values.get("allow_pickle", False)
         )
     return resolve(call.module.Config, call.flags, file=call.config, presets=table, family_of=family_of)

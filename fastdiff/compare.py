@@ -5,7 +5,8 @@ from typing import Any
 
 from fastdiff.assemble import assemble
 from fastdiff.data import teacher
-from fastdiff.io import bases, checkpoint, lora
+from fastdiff.checkpoints import locate, checkpoint
+from fastdiff.io import lora
 from fastdiff.io.lora import Lora
 from fastdiff.models import text
 from fastdiff.sampling import DEFAULTS, Settings, contact_sheet, uint8
@@ -25,7 +26,7 @@ def drawn(ref: str, loras: list[tuple[Lora, float]], prompts: list[str], setting
 
 def before_and_after(ref: str, loras: list[tuple[Lora, float]], output: Path, *, baked: bool) -> tuple[Path, dict[str, float]]:
     """Left the LoRAs applied one by one, right what was written; `baked`: that is a checkpoint."""
-    family = bases.family_of(ref)
+    family = locate.family_of(ref)
     prompts = teacher.default_prompts(family)[: len(SEEDS)]
     before, settings = drawn(ref, loras, prompts, None)
     after, _ = drawn(str(output), [], prompts, settings) if baked else drawn(ref, [(lora.load(output), 1.0)], prompts, settings)

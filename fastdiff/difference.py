@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fastdiff.runtime import console
 from fastdiff.runtime.console import InputRefused, Result, UsageError
-from fastdiff.io import checkpoint, export, fitting, lora
-from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.io.ldm import Weights
+from fastdiff.checkpoints import checkpoint, write
+from fastdiff.io import fitting, lora
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.single_file import Weights
 from fastdiff.io.lora import Lora
 from fastdiff.io.updates import Dense, Factors, Update, low_rank_of
 
@@ -103,9 +104,9 @@ def transfer(config: Any, output: Path) -> Result:
         changed[part] = Weights(readers, own.shapes, own.dtypes)
     recipe, dtype = replace(tuned.recipe, family=base.family), DTYPES[config.precision]
     if output.suffix == ".safetensors":
-        outputs = export.to_file(base, output, changed=changed, dtype=dtype, recipe=recipe)
+        outputs = write.to_file(base, output, changed=changed, dtype=dtype, recipe=recipe)
     else:
-        export.to_folder(base, output, changed=changed, dtype=dtype, recipe=recipe)
+        write.to_folder(base, output, changed=changed, dtype=dtype, recipe=recipe)
         outputs = [output]
     metrics = {"parts": {part: len(weights) for part, weights in changed.items()}}
     return Result(outputs, metrics, f'fastdiff sample --base {shlex.quote(str(output))} --prompt "a red apple"')

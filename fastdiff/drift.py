@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import Sampler, Settings, at_once

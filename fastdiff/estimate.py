@@ -11,7 +11,7 @@ from fastdiff import footprint
 from fastdiff.data import STREAMED
 from fastdiff.data.folder import Folder
 from fastdiff.footprint import Footprint
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.method import TrainConfig
 from fastdiff.models import unet
 

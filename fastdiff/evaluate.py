@@ -19,9 +19,9 @@ from fastdiff.data import teacher
 from fastdiff.distances import gap_closed
 from fastdiff.drift import REFERENCE_SEED
 from fastdiff.gallery import Gallery
-from fastdiff.io import checkpoint, tensors
-from fastdiff.io.checkpoint import BaseConfig
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints import checkpoint, tensors
+from fastdiff.checkpoints.checkpoint import BaseConfig
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.io.state import write_atomic
 from fastdiff.lenses import FIGURES, JUDGING, Against, Lens, Shown, measured
 from fastdiff.models import judges, perceptual

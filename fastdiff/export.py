@@ -9,8 +9,9 @@ import torch
 
 from fastdiff.runtime import console
 from fastdiff.runtime.console import Result, UsageError
-from fastdiff.io import export, lora
-from fastdiff.io.checkpoint import BaseConfig
+from fastdiff.checkpoints import write
+from fastdiff.io import lora
+from fastdiff.checkpoints.checkpoint import BaseConfig
 
 PRESETS: dict[str, dict[str, Any]] = {}
 EXAMPLES = """fastdiff export --base runs/model --single-file -o model.safetensors
@@ -58,9 +59,9 @@ def run(config: Config) -> Result:
         raise UsageError(f"--output {path}: is a file; give the name of a folder")
     with console.timed("write_s"):
         if one:
-            outputs = export.to_file(base, path, dtype=dtype, recipe=base.recipe, force=config.force)
+            outputs = write.to_file(base, path, dtype=dtype, recipe=base.recipe, force=config.force)
         else:
-            export.to_folder(base, path, dtype=dtype, recipe=base.recipe if base.recipe.method else None)
+            write.to_folder(base, path, dtype=dtype, recipe=base.recipe if base.recipe.method else None)
             outputs = [path]
     metrics = {"family": base.family, "prediction_type": base.prediction_type, "checked": one}
     return Result(outputs, metrics, f'fastdiff sample --base {shlex.quote(str(path))} --prompt "a red apple"')

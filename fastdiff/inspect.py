@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 from fastdiff.runtime import console
 from fastdiff.runtime.console import InputRefused, Result, UsageError
-from fastdiff.io import checkpoint, family, fitting, layouts, ldm, lora, tensors
+from fastdiff.checkpoints import checkpoint, family, single_file, tensors
+from fastdiff.io import fitting, layouts, lora
 from fastdiff.io.lora import Lora
-from fastdiff.io.recipe import Recipe
-from fastdiff.io.tensors import TensorFile
+from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.io.updates import Factors, Update
 
 EXAMPLES = """fastdiff inspect model.safetensors
@@ -35,7 +36,7 @@ class Config:
 
 def of_lora(file: TensorFile) -> dict[str, Any]:
     """Layouts, kinds, ranks and scales of a LoRA; of its tensors only the alphas are read, a number each."""
-    table = ldm.flat_table()
+    table = single_file.flat_table()
     embeddings = [key for key in file if key.startswith("bundle_emb.")]
     parts = {key: lora.parse(key, table) for key in file if key not in embeddings}
     sides: dict[str, dict[str, str]] = {}
@@ -86,7 +87,7 @@ def coverage(file: TensorFile, ref: str) -> dict[str, Any]:
     """How many modules have a place of their shape in a checkpoint, without reading a weight."""
     base = checkpoint.load(ref)
     layers = base.unet_config.get("layers_per_block", 2)
-    table = ldm.flat_table(layers if isinstance(layers, int) else 2)
+    table = single_file.flat_table(layers if isinstance(layers, int) else 2)
     sides: dict[str, dict[str, str]] = {}
     for key in file:
         if part := lora.parse(key, table):
@@ -119,9 +120,9 @@ def of_checkpoint(file: TensorFile) -> dict[str, Any]:
         told["components"] = {
             part: {"tensors": len(rows) - len(gone), "missing": gone[:5], "missing_count": len(gone)}
             for part, rows in wanted.items()
-            if (gone := ldm.missing(file, rows)) is not None
+            if (gone := single_file.missing(file, rows)) is not None
         }
-        left = [k for part, rows in wanted.items() for k in ldm.unknown(file, rows, [ldm.PREFIXES[found.family][part]])]
+        left = [k for part, rows in wanted.items() for k in single_file.unknown(file, rows, [single_file.PREFIXES[found.family][part]])]
         told["unplaced"] = {"count": len(left), "first": left[:5]}
         told["ema"] = any(key.startswith("model_ema.") for key in file)
     except InputRefused as error:
@@ -145,7 +146,7 @@ def look(path: Path, config: Config) -> dict[str, Any]:
         "architecture": file.metadata.get("modelspec.architecture"),
     }
     try:
-        table = ldm.flat_table()
+        table = single_file.flat_table()
         if any(lora.parse(key, table) for key in file):
             told |= {"kind": "LoRA", **of_lora(file)}
             told["supported"] = not told["unknown_keys"]

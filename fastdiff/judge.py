@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastdiff.data import embedded
 from fastdiff.distances import Metric, Moments, frechet, gap_closed
-from fastdiff.io.bases import EMOJI
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints.locate import EMOJI
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.features import FeatureNet
 from fastdiff.sampling import Sampler, Settings

@@ -16,7 +16,7 @@ from fastdiff import judge
 from fastdiff.data import embedded
 from fastdiff.distances import BOOTSTRAPS, Moments, band, cmmd, frechet, kid
 from fastdiff.drift import drift
-from fastdiff.io.checkpoint import fingerprint
+from fastdiff.checkpoints.checkpoint import fingerprint
 from fastdiff.models.judges import Clip, Inception, patch, resized
 from fastdiff.sampling import Settings
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdiff.diffusion import losses
 from fastdiff.data import Batch
 from fastdiff.io import fitting
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.io.lora import Lora
 from fastdiff.diffusion.losses import Noised
 from fastdiff.method import Losses

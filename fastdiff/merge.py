@@ -19,10 +19,11 @@ from fastdiff import compare, difference, surgery
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import InputRefused, Result, UsageError
-from fastdiff.io import export, fitting, ldm, lora
-from fastdiff.io.checkpoint import BaseConfig, Checkpoint
+from fastdiff.checkpoints import write, single_file
+from fastdiff.io import fitting, lora
+from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
 from fastdiff.io.layouts import split
-from fastdiff.io.ldm import Weights
+from fastdiff.checkpoints.single_file import Weights
 from fastdiff.io.lora import Lora
 from fastdiff.io.updates import Dense, Factors, Update, low_rank_of
 
@@ -82,7 +83,7 @@ def agreed(loras: list[tuple[Lora, float]]) -> tuple[str | None, list[tuple[Lora
 
 def block_of(key: str, layers: int = 2) -> str:
     """IN04, M00, OUT11: the LDM block of a module; BASE for text encoders and what lies outside the blocks."""
-    flat = ldm.to_flat(key.removeprefix("lora_unet_"), layers) if key.startswith("lora_unet_") else ""
+    flat = single_file.to_flat(key.removeprefix("lora_unet_"), layers) if key.startswith("lora_unet_") else ""
     found = re.match(r"(input|middle|output)_blocks?_(\d+)", flat)
     if not found:
         return "BASE"
@@ -237,8 +238,8 @@ def bake(config: Config, loras: list[tuple[Lora, float]], output: Path) -> tuple
 
 def write_checkpoint(base: Checkpoint, output: Path, changed: dict[str, Weights], dtype: torch.dtype, recipe: Any) -> list[Path]:
     if output.suffix == ".safetensors":
-        return export.to_file(base, output, changed=changed, dtype=dtype, recipe=recipe)
-    export.to_folder(base, output, changed=changed, dtype=dtype, recipe=recipe)
+        return write.to_file(base, output, changed=changed, dtype=dtype, recipe=recipe)
+    write.to_folder(base, output, changed=changed, dtype=dtype, recipe=recipe)
     return [output]
 
 

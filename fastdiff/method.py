@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import UsageError
 from fastdiff.data import Batch, Wants
-from fastdiff.io.checkpoint import BaseConfig, Checkpoint
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Settings

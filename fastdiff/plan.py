@@ -21,10 +21,10 @@ from fastdiff.runtime.config import options
 from fastdiff.runtime.console import DoesNotFit, Result, UsageError
 from fastdiff.data.store import cache_folder
 from fastdiff.estimate import LOADS, Estimate, data_plan, estimate
-from fastdiff.io import bases, checkpoint
+from fastdiff.checkpoints import locate, checkpoint
 from fastdiff.runtime import disk
-from fastdiff.io.bases import ALIASES, ASSETS
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints.locate import ALIASES, ASSETS
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.method import TrainConfig, seconds
 from fastdiff.models import adapters
 from fastdiff.probe import Measured, measure
@@ -55,7 +55,7 @@ def shapes_of(config: TrainConfig) -> Checkpoint:
     except UsageError:
         if config.base not in ALIASES:
             raise
-    family = bases.family_of(config.base)
+    family = locate.family_of(config.base)
     console.info(f"--base {config.base}: no weights on this machine; the published shapes of {family} are counted")
     return checkpoint.load(str(ASSETS / "families" / family))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastdiff.runtime import console
 from fastdiff.data import Encoded
 from fastdiff.footprint import condition
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig
 from fastdiff.models import autoencoder

@@ -15,9 +15,10 @@ from fastdiff.assemble import assemble
 from fastdiff.card import fmt
 from fastdiff.data import teacher
 from fastdiff.drift import Drift
-from fastdiff.io import checkpoint, lora
-from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import lora
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.method import Method, TrainConfig
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser

@@ -21,8 +21,8 @@ from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError
 from fastdiff.data import control
 from fastdiff.data.teacher import cache_folder, read_prompts
-from fastdiff.io.checkpoint import BaseConfig
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints.checkpoint import BaseConfig
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.models import text
 from fastdiff.models.denoiser import Cond
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet

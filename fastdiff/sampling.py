@@ -16,8 +16,8 @@ from fastdiff import coefficients, engine
 from fastdiff.runtime import stop
 from fastdiff.coefficients import Table
 from fastdiff.engine import Compile, Engine, Inputs, Walk
-from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.models import autoencoder, text
 from fastdiff.models.decoder import Decoder, decoder_of
 from fastdiff.models.denoiser import Cond, Denoiser

@@ -16,8 +16,8 @@ from fastdiff.diffusion import losses
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.data import Batch, Wants
-from fastdiff.io import checkpoint
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.matching import Scores
 from fastdiff.method import Losses, Phase, TrainConfig, Turn
 from fastdiff.models import similarity

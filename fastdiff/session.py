@@ -17,8 +17,9 @@ from fastdiff.runtime.config import to_toml
 from fastdiff.runtime.console import DoesNotFit, Result, UsageError
 from fastdiff.data import Data, Framing, open_data
 from fastdiff.runtime import disk
-from fastdiff.io import export, fitting, lora
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints import write
+from fastdiff.io import fitting, lora
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.io.run import Run
 from fastdiff.io.state import write_atomic
 from fastdiff.method import Method, Phase, TrainConfig, seconds
@@ -255,7 +256,7 @@ def write_student(method: Method, run: Run, lora_alpha: float | None, name: str 
     recipe, base = replace(method.recipe, parent=method.parent), method.base_model
     if lora_alpha is None:
         path = run.folder / (name or "model")
-        export.to_folder(base.with_unet(method.student.net, method.student.kind), path, recipe=recipe)
+        write.to_folder(base.with_unet(method.student.net, method.student.kind), path, recipe=recipe)
     else:
         modules = adapters.factors(method.student.net, lora_alpha, method.student.adapter)
         path = run.folder / f"{name or recipe.method}.safetensors"

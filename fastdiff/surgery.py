@@ -15,14 +15,14 @@ from torch import nn
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.console import InputRefused, Result, UsageError
 from fastdiff.data.teacher import default_prompts
-from fastdiff.io import export, tensors
-from fastdiff.io.bases import stock_config
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints import write, tensors
+from fastdiff.checkpoints.locate import stock_config
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.io.layouts import canonical
-from fastdiff.io.ldm import Weights
+from fastdiff.checkpoints.single_file import Weights
 from fastdiff.io.lora import Lora, layers_told
-from fastdiff.io.recipe import Recipe
-from fastdiff.io.tensors import Entry
+from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.checkpoints.tensors import Entry
 from fastdiff.io.updates import Update
 from fastdiff.models import controlnet, text, unet
 from fastdiff.models.denoiser import Cond, Denoiser
@@ -74,7 +74,7 @@ def cut(base: Checkpoint, config: Mapping[str, Any], folder: Path) -> Result:
     """Write the pruned checkpoint as a diffusers folder, tensor by tensor: nothing of the network is ever whole in memory."""
     small, weights = pruned(base, config)
     with console.timed("write_s"):
-        export.to_folder(small, folder, changed={"unet": weights}, recipe=Recipe(method="prune", family=base.family))
+        write.to_folder(small, folder, changed={"unet": weights}, recipe=Recipe(method="prune", family=base.family))
     return Result([folder], figures(base.unet_config, config))
 
 
@@ -133,7 +133,7 @@ def cut_controlnet(source: Path, config: Mapping[str, Any], folder: Path) -> Non
     """A ControlNet of the base, as a diffusers folder, for the pruned UNet of that config."""
     smaller, rows = smaller_controlnet(source, config)
     tensors.write(folder / "diffusion_pytorch_model.safetensors", rows, {"format": "pt"})
-    export.write_json(folder / "config.json", smaller)
+    write.write_json(folder / "config.json", smaller)
 
 
 def smaller_controlnet(source: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Entry]]:

@@ -113,17 +113,17 @@ def controlnet_of(base, spread=0.05):
 
 @pytest.fixture(scope="session")
 def tiny_controlnet(tiny_sd, tmp_path_factory):
-    from fastdiff.io import checkpoint, export
+    from fastdiff.checkpoints import checkpoint, write
 
     path = tmp_path_factory.mktemp("controlnet") / "edges"
-    export.network_to_folder(controlnet_of(checkpoint.load(str(tiny_sd))), path)
+    write.network_to_folder(controlnet_of(checkpoint.load(str(tiny_sd))), path)
     return path
 
 
 @pytest.fixture(scope="session")
 def tiny_pruned(tiny_sd, tmp_path_factory):
     from fastdiff import surgery
-    from fastdiff.io import checkpoint
+    from fastdiff.checkpoints import checkpoint
 
     base, path = checkpoint.load(str(tiny_sd)), tmp_path_factory.mktemp("pruned") / "model"
     surgery.cut(base, surgery.layout_of(base, "bk-tiny"), path)

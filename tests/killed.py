@@ -83,7 +83,7 @@ if __name__ == "__main__":
     import diffusers  # noqa: F401
     import peft  # noqa: F401
 
-    from fastdiff.io import checkpoint
+    from fastdiff.checkpoints import checkpoint
 
     folder, *places = sys.argv[1:5]
     os.chdir(folder)

@@ -19,7 +19,7 @@ from fastdiff.runtime.console import DoesNotFit, InputRefused, UsageError
 from fastdiff.data import Buckets, Framing, cache, open_data
 from fastdiff.data import store as stores
 from fastdiff.data.pictures import Refused, decode, sizes_near
-from fastdiff.io import checkpoint
+from fastdiff.checkpoints import checkpoint
 from fastdiff.runtime import disk
 from fastdiff.models import autoencoder, text
 

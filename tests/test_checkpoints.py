@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
 from fastdiff.runtime.console import InputRefused, UsageError
-from fastdiff.io import bases, checkpoint, export, family, ldm
-from fastdiff.io.bases import ASSETS
-from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.io.tensors import Layout, TensorFile
+from fastdiff.checkpoints import locate, checkpoint, write, family, single_file
+from fastdiff.checkpoints.locate import ASSETS
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.tensors import Layout, TensorFile
 
 UNET = "model.diffusion_model."
 CROSS = f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
@@ -65,8 +65,8 @@ def test_the_table_of_shapes_is_that_of_the_networks():
     path = ASSETS / "families" / "shapes.json.gz"
     if os.environ.get("FASTDIFF_SHAPES") == "write":
         path.write_bytes(gzip.compress(json.dumps(found).encode(), mtime=0))
-    bases.shape_tables.cache_clear()
-    assert bases.shape_tables() == found
+    locate.shape_tables.cache_clear()
+    assert locate.shape_tables() == found
 
 
 def built(base, part):
@@ -75,7 +75,7 @@ def built(base, part):
 
 
 def test_the_shipped_vocabulary_is_clips():
-    vocab, merges = bases.clip_vocabulary()
+    vocab, merges = locate.clip_vocabulary()
     assert (len(vocab), len(merges)) == (49_408, 48_894)
     assert (vocab["<|startoftext|>"], vocab["<|endoftext|>"], vocab["a</w>"]) == (49_406, 49_407, 320)
     one, two = Checkpoint("sdxl", ASSETS / "families" / "sdxl", "sdxl").tokenizers
@@ -162,7 +162,7 @@ def shapes_of(config):
     with torch.device("meta"):
         net = UNet2DConditionModel(**config)
     shapes = {k: tuple(v.shape) for k, v in net.state_dict().items()}
-    return {slot.name: shapes[slot.parts[0]] for slot in ldm.slots("sd15", "unet", {**net.config}, shapes)}, net
+    return {slot.name: shapes[slot.parts[0]] for slot in single_file.slots("sd15", "unet", {**net.config}, shapes)}, net
 
 
 SMALLER = {
@@ -217,12 +217,12 @@ def test_the_blocks_of_every_layout_are_read_off_its_keys(tmp_path, name, layout
 
     if name not in unet.LAYOUTS[layout].families:
         layout = {"ssd-1b": "bk-tiny", "vega": "sdxs-512", "koala-1b": "sdxs-512-xattn"}.get(layout, "bk-base")
-    config = bases.stock_config(name)
+    config = locate.stock_config(name)
     smaller = unet.student_config(config, layout, name)
     shapes, _ = shapes_of({k: v for k, v in smaller.items() if k != "_class_name"})
     found = unet.unet_of(family.infer_unet(header(tmp_path, shapes), config))
     assert unet.shapes_of(found) == unet.shapes_of(unet.unet_of(smaller))
-    assert export.known_elsewhere(name, smaller) == ((name, layout) not in {("sdxl", "bk-base"), ("sdxl", "bk-small")}) & (
+    assert write.known_elsewhere(name, smaller) == ((name, layout) not in {("sdxl", "bk-base"), ("sdxl", "bk-small")}) & (
         layout != "sdxs-512-xattn"
     )
 
@@ -231,7 +231,7 @@ def test_the_blocks_of_every_layout_are_read_off_its_keys(tmp_path, name, layout
 def one_file(tmp_path_factory):
     home = tmp_path_factory.mktemp("one")
     folder = build(home / "sd", "sd15", "epsilon")
-    export.to_file(checkpoint.load(str(folder)), home / "one.safetensors")
+    write.to_file(checkpoint.load(str(folder)), home / "one.safetensors")
     return home / "one.safetensors", folder
 
 
@@ -331,7 +331,7 @@ def test_folders_of_other_times_are_read(one_file, tmp_path):
 
 def test_no_socket_is_opened_for_a_single_file(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    export.to_file(checkpoint.load("emoji"), tmp_path / "emoji.safetensors")
+    write.to_file(checkpoint.load("emoji"), tmp_path / "emoji.safetensors")
 
     def no(*args, **kwargs):
         raise AssertionError("the network was touched")

@@ -132,10 +132,10 @@ def test_shell_completion(fake, capsys, monkeypatch):
 
 
 def test_precedence_flag_variable_file_preset_default(fake, tmp_path, monkeypatch):
-    families = ModuleType("fastdiff.io.bases")
+    families = ModuleType("fastdiff.checkpoints.locate")
     families.family_of = lambda ref, config, allow_pickle: {"emoji": "emoji", "x": "sd15", "y": "sdxl"}[ref]
-    monkeypatch.setitem(sys.modules, "fastdiff.io.bases", families)
-    monkeypatch.setattr("fastdiff.io.bases", families, raising=False)
+    monkeypatch.setitem(sys.modules, "fastdiff.checkpoints.locate", families)
+    monkeypatch.setattr("fastdiff.checkpoints.locate", families, raising=False)
     fake.PRESETS = {"sd15": {"steps": 2, "lr": 0.2, "target": "edge"}, "sdxl": {"steps": 9}}
     file = tmp_path / "run.toml"
 

@@ -10,8 +10,8 @@ from conftest import controlnet_of
 from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.data import Batch, control
 from fastdiff.data.batch import Encoded
-from fastdiff.io import bases, checkpoint, export
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints import locate, checkpoint, write
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.methods import controlnet as distil
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Cond, Denoiser
@@ -185,7 +185,7 @@ def one_step(path, pruned):
     """The pruned checkpoint, said to draw in one step at 749."""
     base = checkpoint.load(str(pruned))
     recipe = Recipe(method="sdxs", family="sd15", scheduler="lcm", num_steps=1, timesteps=(749,), guidance=1.0)
-    export.to_folder(base, path, recipe=recipe)
+    write.to_folder(base, path, recipe=recipe)
     return path
 
 
@@ -257,7 +257,7 @@ def test_a_controlnet_of_another_layout_or_family_is_refused(tiny_sd, tiny_sdxl,
 
 
 def test_uneven_layouts_have_no_controlnet():
-    parent = unet.unet_of(bases.stock_config("sd15")).config
+    parent = unet.unet_of(locate.stock_config("sd15")).config
     with pytest.raises(InputRefused, match="no ControlNet for it"):
         controlnet.student_config(parent, {**parent, "layers_per_block": [1, 2, 2, 2]})
 

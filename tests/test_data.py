@@ -9,7 +9,7 @@ from PIL import Image
 from fastdiff.runtime.console import DoesNotFit, InputRefused, UsageError
 from fastdiff.data import embedded, folder, open_data, teacher
 from fastdiff.data.batch import Encoded
-from fastdiff.io import checkpoint
+from fastdiff.checkpoints import checkpoint
 from fastdiff.runtime import disk
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser

@@ -10,7 +10,8 @@ import torch
 from fastdiff.diffusion import losses
 from fastdiff.runtime.console import UsageError
 from fastdiff.data import Batch
-from fastdiff.io import checkpoint, fitting
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import fitting
 from fastdiff.diffusion.losses import Noised
 from fastdiff.matching import fitted_guidance
 from fastdiff.methods.dmd import DMD, PRESETS, Config

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import fastdiff
 from fastdiff import cli
-from fastdiff.io import checkpoint, lora
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import lora
 from fastdiff.models import perceptual
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdiff import engine, intel
 from fastdiff.runtime import stop
 from fastdiff.runtime.console import Stopped, UsageError
-from fastdiff.io import checkpoint
+from fastdiff.checkpoints import checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import Sampler, Settings, uint8

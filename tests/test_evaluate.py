@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from fastdiff import cli, gallery, lenses
 from fastdiff.data import embedded
 from fastdiff.distances import Moments, band, cmmd, frechet, gap_closed, kid
-from fastdiff.io import checkpoint, lora
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import lora
 from fastdiff.models import adapters, judges
 from fastdiff.sampling import Settings
 

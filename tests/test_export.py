@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
 from fastdiff.runtime.console import DoesNotFit, GateFailed, InputRefused
-from fastdiff.io import bases, checkpoint, export, fitting, tensors
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints import locate, checkpoint, write, tensors
+from fastdiff.io import fitting
+from fastdiff.checkpoints.recipe import Recipe
 
 KINDS = ["sd15", "sd21", "sdxl", "bk-tiny"]
 
@@ -44,7 +45,7 @@ def test_folder_to_file_to_stock_diffusers_draws_the_same(folders, kind, tmp_pat
     folder = folders(kind)
     base = checkpoint.load(str(folder))
     assert base.family == ("sd15" if kind == "bk-tiny" else kind)
-    written = export.to_file(base, tmp_path / "one.safetensors")
+    written = write.to_file(base, tmp_path / "one.safetensors")
     assert [p.suffix for p in written] == ([".safetensors", ".yaml"] if kind == "sd21" else [".safetensors"])
     cls = diffusers.StableDiffusionXLPipeline if kind == "sdxl" else diffusers.StableDiffusionPipeline
     more = {} if kind == "sdxl" else dict(safety_checker=None, requires_safety_checker=False)
@@ -61,10 +62,10 @@ def test_folder_to_file_to_stock_diffusers_draws_the_same(folders, kind, tmp_pat
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_file_to_folder_to_file_is_the_same_tensors(folders, kind, tmp_path):
-    (first, *_) = export.to_file(checkpoint.load(str(folders(kind))), tmp_path / "one.safetensors")
+    (first, *_) = write.to_file(checkpoint.load(str(folders(kind))), tmp_path / "one.safetensors")
     middle = checkpoint.load(str(first), config=str(folders(kind)))
-    export.to_folder(middle, tmp_path / "folder")
-    (last, *_) = export.to_file(checkpoint.load(str(tmp_path / "folder")), tmp_path / "two.safetensors")
+    write.to_folder(middle, tmp_path / "folder")
+    (last, *_) = write.to_file(checkpoint.load(str(tmp_path / "folder")), tmp_path / "two.safetensors")
     one, two = load_file(first), load_file(last)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[k], two[k]) for k in one)
@@ -73,7 +74,7 @@ def test_file_to_folder_to_file_is_the_same_tensors(folders, kind, tmp_path):
 def test_names_that_other_programs_look_for(folders, tmp_path):
     """Formats: the level text_model. is there, open_clip's q, k and v are one, text_projection lies the other way."""
     for kind in ("sd15", "sd21", "sdxl"):
-        export.to_file(checkpoint.load(str(folders(kind))), tmp_path / f"{kind}.safetensors")
+        write.to_file(checkpoint.load(str(folders(kind))), tmp_path / f"{kind}.safetensors")
     one, two, xl = (load_file(tmp_path / f"{kind}.safetensors") for kind in ("sd15", "sd21", "sdxl"))
     q = "encoder.layers.0.self_attn.q_proj.weight"
     assert f"cond_stage_model.transformer.text_model.{q}" in one
@@ -98,7 +99,7 @@ def test_names_that_other_programs_look_for(folders, tmp_path):
 def test_an_sdxl_that_predicts_v_carries_the_markers(folders, tmp_path):
     base = checkpoint.load(str(folders("sdxl")), prediction="v_prediction")
     base.scheduler_config["rescale_betas_zero_snr"] = True
-    export.to_file(base, tmp_path / "v.safetensors", recipe=Recipe(method="lcm", scheduler="lcm", num_steps=4))
+    write.to_file(base, tmp_path / "v.safetensors", recipe=Recipe(method="lcm", scheduler="lcm", num_steps=4))
     written = load_file(tmp_path / "v.safetensors")
     assert written["v_pred"].numel() == written["ztsnr"].numel() == 0
     again = checkpoint.load(str(tmp_path / "v.safetensors"), config=str(folders("sdxl")))
@@ -108,7 +109,7 @@ def test_an_sdxl_that_predicts_v_carries_the_markers(folders, tmp_path):
 
 
 def test_precision_leaves_the_vae_alone(folders, tmp_path):
-    export.to_file(checkpoint.load(str(folders("sdxl"))), tmp_path / "half.safetensors", dtype=torch.float16)
+    write.to_file(checkpoint.load(str(folders("sdxl"))), tmp_path / "half.safetensors", dtype=torch.float16)
     kinds = {}
     for name, tensor in load_file(tmp_path / "half.safetensors").items():
         if tensor.is_floating_point():
@@ -122,7 +123,7 @@ def test_an_uneven_network_has_no_single_file(folders, tmp_path, monkeypatch):
     real, uneven = base.config_of, {"unet": {"layers_per_block": [2, 2, 2, 1]}}
     monkeypatch.setattr(base, "config_of", lambda part: {**real(part), **uneven.get(part, {})})
     with pytest.raises(InputRefused, match="uneven"):
-        export.to_file(base, tmp_path / "x.safetensors")
+        write.to_file(base, tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -130,7 +131,7 @@ def test_a_disk_that_is_full_or_failing_is_noticed(folders, tmp_path, monkeypatc
     base = checkpoint.load(str(folders("sd15")))
     monkeypatch.setattr(tensors.shutil, "disk_usage", lambda path: type("U", (), {"free": 1000})())
     with pytest.raises(DoesNotFit, match="1 MiB|MiB are free"):
-        export.to_file(base, tmp_path / "x.safetensors")
+        write.to_file(base, tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     real = tensors.TensorFile.__getitem__
@@ -141,7 +142,7 @@ def test_a_disk_that_is_full_or_failing_is_noticed(folders, tmp_path, monkeypatc
 
     monkeypatch.setattr(tensors.TensorFile, "__getitem__", flipped)
     with pytest.raises(GateFailed, match=r"out\.2\.bias does not read back"):
-        export.to_file(base, tmp_path / "x.safetensors")
+        write.to_file(base, tmp_path / "x.safetensors")
 
 
 def test_the_embedded_checkpoint_as_one_file_needs_nothing_else(tmp_path, capfd, monkeypatch):
@@ -162,7 +163,7 @@ def test_the_embedded_checkpoint_as_one_file_needs_nothing_else(tmp_path, capfd,
     assert cli.main(["export", "--base", "emoji.safetensors", "-o", "folder"]) == 0
     pipe = __import__("diffusers").StableDiffusionPipeline.from_pretrained("folder", local_files_only=True)
     assert pipe.unet.config.cross_attention_dim == 128
-    style = str(bases.EMOJI / "style.safetensors")
+    style = str(locate.EMOJI / "style.safetensors")
     assert (
         cli.main(["merge-lora", "--accel", style, "--base", "emoji.safetensors", "-o", "baked.safetensors", "--check", "emoji"])
         == 0
@@ -256,7 +257,7 @@ def test_sdxl_loras_are_written_with_ldm_names_and_diffusers_takes_them_whole(ti
 
 def test_flattened_encoder_names_are_repaired(folders, tmp_path):
     """NovelAI's files, and what transformers 5.6 makes of CLIP: no level text_model."""
-    export.to_file(checkpoint.load(str(folders("sd15"))), tmp_path / "one.safetensors")
+    write.to_file(checkpoint.load(str(folders("sd15"))), tmp_path / "one.safetensors")
     flat = {k.replace(".text_model.", "."): v for k, v in load_file(tmp_path / "one.safetensors").items()}
     save_file(flat, tmp_path / "flat.safetensors")
     one, two = (checkpoint.load(str(tmp_path / f"{n}.safetensors"), config=str(folders("sd15"))) for n in ("one", "flat"))

@@ -6,9 +6,9 @@ import torch
 from conftest import SCHEDULER, UNET, build
 
 from fastdiff.coefficients import table
-from fastdiff.io import checkpoint
-from fastdiff.io.bases import ASSETS, EMOJI
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.locate import ASSETS, EMOJI
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.clip import TextEncoder
 from fastdiff.models.decoder import Decoder

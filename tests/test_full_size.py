@@ -159,7 +159,7 @@ def test_two_steps_on_full_size_sdxl_fit_24_gb_and_the_lora_loads_whole(train, f
 
 
 def test_surgery_on_full_size_sdxl_streams_from_file_to_file(tmp_path):
-    from fastdiff.io import checkpoint
+    from fastdiff.checkpoints import checkpoint
 
     base, run = tmp_path / "sdxl", tmp_path / "run"
     base.mkdir()
@@ -178,7 +178,7 @@ def test_surgery_on_full_size_sdxl_streams_from_file_to_file(tmp_path):
 )
 def test_two_steps_of_sdxs_at_full_size_with_three_networks(family, layout, student, written, tmp_path):
     """The student's features, then its scores; on the CPU all weights are fp32, so Vega trains as a LoRA here."""
-    from fastdiff.io import checkpoint
+    from fastdiff.checkpoints import checkpoint
 
     base, small, run = tmp_path / "base", tmp_path / "small", tmp_path / "run"
     base.mkdir()

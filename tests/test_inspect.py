@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from test_lora_layouts import ROWS, Made
 
 from fastdiff import cli, inspect
-from fastdiff.io import bases, checkpoint, export, tensors
-from fastdiff.io.bases import EMOJI
+from fastdiff.checkpoints import locate, checkpoint, write, tensors
+from fastdiff.checkpoints.locate import EMOJI
 
 
 def told(capfd, *args, code=0):
@@ -58,7 +58,7 @@ def test_layouts_and_kinds_are_named(row, tiny_sd, tmp_path, capfd):
 
 
 def test_checkpoints_folders_and_others(capfd, tmp_path, tiny_sd):
-    export.to_file(checkpoint.load("emoji"), tmp_path / "emoji.safetensors")
+    write.to_file(checkpoint.load("emoji"), tmp_path / "emoji.safetensors")
     found = told(capfd, tmp_path / "emoji.safetensors")["metrics"]
     assert (found["kind"], found["prediction_type"], found["prediction_by"]) == ("checkpoint", "epsilon", "its header")
     assert {part: row["missing_count"] for part, row in found["components"].items()} == {"unet": 0, "vae": 0, "text_encoder": 0}
@@ -83,7 +83,7 @@ def test_checkpoints_folders_and_others(capfd, tmp_path, tiny_sd):
 
 def test_no_weight_is_read(tmp_path, monkeypatch):
     """A 7 GB file, of holes: its header alone is touched, in well under a second."""
-    base = checkpoint.Checkpoint("sdxl", bases.ASSETS / "families" / "sdxl", "sdxl")
+    base = checkpoint.Checkpoint("sdxl", locate.ASSETS / "families" / "sdxl", "sdxl")
     entries, offset = {}, 0
     for part in base.parts:
         shapes = base.shapes(part)

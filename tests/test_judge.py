@@ -11,7 +11,7 @@ from fastdiff import judge
 from fastdiff.data import embedded
 from fastdiff.distances import Moments, frechet, gap_closed
 from fastdiff.drift import Drift
-from fastdiff.io import checkpoint
+from fastdiff.checkpoints import checkpoint
 from fastdiff.judge import Prompts, Reference, Row, embed, recognised
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastdiff.data.batch import Batch
-from fastdiff.io import checkpoint, lora
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import lora
 from fastdiff.methods.lcm import LCM, Config, distillation_grid, guidance_embedded
 from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser

@@ -10,7 +10,8 @@ from test_dmd import batch_for, disturb
 
 from fastdiff.runtime.console import UsageError
 from fastdiff.data.batch import Encoded
-from fastdiff.io import checkpoint, fitting, lora
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import fitting, lora
 from fastdiff.io.run import Run
 from fastdiff.method import seconds
 from fastdiff.methods.lightning import SHOWN, Config, Lightning

@@ -18,7 +18,7 @@ from fastdiff.runtime import console
 from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.io import fitting, lora
 from fastdiff.io.lora import Factors, Lora
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints.recipe import Recipe
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "down_blocks.0.resnets.0.conv1"

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from test_single_file import ldm_unet
 
 from fastdiff.runtime import console
-from fastdiff.io import checkpoint, fitting, lora
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import fitting, lora
 
 R = 3
 ATTENTION = r"\.(to_[qkv]|to_out\.0)$"

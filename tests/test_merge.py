@@ -9,9 +9,10 @@ from torch import nn
 
 from fastdiff import merge
 from fastdiff.runtime.console import InputRefused, UsageError
-from fastdiff.io import checkpoint, fitting, lora
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import fitting, lora
 from fastdiff.io.lora import Factors, Lora
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.merge import Config, concatenate
 
 
@@ -405,9 +406,9 @@ def tuned_copy(source, folder, loras):
     """A checkpoint with LoRAs in it, in fp32."""
     base = checkpoint.load(str(source))
     fitting.apply(base, loras)
-    from fastdiff.io import export
+    from fastdiff.checkpoints import write
 
-    export.to_folder(base, folder, recipe=Recipe(method="lcm", scheduler="lcm", num_steps=4, guidance=1.0))
+    write.to_folder(base, folder, recipe=Recipe(method="lcm", scheduler="lcm", num_steps=4, guidance=1.0))
     return folder
 
 

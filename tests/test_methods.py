@@ -11,7 +11,7 @@ import torch
 from fastdiff import cli, surgery
 from fastdiff.runtime.console import Failed
 from fastdiff.data import open_data
-from fastdiff.io import checkpoint
+from fastdiff.checkpoints import checkpoint
 from fastdiff.io.run import Run
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.rng import seed_for

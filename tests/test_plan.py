@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdiff import cli, footprint, plan, probe
-from fastdiff.io import checkpoint
+from fastdiff.checkpoints import checkpoint
 from fastdiff.runtime import disk
 from fastdiff.methods import lcm
 from fastdiff.models import adapters

@@ -11,7 +11,8 @@ from fastdiff.diffusion import losses
 from fastdiff import surgery
 from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.data import open_data
-from fastdiff.io import bases, checkpoint, fitting
+from fastdiff.checkpoints import locate, checkpoint
+from fastdiff.io import fitting
 from fastdiff.io.lora import Factors, Lora
 from fastdiff.methods.prune import Config, Prune
 from fastdiff.models import controlnet, unet
@@ -40,7 +41,7 @@ EMOJI = ("bk-base", "bk-small", "bk-tiny", "sdxs-512", "sdxs-512-xattn")
 
 @pytest.mark.parametrize(("family", "layout"), COUNTS)
 def test_every_published_layout_has_its_size_and_inherits_every_parameter(family, layout):
-    parent = bases.stock_config(family)
+    parent = locate.stock_config(family)
     config = unet.student_config(parent, layout, family)
     net = unet.unet_of(config)
     shapes = unet.shapes_of(net)
@@ -52,7 +53,7 @@ def test_every_published_layout_has_its_size_and_inherits_every_parameter(family
 
 
 def test_the_last_layer_of_an_up_block_comes_from_the_last_and_stages_count_from_the_end():
-    parent = bases.stock_config("sd15")
+    parent = locate.stock_config("sd15")
     names = unet.inherited_layers(parent, unet.student_config(parent, "bk-tiny", "sd15"))
     moved = {mine: its for mine, its in names.items() if mine != its}
     assert moved == {
@@ -71,7 +72,7 @@ def test_the_last_layer_of_an_up_block_comes_from_the_last_and_stages_count_from
 
 
 def test_wrong_layouts_are_refused_by_name(tmp_path):
-    parent = bases.stock_config("sdxl")
+    parent = locate.stock_config("sdxl")
     for layout, word in (("bk-tiny", "not a layout of sdxl.*"), ("bk-huge", "no such layout"), ("gone.json", "no such layout")):
         with pytest.raises(UsageError, match=word):
             unet.student_config(parent, layout, "sdxl")

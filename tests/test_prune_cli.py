@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff.io import checkpoint, lora
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import lora
 from fastdiff.models import adapters, unet
 
 QUICK = ("--steps=2", "--batch-size=2", "--grad-accum=1", "--resolution=64", "--pairs=2", "--teacher-steps=2", "--device=cpu")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastdiff import cli
-from fastdiff.io.bases import EMOJI
+from fastdiff.checkpoints.locate import EMOJI
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()

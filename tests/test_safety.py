@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from fastdiff import cli
 from fastdiff.runtime.console import InputRefused, UsageError
-from fastdiff.io import lora, tensors
+from fastdiff.io import lora
+from fastdiff.checkpoints import tensors
 
 KEY = "lora_unet_mid_block_resnets_0_conv1"
 

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from fastdiff import cli
-from fastdiff.io import bases, checkpoint, export, fitting, lora
+from fastdiff.checkpoints import locate, checkpoint, write
+from fastdiff.io import fitting, lora
 from fastdiff.io.lora import Factors, Lora
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, SeededNoise, Settings, uint8
@@ -167,7 +168,7 @@ def test_uint8_rounds_and_clamps():
 def test_checkpoint_folder_round_trip_keeps_every_tensor_and_the_recipe(tiny_sd, tmp_path):
     base = checkpoint.load(str(tiny_sd))
     recipe = Recipe(scheduler="lcm", num_steps=4, guidance=1.0)
-    export.to_folder(base, tmp_path / "out", recipe=recipe)
+    write.to_folder(base, tmp_path / "out", recipe=recipe)
     again = checkpoint.load(str(tmp_path / "out"))
     for part in ("unet", "vae"):
         ours, theirs = getattr(base, part).state_dict(), getattr(again, part).state_dict()
@@ -177,7 +178,7 @@ def test_checkpoint_folder_round_trip_keeps_every_tensor_and_the_recipe(tiny_sd,
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(ValueError, match="not a checkpoint folder"):
-        export.to_folder(base, tmp_path / "mine")
+        write.to_folder(base, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
 
 
@@ -207,11 +208,11 @@ def test_broken_checkpoints_are_refused_by_name(tiny_sd, tmp_path):
 
 
 def test_families(tiny_sd, tiny_sdxl):
-    assert bases.family_of("emoji") == "emoji"
-    assert bases.family_of("ssd-1b") == "sdxl"
-    assert bases.family_of(str(tiny_sdxl)) == "sdxl"
-    for width, family in bases.FAMILY_OF_WIDTH.items():
-        assert bases.family_of_config({"cross_attention_dim": width}) == family
+    assert locate.family_of("emoji") == "emoji"
+    assert locate.family_of("ssd-1b") == "sdxl"
+    assert locate.family_of(str(tiny_sdxl)) == "sdxl"
+    for width, family in locate.FAMILY_OF_WIDTH.items():
+        assert locate.family_of_config({"cross_attention_dim": width}) == family
 
 
 def test_hub_layout_is_read_offline(tiny_sd, tmp_path, monkeypatch):

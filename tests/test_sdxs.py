@@ -9,8 +9,9 @@ import torch
 from fastdiff.diffusion import losses
 from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.data import Batch
-from fastdiff.io import checkpoint, lora
-from fastdiff.io.bases import EMOJI
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import lora
+from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.methods import dmd, sdxs
 from fastdiff.models import adapters, similarity
 from fastdiff.models.denoiser import Denoiser

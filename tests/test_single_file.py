@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
 from fastdiff.runtime.console import InputRefused
-from fastdiff.io import checkpoint
+from fastdiff.checkpoints import checkpoint
 from fastdiff.models import text
 
 RESNET = {

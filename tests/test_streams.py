@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.data import cache, open_data, streams
-from fastdiff.io import checkpoint
+from fastdiff.checkpoints import checkpoint
 
 OPEN = dict(prompts=None, pairs=0, seed=0, device="cpu", resolution_px=64)
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastdiff import cli
-from fastdiff.io import checkpoint, lora
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import lora
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import nn
 from fastdiff import decoders
 from fastdiff.diffusion import losses
 from fastdiff.runtime.console import InputRefused, UsageError
-from fastdiff.io import checkpoint
+from fastdiff.checkpoints import checkpoint
 from fastdiff.methods import vae as method
 from fastdiff.methods.vae import Config, TinyVAE
 from fastdiff.models import autoencoder

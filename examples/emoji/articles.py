@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastdiff.data import embedded
-from fastdiff.io import bases, checkpoint, tensors
+from fastdiff.checkpoints import locate, checkpoint, tensors
 
 LR, BATCH, KEPT = 5e-3, 16, 4  # KEPT: items of a batch without an article, of the names that hold the token
 
@@ -24,7 +24,7 @@ LR, BATCH, KEPT = 5e-3, 16, 4  # KEPT: items of a batch without an article, of t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--out", type=Path, default=bases.EMOJI)
+    parser.add_argument("--out", type=Path, default=locate.EMOJI)
     args = parser.parse_args()
     torch.manual_seed(0)
     base = checkpoint.load("emoji")

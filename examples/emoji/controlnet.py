@@ -15,8 +15,8 @@ import torch
 
 from fastdiff.diffusion import losses
 from fastdiff.data import control, embedded, open_data
-from fastdiff.io import checkpoint
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig
 from fastdiff.models import autoencoder

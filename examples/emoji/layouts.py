@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from fastdiff import surgery
-from fastdiff.io import checkpoint
+from fastdiff.checkpoints import checkpoint
 from fastdiff.models import unet
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from fastdiff.data import embedded
-from fastdiff.io.bases import EMOJI
+from fastdiff.checkpoints.locate import EMOJI
 
 STYLE = EMOJI / "style.safetensors"
 

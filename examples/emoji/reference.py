@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from fastdiff.distances import Moments
 from fastdiff.drift import REFERENCE_SEED
-from fastdiff.io import checkpoint
+from fastdiff.checkpoints import checkpoint
 from fastdiff.judge import REFERENCE, Judge, Row, embed
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, Settings

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from fastdiff.data import embedded
-from fastdiff.io.bases import EMOJI
+from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.sampling import contact_sheet
 
 STYLE = EMOJI / "style.safetensors"

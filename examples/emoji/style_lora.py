@@ -14,8 +14,9 @@ import torch
 
 from fastdiff.diffusion import losses
 from fastdiff.data import open_data
-from fastdiff.io import checkpoint, lora
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import lora
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig
 from fastdiff.models import adapters

@@ -23,7 +23,7 @@ from fastdiff.data.batch import Buckets, Data, Encoded
 from fastdiff.data.pictures import Framing, Refused, Sample, decode, hash_of, reasons
 from fastdiff.data.store import Share, Store, Stored, cache_folder
 from fastdiff.runtime import disk
-from fastdiff.io.checkpoint import Checkpoint, fingerprint
+from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.io.state import write_atomic
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond

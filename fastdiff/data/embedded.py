@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.data.batch import Encoded
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.models import autoencoder, text
 
 PICTURES = Path(__file__).parent.parent / "assets" / "emoji" / "pictures"

@@ -18,7 +18,7 @@ from fastdiff.data import embedded
 from fastdiff.data.batch import Encoded
 from fastdiff.data.store import Share, cache_folder
 from fastdiff.runtime import disk
-from fastdiff.io.checkpoint import Checkpoint, fingerprint
+from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.folded import unet_of

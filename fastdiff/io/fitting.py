@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.runtime.console import InputRefused, info, warn
-from fastdiff.io import ldm
+from fastdiff.checkpoints import single_file
 from fastdiff.io.layouts import canonical
-from fastdiff.io.ldm import Weights
+from fastdiff.checkpoints.single_file import Weights
 from fastdiff.io.lora import Lora, with_first_encoder
 from fastdiff.io.updates import Factors, Update
 
@@ -43,7 +43,7 @@ def places(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, Plac
 def fits(update: Update, shape: tuple[int, ...]) -> bool:
     """Whether the update is for a parameter of that shape; a 1 x 1 convolution is a linear layer."""
     if update.shape is not None:
-        return ldm.strip(update.shape) == ldm.strip(shape)
+        return single_file.strip(update.shape) == single_file.strip(shape)
     if update.kind == "ia3":
         return len(shape) > 1 and update.vector.numel() == shape[1 if update.on_input else 0]  # type: ignore[attr-defined]
     return update.blocks.shape[-3:-1].numel() == shape[0]  # type: ignore[attr-defined]

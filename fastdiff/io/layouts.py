@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from fastdiff.io import ldm
+from fastdiff.checkpoints import single_file
 
 COMPONENTS = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
 ROOTS = {  # how names begin inside a component, for files that do not say which one it is
@@ -77,7 +77,7 @@ def read_flat(key: str, table: Mapping[str, str]) -> Part | None:
     if prefix == "lycoris_":
         prefix = "lora_te_" if flat.startswith("text_model") else "lora_unet_"
     if prefix == "lora_unet_":
-        flat = ldm.from_flat(flat, table) or flat
+        flat = single_file.from_flat(flat, table) or flat
     name = canonical(prefix, flat)
     return Part(f"{name}.bias", "diff") if side == "bias" else Part(name, side)
 
@@ -133,7 +133,7 @@ def layout_of(key: str, table: Mapping[str, str]) -> str:
             name = LAYOUTS[reader.__name__]
             if name == "kohya" and key.startswith("lycoris_"):
                 return "LyCORIS"
-            if name == "kohya" and (found := FLAT.fullmatch(key)) and ldm.from_flat(found[2], table):
+            if name == "kohya" and (found := FLAT.fullmatch(key)) and single_file.from_flat(found[2], table):
                 return "kohya, LDM names"
             if name == "peft" and key.startswith(tuple(f"{c}." for c in COMPONENTS)):
                 return "diffusers"

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.runtime.console import InputRefused, UsageError, warn
-from fastdiff.io import ldm, tensors
+from fastdiff.checkpoints import single_file, tensors
 from fastdiff.io.layouts import OTHERS, READERS, Part, canonical, read_peft, split
-from fastdiff.io.recipe import Recipe
-from fastdiff.io.tensors import Entry
+from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.checkpoints.tensors import Entry
 from fastdiff.io.updates import Factors, Update, build, describe
 
 FAMILIES: dict[str, tuple[int, str, dict[str, str]]] = {  # cross-attention width, modelspec architecture, kohya's own
@@ -101,7 +101,7 @@ def load(path: str | Path, *, layers: int = 2, allow_partial: bool = False, allo
     if embeddings:
         names = sorted({key.split(".")[1] for key in embeddings})
         warn(f"{path}: its bundled embeddings are left out ({', '.join(names[:5])})")
-    table = ldm.flat_table(int(metadata.get("fastdiff.layers_per_block", layers)))
+    table = single_file.flat_table(int(metadata.get("fastdiff.layers_per_block", layers)))
     parts = {key: parse(key, table) for key in file if key not in embeddings}
     unknown = [key for key, part in parts.items() if part is None]
     if unknown:
@@ -259,7 +259,7 @@ def save(
         sides = balanced(module, module.rank / largest if format == "kohya" else 1.0)
         if format == "kohya":
             name = (
-                f"lora_unet_{ldm.to_flat(key[10:], lora.layers)}"
+                f"lora_unet_{single_file.to_flat(key[10:], lora.layers)}"
                 if lora.family == "sdxl" and key.startswith("lora_unet_")
                 else key
             )

@@ -24,8 +24,8 @@ from fastdiff.card import write_controlnet_card
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError
 from fastdiff.data import Batch, Encoded, Wants, control
-from fastdiff.io import checkpoint, export
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints import checkpoint, write
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.io.run import Run
 from fastdiff.method import Phase, Turn
 from fastdiff.models import adapters, controlnet, unet
@@ -133,7 +133,7 @@ class DistilControlNet(Segmented):
 
     def export(self, run: Run) -> None:
         """The folder `controlnet`: stock ControlNetModel."""
-        export.network_to_folder(self.student.controlnet, run.folder / "controlnet")
+        write.network_to_folder(self.student.controlnet, run.folder / "controlnet")
         run.wrote(run.folder / "controlnet")
 
     def settings(self, who: Denoiser) -> Settings:

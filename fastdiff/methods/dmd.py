@@ -22,9 +22,10 @@ from fastdiff.diffusion import losses
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import UsageError, info
 from fastdiff.data import Batch, Wants
-from fastdiff.io import bases, checkpoint, lora
-from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints import locate, checkpoint
+from fastdiff.io import lora
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.diffusion.losses import Noised
 from fastdiff.matching import Scores, fitted_guidance, start_from
@@ -253,6 +254,6 @@ def run(config: Config):
     if config.init:  # a wrong file is told before hours of sampling
         lora.load(config.init, allow_pickle=config.allow_pickle)
     if config.regresses:
-        family = bases.family_of(config.base, allow_pickle=config.allow_pickle)
+        family = locate.family_of(config.base, allow_pickle=config.allow_pickle)
         perceptual.locate(family, config.lpips_weights, off="--lambda-reg 0")
     return train("dmd", DMD, config)

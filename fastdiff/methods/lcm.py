@@ -25,9 +25,9 @@ from fastdiff.diffusion import losses
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import UsageError
 from fastdiff.data import Batch
-from fastdiff.io import checkpoint
-from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig, Turn
 from fastdiff.models.denoiser import Cond

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from fastdiff.diffusion import losses
 from fastdiff.runtime.config import Range
 from fastdiff.data import Batch
-from fastdiff.io import checkpoint, lora
-from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import lora
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig, Turn
 from fastdiff.models import adapters

@@ -23,9 +23,10 @@ from fastdiff import segmented
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import UsageError, warn
 from fastdiff.data import Batch
-from fastdiff.io import checkpoint, lora
-from fastdiff.io.checkpoint import Checkpoint
-from fastdiff.io.recipe import Recipe
+from fastdiff.checkpoints import checkpoint
+from fastdiff.io import lora
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.io.updates import Factors
 from fastdiff.method import Phase, Turn

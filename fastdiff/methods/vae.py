@@ -23,8 +23,8 @@ from fastdiff.card import write_vae_card
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError
 from fastdiff.data import Batch, Buckets, Data
-from fastdiff.io import export
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints import write
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig, Turn
 from fastdiff.models import autoencoder, perceptual
@@ -157,7 +157,7 @@ class TinyVAE:
     def export(self, run: Run) -> None:
         """The folder `tiny-vae`, stock AutoencoderTiny; staged and renamed."""
         folder = run.folder / "tiny-vae"
-        export.network_to_folder(self.student, folder)
+        write.network_to_folder(self.student, folder)
         run.wrote(folder)
 
 

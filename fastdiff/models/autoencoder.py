@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.runtime.console import InputRefused
-from fastdiff.io import component
+from fastdiff.checkpoints import component
 from fastdiff.models.decoder import Decoder
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from fastdiff.runtime.console import InputRefused
-from fastdiff.io import component
-from fastdiff.io.bases import EMOJI
+from fastdiff.checkpoints import component
+from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.models import unet
 
 EMBEDDED = EMOJI / "controlnet"  # Canny edges to emoji

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.models.frozen import Conv, Linear, Norm, Resnet, Stored, Unknown, attend, tensors_of, upsampled
 
 

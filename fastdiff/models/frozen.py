@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.io import tensors
-from fastdiff.io.checkpoint import Checkpoint, plain_name
+from fastdiff.checkpoints import tensors
+from fastdiff.checkpoints.checkpoint import Checkpoint, plain_name
 
 
 class Unknown(Exception):  # noqa: N818  (not an error of the user: another way runs the network)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.runtime.console import UsageError
-from fastdiff.io import tensors
+from fastdiff.checkpoints import tensors
 from fastdiff.runtime.download import weight_file
 
 EXTRA = 'pip install "fastdiff[eval]"'

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.runtime.console import UsageError
-from fastdiff.io import tensors
+from fastdiff.checkpoints import tensors
 from fastdiff.runtime.download import weight_file
 from fastdiff.models import autoencoder
 from fastdiff.models.features import FeatureNet

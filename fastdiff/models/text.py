@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdiff.io.checkpoint import Checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.models import clip
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.frozen import Unknown, tensors_of

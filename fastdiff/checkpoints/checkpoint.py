@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.runtime.console import InputRefused, info
-from fastdiff.io import ldm, tensors
-from fastdiff.io.bases import ASSETS, EMOJI, clip_vocabulary, family_of, locate, shape_tables
-from fastdiff.io.family import Found, detect, infer_unet
-from fastdiff.io.family import prediction as prediction_told
-from fastdiff.io.ldm import Slot, Weights
-from fastdiff.io.recipe import Recipe
-from fastdiff.io.tensors import TensorFile
+from fastdiff.checkpoints import single_file, tensors
+from fastdiff.checkpoints.locate import ASSETS, EMOJI, clip_vocabulary, family_of, locate, shape_tables
+from fastdiff.checkpoints.family import Found, detect, infer_unet
+from fastdiff.checkpoints.family import prediction as prediction_told
+from fastdiff.checkpoints.single_file import Slot, Weights
+from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.diffusion.schedule import NoiseSchedule, PredictionType
 
 
@@ -203,16 +203,16 @@ class Checkpoint:
 
     def slots(self, part: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
         """What a single file calls the component's parameters."""
-        return ldm.slots(self.family, part, self.config_of(part), shapes)
+        return single_file.slots(self.family, part, self.config_of(part), shapes)
 
     def weights(self, part: str, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Weights:
         """The stored tensors of a component, read one by one; a layer that is missing or left over is refused by name."""
         shapes = shapes or self.shapes(part)
         if self.path.is_file():
             wanted = self.slots(part, shapes)
-            gone = ldm.missing(self.file, wanted)
-            prefix = ldm.PREFIXES[self.family][part]
-            left = ldm.unknown(self.file, wanted, [prefix])
+            gone = single_file.missing(self.file, wanted)
+            prefix = single_file.PREFIXES[self.family][part]
+            left = single_file.unknown(self.file, wanted, [prefix])
             if len(gone) == len(wanted) and self.config and not self.own_config and self.stored(part, self.config):
                 info(f"{self.path}: has no {part}; taken from {self.config}")
                 return self.from_folder(part, shapes, self.config)
@@ -220,7 +220,7 @@ class Checkpoint:
                 hint = f"give a whole diffusers folder of its family: --base-config FOLDER, whose {part} is then used"
                 raise InputRefused(f"{self.path}: has no {part} ({prefix}*)", hint)
             self.complete(part, gone, left, self.path)
-            return ldm.read(self.file, wanted, shapes)
+            return single_file.read(self.file, wanted, shapes)
         return self.from_folder(part, shapes, self.path)
 
     def complete(self, part: str, gone: list[str], left: list[str], where: Path) -> None:
@@ -260,7 +260,7 @@ class Checkpoint:
                 if name not in shapes:
                     left += [] if re.search(r"position_ids$|logit_scale$|text_projection", name) else [key]
                     continue
-                if ldm.strip(file.layouts[key].shape) != ldm.strip(shapes[name]):
+                if single_file.strip(file.layouts[key].shape) != single_file.strip(shapes[name]):
                     raise InputRefused(f"{file.path}: {key} is {file.layouts[key].shape}, the model has {shapes[name]}")
                 readers[name] = lambda file=file, key=key, shape=shapes[name]: file[key].reshape(shape)
                 dtypes[name] = file.layouts[key].dtype

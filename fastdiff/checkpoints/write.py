@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from fastdiff.runtime.console import InputRefused, UsageError, info
-from fastdiff.io import ldm, tensors
-from fastdiff.io.bases import clip_vocabulary, stock_config
-from fastdiff.io.checkpoint import Checkpoint, plain_name
-from fastdiff.io.ldm import Slot, Weights
-from fastdiff.io.recipe import Recipe
-from fastdiff.io.tensors import Entry
+from fastdiff.checkpoints import single_file, tensors
+from fastdiff.checkpoints.locate import clip_vocabulary, stock_config
+from fastdiff.checkpoints.checkpoint import Checkpoint, plain_name
+from fastdiff.checkpoints.single_file import Slot, Weights
+from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.checkpoints.tensors import Entry
 
 ARCHITECTURES = {"emoji": "stable-diffusion-v1", "sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 
@@ -135,20 +135,20 @@ def write_tokenizer(source: Path, target: Path) -> None:
 
 
 def slots_of(base: Checkpoint, part: str, weights: Weights) -> list[Slot]:
-    return ldm.slots(base.family, part, config_of(base, part), weights.shapes)
+    return single_file.slots(base.family, part, config_of(base, part), weights.shapes)
 
 
 def rows_of(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype | None) -> Iterator[Entry]:
     """Every tensor of the single file; each is made when its turn has come."""
     for part in base.parts:
         weights = changed.get(part) or weights_of(base, part)
-        yield from ldm.entries(weights, slots_of(base, part, weights), None if part == "vae" else dtype)
+        yield from single_file.entries(weights, slots_of(base, part, weights), None if part == "vae" else dtype)
     yield from extras(base, changed, dtype)
 
 
 def extras(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype | None) -> Iterator[Entry]:
     """What other programs want besides: position ids, markers of v-prediction, the 24th layer that SD2's encoder has there."""
-    prefix = ldm.PREFIXES[base.family]["text_encoder"]
+    prefix = single_file.PREFIXES[base.family]["text_encoder"]
     if prefix.endswith(".transformer."):
         length = base.config_of("text_encoder")["max_position_embeddings"]
         ids = lambda: torch.arange(length).reshape(1, length)
@@ -157,7 +157,7 @@ def extras(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype 
         weights = changed.get("text_encoder") or weights_of(base, "text_encoder")
         layers = 1 + max(int(name.split(".")[3]) for name in weights.shapes if ".layers." in name)
         last = [s for s in slots_of(base, "text_encoder", weights) if f".resblocks.{layers - 1}." in s.name]
-        for row in ldm.entries(weights, last, dtype):  # never used: CLIP's last layer but one is
+        for row in single_file.entries(weights, last, dtype):  # never used: CLIP's last layer but one is
             name = row.name.replace(f".resblocks.{layers - 1}.", f".resblocks.{layers}.")
             yield Entry(name, row.dtype, row.shape, row.read)
         width = weights.shapes["text_model.final_layer_norm.weight"][0]
@@ -225,13 +225,13 @@ def yaml_of(base: Checkpoint) -> str:
     attention = [2**i for i, kind in enumerate(unet["down_block_types"]) if "CrossAttn" in kind]
     heads = unet.get("attention_head_dim", 8)
     head = "num_head_channels: 64" if isinstance(heads, list) else f"num_heads: {heads}"
-    open_clip = ldm.PREFIXES[base.family]["text_encoder"].endswith(".model.")
+    open_clip = single_file.PREFIXES[base.family]["text_encoder"].endswith(".model.")
     encoder = "FrozenOpenCLIPEmbedder" if open_clip else "FrozenCLIPEmbedder"
     encoder_params = '\n      params: {freeze: True, layer: "penultimate"}' if open_clip else ""
     schedule = base.scheduler_config
     return f"""model:
   base_learning_rate: 1.0e-4
-  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  target: single_file.models.diffusion.ddpm.LatentDiffusion
   params:
     parameterization: "{"v" if base.prediction_type == "v_prediction" else "eps"}"
     linear_start: {schedule["beta_start"]}
@@ -247,7 +247,7 @@ def yaml_of(base: Checkpoint) -> str:
     scale_factor: {vae.get("scaling_factor", 0.18215)}
     use_ema: False
     unet_config:
-      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
+      target: single_file.modules.diffusionmodules.openaimodel.UNetModel
       params:
         use_checkpoint: False
         image_size: 32
@@ -264,7 +264,7 @@ def yaml_of(base: Checkpoint) -> str:
         context_dim: {unet["cross_attention_dim"]}
         legacy: False
     first_stage_config:
-      target: ldm.models.autoencoder.AutoencoderKL
+      target: single_file.models.autoencoder.AutoencoderKL
       params:
         embed_dim: 4
         monitor: val/rec_loss
@@ -282,7 +282,7 @@ def yaml_of(base: Checkpoint) -> str:
         lossconfig:
           target: torch.nn.Identity
     cond_stage_config:
-      target: ldm.modules.encoders.modules.{encoder}{encoder_params}
+      target: single_file.modules.encoders.modules.{encoder}{encoder_params}
 """
 
 

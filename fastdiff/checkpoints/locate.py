@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.runtime.console import InputRefused, UsageError
-from fastdiff.io import tensors
-from fastdiff.io.family import FAMILIES, FAMILY_OF_WIDTH, detect
+from fastdiff.checkpoints import tensors
+from fastdiff.checkpoints.family import FAMILIES, FAMILY_OF_WIDTH, detect
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMOJI = ASSETS / "emoji"
