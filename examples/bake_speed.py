@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 
+from fastdiff import lora
 from fastdiff.checkpoints import write
-from fastdiff.io import lora
-from fastdiff.checkpoints.locate import ASSETS
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.single_file import Weights
+from fastdiff.checkpoints.locate import ASSETS
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.io.updates import Factors
-from fastdiff.models.adapters import TARGETS
+from fastdiff.checkpoints.single_file import Weights
+from fastdiff.lora.adapters import TARGETS
+from fastdiff.lora.kinds import Factors
 
 STOCK = """
 import sys, torch

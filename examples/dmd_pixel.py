@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastdiff.diffusion import losses
 from fastdiff.data import embedded
+from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
-from fastdiff.sampling import contact_sheet
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
 from fastdiff.diffusion.solvers import jump
+from fastdiff.sampling import contact_sheet
 
 STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 

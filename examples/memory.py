@@ -20,13 +20,13 @@ import time
 import torch
 from torch import nn
 
-from fastdiff.diffusion import losses
-from fastdiff.data import Batch
-from fastdiff.checkpoints.locate import ASSETS, EMOJI
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.locate import ASSETS, EMOJI
+from fastdiff.data import Batch
+from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
+from fastdiff.lora import adapters
 from fastdiff.methods import dmd, lightning
-from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser, trainable_copy
 
 GUIDANCE = 3.0

@@ -7,9 +7,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastdiff.checkpoints.checkpoint import load as load
+    from fastdiff.diffusion.schedule import NoiseSchedule as NoiseSchedule
     from fastdiff.models.denoiser import Denoiser as Denoiser
     from fastdiff.sampling import Sampler as Sampler
-    from fastdiff.diffusion.schedule import NoiseSchedule as NoiseSchedule
     from fastdiff.trainer import Trainer as Trainer
 
 # Looked up on first use: `fastdiff --help` and the command line's errors must not wait for torch.

@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from fastdiff.runtime import console
-from fastdiff import surgery
-from fastdiff.runtime.console import InputRefused, UsageError
-from fastdiff.engine import Compile
-from fastdiff.io import fitting, lora
+from fastdiff import lora, surgery
 from fastdiff.checkpoints import single_file, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.engine import Compile
+from fastdiff.lora import apply
 from fastdiff.models import autoencoder
 from fastdiff.models import controlnet as controlnets
 from fastdiff.models.decoder import decoder_of
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.folded import unet_of
+from fastdiff.runtime import console
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.sampling import Sampler, decoding
 
 
@@ -93,7 +93,7 @@ def assemble(
     `identified`: with the hashes of all weights, for what is kept by content.
     """
     recipe = recipe_of(base, loras)
-    applied = fitting.apply(base, list(loras), allow_partial=allow_partial)
+    applied = apply.apply(base, list(loras), allow_partial=allow_partial)
     guide = controlnets.load(controlnet, base.unet_config).to(base.dtype) if controlnet else None
     other = autoencoder.load(vae, latent_channels=base.unet_config["in_channels"]) if vae else None
     if other is not None and autoencoder.factor(other) != base.pixels_per_latent:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.diffusion.losses import pseudo_huber
+from fastdiff.diffusion.schedule import Prediction
+from fastdiff.lora.adapters import TARGETS
 from fastdiff.models import text
-from fastdiff.models.adapters import TARGETS
 from fastdiff.models.denoiser import Cond
 from fastdiff.sampling import SeededNoise, Settings, with_size
-from fastdiff.diffusion.schedule import Prediction
 
 # A first picture as the libraries' documentation has it; arguments: folder, steps, guidance, seed, output.
 FIRST_PICTURE = """

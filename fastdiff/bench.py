@@ -15,24 +15,23 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff import baselines, intel, measure
-from fastdiff.runtime import console
+from fastdiff import baselines, intel, lora, measure
 from fastdiff.assemble import pick_device
-from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import GateFailed, Result, UsageError
+from fastdiff.checkpoints import locate, write
+from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
+from fastdiff.checkpoints.locate import ASSETS, EMOJI
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import Batch
 from fastdiff.engine import WORTH_COMPILING, Engine
-from fastdiff.checkpoints import locate, write
-from fastdiff.io import lora
-from fastdiff.checkpoints.locate import ASSETS, EMOJI
-from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
-from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.io.updates import Factors
+from fastdiff.lora.adapters import TARGETS
+from fastdiff.lora.kinds import Factors
 from fastdiff.methods import lcm
 from fastdiff.models import autoencoder, text, unet
-from fastdiff.models.adapters import TARGETS
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.folded import FoldedUNet
+from fastdiff.runtime import console
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import GateFailed, Result, UsageError
 from fastdiff.sampling import Sampler, Settings, with_size
 
 PRESETS: dict[str, dict[str, Any]] = {}

@@ -5,15 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastdiff.runtime.console import sha256
+from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import lora
-from fastdiff.checkpoints.locate import ALIASES
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.locate import ALIASES
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.io.run import Run
 from fastdiff.io.state import write_atomic
 from fastdiff.method import Method, TrainConfig
+from fastdiff.runtime.console import sha256
 from fastdiff.sampling import DEFAULTS, Settings
 
 

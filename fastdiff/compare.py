@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from fastdiff import lora
 from fastdiff.assemble import assemble
+from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.data import teacher
-from fastdiff.checkpoints import locate, checkpoint
-from fastdiff.io import lora
-from fastdiff.io.lora import Lora
+from fastdiff.lora.file import Lora
 from fastdiff.models import text
 from fastdiff.sampling import DEFAULTS, Settings, contact_sheet, uint8
 

@@ -17,11 +17,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastdiff.runtime import console, stop
 from fastdiff import intel
 from fastdiff.coefficients import Table
 from fastdiff.models.denoiser import Cond, Denoiser, guidance_embedding
 from fastdiff.models.folded import Folded, FoldedUNet
+from fastdiff.runtime import console, stop
 
 Compile = Literal["auto", "off", "max", "openvino"]
 Inputs = dict[str, Tensor]  # what a call of the network takes besides x, by name

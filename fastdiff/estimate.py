@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from fastdiff import footprint
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data import STREAMED
 from fastdiff.data.folder import Folder
 from fastdiff.footprint import Footprint
-from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.method import TrainConfig
 from fastdiff.models import unet
 

@@ -9,22 +9,22 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from fastdiff.runtime import console
 from fastdiff import judge, lenses, report, surgery, survival
 from fastdiff.assemble import Assembled, assemble, is_lora, load_loras, pick_device, pick_dtype
 from fastdiff.card import fmt
-from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import Result, UsageError
+from fastdiff.checkpoints import checkpoint, tensors
+from fastdiff.checkpoints.checkpoint import BaseConfig
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import teacher
 from fastdiff.distances import gap_closed
 from fastdiff.drift import REFERENCE_SEED
 from fastdiff.gallery import Gallery
-from fastdiff.checkpoints import checkpoint, tensors
-from fastdiff.checkpoints.checkpoint import BaseConfig
-from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.io.state import write_atomic
 from fastdiff.lenses import FIGURES, JUDGING, Against, Lens, Shown, measured
 from fastdiff.models import judges, perceptual
+from fastdiff.runtime import console
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import Result, UsageError
 from fastdiff.sampling import DEFAULTS, Settings
 
 EXAMPLES = """fastdiff evaluate --lora lcm.safetensors

@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
+from fastdiff import lora
+from fastdiff.checkpoints import write
+from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.runtime import console
 from fastdiff.runtime.console import Result, UsageError
-from fastdiff.checkpoints import write
-from fastdiff.io import lora
-from fastdiff.checkpoints.checkpoint import BaseConfig
 
 PRESETS: dict[str, dict[str, Any]] = {}
 EXAMPLES = """fastdiff export --base runs/model --single-file -o model.safetensors

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.models import adapters
+from fastdiff.lora import adapters
 from fastdiff.models.denoiser import Cond
 
 CHECKPOINTED = ("ResnetBlock2D", "BasicTransformerBlock")  # what diffusers' UNets compute again under gradient checkpointing

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.runtime import console
 from fastdiff.assemble import Assembled
-from fastdiff.runtime.console import InputRefused
 from fastdiff.data import folder, teacher
 from fastdiff.drift import REFERENCE_SEED, departures
 from fastdiff.lenses import Lens, Seen, Shown, title
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond
+from fastdiff.runtime import console
+from fastdiff.runtime.console import InputRefused
 from fastdiff.sampling import Sampler, Settings, at_once, uint8
 
 DIVERSE = (16, 4)  # prompts, and pictures of each

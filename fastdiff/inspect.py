@@ -7,14 +7,15 @@ from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastdiff.runtime import console
-from fastdiff.runtime.console import InputRefused, Result, UsageError
+from fastdiff import lora
 from fastdiff.checkpoints import checkpoint, family, single_file, tensors
-from fastdiff.io import fitting, layouts, lora
-from fastdiff.io.lora import Lora
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import TensorFile
-from fastdiff.io.updates import Factors, Update
+from fastdiff.lora import apply, layouts
+from fastdiff.lora.file import Lora
+from fastdiff.lora.kinds import Factors, Update
+from fastdiff.runtime import console
+from fastdiff.runtime.console import InputRefused, Result, UsageError
 
 EXAMPLES = """fastdiff inspect model.safetensors
 fastdiff inspect style.safetensors --base sdxl --json"""
@@ -91,14 +92,14 @@ def coverage(file: TensorFile, ref: str) -> dict[str, Any]:
     sides: dict[str, dict[str, str]] = {}
     for key in file:
         if part := lora.parse(key, table):
-            name = re.sub(r"^lora_te1?_", fitting.prefixes(len(base.text_parts))["text_encoder"], part.key)
+            name = re.sub(r"^lora_te1?_", apply.prefixes(len(base.text_parts))["text_encoder"], part.key)
             sides.setdefault(name, {})[part.side] = key
     places = {
         k: p
-        for part, prefix in fitting.prefixes(len(base.text_parts)).items()
-        for k, p in fitting.places(base.shapes(part), prefix).items()
+        for part, prefix in apply.prefixes(len(base.text_parts)).items()
+        for k, p in apply.places(base.shapes(part), prefix).items()
     }
-    alike = lambda key, module: (update := shaped(file, module)) is None or fitting.fits(update, places[key].shape)
+    alike = lambda key, module: (update := shaped(file, module)) is None or apply.fits(update, places[key].shape)
     landed = [key for key, module in sides.items() if key in places and alike(key, module)]
     missing = sorted(set(sides) - set(landed))
     return {"base": ref, "base_family": base.family, "applied": len(landed), "total": len(sides), "missing": missing[:20]}
@@ -122,7 +123,11 @@ def of_checkpoint(file: TensorFile) -> dict[str, Any]:
             for part, rows in wanted.items()
             if (gone := single_file.missing(file, rows)) is not None
         }
-        left = [k for part, rows in wanted.items() for k in single_file.unknown(file, rows, [single_file.PREFIXES[found.family][part]])]
+        left = [
+            k
+            for part, rows in wanted.items()
+            for k in single_file.unknown(file, rows, [single_file.PREFIXES[found.family][part]])
+        ]
         told["unplaced"] = {"count": len(left), "first": left[:5]}
         told["ema"] = any(key.startswith("model_ema.") for key in file)
     except InputRefused as error:

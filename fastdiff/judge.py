@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.data import embedded
 from fastdiff.distances import Metric, Moments, frechet, gap_closed
-from fastdiff.checkpoints.locate import EMOJI
-from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.features import FeatureNet
 from fastdiff.sampling import Sampler, Settings

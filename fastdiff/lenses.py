@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fastdiff import judge
+from fastdiff.checkpoints.checkpoint import fingerprint
 from fastdiff.data import embedded
 from fastdiff.distances import BOOTSTRAPS, Moments, band, cmmd, frechet, kid
 from fastdiff.drift import drift
-from fastdiff.checkpoints.checkpoint import fingerprint
 from fastdiff.models.judges import Clip, Inception, patch, resized
 from fastdiff.sampling import Settings
 

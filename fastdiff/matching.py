@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion import losses
-from fastdiff.data import Batch
-from fastdiff.io import fitting
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.io.lora import Lora
+from fastdiff.data import Batch
+from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
+from fastdiff.diffusion.schedule import Prediction
+from fastdiff.lora import adapters, apply
+from fastdiff.lora.file import Lora
 from fastdiff.method import Losses
-from fastdiff.models import adapters
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.roles import Roles
-from fastdiff.diffusion.schedule import Prediction
 
 
 class Scores(Roles):
@@ -60,7 +59,7 @@ class Scores(Roles):
 def start_from(role: Denoiser, start: Lora) -> None:
     """Give a role what a LoRA of its network does, in its adapter or folded into its weights."""
     if role.adapter is None:
-        fitting.fold(role.net, [(start, 1.0)])
+        apply.fold(role.net, [(start, 1.0)])
     else:
         adapters.start_from(role.net, start, role.adapter)
 

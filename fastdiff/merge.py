@@ -15,17 +15,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from fastdiff import compare, difference, surgery
+from fastdiff import compare, lora, surgery
+from fastdiff.checkpoints import single_file, write
+from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
+from fastdiff.checkpoints.single_file import Weights
+from fastdiff.lora import apply, difference
+from fastdiff.lora.file import Lora
+from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
+from fastdiff.lora.layouts import split
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import InputRefused, Result, UsageError
-from fastdiff.checkpoints import write, single_file
-from fastdiff.io import fitting, lora
-from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
-from fastdiff.io.layouts import split
-from fastdiff.checkpoints.single_file import Weights
-from fastdiff.io.lora import Lora
-from fastdiff.io.updates import Dense, Factors, Update, low_rank_of
 
 PRESETS: dict[str, dict[str, Any]] = {}
 EXAMPLES = """fastdiff merge-lora --accel lcm.safetensors --style anime.safetensors
@@ -78,7 +78,7 @@ def agreed(loras: list[tuple[Lora, float]]) -> tuple[str | None, list[tuple[Lora
         (one, first), (other, second), *_ = told.items()
         raise InputRefused(f"{second} is for {other}, {first} for {one}: LoRAs of different families cannot be merged")
     family = next(iter(told), None)
-    return family, fitting.encoders(loras, 2 if family == "sdxl" else 1)
+    return family, apply.encoders(loras, 2 if family == "sdxl" else 1)
 
 
 def block_of(key: str, layers: int = 2) -> str:
@@ -219,18 +219,18 @@ def bake(config: Config, loras: list[tuple[Lora, float]], output: Path) -> tuple
     if family and family != base.family:
         message = f"--base {config.base} is {base.family}, but the LoRAs are for {family}"
         raise InputRefused(message, f"give a base of family {family}")
-    prefixes = fitting.prefixes(len(base.text_parts))
-    loras = fitting.encoders(loras, len(base.text_parts))
+    prefixes = apply.prefixes(len(base.text_parts))
+    loras = apply.encoders(loras, len(base.text_parts))
     shapes = {part: base.shapes(part) for part in prefixes}
-    table = {key: place for part, prefix in prefixes.items() for key, place in fitting.places(shapes[part], prefix).items()}
-    fitted = fitting.fit(loras, table, allow_partial=config.allow_partial, family=base.family)
+    table = {key: place for part, prefix in prefixes.items() for key, place in apply.places(shapes[part], prefix).items()}
+    fitted = apply.fit(loras, table, allow_partial=config.allow_partial, family=base.family)
     loras = [(item, strength) for item, (_, strength) in zip(fitted, loras, strict=True)]
     if config.method != "sum":
         loras = [(concatenate(loras, config), 1.0)]
     changed: dict[str, Weights] = {}
     count = 0
     for part, prefix in prefixes.items():
-        changed[part], touched = fitting.baked(base.weights(part, shapes[part]), prefix, loras)
+        changed[part], touched = apply.baked(base.weights(part, shapes[part]), prefix, loras)
         count += touched
     recipe = replace(loras[0][0].recipe, family=base.family)
     return count, write_checkpoint(base, output, changed, DTYPES[config.precision], recipe)

@@ -7,13 +7,13 @@ from typing import Annotated, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import UsageError
-from fastdiff.data import Batch, Wants
 from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.data import Batch, Wants
 from fastdiff.io.run import Run
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import UsageError
 from fastdiff.sampling import DEFAULTS, Settings
 
 Losses = dict[str, Tensor]  # named, already weighted, scalar

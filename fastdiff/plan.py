@@ -14,20 +14,19 @@ from typing import Any
 
 import torch
 
-from fastdiff.runtime import console
 from fastdiff import footprint
 from fastdiff.assemble import pick_device
-from fastdiff.runtime.config import options
-from fastdiff.runtime.console import DoesNotFit, Result, UsageError
+from fastdiff.checkpoints import checkpoint, locate
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.locate import ALIASES, ASSETS
 from fastdiff.data.store import cache_folder
 from fastdiff.estimate import LOADS, Estimate, data_plan, estimate
-from fastdiff.checkpoints import locate, checkpoint
-from fastdiff.runtime import disk
-from fastdiff.checkpoints.locate import ALIASES, ASSETS
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.lora import adapters
 from fastdiff.method import TrainConfig, seconds
-from fastdiff.models import adapters
 from fastdiff.probe import Measured, measure
+from fastdiff.runtime import console, disk
+from fastdiff.runtime.config import options
+from fastdiff.runtime.console import DoesNotFit, Result, UsageError
 from fastdiff.session import default_folder
 
 PRODUCT_PART = 0.5  # of the speed of a large matrix product that a whole pass reaches

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.runtime import processes
 from fastdiff import sharding
 from fastdiff.models.ema import EMA
+from fastdiff.runtime import processes
 
 
 class Player:

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.runtime import console
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data import Encoded
 from fastdiff.footprint import condition
-from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.proof import vae_of
+from fastdiff.runtime import console
 from fastdiff.sampling import at_once
 from fastdiff.session import load_base, open_accelerator
 from fastdiff.trainer import Trainer

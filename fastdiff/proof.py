@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.runtime import console
-from fastdiff import judge
+from fastdiff import judge, lora
 from fastdiff.assemble import assemble
 from fastdiff.card import fmt
-from fastdiff.data import teacher
-from fastdiff.drift import Drift
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import lora
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.data import teacher
+from fastdiff.drift import Drift
 from fastdiff.method import Method, TrainConfig
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.runtime import console
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
 
 # Pictures that are told apart at a glance, on backgrounds that are not their own colour.

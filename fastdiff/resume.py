@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastdiff.runtime import console, processes, rng
 from fastdiff import sharding
-from fastdiff.runtime.config import options
-from fastdiff.runtime.console import Failed, InputRefused, UsageError
 from fastdiff.io.run import Run
 from fastdiff.io.state import manifest_of
+from fastdiff.runtime import console, processes, rng
+from fastdiff.runtime.config import options
+from fastdiff.runtime.console import Failed, InputRefused, UsageError
 
 # What another value of makes no other run: where it writes, how long, how it is watched, on what it runs.
 FREE = {

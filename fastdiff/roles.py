@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.models import adapters
+from fastdiff.lora import adapters
 from fastdiff.models.denoiser import Denoiser, trainable_copy
 
 

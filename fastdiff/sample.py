@@ -14,19 +14,19 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from fastdiff.runtime import console
 from fastdiff import intel, judge
 from fastdiff.assemble import Assembled, assemble, load_loras, pick_device, pick_dtype, recipe_of
-from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import Result, UsageError
-from fastdiff.data import control
-from fastdiff.data.teacher import cache_folder, read_prompts
 from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.data import control
+from fastdiff.data.teacher import cache_folder, read_prompts
+from fastdiff.diffusion.solvers import SOLVERS
 from fastdiff.models import text
 from fastdiff.models.denoiser import Cond
+from fastdiff.runtime import console
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import Result, UsageError
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
-from fastdiff.diffusion.solvers import SOLVERS
 
 PRESETS: dict[str, dict[str, Any]] = {}
 CONTROLS = ("controlnet", "control_image", "control", "control_scale")

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import coefficients, engine
-from fastdiff.runtime import stop
-from fastdiff.coefficients import Table
-from fastdiff.engine import Compile, Engine, Inputs, Walk
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.coefficients import Table
+from fastdiff.diffusion.schedule import Prediction
+from fastdiff.diffusion.solvers import SOLVERS, Grid
+from fastdiff.engine import Compile, Engine, Inputs, Walk
 from fastdiff.models import autoencoder, text
 from fastdiff.models.decoder import Decoder, decoder_of
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.folded import unet_of
-from fastdiff.diffusion.schedule import Prediction
-from fastdiff.diffusion.solvers import SOLVERS, Grid
+from fastdiff.runtime import stop
 
 
 @dataclass(frozen=True)

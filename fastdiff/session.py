@@ -10,21 +10,19 @@ from typing import Any
 
 import torch
 
-from fastdiff.runtime import console, processes
-from fastdiff import resume, sharding
+from fastdiff import lora, resume, sharding
 from fastdiff.card import write_card
-from fastdiff.runtime.config import to_toml
-from fastdiff.runtime.console import DoesNotFit, Result, UsageError
-from fastdiff.data import Data, Framing, open_data
-from fastdiff.runtime import disk
 from fastdiff.checkpoints import write
-from fastdiff.io import fitting, lora
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.data import Data, Framing, open_data
 from fastdiff.io.run import Run
 from fastdiff.io.state import write_atomic
+from fastdiff.lora import adapters, apply
 from fastdiff.method import Method, Phase, TrainConfig, seconds
-from fastdiff.models import adapters
 from fastdiff.proof import Judged, Measured, Preview
+from fastdiff.runtime import console, disk, processes
+from fastdiff.runtime.config import to_toml
+from fastdiff.runtime.console import DoesNotFit, Result, UsageError
 from fastdiff.trainer import Trainer
 
 
@@ -32,7 +30,7 @@ def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Data
     """What the options of a training command ask for, encoded; who samples it wears a method's `teacher_loras`."""
     if worn := [lora.parse_spec(spec, 1.0) for spec in getattr(config, "teacher_loras", [])]:
         base = config.open_base(base.dtype)  # another one: the method's own stays as it is
-        fitting.apply(base, [(lora.load(path, allow_pickle=config.allow_pickle).of_unet(), weight) for path, weight in worn])
+        apply.apply(base, [(lora.load(path, allow_pickle=config.allow_pickle).of_unet(), weight) for path, weight in worn])
     data = open_data(
         base,
         config.data,

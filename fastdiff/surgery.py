@@ -12,20 +12,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastdiff.runtime import console, stop
-from fastdiff.runtime.console import InputRefused, Result, UsageError
-from fastdiff.data.teacher import default_prompts
-from fastdiff.checkpoints import write, tensors
-from fastdiff.checkpoints.locate import stock_config
+from fastdiff.checkpoints import tensors, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.io.layouts import canonical
-from fastdiff.checkpoints.single_file import Weights
-from fastdiff.io.lora import Lora, layers_told
+from fastdiff.checkpoints.locate import stock_config
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.checkpoints.single_file import Weights
 from fastdiff.checkpoints.tensors import Entry
-from fastdiff.io.updates import Update
+from fastdiff.data.teacher import default_prompts
+from fastdiff.lora.file import Lora, layers_told
+from fastdiff.lora.kinds import Update
+from fastdiff.lora.layouts import canonical
 from fastdiff.models import controlnet, text, unet
 from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.runtime import console, stop
+from fastdiff.runtime.console import InputRefused, Result, UsageError
 from fastdiff.sampling import DEFAULTS, Sampler, with_size
 
 PROBES, LEVELS, ROUNDS = 8, (99, 299, 499, 699, 899), 5

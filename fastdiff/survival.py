@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.runtime import console
 from fastdiff.data import control, embedded
 from fastdiff.distances import Moments, band, frechet, gap_closed
 from fastdiff.drift import REFERENCE_SEED
 from fastdiff.gallery import Gallery
 from fastdiff.lenses import Shown
+from fastdiff.runtime import console
 
 IMAGES = 240  # of a row that wears something
 FEATURES = ("embedded", "inception", "clip")  # the first that is there tells how far two sets of pictures are apart

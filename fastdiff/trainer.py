@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.runtime import console, processes, rng, stop
 from fastdiff import resume, sharding
-from fastdiff.runtime.console import Failed, Stopped
 from fastdiff.data import Batch, Data
 from fastdiff.io.run import Run
 from fastdiff.method import Method, Phase, TrainConfig, seconds
 from fastdiff.models.ema import swapped
 from fastdiff.players import Player
+from fastdiff.runtime import console, processes, rng, stop
+from fastdiff.runtime.console import Failed, Stopped
 
 
 class Trainer:

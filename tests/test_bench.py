@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastdiff import bench, measure
-from fastdiff.runtime.console import GateFailed, UsageError
 from fastdiff.models import frozen
+from fastdiff.runtime.console import GateFailed, UsageError
 
 
 def test_flop_and_bytes_are_those_of_the_work():

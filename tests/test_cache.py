@@ -14,14 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.runtime import console
-from fastdiff.runtime.console import DoesNotFit, InputRefused, UsageError
+from fastdiff.checkpoints import checkpoint
 from fastdiff.data import Buckets, Framing, cache, open_data
 from fastdiff.data import store as stores
 from fastdiff.data.pictures import Refused, decode, sizes_near
-from fastdiff.checkpoints import checkpoint
-from fastdiff.runtime import disk
 from fastdiff.models import autoencoder, text
+from fastdiff.runtime import console, disk
+from fastdiff.runtime.console import DoesNotFit, InputRefused, UsageError
 
 OPEN = dict(prompts=None, pairs=0, seed=0, device="cpu")
 

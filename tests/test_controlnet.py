@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import controlnet_of
 
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.checkpoints import checkpoint, locate, write
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import Batch, control
 from fastdiff.data.batch import Encoded
-from fastdiff.checkpoints import locate, checkpoint, write
-from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.methods import controlnet as distil
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.sampling import Sampler, Settings
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.runtime.console import DoesNotFit, InputRefused, UsageError
+from fastdiff.checkpoints import checkpoint
 from fastdiff.data import embedded, folder, open_data, teacher
 from fastdiff.data.batch import Encoded
-from fastdiff.checkpoints import checkpoint
-from fastdiff.runtime import disk
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.runtime import disk
+from fastdiff.runtime.console import DoesNotFit, InputRefused, UsageError
 from fastdiff.sampling import Settings
 
 

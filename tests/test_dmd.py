@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff.diffusion import losses
-from fastdiff.runtime.console import UsageError
-from fastdiff.data import Batch
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import fitting
+from fastdiff.data import Batch
+from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
-from fastdiff.matching import fitted_guidance
-from fastdiff.methods.dmd import DMD, PRESETS, Config
-from fastdiff.models import adapters
-from fastdiff.models.denoiser import Cond, Denoiser
-from fastdiff.models.discriminator import Head
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
 from fastdiff.diffusion.solvers import simulate
+from fastdiff.lora import adapters, apply
+from fastdiff.matching import fitted_guidance
+from fastdiff.methods.dmd import DMD, PRESETS, Config
+from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.models.discriminator import Head
+from fastdiff.runtime.console import UsageError
 
 SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "dmd_pixel.py"
@@ -296,11 +295,11 @@ def test_memory_designs_hold_one_to_three_networks_and_a_turn_moves_its_own_play
 
 def lora_of(base, path, rank, skip=()):
     """A random LoRA for every adapted layer of a base, saved."""
-    from fastdiff.io import lora
-    from fastdiff.io.updates import Factors
+    from fastdiff import lora
+    from fastdiff.lora.kinds import Factors
 
     g, modules = torch.Generator().manual_seed(2), {}
-    names = {name: key for key, name in fitting.names(base.unet).items()}
+    names = {name: key for key, name in apply.names(base.unet).items()}
     for name, p in base.unet.named_parameters():
         layer = name.removesuffix(".weight")
         if layer.endswith(adapters.TARGETS) and layer in names and not layer.endswith(skip):
@@ -315,7 +314,7 @@ def test_a_student_may_start_from_a_few_step_lora(tiny_sd, tmp_path, student, ra
     """Exactly where its adapter has the rank, and the others start at the base."""
     base = checkpoint.load(str(tiny_sd))
     start = lora_of(base, tmp_path / "start.safetensors", 4)
-    fitting.fold(base.unet, [(start, 1.0)])
+    apply.fold(base.unet, [(start, 1.0)])
     m, fresh = method(tiny_sd, student=student, lora_rank=rank, init=str(tmp_path / "start.safetensors"))
     batch, t = batch_for(fresh), torch.tensor(700)
     folded = Denoiser(base.unet, base.schedule(), base.prediction_type)

@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastdiff
-from fastdiff import cli
+from fastdiff import cli, lora
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import lora
 from fastdiff.models import perceptual
 
 

@@ -13,11 +13,11 @@ from conftest import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff import engine, intel
-from fastdiff.runtime import stop
-from fastdiff.runtime.console import Stopped, UsageError
 from fastdiff.checkpoints import checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.runtime import stop
+from fastdiff.runtime.console import Stopped, UsageError
 from fastdiff.sampling import Sampler, Settings, uint8
 
 LCM, GUIDED = Settings("lcm", 2, 1.0), Settings("dpm++", 3, 4.0)

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fastdiff import cli, gallery, lenses
+from fastdiff import cli, gallery, lenses, lora
+from fastdiff.checkpoints import checkpoint
 from fastdiff.data import embedded
 from fastdiff.distances import Moments, band, cmmd, frechet, gap_closed, kid
-from fastdiff.checkpoints import checkpoint
-from fastdiff.io import lora
-from fastdiff.models import adapters, judges
+from fastdiff.lora import adapters
+from fastdiff.models import judges
 from fastdiff.sampling import Settings
 
 

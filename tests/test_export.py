@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
-from fastdiff.runtime.console import DoesNotFit, GateFailed, InputRefused
-from fastdiff.checkpoints import locate, checkpoint, write, tensors
-from fastdiff.io import fitting
+from fastdiff.checkpoints import checkpoint, locate, tensors, write
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.lora import apply
+from fastdiff.runtime.console import DoesNotFit, GateFailed, InputRefused
 
 KINDS = ["sd15", "sd21", "sdxl", "bk-tiny"]
 
@@ -181,14 +181,14 @@ def test_a_lora_in_every_layout_that_we_write(tiny_sd, tmp_path, format):
     from diffusers import UNet2DConditionModel
     from peft import PeftModel
 
-    from fastdiff.io import lora
-    from fastdiff.io.lora import Lora
-    from fastdiff.io.updates import Factors
+    from fastdiff import lora
+    from fastdiff.lora.file import Lora
+    from fastdiff.lora.kinds import Factors
 
     base = checkpoint.load(str(tiny_sd))
     made = torch.Generator().manual_seed(0)
     modules = {}
-    for i, (key, name) in enumerate(fitting.names(base.unet).items()):
+    for i, (key, name) in enumerate(apply.names(base.unet).items()):
         out, inside, *kernel = base.unet.get_submodule(name).weight.shape
         rank = 2 + i % 3
         down, up = torch.randn(rank, inside, *kernel, generator=made), torch.randn(out, rank, *[1] * len(kernel), generator=made)
@@ -197,7 +197,7 @@ def test_a_lora_in_every_layout_that_we_write(tiny_sd, tmp_path, format):
     path = tmp_path / ("x" if format == "peft" else "x.safetensors")
     lora.save(item, path, dtype=torch.float32, format=format)
     plain = {k: v.clone() for k, v in base.unet.state_dict().items()}
-    fitting.fold(base.unet, [(item, 1.0)])
+    apply.fold(base.unet, [(item, 1.0)])
     theirs = UNet2DConditionModel(**base.unet.config)
     theirs.load_state_dict(plain)
     if format == "peft":
@@ -224,15 +224,15 @@ def test_a_lora_in_every_layout_that_we_write(tiny_sd, tmp_path, format):
 def test_sdxl_loras_are_written_with_ldm_names_and_diffusers_takes_them_whole(tiny_sdxl, tmp_path):
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-    from fastdiff.io import lora
-    from fastdiff.io.lora import Lora
-    from fastdiff.io.updates import Factors
-    from fastdiff.models.adapters import TARGETS
+    from fastdiff import lora
+    from fastdiff.lora.adapters import TARGETS
+    from fastdiff.lora.file import Lora
+    from fastdiff.lora.kinds import Factors
 
     base = checkpoint.load(str(tiny_sdxl))
     made = torch.Generator().manual_seed(0)
     modules = {}
-    for key, name in fitting.names(base.unet).items():
+    for key, name in apply.names(base.unet).items():
         if name.endswith(TARGETS):
             out, inside, *kernel = base.unet.get_submodule(name).weight.shape
             down, up = torch.randn(2, inside, *kernel, generator=made), torch.randn(out, 2, *[1] * len(kernel), generator=made)
@@ -249,7 +249,7 @@ def test_sdxl_loras_are_written_with_ldm_names_and_diffusers_takes_them_whole(ti
     theirs.unload_lora()
     read = lora.load(tmp_path / "x.safetensors")
     assert read.modules.keys() == modules.keys()
-    fitting.fold(base.unet, [(read, 1.0)])
+    apply.fold(base.unet, [(read, 1.0)])
     found = theirs.state_dict()
     for key, weight in base.unet.state_dict().items():
         torch.testing.assert_close(found[key], weight, rtol=1e-4, atol=1e-5, msg=key)
@@ -267,9 +267,9 @@ def test_flattened_encoder_names_are_repaired(folders, tmp_path):
 
 def test_ldm_names_count_with_the_layers_of_a_pruned_base(tmp_path):
     """One layer a block, as KOALA has: written and read by the count in the header, whoever reads it."""
-    from fastdiff.io import lora
-    from fastdiff.io.lora import Lora
-    from fastdiff.io.updates import Factors
+    from fastdiff import lora
+    from fastdiff.lora.file import Lora
+    from fastdiff.lora.kinds import Factors
 
     modules = {
         f"lora_unet_{name}": Factors(torch.ones(2, 8), torch.ones(8, 2))

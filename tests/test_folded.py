@@ -5,10 +5,12 @@ import pytest
 import torch
 from conftest import SCHEDULER, UNET, build
 
-from fastdiff.coefficients import table
 from fastdiff.checkpoints import checkpoint
-from fastdiff.checkpoints.locate import ASSETS, EMOJI
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.locate import ASSETS, EMOJI
+from fastdiff.coefficients import table
+from fastdiff.diffusion.schedule import NoiseSchedule
+from fastdiff.diffusion.solvers import SOLVERS, Grid
 from fastdiff.models import autoencoder, text
 from fastdiff.models.clip import TextEncoder
 from fastdiff.models.decoder import Decoder
@@ -17,8 +19,6 @@ from fastdiff.models.folded import FoldedUNet, unet_of
 from fastdiff.models.frozen import Unknown
 from fastdiff.models.unet import LAYOUTS, student_config
 from fastdiff.sampling import Sampler, Settings
-from fastdiff.diffusion.schedule import NoiseSchedule
-from fastdiff.diffusion.solvers import SOLVERS, Grid
 
 SMALL = dict(UNET, cross_attention_dim=32)
 CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from fastdiff.io import lora
+from fastdiff import lora
 
 pytestmark = pytest.mark.slow
 

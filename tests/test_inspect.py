@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_lora_layouts import ROWS, Made
 
 from fastdiff import cli, inspect
-from fastdiff.checkpoints import locate, checkpoint, write, tensors
+from fastdiff.checkpoints import checkpoint, locate, tensors, write
 from fastdiff.checkpoints.locate import EMOJI
 
 

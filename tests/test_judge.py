@@ -8,10 +8,10 @@ import torch
 from torchvision.transforms.functional import adjust_saturation, gaussian_blur
 
 from fastdiff import judge
+from fastdiff.checkpoints import checkpoint
 from fastdiff.data import embedded
 from fastdiff.distances import Moments, frechet, gap_closed
 from fastdiff.drift import Drift
-from fastdiff.checkpoints import checkpoint
 from fastdiff.judge import Prompts, Reference, Row, embed, recognised
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from fastdiff.data.batch import Batch
+from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import lora
-from fastdiff.methods.lcm import LCM, Config, distillation_grid, guidance_embedded
-from fastdiff.models import adapters
-from fastdiff.models.denoiser import Cond, Denoiser
+from fastdiff.data.batch import Batch
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction, per_sample
+from fastdiff.lora import adapters
+from fastdiff.methods.lcm import LCM, Config, distillation_grid, guidance_embedded
+from fastdiff.models.denoiser import Cond, Denoiser
 
 SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from test_dmd import batch_for, disturb
 
-from fastdiff.runtime.console import UsageError
-from fastdiff.data.batch import Encoded
+from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import fitting, lora
+from fastdiff.data.batch import Encoded
+from fastdiff.diffusion.schedule import NoiseSchedule
 from fastdiff.io.run import Run
+from fastdiff.lora import adapters, apply
 from fastdiff.method import seconds
 from fastdiff.methods.lightning import SHOWN, Config, Lightning
-from fastdiff.models import adapters
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.diffusion.schedule import NoiseSchedule
+from fastdiff.runtime.console import UsageError
 from fastdiff.session import open_accelerator
 from fastdiff.stages import plan, timesteps
 from fastdiff.trainer import Trainer
@@ -494,7 +494,7 @@ def test_every_stages_lora_is_one_of_the_base(tiny_sd, tmp_path):
         base = checkpoint.load(str(path if path.is_dir() else tiny_sd))
         recipe = base.recipe if path.is_dir() else lora.load(path).recipe
         if not path.is_dir():
-            fitting.apply(base, [(lora.load(path), 1.0)])
+            apply.apply(base, [(lora.load(path), 1.0)])
         net = Denoiser(base.unet, base.schedule(), base.prediction_type)
         torch.testing.assert_close(outputs(net, batch), eps, atol=1e-4, rtol=1e-4)
         assert (recipe.method, recipe.scheduler, recipe.spacing, recipe.guidance) == ("lightning", "euler", "trailing", 0.0)

@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import fastdiff
-from fastdiff import cli
+from fastdiff import cli, lora
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import lora
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastdiff import lora
+from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.lora import apply
+from fastdiff.lora.file import Factors, Lora
 from fastdiff.runtime import console
 from fastdiff.runtime.console import InputRefused, UsageError
-from fastdiff.io import fitting, lora
-from fastdiff.io.lora import Factors, Lora
-from fastdiff.checkpoints.recipe import Recipe
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "down_blocks.0.resnets.0.conv1"
@@ -384,22 +385,22 @@ def test_weights_after_the_file_name(tmp_path):
 
 def test_names_come_from_the_model_and_go_past_peft():
     net = nn.ModuleDict({"to_out": nn.ModuleList([nn.Linear(5, 6)]), "conv": nn.Conv2d(5, 6, 3), "n": nn.LayerNorm(6)})
-    assert fitting.names(net) == {"lora_unet_to_out_0": "to_out.0", "lora_unet_conv": "conv"}
+    assert apply.names(net) == {"lora_unet_to_out_0": "to_out.0", "lora_unet_conv": "conv"}
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
-    assert fitting.places(shapes, "lora_unet_")["lora_unet_n"] == ("n.weight", (6,))
-    assert fitting.places(shapes, "lora_unet_")["lora_unet_conv.bias"] == ("conv.bias", (6,))
+    assert apply.places(shapes, "lora_unet_")["lora_unet_n"] == ("n.weight", (6,))
+    assert apply.places(shapes, "lora_unet_")["lora_unet_conv.bias"] == ("conv.bias", (6,))
     encoder = nn.ModuleDict({"encoder": nn.Linear(5, 6)})
-    assert fitting.names(encoder, "lora_te_") == {"lora_te_text_model_encoder": "encoder"}
-    assert fitting.names(nn.ModuleDict({"text_model": encoder}), "lora_te2_") == {
+    assert apply.names(encoder, "lora_te_") == {"lora_te_text_model_encoder": "encoder"}
+    assert apply.names(nn.ModuleDict({"text_model": encoder}), "lora_te2_") == {
         "lora_te2_text_model_encoder": "text_model.encoder"
     }
     inner = nn.ModuleDict({"base_layer": nn.Linear(5, 6), "lora_A": nn.ModuleDict({"default": nn.Linear(5, 4)})})
     wrapped = nn.ModuleDict({"to_q": inner})
-    assert fitting.names(wrapped) == {"lora_unet_to_q": "to_q"}
+    assert apply.names(wrapped) == {"lora_unet_to_q": "to_q"}
     item = Lora({"lora_unet_to_q": Factors(*factors(0))})
     before = inner["base_layer"].weight.clone()
     wrapped["to_q"].base_layer = inner["base_layer"]
-    assert fitting.fold(wrapped, [(item, 1.0)]) == 1
+    assert apply.fold(wrapped, [(item, 1.0)]) == 1
     torch.testing.assert_close(inner["base_layer"].weight, before + product(*factors(0)))
 
 
@@ -429,7 +430,7 @@ def test_what_peft_and_diffusers_write_is_read_with_its_scale(tiny_sd, tmp_path)
         init_lora_weights=False,
     )  # fmt: skip
     wrapped = get_peft_model(unet, config)
-    count = len(fitting.names(wrapped, "lora_unet_").keys())
+    count = len(apply.names(wrapped, "lora_unet_").keys())
     assert count == sum(isinstance(m, nn.Linear | nn.Conv2d) for m in UNet2DConditionModel(**unet.config).modules())
     wrapped.save_pretrained(tmp_path / "peft")
     state_dict = get_peft_model_state_dict(wrapped)
@@ -443,6 +444,6 @@ def test_what_peft_and_diffusers_write_is_read_with_its_scale(tiny_sd, tmp_path)
         fresh = UNet2DConditionModel(**unet.config)
         fresh.load_state_dict(clean)
         read = lora.load(file)
-        assert len(read.modules) == len(state_dict) // 2 == fitting.fold(fresh, [(read, 1.0)])
+        assert len(read.modules) == len(state_dict) // 2 == apply.fold(fresh, [(read, 1.0)])
         for key, weight in fresh.state_dict().items():
             torch.testing.assert_close(weight, merged[key], rtol=1e-4, atol=1e-5)

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save_file
 from test_single_file import ldm_unet
 
-from fastdiff.runtime import console
+from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import fitting, lora
+from fastdiff.lora import apply
+from fastdiff.runtime import console
 
 R = 3
 ATTENTION = r"\.(to_[qkv]|to_out\.0)$"
@@ -376,7 +377,7 @@ def test_applied_equals_expected(row, kind, request, tmp_path):
         (tmp_path / "adapter_config.json").write_text(json.dumps(made.config))
     before = {(part, k): p.detach().clone() for part, ps in made.parameters.items() for k, p in ps.items()}
     read = lora.load(tmp_path / "x.safetensors")
-    assert fitting.apply(base, [(read, 1.0)]).changed == len(made.expected) == len(read.modules)
+    assert apply.apply(base, [(read, 1.0)]).changed == len(made.expected) == len(read.modules)
     for (part, name), old in before.items():
         new = made.parameters[part][name].detach()
         if (part, name) not in made.expected:
@@ -405,7 +406,7 @@ def test_every_update_scales_with_its_weight_and_adds_on_the_base_itself(tiny_sd
     found = []
     for order in (files, files[::-1]):
         fresh = checkpoint.load(str(tiny_sd))
-        fitting.apply(fresh, [(item, 0.5 if item is files[0] else -0.25) for item in order])
+        apply.apply(fresh, [(item, 0.5 if item is files[0] else -0.25) for item in order])
         found.append(dict(fresh.unet.named_parameters()))
     old = dict(base.unet.named_parameters())
     for _, name in both:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastdiff import merge
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff import lora, merge
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import fitting, lora
-from fastdiff.io.lora import Factors, Lora
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.lora import apply
+from fastdiff.lora.file import Factors, Lora
 from fastdiff.merge import Config, concatenate
+from fastdiff.runtime.console import InputRefused, UsageError
 
 
 def factors(seed, rank, kernel=None):
@@ -202,7 +202,7 @@ def test_fold_sums_in_fp32_and_casts_once():
         for m in (factors(i, 2 + i) for i in range(8))
     ]
     loras = [(item, 0.5 + 0.1 * i) for i, item in enumerate(items)]
-    assert fitting.fold(net, loras) == 2  # a linear factor pair fits the 1 x 1 convolution
+    assert apply.fold(net, loras) == 2  # a linear factor pair fits the 1 x 1 convolution
     total = sum(w * product(m) for item, w in loras for m in [item.modules["lora_unet_to_out_0"]])
     exact = before["to_out.0.weight"] + total
     assert torch.equal(net.to_out[0].weight, exact.half())
@@ -219,10 +219,10 @@ def test_fold_refuses_what_does_not_fit_and_changes_nothing():
     before = net.to_out[0].weight.clone()
     good = {"lora_unet_to_out_0": factors(0, 4)}
     with pytest.raises(InputRefused, match=r"only 1 of 2 modules fit.*lora_unet_gone \(no such layer\)"):
-        fitting.fold(net, [(Lora({**good, "lora_unet_gone": factors(1, 4)}), 1.0)])
+        apply.fold(net, [(Lora({**good, "lora_unet_gone": factors(1, 4)}), 1.0)])
     odd = Lora({**good, "lora_unet_conv": factors(1, 4, 1)}, source="a.safetensors")
     with pytest.raises(InputRefused, match=r"a.safetensors: only 1 of 2.*\(6, 5, 1, 1\), the model has \(6, 5, 3, 3\)"):
-        fitting.fold(net, [(odd, 1.0)])
+        apply.fold(net, [(odd, 1.0)])
     assert torch.equal(net.to_out[0].weight, before)
 
 
@@ -231,12 +231,12 @@ def test_apply_reaches_the_encoders_and_leaves_nothing_out():
     base = SimpleNamespace(unet=Net(), text_encoders=[encoder])
     item = Lora({"lora_unet_conv": factors(0, 4, 3), "lora_te1_text_model_encoder": factors(1, 4)})
     before = encoder["encoder"].weight.clone()
-    assert fitting.apply(base, [(item, 0.5)]).changed == 2  # te1 is the only encoder of an SD1 base
+    assert apply.apply(base, [(item, 0.5)]).changed == 2  # te1 is the only encoder of an SD1 base
     torch.testing.assert_close(encoder["encoder"].weight, before + 0.5 * product(factors(1, 4)))
     conv = base.unet.conv.weight.clone()
     item.modules["lora_te2_text_model_encoder"] = factors(1, 4)
     with pytest.raises(InputRefused, match=r"only 2 of 3 modules fit this model; not: lora_te2_"):
-        fitting.apply(base, [(item, 0.5)])
+        apply.apply(base, [(item, 0.5)])
     assert torch.equal(base.unet.conv.weight, conv)
 
 
@@ -245,7 +245,7 @@ def random_lora(nets, seed=0):
     torch.manual_seed(seed)
     modules = {}
     for prefix, net in nets.items():
-        for i, (key, name) in enumerate(fitting.names(net, prefix).items()):
+        for i, (key, name) in enumerate(apply.names(net, prefix).items()):
             out, inside, *kernel = net.get_submodule(name).weight.shape
             rank = 2 + i % 2
             down, up = torch.randn(rank, inside, *kernel), torch.randn(out, rank, *[1] * len(kernel))
@@ -274,7 +274,7 @@ def test_diffusers_applies_every_layer_of_what_we_write(tiny_sd, tmp_path):
     layers = [m for net in (theirs.unet, theirs.text_encoder) for m in net.modules() if isinstance(m, LoraLayer)]
     assert len(layers) == len(item.modules) > 200
     base = SimpleNamespace(unet=ours.unet, text_encoders=[ours.text_encoder])
-    assert fitting.apply(base, [(lora.load(tmp_path / "x.safetensors"), 1.0)]).changed == len(item.modules)
+    assert apply.apply(base, [(lora.load(tmp_path / "x.safetensors"), 1.0)]).changed == len(item.modules)
     for before, mine, other in zip(plain, outputs(ours), outputs(theirs), strict=True):
         assert (mine - before).abs().max() > 1e-2
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
@@ -383,7 +383,7 @@ def test_block_weights_scale_the_style_by_ldm_block():
 
 
 def test_what_has_no_low_rank_is_refused_with_the_way_out(tmp_path):
-    from fastdiff.io.updates import Decomposed, Dense
+    from fastdiff.lora.kinds import Decomposed, Dense
 
     plain = factors(0, 2)
     dora = Lora({"lora_unet_linear": Decomposed(plain, torch.ones(6), False)}, source="d.safetensors")
@@ -405,7 +405,7 @@ def test_what_has_no_low_rank_is_refused_with_the_way_out(tmp_path):
 def tuned_copy(source, folder, loras):
     """A checkpoint with LoRAs in it, in fp32."""
     base = checkpoint.load(str(source))
-    fitting.apply(base, loras)
+    apply.apply(base, loras)
     from fastdiff.checkpoints import write
 
     write.to_folder(base, folder, recipe=Recipe(method="lcm", scheduler="lcm", num_steps=4, guidance=1.0))
@@ -417,7 +417,7 @@ def test_the_lora_between_two_checkpoints_is_the_one_that_was_put_in(kind, reque
     monkeypatch.chdir(tmp_path)
     source = request.getfixturevalue(kind)
     base = checkpoint.load(str(source))
-    prefixes = dict(zip(fitting.prefixes(len(base.text_parts)).values(), [base.unet, *base.text_encoders], strict=True))
+    prefixes = dict(zip(apply.prefixes(len(base.text_parts)).values(), [base.unet, *base.text_encoders], strict=True))
     item = random_lora(prefixes)
     tuned = tuned_copy(source, tmp_path / "tuned", [(item, 1.0)])
     result = merge.run(
@@ -442,7 +442,7 @@ def test_acceleration_is_transferred_to_a_third_checkpoint(tiny_sd, tiny_sdxl, t
     quick = tuned_copy(tiny_sd, tmp_path / "quick", [(fast, 1.0)])
     custom = tuned_copy(tiny_sd, tmp_path / "custom", [(style, 1.0)])
     both = checkpoint.load(str(tiny_sd))
-    fitting.apply(both, [(fast, 1.0), (style, 1.0)])
+    apply.apply(both, [(fast, 1.0), (style, 1.0)])
     how = dict(base=str(custom), tuned=str(quick), reference=str(tiny_sd), precision="fp32")
     merge.run(Config(**how, output="out"))
     found = checkpoint.load("out")
@@ -465,7 +465,7 @@ def test_ranks_64_and_8_with_other_alphas_and_modules_equal_both_adapters(tiny_s
     files = {}
     for name, rank, alpha, every in (("a", 64, 32.0, 1), ("b", 8, 4.0, 2)):
         tensors = {}
-        for key, layer in list(fitting.names(pipe.unet).items())[::every]:
+        for key, layer in list(apply.names(pipe.unet).items())[::every]:
             out, inside, *kernel = pipe.unet.get_submodule(layer).weight.shape
             tensors[f"{key}.lora_down.weight"] = torch.randn(rank, inside, *kernel, generator=made) * 0.03
             tensors[f"{key}.lora_up.weight"] = torch.randn(out, rank, *[1] * len(kernel), generator=made) * 0.03
@@ -480,7 +480,7 @@ def test_ranks_64_and_8_with_other_alphas_and_modules_equal_both_adapters(tiny_s
     two.set_adapters(["a", "b"], [1.0, 0.8])
     one.load_lora_weights(".", weight_name="a-b.safetensors")
     base = checkpoint.load(str(tiny_sd))
-    assert fitting.apply(base, [(lora.load("a-b.safetensors"), 1.0)]).changed == files["a"]
+    assert apply.apply(base, [(lora.load("a-b.safetensors"), 1.0)]).changed == files["a"]
     plain = outputs(StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None, local_files_only=True))[1]
     wanted = outputs(two)[1]
     ours = outputs(SimpleNamespace(unet=base.unet, text_encoder=base.text_encoders[0]))[1]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fastdiff import cli, surgery
-from fastdiff.runtime.console import Failed
-from fastdiff.data import open_data
 from fastdiff.checkpoints import checkpoint
+from fastdiff.data import open_data
 from fastdiff.io.run import Run
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.runtime.console import Failed
 from fastdiff.runtime.rng import seed_for
 from fastdiff.session import open_accelerator
 from fastdiff.trainer import Trainer

@@ -8,9 +8,9 @@ import torch
 
 from fastdiff import cli, footprint, plan, probe
 from fastdiff.checkpoints import checkpoint
-from fastdiff.runtime import disk
+from fastdiff.lora import adapters
 from fastdiff.methods import lcm
-from fastdiff.models import adapters
+from fastdiff.runtime import disk
 from fastdiff.sampling import DEFAULTS
 
 SMALL = ["--resolution", 64, "--batch-size", 4, "--grad-accum", 2, "--lora-rank", 16, "--no-gradient-checkpointing", "--no-probe"]

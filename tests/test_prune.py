@@ -7,17 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdiff.diffusion import losses
 from fastdiff import surgery
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.data import open_data
-from fastdiff.checkpoints import locate, checkpoint
-from fastdiff.io import fitting
-from fastdiff.io.lora import Factors, Lora
+from fastdiff.diffusion import losses
+from fastdiff.diffusion.schedule import NoiseSchedule
+from fastdiff.lora import apply
+from fastdiff.lora.file import Factors, Lora
 from fastdiff.methods.prune import Config, Prune
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Cond, Denoiser
-from fastdiff.diffusion.schedule import NoiseSchedule
+from fastdiff.runtime.console import InputRefused, UsageError
 
 COUNTS = {  # parameters and tensors, of the published networks
     ("sd15", "bk-base"): (579_384_964, 442),
@@ -167,7 +167,7 @@ def test_sdxl_layouts_on_a_tiny_sdxl(layout, tiny_sdxl):
 
 def touching(key, base):
     """A LoRA of one layer of the emoji UNet."""
-    name = fitting.names(base.unet)[key]
+    name = apply.names(base.unet)[key]
     out, into = base.unet.get_submodule(name).weight.shape
     g = torch.Generator().manual_seed(1)
     return Lora({key: Factors(torch.randn(2, into, generator=g), torch.randn(out, 2, generator=g))}, {}, "style.safetensors")
@@ -184,7 +184,7 @@ def test_a_lora_folded_in_before_the_cut_is_the_remapped_lora_folded_in_after_it
     whole, small, config = pruned_emoji(layout)
     g = torch.Generator().manual_seed(0)
     modules = {}
-    for key, name in fitting.names(whole.unet).items():
+    for key, name in apply.names(whole.unet).items():
         out, into, *kernel = whole.unet.get_submodule(name).weight.shape
         modules[key] = Factors(
             0.1 * torch.randn(2, into, *kernel, generator=g), torch.randn(out, 2, *(1 for _ in kernel), generator=g)
@@ -192,8 +192,8 @@ def test_a_lora_folded_in_before_the_cut_is_the_remapped_lora_folded_in_after_it
     style = Lora(modules, {"ss_tag": "x"}, "style.safetensors")
     moved = surgery.remapped(small, style, wanted=True)
     after = unet.inheriting(whole.unet, config)
-    fitting.fold(after, [(moved, 0.5)])
-    fitting.fold(whole.unet, [(style, 0.5)])
+    apply.fold(after, [(moved, 0.5)])
+    apply.fold(whole.unet, [(style, 0.5)])
     before = unet.inheriting(whole.unet, config)
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
         assert torch.equal(a, b), name

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import lora
-from fastdiff.models import adapters, unet
+from fastdiff.lora import adapters
+from fastdiff.models import unet
 
 QUICK = ("--steps=2", "--batch-size=2", "--grad-accum=1", "--resolution=64", "--pairs=2", "--teacher-steps=2", "--device=cpu")
 QUICK += ("--prompts=prompts.txt", "--lr=1e-3", "--warmup=0", "--proof=0")

@@ -19,12 +19,12 @@ import torch
 import toy
 
 from fastdiff import cli, resume
-from fastdiff.runtime import processes, rng, stop
-from fastdiff.runtime.console import DoesNotFit, Failed, InputRefused, Stopped, UsageError
 from fastdiff.io import state as states
 from fastdiff.io.run import Run
 from fastdiff.io.state import States
 from fastdiff.method import Phase
+from fastdiff.runtime import processes, rng, stop
+from fastdiff.runtime.console import DoesNotFit, Failed, InputRefused, Stopped, UsageError
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,10 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastdiff import cli
-from fastdiff.runtime.console import InputRefused, UsageError
-from fastdiff.io import lora
+from fastdiff import cli, lora
 from fastdiff.checkpoints import tensors
+from fastdiff.runtime.console import InputRefused, UsageError
 
 KEY = "lora_unet_mid_block_resnets_0_conv1"
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff import cli
-from fastdiff.checkpoints import locate, checkpoint, write
-from fastdiff.io import fitting, lora
-from fastdiff.io.lora import Factors, Lora
+from fastdiff import cli, lora
+from fastdiff.checkpoints import checkpoint, locate, write
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.lora import apply
+from fastdiff.lora.file import Factors, Lora
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, SeededNoise, Settings, uint8
@@ -232,7 +232,7 @@ def test_hub_layout_is_read_offline(tiny_sd, tmp_path, monkeypatch):
 def test_several_loras_fold_as_their_weighted_sum(few_step, capfd):
     base, plain = checkpoint.load("emoji"), checkpoint.load("emoji")
     item = lora.load(few_step)
-    fitting.apply(base, [(item, 0.5), (item, 0.25)])
+    apply.apply(base, [(item, 0.5), (item, 0.25)])
     key = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     delta = next(iter(item.modules.values())).delta()
     found = base.unet.get_submodule(key).weight - plain.unet.get_submodule(key).weight

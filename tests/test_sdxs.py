@@ -6,15 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastdiff.diffusion import losses
-from fastdiff.runtime.console import InputRefused, UsageError
-from fastdiff.data import Batch
+from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import lora
 from fastdiff.checkpoints.locate import EMOJI
+from fastdiff.data import Batch
+from fastdiff.diffusion import losses
+from fastdiff.lora import adapters
 from fastdiff.methods import dmd, sdxs
-from fastdiff.models import adapters, similarity
+from fastdiff.models import similarity
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.runtime.console import InputRefused, UsageError
 
 SMALL = dict(lora_rank=4, lora_alpha=4, guidance=3.0, match_steps=0, steps=10, t_gen=749, seed=0)
 
@@ -264,14 +265,14 @@ def style_file(folder, base, spread=0.3):
 
 
 def test_the_teacher_wears_the_style_and_the_online_model_never_does(tiny_sd, tmp_path):
-    from fastdiff.io import fitting
+    from fastdiff.lora import apply
 
     path = style_file(tmp_path, checkpoint.load(str(tiny_sd)))
     pruned = prune(tiny_sd, tmp_path)
     m, base = method(tiny_sd, init=str(pruned), style_lora=f"{path}=0.5")
     batch, t = batch_for(base), torch.tensor(300)
     plain, styled = checkpoint.load(str(tiny_sd)), checkpoint.load(str(tiny_sd))
-    fitting.apply(styled, [(lora.load(path), 0.5)])
+    apply.apply(styled, [(lora.load(path), 0.5)])
     answers = [Denoiser(c.unet, c.schedule(), c.prediction_type)(batch.latents, t, batch.cond).eps for c in (plain, styled)]
     with torch.no_grad():
         torch.testing.assert_close(m.teacher(batch.latents, t, batch.cond).eps, answers[1], atol=2e-4, rtol=1e-3)

@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
-from fastdiff.runtime.console import InputRefused
 from fastdiff.checkpoints import checkpoint
 from fastdiff.models import text
+from fastdiff.runtime.console import InputRefused
 
 RESNET = {
     "norm1": "in_layers.0",

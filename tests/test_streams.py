@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.runtime.console import InputRefused, UsageError
-from fastdiff.data import cache, open_data, streams
 from fastdiff.checkpoints import checkpoint
+from fastdiff.data import cache, open_data, streams
+from fastdiff.runtime.console import InputRefused, UsageError
 
 OPEN = dict(prompts=None, pairs=0, seed=0, device="cpu", resolution_px=64)
 

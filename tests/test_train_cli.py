@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastdiff import cli
+from fastdiff import cli, lora
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import lora
 
 
 @pytest.fixture

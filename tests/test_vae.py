@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from fastdiff import decoders
-from fastdiff.diffusion import losses
-from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.checkpoints import checkpoint
+from fastdiff.diffusion import losses
 from fastdiff.methods import vae as method
 from fastdiff.methods.vae import Config, TinyVAE
 from fastdiff.models import autoencoder
 from fastdiff.models.discriminator import PatchDiscriminator
+from fastdiff.runtime.console import InputRefused, UsageError
 
 
 @pytest.fixture(scope="module")

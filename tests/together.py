@@ -120,8 +120,8 @@ def command_runs(path):
     from accelerate import Accelerator
 
     from fastdiff import cli
-    from fastdiff.runtime import processes
     from fastdiff.data import Batch, Encoded
+    from fastdiff.runtime import processes
 
     get, Batch.to = Encoded.batch, keyed(Batch.to)
     for module in [import_module(c.module) for c in cli.COMMANDS]:

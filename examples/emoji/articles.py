@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from fastdiff.checkpoints import checkpoint, locate, tensors
 from fastdiff.data import embedded
-from fastdiff.checkpoints import locate, checkpoint, tensors
 
 LR, BATCH, KEPT = 5e-3, 16, 4  # KEPT: items of a batch without an article, of the names that hold the token
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.diffusion import losses
-from fastdiff.data import control, embedded, open_data
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.data import control, embedded, open_data
+from fastdiff.diffusion import losses
 from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig
 from fastdiff.models import autoencoder

@@ -16,8 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fastdiff.data import embedded
 from fastdiff.checkpoints.locate import EMOJI
+from fastdiff.data import embedded
 
 STYLE = EMOJI / "style.safetensors"
 

@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from safetensors.torch import save_file
 
+from fastdiff.checkpoints import checkpoint
 from fastdiff.distances import Moments
 from fastdiff.drift import REFERENCE_SEED
-from fastdiff.checkpoints import checkpoint
 from fastdiff.judge import REFERENCE, Judge, Row, embed
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling import DEFAULTS, Sampler, Settings

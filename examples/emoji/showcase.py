@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from fastdiff.data import embedded
 from fastdiff.checkpoints.locate import EMOJI
+from fastdiff.data import embedded
 from fastdiff.sampling import contact_sheet
 
 STYLE = EMOJI / "style.safetensors"

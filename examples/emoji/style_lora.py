@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.diffusion import losses
-from fastdiff.data import open_data
+from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import lora
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.data import open_data
+from fastdiff.diffusion import losses
 from fastdiff.io.run import Run
+from fastdiff.lora import adapters
 from fastdiff.method import TrainConfig
-from fastdiff.models import adapters
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.session import open_accelerator
 from fastdiff.trainer import Trainer

@@ -13,15 +13,15 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff.runtime.console import InputRefused, info
 from fastdiff.checkpoints import single_file, tensors
-from fastdiff.checkpoints.locate import ASSETS, EMOJI, clip_vocabulary, family_of, locate, shape_tables
 from fastdiff.checkpoints.family import Found, detect, infer_unet
 from fastdiff.checkpoints.family import prediction as prediction_told
-from fastdiff.checkpoints.single_file import Slot, Weights
+from fastdiff.checkpoints.locate import ASSETS, EMOJI, clip_vocabulary, family_of, locate, shape_tables
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.diffusion.schedule import NoiseSchedule, PredictionType
+from fastdiff.runtime.console import InputRefused, info
 
 
 @dataclass

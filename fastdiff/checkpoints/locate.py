@@ -6,9 +6,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.checkpoints import tensors
 from fastdiff.checkpoints.family import FAMILIES, FAMILY_OF_WIDTH, detect
+from fastdiff.runtime.console import InputRefused, UsageError
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMOJI = ASSETS / "emoji"

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.runtime.console import InputRefused, UsageError, info
 from fastdiff.checkpoints import single_file, tensors
-from fastdiff.checkpoints.locate import clip_vocabulary, stock_config
 from fastdiff.checkpoints.checkpoint import Checkpoint, plain_name
-from fastdiff.checkpoints.single_file import Slot, Weights
+from fastdiff.checkpoints.locate import clip_vocabulary, stock_config
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import Entry
+from fastdiff.runtime.console import InputRefused, UsageError, info
 
 ARCHITECTURES = {"emoji": "stable-diffusion-v1", "sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 

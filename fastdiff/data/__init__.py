@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 
-from fastdiff.runtime.console import UsageError
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data import cache, embedded, folder, streams, teacher
 from fastdiff.data.batch import Batch, Buckets, Data, Encoded
 from fastdiff.data.pictures import Framing
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.runtime.console import UsageError
 from fastdiff.sampling import DEFAULTS, Settings
 
 __all__ = ["Batch", "Buckets", "Data", "Encoded", "Framing", "Wants", "open_data"]

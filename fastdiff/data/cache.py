@@ -17,16 +17,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastdiff.runtime import console, stop
-from fastdiff.runtime.console import InputRefused, Stopped
+from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.data.batch import Buckets, Data, Encoded
 from fastdiff.data.pictures import Framing, Refused, Sample, decode, hash_of, reasons
 from fastdiff.data.store import Share, Store, Stored, cache_folder
-from fastdiff.runtime import disk
-from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.io.state import write_atomic
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond
+from fastdiff.runtime import console, disk, stop
+from fastdiff.runtime.console import InputRefused, Stopped
 from fastdiff.sampling import at_once
 
 SIZE = 64  # pictures or captions a file

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.runtime import console, stop
-from fastdiff.runtime.console import UsageError
 from fastdiff.data.batch import Encoded
 from fastdiff.data.folder import square
 from fastdiff.models import autoencoder
+from fastdiff.runtime import console, stop
+from fastdiff.runtime.console import UsageError
 from fastdiff.sampling import at_once, uint8
 
 Extractor = Callable[[Any], Any]  # numpy RGB (H, W, 3) uint8 -> (H, W) or (H, W, 3) uint8

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdiff.data.batch import Encoded
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.data.batch import Encoded
 from fastdiff.models import autoencoder, text
 
 PICTURES = Path(__file__).parent.parent / "assets" / "emoji" / "pictures"

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastdiff.runtime.console import UsageError
 from fastdiff.data.folder import MISSING
 from fastdiff.data.pictures import CAPTIONS, SUFFIXES, Sample, caption_in, caption_of_json, hash_of
+from fastdiff.runtime.console import UsageError
 
 EXTRA = 'pip install "fastdiff[data]"'
 # A server that does not answer, or stops sending, is given up within 30 s; webdataset's own command would take 15 minutes.

@@ -12,16 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdiff.runtime import console, stop
-from fastdiff.runtime.console import InputRefused, Stopped, UsageError
+from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.data import embedded
 from fastdiff.data.batch import Encoded
 from fastdiff.data.store import Share, cache_folder
-from fastdiff.runtime import disk
-from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.folded import unet_of
+from fastdiff.runtime import console, disk, stop
+from fastdiff.runtime.console import InputRefused, Stopped, UsageError
 from fastdiff.sampling import Sampler, SeededNoise, Settings, at_once, with_size
 
 PROMPTS = Path(__file__).parent.parent / "assets" / "prompts.txt"

@@ -17,20 +17,21 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastdiff.runtime import console
-from fastdiff.diffusion import losses
 from fastdiff import segmented
 from fastdiff.card import write_controlnet_card
-from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import Result, UsageError
-from fastdiff.data import Batch, Encoded, Wants, control
 from fastdiff.checkpoints import checkpoint, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.data import Batch, Encoded, Wants, control
+from fastdiff.diffusion import losses
 from fastdiff.io.run import Run
+from fastdiff.lora import adapters
 from fastdiff.method import Phase, Turn
-from fastdiff.models import adapters, controlnet, unet
+from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.proof import vae_of
+from fastdiff.runtime import console
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import Result, UsageError
 from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, uint8
 from fastdiff.segmented import Segmented, SegmentedConfig, phases
 from fastdiff.session import data_of, open_session

@@ -18,25 +18,25 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff.diffusion import losses
-from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import UsageError, info
-from fastdiff.data import Batch, Wants
-from fastdiff.checkpoints import locate, checkpoint
-from fastdiff.io import lora
+from fastdiff import lora
+from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.io.run import Run
+from fastdiff.data import Batch, Wants
+from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
+from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
+from fastdiff.diffusion.solvers import simulate
+from fastdiff.io.run import Run
 from fastdiff.matching import Scores, fitted_guidance, start_from
 from fastdiff.method import Losses, TrainConfig, Turn
 from fastdiff.models import perceptual
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.discriminator import Head
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import UsageError, info
 from fastdiff.runtime.rng import seed_for
-from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
 from fastdiff.session import train, write_student
-from fastdiff.diffusion.solvers import simulate
 
 # Rows are families; a row family:recipe lies over its family's.
 # fmt: off

@@ -21,21 +21,21 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff.diffusion import losses
-from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import UsageError
-from fastdiff.data import Batch
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.data import Batch
+from fastdiff.diffusion import losses
+from fastdiff.diffusion.schedule import NoiseSchedule, per_sample
+from fastdiff.diffusion.solvers import jump
 from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig, Turn
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.ema import EMA
 from fastdiff.roles import Roles
-from fastdiff.diffusion.schedule import NoiseSchedule, per_sample
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import UsageError
 from fastdiff.session import train, write_student
-from fastdiff.diffusion.solvers import jump
 
 # guidance is w of u + w (c - u), so the official scripts' w of [5, 15] and [3, 15] is one more here.
 # fmt: off

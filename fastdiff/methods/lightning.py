@@ -22,22 +22,22 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff.diffusion import losses
-from fastdiff.runtime.config import Range
-from fastdiff.data import Batch
+from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import lora
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.data import Batch
+from fastdiff.diffusion import losses
+from fastdiff.diffusion.schedule import per_sample
+from fastdiff.diffusion.solvers import jump
 from fastdiff.io.run import Run
+from fastdiff.lora import adapters
 from fastdiff.method import TrainConfig, Turn
-from fastdiff.models import adapters
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Discriminator
 from fastdiff.roles import Roles
-from fastdiff.diffusion.schedule import per_sample
+from fastdiff.runtime.config import Range
 from fastdiff.session import train, write_student
-from fastdiff.diffusion.solvers import jump
 from fastdiff.stages import Part, plan, timesteps
 
 # Paper: 1e-5 for mse, 1e-6 with LoRA, 5e-7 full, 512 images a step. Ours for one card: larger, for far smaller batches.

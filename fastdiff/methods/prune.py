@@ -19,20 +19,21 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from fastdiff.diffusion import losses
 from fastdiff import surgery
 from fastdiff.assemble import pick_device
-from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import Result
-from fastdiff.data import Batch
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.data import Batch
+from fastdiff.diffusion import losses
 from fastdiff.io.run import Run
 from fastdiff.io.state import write_atomic
+from fastdiff.lora import adapters
 from fastdiff.method import TrainConfig, Turn
-from fastdiff.models import adapters, unet
+from fastdiff.models import unet
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import Result
 from fastdiff.session import default_folder, train, write_student
 
 # Paper: AdamW 5e-5, 256 images a step, 50,000 steps. Ours for one card: smaller batches, a cosine, an average.

@@ -18,21 +18,20 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff.diffusion import losses
-from fastdiff import segmented
-from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import UsageError, warn
-from fastdiff.data import Batch
+from fastdiff import lora, segmented
 from fastdiff.checkpoints import checkpoint
-from fastdiff.io import lora
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.data import Batch
+from fastdiff.diffusion import losses
 from fastdiff.io.run import Run
-from fastdiff.io.updates import Factors
+from fastdiff.lora import adapters
+from fastdiff.lora.kinds import Factors
 from fastdiff.method import Phase, Turn
-from fastdiff.models import adapters
 from fastdiff.models.denoiser import Denoiser, trainable_copy
 from fastdiff.models.discriminator import Discriminator
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import UsageError, warn
 from fastdiff.segmented import Segmented, SegmentedConfig, phases
 from fastdiff.session import train, write_student
 

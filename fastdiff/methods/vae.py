@@ -16,19 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.runtime import console, stop
 from fastdiff import decoders
-from fastdiff.diffusion import losses
 from fastdiff.card import write_vae_card
-from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import Result, UsageError
-from fastdiff.data import Batch, Buckets, Data
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.data import Batch, Buckets, Data
+from fastdiff.diffusion import losses
 from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig, Turn
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.discriminator import PatchDiscriminator
+from fastdiff.runtime import console, stop
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.console import Result, UsageError
 from fastdiff.sampling import at_once, contact_sheet, uint8
 from fastdiff.session import data_of, open_session
 

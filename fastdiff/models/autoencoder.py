@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from fastdiff.runtime.console import InputRefused
 from fastdiff.checkpoints import component
 from fastdiff.models.decoder import Decoder
+from fastdiff.runtime.console import InputRefused
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 

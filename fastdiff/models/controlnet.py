@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from fastdiff.runtime.console import InputRefused
 from fastdiff.checkpoints import component
 from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.models import unet
+from fastdiff.runtime.console import InputRefused
 
 EMBEDDED = EMOJI / "controlnet"  # Canny edges to emoji
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models import adapters
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction, PredictionType
+from fastdiff.lora import adapters
 from fastdiff.sharding import is_split
 
 

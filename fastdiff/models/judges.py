@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.runtime.console import UsageError
 from fastdiff.checkpoints import tensors
+from fastdiff.runtime.console import UsageError
 from fastdiff.runtime.download import weight_file
 
 EXTRA = 'pip install "fastdiff[eval]"'

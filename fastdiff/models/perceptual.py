@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastdiff.runtime.console import UsageError
 from fastdiff.checkpoints import tensors
-from fastdiff.runtime.download import weight_file
 from fastdiff.models import autoencoder
 from fastdiff.models.features import FeatureNet
+from fastdiff.runtime.console import UsageError
+from fastdiff.runtime.download import weight_file
 
 EMBEDDED = "embedded"
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.runtime.console import UsageError
 from fastdiff.diffusion.losses import structure
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.features import FeatureNet
+from fastdiff.runtime.console import UsageError
 
 Encoder = Literal["unet", "vgg", "dinov2", "embedded"]
 DINOV2 = "facebook/dinov2-small"

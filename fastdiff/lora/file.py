@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastdiff.runtime.console import InputRefused, UsageError, warn
 from fastdiff.checkpoints import single_file, tensors
-from fastdiff.io.layouts import OTHERS, READERS, Part, canonical, read_peft, split
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import Entry
-from fastdiff.io.updates import Factors, Update, build, describe
+from fastdiff.lora.kinds import Factors, Update, build, describe
+from fastdiff.lora.layouts import OTHERS, READERS, Part, canonical, read_peft, split
+from fastdiff.runtime.console import InputRefused, UsageError, warn
 
 FAMILIES: dict[str, tuple[int, str, dict[str, str]]] = {  # cross-attention width, modelspec architecture, kohya's own
     "emoji": (128, "stable-diffusion-v1", {}),

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdiff.runtime.console import InputRefused, info, warn
 from fastdiff.checkpoints import single_file
-from fastdiff.io.layouts import canonical
 from fastdiff.checkpoints.single_file import Weights
-from fastdiff.io.lora import Lora, with_first_encoder
-from fastdiff.io.updates import Factors, Update
+from fastdiff.lora.file import Lora, with_first_encoder
+from fastdiff.lora.kinds import Factors, Update
+from fastdiff.lora.layouts import canonical
+from fastdiff.runtime.console import InputRefused, info, warn
 
 
 class Place(NamedTuple):

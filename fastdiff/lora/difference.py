@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.runtime import console
-from fastdiff.runtime.console import InputRefused, Result, UsageError
+from fastdiff import lora
 from fastdiff.checkpoints import checkpoint, write
-from fastdiff.io import fitting, lora
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.single_file import Weights
-from fastdiff.io.lora import Lora
-from fastdiff.io.updates import Dense, Factors, Update, low_rank_of
+from fastdiff.lora import apply
+from fastdiff.lora.file import Lora
+from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
+from fastdiff.runtime import console
+from fastdiff.runtime.console import InputRefused, Result, UsageError
 
 DEFAULT_RANK = 64
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -48,14 +49,14 @@ def extract(config: Any, output: Path) -> Result:
     """LoRA of every linear and convolution layer that differs; biases and norms have no low rank and are reported."""
     base, tuned = opened(config.base, config), opened(config.tuned, config)
     same_kind(base, tuned)
-    prefixes = fitting.prefixes(len(base.text_parts))
+    prefixes = apply.prefixes(len(base.text_parts))
     rank = None if config.rank == "auto" else int(config.rank or DEFAULT_RANK)
     modules: dict[str, Update] = {}
     left: list[str] = []
     sums: dict[str, list[float]] = {}
     for part, prefix in prefixes.items():
         a, b = pairs(base, tuned, part)
-        places = fitting.places(a.shapes, prefix)
+        places = apply.places(a.shapes, prefix)
         with console.progress(len(places), f"extracting {part}") as bar:
             for key, place in places.items():
                 bar.update(1)

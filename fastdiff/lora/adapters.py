@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from fastdiff.lora import apply
+from fastdiff.lora.file import Factors, Lora, from_peft
+from fastdiff.lora.kinds import Dense, low_rank_of
 from fastdiff.runtime.console import UsageError
-from fastdiff.io import fitting
-from fastdiff.io.lora import Factors, Lora, from_peft
-from fastdiff.io.updates import Dense, low_rank_of
 
 # The layers of the published LCM- and DMD2-LoRAs: rank 64 on these is 67,252,224 parameters on SD1.5, 196,751,360 on SDXL.
 # fmt: off
@@ -54,9 +54,9 @@ def start_from(unet: nn.Module, start: Lora, name: str) -> None:
 
     UsageError where the LoRA does not fit or changes a layer that the adapter does not.
     """
-    modules = {key: unet.get_submodule(layer) for key, layer in fitting.names(unet).items()}
-    bare = {f"{fitting.names(unet)[key]}.weight": tuple(getattr(m, "base_layer", m).weight.shape) for key, m in modules.items()}
-    (fitted,) = fitting.fit([(start, 1.0)], fitting.places(bare, "lora_unet_"))
+    modules = {key: unet.get_submodule(layer) for key, layer in apply.names(unet).items()}
+    bare = {f"{apply.names(unet)[key]}.weight": tuple(getattr(m, "base_layer", m).weight.shape) for key, m in modules.items()}
+    (fitted,) = apply.fit([(start, 1.0)], apply.places(bare, "lora_unet_"))
     homeless = [key for key in fitted.modules if not hasattr(modules[key], "lora_A")]
     if homeless:
         raise UsageError(
@@ -118,7 +118,7 @@ def plain(unet: nn.Module, worn: Lora | None = None) -> nn.Module:
         copy = type(unet).from_config(unet.config)
     copy.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
     if worn:
-        fitting.fold(copy, [(worn, 1.0)])
+        apply.fold(copy, [(worn, 1.0)])
     return copy.train().requires_grad_(True)
 
 
