@@ -15,9 +15,9 @@ from fastdiff.engine import Compile
 from fastdiff.lora import apply
 from fastdiff.models import autoencoder
 from fastdiff.models import controlnet as controlnets
-from fastdiff.models.decoder import decoder_of
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.folded import unet_of
+from fastdiff.models.fast.decoder import decoder_of
+from fastdiff.models.fast.unet import unet_of
 from fastdiff.runtime import console
 from fastdiff.runtime.console import InputRefused, UsageError
 from fastdiff.sampling import Sampler, decoding

@@ -28,7 +28,7 @@ from fastdiff.lora.kinds import Factors
 from fastdiff.methods import lcm
 from fastdiff.models import autoencoder, text, unet
 from fastdiff.models.denoiser import Cond, Denoiser
-from fastdiff.models.folded import FoldedUNet
+from fastdiff.models.fast.unet import FoldedUNet
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import GateFailed, Result, UsageError

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastdiff import intel
 from fastdiff.coefficients import Table
 from fastdiff.models.denoiser import Cond, Denoiser, guidance_embedding
-from fastdiff.models.folded import Folded, FoldedUNet
+from fastdiff.models.fast.unet import Folded, FoldedUNet
 from fastdiff.runtime import console, stop
 
 Compile = Literal["auto", "off", "max", "openvino"]

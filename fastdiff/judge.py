@@ -22,7 +22,7 @@ from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.data import embedded
 from fastdiff.distances import Metric, Moments, frechet, gap_closed
 from fastdiff.models import autoencoder, text
-from fastdiff.models.features import FeatureNet
+from fastdiff.models.feature_net import FeatureNet
 from fastdiff.sampling import Sampler, Settings
 
 REFERENCE = EMOJI / "reference"

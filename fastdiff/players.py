@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import sharding
+from fastdiff.models import sharding
 from fastdiff.models.ema import EMA
 from fastdiff.runtime import processes
 

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastdiff import sharding
 from fastdiff.io.run import Run
 from fastdiff.io.state import manifest_of
+from fastdiff.models import sharding
 from fastdiff.runtime import console, processes, rng
 from fastdiff.runtime.config import options
 from fastdiff.runtime.console import Failed, InputRefused, UsageError

@@ -20,9 +20,9 @@ from fastdiff.diffusion.schedule import Prediction
 from fastdiff.diffusion.solvers import SOLVERS, Grid
 from fastdiff.engine import Compile, Engine, Inputs, Walk
 from fastdiff.models import autoencoder, text
-from fastdiff.models.decoder import Decoder, decoder_of
 from fastdiff.models.denoiser import Cond, Denoiser
-from fastdiff.models.folded import unet_of
+from fastdiff.models.fast.decoder import Decoder, decoder_of
+from fastdiff.models.fast.unet import unet_of
 from fastdiff.runtime import stop
 
 

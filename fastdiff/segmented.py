@@ -18,7 +18,7 @@ from fastdiff.data import Batch, Wants
 from fastdiff.diffusion import losses
 from fastdiff.matching import Scores
 from fastdiff.method import Losses, Phase, TrainConfig, Turn
-from fastdiff.models import similarity
+from fastdiff.models import feature_matching
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.proof import vae_of
 from fastdiff.runtime.config import Range
@@ -103,7 +103,7 @@ class Segmented(Scores):
     def watch(self, first: Checkpoint) -> None:
         """Open the features, and find where the student is called: told, or where it was called before, or the last timestep."""
         base, config = self.base_model, self.config
-        self.matching = similarity.open_matching(
+        self.matching = feature_matching.open_matching(
             config.fm_encoder,
             self.teacher,
             vae_of(base, config),

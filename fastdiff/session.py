@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastdiff import lora, resume, sharding
+from fastdiff import lora, resume
 from fastdiff.card import write_card
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
@@ -19,6 +19,7 @@ from fastdiff.io.run import Run
 from fastdiff.io.state import write_atomic
 from fastdiff.lora import adapters, apply
 from fastdiff.method import Method, Phase, TrainConfig, seconds
+from fastdiff.models import sharding
 from fastdiff.proof import Judged, Measured, Preview
 from fastdiff.runtime import console, disk, processes
 from fastdiff.runtime.config import to_toml

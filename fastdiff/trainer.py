@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import resume, sharding
+from fastdiff import resume
 from fastdiff.data import Batch, Data
 from fastdiff.io.run import Run
 from fastdiff.method import Method, Phase, TrainConfig, seconds
+from fastdiff.models import sharding
 from fastdiff.models.ema import swapped
 from fastdiff.players import Player
 from fastdiff.runtime import console, processes, rng, stop

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastdiff import bench, measure
-from fastdiff.models import frozen
+from fastdiff.models.fast import layers
 from fastdiff.runtime.console import GateFailed, UsageError
 
 
@@ -21,8 +21,8 @@ def test_flop_and_bytes_are_those_of_the_work():
     assert (found.flops, found.bytes) == (2 * 8 * 16 * 32, 4 * (8 * 16 + 16 * 32 + 8 * 32))
     picture, kernel = torch.randn(1, 4, 10, 10), torch.randn(6, 4, 3, 3)
     assert measure.cost(lambda: torch.nn.functional.conv2d(picture, kernel, padding=1)).flops == 2 * 100 * 6 * 4 * 9
-    stored = frozen.Stored({"c.weight": kernel, "c.bias": torch.randn(6)}, dtype=torch.float32, device="cpu")
-    conv, other = frozen.Conv(stored, "c"), torch.randn(1, 6, 10, 10)
+    stored = layers.Stored({"c.weight": kernel, "c.bias": torch.randn(6)}, dtype=torch.float32, device="cpu")
+    conv, other = layers.Conv(stored, "c"), torch.randn(1, 6, 10, 10)
     fused = measure.cost(lambda: (conv.relu(picture), conv.relu(picture, other)))
     assert fused.flops == 2 * 2 * 100 * 6 * 4 * 9
     assert torch.allclose(conv.relu(picture), conv(picture).relu(), atol=1e-5)

@@ -12,11 +12,11 @@ from fastdiff.coefficients import table
 from fastdiff.diffusion.schedule import NoiseSchedule
 from fastdiff.diffusion.solvers import SOLVERS, Grid
 from fastdiff.models import autoencoder, text
-from fastdiff.models.clip import TextEncoder
-from fastdiff.models.decoder import Decoder
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.folded import FoldedUNet, unet_of
-from fastdiff.models.frozen import Unknown
+from fastdiff.models.fast.decoder import Decoder
+from fastdiff.models.fast.layers import Unknown
+from fastdiff.models.fast.text import TextEncoder
+from fastdiff.models.fast.unet import FoldedUNet, unet_of
 from fastdiff.models.unet import LAYOUTS, student_config
 from fastdiff.sampling import Sampler, Settings
 
@@ -155,7 +155,7 @@ def test_an_unknown_network_still_draws(tiny_sd, monkeypatch):
     folded = unet_of(base)
     assert isinstance(folded, FoldedUNet)
     found = Sampler.opened(base)
-    monkeypatch.setattr("fastdiff.models.folded.BLOCKS", {"UpBlock2D"})
+    monkeypatch.setattr("fastdiff.models.fast.unet.BLOCKS", {"UpBlock2D"})
     base = checkpoint.load(str(tiny_sd))
     other = Sampler.opened(base)
     assert other.denoiser.net is base.unet

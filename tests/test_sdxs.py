@@ -13,7 +13,7 @@ from fastdiff.data import Batch
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
 from fastdiff.methods import dmd, sdxs
-from fastdiff.models import similarity
+from fastdiff.models import feature_matching
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.console import InputRefused, UsageError
 
@@ -101,7 +101,7 @@ def test_structure_sees_small_variance_on_a_large_mean():
 def test_feature_matching_is_zero_at_identity_and_pulls_towards_the_target(kind, tmp_path):
     base = checkpoint.load("emoji")
     teacher = Denoiser(base.unet, base.schedule(), base.prediction_type)
-    matching = similarity.open_matching(kind, teacher, base.vae, weights=backbone(kind, tmp_path), crop=8)
+    matching = feature_matching.open_matching(kind, teacher, base.vae, weights=backbone(kind, tmp_path), crop=8)
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 2, 4, 8, 8, generator=g)
     cond = batch_cond(base, 2)
@@ -145,7 +145,7 @@ def backbone(kind, folder):
 
 def test_dinov2_without_weights_says_so(tmp_path):
     with pytest.raises(UsageError, match="dinov2"):
-        similarity.open_dinov2(str(tmp_path / "owner" / "nothing"))
+        feature_matching.open_dinov2(str(tmp_path / "owner" / "nothing"))
 
 
 # ---- segments

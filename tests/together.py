@@ -69,8 +69,8 @@ def toy_run(name, into, *options):
     """
     import toy
 
-    from fastdiff import sharding
     from fastdiff.data import Batch
+    from fastdiff.models import sharding
 
     before = toy.Data.batch, Batch.to, toy.Toy.losses
     try:

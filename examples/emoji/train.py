@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.data import embedded
-from fastdiff.models.features import FeatureNet
+from fastdiff.models.feature_net import FeatureNet
 
 WIDTH, LENGTH, VOCAB = 128, 16, 1024  # text encoder
 NOISE = 0.1  # standard deviation of the VAE's posterior, fixed

@@ -18,7 +18,7 @@ from fastdiff.data.batch import Encoded
 from fastdiff.data.store import Share, cache_folder
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
-from fastdiff.models.folded import unet_of
+from fastdiff.models.fast.unet import unet_of
 from fastdiff.runtime import console, disk, stop
 from fastdiff.runtime.console import InputRefused, Stopped, UsageError
 from fastdiff.sampling import Sampler, SeededNoise, Settings, at_once, with_size

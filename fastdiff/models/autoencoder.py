@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints import component
-from fastdiff.models.decoder import Decoder
+from fastdiff.models.fast.decoder import Decoder
 from fastdiff.runtime.console import InputRefused
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction, PredictionType
 from fastdiff.lora import adapters
-from fastdiff.sharding import is_split
+from fastdiff.models.sharding import is_split
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastdiff.sharding import local, placed
+from fastdiff.models.sharding import local, placed
 
 
 class EMA:

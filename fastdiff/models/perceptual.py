@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints import tensors
 from fastdiff.models import autoencoder
-from fastdiff.models.features import FeatureNet
+from fastdiff.models.feature_net import FeatureNet
 from fastdiff.runtime.console import UsageError
 from fastdiff.runtime.download import weight_file
 

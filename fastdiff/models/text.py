@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.models import clip
 from fastdiff.models.denoiser import Cond
-from fastdiff.models.frozen import Unknown, tensors_of
+from fastdiff.models.fast import text
+from fastdiff.models.fast.layers import Unknown, tensors_of
 
 
 @torch.no_grad()
@@ -61,18 +61,18 @@ class Prompts:
 
     def __init__(self, base: Checkpoint, *, device: torch.device | str = "cpu") -> None:
         self.base, self.device, self.rows = base, device, OrderedDict()
-        self.encoders: list[clip.TextEncoder] = []
-        self.tokenizers: list[clip.Tokenizer] = []
+        self.encoders: list[text.TextEncoder] = []
+        self.tokenizers: list[text.Tokenizer] = []
         if "text_encoders" in base.__dict__:
             return
         try:
             tokenizers = [k for k, v in base.index.items() if k.startswith("tokenizer") and v[1]]
-            self.tokenizers = [clip.Tokenizer(base.folder / part) for part in tokenizers]
+            self.tokenizers = [text.Tokenizer(base.folder / part) for part in tokenizers]
             for part in base.text_parts:
                 tensors = tensors_of(base, part)
                 if not base.index[part][1].endswith("WithProjection"):
                     tensors.pop("text_projection.weight", None)
-                self.encoders.append(clip.TextEncoder(tensors, base.config_of(part), device=device))
+                self.encoders.append(text.TextEncoder(tensors, base.config_of(part), device=device))
         except Unknown:
             self.encoders = []
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.models.frozen import Linear, Norm, Stored, Unknown, attend, joined
+from fastdiff.models.fast.layers import Linear, Norm, Stored, Unknown, attend, joined
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastdiff.diffusion.losses import structure
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.denoiser import Cond, Denoiser
-from fastdiff.models.features import FeatureNet
+from fastdiff.models.feature_net import FeatureNet
 from fastdiff.runtime.console import UsageError
 
 Encoder = Literal["unet", "vgg", "dinov2", "embedded"]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.models.frozen import Conv, Linear, Norm, Resnet, Stored, Unknown, attend, joined, tensors_of, upsampled
+from fastdiff.models.fast.layers import Conv, Linear, Norm, Resnet, Stored, Unknown, attend, joined, tensors_of, upsampled
 
 # What a config may say without us doing anything about it; any other value is a network that is not known here.
 NEUTRAL: dict[str, Any] = {

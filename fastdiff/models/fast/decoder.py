@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.models.frozen import Conv, Linear, Norm, Resnet, Stored, Unknown, attend, tensors_of, upsampled
+from fastdiff.models.fast.layers import Conv, Linear, Norm, Resnet, Stored, Unknown, attend, tensors_of, upsampled
 
 
 class Decoder:
