@@ -20,7 +20,7 @@ from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
 from fastdiff.diffusion.solvers import jump
-from fastdiff.sampling import contact_sheet
+from fastdiff.sampling.sampler import contact_sheet
 
 STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 

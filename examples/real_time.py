@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 
 from fastdiff import judge
-from fastdiff.assemble import assemble, pick_device, pick_dtype
 from fastdiff.checkpoints import checkpoint
 from fastdiff.distances import gap_closed
 from fastdiff.models import text
 from fastdiff.proof import EMOJI_PREVIEW
 from fastdiff.runtime import console
-from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
+from fastdiff.sampling.assemble import assemble, pick_device, pick_dtype
+from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings, contact_sheet
 
 
 class Way(NamedTuple):

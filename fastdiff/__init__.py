@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fastdiff.checkpoints.checkpoint import load as load
     from fastdiff.diffusion.schedule import NoiseSchedule as NoiseSchedule
     from fastdiff.models.denoiser import Denoiser as Denoiser
-    from fastdiff.sampling import Sampler as Sampler
+    from fastdiff.sampling.sampler import Sampler as Sampler
     from fastdiff.trainer import Trainer as Trainer
 
 # Looked up on first use: `fastdiff --help` and the command line's errors must not wait for torch.
@@ -17,7 +17,7 @@ PUBLIC = {
     "load": "fastdiff.checkpoints.checkpoint",
     "Denoiser": "fastdiff.models.denoiser",
     "NoiseSchedule": "fastdiff.diffusion.schedule",
-    "Sampler": "fastdiff.sampling",
+    "Sampler": "fastdiff.sampling.sampler",
     "Trainer": "fastdiff.trainer",
 }
 __all__ = ["Denoiser", "NoiseSchedule", "Sampler", "Trainer", "__version__", "load"]

@@ -15,14 +15,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff import baselines, intel, lora, measure
-from fastdiff.assemble import pick_device
+from fastdiff import baselines, lora, measure
 from fastdiff.checkpoints import locate, write
 from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
 from fastdiff.checkpoints.locate import ASSETS, EMOJI
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import Batch
-from fastdiff.engine import WORTH_COMPILING, Engine
 from fastdiff.lora.adapters import TARGETS
 from fastdiff.lora.kinds import Factors
 from fastdiff.methods import lcm
@@ -32,7 +30,10 @@ from fastdiff.models.fast.unet import FoldedUNet
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import GateFailed, Result, UsageError
-from fastdiff.sampling import Sampler, Settings, with_size
+from fastdiff.sampling import openvino
+from fastdiff.sampling.assemble import pick_device
+from fastdiff.sampling.engine import WORTH_COMPILING, Engine
+from fastdiff.sampling.sampler import Sampler, Settings, with_size
 
 PRESETS: dict[str, dict[str, Any]] = {}
 EXAMPLES = """fastdiff bench sample
@@ -83,7 +84,7 @@ def run(config: Config) -> Result:
         raise UsageError("--layout, --widths: change the network's shape, so its weights are random", "add --random-weights")
     device = pick_device(config.device)
     if "openvino" in {config.compile, config.against}:
-        intel.check(device, config.precision)
+        openvino.check(device, config.precision)
     metrics = {"sample": sample, "train": train, "merge": merge}[config.work](config, device)
     metrics |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"}
     for name, value in metrics.items():

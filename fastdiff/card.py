@@ -14,7 +14,7 @@ from fastdiff.io.run import Run
 from fastdiff.io.state import write_atomic
 from fastdiff.method import Method, TrainConfig
 from fastdiff.runtime.console import sha256
-from fastdiff.sampling import DEFAULTS, Settings
+from fastdiff.sampling.sampler import DEFAULTS, Settings
 
 
 def fmt(value: Any) -> str:

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import lora
-from fastdiff.assemble import assemble
 from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.data import teacher
 from fastdiff.lora.file import Lora
 from fastdiff.models import text
-from fastdiff.sampling import DEFAULTS, Settings, contact_sheet, uint8
+from fastdiff.sampling.assemble import assemble
+from fastdiff.sampling.sampler import DEFAULTS, Settings, contact_sheet, uint8
 
 SEEDS = (0, 1, 2, 3)
 

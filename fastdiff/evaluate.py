@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from fastdiff import judge, lenses, report, surgery, survival
-from fastdiff.assemble import Assembled, assemble, is_lora, load_loras, pick_device, pick_dtype
 from fastdiff.card import fmt
 from fastdiff.checkpoints import checkpoint, tensors
 from fastdiff.checkpoints.checkpoint import BaseConfig
@@ -25,7 +24,8 @@ from fastdiff.models import judges, perceptual
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError
-from fastdiff.sampling import DEFAULTS, Settings
+from fastdiff.sampling.assemble import Assembled, assemble, is_lora, load_loras, pick_device, pick_dtype
+from fastdiff.sampling.sampler import DEFAULTS, Settings
 
 EXAMPLES = """fastdiff evaluate --lora lcm.safetensors
 fastdiff evaluate --student lcm.safetensors --student runs/dmd-emoji/dmd.safetensors --num-images 2000

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.assemble import Assembled
 from fastdiff.data import folder, teacher
 from fastdiff.drift import REFERENCE_SEED, departures
 from fastdiff.lenses import Lens, Seen, Shown, title
@@ -24,7 +23,8 @@ from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond
 from fastdiff.runtime import console
 from fastdiff.runtime.console import InputRefused
-from fastdiff.sampling import Sampler, Settings, at_once, uint8
+from fastdiff.sampling.assemble import Assembled
+from fastdiff.sampling.sampler import Sampler, Settings, at_once, uint8
 
 DIVERSE = (16, 4)  # prompts, and pictures of each
 DIVERSE_SEED = 2 * REFERENCE_SEED

@@ -23,7 +23,7 @@ from fastdiff.data import embedded
 from fastdiff.distances import Metric, Moments, frechet, gap_closed
 from fastdiff.models import autoencoder, text
 from fastdiff.models.feature_net import FeatureNet
-from fastdiff.sampling import Sampler, Settings
+from fastdiff.sampling.sampler import Sampler, Settings
 
 REFERENCE = EMOJI / "reference"
 

@@ -18,7 +18,7 @@ from fastdiff.data import embedded
 from fastdiff.distances import BOOTSTRAPS, Moments, band, cmmd, frechet, kid
 from fastdiff.drift import drift
 from fastdiff.models.judges import Clip, Inception, patch, resized
-from fastdiff.sampling import Settings
+from fastdiff.sampling.sampler import Settings
 
 Seen = dict[str, Tensor]  # each (N, ...)
 COSTLY_DRAWS, COSTLY_PICTURES = 20, 10_000  # where a figure takes seconds: fewer bootstraps, above that many pictures none

@@ -14,7 +14,7 @@ from fastdiff.io.run import Run
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import UsageError
-from fastdiff.sampling import DEFAULTS, Settings
+from fastdiff.sampling.sampler import DEFAULTS, Settings
 
 Losses = dict[str, Tensor]  # named, already weighted, scalar
 Turn = dict[str, Losses]  # of each player that is updated now; none sees another's update of the same turn

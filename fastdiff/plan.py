@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from fastdiff import footprint
-from fastdiff.assemble import pick_device
 from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.locate import ALIASES, ASSETS
@@ -27,6 +26,7 @@ from fastdiff.probe import Measured, measure
 from fastdiff.runtime import console, disk
 from fastdiff.runtime.config import options
 from fastdiff.runtime.console import DoesNotFit, Result, UsageError
+from fastdiff.sampling.assemble import pick_device
 from fastdiff.session import default_folder
 
 PRODUCT_PART = 0.5  # of the speed of a large matrix product that a whole pass reaches

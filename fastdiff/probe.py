@@ -25,7 +25,7 @@ from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.proof import vae_of
 from fastdiff.runtime import console
-from fastdiff.sampling import at_once
+from fastdiff.sampling.sampler import at_once
 from fastdiff.session import load_base, open_accelerator
 from fastdiff.trainer import Trainer
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from fastdiff import judge, lora
-from fastdiff.assemble import assemble
 from fastdiff.card import fmt
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
@@ -21,7 +20,8 @@ from fastdiff.method import Method, TrainConfig
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime import console
-from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
+from fastdiff.sampling.assemble import assemble
+from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings, contact_sheet
 
 # Pictures that are told apart at a glance, on backgrounds that are not their own colour.
 EMOJI_PREVIEW = ("red apple on blue", "panda on yellow", "rocket on purple", "sunflower on white", "robot on green", "pizza")

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdiff.card import fmt
 from fastdiff.io.state import write_atomic
 from fastdiff.lenses import FIGURES, Figure, Shown
-from fastdiff.sampling import contact_sheet
+from fastdiff.sampling.sampler import contact_sheet
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 PICTURES = 6  # of each row

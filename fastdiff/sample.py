@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from fastdiff import intel, judge
-from fastdiff.assemble import Assembled, assemble, load_loras, pick_device, pick_dtype, recipe_of
+from fastdiff import judge
 from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import control
@@ -26,7 +25,9 @@ from fastdiff.models.denoiser import Cond
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError
-from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet
+from fastdiff.sampling import openvino
+from fastdiff.sampling.assemble import Assembled, assemble, load_loras, pick_device, pick_dtype, recipe_of
+from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings, contact_sheet
 
 PRESETS: dict[str, dict[str, Any]] = {}
 CONTROLS = ("controlnet", "control_image", "control", "control_scale")
@@ -133,7 +134,7 @@ def run(config: Config) -> Result:
         raise UsageError("--control: takes the control out of --control-image, and there is none", "give --control-image too")
     prompts, device = wanted(config), pick_device(config.device)
     if config.compile == "openvino":
-        intel.check(device, config.precision)
+        openvino.check(device, config.precision)
     elif config.compile != "off":  # where compiled kernels are kept from one run to the next
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     with console.timed("load_s"):

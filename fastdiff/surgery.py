@@ -26,7 +26,7 @@ from fastdiff.models import controlnet, text, unet
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.console import InputRefused, Result, UsageError
-from fastdiff.sampling import DEFAULTS, Sampler, with_size
+from fastdiff.sampling.sampler import DEFAULTS, Sampler, with_size
 
 PROBES, LEVELS, ROUNDS = 8, (99, 299, 499, 699, 899), 5
 

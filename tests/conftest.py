@@ -135,7 +135,7 @@ def _few_teacher_steps(monkeypatch):
     """Contact sheets show the teacher of tiny checkpoints too: of 4 steps, not 25, which would be a fifth of the suite's time."""
     from dataclasses import replace
 
-    from fastdiff.sampling import DEFAULTS
+    from fastdiff.sampling.sampler import DEFAULTS
 
     for family in ("sd15", "sd21", "sdxl"):
         monkeypatch.setitem(DEFAULTS, family, replace(DEFAULTS[family], num_steps=4))

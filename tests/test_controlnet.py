@@ -15,7 +15,7 @@ from fastdiff.methods import controlnet as distil
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.runtime.console import InputRefused, UsageError
-from fastdiff.sampling import Sampler, Settings
+from fastdiff.sampling.sampler import Sampler, Settings
 
 
 def batch_for(n=3, width=32):

@@ -13,7 +13,7 @@ from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.runtime import disk
 from fastdiff.runtime.console import DoesNotFit, InputRefused, UsageError
-from fastdiff.sampling import Settings
+from fastdiff.sampling.sampler import Settings
 
 
 @pytest.fixture(autouse=True)

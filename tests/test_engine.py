@@ -12,13 +12,13 @@ import toy
 from conftest import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiff import engine, intel
 from fastdiff.checkpoints import checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime import stop
 from fastdiff.runtime.console import Stopped, UsageError
-from fastdiff.sampling import Sampler, Settings, uint8
+from fastdiff.sampling import engine, openvino
+from fastdiff.sampling.sampler import Sampler, Settings, uint8
 
 LCM, GUIDED = Settings("lcm", 2, 1.0), Settings("dpm++", 3, 4.0)
 
@@ -173,8 +173,8 @@ def test_openvino_with_a_controlnet(opened):
 
 def test_what_openvino_cannot_do_runs_without_it(opened, monkeypatch, capfd):
     base, cat, _, uncond = opened
-    monkeypatch.setattr(intel, "check", lambda device: None)
-    monkeypatch.setattr(intel, "compiled", lambda *args: 1 / 0)
+    monkeypatch.setattr(openvino, "check", lambda device: None)
+    monkeypatch.setattr(openvino, "compiled", lambda *args: 1 / 0)
     a, b = (next(Sampler.opened(base, compile=c).stream([(cat, uncond, [1])] * 2, LCM, 64)) for c in ("off", "openvino"))
     assert torch.equal(a, b)
     told = capfd.readouterr().err
@@ -184,7 +184,7 @@ def test_what_openvino_cannot_do_runs_without_it(opened, monkeypatch, capfd):
 def test_a_signal_is_survived_when_openvinos_models_are_gone():
     """In a child, which a segmentation fault would end."""
     pytest.importorskip("openvino")
-    models = [intel.Compiled(lambda x: x + 1, "one more") for _ in range(2)]
+    models = [openvino.Compiled(lambda x: x + 1, "one more") for _ in range(2)]
     assert all(torch.equal(model(x=torch.zeros(2)), torch.ones(2)) for model in models)
     while models:
         models.pop(0)
@@ -206,7 +206,7 @@ def test_openvino_is_refused_where_it_cannot_run(fastdiff, monkeypatch):
     assert (code, told["error"]["message"]) == (2, "--compile openvino: OpenVINO is not installed")
     assert told["error"]["hint"] == 'pip install "fastdiff[openvino]"'
     with pytest.raises(UsageError, match="--compile openvino: it runs on the CPU, not on cuda"):
-        intel.check("cuda")
+        openvino.check("cuda")
 
 
 def test_a_stop_is_honoured_between_batches(opened, monkeypatch):

@@ -17,7 +17,7 @@ from fastdiff.data import embedded
 from fastdiff.distances import Moments, band, cmmd, frechet, gap_closed, kid
 from fastdiff.lora import adapters
 from fastdiff.models import judges
-from fastdiff.sampling import Settings
+from fastdiff.sampling.sampler import Settings
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ from conftest import SCHEDULER, UNET, build
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.locate import ASSETS, EMOJI
-from fastdiff.coefficients import table
 from fastdiff.diffusion.schedule import NoiseSchedule
 from fastdiff.diffusion.solvers import SOLVERS, Grid
 from fastdiff.models import autoencoder, text
@@ -18,7 +17,8 @@ from fastdiff.models.fast.layers import Unknown
 from fastdiff.models.fast.text import TextEncoder
 from fastdiff.models.fast.unet import FoldedUNet, unet_of
 from fastdiff.models.unet import LAYOUTS, student_config
-from fastdiff.sampling import Sampler, Settings
+from fastdiff.sampling.sampler import Sampler, Settings
+from fastdiff.sampling.solver_table import table
 
 SMALL = dict(UNET, cross_attention_dim=32)
 CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"

@@ -15,7 +15,7 @@ from fastdiff.drift import Drift
 from fastdiff.judge import Prompts, Reference, Row, embed, recognised
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.sampling import Settings
+from fastdiff.sampling.sampler import Settings
 
 
 @pytest.fixture(scope="module")

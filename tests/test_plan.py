@@ -11,7 +11,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.lora import adapters
 from fastdiff.methods import lcm
 from fastdiff.runtime import disk
-from fastdiff.sampling import DEFAULTS
+from fastdiff.sampling.sampler import DEFAULTS
 
 SMALL = ["--resolution", 64, "--batch-size", 4, "--grad-accum", 2, "--lora-rank", 16, "--no-gradient-checkpointing", "--no-probe"]
 

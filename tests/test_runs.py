@@ -514,7 +514,7 @@ def test_a_stop_is_asked_of_the_work_that_was_watched_and_of_no_later_one():
 
 def signals_at(monkeypatch, call, when=lambda: True):
     """SIGTERM at that network call of those for which `when` holds."""
-    from fastdiff.engine import Caller
+    from fastdiff.sampling.engine import Caller
 
     real, calls = Caller.__call__, []
 

@@ -15,7 +15,7 @@ from fastdiff.lora import apply
 from fastdiff.lora.file import Factors, Lora
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.sampling import DEFAULTS, Sampler, SeededNoise, Settings, uint8
+from fastdiff.sampling.sampler import DEFAULTS, Sampler, SeededNoise, Settings, uint8
 
 
 def command(capfd, *args):

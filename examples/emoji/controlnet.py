@@ -21,7 +21,7 @@ from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.sampling import uint8
+from fastdiff.sampling.sampler import uint8
 from fastdiff.session import open_accelerator
 from fastdiff.trainer import Trainer
 

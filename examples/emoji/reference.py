@@ -18,7 +18,7 @@ from fastdiff.distances import Moments
 from fastdiff.drift import REFERENCE_SEED
 from fastdiff.judge import REFERENCE, Judge, Row, embed
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.sampling import DEFAULTS, Sampler, Settings
+from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings
 
 LADDER = 500  # samples of each rung
 

@@ -11,7 +11,7 @@ from fastdiff.data import cache, embedded, folder, streams, teacher
 from fastdiff.data.batch import Batch, Buckets, Data, Encoded
 from fastdiff.data.pictures import Framing
 from fastdiff.runtime.console import UsageError
-from fastdiff.sampling import DEFAULTS, Settings
+from fastdiff.sampling.sampler import DEFAULTS, Settings
 
 __all__ = ["Batch", "Buckets", "Data", "Encoded", "Framing", "Wants", "open_data"]
 

@@ -26,7 +26,7 @@ from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond
 from fastdiff.runtime import console, disk, stop
 from fastdiff.runtime.console import InputRefused, Stopped
-from fastdiff.sampling import at_once
+from fastdiff.sampling.sampler import at_once
 
 SIZE = 64  # pictures or captions a file
 NAMED = 5  # refused samples that are named one by one

@@ -21,7 +21,7 @@ from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.unet import unet_of
 from fastdiff.runtime import console, disk, stop
 from fastdiff.runtime.console import InputRefused, Stopped, UsageError
-from fastdiff.sampling import Sampler, SeededNoise, Settings, at_once, with_size
+from fastdiff.sampling.sampler import Sampler, SeededNoise, Settings, at_once, with_size
 
 PROMPTS = Path(__file__).parent.parent / "assets" / "prompts.txt"
 

@@ -32,7 +32,7 @@ from fastdiff.proof import vae_of
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError
-from fastdiff.sampling import DEFAULTS, Sampler, Settings, contact_sheet, uint8
+from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings, contact_sheet, uint8
 from fastdiff.segmented import Segmented, SegmentedConfig, phases
 from fastdiff.session import data_of, open_session
 

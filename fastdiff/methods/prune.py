@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from fastdiff import surgery
-from fastdiff.assemble import pick_device
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
@@ -34,6 +33,7 @@ from fastdiff.models import unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result
+from fastdiff.sampling.assemble import pick_device
 from fastdiff.session import default_folder, train, write_student
 
 # Paper: AdamW 5e-5, 256 images a step, 50,000 steps. Ours for one card: smaller batches, a cosine, an average.

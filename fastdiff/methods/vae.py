@@ -29,7 +29,7 @@ from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError
-from fastdiff.sampling import at_once, contact_sheet, uint8
+from fastdiff.sampling.sampler import at_once, contact_sheet, uint8
 from fastdiff.session import data_of, open_session
 
 # TAESD: Adam 3e-4, batches of 16. SDXS names no weights: ours.

@@ -11,7 +11,6 @@ from fastdiff import lora, surgery
 from fastdiff.checkpoints import single_file, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.engine import Compile
 from fastdiff.lora import apply
 from fastdiff.models import autoencoder
 from fastdiff.models import controlnet as controlnets
@@ -20,7 +19,8 @@ from fastdiff.models.fast.decoder import decoder_of
 from fastdiff.models.fast.unet import unet_of
 from fastdiff.runtime import console
 from fastdiff.runtime.console import InputRefused, UsageError
-from fastdiff.sampling import Sampler, decoding
+from fastdiff.sampling.engine import Compile
+from fastdiff.sampling.sampler import Sampler, decoding
 
 
 @dataclass

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import coefficients, engine
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.coefficients import Table
 from fastdiff.diffusion.schedule import Prediction
 from fastdiff.diffusion.solvers import SOLVERS, Grid
-from fastdiff.engine import Compile, Engine, Inputs, Walk
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.decoder import Decoder, decoder_of
 from fastdiff.models.fast.unet import unet_of
 from fastdiff.runtime import stop
+from fastdiff.sampling import engine, solver_table
+from fastdiff.sampling.engine import Compile, Engine, Inputs, Walk
+from fastdiff.sampling.solver_table import Table
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Sampler:
     def table(self, settings: Settings) -> Table:
         if settings not in self.tables:
             grid = settings.grid(self.denoiser.schedule, self.base.scheduler_config)
-            self.tables[settings] = coefficients.table(settings.scheduler, grid, self.denoiser.kind).to(self.device)
+            self.tables[settings] = solver_table.table(settings.scheduler, grid, self.denoiser.kind).to(self.device)
         return self.tables[settings]
 
     def noise(self, table: Table, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:

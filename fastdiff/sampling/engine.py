@@ -17,11 +17,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastdiff import intel
-from fastdiff.coefficients import Table
 from fastdiff.models.denoiser import Cond, Denoiser, guidance_embedding
 from fastdiff.models.fast.unet import Folded, FoldedUNet
 from fastdiff.runtime import console, stop
+from fastdiff.sampling import openvino
+from fastdiff.sampling.solver_table import Table
 
 Compile = Literal["auto", "off", "max", "openvino"]
 Inputs = dict[str, Tensor]  # what a call of the network takes besides x, by name
@@ -67,7 +67,7 @@ class Converted(Caller):
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser)
         step = super().__call__
-        self.form = intel.Compiled(lambda x, **inputs: step(x, 0, inputs), "the network")
+        self.form = openvino.Compiled(lambda x, **inputs: step(x, 0, inputs), "the network")
 
     def __call__(self, x: Tensor, k: int, inputs: Inputs) -> Tensor:
         return self.form(x=x, **{name: v[k : k + 1] if name in {"t", "shift"} else v for name, v in inputs.items()})
@@ -232,8 +232,8 @@ class Engine:
     ) -> None:
         self.call, self.decode, self.device, self.compile = Caller(denoiser), decode, torch.device(device), compile
         if compile == "openvino":  # no backend: a captured walk has a network for each of its steps, this one for all
-            intel.check(device)
-            form = intel.Compiled(decode, "the decoder")
+            openvino.check(device)
+            form = openvino.Compiled(decode, "the decoder")
             self.call, self.decode = Converted(denoiser), lambda z: form(latents=z)
         self.backend = backend or backend_of(device, compile)
         self.captured: dict[Any, Captured] = {}
