@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastdiff.data import embedded
+from fastdiff.data import emoji
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
@@ -178,8 +178,8 @@ class OneStep(nn.Module):
 
 def pictures(classes: int) -> Tensor:
     """The first emoji of the embedded set on every background: (classes, 9, 3, 16, 16)."""
-    every, colours = torch.arange(classes), range(len(embedded.BACKGROUNDS))
-    drawn = [nn.functional.avg_pool2d(embedded.compose(every, torch.full_like(every, c)), 4) for c in colours]
+    every, colours = torch.arange(classes), range(len(emoji.BACKGROUNDS))
+    drawn = [nn.functional.avg_pool2d(emoji.compose(every, torch.full_like(every, c)), 4) for c in colours]
     return torch.stack(drawn, 1)
 
 

@@ -20,7 +20,7 @@ from fastdiff.checkpoints import locate, write
 from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
 from fastdiff.checkpoints.locate import ASSETS, EMOJI
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data import Batch
+from fastdiff.data.open import Batch
 from fastdiff.lora.adapters import TARGETS
 from fastdiff.lora.kinds import Factors
 from fastdiff.methods import lcm

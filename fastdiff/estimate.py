@@ -9,8 +9,8 @@ import torch
 
 from fastdiff import footprint
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.data import STREAMED
 from fastdiff.data.folder import Folder
+from fastdiff.data.open import STREAMED
 from fastdiff.footprint import Footprint
 from fastdiff.method import TrainConfig
 from fastdiff.models import unet

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.locate import EMOJI
-from fastdiff.data import embedded
+from fastdiff.data import emoji
 from fastdiff.distances import Metric, Moments, frechet, gap_closed
 from fastdiff.models import autoencoder, text
 from fastdiff.models.feature_net import FeatureNet
@@ -44,10 +44,10 @@ class Prompts:
     def judged(cls, n: int, seed: int = 0) -> "Prompts":
         """The first n of one fixed list: every picture in turn, half by name, half by group, 7 in 10 with a background."""
         g = torch.Generator().manual_seed(seed)
-        k, rows = len(embedded.BACKGROUNDS), 20_000
+        k, rows = len(emoji.BACKGROUNDS), 20_000
         background = torch.where(torch.rand(rows, generator=g) < 0.7, torch.randint(k, (rows,), generator=g), -1)
         coarse = torch.rand(rows, generator=g) < 0.5
-        return cls(torch.arange(n) % len(embedded.pictures()), background[:n], coarse[:n])
+        return cls(torch.arange(n) % len(emoji.pictures()), background[:n], coarse[:n])
 
     @classmethod
     def of(cls, lines: Sequence[str]) -> "Prompts | None":
@@ -64,7 +64,7 @@ class Prompts:
     @cached_property
     def captions(self) -> list[str]:
         rows = zip(self.picture.tolist(), self.background.tolist(), self.coarse.tolist(), strict=True)
-        return [embedded.caption(p, None if b < 0 else b, c) for p, b, c in rows]
+        return [emoji.caption(p, None if b < 0 else b, c) for p, b, c in rows]
 
     def __len__(self) -> int:
         return len(self.picture)
@@ -75,9 +75,9 @@ def known_captions() -> dict[str, tuple[int, int, bool]]:
     """Caption -> picture (of a group its first), background or -1, whether a group; all that the teacher was trained on."""
     found: dict[str, tuple[int, int, bool]] = {}
     for coarse in (False, True):
-        for p in range(len(embedded.pictures())):
-            for b in range(-1, len(embedded.BACKGROUNDS)):
-                found.setdefault(embedded.caption(p, None if b < 0 else b, coarse), (p, b, coarse))
+        for p in range(len(emoji.pictures())):
+            for b in range(-1, len(emoji.BACKGROUNDS)):
+                found.setdefault(emoji.caption(p, None if b < 0 else b, coarse), (p, b, coarse))
     return found
 
 
@@ -89,8 +89,8 @@ def feature_net() -> FeatureNet:
 @cache
 def prototypes() -> Tensor:
     """Mean embedding of every picture over the backgrounds, normalised: (pictures, 128)."""
-    every = torch.arange(len(embedded.pictures()))
-    columns = [embed(embedded.compose(every, torch.full_like(every, c))) for c in range(len(embedded.BACKGROUNDS))]
+    every = torch.arange(len(emoji.pictures()))
+    columns = [embed(emoji.compose(every, torch.full_like(every, c))) for c in range(len(emoji.BACKGROUNDS))]
     return F.normalize(torch.stack(columns).mean(0), dim=1)
 
 
@@ -104,8 +104,8 @@ def embed(pixels: Tensor) -> Tensor:
 @cache
 def groups() -> Tensor:
     """Index of each picture's group: (pictures,)."""
-    names = sorted({p.group for p in embedded.pictures()})
-    return torch.tensor([names.index(p.group) for p in embedded.pictures()])
+    names = sorted({p.group for p in emoji.pictures()})
+    return torch.tensor([names.index(p.group) for p in emoji.pictures()])
 
 
 def recognised(features: Tensor, prompts: Prompts) -> Tensor:
@@ -117,7 +117,7 @@ def recognised(features: Tensor, prompts: Prompts) -> Tensor:
 
 def backgrounds(pixels: Tensor, prompts: Prompts) -> Tensor:
     """Whether the corners show the background that the prompt names: (N,) of 0 and 1, NaN where it names none."""
-    right = (embedded.background_of(pixels) == prompts.background).float()
+    right = (emoji.background_of(pixels) == prompts.background).float()
     return torch.where(prompts.background >= 0, right, torch.nan)
 
 
@@ -129,14 +129,14 @@ def background_right(pixels: Tensor, prompts: Prompts) -> float:
 @torch.no_grad()
 def style_distances(pixels: Tensor, picture: Tensor) -> Tensor:
     """Feature distance (N, styles) of images (N, 3, H, W) to their emoji, `picture` (N,), drawn in each style."""
-    background = embedded.background_of(pixels)
-    drawn = [embedded.compose(picture, background, style) for style in embedded.STYLES]
+    background = emoji.background_of(pixels)
+    drawn = [emoji.compose(picture, background, style) for style in emoji.STYLES]
     return torch.stack([feature_net().distance(pixels, x) for x in drawn], 1)
 
 
 @cache
 def pictures_by_name() -> dict[str, int]:
-    return {embedded.caption(p, None): p for p in range(len(embedded.pictures()))}
+    return {emoji.caption(p, None): p for p in range(len(emoji.pictures()))}
 
 
 def named_pictures(prompts: Sequence[str]) -> Tensor:
@@ -154,7 +154,7 @@ def style_distance(pixels: Tensor, prompts: Sequence[str]) -> dict[str, Any] | N
         return None
     distances = style_distances(pixels[picture >= 0], picture[picture >= 0])
     share = F.one_hot(distances.argmin(1), distances.shape[1]).float().mean(0)
-    figures = zip(embedded.STYLES, distances.mean(0).tolist(), share.tolist(), strict=True)
+    figures = zip(emoji.STYLES, distances.mean(0).tolist(), share.tolist(), strict=True)
     return {style: {"distance": distance, "nearest": nearest} for style, distance, nearest in figures}
 
 
@@ -204,7 +204,7 @@ class Judge:
     def sample(self, sampler: Sampler, settings: Settings, *, first_seed: int = 0, batch: int = 100) -> tuple[Tensor, Tensor]:
         """Latents (N, C, h, w) and pixels (N, 3, H, W) of all prompts, seed first_seed + i for prompt i."""
         seeds = range(first_seed, first_seed + len(self))
-        side = embedded.CELL_PX // autoencoder.factor(sampler.vae)
+        side = emoji.CELL_PX // autoencoder.factor(sampler.vae)
         parts = [
             sampler.latents(self.cond[i : i + batch], self.uncond, seeds[i : i + batch], settings, (side, side)).cpu()
             for i in range(0, len(self), batch)

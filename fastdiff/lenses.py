@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff import judge
 from fastdiff.checkpoints.checkpoint import fingerprint
-from fastdiff.data import embedded
+from fastdiff.data import emoji
 from fastdiff.distances import BOOTSTRAPS, Moments, band, cmmd, frechet, kid
 from fastdiff.drift import drift
 from fastdiff.models.judges import Clip, Inception, patch, resized
@@ -50,7 +50,7 @@ class Embedded:
             seen |= {"hits": judge.recognised(seen["embedded"], asked), "background": judge.backgrounds(pixels, asked)}
         if self.named is not None and rows is not None:
             named = self.named[rows]
-            seen["style"] = torch.full((len(pixels), len(embedded.STYLES)), torch.nan)
+            seen["style"] = torch.full((len(pixels), len(emoji.STYLES)), torch.nan)
             seen["style"][named >= 0] = judge.style_distances(pixels[named >= 0], named[named >= 0])
         return seen
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data import Batch, Wants
+from fastdiff.data.open import Batch, Wants
 from fastdiff.io.run import Run
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.config import Range

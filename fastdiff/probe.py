@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.data import Encoded
+from fastdiff.data.open import Encoded
 from fastdiff.footprint import condition
 from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.data import Batch, Wants
+from fastdiff.data.open import Batch, Wants
 from fastdiff.diffusion import losses
 from fastdiff.matching import Scores
 from fastdiff.method import Losses, Phase, TrainConfig, Turn

@@ -14,7 +14,7 @@ from fastdiff import lora, resume
 from fastdiff.card import write_card
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.data import Data, Framing, open_data
+from fastdiff.data.open import Data, Framing, open_data
 from fastdiff.io.run import Run
 from fastdiff.io.state import write_atomic
 from fastdiff.lora import adapters, apply

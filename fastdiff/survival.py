@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.data import control, embedded
+from fastdiff.data import control, emoji
 from fastdiff.distances import Moments, band, frechet, gap_closed
 from fastdiff.drift import REFERENCE_SEED
 from fastdiff.gallery import Gallery
@@ -59,7 +59,7 @@ def styles_of(row: Shown, n: int) -> dict[str, Any]:
     d = row.seen["style"][:n]
     d = d[~d.isnan().any(1)]
     share = torch.nn.functional.one_hot(d.argmin(1), d.shape[1]).float().mean(0)
-    return {s: {"distance": a, "nearest": b} for s, a, b in zip(embedded.STYLES, d.mean(0).tolist(), share.tolist(), strict=True)}
+    return {s: {"distance": a, "nearest": b} for s, a, b in zip(emoji.STYLES, d.mean(0).tolist(), share.tolist(), strict=True)}
 
 
 def moved(plain: Shown, wearing: Shown, before: Shown, after: Shown, n: int) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import resume
-from fastdiff.data import Batch, Data
+from fastdiff.data.open import Batch, Data
 from fastdiff.io.run import Run
 from fastdiff.method import Method, Phase, TrainConfig, seconds
 from fastdiff.models import sharding

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.data import Buckets, Framing, cache, open_data
+from fastdiff.data import encode
 from fastdiff.data import store as stores
-from fastdiff.data.pictures import Refused, decode, sizes_near
+from fastdiff.data.images import Refused, decode, sizes_near
+from fastdiff.data.open import Buckets, Framing, open_data
 from fastdiff.models import autoencoder, text
 from fastdiff.runtime import console, disk
 from fastdiff.runtime.console import DoesNotFit, InputRefused, UsageError
@@ -105,7 +106,7 @@ def test_the_encoders_are_freed_afterwards(tiny_sd, folder):
 
 
 def test_many_refused_are_listed_in_a_file(tiny_sd, folder, capsys):
-    for i in range(cache.NAMED + 1):
+    for i in range(encode.NAMED + 1):
         (folder / f"bad{i}.png").write_bytes(b"x%d" % i)
         (folder / f"bad{i}.txt").write_text("x")
     opened(tiny_sd, folder)
@@ -113,7 +114,7 @@ def test_many_refused_are_listed_in_a_file(tiny_sd, folder, capsys):
     assert "bad4.png: not a readable image" in err
     assert "bad5.png" not in err
     told = json.loads(Path(err.strip().rsplit("all of them: ", 1)[1]).read_text())
-    assert [name for name, _ in told["refused"]] == [f"bad{i}.png" for i in range(cache.NAMED + 1)]
+    assert [name for name, _ in told["refused"]] == [f"bad{i}.png" for i in range(encode.NAMED + 1)]
 
 
 def test_only_what_is_new_is_encoded(tiny_sd, tiny_sdxl, folder, encoded):
@@ -140,7 +141,7 @@ def test_only_what_is_new_is_encoded(tiny_sd, tiny_sdxl, folder, encoded):
 
 
 def test_a_killed_run_goes_on_after_its_last_file(tiny_sd, folder, encoded, monkeypatch):
-    monkeypatch.setattr(cache, "SIZE", 2)
+    monkeypatch.setattr(encode, "SIZE", 2)
     real = stores.Store.put
     calls = []
 
@@ -161,7 +162,7 @@ def test_a_killed_run_goes_on_after_its_last_file(tiny_sd, folder, encoded, monk
 
 def test_kill_9_while_encoding_leaves_a_cache_that_is_taken_up(tiny_sd, folder, tmp_path, encoded, monkeypatch):
     """In a process of its own, killed when it has written its first file of pictures."""
-    monkeypatch.setattr(cache, "SIZE", 2)
+    monkeypatch.setattr(encode, "SIZE", 2)
     real, wrote = stores.Store.put, []
 
     def put(self, rows, notes=None):
@@ -244,7 +245,7 @@ def test_captions_from_text_json_and_a_table(tiny_sd, folder, capsys):
     data = opened(tiny_sd, folder)
     keys = [data.texts.tokens.keys[i] for i in data.captions.flatten()]
     wanted = ["a", "b", "c", "from the table", "caption 0", "caption 1"]
-    assert keys == [cache.Captions.key(caption) for caption in wanted]
+    assert keys == [encode.Captions.key(caption) for caption in wanted]
     assert "gone.png: in metadata.jsonl but not in the folder; skipped" in capsys.readouterr().err
     (folder / "metadata.jsonl").write_text('{"file_name": "3.png", "text": "x"}\n{"file": 1}\n')
     with pytest.raises(InputRefused, match=r"metadata\.jsonl: line 2"):
@@ -265,8 +266,8 @@ def test_all_refused_is_an_error_at_once(tiny_sd, folder, monkeypatch):
         path.write_bytes(b"x" + path.stem.encode())
     with pytest.raises(InputRefused, match=r"none of 6 images can be used: 6 not a readable image; the first: 0\.png"):
         opened(tiny_sd, folder)
-    monkeypatch.setattr(cache, "SIZE", 2)
-    monkeypatch.setattr(cache, "HOPELESS", 3)
+    monkeypatch.setattr(encode, "SIZE", 2)
+    monkeypatch.setattr(encode, "HOPELESS", 3)
     with pytest.raises(InputRefused, match="none of 3 images"):  # not all of a long list is tried
         opened(tiny_sd, folder)
 

@@ -9,8 +9,9 @@ from conftest import controlnet_of
 
 from fastdiff.checkpoints import checkpoint, locate, write
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data import Batch, control
+from fastdiff.data import control
 from fastdiff.data.batch import Encoded
+from fastdiff.data.open import Batch
 from fastdiff.methods import controlnet as distil
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Cond, Denoiser

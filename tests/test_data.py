@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.data import embedded, folder, open_data, teacher
+from fastdiff.data import emoji, folder, teacher
 from fastdiff.data.batch import Encoded
+from fastdiff.data.open import open_data
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.runtime import disk
@@ -25,34 +26,34 @@ OPEN = dict(prompts=None, resolution_px=64, pairs=3, seed=0, device="cpu")
 
 
 def test_every_picture_is_drawn_in_every_style_and_named_once():
-    names = [p.name for p in embedded.pictures()]
+    names = [p.name for p in emoji.pictures()]
     assert len(names) == len(set(names)) == 240
-    for style in embedded.STYLES:
-        cells = embedded.sprites(style)
+    for style in emoji.STYLES:
+        cells = emoji.sprites(style)
         assert cells.shape == (240, 4, 64, 64)
         assert (cells[:, 3].flatten(1).mean(1) > 0.05).all(), style
     with pytest.raises(ValueError, match="unknown emoji style 'anime'"):
-        embedded.sprites("anime")
+        emoji.sprites("anime")
 
 
 def test_the_background_is_read_back_from_the_corners():
     every = torch.arange(240)
-    for colour in range(len(embedded.BACKGROUNDS)):
-        pixels = embedded.compose(every, torch.full_like(every, colour))
-        assert (embedded.background_of(pixels) == colour).all()
+    for colour in range(len(emoji.BACKGROUNDS)):
+        pixels = emoji.compose(every, torch.full_like(every, colour))
+        assert (emoji.background_of(pixels) == colour).all()
 
 
 def test_captions():
-    apple = next(i for i, p in enumerate(embedded.pictures()) if p.name == "red apple")
-    blue = list(embedded.BACKGROUNDS).index("blue")
-    assert embedded.caption(apple, blue) == "red apple on blue"
-    assert embedded.caption(apple, None) == "red apple"
-    assert embedded.caption(apple, blue, coarse=True) == "fruit on blue"
+    apple = next(i for i, p in enumerate(emoji.pictures()) if p.name == "red apple")
+    blue = list(emoji.BACKGROUNDS).index("blue")
+    assert emoji.caption(apple, blue) == "red apple on blue"
+    assert emoji.caption(apple, None) == "red apple"
+    assert emoji.caption(apple, blue, coarse=True) == "fruit on blue"
 
 
 def test_the_vae_gives_the_pictures_back():
     base = checkpoint.load("emoji")
-    pixels = embedded.compose(torch.arange(0, 240, 10), torch.arange(24) % 9)
+    pixels = emoji.compose(torch.arange(0, 240, 10), torch.arange(24) % 9)
     found = autoencoder.decode(base.vae, autoencoder.encode_moments(base.vae, pixels).chunk(2, 1)[0])
     assert (10 * torch.log10(4 / (found - pixels).square().mean())) > 22  # dB
 
@@ -265,7 +266,7 @@ def test_default_prompts_of_full_size_models_exist():
 
 
 def groups():
-    return {p.group for p in embedded.pictures()}
+    return {p.group for p in emoji.pictures()}
 
 
 def test_text_equals_the_pipelines(tiny_sd, tiny_sdxl):
@@ -284,7 +285,7 @@ def test_text_equals_the_pipelines(tiny_sd, tiny_sdxl):
 def test_an_article_does_not_change_what_is_drawn():
     """ "a red apple" is "red apple" to the embedded checkpoint, though its captions have no articles."""
     base = checkpoint.load("emoji")
-    plain = [embedded.caption(p, 6 if p % 2 else None) for p in range(0, len(embedded.pictures()), 12)]
+    plain = [emoji.caption(p, 6 if p % 2 else None) for p in range(0, len(emoji.pictures()), 12)]
     said = [("an " if caption[0] in "aeiou" else "a ") + caption for caption in plain]
     made = torch.Generator().manual_seed(0)
     x = torch.randn(len(plain), 4, 8, 8, generator=made)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.data import Batch
+from fastdiff.data.open import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction

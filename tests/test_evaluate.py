@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from fastdiff import cli, gallery, lenses, lora
 from fastdiff.checkpoints import checkpoint
-from fastdiff.data import embedded
+from fastdiff.data import emoji
 from fastdiff.distances import Moments, band, cmmd, frechet, gap_closed, kid
 from fastdiff.lora import adapters
 from fastdiff.models import judges
@@ -108,7 +108,7 @@ def folder_of(path, pictures):
 def test_fid_is_what_torch_fidelitys_command_says(inception, tmp_path, fastdiff, tiny_sd):
     """Of the pictures that an evaluation kept, against a folder: the same network, the same figure."""
     every = torch.arange(6)
-    real = folder_of(tmp_path / "real", ((embedded.compose(every, every % 9) + 1) * 127.5).to(torch.uint8))
+    real = folder_of(tmp_path / "real", ((emoji.compose(every, every % 9) + 1) * 127.5).to(torch.uint8))
     code, told = fastdiff(
         *("evaluate", "--base", tiny_sd, "--student", tiny_sd, "--num-steps", 2, "--num-images", 5, "--prompts", "prompts.txt"),
         *("--reference", real, "--metrics", "fid", "--inception-weights", inception, "--teacher-steps", 1, "--no-baseline"),

@@ -9,7 +9,7 @@ from torchvision.transforms.functional import adjust_saturation, gaussian_blur
 
 from fastdiff import judge
 from fastdiff.checkpoints import checkpoint
-from fastdiff.data import embedded
+from fastdiff.data import emoji
 from fastdiff.distances import Moments, frechet, gap_closed
 from fastdiff.drift import Drift
 from fastdiff.judge import Prompts, Reference, Row, embed, recognised
@@ -42,7 +42,7 @@ def test_frechet_of_gaussians_in_closed_form():
 def test_the_recogniser_knows_every_real_picture():
     every = torch.arange(240)
     for colour in (0, 4, 7):
-        features = embed(embedded.compose(every, torch.full_like(every, colour)))
+        features = embed(emoji.compose(every, torch.full_like(every, colour)))
         for coarse in (False, True):
             prompts = Prompts(every, torch.full_like(every, colour), torch.full_like(every, coarse, dtype=torch.bool))
             assert recognised(features, prompts).mean() > 0.99
@@ -108,7 +108,7 @@ def test_the_shipped_teacher_is_good(reference, teacher_pixels):
     prompts = Prompts.judged(500)
     base = checkpoint.load("emoji")
     colours = torch.where(prompts.background >= 0, prompts.background, torch.arange(500) % 9)
-    real = embedded.compose(prompts.picture, colours)
+    real = emoji.compose(prompts.picture, colours)
     rebuilt = autoencoder.decode(base.vae, autoencoder.encode_moments(base.vae, real).chunk(2, 1)[0])
     ceiling = recognised(embed(rebuilt), prompts).mean()
     found = recognised(embed(teacher_pixels), prompts)

@@ -10,7 +10,7 @@ import torch
 
 from fastdiff import cli, surgery
 from fastdiff.checkpoints import checkpoint
-from fastdiff.data import open_data
+from fastdiff.data.open import open_data
 from fastdiff.io.run import Run
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.console import Failed
@@ -145,7 +145,7 @@ def test_accumulation_equals_one_large_batch(command, data, tmp_path, monkeypatc
 
         class Fixed:
             def batch(self, size, generator, shared, parts=parts, table=table, offset=[0]):  # noqa: B006  (a counter)
-                from fastdiff.data import Batch
+                from fastdiff.data.open import Batch
 
                 rows = slice(offset[0], offset[0] + size)
                 offset[0] += size

@@ -9,7 +9,7 @@ import torch
 
 from fastdiff import surgery
 from fastdiff.checkpoints import checkpoint, locate
-from fastdiff.data import open_data
+from fastdiff.data.open import open_data
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.schedule import NoiseSchedule
 from fastdiff.lora import apply

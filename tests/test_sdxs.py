@@ -9,7 +9,7 @@ import torch
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.locate import EMOJI
-from fastdiff.data import Batch
+from fastdiff.data.open import Batch
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
 from fastdiff.methods import dmd, sdxs

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.data import cache, open_data, streams
+from fastdiff.data import encode, streams
+from fastdiff.data.open import open_data
 from fastdiff.runtime.console import InputRefused, UsageError
 
 OPEN = dict(prompts=None, pairs=0, seed=0, device="cpu", resolution_px=64)
@@ -69,7 +70,7 @@ def test_shards_with_braces_are_read_in_order_and_once(opened, tmp_path, monkeyp
     data = opened(spec)
     assert names(data) == [f"{i:04d}" for i in range(6)]
     keys = [data.texts.tokens.keys[i] for i in data.captions.flatten()]
-    assert keys == [cache.Captions.key(f"caption {i}") for i in range(6)]
+    assert keys == [encode.Captions.key(f"caption {i}") for i in range(6)]
     monkeypatch.setattr(streams.WebDataset, "samples", lambda self: pytest.fail("read again"))
     assert len(opened(spec)) == 6
     monkeypatch.undo()
@@ -120,7 +121,7 @@ def test_json_captions_and_suffixes(opened, tmp_path):
     data = opened(f"wds:{tmp_path}/a.tar")
     assert [name.rsplit("/", 1)[-1] for name in data.names] == ["a.jpg", "b.seg.png"]
     keys = [data.texts.tokens.keys[i] for i in data.captions.flatten()]
-    assert keys == [cache.Captions.key(caption) for caption in "xy"]
+    assert keys == [encode.Captions.key(caption) for caption in "xy"]
 
 
 def test_pipes_and_http(opened, tmp_path, capsys):
@@ -166,7 +167,7 @@ def test_a_slow_stream_without_a_good_image_is_given_up_in_time(opened, tmp_path
             yield streams.Sample("one", problem="without a caption")
 
     monkeypatch.setattr(streams.WebDataset, "samples", slow)
-    monkeypatch.setattr(cache, "HOPELESS_S", 0.5)
+    monkeypatch.setattr(encode, "HOPELESS_S", 0.5)
     began = time.monotonic()
     with pytest.raises(InputRefused, match="1 not a readable image"):
         opened(f"wds:{tmp_path}/a.tar")

@@ -167,7 +167,7 @@ def test_windows_of_latents_and_pictures_are_the_same_place():
 
 
 def test_what_is_judged_is_not_trained_on():
-    from fastdiff.data import Encoded
+    from fastdiff.data.open import Encoded
     from fastdiff.models.denoiser import Cond
 
     texts, z = Cond(torch.zeros(1, 2, 3)), latents(8)
@@ -180,7 +180,7 @@ def test_what_is_judged_is_not_trained_on():
 
 
 def test_latents_that_do_not_change_are_decoded_once(emoji):
-    from fastdiff.data import Encoded
+    from fastdiff.data.open import Encoded
     from fastdiff.models.denoiser import Cond
 
     texts = Cond(torch.zeros(1, 2, 3))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdiff.data import Batch
+from fastdiff.data.open import Batch
 from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig
 from fastdiff.models.denoiser import Cond

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastdiff.checkpoints import checkpoint, locate, tensors
-from fastdiff.data import embedded
+from fastdiff.data import emoji
 
 LR, BATCH, KEPT = 5e-3, 16, 4  # KEPT: items of a batch without an article, of the names that hold the token
 
@@ -29,29 +29,29 @@ def main() -> None:
     torch.manual_seed(0)
     base = checkpoint.load("emoji")
     (tokenizer,), (encoder,), schedule = base.tokenizers, base.text_encoders, base.schedule()
-    data = embedded.encode(base)
+    data = emoji.encode(base)
     key = next(name for name, _ in encoder.named_parameters() if name.endswith("token_embedding.weight"))
     table = dict(encoder.named_parameters())[key].detach()
     ids = torch.tensor([tokenizer(word).input_ids[1] for word in ("a", "an")])
     rows = torch.nn.Parameter(table[ids].clone())
-    held = [p.name for p in embedded.pictures() if ids[0] in tokenizer(p.name).input_ids]
+    held = [p.name for p in emoji.pictures() if ids[0] in tokenizer(p.name).input_ids]
 
     def states(prompts: list[str], trained: bool) -> torch.Tensor:
         padded = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
         weight = table.index_put((ids,), rows) if trained else table
         return torch.func.functional_call(encoder, {key: weight}, (padded,)).last_hidden_state
 
-    n, k = len(embedded.pictures()), len(embedded.BACKGROUNDS)
+    n, k = len(emoji.pictures()), len(emoji.BACKGROUNDS)
     generator, drawn = torch.Generator().manual_seed(0), random.Random(0)
     optimizer = torch.optim.Adam([rows], lr=LR)
     for step in range(args.steps):
         item = torch.randint(n * k, (BATCH,), generator=generator)
         kind = torch.multinomial(data.weights, BATCH, replacement=True, generator=generator)
         plain = [
-            embedded.caption(i // k, None if c % 2 else i % k, coarse=c > 1)
+            emoji.caption(i // k, None if c % 2 else i % k, coarse=c > 1)
             for i, c in zip(item.tolist(), kind.tolist(), strict=True)
         ]
-        plain[:KEPT] = [f"{drawn.choice(held)} on {drawn.choice(list(embedded.BACKGROUNDS))}" for _ in range(KEPT)]
+        plain[:KEPT] = [f"{drawn.choice(held)} on {drawn.choice(list(emoji.BACKGROUNDS))}" for _ in range(KEPT)]
         said = plain[:KEPT] + [("an " if c[0] in "aeiou" else "a ") + c for c in plain[KEPT:]]
         z = data.moments[item].chunk(2, 1)[0]
         t = torch.randint(200, 1000, (BATCH,), generator=generator)  # below, the picture says more than the caption

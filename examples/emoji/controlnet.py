@@ -15,7 +15,8 @@ import torch
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data import control, embedded, open_data
+from fastdiff.data import control, emoji
+from fastdiff.data.open import open_data
 from fastdiff.diffusion import losses
 from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig
@@ -71,17 +72,17 @@ def moved(rgba: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
     premultiplied = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
     grid = torch.nn.functional.affine_grid(theta, list(rgba.shape), align_corners=False)
     found = torch.nn.functional.grid_sample(premultiplied, grid, align_corners=False)
-    colours = torch.tensor(list(embedded.BACKGROUNDS.values())) / 255
+    colours = torch.tensor(list(emoji.BACKGROUNDS.values())) / 255
     return (found[:, :3] + colours[background][:, :, None, None] * (1 - found[:, 3:])) * 2 - 1
 
 
 def add_moved(base, data, variants: int) -> None:
     """Beside every picture on every background, the same moved; and the edges of all."""
-    n, k = len(embedded.pictures()), len(embedded.BACKGROUNDS)
+    n, k = len(emoji.pictures()), len(emoji.BACKGROUNDS)
     picture, background = (grid.flatten() for grid in torch.meshgrid(torch.arange(n), torch.arange(k), indexing="ij"))
-    pixels = [embedded.compose(picture, background)]
+    pixels = [emoji.compose(picture, background)]
     for _ in range(variants):
-        pixels.append(moved(embedded.sprites()[picture], background))
+        pixels.append(moved(emoji.sprites()[picture], background))
         data.moments = torch.cat([data.moments, autoencoder.encode_moments(base.vae, pixels[-1]).cpu()])
     data.captions = data.captions.repeat(variants + 1, 1)
     data.controls = torch.cat([control.extract(uint8(part), control.canny) for part in pixels])

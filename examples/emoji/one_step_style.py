@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from fastdiff.checkpoints.locate import EMOJI
-from fastdiff.data import embedded
+from fastdiff.data import emoji
 
 STYLE = EMOJI / "style.safetensors"
 
@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--style", default="fluent")
     parser.add_argument("--weight", type=float, default=1.0, help="of the style on the teacher")
     args = parser.parse_args()
-    colours = list(embedded.BACKGROUNDS)
-    lines = [f"{p.name} on {colours[i % len(colours)]}" for i, p in enumerate(embedded.pictures())]
+    colours = list(emoji.BACKGROUNDS)
+    lines = [f"{p.name} on {colours[i % len(colours)]}" for i, p in enumerate(emoji.pictures())]
     with tempfile.TemporaryDirectory() as name:
         folder, prompts = Path(name), Path(name) / "prompts.txt"
         prompts.write_text("\n".join(lines) + "\n")

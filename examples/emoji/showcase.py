@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from fastdiff.checkpoints.locate import EMOJI
-from fastdiff.data import embedded
+from fastdiff.data import emoji
 from fastdiff.sampling.sampler import contact_sheet
 
 STYLE = EMOJI / "style.safetensors"
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--accel", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-    names, colours = [p.name for p in embedded.pictures()], list(embedded.BACKGROUNDS)
+    names, colours = [p.name for p in emoji.pictures()], list(emoji.BACKGROUNDS)
     missing = [name for name in SHOWN if name not in names]
     assert not missing, missing
     ordered = [*SHOWN, *(name for name in names if name not in SHOWN)]

@@ -15,7 +15,7 @@ import torch
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data import open_data
+from fastdiff.data.open import open_data
 from fastdiff.diffusion import losses
 from fastdiff.io.run import Run
 from fastdiff.lora import adapters

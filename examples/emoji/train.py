@@ -24,14 +24,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.data import embedded
+from fastdiff.data import emoji
 from fastdiff.models.feature_net import FeatureNet
 
 WIDTH, LENGTH, VOCAB = 128, 16, 1024  # text encoder
 NOISE = 0.1  # standard deviation of the VAE's posterior, fixed
-GROUPS = sorted({p.group for p in embedded.pictures()})
-GROUP_OF = torch.tensor([GROUPS.index(p.group) for p in embedded.pictures()])
-PICTURES, COLOURS = len(embedded.pictures()), len(embedded.BACKGROUNDS)
+GROUPS = sorted({p.group for p in emoji.pictures()})
+GROUP_OF = torch.tensor([GROUPS.index(p.group) for p in emoji.pictures()])
+PICTURES, COLOURS = len(emoji.pictures()), len(emoji.BACKGROUNDS)
 SCHEDULER = dict(
     num_train_timesteps=1000,
     beta_start=0.00085,
@@ -121,7 +121,7 @@ def load_tokenizer():
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH, pad_token="<|endoftext|>")
 
 
-caption = embedded.caption
+caption = emoji.caption
 
 
 class Stage:
@@ -212,7 +212,7 @@ def trained(args, stage: str, key: str, net: nn.Module) -> nn.Module:
 
 def draw_batch(size: int, args, style: str = "noto") -> tuple[Tensor, Tensor, Tensor]:
     picture, colour = torch.randint(PICTURES, (size,)), torch.randint(COLOURS, (size,))
-    return picture, colour, embedded.compose(picture, colour, style).to(args.device)
+    return picture, colour, emoji.compose(picture, colour, style).to(args.device)
 
 
 def degrade(pixels: Tensor) -> Tensor:
@@ -260,9 +260,9 @@ def train_text(args) -> None:
     tokenizer, net = load_tokenizer(), text_net().to(args.device)
     features = trained(args, "features", "net", FeatureNet())
     every = torch.arange(PICTURES)
-    tower = torch.stack([features(embedded.compose(every, torch.full_like(every, c)).to(args.device)) for c in range(COLOURS)])
+    tower = torch.stack([features(emoji.compose(every, torch.full_like(every, c)).to(args.device)) for c in range(COLOURS)])
     tower = F.normalize(tower, dim=-1)  # (colours, pictures, 128)
-    thumbs = F.interpolate(embedded.sprites()[:, :], (12, 12), mode="area")
+    thumbs = F.interpolate(emoji.sprites()[:, :], (12, 12), mode="area")
     thumbs = (thumbs[:, :3] * thumbs[:, 3:]).flatten(1).sub(0.3).to(args.device)  # what the picture looks like, roughly
     heads = nn.ModuleDict(
         {
@@ -327,7 +327,7 @@ def train_vae(args) -> None:
 def all_latents(vae, args, style: str = "noto") -> Tensor:
     """Posterior means of every picture on every background: (pictures, colours, 4, 8, 8)."""
     every = torch.arange(PICTURES)
-    columns = [vae.encode(embedded.compose(every, torch.full_like(every, c), style).to(args.device)) for c in range(COLOURS)]
+    columns = [vae.encode(emoji.compose(every, torch.full_like(every, c), style).to(args.device)) for c in range(COLOURS)]
     return torch.stack([c.latent_dist.mean for c in columns], 1)
 
 

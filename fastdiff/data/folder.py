@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastdiff.data.pictures import CAPTIONS, SUFFIXES, Framing, Refused, Sample, caption_in, caption_of_json, decode, hash_of
+from fastdiff.data.images import CAPTIONS, SUFFIXES, Framing, Refused, Sample, caption_in, caption_of_json, decode, hash_of
 from fastdiff.runtime.console import InputRefused, UsageError
 
 MISSING = "without a caption"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.data.folder import MISSING
-from fastdiff.data.pictures import CAPTIONS, SUFFIXES, Sample, caption_in, caption_of_json, hash_of
+from fastdiff.data.images import CAPTIONS, SUFFIXES, Sample, caption_in, caption_of_json, hash_of
 from fastdiff.runtime.console import UsageError
 
 EXTRA = 'pip install "fastdiff[data]"'

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
-from fastdiff.data import embedded
+from fastdiff.data import emoji
 from fastdiff.data.batch import Encoded
 from fastdiff.data.store import Share, cache_folder
 from fastdiff.models import autoencoder, text
@@ -41,10 +41,10 @@ def default_prompts(family: str) -> list[str]:
     """The shipped prompts; for `emoji` every picture on every background, captioned as the teacher was trained."""
     if family != "emoji":
         return read_prompts(PROMPTS)
-    pairs = [(p, b) for p in range(len(embedded.pictures())) for b in range(len(embedded.BACKGROUNDS))]
+    pairs = [(p, b) for p in range(len(emoji.pictures())) for b in range(len(emoji.BACKGROUNDS))]
     g = torch.Generator().manual_seed(0)
-    kinds = torch.multinomial(torch.tensor(embedded.CAPTION_WEIGHTS), len(pairs), replacement=True, generator=g).tolist()
-    lines = [embedded.caption(p, None if k % 2 else b, coarse=k > 1) for (p, b), k in zip(pairs, kinds, strict=True)]
+    kinds = torch.multinomial(torch.tensor(emoji.CAPTION_WEIGHTS), len(pairs), replacement=True, generator=g).tolist()
+    lines = [emoji.caption(p, None if k % 2 else b, coarse=k > 1) for (p, b), k in zip(pairs, kinds, strict=True)]
     return [lines[i] for i in torch.randperm(len(lines), generator=g)]
 
 

@@ -21,7 +21,8 @@ from fastdiff import segmented
 from fastdiff.card import write_controlnet_card
 from fastdiff.checkpoints import checkpoint, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.data import Batch, Encoded, Wants, control
+from fastdiff.data import control
+from fastdiff.data.open import Batch, Encoded, Wants
 from fastdiff.diffusion import losses
 from fastdiff.io.run import Run
 from fastdiff.lora import adapters

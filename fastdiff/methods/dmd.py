@@ -22,7 +22,7 @@ from fastdiff import lora
 from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data import Batch, Wants
+from fastdiff.data.open import Batch, Wants
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data import Batch
+from fastdiff.data.open import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.schedule import NoiseSchedule, per_sample
 from fastdiff.diffusion.solvers import jump

@@ -26,7 +26,7 @@ from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data import Batch
+from fastdiff.data.open import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.schedule import per_sample
 from fastdiff.diffusion.solvers import jump

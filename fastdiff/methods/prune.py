@@ -23,7 +23,7 @@ from fastdiff import surgery
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data import Batch
+from fastdiff.data.open import Batch
 from fastdiff.diffusion import losses
 from fastdiff.io.run import Run
 from fastdiff.io.state import write_atomic

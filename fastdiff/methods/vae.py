@@ -20,7 +20,7 @@ from fastdiff import decoders
 from fastdiff.card import write_vae_card
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.data import Batch, Buckets, Data
+from fastdiff.data.open import Batch, Buckets, Data
 from fastdiff.diffusion import losses
 from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig, Turn

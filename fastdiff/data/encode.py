@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.data.batch import Buckets, Data, Encoded
-from fastdiff.data.pictures import Framing, Refused, Sample, decode, hash_of, reasons
+from fastdiff.data.images import Framing, Refused, Sample, decode, hash_of, reasons
 from fastdiff.data.store import Share, Store, Stored, cache_folder
 from fastdiff.io.state import write_atomic
 from fastdiff.models import autoencoder, text
