@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import torch
 
-from fastdiff import judge
 from fastdiff.checkpoints import checkpoint
-from fastdiff.distances import gap_closed
 from fastdiff.models import text
 from fastdiff.proof import EMOJI_PREVIEW
+from fastdiff.quality import emoji as judge
+from fastdiff.quality.distances import gap_closed
 from fastdiff.runtime import console
 from fastdiff.sampling.assemble import assemble, pick_device, pick_dtype
 from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings, contact_sheet

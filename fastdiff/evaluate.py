@@ -9,18 +9,20 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from fastdiff import judge, lenses, report, surgery, survival
+from fastdiff import surgery
 from fastdiff.card import fmt
 from fastdiff.checkpoints import checkpoint, tensors
 from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import teacher
-from fastdiff.distances import gap_closed
-from fastdiff.drift import REFERENCE_SEED
-from fastdiff.gallery import Gallery
 from fastdiff.io.state import write_atomic
-from fastdiff.lenses import FIGURES, JUDGING, Against, Lens, Shown, measured
-from fastdiff.models import judges, perceptual
+from fastdiff.models import perceptual
+from fastdiff.quality import emoji as judge
+from fastdiff.quality import metrics, networks, report, retention
+from fastdiff.quality.distances import gap_closed
+from fastdiff.quality.drift import REFERENCE_SEED
+from fastdiff.quality.metrics import FIGURES, JUDGING, Against, Lens, Shown, measured
+from fastdiff.quality.samples import Gallery
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError
@@ -70,7 +72,7 @@ class Config(BaseConfig):
     protocol: Annotated[Literal["coco30k-dmd", "coco10k-lightning", "coco5k-sdxs"] | None, "of a paper: sets what it says"] = None
     fid_px: Annotated[int | None, "pictures are resized to this before FID, by Lanczos; default: not", Range(8)] = None
     inception_weights: Annotated[str | None, "torch-fidelity's Inception-v3 file; default: downloaded (91 MB)"] = None
-    clip: Annotated[str, "open_clip's MODEL:TAG, downloaded, or MODEL:FILE; CMMD is defined for the default's"] = judges.CLIP
+    clip: Annotated[str, "open_clip's MODEL:TAG, downloaded, or MODEL:FILE; CMMD is defined for the default's"] = networks.CLIP
     lpips_weights: Annotated[str | None, "torchvision's VGG-16 file, or embedded; default: downloaded (528 MB)"] = None
     with_lora: Annotated[list[str], "FILE[=WEIGHT]: how much of this style the student keeps; repeat it for more"] = field(
         default_factory=list
@@ -219,20 +221,20 @@ def ways(family: str, calls: int) -> list[Settings]:
 
 def open_lenses(config: Config, family: str, lines: list[str], resolution_px: int, device: torch.device) -> list[Lens]:
     """Those that were asked for; of `auto` those whose weights can be had, with a word on the others."""
-    found: list[Lens] = [lenses.Embedded(lines, styles=bool(config.with_lora))] if family == "emoji" else []
+    found: list[Lens] = [metrics.Embedded(lines, styles=bool(config.with_lora))] if family == "emoji" else []
     asked = config.asked or ([] if family == "emoji" else list(GROUPS))
     try:
         if {"fid", "patch"} & set(asked):
-            net = judges.Inception(config.inception_weights)
-            found += [lenses.Whole(net, device, config.fid_px)] if "fid" in asked else []
-            found += [lenses.Centre(net, device)] if "patch" in asked and resolution_px > judges.PATCH_PX else []
+            net = networks.Inception(config.inception_weights)
+            found += [metrics.Whole(net, device, config.fid_px)] if "fid" in asked else []
+            found += [metrics.Centre(net, device)] if "patch" in asked and resolution_px > networks.PATCH_PX else []
     except UsageError as error:
         left_out(config, "fid", error)
     try:
         if "clip" in asked:
-            found.append(lenses.ClipScore(judges.Clip(config.clip), device, lines))
-            if config.clip != judges.CLIP and not config.protocol:
-                console.info(f"--clip {config.clip}: CMMD is published with {judges.CLIP}")
+            found.append(metrics.ClipScore(networks.Clip(config.clip), device, lines))
+            if config.clip != networks.CLIP and not config.protocol:
+                console.info(f"--clip {config.clip}: CMMD is published with {networks.CLIP}")
     except UsageError as error:
         left_out(config, "clip", error)
     return found
@@ -338,10 +340,10 @@ def run(config: Config) -> Result:
     metrics: dict[str, Any] = {"samples": len(gallery), "reference": config.reference, "rows": table, "gap_closed": closed}
     teacher_model = Model("teacher", lora_on_base(replace(config, vae=None), [], dtype, device), [guided])
     if config.with_lora:
-        metrics["style"] = survival.style(gallery, config.with_lora, teacher_model, judged, best, rows)
+        metrics["style"] = retention.style(gallery, config.with_lora, teacher_model, judged, best, rows)
     if config.with_controlnet:
         nets = (config.with_controlnet, config.student_controlnet or config.with_controlnet)
-        metrics["control"] = survival.controlled(gallery, nets, config.control, teacher_model, judged, rows)
+        metrics["control"] = retention.controlled(gallery, nets, config.control, teacher_model, judged, rows)
     latency = [speed[id(row)] for row in order]
     console.state.timings |= {f"latency_ms/{row.title}": ms for row, ms in zip(order, latency, strict=True)}
     shown(metrics, latency)

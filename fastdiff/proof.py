@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff import judge, lora
+from fastdiff import lora
 from fastdiff.card import fmt
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import teacher
-from fastdiff.drift import Drift
 from fastdiff.method import Method, TrainConfig
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.quality import emoji as judge
+from fastdiff.quality.drift import Drift
 from fastdiff.runtime import console
 from fastdiff.sampling.assemble import assemble
 from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings, contact_sheet

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from fastdiff import judge
 from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import control
@@ -22,6 +21,7 @@ from fastdiff.data.teacher import cache_folder, read_prompts
 from fastdiff.diffusion.solvers import SOLVERS
 from fastdiff.models import text
 from fastdiff.models.denoiser import Cond
+from fastdiff.quality import emoji as judge
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError

@@ -11,21 +11,21 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fastdiff import cli, gallery, lenses, lora
+from fastdiff import cli, lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.data import emoji
-from fastdiff.distances import Moments, band, cmmd, frechet, gap_closed, kid
 from fastdiff.lora import adapters
-from fastdiff.models import judges
+from fastdiff.quality import metrics, networks, samples
+from fastdiff.quality.distances import Moments, band, cmmd, frechet, gap_closed, kid
 from fastdiff.sampling.sampler import Settings
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Latency and diversity of a few pictures."""
-    monkeypatch.setattr(gallery, "TIMED_S", 0)
-    monkeypatch.setattr(gallery, "TIMED", (1, 1))
-    monkeypatch.setattr(gallery, "DIVERSE", (2, 2))
+    monkeypatch.setattr(samples, "TIMED_S", 0)
+    monkeypatch.setattr(samples, "TIMED", (1, 1))
+    monkeypatch.setattr(samples, "DIVERSE", (2, 2))
 
 
 # ---- distances
@@ -127,11 +127,11 @@ def test_fid_is_what_torch_fidelitys_command_says(inception, tmp_path, fastdiff,
 
 def test_the_patch_is_the_centre_at_native_size_and_resizing_is_pils():
     ramp = torch.arange(400).expand(3, 400, 400).clamp(max=255).to(torch.uint8)[None]
-    centre = judges.patch(ramp)
+    centre = networks.patch(ramp)
     assert centre.shape == (1, 3, 299, 299)
     assert torch.equal(centre[0], ramp[0, :, 50:349, 50:349])
-    assert judges.patch(ramp[..., :100, :100]).shape == (1, 3, 100, 100)
-    small = judges.resized(ramp, 64)
+    assert networks.patch(ramp[..., :100, :100]).shape == (1, 3, 100, 100)
+    small = networks.resized(ramp, 64)
     theirs = Image.fromarray(ramp[0].permute(1, 2, 0).numpy()).resize((64, 64), Image.Resampling.LANCZOS)
     assert np.array_equal(small[0].permute(1, 2, 0).numpy(), np.array(theirs))
 
@@ -159,7 +159,7 @@ def test_clip_score_is_open_clips_cosine(clip):
 
     lines = ["a cat", "a dog", "a cat"]
     pictures = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    lens = lenses.ClipScore(judges.Clip(clip), torch.device("cpu"), lines)
+    lens = metrics.ClipScore(networks.Clip(clip), torch.device("cpu"), lines)
     name, weights = clip.split(":")
     net, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
     net.eval()
@@ -229,8 +229,8 @@ def test_rows_figures_and_a_page_that_needs_nothing_else(fastdiff, tiny_sd, trai
     assert json.loads((tmp_path / told["outputs"][1]["path"]).read_text()) == told["metrics"]
 
     drawn = []
-    real = gallery.Gallery.draw
-    monkeypatch.setattr(gallery.Gallery, "draw", lambda self, *a: (drawn.append(a[0]), real(self, *a))[1])
+    real = samples.Gallery.draw
+    monkeypatch.setattr(samples.Gallery, "draw", lambda self, *a: (drawn.append(a[0]), real(self, *a))[1])
     again = fastdiff(*given)[1]
     assert not drawn  # an evaluation goes on where it was
     assert again["metrics"] == told["metrics"]

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torchvision.transforms.functional import adjust_saturation, gaussian_blur
 
-from fastdiff import judge
 from fastdiff.checkpoints import checkpoint
 from fastdiff.data import emoji
-from fastdiff.distances import Moments, frechet, gap_closed
-from fastdiff.drift import Drift
-from fastdiff.judge import Prompts, Reference, Row, embed, recognised
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.quality import emoji as judge
+from fastdiff.quality.distances import Moments, frechet, gap_closed
+from fastdiff.quality.drift import Drift
+from fastdiff.quality.emoji import Prompts, Reference, Row, embed, recognised
 from fastdiff.sampling.sampler import Settings
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastdiff import decoders
 from fastdiff.checkpoints import checkpoint
 from fastdiff.diffusion import losses
 from fastdiff.methods import vae as method
 from fastdiff.methods.vae import Config, TinyVAE
 from fastdiff.models import autoencoder
 from fastdiff.models.discriminator import PatchDiscriminator
+from fastdiff.quality import decoders
 from fastdiff.runtime.console import InputRefused, UsageError
 
 

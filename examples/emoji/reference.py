@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.distances import Moments
-from fastdiff.drift import REFERENCE_SEED
-from fastdiff.judge import REFERENCE, Judge, Row, embed
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.quality.distances import Moments
+from fastdiff.quality.drift import REFERENCE_SEED
+from fastdiff.quality.emoji import REFERENCE, Judge, Row, embed
 from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings
 
 LADDER = 500  # samples of each rung

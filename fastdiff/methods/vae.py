@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff import decoders
 from fastdiff.card import write_vae_card
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
@@ -26,6 +25,7 @@ from fastdiff.io.run import Run
 from fastdiff.method import TrainConfig, Turn
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.discriminator import PatchDiscriminator
+from fastdiff.quality import decoders
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError

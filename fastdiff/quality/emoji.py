@@ -20,9 +20,9 @@ from torch import Tensor
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.data import emoji
-from fastdiff.distances import Metric, Moments, frechet, gap_closed
 from fastdiff.models import autoencoder, text
 from fastdiff.models.feature_net import FeatureNet
+from fastdiff.quality.distances import Metric, Moments, frechet, gap_closed
 from fastdiff.sampling.sampler import Sampler, Settings
 
 REFERENCE = EMOJI / "reference"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.card import fmt
 from fastdiff.io.state import write_atomic
-from fastdiff.lenses import FIGURES, Figure, Shown
+from fastdiff.quality.metrics import FIGURES, Figure, Shown
 from fastdiff.sampling.sampler import contact_sheet
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"

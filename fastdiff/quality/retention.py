@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.data import control, emoji
-from fastdiff.distances import Moments, band, frechet, gap_closed
-from fastdiff.drift import REFERENCE_SEED
-from fastdiff.gallery import Gallery
-from fastdiff.lenses import Shown
+from fastdiff.quality.distances import Moments, band, frechet, gap_closed
+from fastdiff.quality.drift import REFERENCE_SEED
+from fastdiff.quality.metrics import Shown
+from fastdiff.quality.samples import Gallery
 from fastdiff.runtime import console
 
 IMAGES = 240  # of a row that wears something

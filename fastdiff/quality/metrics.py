@@ -12,12 +12,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from fastdiff import judge
 from fastdiff.checkpoints.checkpoint import fingerprint
 from fastdiff.data import emoji
-from fastdiff.distances import BOOTSTRAPS, Moments, band, cmmd, frechet, kid
-from fastdiff.drift import drift
-from fastdiff.models.judges import Clip, Inception, patch, resized
+from fastdiff.quality import emoji as judge
+from fastdiff.quality.distances import BOOTSTRAPS, Moments, band, cmmd, frechet, kid
+from fastdiff.quality.drift import drift
+from fastdiff.quality.networks import Clip, Inception, patch, resized
 from fastdiff.sampling.sampler import Settings
 
 Seen = dict[str, Tensor]  # each (N, ...)

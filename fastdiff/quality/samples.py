@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.data import folder, teacher
-from fastdiff.drift import REFERENCE_SEED, departures
-from fastdiff.lenses import Lens, Seen, Shown, title
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond
+from fastdiff.quality.drift import REFERENCE_SEED, departures
+from fastdiff.quality.metrics import Lens, Seen, Shown, title
 from fastdiff.runtime import console
 from fastdiff.runtime.console import InputRefused
 from fastdiff.sampling.assemble import Assembled
