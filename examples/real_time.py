@@ -18,12 +18,12 @@ import torch
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.models import text
-from fastdiff.proof import EMOJI_PREVIEW
 from fastdiff.quality import emoji as judge
 from fastdiff.quality.distances import gap_closed
 from fastdiff.runtime import console
 from fastdiff.sampling.assemble import assemble, pick_device, pick_dtype
 from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings, contact_sheet
+from fastdiff.training.previews import EMOJI_PREVIEW
 
 
 class Way(NamedTuple):

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fastdiff.diffusion.schedule import NoiseSchedule as NoiseSchedule
     from fastdiff.models.denoiser import Denoiser as Denoiser
     from fastdiff.sampling.sampler import Sampler as Sampler
-    from fastdiff.trainer import Trainer as Trainer
+    from fastdiff.training.trainer import Trainer as Trainer
 
 # Looked up on first use: `fastdiff --help` and the command line's errors must not wait for torch.
 PUBLIC = {
@@ -18,7 +18,7 @@ PUBLIC = {
     "Denoiser": "fastdiff.models.denoiser",
     "NoiseSchedule": "fastdiff.diffusion.schedule",
     "Sampler": "fastdiff.sampling.sampler",
-    "Trainer": "fastdiff.trainer",
+    "Trainer": "fastdiff.training.trainer",
 }
 __all__ = ["Denoiser", "NoiseSchedule", "Sampler", "Trainer", "__version__", "load"]
 

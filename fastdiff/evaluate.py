@@ -10,12 +10,10 @@ import torch
 from torch import nn
 
 from fastdiff import surgery
-from fastdiff.card import fmt
 from fastdiff.checkpoints import checkpoint, tensors
 from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import teacher
-from fastdiff.io.state import write_atomic
 from fastdiff.models import perceptual
 from fastdiff.quality import emoji as judge
 from fastdiff.quality import metrics, networks, report, retention
@@ -28,6 +26,8 @@ from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError
 from fastdiff.sampling.assemble import Assembled, assemble, is_lora, load_loras, pick_device, pick_dtype
 from fastdiff.sampling.sampler import DEFAULTS, Settings
+from fastdiff.training.card import fmt
+from fastdiff.training.states import write_atomic
 
 EXAMPLES = """fastdiff evaluate --lora lcm.safetensors
 fastdiff evaluate --student lcm.safetensors --student runs/dmd-emoji/dmd.safetensors --num-images 2000

@@ -20,9 +20,9 @@ from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.schedule import Prediction
 from fastdiff.lora import adapters, apply
 from fastdiff.lora.file import Lora
-from fastdiff.method import Losses
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.roles import Roles
+from fastdiff.training.method import Losses
+from fastdiff.training.roles import Roles
 
 
 class Scores(Roles):

@@ -21,13 +21,13 @@ from fastdiff.checkpoints.locate import ALIASES, ASSETS
 from fastdiff.data.store import cache_folder
 from fastdiff.estimate import LOADS, Estimate, data_plan, estimate
 from fastdiff.lora import adapters
-from fastdiff.method import TrainConfig, seconds
 from fastdiff.probe import Measured, measure
 from fastdiff.runtime import console, disk
 from fastdiff.runtime.config import options
 from fastdiff.runtime.console import DoesNotFit, Result, UsageError
 from fastdiff.sampling.assemble import pick_device
-from fastdiff.session import default_folder
+from fastdiff.training.method import TrainConfig, seconds
+from fastdiff.training.session import default_folder
 
 PRODUCT_PART = 0.5  # of the speed of a large matrix product that a whole pass reaches
 FREE_PART = 0.95  # of the memory that a plan may fill

@@ -19,15 +19,15 @@ from torch import Tensor
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.open import Encoded
 from fastdiff.footprint import condition
-from fastdiff.io.run import Run
-from fastdiff.method import TrainConfig
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.proof import vae_of
 from fastdiff.runtime import console
 from fastdiff.sampling.sampler import at_once
-from fastdiff.session import load_base, open_accelerator
-from fastdiff.trainer import Trainer
+from fastdiff.training.method import TrainConfig
+from fastdiff.training.previews import vae_of
+from fastdiff.training.run import Run
+from fastdiff.training.session import load_base, open_accelerator
+from fastdiff.training.trainer import Trainer
 
 PREVIEWED = 4  # pictures that a contact sheet draws at once
 

@@ -17,12 +17,12 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.open import Batch, Wants
 from fastdiff.diffusion import losses
 from fastdiff.matching import Scores
-from fastdiff.method import Losses, Phase, TrainConfig, Turn
 from fastdiff.models import feature_matching
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.proof import vae_of
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.training.method import Losses, Phase, TrainConfig, Turn
+from fastdiff.training.previews import vae_of
 
 # Presets of these methods begin with these rows. Paper: batches of 1024 to 2048, no schedules told; ours, for one card.
 # fmt: off

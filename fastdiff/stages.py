@@ -7,8 +7,8 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from fastdiff.diffusion.schedule import NoiseSchedule
-from fastdiff.method import Phase
 from fastdiff.runtime.console import UsageError
+from fastdiff.training.method import Phase
 
 PHASES = ("switch", "mse", "cond", "uncond", "full")
 QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of T: where students of two steps and one train (SDXL-Lightning, section 3.7)

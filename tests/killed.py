@@ -24,7 +24,7 @@ STEPS, EVERY, DIES = 12, 5, 7
 def command(args, number=None):
     """The command; at the beginning of a step the process sends itself that signal."""
     from fastdiff import cli
-    from fastdiff.trainer import Trainer
+    from fastdiff.training.trainer import Trainer
 
     real = Trainer.train_step
 
@@ -44,7 +44,7 @@ def command(args, number=None):
 
 def left_by(folder):
     """What two runs must agree on: the files of weights, the state (weights, averages, moments), and the log but for the time."""
-    from fastdiff.io.state import States
+    from fastdiff.training.states import States
 
     states = States(folder / "state")
     state = states.load(states.newest())

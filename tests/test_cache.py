@@ -479,7 +479,7 @@ def test_a_run_on_buckets_starts_again_without_encoding(tiny_sdxl, tmp_path, enc
 def test_the_teachers_samples_serve_another_method(tiny_sd, tmp_path, monkeypatch):
     from fastdiff.data import teacher
     from fastdiff.methods import dmd, lcm, lightning
-    from fastdiff.session import data_of
+    from fastdiff.training.session import data_of
 
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     sampled, real = [], teacher.Sampler.latents

@@ -173,7 +173,7 @@ def test_only_the_small_controlnet_trains_and_it_has_no_part_that_the_unet_lacks
 
     from diffusers import ControlNetModel
 
-    from fastdiff.io.run import Run
+    from fastdiff.training.run import Run
 
     m.export(Run(tmp_path, "distill-controlnet"))
     stock = ControlNetModel.from_pretrained(tmp_path / "controlnet")

@@ -189,7 +189,7 @@ def trained(tiny_sd, tmp_path_factory):
     """A LoRA with a few-step recipe in its header."""
     base = checkpoint.load(str(tiny_sd))
     modules = random_factors(base.unet, 0.2)
-    told = {"fastdiff.scheduler": "lcm", "fastdiff.num_steps": "4", "fastdiff.guidance": "1.0", "fastdiff.method": "lcm"}
+    told = {"fastdiff.scheduler": "lcm", "fastdiff.num_steps": "4", "fastdiff.guidance": "1.0", "fastdiff.training.method": "lcm"}
     path = tmp_path_factory.mktemp("trained") / "lcm.safetensors"
     lora.save(lora.Lora(modules, {**told, **lora.layers_told(base.unet.config)}), path)
     return path

@@ -226,7 +226,7 @@ def test_adapter_stays_fp32_on_a_half_precision_base(tiny_sd):
 
 def test_export_loads_in_diffusers_with_every_layer_and_the_right_scale(tiny_sd, tmp_path):
     """The official LoRAs fail to load, lose attention layers, or lose alpha; ours equals the trained network."""
-    from fastdiff.io.run import Run
+    from fastdiff.training.run import Run
 
     m, base = method(tiny_sd)
     for name, p in m.student.net.named_parameters():

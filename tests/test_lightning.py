@@ -12,15 +12,15 @@ from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.data.batch import Encoded
 from fastdiff.diffusion.schedule import NoiseSchedule
-from fastdiff.io.run import Run
 from fastdiff.lora import adapters, apply
-from fastdiff.method import seconds
 from fastdiff.methods.lightning import SHOWN, Config, Lightning
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.console import UsageError
-from fastdiff.session import open_accelerator
 from fastdiff.stages import plan, timesteps
-from fastdiff.trainer import Trainer
+from fastdiff.training.method import seconds
+from fastdiff.training.run import Run
+from fastdiff.training.session import open_accelerator
+from fastdiff.training.trainer import Trainer
 
 SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -574,7 +574,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_in_every_phase(tiny_sd, unint
 
 def test_a_time_budget_is_shared_out_and_left_over_time_is_used(tiny_sd, tmp_path, monkeypatch, capsys):
     """A hundred seconds for two phases of which the second is the slower."""
-    from fastdiff import trainer as module
+    from fastdiff.training import trainer as module
 
     trainer = trainer_of(tiny_sd, tmp_path, stages="8:4", phases="cond,uncond", lora_only=True, steps=200, max_time="100s")
     clock = [0.0]

@@ -142,7 +142,7 @@ def test_a_stage_goes_on_from_the_file_of_another_run(train, tiny_sd, tmp_path):
 def test_a_resumed_command_goes_on_in_its_phase(train, tiny_sd, tmp_path, capfd):
     """Stopped by too few steps of a budget, told again: the outputs of both halves are there."""
     chain = ["--stages", "4:2,2:1", "--phases", "cond", "--steps", "5", "--save-every", "1"]
-    from fastdiff import trainer
+    from fastdiff.training import trainer
 
     real = trainer.Trainer.train_step
 

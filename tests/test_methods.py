@@ -11,12 +11,12 @@ import torch
 from fastdiff import cli, surgery
 from fastdiff.checkpoints import checkpoint
 from fastdiff.data.open import open_data
-from fastdiff.io.run import Run
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.console import Failed
 from fastdiff.runtime.rng import seed_for
-from fastdiff.session import open_accelerator
-from fastdiff.trainer import Trainer
+from fastdiff.training.run import Run
+from fastdiff.training.session import open_accelerator
+from fastdiff.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = dict(steps=4, batch_size=4, seed=3, device="cpu", lr=1e-3)

@@ -18,13 +18,14 @@ import tiny
 import torch
 import toy
 
-from fastdiff import cli, resume
-from fastdiff.io import state as states
-from fastdiff.io.run import Run
-from fastdiff.io.state import States
-from fastdiff.method import Phase
+from fastdiff import cli
 from fastdiff.runtime import processes, rng, stop
 from fastdiff.runtime.console import DoesNotFit, Failed, InputRefused, Stopped, UsageError
+from fastdiff.training import resume
+from fastdiff.training import states as states
+from fastdiff.training.method import Phase
+from fastdiff.training.run import Run
+from fastdiff.training.states import States
 
 ROOT = Path(__file__).parent.parent
 
@@ -547,11 +548,11 @@ def test_sigterm_in_caching_is_75_at_once_and_the_same_command_goes_on(fastdiff,
 
 
 def test_sigterm_in_a_preview_of_a_real_run(fastdiff, tiny_sd, tmp_path, monkeypatch):
-    from fastdiff import proof
+    from fastdiff.training import previews
 
     drawing = []
-    real = proof.Preview.sheet
-    monkeypatch.setattr(proof.Preview, "sheet", lambda *a: (drawing.append(1), real(*a), drawing.clear())[1])
+    real = previews.Preview.sheet
+    monkeypatch.setattr(previews.Preview, "sheet", lambda *a: (drawing.append(1), real(*a), drawing.clear())[1])
     args = f"train-lcm-lora --base {tiny_sd} -o run --steps 3 --prompts prompts.txt --preview-every 1 {QUICK}".split()
     calls = signals_at(monkeypatch, 5, lambda: bool(drawing))
     code, told = fastdiff(*args)

@@ -287,7 +287,7 @@ def test_the_teacher_wears_the_style_and_the_online_model_never_does(tiny_sd, tm
 def test_a_full_online_model_has_no_style_and_what_a_style_does_to_texts_is_left_out(tiny_sd, tmp_path, monkeypatch, capfd):
     from safetensors.torch import load_file, save_file
 
-    from fastdiff import session
+    from fastdiff.training import session
 
     path = style_file(tmp_path, checkpoint.load(str(tiny_sd)))
     tensors = load_file(path)
@@ -326,7 +326,7 @@ def test_the_finish_trains_a_low_rank_adapter_and_heads_alone_and_is_folded_in(t
     assert mine == {id(p) for p in adapters.parameters(m.student.net, "finish")}
     assert not any(p.requires_grad for p in m.student.net.parameters() if id(p) not in mine)
 
-    from fastdiff.io.run import Run
+    from fastdiff.training.run import Run
 
     run = Run(tmp_path, "sdxs")
     with torch.no_grad():

@@ -153,7 +153,7 @@ def test_the_config_of_a_fresh_start_goes_on_when_it_is_given_again(train, tiny_
     ],
 )
 def test_mistakes_are_one_line_and_leave_no_run_behind(args, message, train, tiny_sd, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastdiff.session.find_spec", lambda name: None)
+    monkeypatch.setattr("fastdiff.training.session.find_spec", lambda name: None)
     base = [] if "--base" in args else ["--base", str(tiny_sd)]
     code, told = train(*base, *args, "-o", "run")
     assert code == 2, told

@@ -14,7 +14,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 def halves(get, done=0):
     """A batch is its number's: two processes take one each of what one process takes as two micro-batches."""
-    from fastdiff.trainer import Trainer
+    from fastdiff.training.trainer import Trainer
 
     calls = [done]
 
@@ -143,7 +143,7 @@ def elastic_run(folder):
     import toy
 
     trainer = toy.trainer_of(folder, steps=8, resume="never")
-    from fastdiff import resume
+    from fastdiff.training import resume
 
     state = resume.find(trainer.run, trainer.config)
     if state:

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from fastdiff.data.open import Batch
-from fastdiff.io.run import Run
-from fastdiff.method import TrainConfig
 from fastdiff.models.denoiser import Cond
-from fastdiff.session import open_accelerator
-from fastdiff.trainer import Trainer
+from fastdiff.training.method import TrainConfig
+from fastdiff.training.run import Run
+from fastdiff.training.session import open_accelerator
+from fastdiff.training.trainer import Trainer
 
 
 class Data:

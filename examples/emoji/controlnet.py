@@ -18,13 +18,13 @@ from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import control, emoji
 from fastdiff.data.open import open_data
 from fastdiff.diffusion import losses
-from fastdiff.io.run import Run
-from fastdiff.method import TrainConfig
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling.sampler import uint8
-from fastdiff.session import open_accelerator
-from fastdiff.trainer import Trainer
+from fastdiff.training.method import TrainConfig
+from fastdiff.training.run import Run
+from fastdiff.training.session import open_accelerator
+from fastdiff.training.trainer import Trainer
 
 
 @dataclass

@@ -18,24 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import segmented
-from fastdiff.card import write_controlnet_card
 from fastdiff.checkpoints import checkpoint, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data import control
 from fastdiff.data.open import Batch, Encoded, Wants
 from fastdiff.diffusion import losses
-from fastdiff.io.run import Run
 from fastdiff.lora import adapters
-from fastdiff.method import Phase, Turn
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.proof import vae_of
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError
 from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings, contact_sheet, uint8
 from fastdiff.segmented import Segmented, SegmentedConfig, phases
-from fastdiff.session import data_of, open_session
+from fastdiff.training.card import write_controlnet_card
+from fastdiff.training.method import Phase, Turn
+from fastdiff.training.previews import vae_of
+from fastdiff.training.run import Run
+from fastdiff.training.session import data_of, open_session
 
 CARD = dict(segmented.CARD, match_steps=0)
 PRESETS = {

@@ -27,16 +27,16 @@ from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
 from fastdiff.diffusion.solvers import simulate
-from fastdiff.io.run import Run
 from fastdiff.matching import Scores, fitted_guidance, start_from
-from fastdiff.method import Losses, TrainConfig, Turn
 from fastdiff.models import perceptual
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.discriminator import Head
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import UsageError, info
 from fastdiff.runtime.rng import seed_for
-from fastdiff.session import train, write_student
+from fastdiff.training.method import Losses, TrainConfig, Turn
+from fastdiff.training.run import Run
+from fastdiff.training.session import train, write_student
 
 # Rows are families; a row family:recipe lies over its family's.
 # fmt: off

@@ -28,14 +28,14 @@ from fastdiff.data.open import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.schedule import NoiseSchedule, per_sample
 from fastdiff.diffusion.solvers import jump
-from fastdiff.io.run import Run
-from fastdiff.method import TrainConfig, Turn
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.ema import EMA
-from fastdiff.roles import Roles
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import UsageError
-from fastdiff.session import train, write_student
+from fastdiff.training.method import TrainConfig, Turn
+from fastdiff.training.roles import Roles
+from fastdiff.training.run import Run
+from fastdiff.training.session import train, write_student
 
 # guidance is w of u + w (c - u), so the official scripts' w of [5, 15] and [3, 15] is one more here.
 # fmt: off

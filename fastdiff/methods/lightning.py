@@ -30,15 +30,15 @@ from fastdiff.data.open import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.schedule import per_sample
 from fastdiff.diffusion.solvers import jump
-from fastdiff.io.run import Run
 from fastdiff.lora import adapters
-from fastdiff.method import TrainConfig, Turn
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Discriminator
-from fastdiff.roles import Roles
 from fastdiff.runtime.config import Range
-from fastdiff.session import train, write_student
 from fastdiff.stages import Part, plan, timesteps
+from fastdiff.training.method import TrainConfig, Turn
+from fastdiff.training.roles import Roles
+from fastdiff.training.run import Run
+from fastdiff.training.session import train, write_student
 
 # Paper: 1e-5 for mse, 1e-6 with LoRA, 5e-7 full, 512 images a step. Ours for one card: larger, for far smaller batches.
 # A distance first and the paired loss are what small batches took on `emoji`.

@@ -24,16 +24,16 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.open import Batch
 from fastdiff.diffusion import losses
-from fastdiff.io.run import Run
 from fastdiff.lora import adapters
 from fastdiff.lora.kinds import Factors
-from fastdiff.method import Phase, Turn
 from fastdiff.models.denoiser import Denoiser, trainable_copy
 from fastdiff.models.discriminator import Discriminator
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import UsageError, warn
 from fastdiff.segmented import Segmented, SegmentedConfig, phases
-from fastdiff.session import train, write_student
+from fastdiff.training.method import Phase, Turn
+from fastdiff.training.run import Run
+from fastdiff.training.session import train, write_student
 
 CARD = dict(segmented.CARD, fake_lr=1e-5, max_grad_norm=10.0, match_steps=1000)
 PRESETS = {

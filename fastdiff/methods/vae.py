@@ -16,13 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.card import write_vae_card
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.open import Batch, Buckets, Data
 from fastdiff.diffusion import losses
-from fastdiff.io.run import Run
-from fastdiff.method import TrainConfig, Turn
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.quality import decoders
@@ -30,7 +27,10 @@ from fastdiff.runtime import console, stop
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError
 from fastdiff.sampling.sampler import at_once, contact_sheet, uint8
-from fastdiff.session import data_of, open_session
+from fastdiff.training.card import write_vae_card
+from fastdiff.training.method import TrainConfig, Turn
+from fastdiff.training.run import Run
+from fastdiff.training.session import data_of, open_session
 
 # TAESD: Adam 3e-4, batches of 16. SDXS names no weights: ours.
 # fmt: off

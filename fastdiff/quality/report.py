@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.card import fmt
-from fastdiff.io.state import write_atomic
 from fastdiff.quality.metrics import FIGURES, Figure, Shown
 from fastdiff.sampling.sampler import contact_sheet
+from fastdiff.training.card import fmt
+from fastdiff.training.states import write_atomic
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 PICTURES = 6  # of each row

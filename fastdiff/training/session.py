@@ -10,21 +10,22 @@ from typing import Any
 
 import torch
 
-from fastdiff import lora, resume
-from fastdiff.card import write_card
+from fastdiff import lora
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.open import Data, Framing, open_data
-from fastdiff.io.run import Run
-from fastdiff.io.state import write_atomic
 from fastdiff.lora import adapters, apply
-from fastdiff.method import Method, Phase, TrainConfig, seconds
 from fastdiff.models import sharding
-from fastdiff.proof import Judged, Measured, Preview
 from fastdiff.runtime import console, disk, processes
 from fastdiff.runtime.config import to_toml
 from fastdiff.runtime.console import DoesNotFit, Result, UsageError
-from fastdiff.trainer import Trainer
+from fastdiff.training import resume
+from fastdiff.training.card import write_card
+from fastdiff.training.method import Method, Phase, TrainConfig, seconds
+from fastdiff.training.previews import Judged, Measured, Preview
+from fastdiff.training.run import Run
+from fastdiff.training.states import write_atomic
+from fastdiff.training.trainer import Trainer
 
 
 def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Data:

@@ -10,12 +10,10 @@ import torch
 from torch import nn
 
 from fastdiff import lora
-from fastdiff.card import fmt
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import teacher
-from fastdiff.method import Method, TrainConfig
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.quality import emoji as judge
@@ -23,6 +21,8 @@ from fastdiff.quality.drift import Drift
 from fastdiff.runtime import console
 from fastdiff.sampling.assemble import assemble
 from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings, contact_sheet
+from fastdiff.training.card import fmt
+from fastdiff.training.method import Method, TrainConfig
 
 # Pictures that are told apart at a glance, on backgrounds that are not their own colour.
 EMOJI_PREVIEW = ("red apple on blue", "panda on yellow", "rocket on purple", "sunflower on white", "robot on green", "pizza")

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.open import Batch, Wants
-from fastdiff.io.run import Run
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import UsageError
 from fastdiff.sampling.sampler import DEFAULTS, Settings
+from fastdiff.training.run import Run
 
 Losses = dict[str, Tensor]  # named, already weighted, scalar
 Turn = dict[str, Losses]  # of each player that is updated now; none sees another's update of the same turn

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff import resume
 from fastdiff.data.open import Batch, Data
-from fastdiff.io.run import Run
-from fastdiff.method import Method, Phase, TrainConfig, seconds
 from fastdiff.models import sharding
 from fastdiff.models.ema import swapped
-from fastdiff.players import Player
 from fastdiff.runtime import console, processes, rng, stop
 from fastdiff.runtime.console import Failed, Stopped
+from fastdiff.training import resume
+from fastdiff.training.method import Method, Phase, TrainConfig, seconds
+from fastdiff.training.player import Player
+from fastdiff.training.run import Run
 
 
 class Trainer:

@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastdiff.io.run import Run
-from fastdiff.io.state import manifest_of
 from fastdiff.models import sharding
 from fastdiff.runtime import console, processes, rng
 from fastdiff.runtime.config import options
 from fastdiff.runtime.console import Failed, InputRefused, UsageError
+from fastdiff.training.run import Run
+from fastdiff.training.states import manifest_of
 
 # What another value of makes no other run: where it writes, how long, how it is watched, on what it runs.
 FREE = {

@@ -10,11 +10,11 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.locate import ALIASES
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.io.run import Run
-from fastdiff.io.state import write_atomic
-from fastdiff.method import Method, TrainConfig
 from fastdiff.runtime.console import sha256
 from fastdiff.sampling.sampler import DEFAULTS, Settings
+from fastdiff.training.method import Method, TrainConfig
+from fastdiff.training.run import Run
+from fastdiff.training.states import write_atomic
 
 
 def fmt(value: Any) -> str:

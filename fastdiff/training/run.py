@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastdiff.io.state import FULL, States, write_atomic
 from fastdiff.runtime.console import DoesNotFit, jsonable
+from fastdiff.training.states import FULL, States, write_atomic
 
 
 @dataclass
