@@ -9,11 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from fastdiff import surgery
 from fastdiff.checkpoints import checkpoint, tensors
 from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import teacher
+from fastdiff.methods.shared import cutting
 from fastdiff.models import perceptual
 from fastdiff.quality import emoji as judge
 from fastdiff.quality import metrics, networks, report, retention
@@ -162,7 +162,7 @@ def name_of(spec: str) -> str:
 def lora_on_base(config: Config, specs: Sequence[str], dtype: torch.dtype, device: torch.device) -> Opener:
     def opened(more: Sequence[str], guide: str | None) -> Assembled:
         base = config.open_base(dtype)
-        worn = load_loras(base, [*specs, *more], remap=bool(more) and surgery.is_pruned(base), allow_pickle=config.allow_pickle)
+        worn = load_loras(base, [*specs, *more], remap=bool(more) and cutting.is_pruned(base), allow_pickle=config.allow_pickle)
         return assemble(base, worn, vae=config.vae, controlnet=guide, device=device, **FAST)
 
     return opened
@@ -171,7 +171,7 @@ def lora_on_base(config: Config, specs: Sequence[str], dtype: torch.dtype, devic
 def whole(config: Config, ref: str, dtype: torch.dtype, device: torch.device) -> Opener:
     def opened(more: Sequence[str], guide: str | None) -> Assembled:
         base = checkpoint.load(ref, dtype=dtype, allow_pickle=config.allow_pickle)
-        worn = load_loras(base, more, remap=bool(more) and surgery.is_pruned(base), allow_pickle=config.allow_pickle)
+        worn = load_loras(base, more, remap=bool(more) and cutting.is_pruned(base), allow_pickle=config.allow_pickle)
         recipe = base.recipe  # a style's header does not say how its wearer is sampled
         return replace(assemble(base, worn, vae=config.vae, controlnet=guide, device=device, **FAST), recipe=recipe)
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from fastdiff import compare, lora, surgery
+from fastdiff import compare, lora
 from fastdiff.checkpoints import single_file, write
 from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
 from fastdiff.checkpoints.single_file import Weights
@@ -23,6 +23,7 @@ from fastdiff.lora import apply, difference
 from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
 from fastdiff.lora.layouts import split
+from fastdiff.methods.shared import cutting
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import InputRefused, Result, UsageError
@@ -277,7 +278,7 @@ def run(config: Config) -> Result:
     items = [lora.load(path, **how) for path, _ in specs]
     if config.remap:
         pruned = replace(config, base=config.remap).open_base()
-        items = [surgery.remapped(pruned, item, wanted=True) for item in items]
+        items = [cutting.remapped(pruned, item, wanted=True) for item in items]
     items = [items[0], *(weighted(item, config.block_weights) for item in items[1:])]
     loras = [(item, strength) for item, (_, strength) in zip(items, specs, strict=True)]
     inputs = [{"file": item.source, "weight": w, **lora.summary(item)} for item, w in loras]

@@ -122,11 +122,11 @@ def tiny_controlnet(tiny_sd, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_pruned(tiny_sd, tmp_path_factory):
-    from fastdiff import surgery
     from fastdiff.checkpoints import checkpoint
+    from fastdiff.methods.shared import cutting
 
     base, path = checkpoint.load(str(tiny_sd)), tmp_path_factory.mktemp("pruned") / "model"
-    surgery.cut(base, surgery.layout_of(base, "bk-tiny"), path)
+    cutting.cut(base, cutting.layout_of(base, "bk-tiny"), path)
     return path
 
 

@@ -14,8 +14,8 @@ from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
 from fastdiff.diffusion.solvers import simulate
 from fastdiff.lora import adapters, apply
-from fastdiff.matching import fitted_guidance
 from fastdiff.methods.dmd import DMD, PRESETS, Config
+from fastdiff.methods.shared.scores import fitted_guidance
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Head
 from fastdiff.runtime.console import UsageError

@@ -14,9 +14,9 @@ from fastdiff.data.batch import Encoded
 from fastdiff.diffusion.schedule import NoiseSchedule
 from fastdiff.lora import adapters, apply
 from fastdiff.methods.lightning import SHOWN, Config, Lightning
+from fastdiff.methods.shared.stages import plan, timesteps
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.console import UsageError
-from fastdiff.stages import plan, timesteps
 from fastdiff.training.method import seconds
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff import cli, surgery
+from fastdiff import cli
 from fastdiff.checkpoints import checkpoint
 from fastdiff.data.open import open_data
+from fastdiff.methods.shared import cutting
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.console import Failed
 from fastdiff.runtime.rng import seed_for
@@ -32,7 +33,7 @@ METHODS = [c.name for c in cli.COMMANDS if hasattr(import_module(c.module), "MET
 def data(tmp_path_factory):
     """The pictures, with noise that makes them pairs and controls, for the methods that want some."""
     base, pruned = checkpoint.load("emoji"), tmp_path_factory.mktemp("pruned") / "model"
-    surgery.cut(base, surgery.layout_of(base, "bk-tiny"), pruned)
+    cutting.cut(base, cutting.layout_of(base, "bk-tiny"), pruned)
     CHAIN["distill-controlnet"] = dict(init=str(pruned))  # without it the student is the teacher, and loses nothing
     found = open_data(base, "emoji", prompts=None, resolution_px=64, pairs=0, seed=0, device="cpu")
     g = torch.Generator().manual_seed(0)

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdiff import surgery
 from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.data.open import open_data
 from fastdiff.diffusion import losses
@@ -15,6 +14,7 @@ from fastdiff.diffusion.schedule import NoiseSchedule
 from fastdiff.lora import apply
 from fastdiff.lora.file import Factors, Lora
 from fastdiff.methods.prune import Config, Prune
+from fastdiff.methods.shared import cutting
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.runtime.console import InputRefused, UsageError
@@ -94,7 +94,7 @@ def test_wrong_layouts_are_refused_by_name(tmp_path):
         (tmp_path / "d.json").write_text(json.dumps(told))
         config = unet.student_config(emoji.unet_config, str(tmp_path / "d.json"), "emoji")
         with pytest.raises(UsageError, match=word):
-            surgery.pruned(emoji, config)
+            cutting.pruned(emoji, config)
 
 
 def test_a_file_names_only_what_changes(tmp_path):
@@ -158,7 +158,7 @@ def test_sdxl_layouts_on_a_tiny_sdxl(layout, tiny_sdxl):
             unet.inheriting(base.unet, config)
         return
     net = unet.inheriting(base.unet, config)
-    out = surgery.call(net, surgery.probe_of(net, "cpu"))
+    out = cutting.call(net, cutting.probe_of(net, "cpu"))
     assert out.shape == (1, 4, 8, 8)
 
 
@@ -190,7 +190,7 @@ def test_a_lora_folded_in_before_the_cut_is_the_remapped_lora_folded_in_after_it
             0.1 * torch.randn(2, into, *kernel, generator=g), torch.randn(out, 2, *(1 for _ in kernel), generator=g)
         )
     style = Lora(modules, {"ss_tag": "x"}, "style.safetensors")
-    moved = surgery.remapped(small, style, wanted=True)
+    moved = cutting.remapped(small, style, wanted=True)
     after = unet.inheriting(whole.unet, config)
     apply.fold(after, [(moved, 0.5)])
     apply.fold(whole.unet, [(style, 0.5)])
@@ -205,22 +205,22 @@ def test_a_lora_of_the_parent_never_lands_on_a_wrong_layer_by_its_name():
     whole, small, config = pruned_emoji("bk-base")
     cut, kept = (f"lora_unet_up_blocks_1_attentions_{i}_transformer_blocks_0_attn1_to_q" for i in (1, 2))
     # The first was cut, and its name is another layer's now: nothing is left of it.
-    assert surgery.remapped(small, touching(cut, whole), wanted=True).modules == {}
-    assert list(surgery.remapped(small, touching(kept, whole), wanted=True).modules) == [cut]
+    assert cutting.remapped(small, touching(cut, whole), wanted=True).modules == {}
+    assert list(cutting.remapped(small, touching(kept, whole), wanted=True).modules) == [cut]
     with pytest.raises(InputRefused, match=r"is for the network that .* was pruned from") as refused:
-        surgery.remapped(small, touching(kept, whole), wanted=False)
+        cutting.remapped(small, touching(kept, whole), wanted=False)
     assert "--remap" in refused.value.hint
     own = replace(touching(cut, whole), metadata={"fastdiff.layers_per_block": "1"})  # trained on the pruned network
-    assert surgery.remapped(small, own, wanted=True) is own
-    assert surgery.remapped(small, own, wanted=False) is own
+    assert cutting.remapped(small, own, wanted=True) is own
+    assert cutting.remapped(small, own, wanted=False) is own
     texts = Lora({"lora_te_text_model_encoder_layers_0_mlp_fc1": touching(cut, whole).modules[cut]}, {}, "t")
-    assert surgery.remapped(small, texts, wanted=True).modules == texts.modules
+    assert cutting.remapped(small, texts, wanted=True).modules == texts.modules
 
 
 def test_only_a_pruned_base_is_called_pruned(tiny_sd):
-    assert not surgery.is_pruned(checkpoint.load("emoji"))
-    assert not surgery.is_pruned(checkpoint.load(str(tiny_sd)))
-    assert all(surgery.is_pruned(pruned_emoji(layout)[1]) for layout in EMOJI[:4])
+    assert not cutting.is_pruned(checkpoint.load("emoji"))
+    assert not cutting.is_pruned(checkpoint.load(str(tiny_sd)))
+    assert all(cutting.is_pruned(pruned_emoji(layout)[1]) for layout in EMOJI[:4])
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_a_controlnet_is_cut_alike_and_loads_in_stock_diffusers(layout, edges, t
 
     folder, parent = edges
     whole, small, config = pruned_emoji(layout)
-    surgery.cut_controlnet(folder, config, tmp_path / "cut")
+    cutting.cut_controlnet(folder, config, tmp_path / "cut")
     net = ControlNetModel.from_pretrained(tmp_path / "cut")
     student = unet.inheriting(whole.unet, config)
     x, t, cond = probe()
@@ -267,9 +267,9 @@ def test_a_controlnet_for_an_uneven_network_or_of_no_controlnet_is_refused(edges
     folder, _ = edges
     config = {**checkpoint.load("emoji").unet_config, "layers_per_block": [2, 1, 1, 1]}
     with pytest.raises(InputRefused, match="another number of layers"):
-        surgery.cut_controlnet(folder, config, tmp_path / "cut")
+        cutting.cut_controlnet(folder, config, tmp_path / "cut")
     with pytest.raises(UsageError, match=r"config\.json is missing"):
-        surgery.cut_controlnet(tmp_path, config, tmp_path / "cut")
+        cutting.cut_controlnet(tmp_path, config, tmp_path / "cut")
 
 
 # ---- the losses
@@ -345,21 +345,21 @@ def test_auto_cuts_what_costs_most_for_what_it_is_worth(monkeypatch, tiny_sd):
     """A clock that says one second a layer: then the fewest errors a layer decide."""
     base = checkpoint.load(str(tiny_sd))
     count = lambda net, device: 0.1 + sum(isinstance(m, torch.nn.Conv2d | torch.nn.Linear) for m in net.modules())
-    monkeypatch.setattr(surgery, "latency_s", count)
-    config = surgery.choose(base, 1.08, "cpu")
+    monkeypatch.setattr(cutting, "latency_s", count)
+    config = cutting.choose(base, 1.08, "cpu")
     net = unet.inheriting(base.unet, config)
     assert count(base.unet, "cpu") / count(net, "cpu") >= 1.08
-    said, goals = ([surgery.call(n, p) for p in surgery.probes_of(base, "cpu")] for n in (net, base.unet))
+    said, goals = ([cutting.call(n, p) for p in cutting.probes_of(base, "cpu")] for n in (net, base.unet))
     error = lambda tensors: (torch.cat(tensors) - torch.cat(goals)).square().mean()
     random_cut = unet.inheriting(base.unet, unet.student_config(base.unet_config, "bk-tiny", "sd15"))
-    assert error(said) < error([surgery.call(random_cut, p) for p in surgery.probes_of(base, "cpu")])
+    assert error(said) < error([cutting.call(random_cut, p) for p in cutting.probes_of(base, "cpu")])
 
 
 def test_a_speed_that_no_cut_reaches_is_refused(monkeypatch, tiny_sd):
-    monkeypatch.setattr(surgery, "latency_s", lambda net, device: 1.0)
-    monkeypatch.setattr(surgery, "candidates", lambda config: iter([("the middle", unet.without_middle)]))
+    monkeypatch.setattr(cutting, "latency_s", lambda net, device: 1.0)
+    monkeypatch.setattr(cutting, "candidates", lambda config: iter([("the middle", unet.without_middle)]))
     with pytest.raises(UsageError, match=r"--target-speed 2x: with everything gone that can go it is 1x"):
-        surgery.choose(checkpoint.load(str(tiny_sd)), 2.0, "cpu")
+        cutting.choose(checkpoint.load(str(tiny_sd)), 2.0, "cpu")
 
 
 @pytest.mark.parametrize("told", ["0.5x", "1", "fast", "nan", "inf"])

@@ -122,11 +122,11 @@ def test_a_pruned_emoji_checkpoint_measures_what_was_won_back(fastdiff):
 
 
 def test_a_layout_that_was_measured_is_kept_for_a_resumed_run(fastdiff, tiny_sd, tmp_path, monkeypatch):
-    from fastdiff import surgery
+    from fastdiff.methods.shared import cutting
 
     seen = []
     choose = lambda base, target, device: seen.append(target) or unet.student_config(base.unet_config, "bk-base", "sd15")
-    monkeypatch.setattr(surgery, "choose", choose)
+    monkeypatch.setattr(cutting, "choose", choose)
     common = ("prune", "--base", tiny_sd, *QUICK, "--auto", "--target-speed", "1.1x", "-o", "run")
     code, told = fastdiff(*common, "--steps=1")
     assert code == 0, told

@@ -227,10 +227,10 @@ def test_three_networks_of_three_shapes(tiny_sd, tmp_path):
 
 
 def prune(path, folder):
-    from fastdiff import surgery
+    from fastdiff.methods.shared import cutting
 
     base = checkpoint.load(str(path))
-    surgery.cut(base, surgery.layout_of(base, "bk-tiny"), folder / "pruned")
+    cutting.cut(base, cutting.layout_of(base, "bk-tiny"), folder / "pruned")
     return folder / "pruned"
 
 

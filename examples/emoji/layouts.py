@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fastdiff import surgery
 from fastdiff.checkpoints import checkpoint
+from fastdiff.methods.shared import cutting
 from fastdiff.models import unet
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,7 +37,7 @@ nets |= {name: checkpoint.load(str(args.folder / name / "model")).unet for name 
 times = {name: [] for name in nets}
 for _ in range(5):
     for name, net in nets.items():
-        times[name].append(surgery.latency_s(net, "cpu"))
+        times[name].append(cutting.latency_s(net, "cpu"))
 print("| layout | million parameters | MMAC | time of a call | Frechet: cut | trained | teacher | won back |")
 print("|" + " --- |" * 8)
 for name in layouts:

@@ -17,20 +17,20 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastdiff import segmented
 from fastdiff.checkpoints import checkpoint, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data import control
 from fastdiff.data.open import Batch, Encoded, Wants
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
+from fastdiff.methods.shared import segmented
+from fastdiff.methods.shared.segmented import Segmented, SegmentedConfig, phases
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import Result, UsageError
 from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings, contact_sheet, uint8
-from fastdiff.segmented import Segmented, SegmentedConfig, phases
 from fastdiff.training.card import write_controlnet_card
 from fastdiff.training.method import Phase, Turn
 from fastdiff.training.previews import vae_of

@@ -27,7 +27,7 @@ from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
 from fastdiff.diffusion.solvers import simulate
-from fastdiff.matching import Scores, fitted_guidance, start_from
+from fastdiff.methods.shared.scores import Scores, fitted_guidance, start_from
 from fastdiff.models import perceptual
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.discriminator import Head

@@ -31,10 +31,10 @@ from fastdiff.diffusion import losses
 from fastdiff.diffusion.schedule import per_sample
 from fastdiff.diffusion.solvers import jump
 from fastdiff.lora import adapters
+from fastdiff.methods.shared.stages import Part, plan, timesteps
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Discriminator
 from fastdiff.runtime.config import Range
-from fastdiff.stages import Part, plan, timesteps
 from fastdiff.training.method import TrainConfig, Turn
 from fastdiff.training.roles import Roles
 from fastdiff.training.run import Run

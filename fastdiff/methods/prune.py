@@ -19,13 +19,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from fastdiff import surgery
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.open import Batch
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
+from fastdiff.methods.shared import cutting
 from fastdiff.models import unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.config import Range
@@ -74,7 +74,7 @@ class Config(TrainConfig):
     proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none", Range(0, 2000)] = 500
 
     def __post_init__(self) -> None:
-        surgery.speed(self.target_speed)
+        cutting.speed(self.target_speed)
 
 
 class Prune:
@@ -85,7 +85,7 @@ class Prune:
     def __init__(self, base: Checkpoint, config: Config) -> None:
         self.base_model, self.config, self.schedule = base, config, base.schedule()
         self.parent = checkpoint.fingerprint(base.unet)
-        self.layout = layout = surgery.layout_of(base, config.layout)
+        self.layout = layout = cutting.layout_of(base, config.layout)
         net = unet.inheriting(base.unet, layout)
         if config.gradient_checkpointing:
             adapters.checkpoint_gradients(net)
@@ -94,8 +94,8 @@ class Prune:
         self.pairs = unet.feature_pairs(base.unet.config, layout) if config.lambda_feat else []
         self.players: dict[str, nn.Module] = {"student": net}
         self.recipe = Recipe(method="prune", family=base.family)
-        self.title = surgery.title(base, net, config.layout)
-        self.facts = surgery.figures(base.unet_config, layout)
+        self.title = cutting.title(base, net, config.layout)
+        self.facts = cutting.figures(base.unet_config, layout)
 
     def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
         """Output, features and where wanted the task (BK-SDM, equation 4)."""
@@ -128,8 +128,8 @@ class Prune:
 def cut(config: Config) -> Result:
     """Surgery alone, from file to file."""
     base, folder = config.open_base(), Path(config.output or default_folder("prune", config))
-    layout = surgery.layout_of(base, config.layout)
-    result = surgery.cut(base, layout, folder / "model")
+    layout = cutting.layout_of(base, config.layout)
+    result = cutting.cut(base, layout, folder / "model")
     result.outputs += controlnets(config, layout, folder)
     return replace(result, next_command=f'fastdiff sample --base {folder / "model"} --prompt "a red apple"')
 
@@ -139,7 +139,7 @@ def controlnets(config: Config, layout: dict[str, Any], folder: Path) -> list[Pa
     made = []
     for source in map(Path, config.controlnet):
         made.append(folder / f"controlnet-{source.name}")
-        surgery.cut_controlnet(source, layout, made[-1])
+        cutting.cut_controlnet(source, layout, made[-1])
     return made
 
 
@@ -147,7 +147,7 @@ def chosen(config: Config) -> Config:
     """With --auto: measure, and go on with the layout that was chosen, which the run folder keeps for a resumed run."""
     path = Path(config.output or default_folder("prune", config)) / "auto.json"
     if not path.exists() or config.resume == "never":
-        layout = surgery.choose(config.open_base(), surgery.speed(config.target_speed), pick_device(config.device))
+        layout = cutting.choose(config.open_base(), cutting.speed(config.target_speed), pick_device(config.device))
         write_atomic(path, json.dumps(layout, indent=2) + "\n")
     return replace(config, auto=False, layout=str(path))
 
@@ -163,5 +163,5 @@ def run(config: Config) -> Result:
     base = config.open_base()  # what cannot be cut is told before anything is loaded, let alone trained for hours
     layout = unet.student_config(base.unet_config, config.layout, base.family)
     for source in config.controlnet:
-        surgery.smaller_controlnet(Path(source), layout)
+        cutting.smaller_controlnet(Path(source), layout)
     return train("prune", Prune, config)

@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff import lora, segmented
+from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
@@ -26,11 +26,12 @@ from fastdiff.data.open import Batch
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
 from fastdiff.lora.kinds import Factors
+from fastdiff.methods.shared import segmented
+from fastdiff.methods.shared.segmented import Segmented, SegmentedConfig, phases
 from fastdiff.models.denoiser import Denoiser, trainable_copy
 from fastdiff.models.discriminator import Discriminator
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import UsageError, warn
-from fastdiff.segmented import Segmented, SegmentedConfig, phases
 from fastdiff.training.method import Phase, Turn
 from fastdiff.training.run import Run
 from fastdiff.training.session import train, write_student

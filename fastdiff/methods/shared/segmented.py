@@ -16,7 +16,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.open import Batch, Wants
 from fastdiff.diffusion import losses
-from fastdiff.matching import Scores
+from fastdiff.methods.shared.scores import Scores
 from fastdiff.models import feature_matching
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.config import Range
