@@ -15,11 +15,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff import baselines, lora, measure
+from fastdiff import lora
 from fastdiff.checkpoints import locate, write
 from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
 from fastdiff.checkpoints.locate import ASSETS, EMOJI
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.cost import measure, stock
 from fastdiff.data.open import Batch
 from fastdiff.lora.adapters import TARGETS
 from fastdiff.lora.kinds import Factors
@@ -245,15 +246,15 @@ def stock_of(
 ) -> Any:
     """What is compared with; `vae` instead of the base's own."""
     if config.against != "openvino":
-        return baselines.Pipeline(base, settings, px, device=device, compiled=config.against == "compiled", vae=vae)
+        return stock.Pipeline(base, settings, px, device=device, compiled=config.against == "compiled", vae=vae)
     if config.null or settings.guided or base.family == "sdxl":
         raise UsageError("--against openvino: one call a step of an SD1.5 or SD2.1 network", "leave --null and --guidance out")
-    return baselines.OpenVino(base, settings, px, cond, vae=vae or base.vae)
+    return stock.OpenVino(base, settings, px, cond, vae=vae or base.vae)
 
 
-def nulled(sampler: Sampler, stock: baselines.Pipeline, px: int) -> None:
+def nulled(sampler: Sampler, stock: stock.Pipeline, px: int) -> None:
     """Networks that do nothing on both sides."""
-    null = baselines.NullUNet(stock.pipe.unet.config)
+    null = stock.NullUNet(stock.pipe.unet.config)
     stock.pipe.unet = null
     pictures = lambda z: torch.zeros(len(z), 3, px, px, device=z.device)
     stock.pipe.vae.decode = lambda z, **_: (pictures(z),)
@@ -271,7 +272,7 @@ def cold(config: Config, base: Checkpoint) -> dict[str, Any]:
         flags = ["--num-steps", numbers[0], "--guidance", numbers[1], "--device", config.device, "--precision", "fp32"]
         ours = [sys.executable, "-m", "fastdiff", "sample", "--base", str(base.path), "--prompt", PROMPT, *flags]
         script = Path(name) / "first.py"
-        script.write_text(baselines.FIRST_PICTURE)
+        script.write_text(stock.FIRST_PICTURE)
         stock = [sys.executable, str(script), str(base.path), *numbers, "0", f"{name}/stock.png"]
         found = measure.processes({"ours": [*ours, "-o", f"{name}/ours.png"], "stock": stock}, config.rounds)
     return {"cold": {k: asdict(v) for k, v in found.items()}, "cold_ratio": found["ours"].wall_s / found["stock"].wall_s,
@@ -315,7 +316,7 @@ def step_of(which: str, config: Config, device: torch.device) -> tuple[Any, Call
     pixels = torch.rand(n, 3, px, px, generator=torch.Generator().manual_seed(0)) * 2 - 1
     side = px // base.pixels_per_latent
     if which == "stock":
-        way = baselines.OfficialStep(base, told, [PROMPT] * n, device=device)
+        way = stock.OfficialStep(base, told, [PROMPT] * n, device=device)
         return way, lambda: way.step(pixels), told
     g, tokens = torch.Generator().manual_seed(1), base.config_of("text_encoder")["max_position_embeddings"]
     latents = torch.randn(n, base.unet_config["in_channels"], side, side, generator=g)
@@ -377,7 +378,7 @@ def merge(config: Config, device: torch.device) -> dict[str, Any]:
             raise UsageError("bench merge: needs a diffusers folder, or --random-weights")
         style = folder / "lora.safetensors"
         lora.save(random_lora(base), style)
-        (folder / "bake.py").write_text(baselines.BAKE)
+        (folder / "bake.py").write_text(stock.BAKE)
         ours = [sys.executable, "-m", "fastdiff", "merge-lora", "--accel", str(style), "--base", str(source)]
         ways = {
             "ours": [*ours, "--precision", "fp32", "--output", str(folder / "ours")],

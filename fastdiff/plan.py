@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from fastdiff import footprint
 from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.locate import ALIASES, ASSETS
+from fastdiff.cost import footprint
+from fastdiff.cost.estimate import LOADS, Estimate, data_plan, estimate
+from fastdiff.cost.probe import Measured, measure
 from fastdiff.data.store import cache_folder
-from fastdiff.estimate import LOADS, Estimate, data_plan, estimate
 from fastdiff.lora import adapters
-from fastdiff.probe import Measured, measure
 from fastdiff.runtime import console, disk
 from fastdiff.runtime.config import options
 from fastdiff.runtime.console import DoesNotFit, Result, UsageError

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff import bench, measure
+from fastdiff import bench
+from fastdiff.cost import measure
 from fastdiff.models.fast import layers
 from fastdiff.runtime.console import GateFailed, UsageError
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from fastdiff import footprint
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.cost import footprint
+from fastdiff.cost.footprint import Footprint
 from fastdiff.data.folder import Folder
 from fastdiff.data.open import STREAMED
-from fastdiff.footprint import Footprint
 from fastdiff.models import unet
 from fastdiff.training.method import TrainConfig
 

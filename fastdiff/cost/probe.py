@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.cost.footprint import condition
 from fastdiff.data.open import Encoded
-from fastdiff.footprint import condition
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime import console
