@@ -63,7 +63,7 @@ def measured(flags: dict[str, Any]) -> dict[str, Any]:
     """Figures of one row."""
     if "method" in flags:
         return memory(**flags)
-    from fastdiff import bench
+    from fastdiff.commands import bench
 
     return bench.run(bench.Config(**flags)).metrics
 

@@ -44,16 +44,16 @@ COMMANDS = [
     Command("lightning", "fastdiff.methods.lightning", "Distil 128 steps down to 1, stage by stage (SDXL-Lightning)", "Train"),
     Command("sdxs", "fastdiff.methods.sdxs", "Train a small network to draw in one step (SDXS)", "Train"),
     Command("distill-controlnet", "fastdiff.methods.controlnet", "Train a ControlNet for a small network (SDXS)", "Train"),
-    Command("merge-lora", "fastdiff.merge", "Add LoRAs exactly, to a rank, or into a checkpoint", "Use"),
-    Command("sample", "fastdiff.sample", "Draw images with the settings that the weights ask for", "Use"),
-    Command("evaluate", "fastdiff.evaluate", "Judge few-step models on pictures against their teacher", "Use"),
-    Command("bench", "fastdiff.bench", "Measure speed against the stock way, and the machine's limit", "Use"),
-    Command("export", "fastdiff.export", "Write a checkpoint as folder or single file, a LoRA in another layout", "Use"),
-    Command("inspect", "fastdiff.inspect", "Tell what a file is, what it fits and whether it is safe", "Use"),
+    Command("merge-lora", "fastdiff.commands.merge_lora", "Add LoRAs exactly, to a rank, or into a checkpoint", "Use"),
+    Command("sample", "fastdiff.commands.sample", "Draw images with the settings that the weights ask for", "Use"),
+    Command("evaluate", "fastdiff.commands.evaluate", "Judge few-step models on pictures against their teacher", "Use"),
+    Command("bench", "fastdiff.commands.bench", "Measure speed against the stock way, and the machine's limit", "Use"),
+    Command("export", "fastdiff.commands.export", "Write a checkpoint as folder or single file, a LoRA in another layout", "Use"),
+    Command("inspect", "fastdiff.commands.inspect", "Tell what a file is, what it fits and whether it is safe", "Use"),
 ]  # fmt: skip
 
 # A prefix: `fastdiff plan COMMAND ...` takes that command's own options.
-PLAN = Command("plan", "fastdiff.plan", "Tell memory, disk and hours of a training command on this machine", "Use")
+PLAN = Command("plan", "fastdiff.commands.plan", "Tell memory, disk and hours of a training command on this machine", "Use")
 PLANNED = [c.name for c in COMMANDS if c.panel == "Train"]
 
 PACKAGE = Path(__file__).parent

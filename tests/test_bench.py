@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff import bench
+from fastdiff.commands import bench
 from fastdiff.cost import measure
 from fastdiff.models.fast import layers
 from fastdiff.runtime.console import GateFailed, UsageError

@@ -267,7 +267,7 @@ def test_a_style_and_a_control_that_survive_whole(fastdiff, tmp_path):
 
 
 def test_protocols_set_what_they_say(tmp_path, tiny_sdxl, monkeypatch):
-    from fastdiff import evaluate
+    from fastdiff.commands import evaluate
     from fastdiff.runtime.config import resolve
 
     (tmp_path / "p.txt").write_text("a cat\n")
@@ -325,7 +325,7 @@ def test_what_auto_cannot_have_is_left_out_with_a_word(fastdiff, tiny_sd, tmp_pa
 
 
 def test_the_best_stock_ways_of_so_many_calls():
-    from fastdiff.evaluate import ways
+    from fastdiff.commands.evaluate import ways
 
     assert ways("sdxl", 4) == [
         Settings("dpm++", 4, 1.0, "trailing"),

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_lora_layouts import ROWS, Made
 
-from fastdiff import cli, inspect
+from fastdiff import cli
 from fastdiff.checkpoints import checkpoint, locate, tensors, write
 from fastdiff.checkpoints.locate import EMOJI
+from fastdiff.commands import inspect
 
 
 def told(capfd, *args, code=0):

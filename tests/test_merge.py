@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastdiff import lora, merge
+from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.commands import merge_lora
+from fastdiff.commands.merge_lora import Config, concatenate
 from fastdiff.lora import apply
 from fastdiff.lora.file import Factors, Lora
-from fastdiff.merge import Config, concatenate
 from fastdiff.runtime.console import InputRefused, UsageError
 
 
@@ -88,7 +89,7 @@ def test_first_encoder_of_sdxl_goes_by_one_name():
 @pytest.mark.parametrize(("precision", "dtype", "bound"), [("fp16", torch.half, 2e-3), ("fp32", torch.float, 1e-6)])
 def test_run_writes_the_sum_and_measures_it(files, tmp_path, precision, dtype, bound):
     fast, style = files
-    result = merge.run(Config(accel="lcm.safetensors", style=["anime.safetensors=0.5"], precision=precision))
+    result = merge_lora.run(Config(accel="lcm.safetensors", style=["anime.safetensors=0.5"], precision=precision))
     (output,) = result.outputs
     assert output.resolve() == tmp_path / "lcm-anime.safetensors"
     read = lora.load(output)
@@ -113,7 +114,7 @@ def test_run_writes_the_sum_and_measures_it(files, tmp_path, precision, dtype, b
 
 
 def test_style_has_weight_0_8_unless_given(files):
-    result = merge.run(Config(accel="lcm.safetensors", style=["anime.safetensors"], output="deep/er/out.safetensors"))
+    result = merge_lora.run(Config(accel="lcm.safetensors", style=["anime.safetensors"], output="deep/er/out.safetensors"))
     assert [i["weight"] for i in result.metrics["inputs"]] == [1.0, 0.8]
     assert result.outputs[0].exists()
 
@@ -136,7 +137,7 @@ def test_usage_errors_touch_no_file(files, tmp_path):
     }
     for told, config in cases.items():
         with pytest.raises(UsageError, match=told):
-            merge.run(config)
+            merge_lora.run(config)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
 
 
@@ -148,7 +149,7 @@ def test_with_a_base_the_weights_are_added_in_fp32_and_cast_once(tiny_sd, tmp_pa
     recipe = Recipe(method="lcm", scheduler="lcm", num_steps=4, guidance=1.0).to_metadata()
     lora.save(Lora({key: items[0]}, recipe), tmp_path / "lcm.safetensors", dtype=torch.float32)
     lora.save(Lora({key: items[1]}), tmp_path / "anime.safetensors", dtype=torch.float32)
-    result = merge.run(Config(accel="lcm.safetensors", style=["anime.safetensors=0.5"], base=str(tiny_sd)))
+    result = merge_lora.run(Config(accel="lcm.safetensors", style=["anime.safetensors=0.5"], base=str(tiny_sd)))
     assert [str(p) for p in result.outputs] == ["lcm-anime"]
     assert result.metrics["modules"] == 1
     assert result.next_command == 'fastdiff sample --base lcm-anime --prompt "a red apple"'
@@ -167,7 +168,7 @@ def test_a_base_of_another_family_is_refused(files, monkeypatch):
     lora.save(example(0, 4, "linear", family="sdxl"), "xl.safetensors")
     monkeypatch.setattr(checkpoint, "load", lambda ref, **how: SimpleNamespace(family="sd15"))
     with pytest.raises(InputRefused, match="--base sd15 is sd15, but the LoRAs are for sdxl"):
-        merge.run(Config(accel="xl.safetensors", base="sd15"))
+        merge_lora.run(Config(accel="xl.safetensors", base="sd15"))
 
 
 def test_every_field_is_a_flag():
@@ -287,7 +288,7 @@ def test_rank_is_the_best_approximation_and_tells_the_energy():
     """QR + SVD of the core equals the SVD of the product; the energy is that of the singular values kept."""
     loras = [(example(0, 4, "linear", "conv"), 1.0), (example(10, 4, "linear", "conv"), -0.5)]
     exact = concatenate(loras)
-    small, energy = merge.reduced(exact, "2", 0.95, {})
+    small, energy = merge_lora.reduced(exact, "2", 0.95, {})
     kept = whole = 0.0
     for key, made in small.modules.items():
         assert made.rank == 2
@@ -298,13 +299,13 @@ def test_rank_is_the_best_approximation_and_tells_the_energy():
         assert made.shape == exact.modules[key].shape
         kept, whole = kept + s[:2].square().sum().item(), whole + s.square().sum().item()
     assert energy["unet"] == pytest.approx(kept / whole, rel=1e-5)
-    auto, energy = merge.reduced(exact, "auto", 0.95, {})
+    auto, energy = merge_lora.reduced(exact, "auto", 0.95, {})
     assert energy["unet"] >= 0.95
     for key, made in auto.modules.items():
         s = torch.linalg.svdvals(exact.modules[key].delta().flatten(1)).square()
         assert s[: made.rank].sum() / s.sum() >= 0.95 - 1e-6
         assert made.rank == 1 or s[: made.rank - 1].sum() / s.sum() < 0.95
-    same, energy = merge.reduced(exact, None, 1.0, dict.fromkeys(exact.modules, 8))
+    same, energy = merge_lora.reduced(exact, None, 1.0, dict.fromkeys(exact.modules, 8))
     assert energy["unet"] == pytest.approx(1.0)
     assert all(torch.allclose(same.modules[k].delta(), m.delta(), atol=1e-5) for k, m in exact.modules.items())
 
@@ -312,7 +313,7 @@ def test_rank_is_the_best_approximation_and_tells_the_energy():
 def test_ties_and_dare_work_on_the_products(files):
     """TIES keeps the largest entries of each product and the sign that wins; on the factors it would mean nothing."""
     fast, style = files
-    result = merge.run(
+    result = merge_lora.run(
         Config(accel="lcm.safetensors", style=["anime.safetensors=1"], method="ties", density=0.5, precision="fp32")
     )
     read = lora.load(result.outputs[0])
@@ -332,13 +333,13 @@ def test_ties_and_dare_work_on_the_products(files):
         u, s, vh = torch.linalg.svd(wanted.flatten(1), full_matrices=False)
         best = (u[:, :rank] * s[:rank]) @ vh[:rank]
         assert (found - best).norm() / best.norm() < 1e-4
-    first = merge.run(
+    first = merge_lora.run(
         Config(accel="lcm.safetensors", style=["anime.safetensors"], method="dare-ties", seed=1, output="a.safetensors")
     )
-    again = merge.run(
+    again = merge_lora.run(
         Config(accel="lcm.safetensors", style=["anime.safetensors"], method="dare-ties", seed=1, output="b.safetensors")
     )
-    other = merge.run(
+    other = merge_lora.run(
         Config(accel="lcm.safetensors", style=["anime.safetensors"], method="dare-ties", seed=2, output="c.safetensors")
     )
     a, b, c = (lora.load(r.outputs[0]).modules["lora_unet_conv"].delta() for r in (first, again, other))
@@ -348,13 +349,13 @@ def test_ties_and_dare_work_on_the_products(files):
 
 def test_zero_and_negative_weights(files):
     fast, style = files
-    result = merge.run(
+    result = merge_lora.run(
         Config(accel="lcm.safetensors", style=["anime.safetensors=-1"], precision="fp32", output="minus.safetensors")
     )
     read = lora.load(result.outputs[0])
     wanted = fast.modules["lora_unet_conv"].delta() - style.modules["lora_unet_conv"].delta()
     torch.testing.assert_close(read.modules["lora_unet_conv"].delta(), wanted, rtol=1e-4, atol=1e-5)
-    result = merge.run(
+    result = merge_lora.run(
         Config(accel="lcm.safetensors", style=["anime.safetensors=0"], precision="fp32", output="zero.safetensors")
     )
     read = lora.load(result.outputs[0])
@@ -370,16 +371,16 @@ def test_block_weights_scale_the_style_by_ldm_block():
         "conv_in",
     ]
     keys = [f"lora_unet_{name}" for name in names] + ["lora_te_text_model_encoder_layers_0_mlp_fc1"]
-    assert [merge.block_of(key) for key in keys] == ["IN04", "M00", "OUT03", "IN00", "BASE"]
+    assert [merge_lora.block_of(key) for key in keys] == ["IN04", "M00", "OUT03", "IN00", "BASE"]
     item = Lora({key: factors(i, 2) for i, key in enumerate(keys)})
     numbers = ["2"] + ["1"] * 6 + ["0.5"] + ["0"] * 9  # BASE, six IN, M00, nine OUT
     numbers[3] = "3"  # IN04
-    scaled = merge.weighted(item, ",".join(numbers))
+    scaled = merge_lora.weighted(item, ",".join(numbers))
     for key, times in zip(keys, (3, 0.5, 0, 1, 2), strict=True):  # IN00 is not in the list of 17: it keeps 1
         torch.testing.assert_close(scaled.modules[key].delta(), times * item.modules[key].delta())
     for wrong in ("1,2,3", "a,b"):
         with pytest.raises(UsageError, match="12 or 20 .SDXL., 17 or 26"):
-            merge.weighted(item, wrong)
+            merge_lora.weighted(item, wrong)
 
 
 def test_what_has_no_low_rank_is_refused_with_the_way_out(tmp_path):
@@ -395,7 +396,7 @@ def test_what_has_no_low_rank_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(InputRefused, match="a LoHa") as caught:
         concatenate([(good, 1.0), (loha, 1.0)])
     assert "--rank R" in caught.value.hint
-    merged, _ = merge.reduced(concatenate([(good, 1.0), (loha, 0.5)], Config(rank="5")), "5", 1.0, {})
+    merged, _ = merge_lora.reduced(concatenate([(good, 1.0), (loha, 0.5)], Config(rank="5")), "5", 1.0, {})
     wanted = good.modules["lora_unet_linear"].delta() + 0.5 * loha.modules["lora_unet_linear"].value
     torch.testing.assert_close(merged.modules["lora_unet_linear"].delta(), wanted, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputRefused, match="dora .* has no low rank"):
@@ -420,7 +421,7 @@ def test_the_lora_between_two_checkpoints_is_the_one_that_was_put_in(kind, reque
     prefixes = dict(zip(apply.prefixes(len(base.text_parts)).values(), [base.unet, *base.text_encoders], strict=True))
     item = random_lora(prefixes)
     tuned = tuned_copy(source, tmp_path / "tuned", [(item, 1.0)])
-    result = merge.run(
+    result = merge_lora.run(
         Config(base=str(source), tuned=str(tuned), extract=True, rank="3", output="out.safetensors", precision="fp32")
     )
     read = lora.load("out.safetensors")
@@ -431,7 +432,7 @@ def test_the_lora_between_two_checkpoints_is_the_one_that_was_put_in(kind, reque
     assert min(result.metrics["energy"].values()) > 0.9999
     assert result.metrics["left_out"] == 0
     with pytest.raises(UsageError, match="no layer differs"):
-        merge.run(Config(base=str(source), tuned=str(source), extract=True, output="none.safetensors"))
+        merge_lora.run(Config(base=str(source), tuned=str(source), extract=True, output="none.safetensors"))
 
 
 def test_acceleration_is_transferred_to_a_third_checkpoint(tiny_sd, tiny_sdxl, tmp_path, monkeypatch):
@@ -444,14 +445,14 @@ def test_acceleration_is_transferred_to_a_third_checkpoint(tiny_sd, tiny_sdxl, t
     both = checkpoint.load(str(tiny_sd))
     apply.apply(both, [(fast, 1.0), (style, 1.0)])
     how = dict(base=str(custom), tuned=str(quick), reference=str(tiny_sd), precision="fp32")
-    merge.run(Config(**how, output="out"))
+    merge_lora.run(Config(**how, output="out"))
     found = checkpoint.load("out")
     assert found.recipe.num_steps == 4
     weights = found.weights("unet")
     for name, p in both.unet.named_parameters():
         torch.testing.assert_close(weights[name], p.detach(), rtol=1e-5, atol=1e-6)
     with pytest.raises(InputRefused, match="cannot be subtracted"):
-        merge.run(Config(**{**how, "tuned": str(tiny_sdxl)}, output="no"))
+        merge_lora.run(Config(**{**how, "tuned": str(tiny_sdxl)}, output="no"))
 
 
 def test_ranks_64_and_8_with_other_alphas_and_modules_equal_both_adapters(tiny_sd, tmp_path, monkeypatch):
@@ -472,7 +473,7 @@ def test_ranks_64_and_8_with_other_alphas_and_modules_equal_both_adapters(tiny_s
             tensors[f"{key}.alpha"] = torch.tensor(alpha)
         save_file(tensors, f"{name}.safetensors")
         files[name] = len(tensors) // 3
-    result = merge.run(Config(accel="a.safetensors", style=["b.safetensors=0.8"], precision="fp32"))
+    result = merge_lora.run(Config(accel="a.safetensors", style=["b.safetensors=0.8"], precision="fp32"))
     assert result.metrics["rank_max"] == 72
     two, one = pipe, StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None, local_files_only=True)
     two.load_lora_weights(".", weight_name="a.safetensors", adapter_name="a")

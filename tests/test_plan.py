@@ -6,8 +6,9 @@ from importlib import import_module
 import pytest
 import torch
 
-from fastdiff import cli, plan
+from fastdiff import cli
 from fastdiff.checkpoints import checkpoint
+from fastdiff.commands import plan
 from fastdiff.cost import footprint, probe
 from fastdiff.lora import adapters
 from fastdiff.methods import lcm

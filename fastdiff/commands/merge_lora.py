@@ -15,10 +15,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from fastdiff import compare, lora
+from fastdiff import lora
 from fastdiff.checkpoints import single_file, write
 from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
 from fastdiff.checkpoints.single_file import Weights
+from fastdiff.commands import compare
 from fastdiff.lora import apply, difference
 from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
