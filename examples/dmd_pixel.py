@@ -20,7 +20,7 @@ from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
 from fastdiff.diffusion.solvers import jump
-from fastdiff.sampling.sampler import contact_sheet
+from fastdiff.sampling.pictures import contact_sheet
 
 STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -212,7 +212,7 @@ def walk(teacher: Pixels, z: Tensor, label: Tensor, num_steps: int) -> Tensor:
     return x
 
 
-def emoji(teacher_steps: int, steps: int, batch: int = 32, classes: int = 8, seed: int = 0) -> dict[str, Tensor]:
+def emoji_columns(teacher_steps: int, steps: int, batch: int = 32, classes: int = 8, seed: int = 0) -> dict[str, Tensor]:
     """Columns of (classes, 3, 16, 16): the teacher in 18 steps and in one, the student in one; same noise and classes."""
     torch.manual_seed(seed)
     schedule = NoiseSchedule.karras(1000, 0.002, 80.0)
@@ -246,7 +246,7 @@ def main() -> None:
         print("mean", mean.tolist(), "student's", samples.mean(0).tolist())
         print("covariance", covariance.tolist(), "student's", samples.T.cov().tolist())
         return
-    columns = emoji(args.teacher_steps, args.steps or 400)
+    columns = emoji_columns(args.teacher_steps, args.steps or 400)
     goal = columns["teacher, 18 steps"]
     for name, images in columns.items():
         apart = (images - goal).square().mean()

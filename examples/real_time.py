@@ -22,7 +22,8 @@ from fastdiff.quality import emoji as judge
 from fastdiff.quality.distances import gap_closed
 from fastdiff.runtime import console
 from fastdiff.sampling.assemble import assemble, pick_device, pick_dtype
-from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings, contact_sheet
+from fastdiff.sampling.pictures import contact_sheet
+from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings
 from fastdiff.training.previews import EMOJI_PREVIEW
 
 

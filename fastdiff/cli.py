@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 from fastdiff import __version__
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Option, options, preset, resolve, suggestion, to_toml
-from fastdiff.runtime.console import Result, UsageError
+from fastdiff.runtime.errors import Result, UsageError
 
 
 class Command(NamedTuple):

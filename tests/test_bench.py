@@ -13,7 +13,7 @@ import torch
 from fastdiff.commands import bench
 from fastdiff.cost import measure
 from fastdiff.models.fast import layers
-from fastdiff.runtime.console import GateFailed, UsageError
+from fastdiff.runtime.errors import GateFailed, UsageError
 
 
 def test_flop_and_bytes_are_those_of_the_work():

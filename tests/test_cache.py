@@ -17,11 +17,12 @@ from PIL import Image
 from fastdiff.checkpoints import checkpoint
 from fastdiff.data import encode
 from fastdiff.data import store as stores
-from fastdiff.data.images import Refused, decode, sizes_near
-from fastdiff.data.open import Buckets, Framing, open_data
+from fastdiff.data.batch import Buckets
+from fastdiff.data.images import Framing, Refused, decode, sizes_near
+from fastdiff.data.open import open_data
 from fastdiff.models import autoencoder, text
 from fastdiff.runtime import console, disk
-from fastdiff.runtime.console import DoesNotFit, InputRefused, UsageError
+from fastdiff.runtime.errors import DoesNotFit, InputRefused, UsageError
 
 OPEN = dict(prompts=None, pairs=0, seed=0, device="cpu")
 

@@ -15,7 +15,7 @@ from fastdiff.checkpoints import checkpoint, family, locate, single_file, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.locate import ASSETS
 from fastdiff.checkpoints.tensors import Layout, TensorFile
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError
 
 UNET = "model.diffusion_model."
 CROSS = f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"

@@ -15,7 +15,7 @@ import typer
 
 from fastdiff import cli
 from fastdiff.runtime import config, console
-from fastdiff.runtime.console import DoesNotFit, GateFailed, InputRefused, Result, Stopped, UsageError
+from fastdiff.runtime.errors import DoesNotFit, GateFailed, InputRefused, Result, Stopped, UsageError
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastdiff.runtime import console
-from fastdiff.runtime.console import Result
+from fastdiff.runtime.errors import Result
 
 
 @pytest.fixture(autouse=True)

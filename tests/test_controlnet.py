@@ -10,12 +10,11 @@ from conftest import controlnet_of
 from fastdiff.checkpoints import checkpoint, locate, write
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import control
-from fastdiff.data.batch import Encoded
-from fastdiff.data.open import Batch
+from fastdiff.data.batch import Batch, Encoded
 from fastdiff.methods import controlnet as distil
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Cond, Denoiser
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError
 from fastdiff.sampling.sampler import Sampler, Settings
 
 

@@ -10,10 +10,11 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.data import emoji, folder, teacher
 from fastdiff.data.batch import Encoded
 from fastdiff.data.open import open_data
+from fastdiff.data.prompts import default_prompts, read_prompts
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.runtime import disk
-from fastdiff.runtime.console import DoesNotFit, InputRefused, UsageError
+from fastdiff.runtime.errors import DoesNotFit, InputRefused, UsageError
 from fastdiff.sampling.sampler import Settings
 
 
@@ -129,7 +130,7 @@ def shards(tmp_path):
 
 def test_teacher_data_is_sampled_once_and_cached(teacher_data, tmp_path):
     data, sampled = teacher_data
-    assert teacher.read_prompts(tmp_path / "prompts.txt") == ["a cat", "a dog"]
+    assert read_prompts(tmp_path / "prompts.txt") == ["a cat", "a dog"]
     first = data()
     assert first.moments.shape == (3, 8, 8, 8)
     assert first.captions.tolist() == [[0], [1], [0]]
@@ -138,7 +139,7 @@ def test_teacher_data_is_sampled_once_and_cached(teacher_data, tmp_path):
     assert torch.equal(first.moments, second.moments)
     assert len(sampled) == 1
     with pytest.raises(UsageError, match="no such file"):
-        teacher.read_prompts(tmp_path / "gone.txt")
+        read_prompts(tmp_path / "gone.txt")
 
 
 def test_more_pairs_are_added_to_those_that_are_there(teacher_data, tmp_path, monkeypatch):
@@ -258,8 +259,8 @@ def test_pairs_come_from_the_teacher_alone(tmp_path):
 
 
 def test_default_prompts_of_full_size_models_exist():
-    assert len(teacher.default_prompts("sdxl")) >= 50
-    lines = teacher.default_prompts("emoji")
+    assert len(default_prompts("sdxl")) >= 50
+    lines = default_prompts("emoji")
     assert len(lines) == 240 * 9
     assert sum(" on " in line for line in lines) / len(lines) == pytest.approx(0.70, abs=0.04)  # as the teacher was trained
     assert sum(line.split(" on ")[0] in groups() for line in lines) / len(lines) == pytest.approx(0.40, abs=0.04)

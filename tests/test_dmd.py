@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.data.open import Batch
+from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
@@ -18,7 +18,7 @@ from fastdiff.methods.dmd import DMD, PRESETS, Config
 from fastdiff.methods.shared.scores import fitted_guidance
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Head
-from fastdiff.runtime.console import UsageError
+from fastdiff.runtime.errors import UsageError
 
 SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "dmd_pixel.py"

@@ -16,9 +16,10 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime import stop
-from fastdiff.runtime.console import Stopped, UsageError
+from fastdiff.runtime.errors import Stopped, UsageError
 from fastdiff.sampling import engine, openvino
-from fastdiff.sampling.sampler import Sampler, Settings, uint8
+from fastdiff.sampling.pictures import uint8
+from fastdiff.sampling.sampler import Sampler, Settings
 
 LCM, GUIDED = Settings("lcm", 2, 1.0), Settings("dpm++", 3, 4.0)
 

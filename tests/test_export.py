@@ -13,7 +13,7 @@ from fastdiff import cli
 from fastdiff.checkpoints import checkpoint, locate, tensors, write
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.lora import apply
-from fastdiff.runtime.console import DoesNotFit, GateFailed, InputRefused
+from fastdiff.runtime.errors import DoesNotFit, GateFailed, InputRefused
 
 KINDS = ["sd15", "sd21", "sdxl", "bk-tiny"]
 

@@ -16,8 +16,8 @@ from fastdiff.lora import adapters, apply
 from fastdiff.methods.lightning import SHOWN, Config, Lightning
 from fastdiff.methods.shared.stages import plan, timesteps
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.runtime.console import UsageError
-from fastdiff.training.method import seconds
+from fastdiff.runtime.errors import UsageError
+from fastdiff.training.config import seconds
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator
 from fastdiff.training.trainer import Trainer

@@ -19,7 +19,7 @@ from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.lora import apply
 from fastdiff.lora.file import Factors, Lora
 from fastdiff.runtime import console
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "down_blocks.0.resnets.0.conv1"

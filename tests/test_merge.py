@@ -14,7 +14,7 @@ from fastdiff.commands import merge_lora
 from fastdiff.commands.merge_lora import Config, concatenate
 from fastdiff.lora import apply
 from fastdiff.lora.file import Factors, Lora
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError
 
 
 def factors(seed, rank, kernel=None):

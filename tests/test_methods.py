@@ -13,7 +13,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.data.open import open_data
 from fastdiff.methods.shared import cutting
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.runtime.console import Failed
+from fastdiff.runtime.errors import Failed
 from fastdiff.runtime.rng import seed_for
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator
@@ -146,7 +146,7 @@ def test_accumulation_equals_one_large_batch(command, data, tmp_path, monkeypatc
 
         class Fixed:
             def batch(self, size, generator, shared, parts=parts, table=table, offset=[0]):  # noqa: B006  (a counter)
-                from fastdiff.data.open import Batch
+                from fastdiff.data.batch import Batch
 
                 rows = slice(offset[0], offset[0] + size)
                 offset[0] += size
@@ -184,7 +184,7 @@ def test_noise_differs_between_ranks_and_steps():
 def test_a_stop_signal_saves_a_state_and_says_how_to_go_on(data, tmp_path, monkeypatch):
     import signal
 
-    from fastdiff.runtime.console import Stopped
+    from fastdiff.runtime.errors import Stopped
 
     trainer, _ = trainer_of("train-lcm-lora", data, tmp_path, steps=50)
     real = trainer.train_step

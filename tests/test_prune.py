@@ -17,7 +17,8 @@ from fastdiff.methods.prune import Config, Prune
 from fastdiff.methods.shared import cutting
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Cond, Denoiser
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.models.remap import is_pruned, remapped
+from fastdiff.runtime.errors import InputRefused, UsageError
 
 COUNTS = {  # parameters and tensors, of the published networks
     ("sd15", "bk-base"): (579_384_964, 442),
@@ -190,7 +191,7 @@ def test_a_lora_folded_in_before_the_cut_is_the_remapped_lora_folded_in_after_it
             0.1 * torch.randn(2, into, *kernel, generator=g), torch.randn(out, 2, *(1 for _ in kernel), generator=g)
         )
     style = Lora(modules, {"ss_tag": "x"}, "style.safetensors")
-    moved = cutting.remapped(small, style, wanted=True)
+    moved = remapped(small, style, wanted=True)
     after = unet.inheriting(whole.unet, config)
     apply.fold(after, [(moved, 0.5)])
     apply.fold(whole.unet, [(style, 0.5)])
@@ -205,22 +206,22 @@ def test_a_lora_of_the_parent_never_lands_on_a_wrong_layer_by_its_name():
     whole, small, config = pruned_emoji("bk-base")
     cut, kept = (f"lora_unet_up_blocks_1_attentions_{i}_transformer_blocks_0_attn1_to_q" for i in (1, 2))
     # The first was cut, and its name is another layer's now: nothing is left of it.
-    assert cutting.remapped(small, touching(cut, whole), wanted=True).modules == {}
-    assert list(cutting.remapped(small, touching(kept, whole), wanted=True).modules) == [cut]
+    assert remapped(small, touching(cut, whole), wanted=True).modules == {}
+    assert list(remapped(small, touching(kept, whole), wanted=True).modules) == [cut]
     with pytest.raises(InputRefused, match=r"is for the network that .* was pruned from") as refused:
-        cutting.remapped(small, touching(kept, whole), wanted=False)
+        remapped(small, touching(kept, whole), wanted=False)
     assert "--remap" in refused.value.hint
     own = replace(touching(cut, whole), metadata={"fastdiff.layers_per_block": "1"})  # trained on the pruned network
-    assert cutting.remapped(small, own, wanted=True) is own
-    assert cutting.remapped(small, own, wanted=False) is own
+    assert remapped(small, own, wanted=True) is own
+    assert remapped(small, own, wanted=False) is own
     texts = Lora({"lora_te_text_model_encoder_layers_0_mlp_fc1": touching(cut, whole).modules[cut]}, {}, "t")
-    assert cutting.remapped(small, texts, wanted=True).modules == texts.modules
+    assert remapped(small, texts, wanted=True).modules == texts.modules
 
 
 def test_only_a_pruned_base_is_called_pruned(tiny_sd):
-    assert not cutting.is_pruned(checkpoint.load("emoji"))
-    assert not cutting.is_pruned(checkpoint.load(str(tiny_sd)))
-    assert all(cutting.is_pruned(pruned_emoji(layout)[1]) for layout in EMOJI[:4])
+    assert not is_pruned(checkpoint.load("emoji"))
+    assert not is_pruned(checkpoint.load(str(tiny_sd)))
+    assert all(is_pruned(pruned_emoji(layout)[1]) for layout in EMOJI[:4])
 
 
 @pytest.fixture(scope="module")

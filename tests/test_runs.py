@@ -20,7 +20,8 @@ import toy
 
 from fastdiff import cli
 from fastdiff.runtime import processes, rng, stop
-from fastdiff.runtime.console import DoesNotFit, Failed, InputRefused, Stopped, UsageError
+from fastdiff.runtime.disk import HashedFile
+from fastdiff.runtime.errors import DoesNotFit, Failed, InputRefused, Stopped, UsageError
 from fastdiff.training import resume
 from fastdiff.training import states as states
 from fastdiff.training.method import Phase
@@ -230,7 +231,7 @@ def test_a_torn_log_line_and_rows_after_the_state_go(tmp_path):
 
 def test_a_full_disk_leaves_the_old_state_and_names_the_path(tmp_path, monkeypatch):
     trainer = toy.trainer_of(tmp_path, steps=9, save_every=4)
-    real, written = states.HashedFile.write, [0]
+    real, written = HashedFile.write, [0]
 
     def full(self, data):
         written[0] += trainer.step == 8
@@ -239,7 +240,7 @@ def test_a_full_disk_leaves_the_old_state_and_names_the_path(tmp_path, monkeypat
             raise self.error
         return real(self, data)
 
-    monkeypatch.setattr(states.HashedFile, "write", full)
+    monkeypatch.setattr(HashedFile, "write", full)
     with pytest.raises(DoesNotFit, match=r"\.000008.*: no space left on device") as told:
         trainer.fit()
     assert told.value.exit_code == 4

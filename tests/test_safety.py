@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from fastdiff import cli, lora
 from fastdiff.checkpoints import tensors
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError
 
 KEY = "lora_unet_mid_block_resnets_0_conv1"
 

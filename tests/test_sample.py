@@ -15,7 +15,8 @@ from fastdiff.lora import apply
 from fastdiff.lora.file import Factors, Lora
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.sampling.sampler import DEFAULTS, Sampler, SeededNoise, Settings, uint8
+from fastdiff.sampling.pictures import uint8
+from fastdiff.sampling.sampler import DEFAULTS, Sampler, SeededNoise, Settings
 
 
 def command(capfd, *args):
@@ -185,7 +186,7 @@ def test_checkpoint_folder_round_trip_keeps_every_tensor_and_the_recipe(tiny_sd,
 def test_broken_checkpoints_are_refused_by_name(tiny_sd, tmp_path):
     import shutil
 
-    from fastdiff.runtime.console import InputRefused, UsageError
+    from fastdiff.runtime.errors import InputRefused, UsageError
 
     copy = tmp_path / "copy"
     shutil.copytree(tiny_sd, copy)

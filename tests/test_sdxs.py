@@ -9,13 +9,13 @@ import torch
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.locate import EMOJI
-from fastdiff.data.open import Batch
+from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
 from fastdiff.methods import dmd, sdxs
 from fastdiff.models import feature_matching
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError
 
 SMALL = dict(lora_rank=4, lora_alpha=4, guidance=3.0, match_steps=0, steps=10, t_gen=749, seed=0)
 

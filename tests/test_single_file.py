@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from fastdiff import cli
 from fastdiff.checkpoints import checkpoint
 from fastdiff.models import text
-from fastdiff.runtime.console import InputRefused
+from fastdiff.runtime.errors import InputRefused
 
 RESNET = {
     "norm1": "in_layers.0",

@@ -16,7 +16,7 @@ from PIL import Image
 from fastdiff.checkpoints import checkpoint
 from fastdiff.data import encode, streams
 from fastdiff.data.open import open_data
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError
 
 OPEN = dict(prompts=None, pairs=0, seed=0, device="cpu", resolution_px=64)
 

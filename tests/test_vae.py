@@ -14,7 +14,7 @@ from fastdiff.methods.vae import Config, TinyVAE
 from fastdiff.models import autoencoder
 from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.quality import decoders
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_windows_of_latents_and_pictures_are_the_same_place():
 
 
 def test_what_is_judged_is_not_trained_on():
-    from fastdiff.data.open import Encoded
+    from fastdiff.data.batch import Encoded
     from fastdiff.models.denoiser import Cond
 
     texts, z = Cond(torch.zeros(1, 2, 3)), latents(8)
@@ -180,7 +180,7 @@ def test_what_is_judged_is_not_trained_on():
 
 
 def test_latents_that_do_not_change_are_decoded_once(emoji):
-    from fastdiff.data.open import Encoded
+    from fastdiff.data.batch import Encoded
     from fastdiff.models.denoiser import Cond
 
     texts = Cond(torch.zeros(1, 2, 3))

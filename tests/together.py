@@ -69,7 +69,7 @@ def toy_run(name, into, *options):
     """
     import toy
 
-    from fastdiff.data.open import Batch
+    from fastdiff.data.batch import Batch
     from fastdiff.models import sharding
 
     before = toy.Data.batch, Batch.to, toy.Toy.losses
@@ -120,7 +120,7 @@ def command_runs(path):
     from accelerate import Accelerator
 
     from fastdiff import cli
-    from fastdiff.data.open import Batch, Encoded
+    from fastdiff.data.batch import Batch, Encoded
     from fastdiff.runtime import processes
 
     get, Batch.to = Encoded.batch, keyed(Batch.to)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdiff.data.open import Batch
+from fastdiff.data.batch import Batch
 from fastdiff.models.denoiser import Cond
-from fastdiff.training.method import TrainConfig
+from fastdiff.training.config import TrainConfig
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator
 from fastdiff.training.trainer import Trainer

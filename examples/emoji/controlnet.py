@@ -20,8 +20,8 @@ from fastdiff.data.open import open_data
 from fastdiff.diffusion import losses
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.sampling.sampler import uint8
-from fastdiff.training.method import TrainConfig
+from fastdiff.sampling.pictures import uint8
+from fastdiff.training.config import TrainConfig
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator
 from fastdiff.training.trainer import Trainer

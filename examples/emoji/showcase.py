@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.data import emoji
-from fastdiff.sampling.sampler import contact_sheet
+from fastdiff.sampling.pictures import contact_sheet
 
 STYLE = EMOJI / "style.safetensors"
 SHOWN = ("red apple", "fox", "rocket", "pizza", "octopus", "house", "basketball", "mushroom")

@@ -19,7 +19,7 @@ from fastdiff.data.open import open_data
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.training.method import TrainConfig
+from fastdiff.training.config import TrainConfig
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator
 from fastdiff.training.trainer import Trainer

@@ -21,7 +21,8 @@ from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.diffusion.schedule import NoiseSchedule, PredictionType
-from fastdiff.runtime.console import InputRefused, info
+from fastdiff.runtime.console import info
+from fastdiff.runtime.errors import InputRefused
 
 
 @dataclass

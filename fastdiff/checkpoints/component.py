@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError
 
 FILES = ["config.json", "diffusion_pytorch_model.safetensors", "fastdiff.json"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.checkpoints.tensors import TensorFile
-from fastdiff.runtime.console import InputRefused
+from fastdiff.runtime.errors import InputRefused
 
 FAMILIES = ("emoji", "sd15", "sd21", "sdxl")
 FAMILY_OF_WIDTH = {128: "emoji", 768: "sd15", 1024: "sd21", 2048: "sdxl"}  # cross-attention width

@@ -8,9 +8,9 @@ from typing import Any
 
 from fastdiff.checkpoints import tensors
 from fastdiff.checkpoints.family import FAMILIES, FAMILY_OF_WIDTH, detect
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.runtime.disk import ASSETS
+from fastdiff.runtime.errors import InputRefused, UsageError
 
-ASSETS = Path(__file__).parent.parent / "assets"
 EMOJI = ASSETS / "emoji"
 ALIASES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.tensors import Entry, TensorFile
-from fastdiff.runtime.console import InputRefused
+from fastdiff.runtime.errors import InputRefused
 
 PREFIXES = {
     "emoji": {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.transformer."},

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.runtime.console import DoesNotFit, GateFailed, InputRefused, UsageError
+from fastdiff.runtime.errors import DoesNotFit, GateFailed, InputRefused, UsageError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -16,7 +16,8 @@ from fastdiff.checkpoints.locate import clip_vocabulary, stock_config
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import Entry
-from fastdiff.runtime.console import InputRefused, UsageError, info
+from fastdiff.runtime.console import info
+from fastdiff.runtime.errors import InputRefused, UsageError
 
 ARCHITECTURES = {"emoji": "stable-diffusion-v1", "sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 

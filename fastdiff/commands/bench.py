@@ -21,7 +21,7 @@ from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
 from fastdiff.checkpoints.locate import ASSETS, EMOJI
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.cost import measure, stock
-from fastdiff.data.open import Batch
+from fastdiff.data.batch import Batch
 from fastdiff.lora.adapters import TARGETS
 from fastdiff.lora.kinds import Factors
 from fastdiff.methods import lcm
@@ -30,7 +30,7 @@ from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.unet import FoldedUNet
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import GateFailed, Result, UsageError
+from fastdiff.runtime.errors import GateFailed, Result, UsageError
 from fastdiff.sampling import openvino
 from fastdiff.sampling.assemble import pick_device
 from fastdiff.sampling.engine import WORTH_COMPILING, Engine
@@ -202,17 +202,17 @@ def sample(config: Config, device: torch.device) -> dict[str, Any]:
     samplers = {"ours": sampler}
     if config.against == "openvino" and config.compile != "openvino":  # a third way: ours by that library
         samplers["openvino"] = Sampler.opened(base, compile="openvino", **how)
-    stock = stock_of(config, base, settings, px, cond, device, tiny if config.stock_decoder == "tiny" else None)
+    pipe = stock_of(config, base, settings, px, cond, device, tiny if config.stock_decoder == "tiny" else None)
     side = px // autoencoder.factor(sampler.vae)
     told = {"prompt_embeds": cond.tokens, "pooled_prompt_embeds": cond.pooled} if config.stock_embeds or config.null else {}
     told = {k: v.to(device, base.dtype) for k, v in told.items() if v is not None}
     if config.null:
-        nulled(sampler, stock, px)
+        nulled(sampler, pipe, px)
     draw = lambda s: lambda: [Image.fromarray(p.numpy()) for p in next(s.stream([(cond, uncond, seeds)], settings, px))]
     ours = {name: draw(s) for name, s in samplers.items()}
     first = {name: times[0] for name, times in measure.interleaved(ours, 1, device=device, warmup=0).items()}
     if not config.null:
-        walk, same = sampler.walk(cond, uncond, seeds, settings, (side, side), px), stock([PROMPT] * n, seeds, output="latent")
+        walk, same = sampler.walk(cond, uncond, seeds, settings, (side, side), px), pipe([PROMPT] * n, seeds, output="latent")
         parity = [nearness("latents", s.engine.latents(walk), same, base.dtype) for s in samplers.values()]
     if sampler.engine.backend is not None and config.compile == "auto":
         for _ in range(WORTH_COMPILING):
@@ -220,13 +220,13 @@ def sample(config: Config, device: torch.device) -> dict[str, Any]:
         for captured in sampler.engine.captured.values():
             captured.thread.join()
     most = measure.ceiling(device, base.dtype)
-    ways = ours | {"stock": lambda: stock([PROMPT] * n, seeds, **told)}
+    ways = ours | {"stock": lambda: pipe([PROMPT] * n, seeds, **told)}
     times = measure.interleaved(ways, config.calls, device=device)
     found = compared(times, n)
     if "openvino" in times:
         third = compared({**times, "ours": times["openvino"]}, n)
         found |= {"openvino_ratio": third["ratio"], "openvino_ms": third["ours_ms"], "openvino_first_ms": 1e3 * first["openvino"],
-                  "stock_start_ms": 1e3 * stock.start_s}  # fmt: skip
+                  "stock_start_ms": 1e3 * pipe.start_s}  # fmt: skip
     if not config.null:
         most = measure.ceiling(device, base.dtype, least=most)
         # In a graph or another library nothing can be counted: the same work, drawn plainly.
@@ -252,12 +252,12 @@ def stock_of(
     return stock.OpenVino(base, settings, px, cond, vae=vae or base.vae)
 
 
-def nulled(sampler: Sampler, stock: stock.Pipeline, px: int) -> None:
+def nulled(sampler: Sampler, pipe: stock.Pipeline, px: int) -> None:
     """Networks that do nothing on both sides."""
-    null = stock.NullUNet(stock.pipe.unet.config)
-    stock.pipe.unet = null
+    null = stock.NullUNet(pipe.pipe.unet.config)
+    pipe.pipe.unet = null
     pictures = lambda z: torch.zeros(len(z), 3, px, px, device=z.device)
-    stock.pipe.vae.decode = lambda z, **_: (pictures(z),)
+    pipe.pipe.vae.decode = lambda z, **_: (pictures(z),)
     old = sampler.denoiser
     sampler.denoiser = Denoiser(null, old.schedule, old.kind)
     sampler.engine = type(sampler.engine)(sampler.denoiser, pictures, sampler.device)
@@ -273,8 +273,8 @@ def cold(config: Config, base: Checkpoint) -> dict[str, Any]:
         ours = [sys.executable, "-m", "fastdiff", "sample", "--base", str(base.path), "--prompt", PROMPT, *flags]
         script = Path(name) / "first.py"
         script.write_text(stock.FIRST_PICTURE)
-        stock = [sys.executable, str(script), str(base.path), *numbers, "0", f"{name}/stock.png"]
-        found = measure.processes({"ours": [*ours, "-o", f"{name}/ours.png"], "stock": stock}, config.rounds)
+        theirs = [sys.executable, str(script), str(base.path), *numbers, "0", f"{name}/stock.png"]
+        found = measure.processes({"ours": [*ours, "-o", f"{name}/ours.png"], "stock": theirs}, config.rounds)
     return {"cold": {k: asdict(v) for k, v in found.items()}, "cold_ratio": found["ours"].wall_s / found["stock"].wall_s,
             "cold_cpu_ratio": found["ours"].cpu_s / found["stock"].cpu_s}  # fmt: skip
 
@@ -331,13 +331,13 @@ def step_of(which: str, config: Config, device: torch.device) -> tuple[Any, Call
 def train(config: Config, device: torch.device) -> dict[str, Any]:
     """LCM-LoRA steps: from cached latents and prompts with one teacher pass, against the layout of the official scripts."""
     ours, our_step, told = step_of("ours", config, device)
-    stock, stock_step, _ = step_of("stock", config, device)
+    theirs, stock_step, _ = step_of("stock", config, device)
     losses = []
     for way in ("ours", "stock"):
         torch.manual_seed(0)
         batch = ours.batch
-        stock.uncond = batch.uncond
-        losses.append(ours.loss() if way == "ours" else stock.loss(batch.latents, batch.cond))
+        theirs.uncond = batch.uncond
+        losses.append(ours.loss() if way == "ours" else theirs.loss(batch.latents, batch.cond))
     near = (losses[0] / losses[1]).detach()  # losses are small numbers: their ratio is compared
     parity = nearness("losses", near, torch.ones_like(near), torch.float32 if device.type == "cpu" else torch.bfloat16)
     del losses

@@ -5,11 +5,12 @@ from typing import Any
 
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint, locate
-from fastdiff.data import teacher
+from fastdiff.data.prompts import default_prompts
 from fastdiff.lora.file import Lora
 from fastdiff.models import text
 from fastdiff.sampling.assemble import assemble
-from fastdiff.sampling.sampler import DEFAULTS, Settings, contact_sheet, uint8
+from fastdiff.sampling.pictures import contact_sheet, uint8
+from fastdiff.sampling.sampler import DEFAULTS, Settings
 
 SEEDS = (0, 1, 2, 3)
 
@@ -27,7 +28,7 @@ def drawn(ref: str, loras: list[tuple[Lora, float]], prompts: list[str], setting
 def before_and_after(ref: str, loras: list[tuple[Lora, float]], output: Path, *, baked: bool) -> tuple[Path, dict[str, float]]:
     """Left the LoRAs applied one by one, right what was written; `baked`: that is a checkpoint."""
     family = locate.family_of(ref)
-    prompts = teacher.default_prompts(family)[: len(SEEDS)]
+    prompts = default_prompts(family)[: len(SEEDS)]
     before, settings = drawn(ref, loras, prompts, None)
     after, _ = drawn(str(output), [], prompts, settings) if baked else drawn(ref, [(lora.load(output), 1.0)], prompts, settings)
     sheet = output.with_name(f"{output.stem}-check.png")

@@ -12,9 +12,9 @@ from torch import nn
 from fastdiff.checkpoints import checkpoint, tensors
 from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data import teacher
-from fastdiff.methods.shared import cutting
+from fastdiff.data.prompts import default_prompts, read_prompts
 from fastdiff.models import perceptual
+from fastdiff.models.remap import is_pruned
 from fastdiff.quality import emoji as judge
 from fastdiff.quality import metrics, networks, report, retention
 from fastdiff.quality.distances import gap_closed
@@ -23,11 +23,11 @@ from fastdiff.quality.metrics import FIGURES, JUDGING, Against, Lens, Shown, mea
 from fastdiff.quality.samples import Gallery
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import Result, UsageError
+from fastdiff.runtime.console import fmt
+from fastdiff.runtime.disk import write_atomic
+from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling.assemble import Assembled, assemble, is_lora, load_loras, pick_device, pick_dtype
 from fastdiff.sampling.sampler import DEFAULTS, Settings
-from fastdiff.training.card import fmt
-from fastdiff.training.states import write_atomic
 
 EXAMPLES = """fastdiff evaluate --lora lcm.safetensors
 fastdiff evaluate --student lcm.safetensors --student runs/dmd-emoji/dmd.safetensors --num-images 2000
@@ -162,7 +162,7 @@ def name_of(spec: str) -> str:
 def lora_on_base(config: Config, specs: Sequence[str], dtype: torch.dtype, device: torch.device) -> Opener:
     def opened(more: Sequence[str], guide: str | None) -> Assembled:
         base = config.open_base(dtype)
-        worn = load_loras(base, [*specs, *more], remap=bool(more) and cutting.is_pruned(base), allow_pickle=config.allow_pickle)
+        worn = load_loras(base, [*specs, *more], remap=bool(more) and is_pruned(base), allow_pickle=config.allow_pickle)
         return assemble(base, worn, vae=config.vae, controlnet=guide, device=device, **FAST)
 
     return opened
@@ -171,7 +171,7 @@ def lora_on_base(config: Config, specs: Sequence[str], dtype: torch.dtype, devic
 def whole(config: Config, ref: str, dtype: torch.dtype, device: torch.device) -> Opener:
     def opened(more: Sequence[str], guide: str | None) -> Assembled:
         base = checkpoint.load(ref, dtype=dtype, allow_pickle=config.allow_pickle)
-        worn = load_loras(base, more, remap=bool(more) and cutting.is_pruned(base), allow_pickle=config.allow_pickle)
+        worn = load_loras(base, more, remap=bool(more) and is_pruned(base), allow_pickle=config.allow_pickle)
         recipe = base.recipe  # a style's header does not say how its wearer is sampled
         return replace(assemble(base, worn, vae=config.vae, controlnet=guide, device=device, **FAST), recipe=recipe)
 
@@ -274,7 +274,7 @@ def prompts_of(config: Config, family: str) -> list[str]:
     """One a picture, in turn; for `emoji` the judged list, which its closing tables use."""
     if family == "emoji" and not config.prompts:
         return judge.Prompts.judged(config.num_images).captions
-    lines = teacher.read_prompts(Path(config.prompts)) if config.prompts else teacher.default_prompts(family)
+    lines = read_prompts(Path(config.prompts)) if config.prompts else default_prompts(family)
     if config.protocol and len(lines) < config.num_images:
         console.warn(f"--protocol {config.protocol}: {config.num_images} prompts, but {config.prompts} has {len(lines)}")
     return [lines[i % len(lines)] for i in range(config.num_images)]

@@ -11,7 +11,7 @@ from fastdiff import lora
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.runtime import console
-from fastdiff.runtime.console import Result, UsageError
+from fastdiff.runtime.errors import Result, UsageError
 
 PRESETS: dict[str, dict[str, Any]] = {}
 EXAMPLES = """fastdiff export --base runs/model --single-file -o model.safetensors

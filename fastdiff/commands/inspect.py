@@ -15,7 +15,7 @@ from fastdiff.lora import apply, layouts
 from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Factors, Update
 from fastdiff.runtime import console
-from fastdiff.runtime.console import InputRefused, Result, UsageError
+from fastdiff.runtime.errors import InputRefused, Result, UsageError
 
 EXAMPLES = """fastdiff inspect model.safetensors
 fastdiff inspect style.safetensors --base sdxl --json"""

@@ -24,10 +24,10 @@ from fastdiff.lora import apply, difference
 from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
 from fastdiff.lora.layouts import split
-from fastdiff.methods.shared import cutting
+from fastdiff.models.remap import remapped
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import InputRefused, Result, UsageError
+from fastdiff.runtime.errors import InputRefused, Result, UsageError
 
 PRESETS: dict[str, dict[str, Any]] = {}
 EXAMPLES = """fastdiff merge-lora --accel lcm.safetensors --style anime.safetensors
@@ -279,7 +279,7 @@ def run(config: Config) -> Result:
     items = [lora.load(path, **how) for path, _ in specs]
     if config.remap:
         pruned = replace(config, base=config.remap).open_base()
-        items = [cutting.remapped(pruned, item, wanted=True) for item in items]
+        items = [remapped(pruned, item, wanted=True) for item in items]
     items = [items[0], *(weighted(item, config.block_weights) for item in items[1:])]
     loras = [(item, strength) for item, (_, strength) in zip(items, specs, strict=True)]
     inputs = [{"file": item.source, "weight": w, **lora.summary(item)} for item, w in loras]

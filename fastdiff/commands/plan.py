@@ -20,13 +20,13 @@ from fastdiff.checkpoints.locate import ALIASES, ASSETS
 from fastdiff.cost import footprint
 from fastdiff.cost.estimate import LOADS, Estimate, data_plan, estimate
 from fastdiff.cost.probe import Measured, measure
-from fastdiff.data.store import cache_folder
 from fastdiff.lora import adapters
 from fastdiff.runtime import console, disk
 from fastdiff.runtime.config import options
-from fastdiff.runtime.console import DoesNotFit, Result, UsageError
+from fastdiff.runtime.disk import cache_folder
+from fastdiff.runtime.errors import DoesNotFit, Result, UsageError
 from fastdiff.sampling.assemble import pick_device
-from fastdiff.training.method import TrainConfig, seconds
+from fastdiff.training.config import TrainConfig, seconds
 from fastdiff.training.session import default_folder
 
 PRODUCT_PART = 0.5  # of the speed of a large matrix product that a whole pass reaches

@@ -17,17 +17,19 @@ import torch
 from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import control
-from fastdiff.data.teacher import cache_folder, read_prompts
+from fastdiff.data.prompts import read_prompts
+from fastdiff.data.teacher import cache_folder
 from fastdiff.diffusion.solvers import SOLVERS
 from fastdiff.models import text
 from fastdiff.models.denoiser import Cond
 from fastdiff.quality import emoji as judge
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import Result, UsageError
+from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling import openvino
 from fastdiff.sampling.assemble import Assembled, assemble, load_loras, pick_device, pick_dtype, recipe_of
-from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings, contact_sheet
+from fastdiff.sampling.pictures import contact_sheet
+from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings
 
 PRESETS: dict[str, dict[str, Any]] = {}
 CONTROLS = ("controlnet", "control_image", "control", "control_scale")

@@ -13,7 +13,7 @@ from fastdiff.cost.footprint import Footprint
 from fastdiff.data.folder import Folder
 from fastdiff.data.open import STREAMED
 from fastdiff.models import unet
-from fastdiff.training.method import TrainConfig
+from fastdiff.training.config import TrainConfig
 
 OPTIMISER = 16  # bytes of a parameter that trains: itself, its gradient and two moments in fp32
 RECOMPUTED = 1.33  # time of a training step with gradient checkpointing

@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdiff.runtime.disk import PACKAGE
 
 WATCH = """
 import json, os, resource, subprocess, sys, time
@@ -63,7 +64,7 @@ class Process:
 
 def process(command: Sequence[str]) -> Process:
     """Run a command in a process of its own; RuntimeError with its last line where it fails."""
-    home = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    home = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": home}  # this very package, also where it is not installed
     done = subprocess.run([sys.executable, "-c", WATCH, *command], check=True, capture_output=True, text=True, env=env)
     wall, cpu, peak, code, error = json.loads(done.stdout)

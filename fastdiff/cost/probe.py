@@ -18,12 +18,12 @@ from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.cost.footprint import condition
-from fastdiff.data.open import Encoded
+from fastdiff.data.batch import Encoded
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime import console
 from fastdiff.sampling.sampler import at_once
-from fastdiff.training.method import TrainConfig
+from fastdiff.training.config import TrainConfig
 from fastdiff.training.previews import vae_of
 from fastdiff.training.run import Run
 from fastdiff.training.session import load_base, open_accelerator

@@ -13,8 +13,9 @@ from fastdiff.data.batch import Encoded
 from fastdiff.data.folder import square
 from fastdiff.models import autoencoder
 from fastdiff.runtime import console, stop
-from fastdiff.runtime.console import UsageError
-from fastdiff.sampling.sampler import at_once, uint8
+from fastdiff.runtime.errors import UsageError
+from fastdiff.sampling.pictures import uint8
+from fastdiff.sampling.sampler import at_once
 
 Extractor = Callable[[Any], Any]  # numpy RGB (H, W, 3) uint8 -> (H, W) or (H, W, 3) uint8
 THRESHOLDS = (100, 200)  # of the gradient's size: OpenCV's and diffusers' usual ones

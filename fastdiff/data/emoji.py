@@ -7,7 +7,6 @@ or names only the group ("fruit on blue"), has several right answers: a model mu
 import json
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,8 +14,9 @@ from torch import Tensor
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.batch import Encoded
 from fastdiff.models import autoencoder, text
+from fastdiff.runtime.disk import ASSETS
 
-PICTURES = Path(__file__).parent.parent / "assets" / "emoji" / "pictures"
+PICTURES = ASSETS / "emoji" / "pictures"
 STYLES = ("noto", "fluent", "twemoji")
 CELL_PX = 64
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.data.batch import Buckets, Data, Encoded
 from fastdiff.data.images import Framing, Refused, Sample, decode, hash_of, reasons
-from fastdiff.data.store import Share, Store, Stored, cache_folder
+from fastdiff.data.store import Share, Store, Stored
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond
 from fastdiff.runtime import console, disk, stop
-from fastdiff.runtime.console import InputRefused, Stopped
+from fastdiff.runtime.disk import cache_folder, write_atomic
+from fastdiff.runtime.errors import InputRefused, Stopped
 from fastdiff.sampling.sampler import at_once
-from fastdiff.training.states import write_atomic
 
 SIZE = 64  # pictures or captions a file
 NAMED = 5  # refused samples that are named one by one

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastdiff.data.images import CAPTIONS, SUFFIXES, Framing, Refused, Sample, caption_in, caption_of_json, decode, hash_of
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError
 
 MISSING = "without a caption"
 

@@ -10,7 +10,8 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data import emoji, encode, folder, streams, teacher
 from fastdiff.data.batch import Batch, Buckets, Data, Encoded
 from fastdiff.data.images import Framing
-from fastdiff.runtime.console import UsageError
+from fastdiff.data.prompts import default_prompts, read_prompts
+from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling.sampler import DEFAULTS, Settings
 
 __all__ = ["Batch", "Buckets", "Data", "Encoded", "Framing", "Wants", "open_data"]
@@ -55,7 +56,7 @@ def open_data(
     if spec in {f"emoji:{style}" for style in emoji.STYLES}:
         return emoji.encode(base, device=device, style=spec.split(":")[1])
     if spec == "teacher":
-        lines = teacher.read_prompts(Path(prompts)) if prompts else teacher.default_prompts(base.family)
+        lines = read_prompts(Path(prompts)) if prompts else default_prompts(base.family)
         chosen = sampling or DEFAULTS[base.family]
         n = 0 if wants == "prompts" else pairs
         return teacher.encode(base, lines, resolution_px, chosen, pairs=n, seed=seed, device=device)

@@ -11,11 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.runtime import console
-from fastdiff.runtime.console import DoesNotFit
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("FASTDIFF_CACHE", Path.home() / ".cache" / "fastdiff"))
+from fastdiff.runtime.errors import DoesNotFit
 
 
 class Store:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastdiff.data.folder import MISSING
 from fastdiff.data.images import CAPTIONS, SUFFIXES, Sample, caption_in, caption_of_json, hash_of
-from fastdiff.runtime.console import UsageError
+from fastdiff.runtime.errors import UsageError
 
 EXTRA = 'pip install "fastdiff[data]"'
 # A server that does not answer, or stops sending, is given up within 30 s; webdataset's own command would take 15 minutes.

@@ -13,39 +13,15 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
-from fastdiff.data import emoji
 from fastdiff.data.batch import Encoded
-from fastdiff.data.store import Share, cache_folder
+from fastdiff.data.store import Share
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.unet import unet_of
 from fastdiff.runtime import console, disk, stop
-from fastdiff.runtime.console import InputRefused, Stopped, UsageError
+from fastdiff.runtime.disk import cache_folder
+from fastdiff.runtime.errors import InputRefused, Stopped
 from fastdiff.sampling.sampler import Sampler, SeededNoise, Settings, at_once, with_size
-
-PROMPTS = Path(__file__).parent.parent / "assets" / "prompts.txt"
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; blank lines and lines that start with # do not count."""
-    if not path.exists():
-        raise UsageError(f"--prompts {path}: no such file")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise UsageError(f"--prompts {path}: no prompts in it (one a line)")
-    return prompts
-
-
-def default_prompts(family: str) -> list[str]:
-    """The shipped prompts; for `emoji` every picture on every background, captioned as the teacher was trained."""
-    if family != "emoji":
-        return read_prompts(PROMPTS)
-    pairs = [(p, b) for p in range(len(emoji.pictures())) for b in range(len(emoji.BACKGROUNDS))]
-    g = torch.Generator().manual_seed(0)
-    kinds = torch.multinomial(torch.tensor(emoji.CAPTION_WEIGHTS), len(pairs), replacement=True, generator=g).tolist()
-    lines = [emoji.caption(p, None if k % 2 else b, coarse=k > 1) for (p, b), k in zip(pairs, kinds, strict=True)]
-    return [lines[i] for i in torch.randperm(len(lines), generator=g)]
 
 
 def encode(

@@ -1,0 +1,22 @@
+"""LoRA files: every layout in, exact sums out. The names below are looked up on first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdiff.lora.file import Lora as Lora
+    from fastdiff.lora.file import from_peft as from_peft
+    from fastdiff.lora.file import layers_told as layers_told
+    from fastdiff.lora.file import load as load
+    from fastdiff.lora.file import parse as parse
+    from fastdiff.lora.file import parse_spec as parse_spec
+    from fastdiff.lora.file import save as save
+
+PUBLIC = dict.fromkeys(("Lora", "from_peft", "layers_told", "load", "parse", "parse_spec", "save"), "fastdiff.lora.file")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'fastdiff.lora' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(PUBLIC[name]), name)
+    return value

@@ -12,7 +12,7 @@ from torch import nn
 from fastdiff.lora import apply
 from fastdiff.lora.file import Factors, Lora, from_peft
 from fastdiff.lora.kinds import Dense, low_rank_of
-from fastdiff.runtime.console import UsageError
+from fastdiff.runtime.errors import UsageError
 
 # The layers of the published LCM- and DMD2-LoRAs: rank 64 on these is 67,252,224 parameters on SD1.5, 196,751,360 on SDXL.
 # fmt: off

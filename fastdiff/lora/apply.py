@@ -15,7 +15,8 @@ from fastdiff.checkpoints.single_file import Weights
 from fastdiff.lora.file import Lora, with_first_encoder
 from fastdiff.lora.kinds import Factors, Update
 from fastdiff.lora.layouts import canonical
-from fastdiff.runtime.console import InputRefused, info, warn
+from fastdiff.runtime.console import info, warn
+from fastdiff.runtime.errors import InputRefused
 
 
 class Place(NamedTuple):

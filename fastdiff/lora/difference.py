@@ -20,7 +20,7 @@ from fastdiff.lora import apply
 from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
 from fastdiff.runtime import console
-from fastdiff.runtime.console import InputRefused, Result, UsageError
+from fastdiff.runtime.errors import InputRefused, Result, UsageError
 
 DEFAULT_RANK = 64
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

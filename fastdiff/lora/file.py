@@ -19,7 +19,8 @@ from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import Entry
 from fastdiff.lora.kinds import Factors, Update, build, describe
 from fastdiff.lora.layouts import OTHERS, READERS, Part, canonical, read_peft, split
-from fastdiff.runtime.console import InputRefused, UsageError, warn
+from fastdiff.runtime.console import warn
+from fastdiff.runtime.errors import InputRefused, UsageError
 
 FAMILIES: dict[str, tuple[int, str, dict[str, str]]] = {  # cross-attention width, modelspec architecture, kohya's own
     "emoji": (128, "stable-diffusion-v1", {}),

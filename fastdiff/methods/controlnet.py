@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fastdiff.checkpoints import checkpoint, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data import control
-from fastdiff.data.open import Batch, Encoded, Wants
+from fastdiff.data.batch import Batch, Encoded
+from fastdiff.data.open import Wants
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
 from fastdiff.methods.shared import segmented
@@ -29,8 +30,9 @@ from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import Result, UsageError
-from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings, contact_sheet, uint8
+from fastdiff.runtime.errors import Result, UsageError
+from fastdiff.sampling.pictures import contact_sheet, uint8
+from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings
 from fastdiff.training.card import write_controlnet_card
 from fastdiff.training.method import Phase, Turn
 from fastdiff.training.previews import vae_of

@@ -22,7 +22,8 @@ from fastdiff import lora
 from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data.open import Batch, Wants
+from fastdiff.data.batch import Batch
+from fastdiff.data.open import Wants
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
@@ -32,9 +33,11 @@ from fastdiff.models import perceptual
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.discriminator import Head
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import UsageError, info
+from fastdiff.runtime.console import info
+from fastdiff.runtime.errors import UsageError
 from fastdiff.runtime.rng import seed_for
-from fastdiff.training.method import Losses, TrainConfig, Turn
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.method import Losses, Turn
 from fastdiff.training.run import Run
 from fastdiff.training.session import train, write_student
 

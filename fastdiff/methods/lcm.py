@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data.open import Batch
+from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.schedule import NoiseSchedule, per_sample
 from fastdiff.diffusion.solvers import jump
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.ema import EMA
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import UsageError
-from fastdiff.training.method import TrainConfig, Turn
+from fastdiff.runtime.errors import UsageError
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.method import Turn
 from fastdiff.training.roles import Roles
 from fastdiff.training.run import Run
 from fastdiff.training.session import train, write_student

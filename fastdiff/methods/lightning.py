@@ -26,7 +26,7 @@ from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data.open import Batch
+from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.schedule import per_sample
 from fastdiff.diffusion.solvers import jump
@@ -35,7 +35,8 @@ from fastdiff.methods.shared.stages import Part, plan, timesteps
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Discriminator
 from fastdiff.runtime.config import Range
-from fastdiff.training.method import TrainConfig, Turn
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.method import Turn
 from fastdiff.training.roles import Roles
 from fastdiff.training.run import Run
 from fastdiff.training.session import train, write_student

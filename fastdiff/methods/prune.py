@@ -22,19 +22,20 @@ from torch import nn
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data.open import Batch
+from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
 from fastdiff.methods.shared import cutting
 from fastdiff.models import unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import Result
+from fastdiff.runtime.disk import write_atomic
+from fastdiff.runtime.errors import Result
 from fastdiff.sampling.assemble import pick_device
-from fastdiff.training.method import TrainConfig, Turn
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.method import Turn
 from fastdiff.training.run import Run
 from fastdiff.training.session import default_folder, train, write_student
-from fastdiff.training.states import write_atomic
 
 # Paper: AdamW 5e-5, 256 images a step, 50,000 steps. Ours for one card: smaller batches, a cosine, an average.
 # fmt: off

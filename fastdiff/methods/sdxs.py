@@ -22,7 +22,7 @@ from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data.open import Batch
+from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
 from fastdiff.lora.kinds import Factors
@@ -31,7 +31,8 @@ from fastdiff.methods.shared.segmented import Segmented, SegmentedConfig, phases
 from fastdiff.models.denoiser import Denoiser, trainable_copy
 from fastdiff.models.discriminator import Discriminator
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import UsageError, warn
+from fastdiff.runtime.console import warn
+from fastdiff.runtime.errors import UsageError
 from fastdiff.training.method import Phase, Turn
 from fastdiff.training.run import Run
 from fastdiff.training.session import train, write_student

@@ -18,17 +18,19 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.data.open import Batch, Buckets, Data
+from fastdiff.data.batch import Batch, Buckets, Data
 from fastdiff.diffusion import losses
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.quality import decoders
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import Result, UsageError
-from fastdiff.sampling.sampler import at_once, contact_sheet, uint8
+from fastdiff.runtime.errors import Result, UsageError
+from fastdiff.sampling.pictures import contact_sheet, uint8
+from fastdiff.sampling.sampler import at_once
 from fastdiff.training.card import write_vae_card
-from fastdiff.training.method import TrainConfig, Turn
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.method import Turn
 from fastdiff.training.run import Run
 from fastdiff.training.session import data_of, open_session
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints import component
 from fastdiff.models.fast.decoder import Decoder
-from fastdiff.runtime.console import InputRefused
+from fastdiff.runtime.errors import InputRefused
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 

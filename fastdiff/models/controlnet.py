@@ -8,7 +8,7 @@ from torch import nn
 from fastdiff.checkpoints import component
 from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.models import unet
-from fastdiff.runtime.console import InputRefused
+from fastdiff.runtime.errors import InputRefused
 
 EMBEDDED = EMOJI / "controlnet"  # Canny edges to emoji
 

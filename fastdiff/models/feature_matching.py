@@ -15,7 +15,7 @@ from fastdiff.diffusion.losses import structure
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.feature_net import FeatureNet
-from fastdiff.runtime.console import UsageError
+from fastdiff.runtime.errors import UsageError
 
 Encoder = Literal["unet", "vgg", "dinov2", "embedded"]
 DINOV2 = "facebook/dinov2-small"

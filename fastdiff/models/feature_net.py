@@ -4,13 +4,13 @@ It stands where Inception, CLIP and LPIPS backbones stand for full-size models, 
 Its figures compare runs on the embedded checkpoint with each other, never with published ones.
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WEIGHTS = Path(__file__).parent.parent / "assets" / "emoji" / "features" / "model.safetensors"
+from fastdiff.runtime.disk import ASSETS
+
+WEIGHTS = ASSETS / "emoji" / "features" / "model.safetensors"
 
 
 class FeatureNet(nn.Module):

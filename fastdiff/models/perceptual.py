@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fastdiff.checkpoints import tensors
 from fastdiff.models import autoencoder
 from fastdiff.models.feature_net import FeatureNet
-from fastdiff.runtime.console import UsageError
 from fastdiff.runtime.download import weight_file
+from fastdiff.runtime.errors import UsageError
 
 EMBEDDED = "embedded"
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastdiff.runtime.console import UsageError
+from fastdiff.runtime.errors import UsageError
 
 Config = dict[str, Any]
 Edit = Callable[[Config], Config]

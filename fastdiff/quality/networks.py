@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.checkpoints import tensors
-from fastdiff.runtime.console import UsageError
 from fastdiff.runtime.download import weight_file
+from fastdiff.runtime.errors import UsageError
 
 EXTRA = 'pip install "fastdiff[eval]"'
 CLIP = "ViT-L-14-336-quickgelu:openai"  # what CMMD is defined with (Jayasumana 2024, section 4)

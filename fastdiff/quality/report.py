@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.quality.metrics import FIGURES, Figure, Shown
-from fastdiff.sampling.sampler import contact_sheet
-from fastdiff.training.card import fmt
-from fastdiff.training.states import write_atomic
+from fastdiff.runtime.console import fmt
+from fastdiff.runtime.disk import ASSETS, write_atomic
+from fastdiff.sampling.pictures import contact_sheet
 
-TEMPLATE = Path(__file__).parent / "assets" / "report.html"
+TEMPLATE = ASSETS / "report.html"
 PICTURES = 6  # of each row
 COLOURS = ("#57606a", "#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df", "#bc4c00", "#116329")
 LEFT, RIGHT, TOP, BOTTOM = 52, 302, 30, 176  # of a curve, in its picture's units

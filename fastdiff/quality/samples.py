@@ -22,9 +22,10 @@ from fastdiff.models.denoiser import Cond
 from fastdiff.quality.drift import REFERENCE_SEED, departures
 from fastdiff.quality.metrics import Lens, Seen, Shown, title
 from fastdiff.runtime import console
-from fastdiff.runtime.console import InputRefused
+from fastdiff.runtime.errors import InputRefused
 from fastdiff.sampling.assemble import Assembled
-from fastdiff.sampling.sampler import Sampler, Settings, at_once, uint8
+from fastdiff.sampling.pictures import uint8
+from fastdiff.sampling.sampler import Sampler, Settings, at_once
 
 DIVERSE = (16, 4)  # prompts, and pictures of each
 DIVERSE_SEED = 2 * REFERENCE_SEED

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from fastdiff.runtime.console import UsageError
+from fastdiff.runtime.errors import UsageError
 
 ENV_PREFIX = "FASTDIFF_"
 NONE = "none"  # TOML has no null: what an optional field says for None, in files, variables and flags

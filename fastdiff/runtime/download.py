@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fastdiff.runtime import console
-from fastdiff.runtime.console import UsageError
+from fastdiff.runtime.errors import UsageError
 
 
 def weight_file(given: str | None, url: str, *, flag: str, what: str, instead: str = "") -> Path:

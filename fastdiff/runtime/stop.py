@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastdiff.runtime import processes
-from fastdiff.runtime.console import Stopped
+from fastdiff.runtime.errors import Stopped
 
 CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 

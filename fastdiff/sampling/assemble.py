@@ -12,14 +12,14 @@ from fastdiff.checkpoints import single_file, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.lora import apply
-from fastdiff.methods.shared import cutting
 from fastdiff.models import autoencoder
 from fastdiff.models import controlnet as controlnets
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.fast.decoder import decoder_of
 from fastdiff.models.fast.unet import unet_of
+from fastdiff.models.remap import is_pruned, remapped
 from fastdiff.runtime import console
-from fastdiff.runtime.console import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError
 from fastdiff.sampling.engine import Compile
 from fastdiff.sampling.sampler import Sampler, decoding
 
@@ -63,8 +63,8 @@ def load_loras(
     layers = 2 if remap else base.unet_config.get("layers_per_block", 2)
     how = dict(layers=layers if isinstance(layers, int) else 2, allow_partial=allow_partial, allow_pickle=allow_pickle)
     found = [(lora.load(path, **how), weight) for path, weight in (lora.parse_spec(spec, 1.0) for spec in specs)]
-    if cutting.is_pruned(base):
-        return [(cutting.remapped(base, item, wanted=remap), weight) for item, weight in found]
+    if is_pruned(base):
+        return [(remapped(base, item, wanted=remap), weight) for item, weight in found]
     if remap:
         console.warn(f"--remap: {base.ref} has all layers of its family; nothing to move")
     return found

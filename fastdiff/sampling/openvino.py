@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.runtime import console
-from fastdiff.runtime.console import UsageError
+from fastdiff.runtime.errors import UsageError
 
 
 def check(device: torch.device | str, precision: str = "auto") -> None:

@@ -21,7 +21,7 @@ from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.decoder import Decoder, decoder_of
 from fastdiff.models.fast.unet import unet_of
 from fastdiff.runtime import stop
-from fastdiff.sampling import engine, solver_table
+from fastdiff.sampling import solver_table
 from fastdiff.sampling.engine import Compile, Engine, Inputs, Walk
 from fastdiff.sampling.solver_table import Table
 
@@ -258,22 +258,3 @@ def at_once(side: int) -> int:
 def with_size(cond: Cond, resolution_px: int) -> Cond:
     """SDXL's size conditioning of a square, uncropped picture."""
     return replace(cond, time_ids=text.size_ids(resolution_px, resolution_px, len(cond)))
-
-
-def uint8(pixels: Tensor) -> Tensor:
-    """[-1, 1] -> 0..255, rounded as diffusers rounds."""
-    return engine.to_bytes(pixels)
-
-
-def contact_sheet(columns: Sequence[Tensor], *, scale: int = 1, gap_px: int = 4) -> Any:
-    """Equal-length stacks of images (N, 3, H, W) in [-1, 1] -> one PIL picture: a row each image, a column each stack."""
-    from PIL import Image
-
-    n, _, height, width = columns[0].shape
-    height, width = height * scale, width * scale
-    sheet = Image.new("RGB", (len(columns) * (width + gap_px) - gap_px, n * (height + gap_px) - gap_px), "white")
-    for x, column in enumerate(columns):
-        for y, image in enumerate(uint8(column)):
-            tile = Image.fromarray(image.permute(1, 2, 0).numpy())
-            sheet.paste(tile.resize((width, height), Image.Resampling.LANCZOS), (x * (width + gap_px), y * (height + gap_px)))
-    return sheet

@@ -10,15 +10,12 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.locate import ALIASES
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.runtime.console import sha256
+from fastdiff.runtime.console import fmt
+from fastdiff.runtime.disk import sha256, write_atomic
 from fastdiff.sampling.sampler import DEFAULTS, Settings
-from fastdiff.training.method import Method, TrainConfig
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.method import Method
 from fastdiff.training.run import Run
-from fastdiff.training.states import write_atomic
-
-
-def fmt(value: Any) -> str:
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 class Usage(NamedTuple):

@@ -13,16 +13,18 @@ from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data import teacher
+from fastdiff.data.prompts import default_prompts, read_prompts
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.quality import emoji as judge
 from fastdiff.quality.drift import Drift
 from fastdiff.runtime import console
+from fastdiff.runtime.console import fmt
 from fastdiff.sampling.assemble import assemble
-from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings, contact_sheet
-from fastdiff.training.card import fmt
-from fastdiff.training.method import Method, TrainConfig
+from fastdiff.sampling.pictures import contact_sheet
+from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.method import Method
 
 # Pictures that are told apart at a glance, on backgrounds that are not their own colour.
 EMOJI_PREVIEW = ("red apple on blue", "panda on yellow", "rocket on purple", "sunflower on white", "robot on green", "pizza")
@@ -35,9 +37,9 @@ class Preview:
         if base.family == "emoji":
             self.prompts = list(EMOJI_PREVIEW)
         elif config.prompts:
-            self.prompts = teacher.read_prompts(Path(config.prompts))[:4]
+            self.prompts = read_prompts(Path(config.prompts))[:4]
         else:
-            self.prompts = teacher.default_prompts(base.family)[:4]
+            self.prompts = default_prompts(base.family)[:4]
         self.cond, self.uncond = text.encode(base, self.prompts, device=device), text.unconditional(base, device=device)
         self.base, self.vae, self.resolution_px, self.device = base, vae_of(base, config), resolution_px, device
         self.seeds = [config.seed + i for i in range(len(self.prompts))]
@@ -67,7 +69,7 @@ class Preview:
 
 def watched(base: Checkpoint, config: TrainConfig) -> list[str]:
     """Sixteen prompts for the drift; 64 where a picture costs next to nothing."""
-    lines = teacher.read_prompts(Path(config.prompts)) if config.prompts else teacher.default_prompts(base.family)
+    lines = read_prompts(Path(config.prompts)) if config.prompts else default_prompts(base.family)
     n = 64 if base.family == "emoji" else 16
     return [lines[i % len(lines)] for i in range(n)]
 

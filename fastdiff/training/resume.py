@@ -8,7 +8,7 @@ from typing import Any
 from fastdiff.models import sharding
 from fastdiff.runtime import console, processes, rng
 from fastdiff.runtime.config import options
-from fastdiff.runtime.console import Failed, InputRefused, UsageError
+from fastdiff.runtime.errors import Failed, InputRefused, UsageError
 from fastdiff.training.run import Run
 from fastdiff.training.states import manifest_of
 

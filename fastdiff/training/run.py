@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastdiff.runtime.console import DoesNotFit, jsonable
-from fastdiff.training.states import FULL, States, write_atomic
+from fastdiff.runtime.console import jsonable
+from fastdiff.runtime.disk import FULL, write_atomic
+from fastdiff.runtime.errors import DoesNotFit
+from fastdiff.training.states import States
 
 
 @dataclass

@@ -13,18 +13,21 @@ import torch
 from fastdiff import lora
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.data.open import Data, Framing, open_data
+from fastdiff.data.batch import Data
+from fastdiff.data.images import Framing
+from fastdiff.data.open import open_data
 from fastdiff.lora import adapters, apply
 from fastdiff.models import sharding
 from fastdiff.runtime import console, disk, processes
 from fastdiff.runtime.config import to_toml
-from fastdiff.runtime.console import DoesNotFit, Result, UsageError
+from fastdiff.runtime.disk import write_atomic
+from fastdiff.runtime.errors import DoesNotFit, Result, UsageError
 from fastdiff.training import resume
 from fastdiff.training.card import write_card
-from fastdiff.training.method import Method, Phase, TrainConfig, seconds
+from fastdiff.training.config import TrainConfig, seconds
+from fastdiff.training.method import Method, Phase
 from fastdiff.training.previews import Judged, Measured, Preview
 from fastdiff.training.run import Run
-from fastdiff.training.states import write_atomic
 from fastdiff.training.trainer import Trainer
 
 

@@ -7,8 +7,6 @@ A state is staged beside the others, flushed to the disk, and appears by one ren
 states before it as they were.
 """
 
-import errno
-import hashlib
 import json
 import os
 import re
@@ -20,58 +18,11 @@ from typing import Any
 import torch
 
 from fastdiff.runtime import console
-from fastdiff.runtime.console import DoesNotFit, Failed, InputRefused, sha256
+from fastdiff.runtime.disk import FULL, HashedFile, flush_folder, sha256, write_atomic
+from fastdiff.runtime.errors import DoesNotFit, Failed, InputRefused
 
 MANIFEST = "manifest.json"
-FULL = {errno.ENOSPC, errno.EDQUOT}
 NAME = re.compile(r"(\d{6,})(?:-(\d+))?")  # the step, and a number where a step has several
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Whole or not at all: temporary file in the same folder, fsync, one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with staged.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
-
-
-def flush_folder(folder: Path) -> None:
-    """Names of files are the folder's own content: without this a rename can be lost with the power."""
-    with suppress(PermissionError):  # Windows opens no folders
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-class HashedFile:
-    """A new file that hashes what is written to it; `error` keeps what went wrong, which torch.save hides behind its own."""
-
-    def __init__(self, path: Path) -> None:
-        self.file, self.digest, self.error = path.open("wb"), hashlib.sha256(), None
-
-    def write(self, data: Any) -> int:
-        try:
-            self.digest.update(data)
-            return self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self) -> None:
-        """Onto the disk."""
-        try:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        finally:
-            self.file.close()
 
 
 class States:

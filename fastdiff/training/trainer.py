@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.data.open import Batch, Data
+from fastdiff.data.batch import Batch, Data
 from fastdiff.models import sharding
 from fastdiff.models.ema import swapped
 from fastdiff.runtime import console, processes, rng, stop
-from fastdiff.runtime.console import Failed, Stopped
+from fastdiff.runtime.errors import Failed, Stopped
 from fastdiff.training import resume
-from fastdiff.training.method import Method, Phase, TrainConfig, seconds
+from fastdiff.training.config import TrainConfig, seconds
+from fastdiff.training.method import Method, Phase
 from fastdiff.training.player import Player
 from fastdiff.training.run import Run
 

@@ -14,18 +14,14 @@ from torch import nn
 
 from fastdiff.checkpoints import tensors, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.locate import stock_config
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Weights
 from fastdiff.checkpoints.tensors import Entry
-from fastdiff.data.teacher import default_prompts
-from fastdiff.lora.file import Lora, layers_told
-from fastdiff.lora.kinds import Update
-from fastdiff.lora.layouts import canonical
+from fastdiff.data.prompts import default_prompts
 from fastdiff.models import controlnet, text, unet
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.runtime import console, stop
-from fastdiff.runtime.console import InputRefused, Result, UsageError
+from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling.sampler import DEFAULTS, Sampler, with_size
 
 PROBES, LEVELS, ROUNDS = 8, (99, 299, 499, 699, 899), 5
@@ -152,51 +148,6 @@ def smaller_controlnet(source: Path, config: Mapping[str, Any]) -> tuple[dict[st
         Entry(mine, stored[its].layouts[its].dtype, shapes[mine], lambda its=its: stored[its][its]) for mine, its in names.items()
     ]
     return smaller, rows
-
-
-def remapped(base: Checkpoint, item: Lora, *, wanted: bool) -> Lora:
-    """A LoRA for a base that may be pruned. `wanted`: it is of the whole network, and moves to the layers that were kept.
-
-    Names alone would not do: up_blocks.1.attentions.1 is there in both, and in the pruned network it is what was
-    attentions.2. InputRefused where a LoRA has layers that only the whole network has, and nobody said so.
-    """
-    whole, config = stock_config(base.family), base.unet_config
-    if item.layers != 2 and item.layers == config.get("layers_per_block"):
-        return item  # it was trained on a network with these layers, and says so
-    layers = unet.inherited_layers(whole, config)
-    key_of = lambda path: canonical("lora_unet_", path)
-    paths = [name.removesuffix(".weight") for name in unet.shapes_of(unet.unet_of(config)) if name.endswith(".weight")]
-    mine = {key_of(path): key_of(unet.renamed(path, layers)) for path in paths}
-    if not wanted:
-        gone = [key for key in item.modules if key.startswith("lora_unet_") and key not in mine]
-        if gone and set(gone) <= {key_of(name.removesuffix(".weight")) for name in stock_shapes(base.family)}:
-            raise InputRefused(
-                f"{item.source}: is for the network that {base.ref} was pruned from ({gone[0]})",
-                "--remap moves it to the layers that were kept",
-            )
-        return item
-    kept: dict[str, Update] = {key: item.modules[its] for key, its in mine.items() if its in item.modules}
-    texts = {key: update for key, update in item.modules.items() if not key.startswith("lora_unet_")}
-    used = {its for its in mine.values() if its in item.modules}
-    console.info(f"{item.source}: {len(used)} of {len(item.modules) - len(texts)} UNet modules are of layers that were kept")
-    told = {k: v for k, v in item.metadata.items() if k != "fastdiff.layers_per_block"} | layers_told(config)
-    return replace(item, modules=kept | texts, metadata=told)
-
-
-def stock_shapes(family: str) -> dict[str, tuple[int, ...]]:
-    return unet.shapes_of(unet.unet_of(stock_config(family)))
-
-
-def is_pruned(base: Checkpoint) -> bool:
-    """Whether its UNet has other layers than its family's."""
-    whole, mine = stock_config(base.family), base.unet_config
-    count = lambda config: (
-        unet.stages(config),
-        unet.each(config, "layers_per_block"),
-        unet.depths(config),
-        unet.attended(config),
-    )
-    return count(whole) != count(mine) or whole.get("mid_block_type") != mine.get("mid_block_type")
 
 
 # ---- by measurement

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.data.open import Batch, Wants
+from fastdiff.data.batch import Batch
+from fastdiff.data.open import Wants
 from fastdiff.diffusion import losses
 from fastdiff.methods.shared.scores import Scores
 from fastdiff.models import feature_matching
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import InputRefused, UsageError
-from fastdiff.training.method import Losses, Phase, TrainConfig, Turn
+from fastdiff.runtime.errors import InputRefused, UsageError
+from fastdiff.training.config import TrainConfig
+from fastdiff.training.method import Losses, Phase, Turn
 from fastdiff.training.previews import vae_of
 
 # Presets of these methods begin with these rows. Paper: batches of 1024 to 2048, no schedules told; ours, for one card.

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from fastdiff.diffusion.schedule import NoiseSchedule
-from fastdiff.runtime.console import UsageError
+from fastdiff.runtime.errors import UsageError
 from fastdiff.training.method import Phase
 
 PHASES = ("switch", "mse", "cond", "uncond", "full")
