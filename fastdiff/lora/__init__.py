@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from fastdiff.lora.file import parse_spec as parse_spec
     from fastdiff.lora.file import save as save
 
-PUBLIC = dict.fromkeys(("Lora", "from_peft", "layers_told", "load", "parse", "parse_spec", "save"), "fastdiff.lora.file")
+PUBLIC = dict.fromkeys(
+    ("Lora", "from_peft", "header", "layers_told", "load", "parse", "parse_spec", "save", "summary"), "fastdiff.lora.file"
+)
 
 
 def __getattr__(name: str) -> Any:
