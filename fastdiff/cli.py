@@ -1,8 +1,6 @@
-"""The command line. A command is one line of COMMANDS and a module with `Config` (a field is a flag) and `run(config)`.
+"""The command line. A command is one line of COMMANDS: a module with a `COMMAND` (runtime/command.py), or MODULE:METHOD.
 
-The module is imported only when its command is named: `fastdiff --help` loads no torch. It may also hold
-`PRESETS` ({family: {field: value}}, applied by the family of `base`), `EXAMPLES` (shown by --help) and `RESUMES` (the same
-command goes on after a stop).
+The module is imported only when its command is named: `fastdiff --help` loads no torch.
 """
 
 import inspect
@@ -15,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -23,6 +20,7 @@ from typer.core import TyperGroup
 
 from fastdiff import __version__
 from fastdiff.runtime import console
+from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.config import Option, options, preset, resolve, suggestion, to_toml
 from fastdiff.runtime.errors import Result, UsageError
 
@@ -31,29 +29,39 @@ class Command(NamedTuple):
     """One subcommand, known before its module is imported."""
 
     name: str
-    module: str
+    place: str  # the module, or for a training method module:class
     help: str
     panel: str
 
+    def load(self) -> Runnable:
+        """Import it."""
+        module, _, method = self.place.partition(":")
+        loaded = import_module(module, __package__)
+        if not method:
+            return loaded.COMMAND
+        from fastdiff.commands import train
+
+        return train.runnable(vars(loaded)[method])
+
 
 COMMANDS = [
-    Command("prune", "fastdiff.methods.prune", "Cut a UNet to a small layout and train the loss away (BK-SDM, SDXS)", "Train"),
-    Command("distill-vae", "fastdiff.methods.vae", "Train a tiny decoder for a checkpoint's VAE (SDXS, TAESD)", "Train"),
-    Command("train-lcm-lora", "fastdiff.methods.lcm", "Distil a few-step LoRA (LCM, PCM, TCD)", "Train"),
-    Command("dmd", "fastdiff.methods.dmd", "Distil a one-step or few-step model (DMD, DMD2)", "Train"),
-    Command("lightning", "fastdiff.methods.lightning", "Distil 128 steps down to 1, stage by stage (SDXL-Lightning)", "Train"),
-    Command("sdxs", "fastdiff.methods.sdxs", "Train a small network to draw in one step (SDXS)", "Train"),
-    Command("distill-controlnet", "fastdiff.methods.controlnet", "Train a ControlNet for a small network (SDXS)", "Train"),
-    Command("merge-lora", "fastdiff.commands.merge_lora", "Add LoRAs exactly, to a rank, or into a checkpoint", "Use"),
-    Command("sample", "fastdiff.commands.sample", "Draw images with the settings that the weights ask for", "Use"),
-    Command("evaluate", "fastdiff.commands.evaluate", "Judge few-step models on pictures against their teacher", "Use"),
-    Command("bench", "fastdiff.commands.bench", "Measure speed against the stock way, and the machine's limit", "Use"),
-    Command("export", "fastdiff.commands.export", "Write a checkpoint as folder or single file, a LoRA in another layout", "Use"),
-    Command("inspect", "fastdiff.commands.inspect", "Tell what a file is, what it fits and whether it is safe", "Use"),
+    Command("prune", ".methods.prune:Prune", "Cut a UNet to a small layout and train the loss away (BK-SDM, SDXS)", "Train"),
+    Command("distill-vae", ".methods.vae:TinyVAE", "Train a tiny decoder for a checkpoint's VAE (SDXS, TAESD)", "Train"),
+    Command("train-lcm-lora", ".methods.lcm:LCM", "Distil a few-step LoRA (LCM, PCM, TCD)", "Train"),
+    Command("dmd", ".methods.dmd:DMD", "Distil a one-step or few-step model (DMD, DMD2)", "Train"),
+    Command("lightning", ".methods.lightning:Lightning", "Distil 128 steps down to 1, stage by stage (SDXL-Lightning)", "Train"),
+    Command("sdxs", ".methods.sdxs:SDXS", "Train a small network to draw in one step (SDXS)", "Train"),
+    Command("distill-controlnet", ".methods.controlnet:DistilControlNet", "Train a ControlNet for a small network (SDXS)", "Train"),
+    Command("merge-lora", ".commands.merge_lora", "Add LoRAs exactly, to a rank, or into a checkpoint", "Use"),
+    Command("sample", ".commands.sample", "Draw images with the settings that the weights ask for", "Use"),
+    Command("evaluate", ".commands.evaluate", "Judge few-step models on pictures against their teacher", "Use"),
+    Command("bench", ".commands.bench", "Measure speed against the stock way, and the machine's limit", "Use"),
+    Command("export", ".commands.export", "Write a checkpoint as folder or single file, a LoRA in another layout", "Use"),
+    Command("inspect", ".commands.inspect", "Tell what a file is, what it fits and whether it is safe", "Use"),
 ]  # fmt: skip
 
 # A prefix: `fastdiff plan COMMAND ...` takes that command's own options.
-PLAN = Command("plan", "fastdiff.commands.plan", "Tell memory, disk and hours of a training command on this machine", "Use")
+PLAN = Command("plan", ".commands.plan", "Tell memory, disk and hours of a training command on this machine", "Use")
 PLANNED = [c.name for c in COMMANDS if c.panel == "Train"]
 
 PACKAGE = Path(__file__).parent
@@ -67,7 +75,7 @@ class Call:
     """A parsed command line, ready to run."""
 
     command: Command
-    module: ModuleType
+    work: Runnable
     flags: dict[str, Any]  # of the config; None = not given
     json: bool = False
     config: Path | None = None
@@ -95,8 +103,8 @@ class Group(TyperGroup):
         console.quiet_libraries(offline="--offline" in rest)
         command = next(c for c in COMMANDS if c.name == name)
         with console.stdout_guard(), console.collecting_warnings():
-            module = import_module(command.module)
-        return f"{PLAN.name} {name}" if planned else name, build_command(command, module, planned=planned), rest
+            work = command.load()
+        return f"{PLAN.name} {name}" if planned else name, build_command(command, work, planned=planned), rest
 
 
 def version(value: bool) -> None:
@@ -127,30 +135,29 @@ def build_group() -> Any:
     return typer.main.get_command(app)
 
 
-def build_command(command: Command, module: ModuleType, *, planned: bool = False) -> Any:
-    """The typer command of a module's Config; invoking it returns a Call. `planned`: one that only tells what it would take."""
+def build_command(command: Command, work: Runnable, *, planned: bool = False) -> Any:
+    """The typer command of a Config; invoking it returns a Call. `planned`: one that only tells what it would take."""
 
     def call(**values: Any) -> Call:
         own = {k.removeprefix("cli_"): values.pop(k) for k in list(values) if k.startswith("cli_")}
-        return Call(command, module, values, plan=planned, **own)
+        return Call(command, work, values, plan=planned, **own)
 
-    listed = options(module.Config)
+    listed = options(work.Config)
     # The command's own options come first on the help page, the inherited ones after them.
-    own_panel = module.Config.__dict__.get("PANEL") or "Options"
+    own_panel = vars(work.Config).get("PANEL") or "Options"
     ordered = sorted(listed, key=lambda o: o.panel != own_panel)
-    rows = family_rows(module, listed)
+    rows = family_rows(work, listed)
     parameters = [parameter(o, {family: row[o.name] for family, row in rows.items() if o.name in row}) for o in ordered]
     call.__signature__ = inspect.Signature([*parameters, *general(planned)])  # typer reads a command's options from here
-    examples = getattr(module, "EXAMPLES", None) or getattr(module, "EPILOG", "")
     app = typer.Typer(rich_markup_mode="rich", add_completion=False)
     # Rich joins lines within a paragraph: each example is its own.
-    epilog = escape(examples.strip()).replace("\n", "\n\n") or None
+    epilog = escape(work.examples.strip()).replace("\n", "\n\n") or None
     app.command(command.name, help=command.help, epilog=epilog, context_settings={"help_option_names": ["--help", "-h"]})(call)
     return typer.main.get_command(app)
 
 
-def family_rows(module: ModuleType, listed: list[Option]) -> dict[str, dict[str, Any]]:
-    table = getattr(module, "PRESETS", {}) if any(o.name == "base" for o in listed) else {}
+def family_rows(work: Runnable, listed: list[Option]) -> dict[str, dict[str, Any]]:
+    table = work.presets if any(o.name == "base" for o in listed) else {}
     return {family: preset(listed, table, family) for family in table}
 
 
@@ -221,15 +228,14 @@ def general(planned: bool = False) -> list[inspect.Parameter]:
 
 def configure(call: Call) -> Any:
     """The resolved config of a call."""
-    table = getattr(call.module, "PRESETS", None)
-    family_of = None
-    if table and any(f.name == "base" for f in fields(call.module.Config)):
+    table, family_of = call.work.presets, None
+    if table and any(f.name == "base" for f in fields(call.work.Config)):
         from fastdiff.checkpoints import locate
 
         family_of = lambda values: locate.family_of(
             values["base"], config=values.get("base_config"), allow_pickle=values.get("allow_pickle", False)
         )
-    return resolve(call.module.Config, call.flags, file=call.config, presets=table, family_of=family_of)
+    return resolve(call.work.Config, call.flags, file=call.config, presets=table, family_of=family_of)
 
 
 @dataclass
@@ -284,7 +290,7 @@ def stoppable(call: Call) -> AbstractContextManager[None]:
 def typed(call: Call) -> str:
     """The command line of a call, without the general flags."""
     words = ["fastdiff", call.command.name, *(["--config", str(call.config)] if call.config else [])]
-    for o in options(call.module.Config):
+    for o in options(call.work.Config):
         value = call.flags.get(o.name)
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, bool):
@@ -302,11 +308,12 @@ def perform(call: Call) -> tuple[Result, str]:
             values = {o.name: getattr(config, o.name) for o in options(type(config))}
             return Result(metrics={"config": values}), to_toml(config).rstrip("\n")
         if call.plan:
-            result = import_module(PLAN.module).run(call.command.name, call.module, config, probe=call.probe, typed=typed(call))
+            from fastdiff.commands import plan
+
+            result = plan.run(call.work.method, config, probe=call.probe, typed=typed(call))
         else:
-            resumes = hasattr(config, "resume") or getattr(call.module, "RESUMES", False)
-            with stoppable(call) if resumes else nullcontext():
-                result = call.module.run(config)
+            with stoppable(call) if call.work.resumes else nullcontext():
+                result = call.work.run(config)
         for path in result.outputs:
             if not Path(path).exists():
                 raise RuntimeError(f"{path} was not written")

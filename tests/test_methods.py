@@ -2,7 +2,6 @@
 
 import json
 import os
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ CHAIN = {  # in four steps there is no time for all stages
     "sdxs": dict(match_steps=0, gan_steps=1),
     "distill-vae": dict(gan_from=0, encoder=True),
 }
-METHODS = [c.name for c in cli.COMMANDS if hasattr(import_module(c.module), "METHOD")]
+METHODS = {c.name: c.load().method for c in cli.COMMANDS if c.load().method}
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +42,12 @@ def data(tmp_path_factory):
 
 
 def trainer_of(command, data, folder, **changes):
-    module = import_module(next(c.module for c in cli.COMMANDS if c.name == command))
-    preset = {k: v for k, v in module.PRESETS["emoji"].items() if k not in SMALL}
-    config = module.Config(**{**preset, **SMALL, **CHAIN.get(command, {}), **changes})
+    cls = METHODS[command]
+    preset = {k: v for k, v in cls.presets["emoji"].items() if k not in SMALL}
+    config = cls.Config(**{**preset, **SMALL, **CHAIN.get(command, {}), **changes})
     base, run = checkpoint.load("emoji"), Run(folder, command)
     torch.manual_seed(config.seed)
-    method = module.METHOD(base, config)
+    method = cls(base, config)
     return Trainer(method, data, run, config, open_accelerator(config, run)), base
 
 
@@ -86,7 +85,7 @@ def test_losses_are_finite_players_move_and_the_teacher_does_not(command, data, 
 def test_only_the_yielding_player_gets_gradients(command, data, tmp_path):
     trainer, _ = trainer_of(command, data, tmp_path)
     batch = data.batch(4, torch.Generator().manual_seed(0))
-    for who, losses in (pair for turn in trainer.method.losses(batch, 0) for pair in turn.items()):
+    for who, losses in (pair for turn in trainer.method.losses(batch, trainer.now) for pair in turn.items()):
         mine = trainer.players[who].params
         others = [p for k, player in trainer.players.items() if k != who for p in player.params]
         sum(losses.values()).backward(inputs=mine)
@@ -135,7 +134,7 @@ def test_accumulation_equals_one_large_batch(command, data, tmp_path, monkeypatc
         trainer, _ = trainer_of(command, data, tmp_path / str(n), grad_accum=n, batch_size=4 // n)
         x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
-        def losses(batch, step, trainer=trainer):
+        def losses(batch, now, trainer=trainer):
             out = answer(trainer.method.student, batch.latents, batch.cond)
             yield {next(iter(trainer.players)): {"plain": out.square().mean()}}
 
@@ -200,7 +199,7 @@ def test_a_stop_signal_saves_a_state_and_says_how_to_go_on(data, tmp_path, monke
 def test_bad_gradients_are_skipped_and_ten_in_a_row_end_the_run(data, tmp_path, monkeypatch):
     trainer, _ = trainer_of("train-lcm-lora", data, tmp_path, steps=50)
     old = weights(trainer)
-    broken = lambda batch, step: iter([{"student": {"x": trainer.players["student"].params[0].sum() * float("nan")}}])
+    broken = lambda batch, now: iter([{"student": {"x": trainer.players["student"].params[0].sum() * float("nan")}}])
     monkeypatch.setattr(trainer.method, "losses", broken)
     with pytest.raises(Failed, match="10 bad steps of student in a row"):
         trainer.fit()

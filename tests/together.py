@@ -124,7 +124,7 @@ def command_runs(path):
     from fastdiff.runtime import processes
 
     get, Batch.to = Encoded.batch, keyed(Batch.to)
-    for module in [import_module(c.module) for c in cli.COMMANDS]:
+    for module in [import_module(c.place.partition(":")[0], "fastdiff") for c in cli.COMMANDS]:
         for method in vars(module).values():
             if isinstance(method, type) and hasattr(method, "losses") and method.__module__ == module.__name__:
                 method.losses = same_noise(method.losses)

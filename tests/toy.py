@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.batch import Batch
 from fastdiff.models.denoiser import Cond
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.method import Method, Trains
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator
 from fastdiff.training.trainer import Trainer
@@ -41,19 +43,32 @@ class Data:
         self.position = state["position"]
 
 
-class Toy:
+class Toy(Method):
     """`bad` {(step, player): value} replaces a loss; `width` of the layers."""
 
-    parent = "none"
+    name, parent, recipe, _phases = "toy", "none", Recipe(), None
 
-    def __init__(self, width=16, bad=None):
+    def __init__(self, config, bad=None):
+        self.config, width = config, config.width
+        self._figures = {}
         make = lambda: nn.Sequential(nn.Linear(8, width), nn.SiLU(), nn.Linear(width, 8))
         self.student, self.judge = make(), make()
-        self.players = {"student": self.student, "judge": self.judge}
         self.bad, self.noise, self.seen = bad or {}, [], []
 
-    def losses(self, batch, step):
-        x = batch.latents
+    def phases(self):
+        return self._phases or super().phases()
+
+    def players(self, phase):
+        return {
+            "student": Trains(list(self.student.parameters()), averaged=True, net=self.student),
+            "judge": Trains(list(self.judge.parameters()), net=self.judge),
+        }
+
+    def networks(self):
+        return [self.student, self.judge]
+
+    def losses(self, batch, now):
+        x, step = batch.latents, now.step
         noise = torch.randn_like(x) + random.random() + np.random.rand()
         self.noise.append(noise)
         self.seen.append(batch.items)
@@ -62,8 +77,6 @@ class Toy:
         yield {"judge": {"judge": loss * self.bad.get((step, "judge"), 1.0)}}
         loss = (y - x).square().mean() + 0.1 * self.judge(y).square().mean()
         yield {"student": {"student": loss * self.bad.get((step, "student"), 1.0)}}
-
-    def updated(self, step): ...
 
     def export(self, run): ...
 
@@ -78,7 +91,7 @@ def trainer_of(folder, bad=None, data=None, **changes):
     config = Config(**{"steps": 12, "batch_size": 4, "device": "cpu", "ema": 0.9, "lr": 1e-2, "save_every": 1, **changes})
     torch.manual_seed(config.seed), random.seed(config.seed), np.random.seed(config.seed)
     run = Run(Path(folder), "toy")
-    return Trainer(Toy(config.width, bad), data or Data(), run, config, open_accelerator(config, run))
+    return Trainer(Toy(config, bad), data or Data(), run, config, open_accelerator(config, run))
 
 
 def go_on(trainer):

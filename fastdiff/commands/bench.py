@@ -29,6 +29,7 @@ from fastdiff.models import autoencoder, text, unet
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.unet import FoldedUNet
 from fastdiff.runtime import console
+from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import GateFailed, Result, UsageError
 from fastdiff.sampling import openvino
@@ -36,7 +37,6 @@ from fastdiff.sampling.assemble import pick_device
 from fastdiff.sampling.engine import WORTH_COMPILING, Engine
 from fastdiff.sampling.sampler import Sampler, Settings, with_size
 
-PRESETS: dict[str, dict[str, Any]] = {}
 EXAMPLES = """fastdiff bench sample
 fastdiff bench sample --base sd15 --random-weights --device cuda --assert-ratio 3
 fastdiff bench sample --base sd21 --random-weights --layout sdxs-512 --widths 96,192,384 --resolution 256 --decoder tiny
@@ -402,3 +402,6 @@ def random_lora(base: Checkpoint, rank: int = 16) -> lora.Lora:
             down, up = small(rank, *shape[1:]), small(shape[0], rank, *[1] * (len(shape) - 2))
             modules[f"lora_unet_{module.replace('.', '_')}"] = Factors(down, up)
     return lora.Lora(modules, Recipe(family=base.family).to_metadata())
+
+
+COMMAND = Runnable(Config, run, examples=EXAMPLES)

@@ -22,6 +22,7 @@ from fastdiff.quality.drift import REFERENCE_SEED
 from fastdiff.quality.metrics import FIGURES, JUDGING, Against, Lens, Shown, measured
 from fastdiff.quality.samples import Gallery
 from fastdiff.runtime import console
+from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import fmt
 from fastdiff.runtime.disk import write_atomic
@@ -34,8 +35,6 @@ fastdiff evaluate --student lcm.safetensors --student runs/dmd-emoji/dmd.safeten
 fastdiff evaluate --base sdxl --lora lcm.safetensors --num-steps 1,2,4,8 --prompts prompts.txt --reference teacher:25
 fastdiff evaluate --base sdxl --lora fast.safetensors --protocol coco10k-lightning --reference val2014 --prompts coco.txt
 fastdiff evaluate --lora lcm.safetensors --with-lora style.safetensors"""
-
-RESUMES = True  # every row is stored as soon as it was drawn: the same command goes on
 
 # Published protocols: (DMD, appendix D) 30,000 prompts of COCO-2014 val, 512 px reduced to 256 by Lanczos, FID against all its
 # pictures, OpenCLIP-bigG; (SDXL-Lightning, section 5) its first 10,000 prompts, guidance 6, FID at 299 px whole and of a 299 px
@@ -372,3 +371,7 @@ def shown(metrics: dict[str, Any], latency_ms: Sequence[float]) -> None:
         for row, ms in zip(metrics["rows"], latency_ms, strict=True)
     ]
     console.table(f"{metrics['samples']} pictures a row; ± half of the 95 % band", columns, lines)
+
+
+# Every row is stored as soon as it was drawn: the same command goes on.
+COMMAND = Runnable(Config, run, PRESETS, examples=EXAMPLES, resumes=True)

@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
@@ -11,9 +11,9 @@ from fastdiff import lora
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.runtime import console
+from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import Result, UsageError
 
-PRESETS: dict[str, dict[str, Any]] = {}
 EXAMPLES = """fastdiff export --base runs/model --single-file -o model.safetensors
 fastdiff export --base model.safetensors -o folder
 fastdiff export --lora lcm.safetensors --format diffusers -o lcm-diffusers.safetensors"""
@@ -65,3 +65,6 @@ def run(config: Config) -> Result:
             outputs = [path]
     metrics = {"family": base.family, "prediction_type": base.prediction_type, "checked": one}
     return Result(outputs, metrics, f'fastdiff sample --base {shlex.quote(str(path))} --prompt "a red apple"')
+
+
+COMMAND = Runnable(Config, run, examples=EXAMPLES)

@@ -15,6 +15,7 @@ from fastdiff.lora import apply, layouts
 from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Factors, Update
 from fastdiff.runtime import console
+from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import InputRefused, Result, UsageError
 
 EXAMPLES = """fastdiff inspect model.safetensors
@@ -191,3 +192,6 @@ def run(config: Config) -> Result:
 
 def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+COMMAND = Runnable(Config, run, examples=EXAMPLES)

@@ -26,10 +26,10 @@ from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
 from fastdiff.lora.layouts import split
 from fastdiff.models.remap import remapped
 from fastdiff.runtime import console
+from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import InputRefused, Result, UsageError
 
-PRESETS: dict[str, dict[str, Any]] = {}
 EXAMPLES = """fastdiff merge-lora --accel lcm.safetensors --style anime.safetensors
 fastdiff merge-lora --accel lcm.safetensors --style a.safetensors=0.6 --style b.safetensors=0.4 --rank 64 -o fast.safetensors
 fastdiff merge-lora --accel lcm.safetensors --style anime.safetensors --base model.safetensors -o fast-model.safetensors
@@ -307,3 +307,6 @@ def run(config: Config) -> Result:
         sheet, metrics["check"] = compare.before_and_after(config.check, loras, output, baked=bool(config.base))
         outputs.append(sheet)
     return Result(outputs, metrics, command)
+
+
+COMMAND = Runnable(Config, run, examples=EXAMPLES)

@@ -9,7 +9,6 @@ import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.locate import ALIASES, ASSETS
 from fastdiff.cost import footprint
-from fastdiff.cost.estimate import LOADS, Estimate, data_plan, estimate
+from fastdiff.cost.estimate import Estimate, data_plan, estimate
 from fastdiff.cost.probe import Measured, measure
 from fastdiff.lora import adapters
 from fastdiff.runtime import console, disk
@@ -27,6 +26,7 @@ from fastdiff.runtime.disk import cache_folder
 from fastdiff.runtime.errors import DoesNotFit, Result, UsageError
 from fastdiff.sampling.assemble import pick_device
 from fastdiff.training.config import TrainConfig, seconds
+from fastdiff.training.method import Method
 from fastdiff.training.session import default_folder
 
 PRODUCT_PART = 0.5  # of the speed of a large matrix product that a whole pass reaches
@@ -34,14 +34,14 @@ FREE_PART = 0.95  # of the memory that a plan may fill
 LEAST_RANK = 4
 
 
-def settings(config: Any) -> list[Any]:
+def settings(config: Any, adapters_train: bool) -> list[Any]:
     """The config, then what takes less memory for the same batch: smaller parts, then checkpointing, then a lower rank."""
     whole = config.batch_size * config.grad_accum
     parts = [n for n in range(config.batch_size, 0, -1) if whole % n == 0]
     found = []
     for again in [False, True] if not config.gradient_checkpointing else [True]:
         found += [replace(config, batch_size=n, grad_accum=whole // n, gradient_checkpointing=again) for n in parts]
-    rank = 0 if getattr(config, "full", False) else getattr(config, "lora_rank", 0)
+    rank = config.lora_rank if adapters_train else 0
     while (rank := rank // 2) >= LEAST_RANK:
         found.append(replace(found[-1], lora_rank=rank, lora_alpha=config.lora_alpha * rank / config.lora_rank))
     return found
@@ -93,10 +93,13 @@ class Row:
     measured: bool = False
     fits: bool = False
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The options that differ from setting to setting, of those that the method has."""
+        return {name: value for name, value in vars(self.config).items() if name in CHANGED}
+
     def told(self) -> dict[str, Any]:
-        names = [name for name in CHANGED if hasattr(self.config, name)]
-        own = {k: v for k, v in vars(self).items() if k != "config"}
-        return {name: getattr(self.config, name) for name in names} | own
+        return self.changes | {k: v for k, v in vars(self).items() if k != "config"}
 
 
 CHANGED = ("batch_size", "grad_accum", "gradient_checkpointing", "lora_rank", "lora_alpha")
@@ -105,32 +108,32 @@ CHANGED = ("batch_size", "grad_accum", "gradient_checkpointing", "lora_rank", "l
 class Plan:
     """Settings of a command in order of preference, the first that fits, and what it takes."""
 
-    def __init__(self, command: str, module: ModuleType, config: TrainConfig, *, probe: bool) -> None:
-        self.command, self.module, self.config, self.probe = command, module, config, probe
+    def __init__(self, method: type[Method], config: TrainConfig, *, probe: bool) -> None:
+        self.command, self.method, self.config, self.probe = method.name, method, config, probe
         self.device = pick_device(config.device)
         on_cuda = self.device.type == "cuda"
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
             ("bf16" if on_cuda else "fp32") if config.precision == "auto" else config.precision
         ]
         self.base = config.open_base() if probe else shapes_of(config)
-        self.data, self.room = data_plan(self.base, config), memory_bytes(self.device)
+        self.data, self.room = data_plan(self.base, config, method.needs(config)), memory_bytes(self.device)
+        self.load = method.load(config, self.base)
         self.px = config.resolution or self.base.resolution_px
         self.estimates = self.estimated()
-        self.rows = [Row(c) for c in settings(config)][: None if self.estimates else 1]
+        self.rows = [Row(c) for c in settings(config, bool(self.load and self.load.lora))][: None if self.estimates else 1]
         self.measured: Measured | None = None
         self.speed = 0.0 if probe else PRODUCT_PART * product_flops(self.device, self.dtype)
         self.choose()
 
     def estimated(self) -> list[Estimate]:
         """The arithmetic for every setting; empty where there is none for the method."""
-        if self.command not in LOADS:
+        load, rank = self.load, self.config.lora_rank
+        if load is None:
             return []
-        load, rank = LOADS[self.command](self.config, self.base), getattr(self.config, "lora_rank", None)
-        attention = getattr(self.config, "lora_layers", "all") == "attention"
-        layers = adapters.ATTENTION if attention else adapters.TARGETS
+        layers = adapters.ATTENTION if self.config.lora_layers == "attention" else adapters.TARGETS
         self.shape = footprint.of_unet(self.base, self.px, self.dtype, rank if load.lora else None, layers)
         found = []
-        for config in settings(self.config):
+        for config in settings(self.config, bool(load.lora)):
             ratio = config.lora_rank / rank if load.lora else 1
             shape = replace(self.shape, trained=round(self.shape.trained * ratio))
             found.append(estimate(load, shape, config, self.dtype, self.device.type))
@@ -155,7 +158,7 @@ class Plan:
         return told.step_flops / self.speed if self.speed else None
 
     def measure(self, row: Row) -> None:
-        found = measure(self.module.__name__, row.config, pictures=self.data.pictures > 0)
+        found = measure(self.method, row.config, pictures=self.data.pictures > 0)
         row.measured, row.memory_bytes, row.step_s, row.fits = True, None, None, False
         if found:
             self.measured = found
@@ -179,7 +182,7 @@ class Plan:
 
     def training_s(self) -> float:
         took = (self.row.step_s or 0.0) * self.config.steps
-        return min(took, seconds("--max-time", self.config.max_time) or took)
+        return min(took, seconds("max_time", self.config.max_time) or took)
 
     def disk(self) -> dict[str, tuple[Path, float]]:
         """Folder and bytes of the cache, of the states (one more than are kept, while it is written) and of the weights."""
@@ -187,7 +190,7 @@ class Plan:
         told = self.estimates[self.rows.index(self.row)] if self.estimates else None
         state = self.measured.state_bytes if self.measured else told.state_bytes
         weights = told.output_bytes if told else self.measured.trained_bytes
-        states = getattr(self.config, "keep_states", 1) + 1
+        states = self.config.keep_states + 1
         return {"cache": (cache_folder(), self.data.bytes), "states": (folder, state * states), "weights": (folder, weights)}
 
     def told(self) -> dict[str, Any]:
@@ -216,7 +219,7 @@ class Plan:
                 str(row.config.batch_size * row.config.grad_accum),
                 str(row.config.batch_size),
                 "yes" if row.config.gradient_checkpointing else "no",
-                str(getattr(row.config, "lora_rank", "")),
+                str(row.changes.get("lora_rank", "")),
                 gib(row.memory_bytes) + ("" if row.measured or not self.probe else " (estimated)"),
                 "" if row.step_s is None else f"{row.step_s:.3g}",
                 "yes" if row.fits else "no",
@@ -259,23 +262,22 @@ def named(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
 
 
-def run(command: str, module: ModuleType, config: TrainConfig, *, probe: bool, typed: str) -> Result:
+def run(method: type[Method], config: TrainConfig, *, probe: bool, typed: str) -> Result:
     """Tell what the command would take, and the first of its settings that fits; DoesNotFit where none does.
 
     `typed` is the command as it was given; the one to type next has the changes behind it.
     """
-    if command not in LOADS and not probe:
-        raise UsageError(f"plan {command}: --no-probe: there is no arithmetic for it", "without --no-probe it is measured")
     if not config.steps:
         raise UsageError("--steps 0: nothing trains, so there is nothing to plan")
-    plan = Plan(command, module, config, probe=probe)
+    plan = Plan(method, config, probe=probe)
+    if plan.load is None and not probe:
+        raise UsageError(f"plan {method.name}: --no-probe: there is no arithmetic for it", "without --no-probe it is measured")
     plan.show()
     plan.check()
     flags = {o.name: o for o in options(type(config))}
     changes = []
-    for name in CHANGED:
-        value = getattr(plan.row.config, name, None)
-        if value != getattr(config, name, None):
+    for name, value in plan.row.changes.items():
+        if value != vars(config)[name]:
             changes.append(flags[name].flag if value is True else f"{flags[name].flag} {value:g}")
     if changes:
         console.warn(f"as given it does not fit; this does: {' '.join(changes)}")

@@ -24,6 +24,7 @@ from fastdiff.models import text
 from fastdiff.models.denoiser import Cond
 from fastdiff.quality import emoji as judge
 from fastdiff.runtime import console
+from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling import openvino
@@ -31,7 +32,6 @@ from fastdiff.sampling.assemble import Assembled, assemble, load_loras, pick_dev
 from fastdiff.sampling.pictures import contact_sheet
 from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings
 
-PRESETS: dict[str, dict[str, Any]] = {}
 CONTROLS = ("controlnet", "control_image", "control", "control_scale")
 EXAMPLES = """fastdiff sample --prompt "a red apple"
 fastdiff sample --lora lcm.safetensors --prompt "a red apple" --seed 1
@@ -237,3 +237,6 @@ def write_png(path: Path, pixels: torch.Tensor, told: dict[str, Any]) -> Path:
     info.add_text("fastdiff", json.dumps(told))
     Image.fromarray(pixels.numpy()).save(path, pnginfo=info)
     return path
+
+
+COMMAND = Runnable(Config, run, examples=EXAMPLES)

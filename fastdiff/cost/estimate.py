@@ -1,6 +1,5 @@
 """What a training run takes by arithmetic: parameters, what a pass keeps for backward, and the data that is made first."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,76 +10,13 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.cost import footprint
 from fastdiff.cost.footprint import Footprint
 from fastdiff.data.folder import Folder
-from fastdiff.data.open import STREAMED
-from fastdiff.models import unet
+from fastdiff.data.open import STREAMED, Needs
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.method import Load
 
 OPTIMISER = 16  # bytes of a parameter that trains: itself, its gradient and two moments in fp32
 RECOMPUTED = 1.33  # time of a training step with gradient checkpointing
 RUNTIME_GIB = {"cuda": 0.6, "mps": 0.5, "cpu": 0.6}  # taken before a tensor is made: CUDA's context, the libraries
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a method holds and calls, in units of the base's UNet; the arithmetic's whole knowledge of it."""
-
-    full: float = 0  # networks that train as a whole
-    lora: float = 0  # adapters that train
-    frozen: float = 1  # networks that do not train
-    graph: float = 1  # passes whose graph is in memory at once
-    grad: float = 1  # passes with gradients a step
-    free: float = 0  # passes without
-
-
-def size_of(base: Checkpoint, config: dict[str, Any]) -> float:
-    """A UNet of that config, in units of the base's."""
-    sizes = [sum(p.numel() for p in shaped.skeleton("unet").parameters()) for shaped in (base.shaped("unet", config), base)]
-    return sizes[0] / sizes[1]
-
-
-def lcm_load(config: Any, base: Checkpoint) -> Load:
-    return Load(full=1, free=3) if config.full else Load(lora=1, free=1 if config.finetune else 3)
-
-
-def dmd_load(config: Any, base: Checkpoint) -> Load:
-    full, turn = (config.student == "full") + (config.fake == "full"), 1 / config.fake_steps_per_gen
-    gan = 1.5 if config.gan_weight else 0.0
-    return Load(full, 2 - full, 1, 2 + gan / 2, 1 + turn + gan, 2 * turn + (config.num_steps - 1) / 2)
-
-
-def lightning_load(config: Any, base: Checkpoint) -> Load:
-    """The largest phase: discriminator and student, in the full phase a network of its own."""
-    a, b = (int(n) for n in config.stages.split(",")[0].split(":")[:2])
-    own = 0.5 if config.discriminator == "full" else 0.0  # the encoder alone
-    full = own + (0 if config.lora_only else 1)
-    return Load(full, 2.0 if own else 2.5, graph=1.5, grad=2.5, free=1 + 2 * a / b)
-
-
-def sdxs_load(config: Any, base: Checkpoint) -> Load:
-    student = size_of(base, config.open_student().unet_config) if config.init else 1.0
-    full = student * (config.student == "full" and not config.style_lora) + (config.fake == "full")
-    return Load(full, 2 - (full > 0) - (full > 1), 1, 1.5 + student, 1.5 + student, 2.5)
-
-
-def prune_load(config: Any, base: Checkpoint) -> Load:
-    student = size_of(base, unet.student_config(base.unet_config, config.layout, base.family))
-    return Load(full=student, graph=student, grad=student, free=1)
-
-
-def controlnet_load(config: Any, base: Checkpoint) -> Load:
-    """The encoder again, with its two small networks; teacher and student are two UNets where there is an --init."""
-    student = size_of(base, config.open_student().unet_config) if config.init else 0.0
-    return Load(0.4, config.one_step + 0.0, 1.4 + student, (student or 1) + 0.4, (student or 1) + 0.4, 1.4)
-
-
-LOADS: dict[str, Callable[[Any, Checkpoint], Load]] = {
-    "train-lcm-lora": lcm_load,
-    "dmd": dmd_load,
-    "lightning": lightning_load,
-    "sdxs": sdxs_load,
-    "prune": prune_load,
-    "distill-controlnet": controlnet_load,
-}
 
 
 @dataclass(frozen=True)
@@ -120,14 +56,14 @@ class DataPlan:
     pictures: int = 0  # that the VAE encodes
 
 
-def data_plan(base: Checkpoint, config: TrainConfig) -> DataPlan:
+def data_plan(base: Checkpoint, config: TrainConfig, needs: Needs) -> DataPlan:
     spec = config.data or ("emoji" if base.family == "emoji" else "teacher")
     side = (config.resolution or base.resolution_px) // base.pixels_per_latent
     latent = 2 * base.unet_config["in_channels"] * side**2  # fp16
     if spec.startswith("emoji"):
         return DataPlan(spec)
     if spec == "teacher":
-        n = 0 if config.wants == "prompts" else config.pairs
+        n = 0 if needs == "prompts" else config.pairs
         told = f"{n} samples of the teacher" if n else "prompts alone"
         return DataPlan(told, n * 2 * latent, n * config.teacher_sampling(base.family).calls)
     cond = footprint.condition(base, 1)

@@ -4,17 +4,13 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.cost.footprint import condition
@@ -24,10 +20,11 @@ from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime import console
 from fastdiff.sampling.sampler import at_once
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.previews import vae_of
+from fastdiff.training.method import Method
 from fastdiff.training.run import Run
+from fastdiff.training.scene import open_vae
 from fastdiff.training.session import load_base, open_accelerator
-from fastdiff.training.trainer import Trainer
+from fastdiff.training.trainer import Trainer, tensors_in
 
 PREVIEWED = 4  # pictures that a contact sheet draws at once
 
@@ -48,27 +45,27 @@ class Measured:
         return sum(steps * seconds for steps, seconds in self.phases.values())
 
 
-def measure(module: str, config: TrainConfig, *, pictures: bool) -> Measured | None:
-    """Probe a command's module; None where it ran out of memory."""
+def measure(method: type[Method], config: TrainConfig, *, pictures: bool) -> Measured | None:
+    """Probe a method; None where it ran out of memory."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return pool.submit(steps, module, config, pictures).result()
+            return pool.submit(steps, method, config, pictures).result()
         except BrokenProcessPool:  # how the kernel answers who takes too much memory
             console.warn("the probe was ended from outside: most likely it took more memory than there is")
             return None
 
 
-def steps(module: str, config: TrainConfig, pictures: bool) -> Measured | None:
+def steps(method: type[Method], config: TrainConfig, pictures: bool) -> Measured | None:
     """The probe itself: every phase of the method is entered and takes its steps on random latents."""
     console.quiet_libraries(offline=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return probed(import_module(module), config, pictures, Path(folder))
+            return probed(method, config, pictures, Path(folder))
     except (torch.OutOfMemoryError, MemoryError):
         return None
 
 
-def probed(module: Any, config: TrainConfig, pictures: bool, folder: Path) -> Measured:
+def probed(method_class: type[Method], config: TrainConfig, pictures: bool, folder: Path) -> Measured:
     run = Run(folder)
     accelerator = open_accelerator(replace(config, tracker="none"), run)
     base, device = load_base(config, accelerator), accelerator.device
@@ -78,37 +75,32 @@ def probed(module: Any, config: TrainConfig, pictures: bool, folder: Path) -> Me
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     call_s = calling_s(base, config, device)
-    method = module.METHOD(base, config)
-    trainer = Trainer(method, latents(base, config, control=hasattr(config, "control")), run, config, accelerator)
+    method = method_class(base, config)
+    trainer = Trainer(method, latents(base, config, control=method.controlnet is not None), run, config, accelerator)
     found = {}
     for index in range(len(trainer.phases)):
         if index:
             trainer.leave()
             trainer.enter(index)
-        found[trainer.phase.name or "all"] = trainer.phase.steps, stepping_s(trainer, period(config))
+        found[trainer.phase.name or "all"] = trainer.lengths[index], stepping_s(trainer, method_class.cycle(config))
     preview(base, config, device)
     states = [player.state_dict() for player in trainer.players.values()]
-    extra = [part.state_dict() for part in getattr(method, "extra_state", {}).values()]
+    extra = [part.state_dict() for part in method.state().values()]
     student = next(iter(trainer.players.values()))
     return Measured(
         peak_bytes(device),
         found,
         call_s,
         picture_s,
-        sum(tensor.nbytes for tensor in tensors([states, extra])),
+        sum(tensor.nbytes for tensor in tensors_in([states, extra])),
         sum(p.nbytes for p in student.params),
     )
-
-
-def period(config: Any) -> int:
-    """Steps until all players have trained."""
-    return getattr(config, "fake_steps_per_gen", None) or getattr(config, "d_steps_per_gen", None) or 1
 
 
 def stepping_s(trainer: Trainer, length: int) -> float:
     """Seconds of a step, as late in its phase as can be: by then all that comes in later has come in."""
     last = trainer.end - length
-    trainer.step = max(trainer.phase.start, last - last % length)
+    trainer.step = max(trainer.start, last - last % length)
     trainer.train_step()  # the first one is slow: memory is found, kernels are chosen
     began = clock(trainer.device)
     for _ in range(length):
@@ -145,7 +137,7 @@ def preview(base: Checkpoint, config: TrainConfig, device: torch.device) -> None
     """The most of a contact sheet's memory: decoding four pictures beside all that trains."""
     side = (config.resolution or base.resolution_px) // base.pixels_per_latent
     z = torch.randn(PREVIEWED, base.unet_config["in_channels"], side, side, device=device)
-    autoencoder.decode(vae_of(base, config).to(device), z)
+    autoencoder.decode(open_vae(base, config.vae).to(device), z)
 
 
 @torch.no_grad()
@@ -183,13 +175,3 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        yield from tensors(list(tree.values()))
-    elif isinstance(tree, list | tuple):
-        for part in tree:
-            yield from tensors(part)

@@ -86,6 +86,12 @@ class Encoded:
         told = [self.names[i] if self.names else str(i) for i in items.tolist()]
         return Batch(autoencoder.draw(self.moments[items].float(), generator), cond, uncond, noise, pixels, told)
 
+    def state_dict(self) -> dict[str, int]:
+        """Nothing: which items come next depends on the step alone. A stream of its own position would keep that here."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
 
 @dataclass
 class Buckets:
@@ -115,6 +121,11 @@ class Buckets:
         lengths = torch.tensor([float(len(group)) for group in self.groups])
         group = self.groups[int(torch.multinomial(lengths, 1, generator=shared or generator))]
         return group.batch(size, generator)
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
 
 
 Data = Encoded | Buckets

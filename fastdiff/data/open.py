@@ -14,10 +14,10 @@ from fastdiff.data.prompts import default_prompts, read_prompts
 from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling.sampler import DEFAULTS, Settings
 
-__all__ = ["Batch", "Buckets", "Data", "Encoded", "Framing", "Wants", "open_data"]
+__all__ = ["Batch", "Buckets", "Data", "Encoded", "Framing", "Needs", "open_data"]
 
 
-Wants = Literal["latents", "pairs", "prompts"]
+Needs = Literal["latents", "pairs", "prompts"]
 STREAMED = 10_000  # images of a stream, whose end nobody knows
 
 
@@ -31,7 +31,7 @@ def open_data(
     seed: int,
     device: torch.device | str,
     sampling: Settings | None = None,
-    wants: Wants = "latents",
+    needs: Needs = "latents",
     framing: Framing | None = None,
     max_images: int | None = None,
 ) -> Data:
@@ -42,7 +42,7 @@ def open_data(
     Pairs of noise and sample come from the teacher alone.
     """
     spec = spec or ("emoji" if base.family == "emoji" else "teacher")
-    if wants == "pairs" and spec != "teacher":
+    if needs == "pairs" and spec != "teacher":
         raise UsageError(f"--data {spec}: regression needs pairs of noise and picture", "use --data teacher, or --lambda-reg 0")
     framing = framing or Framing(resolution_px)
     unused = {"--buckets": framing.buckets, "--random-crops": framing.random_crops, "--flip": framing.flip}
@@ -58,7 +58,7 @@ def open_data(
     if spec == "teacher":
         lines = read_prompts(Path(prompts)) if prompts else default_prompts(base.family)
         chosen = sampling or DEFAULTS[base.family]
-        n = 0 if wants == "prompts" else pairs
+        n = 0 if needs == "prompts" else pairs
         return teacher.encode(base, lines, resolution_px, chosen, pairs=n, seed=seed, device=device)
     framing = replace(framing, least_px=base.pixels_per_latent)
     if spec.startswith(("wds:", "hf:")):

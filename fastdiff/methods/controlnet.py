@@ -12,32 +12,32 @@ Control pictures are taken out of the teacher's own decoded samples by a library
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints import checkpoint, write
+from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data import control
-from fastdiff.data.batch import Batch, Encoded
-from fastdiff.data.open import Wants
+from fastdiff.data.batch import Batch, Data, Encoded
+from fastdiff.data.open import Needs
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
 from fastdiff.methods.shared import segmented
-from fastdiff.methods.shared.segmented import Segmented, SegmentedConfig, phases
+from fastdiff.methods.shared.segmented import Segmented, SegmentedConfig, planned
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.errors import Result, UsageError
+from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling.pictures import contact_sheet, uint8
-from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings
-from fastdiff.training.card import write_controlnet_card
-from fastdiff.training.method import Phase, Turn
-from fastdiff.training.previews import vae_of
+from fastdiff.sampling.sampler import DEFAULTS, Sampler
+from fastdiff.training.card import Usage, opened
+from fastdiff.training.method import Load, Now, Phase, Trains, Turn, relative_size
 from fastdiff.training.run import Run
-from fastdiff.training.session import data_of, open_session
+from fastdiff.training.scene import Scene
 
 CARD = dict(segmented.CARD, match_steps=0)
 PRESETS = {
@@ -65,36 +65,35 @@ class Config(SegmentedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eval_every:
-            raise UsageError("--eval-every: has no use for a ControlNet", "--preview-every shows how it gets on")
+            raise UsageError("`eval_every`: has no use for a ControlNet", "`preview_every` shows how it gets on")
         if self.buckets:
-            raise UsageError("--buckets: has no use for a ControlNet here", "control pictures are squares of --resolution")
+            raise UsageError("`buckets`: has no use for a ControlNet here", "control pictures are squares of `resolution`")
         if self.one_step and not self.init:
-            raise UsageError("--one-step: needs the checkpoint that draws in one step", "give it as --init")
+            raise UsageError("`one_step`: needs the checkpoint that draws in one step", "give it as `init`")
         if self.one_step and self.match_steps > self.steps:
-            raise UsageError(f"--match-steps {self.match_steps}: more than --steps {self.steps}")
+            raise UsageError(f"`match_steps={self.match_steps}`: more than `steps={self.steps}`")
         if self.redraw and not self.one_step:
-            raise UsageError(f"--redraw {self.redraw:g}: is of --one-step", "several steps start from noised pictures")
+            raise UsageError(f"`redraw={self.redraw:g}`: is of `one_step`", "several steps start from noised pictures")
         if not self.controlnet:
-            raise UsageError("--controlnet: which one of the base?", "a diffusers folder or a hub id")
-
-    @property
-    def wants(self) -> Wants:
-        return "pairs" if self.one_step else "latents"
+            raise UsageError("`controlnet`: which one of the base?", "a diffusers folder or a hub id")
 
     def start(self, base: Checkpoint) -> Checkpoint:
         first = super().start(base)
         if self.one_step and first.recipe.num_steps != 1:
-            raise UsageError(f"--one-step: {self.init} does not draw in one step", "`fastdiff sdxs` makes one that does")
+            raise UsageError(f"`one_step`: {self.init} does not draw in one step", "`fastdiff sdxs` makes one that does")
         return first
 
 
 class DistilControlNet(Segmented):
     """Teacher and online model with the base's ControlNet, another UNet with a small one; players: student, fake (one step)."""
 
+    name, Config, presets, examples = "distill-controlnet", Config, PRESETS, EXAMPLES
+    writes_checkpoint = False
+
     def __init__(self, base: Checkpoint, config: Config) -> None:
         self.controlnet = controlnet.load(config.controlnet, base.unet_config)
         super().__init__(base, config)
-        self.parent, first = checkpoint.fingerprint(base.unet), config.start(base)
+        first = config.start(base)
         self.recipe = first.recipe
         net, small = first.unet.requires_grad_(False), controlnet.inheriting(self.controlnet, first.unet_config)
         if config.gradient_checkpointing:
@@ -102,58 +101,121 @@ class DistilControlNet(Segmented):
             small.enable_gradient_checkpointing()
         kind = self.recipe.predicts(first.prediction_type)
         self.student = Denoiser(net, self.schedule, kind, controlnet=small)
-        self.players: dict[str, nn.Module] = {"student": small}
         self.compared = [pair for pair in unet.feature_pairs(base.unet.config, first.unet_config) if pair[0].startswith("up_")]
         if config.one_step:
-            self.fake, self.fake_params = self.trained("fake", self.copied() if config.fake == "full" else None)
-            self.rates = {"fake": config.fake_lr or config.lr}
-            self.watch(first)
-            self.phases = phases(match=config.match_steps, distill=config.steps - config.match_steps)
+            self.fake_net = self.copied() if config.fake == "full" else None
+            self.fake, self.fake_params = self.trained("fake", self.fake_net)
+            self._open_matching(first)
 
-    def enter(self, part: Phase) -> None:
-        self.part = part
-        if part.name == "distill":
-            self.players["fake"] = nn.ParameterList(self.fake_params)
+    @classmethod
+    def check(cls, config: Config) -> Config:
+        """What cannot work is refused before anything is sampled."""
+        control.extractor(config.control)
+        base = config.open_base()
+        controlnet.load(config.controlnet, base.unet_config)
+        config.start(base)
+        return config
 
-    def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
+    @classmethod
+    def needs(cls, config: Config) -> Needs:
+        return "pairs" if config.one_step else "latents"
+
+    @classmethod
+    def exhibit(cls, scene: Scene, config: Config) -> "Rows":
+        return Rows(scene, config)
+
+    @classmethod
+    def arrange(cls, scene: Scene, data: Data, exhibit: "Rows", config: Config) -> Data:
+        """Control pictures are taken out of the items' own; some items are held out."""
+        control.of_samples(scene.base.vae.to(scene.device), data, exhibit.how)
+        data, held_out = data.split(config.proof)
+        exhibit.keep(held_out)
+        return data
+
+    @classmethod
+    def load(cls, config: Config, base: Checkpoint) -> Load:
+        """The encoder again, with its two small networks; teacher and student are two UNets where there is an `init`."""
+        student = relative_size(base, config.open_student().unet_config) if config.init else 0.0
+        return Load(0.4, config.one_step + 0.0, 1.4 + student, (student or 1) + 0.4, (student or 1) + 0.4, 1.4)
+
+    def phases(self) -> list[Phase]:
+        config = self.config
+        if not config.one_step:
+            return [Phase("", config.steps)]
+        return planned(match=config.match_steps, distill=config.steps - config.match_steps)
+
+    def players(self, phase: Phase) -> dict[str, Trains]:
+        small = self.student.controlnet
+        players = {"student": Trains(list(small.parameters()), averaged=True, net=small)}
+        if phase.name == "distill":
+            players["fake"] = Trains(self.fake_params, self.config.fake_lr, net=self.fake_net)
+        return players
+
+    def networks(self) -> list[nn.Module]:
+        return super().networks() if self.config.one_step else [self.teacher, self.student]
+
+    def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """Section 3.2 for one step, section 3.1 for several."""
         if self.config.one_step:
-            pairs = self.pairs(batch)
-            yield self.turn(self.made(batch, pairs, self.config.redraw), batch, step, pairs)
+            pairs = self._pairs(batch, now)
+            yield self.turn(self.generated(batch, pairs, self.config.redraw), batch, now, pairs)
             return
         t = torch.randint(len(self.schedule), (len(batch.latents),), device=batch.latents.device)
         x_t = self.schedule.add_noise(batch.latents, torch.randn_like(batch.latents), t)
-        mine, its = zip(*self.compared, strict=True)
-        with torch.no_grad(), self.teacher.tap(its) as goals:
+        mine, teachers = zip(*self.compared, strict=True)
+        with torch.no_grad(), self.teacher.tap(teachers) as goals:
             goal = self.teacher(x_t, t, batch.cond)
         with self.student.tap(mine) as features:
             p = self.student(x_t, t, batch.cond)
         terms = {"out": losses.squared(*(self.schedule.output(q, t, self.student.kind) for q in (p, goal)))}
         if self.config.lambda_feat:
-            terms["feat"] = self.config.lambda_feat * losses.features([features[k] for k in mine], [goals[k] for k in its])
+            terms["feat"] = self.config.lambda_feat * losses.features([features[k] for k in mine], [goals[k] for k in teachers])
         yield {"student": terms}
-
-    def updated(self, step: int) -> None: ...
 
     def export(self, run: Run) -> None:
         """The folder `controlnet`: stock ControlNetModel."""
         write.network_to_folder(self.student.controlnet, run.folder / "controlnet")
         run.wrote(run.folder / "controlnet")
 
-    def settings(self, who: Denoiser) -> Settings:
-        """How teacher or student are sampled."""
-        usual = DEFAULTS[self.base_model.family]
-        return usual if who is self.teacher or not self.recipe.scheduler else Settings.of(self.recipe, usual)
+    def usage(self, weights: Path, base: Checkpoint) -> Usage:
+        of, settings = self.config.open_student(), self.settings()
+        kind = "StableDiffusionXLControlNetPipeline" if base.family == "sdxl" else "StableDiffusionControlNetPipeline"
+        return Usage(
+            title=f"controlnet: {self.config.control} for {of.ref}",
+            tags="controlnet",
+            sampling=f"{settings.scheduler}, steps: {settings.num_steps}, guidance {settings.guidance}",
+            imports=f"ControlNetModel, {kind}",
+            code='controlnet = ControlNetModel.from_pretrained("controlnet")\n'
+            f"pipe = {opened(of, kind, ', controlnet=controlnet')}",
+            picture="control, the base with its ControlNet, this one",
+            method=f"distilled from {self.config.controlnet} (SDXS)",
+            licence="that of the base model and of the ControlNet that it was distilled from",
+        )
+
+    def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str]:
+        return {
+            "base": self.config.init or self.config.base,
+            "controlnet": str(weights),
+            "control_image": "picture.png",
+            "control": self.config.control,
+        }
 
 
 class Rows:
     """Items that were kept out of training: their texts, seeds and control pictures."""
 
-    def __init__(self, base: Checkpoint, vae: nn.Module, kept: Encoded, config: Config, device: torch.device) -> None:
-        self.base, self.vae, self.device, self.config = base, vae, device, config
-        self.how, self.controls, self.uncond = control.extractor(config.control), kept.controls, kept.uncond
-        self.cond = kept.texts[kept.captions[:, 0]]
-        self.px = config.resolution or base.resolution_px
+    prompt = "red apple"
+
+    def __init__(self, scene: Scene, config: Config) -> None:
+        self.base, self.vae, self.device, self.px = scene.base, scene.vae, scene.device, scene.resolution_px
+        self.how = control.extractor(config.control)
+
+    def keep(self, held_out: Encoded) -> None:
+        """These are the items."""
+        self.controls, self.uncond = held_out.controls, held_out.uncond
+        self.cond = held_out.texts[held_out.captions[:, 0]]
+
+    def begin(self, method: DistilControlNet) -> None: ...
 
     def draw(self, method: DistilControlNet, who: Denoiser, controls: Tensor | None, n: int | None = None) -> Tensor:
         """Pictures (N, 3, H, W) on the CPU, item i from seed i."""
@@ -161,7 +223,8 @@ class Rows:
         if controls is not None:
             cond = cond.with_control((controls[:n].float() / 255).expand(-1, 3, -1, -1))
         sampler, seeds = Sampler(self.base, who, self.vae, device=self.device), list(range(len(cond)))
-        return sampler.pixels(cond, self.uncond, seeds, method.settings(who), resolution_px=self.px, batch=8)
+        settings = DEFAULTS[self.base.family] if who is method.teacher else method.settings()
+        return sampler.pixels(cond, self.uncond, seeds, settings, resolution_px=self.px, batch=8)
 
     def agreement(self, pictures: Tensor, controls: Tensor) -> float:
         """Mean F1 of the pictures' edges and the control's."""
@@ -169,16 +232,18 @@ class Rows:
 
     def sheet(self, method: DistilControlNet) -> Any:
         """Control | teacher | student, six of them."""
-        shown = (self.controls[:6].float() / 127.5 - 1).expand(-1, 3, -1, -1)
+        controls = (self.controls[:6].float() / 127.5 - 1).expand(-1, 3, -1, -1)
         drawn = [self.draw(method, who, self.controls, 6) for who in (method.teacher, method.student)]
-        return contact_sheet([shown, *drawn], scale=max(1, 128 // self.px))
+        return contact_sheet([controls, *drawn], scale=max(1, 128 // self.px))
 
-    def figures(self, method: DistilControlNet) -> dict[str, Any]:
-        """How well the control is kept, and whether it does anything: off, and with another item's."""
+    def figures(self, method: DistilControlNet, run: Run) -> dict[str, Any]:
+        """How well what was written keeps the control, and whether it does anything: off, and with another item's."""
+        written = controlnet.load(str(run.folder / "controlnet"), method.student.net.config)
+        method.student.controlnet = written.to(self.device)
         others = self.controls.roll(1, 0)
         teacher = self.draw(method, method.teacher, self.controls)
         on, off, other = (self.draw(method, method.student, c) for c in (self.controls, None, others))
-        found = {
+        figures = {
             "edges_teacher": self.agreement(teacher, self.controls),
             "edges_student": self.agreement(on, self.controls),
             "edges_student_off": self.agreement(off, self.controls),
@@ -186,45 +251,10 @@ class Rows:
             "change_off": (on - off).abs().mean().item(),
             "change_other_control": (on - other).abs().mean().item(),
         }
-        return {"items": len(on), **found, "edges_kept": found["edges_student"] / max(found["edges_teacher"], 1e-9)}
-
-
-METHOD = DistilControlNet
-
-
-def run(config: Config) -> Result:
-    """The `distill-controlnet` command."""
-    how = control.extractor(config.control)  # what cannot work is told before anything is sampled
-    base = config.open_base()
-    controlnet.load(config.controlnet, base.unet_config)
-    config.start(base)
-    session = open_session("distill-controlnet", config)
-    base, run, device = session.base, session.run, session.accelerator.device
-    with console.timed("data_s"):
-        data = data_of(base, config, device)
-        base.vae.to(device)
-        control.of_samples(base.vae, data, how)
-        data, kept = data.split(config.proof)
-        vae = vae_of(base, config)
-        base.release("text_encoders", "tokenizers", "vae")
-    base.unet.to(device)
-    method = DistilControlNet(base, config)
-    rows = Rows(base, vae, kept, config, device)
-    trainer = session.fit(method, data, lambda: rows.sheet(method))
-    if not session.accelerator.is_main_process:
-        return Result()
-    with console.timed("proof_s"):
-        made = controlnet.load(str(run.folder / "controlnet"), method.student.net.config)
-        method.student.controlnet = made.to(device)
-        metrics = {"steps": trainer.step, **rows.figures(method)}
-    table = [[k, f"{v:.4g}"] for k, v in metrics.items()]
-    console.table(
-        f"edges of the control and of {metrics['items']} pictures (F1), and what the control changes", ["figure", "value"], table
-    )
-    write_controlnet_card(run, base, config, method.settings(method.student), metrics)
-    where = f"--base {config.init or config.base} --controlnet {run.folder / 'controlnet'}"
-    return Result(
-        run.outputs,
-        metrics,
-        f'fastdiff sample {where} --control-image picture.png --control {config.control} --prompt "red apple"',
-    )
+        figures = {"items": len(on), **figures, "edges_kept": figures["edges_student"] / max(figures["edges_teacher"], 1e-9)}
+        console.table(
+            f"edges of the control and of {len(on)} pictures (F1), and what the control changes",
+            ["figure", "value"],
+            [[name, f"{value:.4g}"] for name, value in figures.items()],
+        )
+        return figures

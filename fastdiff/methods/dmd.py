@@ -12,18 +12,17 @@ the student), on one x. With LoRAs the three roles are one network: teacher = no
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint, locate
+from fastdiff.checkpoints import locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.batch import Batch
-from fastdiff.data.open import Wants
+from fastdiff.data.open import Needs
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
@@ -37,9 +36,7 @@ from fastdiff.runtime.console import info
 from fastdiff.runtime.errors import UsageError
 from fastdiff.runtime.rng import seed_for
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.method import Losses, Turn
-from fastdiff.training.run import Run
-from fastdiff.training.session import train, write_student
+from fastdiff.training.method import Load, Losses, Now, Phase, Trains, Turn, equation
 
 # Rows are families; a row family:recipe lies over its family's.
 # fmt: off
@@ -115,71 +112,100 @@ class Config(TrainConfig):
 
     def __post_init__(self) -> None:
         if self.t_min > self.t_max:
-            raise UsageError(f"--t-min {self.t_min:g}: must be at most --t-max {self.t_max:g}")
+            raise UsageError(f"`t_min={self.t_min:g}`: must be at most `t_max={self.t_max:g}`")
 
     @property
     def regresses(self) -> bool:
         return self.lambda_reg > 0 or self.reg_steps > 0
 
-    @property
-    def wants(self) -> Wants:
-        if self.regresses:
-            return "pairs"
-        return "latents" if self.gan_weight or self.score_guidance == "fitted" else "prompts"
-
 
 class DMD(Scores):
     """Three roles, on one network where student and fake score are LoRAs; players: student, fake (with the GAN head)."""
 
+    name, Config, presets, examples = "dmd", Config, PRESETS, EXAMPLES
+
     def __init__(self, base: Checkpoint, config: Config) -> None:
         super().__init__(base, config)
-        self.parent = checkpoint.fingerprint(base.unet)
-        copies = {name: self.copied() for name in ("student", "fake") if getattr(config, name) == "full"}
-        self.student, students = self.trained("student", copies.get("student"))
-        self.fake, fakes = self.trained("fake", copies.get("fake"))
+        student_net, fake_net = (self.copied() if kind == "full" else None for kind in (config.student, config.fake))
+        self.student, students = self.trained("student", student_net)
+        self.fake, fakes = self.trained("fake", fake_net)
         if config.init:
             start_from(self.student, lora.load(config.init, allow_pickle=config.allow_pickle))
         self.head = None
         if config.gan_weight:
             self.watched = self.fake if config.gan_features == "fake" else self.teacher
-            side = (config.resolution or base.resolution_px) // base.pixels_per_latent
+            side = self.resolution_px // base.pixels_per_latent
             side //= 2 if config.buckets else 1  # the shortest of the buckets
             self.head = Head.on(self.watched.net, base.unet_config["block_out_channels"][-1], side)
             fakes += self.head.parameters()
-        self.players: dict[str, nn.Module] = {"student": nn.ParameterList(students), "fake": nn.ParameterList(fakes)}
-        self.rates = {"fake": config.fake_lr or config.lr}
+        self.trains = {
+            "student": Trains(students, averaged=True, net=student_net),
+            "fake": Trains(fakes, config.fake_lr, net=fake_net),
+        }
         self.distance = None
         if config.regresses:
-            pixels = perceptual.open_distance(base.family, config.lpips_weights, off="--lambda-reg 0")
+            pixels = perceptual.open_distance(base.family, config.lpips_weights, off="`lambda_reg=0`")
             self.distance = perceptual.DecodedDistance(base.vae, pixels, config.reg_crop)
         self.timesteps = sampling_timesteps(self.schedule, config)
-        self.recipe = Recipe(
+        self.recipe = replace(
+            self.recipe,
             method=config.recipe,
-            family=base.family,
             scheduler="lcm",
             spacing="trailing",
             num_steps=config.num_steps,
             timesteps=tuple(self.timesteps.tolist()),
             guidance=1.0,
-            prediction_type=base.prediction_type,
         )
+
+    @classmethod
+    def check(cls, config: Config) -> Config:
+        """A wrong file is refused before hours of sampling."""
+        if config.init:
+            lora.load(config.init, allow_pickle=config.allow_pickle)
+        if config.regresses:
+            family = locate.family_of(config.base, allow_pickle=config.allow_pickle)
+            perceptual.locate(family, config.lpips_weights, off="`lambda_reg=0`")
+        return config
+
+    @classmethod
+    def needs(cls, config: Config) -> Needs:
+        if config.regresses:
+            return "pairs"
+        return "latents" if config.gan_weight or config.score_guidance == "fitted" else "prompts"
+
+    @classmethod
+    def load(cls, config: Config, base: Checkpoint) -> Load:
+        full, turn = (config.student == "full") + (config.fake == "full"), 1 / config.fake_steps_per_gen
+        gan = 1.5 if config.gan_weight else 0.0
+        return Load(full, 2 - full, 1, 2 + gan / 2, 1 + turn + gan, 2 * turn + (config.num_steps - 1) / 2)
+
+    @classmethod
+    def cycle(cls, config: Config) -> int:
+        return config.fake_steps_per_gen
+
+    def players(self, phase: Phase) -> dict[str, Trains]:
+        return self.trains
+
+    def networks(self) -> list[nn.Module]:
+        return [self.teacher, self.student, self.fake, *filter(None, (self.head, self.distance))]
 
     def prepare(self, batch: Batch) -> None:
         """Before training, on samples: the guidance that fits them."""
         if self.config.score_guidance == "fitted":
             self.guidance = fitted_guidance(self.teacher, batch)
-            told = ", ".join(f"{self.guidance[t]:.2f} at t = {t}" for t in (20, 100, 300, 600, 980))
-            info(f"guidance that fits the teacher's samples: {told}")
+            levels = ", ".join(f"{self.guidance[t]:.2f} at t = {t}" for t in (20, 100, 300, 600, 980))
+            info(f"guidance that fits the teacher's samples: {levels}")
 
-    def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
+    def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """DMD, algorithm 1; DMD2, section 4. Student and fake score learn from the same x, both from the other's old weights.
 
         The fake score answers once: its prediction in g is also the one that it is trained on, at the same noise and level.
         """
-        config, alone = self.config, step < self.config.reg_steps
+        config, step = self.config, now.step
+        alone = step < config.reg_steps
         turn = alone or step % config.fake_steps_per_gen == 0
-        k = 0 if alone else self.step_index(step)
-        pairs = self.pairs(batch, alone) if turn and k == 0 else 0  # their noise is where the first step starts
+        k = 0 if alone else self._step_index(step)
+        pairs = self._pairs(batch, alone) if turn and k == 0 else 0  # their noise is where the first step starts
         x_t, t = self.start(batch, k, pairs), self.timesteps[k].expand(len(batch.latents))
         with torch.set_grad_enabled(turn):
             x = self.student(x_t, t, batch.cond).x0
@@ -199,64 +225,48 @@ class DMD(Scores):
             players["student"] = student
         yield players
 
+    @equation("DMD, equation 6; DMD2, section 4.3")
     def fake_losses(self, seen: Noised, fake: Prediction, batch: Batch) -> Losses:
-        """The fake score's own training loss (DMD, eq. 6), and the discriminator's (DMD2, 4.3)."""
+        """The fake score's own training loss, and the discriminator's."""
         terms = self.denoising(seen, fake)
         if self.head:
             made, real = self.logits(seen.x, batch.cond), self.logits(batch.latents, batch.cond)
             terms["gan"] = self.config.gan_weight_fake * (losses.gan_fake(made) + losses.gan_real(real))
-            self.figures |= {"d_fake": made.detach().sigmoid().mean(), "d_real": real.detach().sigmoid().mean()}
+            self.log(d_fake=made.detach().sigmoid().mean(), d_real=real.detach().sigmoid().mean())
         return terms
 
+    @equation("DMD2, equation 4")
     def logits(self, x0: Tensor, cond: Cond) -> Tensor:
-        """The discriminator on a noised latent, every noise level (DMD2, eq. 4)."""
+        """The discriminator on a noised latent, every noise level."""
         t = torch.randint(len(self.schedule), (len(x0),), device=x0.device)
         x_t = self.schedule.add_noise(x0, torch.randn_like(x0), t)
         return self.head(self.watched.bottleneck(x_t, t, cond))
 
+    @equation("DMD, algorithm 1; DMD2, section 4.5")
     def start(self, batch: Batch, k: int, pairs: int) -> Tensor:
-        """What the student meets at its step k; the first `pairs` rows start from their pair's noise (DMD, algorithm 1)."""
+        """What the student meets at its step k; the first `pairs` rows start from their pair's noise."""
         noise = torch.randn_like(batch.latents)
         if pairs:
             noise[:pairs] = batch.noise[:pairs]
         generator = lambda x, t: self.student(x, t, batch.cond)
         return simulate(generator, noise, self.schedule, self.timesteps, k)
 
-    def step_index(self, step: int) -> int:
+    def _step_index(self, step: int) -> int:
         """Which of the student's steps trains: the same on every process and in every micro-batch, and no process's own draw."""
         g = torch.Generator().manual_seed(seed_for(self.config.seed, 999_983, step))
         return int(torch.randint(len(self.timesteps), (), generator=g))
 
-    def pairs(self, batch: Batch, alone: bool = False) -> int:
+    def _pairs(self, batch: Batch, alone: bool = False) -> int:
         """How many of the batch's first rows take part in the regression."""
         if not (alone or self.config.lambda_reg):
             return 0
         n = len(batch.latents)
         return n if alone else min(n, self.config.reg_batch or -(-n // 2))
 
-    def updated(self, step: int) -> None: ...
-
-    def export(self, run: Run) -> None:
-        """`dmd.safetensors` or `dmd2.safetensors`, or with --student full a diffusers folder."""
-        write_student(self, run, None if self.config.student == "full" else self.config.lora_alpha)
-
 
 def sampling_timesteps(schedule: NoiseSchedule, config: Config) -> Tensor:
     """999, 749, 499, 249 for four steps from the last timestep; 749, 561, 374, 187 from 749."""
     n, first = config.num_steps, len(schedule) - 1 if config.t_gen is None else config.t_gen
     if not n <= first + 1 <= len(schedule):
-        raise UsageError(f"--t-gen {config.t_gen}: must be at least {n - 1} and below {len(schedule)}")
+        raise UsageError(f"`t_gen={config.t_gen}`: must be at least {n - 1} and below {len(schedule)}")
     return torch.tensor([round((first + 1) * (n - k) / n) - 1 for k in range(n)])
-
-
-METHOD = DMD
-
-
-def run(config: Config):
-    """The `dmd` command."""
-    if config.init:  # a wrong file is told before hours of sampling
-        lora.load(config.init, allow_pickle=config.allow_pickle)
-    if config.regresses:
-        family = locate.family_of(config.base, allow_pickle=config.allow_pickle)
-        perceptual.locate(family, config.lpips_weights, off="--lambda-reg 0")
-    return train("dmd", DMD, config)

@@ -15,15 +15,13 @@ teacher: x_u is the same noise at the lower level.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.schedule import NoiseSchedule, per_sample
@@ -33,10 +31,7 @@ from fastdiff.models.ema import EMA
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.method import Turn
-from fastdiff.training.roles import Roles
-from fastdiff.training.run import Run
-from fastdiff.training.session import train, write_student
+from fastdiff.training.method import Load, Method, Now, Phase, Stateful, Trains, Turn, equation
 
 # guidance is w of u + w (c - u), so the official scripts' w of [5, 15] and [3, 15] is one more here.
 # fmt: off
@@ -83,33 +78,41 @@ class Config(TrainConfig):
 
     def __post_init__(self) -> None:
         if self.guidance_min > self.guidance_max:
-            raise UsageError(f"--guidance-min {self.guidance_min:g}: must be at most --guidance-max {self.guidance_max:g}")
+            raise UsageError(f"`guidance_min={self.guidance_min:g}`: must be at most `guidance_max={self.guidance_max:g}`")
         if self.skip > self.grid_steps:
-            raise UsageError(f"--skip {self.skip}: must be at most --grid-steps {self.grid_steps}")
+            raise UsageError(f"`skip={self.skip}`: must be at most `grid_steps={self.grid_steps}`")
 
 
-class LCM(Roles):
+class LCM(Method):
     """One UNet; players: the student's adapter (or all its weights)."""
+
+    name, Config, presets, examples = "train-lcm-lora", Config, PRESETS, EXAMPLES
 
     def __init__(self, base: Checkpoint, config: Config) -> None:
         super().__init__(base, config)
-        self.parent = checkpoint.fingerprint(base.unet)
-        self.student, trained = self.trained("student", guidance_embedded(base.unet) if config.full else None)
-        self.players: dict[str, nn.Module] = {"student": nn.ParameterList(trained)}
-        self.target = EMA(trained, config.target_ema, warm=False) if config.full else None
-        self.extra_state = {"target": self.target} if self.target else {}
+        self.student, self.params = self.trained("student", guidance_embedded(base.unet) if config.full else None)
+        self.target = EMA(self.params, config.target_ema, warm=False) if config.full else None
         self.grid = distillation_grid(self.schedule, config)
-        self.recipe = Recipe(
+        self.recipe = replace(
+            self.recipe,
             method={"zero": "lcm", "edge": "pcm", "random": "tcd"}[config.target],
-            family=base.family,
             scheduler=SCHEDULERS[config.target],
             num_steps=config.num_steps,
             guidance=config.guidance_min if config.full else 1.0,
             eta=0.3 if config.target == "random" else None,
-            prediction_type=base.prediction_type,
         )
 
-    def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
+    @classmethod
+    def load(cls, config: Config, base: Checkpoint) -> Load:
+        return Load(full=1, free=3) if config.full else Load(lora=1, free=1 if config.finetune else 3)
+
+    def players(self, phase: Phase) -> dict[str, Trains]:
+        return {"student": Trains(self.params, averaged=True, net=self.student.net if self.config.full else None)}
+
+    def state(self) -> dict[str, Stateful]:
+        return {"target": self.target} if self.target else {}
+
+    def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """One consistency step (LCM, algorithm 1; LCF, algorithm 4)."""
         n, device = len(batch.latents), batch.latents.device
         index = torch.randint(len(self.grid), (n,), device=device)
@@ -121,26 +124,29 @@ class LCM(Roles):
         cond = batch.cond.with_guidance(w) if self.config.full else batch.cond
         with torch.no_grad():
             x_u = self.schedule.add_noise(batch.latents, eps, u) if self.config.finetune else self.ode_step(x_t, t, u, batch, w)
-            with self.target_weights():
+            with self._target_weights():
                 target = self.consistency(x_u, u, s, cond)
         online = self.consistency(x_t, t, s, cond)
         distance = losses.CONSISTENCY[self.config.loss]
         yield {"student": {"consistency": distance(online, target, self.config.huber_c, self.weight(t, u, online))}}
 
+    @equation("LCM, equations 13 and 14")
     def ode_step(self, x_t: Tensor, t: Tensor, u: Tensor, batch: Batch, w: Tensor) -> Tensor:
-        """Guided DDIM step t -> u of the teacher (LCM, eq. 13 and 14)."""
+        """Guided DDIM step t -> u of the teacher."""
         return jump(self.schedule, self.teacher.guided(x_t, t, batch.cond, batch.uncond, w), u)
 
+    @equation("LCM, equation 9")
     def consistency(self, x: Tensor, t: Tensor, s: Tensor | None, cond: Cond) -> Tensor:
-        """F(x, t -> s): the boundary form to zero (LCM, eq. 9), else a DDIM jump that leaves x alone where t = s."""
+        """F(x, t -> s): the boundary form to zero, else a DDIM jump that leaves x alone where t = s."""
         p = self.student(x, t, cond)
         if s is None:
             c_skip, c_out = self.schedule.boundary(t, x)
             return c_skip * x + c_out * p.x0
         return torch.where(per_sample(t == s, x), x, jump(self.schedule, p, s))
 
+    @equation("Song & Dhariwal 2023, equation 6")
     def weight(self, t: Tensor, u: Tensor, like: Tensor) -> Tensor | float:
-        """1 / (sigma_t / alpha_t - sigma_u / alpha_u) (Song & Dhariwal 2023, eq. 6): with an epsilon network the plain
+        """1 / (sigma_t / alpha_t - sigma_u / alpha_u): with an epsilon network the plain
 
         loss on x0 pulls sigma / alpha times as hard, 100 times between the ends, and low noise levels, the detail, decay.
         """
@@ -148,6 +154,7 @@ class LCM(Roles):
             return 1.0
         return per_sample(1 / (self.schedule.noise_scale(t) - self.schedule.noise_scale(u)), like)
 
+    @equation("LCM, algorithm 1; PCM, section 3; TCD, section 4")
     def pair(self, index: Tensor, grid: Tensor) -> tuple[Tensor, Tensor | None]:
         """The lower point u of each sample's pair, and where both jump to: s <= u, None for zero."""
         below = lambda i: torch.where(i >= 0, grid[i.clamp(min=0)], 0)
@@ -162,18 +169,14 @@ class LCM(Roles):
         return u, below((torch.rand(len(index), device=grid.device) * points).long() - 1)
 
     @contextmanager
-    def target_weights(self) -> Iterator[None]:
+    def _target_weights(self) -> Iterator[None]:
         """The averaged target of full training; with a LoRA the target is the student itself (mu = 0)."""
         with self.target.swapped() if self.target else ExitStack():
             yield
 
-    def updated(self, step: int) -> None:
+    def after_update(self, now: Now) -> None:
         if self.target:
             self.target.update()
-
-    def export(self, run: Run) -> None:
-        """`lcm.safetensors`, or with --full a diffusers folder."""
-        write_student(self, run, None if self.config.full else self.config.lora_alpha)
 
 
 def distillation_grid(schedule: NoiseSchedule, config: Config) -> Tensor:
@@ -194,11 +197,3 @@ def guidance_embedded(unet: nn.Module, width: int = 256) -> nn.Module:
     assert missing == ["time_embedding.cond_proj.weight"], missing
     nn.init.zeros_(copy.time_embedding.cond_proj.weight)
     return copy.float().train().requires_grad_(True)
-
-
-METHOD = LCM
-
-
-def run(config: Config):
-    """The `train-lcm-lora` command."""
-    return train("train-lcm-lora", LCM, config)

@@ -15,7 +15,7 @@ teacher is the one of a stage further back. One LoRA goes through all stages, so
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
@@ -23,9 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.schedule import per_sample
@@ -36,10 +34,8 @@ from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Discriminator
 from fastdiff.runtime.config import Range
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.method import Turn
-from fastdiff.training.roles import Roles
+from fastdiff.training.method import Load, Method, Now, Stateful, Trains, Turn, equation
 from fastdiff.training.run import Run
-from fastdiff.training.session import train, write_student
 
 # Paper: 1e-5 for mse, 1e-6 with LoRA, 5e-7 full, 512 images a step. Ours for one card: larger, for far smaller batches.
 # A distance first and the paired loss are what small batches took on `emoji`.
@@ -103,30 +99,57 @@ class Config(TrainConfig):
         plan(self)
 
 
-class Lightning(Roles):
+class Lightning(Method):
     """One UNet with adapters: student, teacher (the stage before), skip (the one before that), discriminator.
 
     Players: student (in the full phase a network of its own), discriminator.
     """
 
+    name, Config, presets, examples = "lightning", Config, PRESETS, EXAMPLES
+
     def __init__(self, base: Checkpoint, config: Config) -> None:
         super().__init__(base, config)
-        self.phases, self.parent = plan(config), checkpoint.fingerprint(base.unet)
+        self.parts = plan(config)
         self.adapter(base.unet, "student")
         if config.init:
             adapters.start_from(base.unet, lora.load(config.init, allow_pickle=config.allow_pickle), "student")
         self.kept = nn.ModuleDict()  # what a resumed run needs besides its players
-        self.extra_state = {"adapters": self.kept}
         self.stage, self.discriminator = -1, None
-        self.players: dict[str, nn.Module] = {}
+
+    @classmethod
+    def check(cls, config: Config) -> Config:
+        """A wrong file is refused before anything is sampled."""
+        if config.init:
+            lora.load(config.init, allow_pickle=config.allow_pickle)
+        return config
+
+    @classmethod
+    def load(cls, config: Config, base: Checkpoint) -> Load:
+        """The largest phase: discriminator and student, in the full phase a network of its own."""
+        first = plan(config)[0]
+        own = 0.5 if config.discriminator == "full" else 0.0  # the encoder alone
+        full = own + (0 if config.lora_only else 1)
+        return Load(full, 2.0 if own else 2.5, graph=1.5, grad=2.5, free=1 + 2 * first.a / first.b)
+
+    @classmethod
+    def cycle(cls, config: Config) -> int:
+        return config.d_steps_per_gen
 
     # ---- phases
 
-    def enter(self, part: Part) -> None:
+    def phases(self) -> list[Part]:
+        return self.parts
+
+    def state(self) -> dict[str, Stateful]:
+        return {"adapters": self.kept}
+
+    def networks(self) -> list[nn.Module]:
+        return [self.teacher, self.student, self.kept, *filter(None, (self.discriminator, self.sources[0]))]
+
+    def players(self, part: Part) -> dict[str, Trains]:
         """Who is teacher, student and discriminator in this phase."""
-        self.part = part
         if part.stage != self.stage:
-            self.begin_stage(part.stage)
+            self._begin_stage(part.stage)
         kind = "sample" if part.b == 1 else None
         self.student = self.role("student", kind=kind)
         trained = adapters.parameters(self.base_model.unet, "student")
@@ -134,28 +157,20 @@ class Lightning(Roles):
         if part.kind == "full":
             worn = lora.Lora(adapters.factors(self.base_model.unet, self.config.lora_alpha), {})
             self.student, trained = self.trained("student", adapters.plain(self.base_model.unet, worn), kind)
-        self.players = {"student": nn.ParameterList(trained)}
-        self.betas = {}
-        if part.kind not in {"mse", "switch"}:
-            self.begin_discriminator(paired=part.kind == "cond")
-            self.players["discriminator"] = nn.ParameterList(self.judges)
-            self.betas = dict.fromkeys(self.players, (0.0, 0.99))  # section 3.6
-        rate = {"mse": self.config.lr, "switch": self.config.lr, "full": self.config.full_lr}
-        self.rates = dict.fromkeys(self.players, rate.get(part.kind, self.config.adversarial_lr))
-        if self.config.d_lr:
-            self.rates["discriminator"] = self.config.d_lr
-        self.sources = self.sources_of(part)
-        self.recipe = Recipe(
-            method="lightning",
-            family=self.base_model.family,
-            scheduler="euler",
-            spacing="trailing",
-            num_steps=part.b,
-            guidance=0.0,
-            prediction_type=self.student.kind,
-        )
+        self.sources = self._sources_of(part)
+        how = dict(scheduler="euler", spacing="trailing", num_steps=part.b, guidance=0.0)
+        self.recipe = replace(self.recipe, **how, prediction_type=self.student.kind)
+        if part.kind in {"mse", "switch"}:
+            return {"student": Trains(trained, averaged=True)}
+        self._begin_discriminator(paired=part.kind == "cond")
+        rate = self.config.full_lr if part.kind == "full" else self.config.adversarial_lr
+        betas = (0.0, 0.99)  # section 3.6
+        return {
+            "student": Trains(trained, rate, betas, averaged=True),
+            "discriminator": Trains(self.judges, self.config.d_lr or rate, betas),
+        }
 
-    def begin_stage(self, stage: int) -> None:
+    def _begin_stage(self, stage: int) -> None:
         """The student of the last stage becomes the teacher, and the teacher the one to skip to; before that it is the base."""
         net, self.discriminator, self.stage = self.base_model.unet, None, stage
         depth = stage + bool(self.config.init)
@@ -167,7 +182,7 @@ class Lightning(Roles):
         for name in reversed(made):
             adapters.imitate(net, {"skip": "teacher", "teacher": "student"}[name], name)
 
-    def begin_discriminator(self, *, paired: bool) -> None:
+    def _begin_discriminator(self, *, paired: bool) -> None:
         """A fresh one for each stage and each way of judging; it goes on from uncond to full."""
         if self.discriminator is not None and self.discriminator.paired == paired:
             return
@@ -179,108 +194,101 @@ class Lightning(Roles):
                 self.adapter(net, name, adapters.encoder_layers(net))
             adapters.reset(net, name)
             watched, judges = self.role(name), adapters.parameters(net, name)
-        side = (self.config.resolution or base.resolution_px) // base.pixels_per_latent
+        side = self.resolution_px // base.pixels_per_latent
         self.discriminator = Discriminator(watched, side, paired=paired, every=self.config.d_features == "every")
         self.judges = [*judges, *self.discriminator.heads.parameters()]
 
-    def sources_of(self, part: Part) -> tuple[Denoiser, int, float]:
+    def _sources_of(self, part: Part) -> tuple[Denoiser, int, float]:
         """The network that shows the way, its number of steps, and its guidance."""
         further = self.config.skip_teacher and part.b <= 2 and part.kind in {"uncond", "full"} and part.stage > 0
         name, stage = ("skip", part.stage - 1) if further else ("teacher", part.stage)
-        steps = next(p.a for p in self.phases if p.stage == stage)
+        steps = next(p.a for p in self.parts if p.stage == stage)
         return (self.role(name), steps, 1.0) if name in self.kept else (self.teacher, steps, self.config.guidance)
 
     # ---- equations
 
-    def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
+    def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """One step of the phase; the discriminator first, then the student against it."""
-        part, cond, done = self.part, batch.cond, step - self.part.start
-        x_t, place = self.start(batch)
+        part, cond, done = now.phase, batch.cond, now.done
+        x_t, place = self.start(batch, part)
         t, s = timesteps(self.schedule, place), timesteps(self.schedule, place - 1 / part.b)
         if part.kind == "switch":
             with torch.no_grad():
-                told = (self.role("teacher") if "teacher" in self.kept else self.teacher)(x_t, t, cond).x0
-            yield {"student": {"switch": losses.squared(self.student(x_t, t, cond).x0, told)}}
+                x0 = (self.role("teacher") if "teacher" in self.kept else self.teacher)(x_t, t, cond).x0
+            yield {"student": {"switch": losses.squared(self.student(x_t, t, cond).x0, x0)}}
             return
-        real = self.way(x_t, place, batch)
+        real = self.way(x_t, place, batch, part)
         if part.kind == "mse":
             yield {"student": {"mse": losses.squared(self.move(x_t, t, s, cond), real)}}
             return
-        at, show = self.shown(s, done, real)
+        at, show = self.presented(s, now, real)
         judge = partial(self.discriminator, s=at, cond=cond, x_t=x_t, t=t)
         with torch.no_grad():
             fake = show(self.move(x_t, t, s, cond))
         yield {"discriminator": self.discriminator_losses(judge, show(real), fake)}
-        fresh = part.kind != "full" or not any(p.kind == "uncond" for p in self.phases)
+        fresh = part.kind != "full" or not any(p.kind == "uncond" for p in self.parts)
         if (fresh and done < self.config.d_warmup) or done % self.config.d_steps_per_gen:
             return
         with torch.no_grad():
             d_real = judge(show(real)) if self.config.gan == "paired" else 0.0
         yield {"student": {"gan": losses.gan_real(judge(show(self.move(x_t, t, s, cond))) - d_real)}}
 
-    def start(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """x_t and its place in (0, 1], where 1 is the last timestep; there x_t is pure noise, as it is when sampling (3.5)."""
-        latents, places = batch.latents, torch.tensor(self.part.places, dtype=torch.float64)
+    @equation("SDXL-Lightning, section 3.5")
+    def start(self, batch: Batch, part: Part) -> tuple[Tensor, Tensor]:
+        """x_t and its place in (0, 1], where 1 is the last timestep; there x_t is pure noise, as it is when sampling."""
+        latents, places = batch.latents, torch.tensor(part.places, dtype=torch.float64)
         place = places[torch.randint(len(places), (len(latents),))].to(latents.device)
         eps = torch.randn_like(latents)
         x_t = self.schedule.add_noise(latents, eps, timesteps(self.schedule, place))
         return torch.where(per_sample(place == 1, eps), eps, x_t), place
 
+    @equation("DDIM, equation 12")
     def move(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
         """One step of the student from t to s, each (B,)."""
         return jump(self.schedule, self.student(x_t, t, cond), s)
 
+    @equation("SDXL-Lightning, section 2.3")
     @torch.no_grad()
-    def way(self, x: Tensor, place: Tensor, batch: Batch) -> Tensor:
-        """Where the teacher's DDIM steps lead in the time of one of the student's; who is clean already stays (2.3)."""
+    def way(self, x: Tensor, place: Tensor, batch: Batch, part: Part) -> Tensor:
+        """Where the teacher's DDIM steps lead in the time of one of the student's; who is clean already stays."""
         net, steps, guidance = self.sources
-        for k in range(steps // self.part.b):
+        for k in range(steps // part.b):
             t, s = (timesteps(self.schedule, place - j / steps) for j in (k, k + 1))
             p = net.guided(x, t.clamp(min=0), batch.cond, batch.uncond, guidance)
             x = torch.where(per_sample(t < 0, x), x, jump(self.schedule, p, s))
         return x
 
-    def shown(self, s: Tensor, done: int, like: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    @equation("SDXL-Lightning, section 3.7")
+    def presented(self, s: Tensor, now: Now, like: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """At which timesteps the discriminator looks, and what it is shown of latents there; the same noise on real and fake.
 
-        Clean latents of few-step students get one of four levels, later most often the lowest (3.7).
+        Clean latents of few-step students get one of four levels, later most often the lowest.
         """
-        few = self.part.b <= 2
-        weights = torch.tensor(DETAIL if done >= self.config.late_detail_at else (1.0,) * len(SHOWN))
+        few = now.phase.b <= 2
+        weights = torch.tensor(DETAIL if now.done >= self.config.late_detail_at else (1.0,) * len(SHOWN))
         level = torch.tensor(SHOWN)[torch.multinomial(weights, len(s), replacement=True)].to(s.device)
         at, eps = torch.where((s < 0) & few, level, s), torch.randn_like(like)
         noised = lambda x: self.schedule.add_noise(x, eps, at.clamp(min=0))
         return at, lambda x: torch.where(per_sample(at == s, x), x, noised(x))
 
+    @equation("SDXL-Lightning, section 3.2; Jolicoeur-Martineau 2018, RpGAN")
     def discriminator_losses(self, judge: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """-log D(real) - log(1 - D(fake)) (3.2), or -log of how much more real is real (Jolicoeur-Martineau 2018, RpGAN).
+        """-log D(real) - log(1 - D(fake)), or -log of how much more real is real.
 
         Real and fake come from one x_t, so that their difference says more than either. As an option also how much a little
         noise moves D(real): R1 in first order.
         """
         d_real, d_fake = judge(real), judge(fake)
-        self.figures = {"d_real": d_real.detach().sigmoid().mean(), "d_fake": d_fake.detach().sigmoid().mean()}
+        self.log(d_real=d_real.detach().sigmoid().mean(), d_fake=d_fake.detach().sigmoid().mean())
         paired = self.config.gan == "paired"
-        self.figures["d_right"] = (d_real > d_fake).float().mean()  # how often it tells the two of one x_t apart
+        self.log(d_right=(d_real > d_fake).float().mean())  # how often it tells the two of one x_t apart
         terms = {"gan": losses.gan_real(d_real - d_fake) if paired else losses.gan_real(d_real) + losses.gan_fake(d_fake)}
         if self.config.r1:
             terms["r1"] = self.config.r1 * losses.squared(judge(real + 0.1 * torch.randn_like(real)), d_real)
         return terms
 
-    def updated(self, step: int) -> None: ...
-
     def export(self, run: Run) -> None:
         """`lightning-8step.safetensors`, a LoRA of the base whatever came before; from the full phase the folder
         `lightning-8step-full`."""
-        name, full = f"lightning-{self.part.b}step", self.part.kind == "full"
-        write_student(self, run, None if full else self.config.lora_alpha, f"{name}-full" if full else name)
-
-
-METHOD = Lightning
-
-
-def run(config: Config):
-    """The `lightning` command."""
-    if config.init:  # a wrong file is told before anything is sampled
-        lora.load(config.init, allow_pickle=config.allow_pickle)
-    return train("lightning", Lightning, config)
+        name = f"lightning-{self.recipe.num_steps}step"
+        self.save_student(run, name if self.student.adapter else f"{name}-full")

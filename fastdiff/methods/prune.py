@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
-from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.batch import Batch
@@ -32,10 +30,11 @@ from fastdiff.runtime.config import Range
 from fastdiff.runtime.disk import write_atomic
 from fastdiff.runtime.errors import Result
 from fastdiff.sampling.assemble import pick_device
+from fastdiff.training.card import Usage, usage_like_base
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.method import Turn
+from fastdiff.training.method import Load, Method, Now, Phase, Trains, Turn, relative_size
 from fastdiff.training.run import Run
-from fastdiff.training.session import default_folder, train, write_student
+from fastdiff.training.session import default_folder
 
 # Paper: AdamW 5e-5, 256 images a step, 50,000 steps. Ours for one card: smaller batches, a cosine, an average.
 # fmt: off
@@ -78,50 +77,76 @@ class Config(TrainConfig):
         cutting.speed(self.target_speed)
 
 
-class Prune:
+class Prune(Method):
     """Two UNets; player: the student, all its weights."""
 
+    name, Config, presets, examples = "prune", Config, PRESETS, EXAMPLES
     baseline = "student"  # what counts is what training wins back
 
     def __init__(self, base: Checkpoint, config: Config) -> None:
-        self.base_model, self.config, self.schedule = base, config, base.schedule()
-        self.parent = checkpoint.fingerprint(base.unet)
+        super().__init__(base, config)
         self.layout = layout = cutting.layout_of(base, config.layout)
         net = unet.inheriting(base.unet, layout)
         if config.gradient_checkpointing:
             adapters.checkpoint_gradients(net)
-        self.teacher = Denoiser(base.unet, self.schedule, base.prediction_type)
         self.student = Denoiser(net, self.schedule, base.prediction_type)
-        self.pairs = unet.feature_pairs(base.unet.config, layout) if config.lambda_feat else []
-        self.players: dict[str, nn.Module] = {"student": net}
-        self.recipe = Recipe(method="prune", family=base.family)
-        self.title = cutting.title(base, net, config.layout)
-        self.facts = cutting.figures(base.unet_config, layout)
+        self.feature_pairs = unet.feature_pairs(base.unet.config, layout) if config.lambda_feat else []
+        self.recipe = Recipe(method=self.name, family=base.family)  # sampled like its parent: nothing else is said
 
-    def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
+    @classmethod
+    def check(cls, config: Config) -> Config:
+        """What cannot be cut is refused before anything is loaded, let alone trained for hours."""
+        if config.auto:
+            config = chosen(config)
+        if config.steps:
+            base = config.open_base()
+            layout = unet.student_config(base.unet_config, config.layout, base.family)
+            for source in config.controlnet:
+                cutting.smaller_controlnet(Path(source), layout)
+        return config
+
+    @classmethod
+    def shortcut(cls, config: Config) -> Result | None:
+        return None if config.steps else cut(config)
+
+    @classmethod
+    def load(cls, config: Config, base: Checkpoint) -> Load:
+        student = relative_size(base, unet.student_config(base.unet_config, config.layout, base.family))
+        return Load(full=student, graph=student, grad=student, free=1)
+
+    def facts(self) -> dict[str, Any]:
+        return cutting.figures(self.base_model.unet_config, self.layout)
+
+    def usage(self, weights: Path, base: Checkpoint) -> Usage:
+        title = cutting.title(base, self.student.net, self.config.layout)
+        return usage_like_base(weights, base, title, "pruned", "base, cut and not trained, trained")
+
+    def players(self, phase: Phase) -> dict[str, Trains]:
+        net = self.student.net
+        return {"student": Trains(list(net.parameters()), averaged=True, net=net)}
+
+    def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """Output, features and where wanted the task (BK-SDM, equation 4)."""
         t = torch.randint(len(self.schedule), (len(batch.latents),), device=batch.latents.device)
         eps = torch.randn_like(batch.latents)
         x_t = self.schedule.add_noise(batch.latents, eps, t)
-        mine, its = zip(*self.pairs, strict=True) if self.pairs else ((), ())
-        with torch.no_grad(), self.teacher.tap(its) as goals:
+        mine, teachers = zip(*self.feature_pairs, strict=True) if self.feature_pairs else ((), ())
+        with torch.no_grad(), self.teacher.tap(teachers) as goals:
             goal = self.teacher(x_t, t, batch.cond)
         with self.student.tap(mine) as features:
             p = self.student(x_t, t, batch.cond)
-        said = [self.schedule.output(q, t, self.student.kind) for q in (p, goal)]
-        terms = {"out": losses.squared(*said)}
-        if self.pairs:
-            both = [features[k] for k in mine], [goals[k] for k in its]
+        outputs = [self.schedule.output(q, t, self.student.kind) for q in (p, goal)]
+        terms = {"out": losses.squared(*outputs)}
+        if self.feature_pairs:
+            both = [features[k] for k in mine], [goals[k] for k in teachers]
             terms["feat"] = self.config.lambda_feat * losses.features(*both, normalised=self.config.feat_norm == "variance")
         if self.config.lambda_task:
             terms["task"] = self.config.lambda_task * losses.denoising(self.schedule, self.student.kind, p, batch.latents, eps, t)
         yield {"student": terms}
 
-    def updated(self, step: int) -> None: ...
-
     def export(self, run: Run) -> None:
         """The folder `model`: stock diffusers classes, with a config of its own shape; and the ControlNets."""
-        write_student(self, run, None)
+        self.save_student(run)
         for made in controlnets(self.config, self.layout, run.folder):
             run.wrote(made)
 
@@ -132,7 +157,7 @@ def cut(config: Config) -> Result:
     layout = cutting.layout_of(base, config.layout)
     result = cutting.cut(base, layout, folder / "model")
     result.outputs += controlnets(config, layout, folder)
-    return replace(result, next_command=f'fastdiff sample --base {folder / "model"} --prompt "a red apple"')
+    return result
 
 
 def controlnets(config: Config, layout: dict[str, Any], folder: Path) -> list[Path]:
@@ -151,18 +176,3 @@ def chosen(config: Config) -> Config:
         layout = cutting.choose(config.open_base(), cutting.speed(config.target_speed), pick_device(config.device))
         write_atomic(path, json.dumps(layout, indent=2) + "\n")
     return replace(config, auto=False, layout=str(path))
-
-
-METHOD = Prune
-
-
-def run(config: Config) -> Result:
-    """The `prune` command."""
-    config = chosen(config) if config.auto else config
-    if config.steps == 0:
-        return cut(config)
-    base = config.open_base()  # what cannot be cut is told before anything is loaded, let alone trained for hours
-    layout = unet.student_config(base.unet_config, config.layout, base.family)
-    for source in config.controlnet:
-        cutting.smaller_controlnet(Path(source), layout)
-    return train("prune", Prune, config)

@@ -12,7 +12,7 @@ does: what is trained then is a LoRA of a one-step student (section 3.3).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -21,21 +21,19 @@ from torch import Tensor, nn
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
 from fastdiff.lora.kinds import Factors
 from fastdiff.methods.shared import segmented
-from fastdiff.methods.shared.segmented import Segmented, SegmentedConfig, phases
+from fastdiff.methods.shared.segmented import Segmented, SegmentedConfig, planned
 from fastdiff.models.denoiser import Denoiser, trainable_copy
 from fastdiff.models.discriminator import Discriminator
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.console import warn
 from fastdiff.runtime.errors import UsageError
-from fastdiff.training.method import Phase, Turn
+from fastdiff.training.method import Load, Now, Phase, Stateful, Trains, Turn, equation, relative_size
 from fastdiff.training.run import Run
-from fastdiff.training.session import train, write_student
 
 CARD = dict(segmented.CARD, fake_lr=1e-5, max_grad_norm=10.0, match_steps=1000)
 PRESETS = {
@@ -66,48 +64,40 @@ class Config(SegmentedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.match_steps + self.gan_steps > self.steps:
-            raise UsageError(f"--steps {self.steps}: less than --match-steps and --gan-steps together")
+            raise UsageError(f"`steps={self.steps}`: less than `match_steps` and `gan_steps` together")
         if self.shard and self.gan_steps and self.student == "full" and not self.style_lora:
-            raise UsageError("--shard: no LoRA goes onto split weights", "leave out --gan-steps, or --student lora")
+            raise UsageError("`shard`: no LoRA goes onto split weights", "leave out `gan_steps`, or `student=lora`")
         if self.style_lora and not self.init:
-            raise UsageError("--style-lora: is for a student of one step", "give its checkpoint as --init")
-
-    @property
-    def teacher_loras(self) -> list[str]:
-        """What the pairs' teacher wears."""
-        return [self.style_lora] if self.style_lora and self.style_pairs else []
+            raise UsageError("`style_lora`: is for a student of one step", "give its checkpoint as `init`")
 
 
 class SDXS(Segmented):
     """Teacher and online model on one network, the student another; players: student, then fake or discriminator."""
 
+    name, Config, presets, examples = "sdxs", Config, PRESETS, EXAMPLES
+
     def __init__(self, base: Checkpoint, config: Config) -> None:
         super().__init__(base, config)
-        self.parent = checkpoint.fingerprint(base.unet)
         first = config.start(base)
         kind = first.recipe.predicts(first.prediction_type)
         self.lora = config.student == "lora" or config.style_lora is not None
         net = first.unet
         if self.lora:
             self.parent = checkpoint.fingerprint(net)
-            self.trained_params = self.adapter(net, "student")
+            self.student_params = self.adapter(net, "student")
         else:
             net = trainable_copy(net)
             if config.gradient_checkpointing:
                 adapters.checkpoint_gradients(net)
-            self.trained_params = list(net.parameters())
         self.student = Denoiser(net, self.schedule, kind, "student" if self.lora else None)
         if config.style_lora:
             self.teacher = self.role(wear(base.unet, config))
-        self.fake, self.fake_params = self.trained("fake", self.copied() if config.fake == "full" else None)
-        self.watch(first)
-        ends = config.match_steps, config.gan_steps
-        self.phases = phases(match=ends[0], distill=config.steps - sum(ends), gan=ends[1])
-        self.players: dict[str, nn.Module] = {}
-        self.extra_state: dict[str, nn.Module] = {}
-        self.recipe = Recipe(
-            method="sdxs",
-            family=base.family,
+        self.fake_net = self.copied() if config.fake == "full" else None
+        self.fake, self.fake_params = self.trained("fake", self.fake_net)
+        self._open_matching(first)
+        self.discriminator: Discriminator | None = None
+        self.recipe = replace(
+            self.recipe,
             scheduler="lcm",
             spacing="trailing",
             num_steps=1,
@@ -116,58 +106,86 @@ class SDXS(Segmented):
             prediction_type=kind,
         )
 
-    def enter(self, part: Phase) -> None:
-        """Who trains in this phase."""
-        self.part, self.rates = part, {"fake": self.config.fake_lr or self.config.lr}
-        self.players = {"student": nn.ParameterList(self.trained_params)}
-        if part.name == "distill":
-            self.players["fake"] = nn.ParameterList(self.fake_params)
-        if part.name == "gan":
-            self.rates = dict.fromkeys(("student", "discriminator"), self.config.gan_lr or self.config.lr)
-            if not self.lora:
-                net = self.student.net
-                finish = adapters.attach(net, self.config.gan_rank, self.config.gan_rank, "finish")
-                self.student = Denoiser(net, self.schedule, self.student.kind, "finish")
-                self.players["student"], self.extra_state = nn.ParameterList(finish), {"network": net}
-            base, side = self.base_model, self.config.resolution or self.base_model.resolution_px
-            self.discriminator = Discriminator(self.teacher, side // base.pixels_per_latent, paired=False, every=True)
-            self.players["discriminator"] = self.discriminator.heads
+    @classmethod
+    def check(cls, config: Config) -> Config:
+        """A wrong file is refused before hours of sampling."""
+        if config.style_lora:
+            lora.load(lora.parse_spec(config.style_lora, 1.0)[0], allow_pickle=config.allow_pickle)
+        config.start(config.open_base())
+        return config
 
-    def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
+    @classmethod
+    def teacher_loras(cls, config: Config) -> list[str]:
+        return [config.style_lora] if config.style_lora and config.style_pairs else []
+
+    @classmethod
+    def load(cls, config: Config, base: Checkpoint) -> Load:
+        student = relative_size(base, config.open_student().unet_config) if config.init else 1.0
+        full = student * (config.student == "full" and not config.style_lora) + (config.fake == "full")
+        return Load(full, 2 - (full > 0) - (full > 1), 1, 1.5 + student, 1.5 + student, 2.5)
+
+    def phases(self) -> list[Phase]:
+        c = self.config
+        return planned(match=c.match_steps, distill=c.steps - c.match_steps - c.gan_steps, gan=c.gan_steps)
+
+    def players(self, phase: Phase) -> dict[str, Trains]:
+        """Who trains in this phase."""
+        whole = None if self.lora else self.student.net  # asked anew: splitting it over processes gives it other parameters
+        student = Trains(list(whole.parameters()) if whole else self.student_params, averaged=True, net=whole)
+        if phase.name == "match":
+            return {"student": student}
+        if phase.name == "distill":
+            return {"student": student, "fake": Trains(self.fake_params, self.config.fake_lr, net=self.fake_net)}
+        if not self.lora:
+            net = self.student.net
+            finish = adapters.attach(net, self.config.gan_rank, self.config.gan_rank, "finish")
+            self.student, student = Denoiser(net, self.schedule, self.student.kind, "finish"), Trains(finish, averaged=True)
+        side = self.resolution_px // self.base_model.pixels_per_latent
+        self.discriminator = Discriminator(self.teacher, side, paired=False, every=True)
+        rate = self.config.gan_lr
+        return {
+            "student": replace(student, lr=rate),
+            "discriminator": Trains(list(self.discriminator.heads.parameters()), rate),
+        }
+
+    def state(self) -> dict[str, Stateful]:
+        """The finish is a LoRA on weights that trained before it."""
+        return {"network": self.student.net} if self.student.adapter == "finish" else {}
+
+    def networks(self) -> list[nn.Module]:
+        return [*super().networks(), *filter(None, [self.discriminator])]
+
+    def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """Algorithm 1 of the paper, student and online model from one x; before it the warm-up, after it the finish."""
-        pairs = self.pairs(batch)
-        x = self.made(batch, pairs)
-        if self.part.name == "gan":
+        pairs = self._pairs(batch, now)
+        x = self.generated(batch, pairs)
+        if now.phase.name == "gan":
             yield from self.finish(x, batch, pairs)
         else:
-            yield self.turn(x, batch, step, pairs)
+            yield self.turn(x, batch, now, pairs)
 
+    @equation("SDXS, section 4; LADD, section 3")
     def finish(self, x: Tensor, batch: Batch, pairs: int) -> Iterator[Turn]:
         """Heads on the frozen teacher's encoder tell the teacher's samples from the student's, both noised (LADD's features)."""
         t = torch.randint(max(1, round(SHOWN * len(self.schedule))), (len(x),), device=x.device)
         judge = lambda z: self.discriminator(self.schedule.add_noise(z, torch.randn_like(z), t), t, batch.cond)
         with torch.no_grad():
-            shown = [self.schedule.add_noise(z, torch.randn_like(z), t) for z in (batch.latents, x)]
-        d_real, d_fake = (self.discriminator(z, t, batch.cond) for z in shown)
-        self.figures |= {"d_real": d_real.detach().sigmoid().mean(), "d_fake": d_fake.detach().sigmoid().mean()}
+            noised = [self.schedule.add_noise(z, torch.randn_like(z), t) for z in (batch.latents, x)]
+        d_real, d_fake = (self.discriminator(z, t, batch.cond) for z in noised)
+        self.log(d_real=d_real.detach().sigmoid().mean(), d_fake=d_fake.detach().sigmoid().mean())
         yield {"discriminator": {"gan": losses.gan_real(d_real) + losses.gan_fake(d_fake)}}
         student = {"gan": losses.gan_real(judge(x))}
         if pairs:
             student["features"] = self.config.lambda_fm_end * self.feature_loss(x, batch, pairs)
         yield {"student": student}
 
-    def updated(self, step: int) -> None: ...
-
     def export(self, run: Run) -> None:
-        """`sdxs.safetensors`, a LoRA of --init, or the folder `model` with the finish folded in."""
-        if self.lora:
-            write_student(self, run, self.config.lora_alpha)
-            return
+        """`sdxs.safetensors`, a LoRA of `init`, or the folder `model` with the finish folded in."""
         trained = self.student
-        if trained.adapter:
+        if trained.adapter == "finish":
             worn = lora.Lora(adapters.factors(trained.net, self.config.gan_rank, trained.adapter), {})
             self.student = Denoiser(adapters.plain(trained.net, worn), self.schedule, trained.kind)
-        write_student(self, run, None)
+        self.save_student(run)
         self.student = trained
 
 
@@ -176,7 +194,7 @@ def wear(net: nn.Module, config: Config) -> str:
     path, weight = lora.parse_spec(config.style_lora, 1.0)
     style = lora.load(path, allow_pickle=config.allow_pickle)
     if texts := len(style.modules) - len(style.of_unet().modules):
-        warn(f"--style-lora {path}: {texts} modules of text encoders are left out; the student has the base's")
+        warn(f"`style_lora={path}`: {texts} modules of text encoders are left out; the student has the base's")
     style = style.of_unet()
     rank = max((update.rank for update in style.modules.values() if isinstance(update, Factors)), default=64)
     adapters.attach(net, rank, rank, "style")
@@ -185,14 +203,3 @@ def wear(net: nn.Module, config: Config) -> str:
     for i, p in enumerate(worn):
         p.requires_grad_(False).mul_(weight if i % 2 else 1.0)
     return "style"
-
-
-METHOD = SDXS
-
-
-def run(config: Config):
-    """The `sdxs` command."""
-    if config.style_lora:  # a wrong file is told before hours of sampling
-        lora.load(lora.parse_spec(config.style_lora, 1.0)[0], allow_pickle=config.allow_pickle)
-    config.start(config.open_base())
-    return train("sdxs", SDXS, config)

@@ -10,29 +10,30 @@ encoder = | E(target) - KL encoder(target) |^2  option, a player of its own
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.checkpoints import write
+from fastdiff.checkpoints import locate, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.data.batch import Batch, Buckets, Data
+from fastdiff.data.batch import Batch, Buckets, Data, Encoded
 from fastdiff.diffusion import losses
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.quality import decoders
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.errors import Result, UsageError
+from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling.pictures import contact_sheet, uint8
 from fastdiff.sampling.sampler import at_once
-from fastdiff.training.card import write_vae_card
+from fastdiff.training.card import Usage, opened
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.method import Turn
+from fastdiff.training.method import Method, Now, Phase, Trains, Turn
 from fastdiff.training.run import Run
-from fastdiff.training.session import data_of, open_session
+from fastdiff.training.scene import Scene
 
 # TAESD: Adam 3e-4, batches of 16. SDXS names no weights: ours.
 # fmt: off
@@ -54,6 +55,7 @@ fastdiff distill-vae --base sdxl --prompts prompts.txt --encoder
 fastdiff sample --base sdxl --vae runs/distill-vae-sdxl/tiny-vae --prompt "a red apple\""""
 
 
+OFF = "`lambda_lpips=0`"  # how to do without LPIPS
 PICTURES_GIB = 8  # of decoded pictures kept in memory
 
 
@@ -82,8 +84,8 @@ class Config(TrainConfig):
     def __post_init__(self) -> None:
         stages(self)
         if self.eval_every or self.gradient_checkpointing:
-            flag = "--eval-every" if self.eval_every else "--gradient-checkpointing"
-            raise UsageError(f"{flag}: has no use for a decoder", "--preview-every shows how it gets on; --crop saves memory")
+            option = "eval_every" if self.eval_every else "gradient_checkpointing"
+            raise UsageError(f"`{option}`: has no use for a decoder", "`preview_every` shows how it gets on; `crop` saves memory")
 
 
 def stages(config: Config) -> tuple[int, ...]:
@@ -92,41 +94,81 @@ def stages(config: Config) -> tuple[int, ...]:
     except ValueError:
         found = ()
     if len(found) != 4 or min(found) < 0:
-        raise UsageError(f"--blocks {config.blocks}: not four numbers, one of each resolution", "as in 3,3,3,1")
+        raise UsageError(f"`blocks={config.blocks}`: not four numbers, one of each resolution", "as in 3,3,3,1")
     return found
 
 
-class TinyVAE:
+class Autoencoder(nn.Module):
+    """A network in a place of its own, as a Denoiser holds a UNet."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+
+class TinyVAE(Method):
     """Players: the decoder, its discriminator, and where wanted the encoder."""
 
-    def __init__(self, base: Checkpoint, config: Config, distance: nn.Module | None) -> None:
-        self.base_model, self.config, self.teacher, self.distance = base, config, base.vae, distance
+    name, Config, presets, examples = "distill-vae", Config, PRESETS, EXAMPLES
+    keeps = ("vae",)
+    writes_checkpoint = False
+
+    def __init__(self, base: Checkpoint, config: Config) -> None:
+        super().__init__(base, config)
+        self.teacher, self.distance = base.vae, distance_of(config, base.family)
         channels = base.config_of("vae")["latent_channels"]
         if autoencoder.factor(base.vae) != 8:
-            raise UsageError(f"--base {base.ref}: its VAE has {autoencoder.factor(base.vae)} px a latent; tiny ones have 8")
-        self.student = autoencoder.tiny(config.width, stages(config), channels)
-        self.players: dict[str, nn.Module] = {"decoder": self.student.decoder}
-        self.rates = {"discriminator": config.d_lr} if config.d_lr else {}
-        self.figures: dict[str, Tensor] = {}
+            raise UsageError(f"`base={base.ref}`: its VAE has {autoencoder.factor(base.vae)} px a latent; tiny ones have 8")
+        self.held = Autoencoder(autoencoder.tiny(config.width, stages(config), channels))
         self.discriminator = None
         if config.lambda_gan:
             self.discriminator = PatchDiscriminator(config.d_width, channels if config.cond_disc else 0)
-            self.players["discriminator"] = self.discriminator
-        if config.encoder:
-            self.players["encoder"] = self.student.encoder
-        else:
+        if not config.encoder:
             # Nobody trained it: it says nothing rather than noise.
             nn.init.zeros_(self.student.encoder.layers[-1].weight), nn.init.zeros_(self.student.encoder.layers[-1].bias)
 
-    def losses(self, batch: Batch, step: int) -> Iterator[Turn]:
+    @property
+    def student(self) -> nn.Module:
+        """An AutoencoderTiny."""
+        return self.held.net
+
+    @classmethod
+    def check(cls, config: Config) -> Config:
+        """Weights that the loss needs are found before anything is sampled."""
+        if config.lambda_lpips or config.lpips_weights:
+            perceptual.locate(locate.family_of(config.base, allow_pickle=config.allow_pickle), config.lpips_weights, off=OFF)
+        return config
+
+    @classmethod
+    def exhibit(cls, scene: Scene, config: Config) -> "Decoded":
+        return Decoded(scene, config)
+
+    @classmethod
+    def arrange(cls, scene: Scene, data: Data, exhibit: "Decoded", config: Config) -> Data:
+        """Some items are held out; all others are decoded once."""
+        data, exhibit.held_out = data.split(config.proof)
+        scene.base.release("unet", "text_encoders", "tokenizers")
+        decode_once(scene.base, data, scene.device)
+        return data
+
+    def players(self, phase: Phase) -> dict[str, Trains]:
+        whole = lambda net, **how: Trains(list(net.parameters()), net=net, **how)
+        players = {"decoder": whole(self.student.decoder, averaged=True)}
+        if self.discriminator is not None:
+            players["discriminator"] = whole(self.discriminator, lr=self.config.d_lr)
+        return players | ({"encoder": whole(self.student.encoder)} if self.config.encoder else {})
+
+    def networks(self) -> list[nn.Module]:
+        return [self.teacher, self.held, *filter(None, (self.discriminator, self.distance))]
+
+    def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """The discriminator first, then the decoder against it (SDXS, equation 5), the encoder beside it."""
-        z, target = self.window(batch)
-        judge = self.discriminator
+        (z, target), step, judge = self._window(batch), now.step, self.discriminator
         if judge is not None and 2 * step >= self.config.gan_from:
             with torch.no_grad():
                 fake = self.student.decode(z).sample
             d_real, d_fake = judge(target, z), judge(fake, z)
-            self.figures = {"d_real": d_real.detach().sigmoid().mean(), "d_fake": d_fake.detach().sigmoid().mean()}
+            self.log(d_real=d_real.detach().sigmoid().mean(), d_fake=d_fake.detach().sigmoid().mean())
             yield {"discriminator": {"gan": losses.gan_real(d_real) + losses.gan_fake(d_fake)}}
         picture = self.student.decode(z).sample
         terms = {"l1": (down8(picture) - down8(target)).abs().mean()}
@@ -144,7 +186,7 @@ class TinyVAE:
         yield turn
 
     @torch.no_grad()
-    def window(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _window(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The same window of every latent, and the VAE's picture of it: cut out of the whole picture where that is at hand."""
         z = batch.latents
         h, w = (min(self.config.crop // 8, side) for side in z.shape[-2:])
@@ -154,13 +196,49 @@ class TinyVAE:
             return part, autoencoder.decode(self.teacher, part)
         return part, batch.pixels[..., 8 * y : 8 * (y + h), 8 * x : 8 * (x + w)]
 
-    def updated(self, step: int) -> None: ...
-
     def export(self, run: Run) -> None:
         """The folder `tiny-vae`, stock AutoencoderTiny; staged and renamed."""
         folder = run.folder / "tiny-vae"
         write.network_to_folder(self.student, folder)
         run.wrote(folder)
+
+    def usage(self, weights: Path, base: Checkpoint) -> Usage:
+        return Usage(
+            title=f"tiny-vae: a small decoder for {base.ref}",
+            tags="vae, AutoencoderTiny",
+            sampling="",
+            imports="AutoencoderTiny, DiffusionPipeline",
+            code=f'pipe = {opened(base)}\npipe.vae = AutoencoderTiny.from_pretrained("tiny-vae")',
+            picture="the VAE's own picture, this decoder's, four times their difference",
+            method="L1 at an eighth of the size and a discriminator, against the VAE's own pictures (SDXS)",
+            rows={"latents": f"those of {base.ref}, scaled; also of every checkpoint that shares its VAE"},
+        )
+
+    def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str]:
+        return {"base": self.config.base, "vae": str(weights)}
+
+
+class Decoded:
+    """What the run shows: held-out latents by the VAE's own decoder and the tiny one."""
+
+    def __init__(self, scene: Scene, config: Config) -> None:
+        self.scene, self.config = scene, config
+        self.held_out: Encoded | None = None
+        self.prompt = scene.base.family == "emoji" and "red apple" or "a red apple"
+
+    def begin(self, method: TinyVAE) -> None:
+        assert self.held_out is not None
+        self.latents = self.held_out.latents.to(self.scene.device)
+
+    def sheet(self, method: TinyVAE) -> Any:
+        return sheet(method, self.latents)
+
+    def figures(self, method: TinyVAE, run: Run) -> dict[str, Any]:
+        student = autoencoder.load(str(run.folder / "tiny-vae")).to(self.scene.device)
+        metrics = figures(self.scene, student, self.latents, method.distance, self.config)
+        rows = [[name, f"{value:.4g}"] for name, value in metrics.items() if isinstance(value, int | float)]
+        console.table(f"against the VAE's own decoder, {len(self.latents)} pictures", ["figure", "value"], rows)
+        return metrics
 
 
 def down8(pixels: Tensor) -> Tensor:
@@ -171,45 +249,12 @@ def down8(pixels: Tensor) -> Tensor:
 def distance_of(config: Config, family: str) -> nn.Module | None:
     """LPIPS or its stand-in; where it is only for the closing figures and cannot be had, it is left out with a word."""
     try:
-        return perceptual.open_distance(family, config.lpips_weights, off="--lambda-lpips 0")
+        return perceptual.open_distance(family, config.lpips_weights, off=OFF)
     except UsageError:
         if config.lambda_lpips or config.lpips_weights:
             raise
-        console.warn("no LPIPS among the closing figures: VGG-16's weights are not on this machine (--lpips-weights)")
+        console.warn("no LPIPS among the closing figures: VGG-16's weights are not on this machine (`lpips_weights`)")
         return None
-
-
-def open_method(base: Checkpoint, config: Config) -> TinyVAE:
-    return TinyVAE(base, config, distance_of(config, base.family))
-
-
-METHOD = open_method
-
-
-def run(config: Config) -> Result:
-    """The `distill-vae` command."""
-    session = open_session("distill-vae", config)
-    base, run, device = session.base, session.run, session.accelerator.device
-    distance = distance_of(config, base.family)
-    with console.timed("data_s"):
-        data, kept = data_of(base, config, device).split(config.proof)
-        base.release("unet", "text_encoders", "tokenizers")
-        decode_once(base, data, device)
-    method = TinyVAE(base, config, distance)
-    judged = kept.latents.to(device)
-    trainer = session.fit(method, data, lambda: sheet(method, judged))
-    if not session.accelerator.is_main_process:
-        return Result()
-    with console.timed("proof_s"):
-        student = autoencoder.load(str(run.folder / "tiny-vae")).to(device)
-        metrics = {"steps": trainer.step, **figures(base, student, judged, distance, config)}
-    rows = [[k, f"{v:.4g}"] for k, v in metrics.items() if isinstance(v, int | float)]
-    console.table(f"against the VAE's own decoder, {len(judged)} pictures", ["figure", "value"], rows)
-    write_vae_card(run, base, config, metrics)
-    prompt = "red apple" if base.family == "emoji" else "a red apple"
-    return Result(
-        run.outputs, metrics, f'fastdiff sample --base {config.base} --vae {run.folder / "tiny-vae"} --prompt "{prompt}"'
-    )
 
 
 def decode_once(base: Checkpoint, data: Data, device: torch.device) -> None:
@@ -232,9 +277,9 @@ def decode_once(base: Checkpoint, data: Data, device: torch.device) -> None:
     data.pixels = torch.cat(found)
 
 
-def figures(base: Checkpoint, student: nn.Module, latents: Tensor, distance: nn.Module | None, config: Config) -> dict[str, Any]:
+def figures(scene: Scene, student: nn.Module, latents: Tensor, distance: nn.Module | None, config: Config) -> dict[str, Any]:
     """What a user wants to know: how near, how much detail, how much cheaper."""
-    side = (config.resolution or base.resolution_px) // 8
+    base, side = scene.base, scene.latent_side
     cost = [decoders.macs(vae, side) for vae in (base.vae, student)]
     kl_ms, tiny_ms = decoders.latencies_ms([base.vae, student], latents[:1])
     parameters = [sum(p.numel() for p in vae.decoder.parameters()) for vae in (base.vae, student)]

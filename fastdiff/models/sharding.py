@@ -6,7 +6,7 @@ goes on from them.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -50,32 +50,22 @@ def whole(value: Any, *, everywhere: bool = False) -> Any:
     return value
 
 
-def networks(method: Any) -> list[nn.Module]:
-    """Everything of a method that is called as one: the networks of its roles, and players that are modules."""
-    found = [v for v in method.players.values() if not isinstance(v, nn.ParameterList | nn.ModuleList)]
-    for part in vars(method).values():
-        found += [net for net in (getattr(part, "net", None), getattr(part, "controlnet", None)) if isinstance(net, nn.Module)]
-    return list(dict.fromkeys(found))
-
-
-def shard(method: Any, device: torch.device) -> int:
-    """Split every network of a method that trains whole, over all processes; returns how many parameters are split."""
+def shard(nets: list[nn.Module], device: torch.device) -> dict[nn.Parameter, nn.Parameter]:
+    """Split networks all of whose parameters train, over all processes; returns {old parameter: split one}."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    trained = {p for net in method.players.values() for p in net.parameters()}
     mesh, moved = init_device_mesh(device.type, (processes.count(),)), {}
-    for net in networks(method):
+    for net in nets:
         before = dict(net.named_parameters())
-        if isinstance(net, FSDPModule) or not before or not trained.issuperset(before.values()):
+        if isinstance(net, FSDPModule):
             continue
         for part in reversed(parts_of(net)):  # the innermost first
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
         # The root too: its weights may be others at the next call (an averaged target), with no backward pass between.
         fully_shard(net, mesh=mesh, reshard_after_forward=True)
         moved |= {old: dict(net.named_parameters())[name] for name, old in before.items()}
-    repoint(method, moved)
-    return sum(p.numel() for net in method.players.values() for p in net.parameters() if is_split(p))
+    return moved
 
 
 def parts_of(net: nn.Module) -> list[nn.Module]:
@@ -84,52 +74,43 @@ def parts_of(net: nn.Module) -> list[nn.Module]:
     Whatever is left to the root is gathered for the backward pass only where the network's output is used: a discriminator
     that looks at its middle uses none.
     """
-    if not hasattr(net, "down_blocks"):
+    if "down_blocks" not in dict(net.named_children()):
         return []
     inner = [m for name, m in net.named_modules() if len(path := name.split(".")) > 1 and path[-2] in BLOCKS]
     outer = [m for m in net.children() if not isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())]
     return [*outer, *inner]
 
 
-def repoint(method: Any, moved: dict[nn.Parameter, nn.Parameter]) -> None:
-    """Whatever the method keeps of the old parameters becomes the new ones."""
-    parts = [method.__dict__, method.players]
-    for part in parts:
-        for name, value in part.items():
-            if isinstance(value, nn.ParameterList):
-                part[name] = nn.ParameterList([moved.get(p, p) for p in value])
-            elif isinstance(value, list) and value and all(isinstance(p, nn.Parameter) for p in value):
-                value[:] = [moved.get(p, p) for p in value]
-            elif hasattr(value, "repoint"):
-                value.repoint(moved)
-
-
 @contextmanager
-def gathered(method: Any) -> Iterator[None]:
+def gathered(modules: list[nn.Module]) -> Iterator[None]:
     """Plain whole copies on the CPU in the places of split networks, on the first process, to be exported. All must call it."""
-    kept: list[tuple[Any, str, nn.Module]] = []
+    places = [
+        (module, name, net)
+        for module in modules
+        for name, net in module.named_children()
+        if isinstance(net, Configured) and any(map(is_split, net.parameters()))
+    ]
     copies: dict[nn.Module, nn.Module] = {}
-    for holder, name, net in places(method):
+    for _, _, net in places:
         if net not in copies:
             state = whole(net.state_dict())
             copies[net] = plain(net, state) if processes.first() else net
-        kept.append((holder, name, net))
     try:
-        for holder, name, net in kept:
+        for holder, name, net in places:
             setattr(holder, name, copies[net])
         yield
     finally:
-        for holder, name, net in kept:
+        for holder, name, net in places:
             setattr(holder, name, net)
 
 
-def places(method: Any) -> Iterator[tuple[Any, str, nn.Module]]:
-    """(holder, attribute, network) of every diffusers network of the method that is split, or has parts that are."""
-    for name, part in vars(method).items():
-        for holder, attribute in ((method, name), (part, "net"), (part, "controlnet")):
-            net = getattr(holder, attribute, None)
-            if isinstance(net, nn.Module) and hasattr(net, "from_config") and any(map(is_split, net.parameters())):
-                yield holder, attribute, net
+@runtime_checkable
+class Configured(Protocol):
+    """A network of diffusers', which can be built again from its config."""
+
+    config: Any
+
+    def from_config(self, config: Any) -> Any: ...
 
 
 def plain(net: nn.Module, state: dict[str, Tensor]) -> nn.Module:

@@ -1,6 +1,8 @@
 """Random numbers: seeds that no two processes or steps share, and the generators' states for a resumed run."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 
 def seed_for(seed: int, rank: int, step: int) -> int:
     """Noise of one step on one process: the same after a resume, different on every rank."""
-    return (seed * 1_000_003 + rank) * 1_000_003 + step
+    return ((seed * 1_000_003 + rank) * 1_000_003 + step) % 2**63  # what a generator takes
 
 
 def reseed(seed: int) -> None:
@@ -17,6 +19,40 @@ def reseed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+class Stream:
+    """Random numbers of one of several parts that take turns: each goes on where it was, whatever the others draw."""
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = seed  # None: the only part, which draws from the generators as they are
+        self.states: tuple[Any, ...] | None = None
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Python's, NumPy's and torch's generators are this stream's inside."""
+        if self.seed is None:
+            yield
+            return
+        if self.states is None:
+            reseed(self.seed)
+        else:
+            python, numpy, cpu, cuda = self.states
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(cpu)
+            if cuda:
+                torch.cuda.set_rng_state_all(cuda)
+        yield
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self.states = random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def streams(seed: int, n: int) -> list[Stream]:
+    """One for each of n parts; a part's numbers are the same for any n. The first has those of `reseed(seed)`."""
+    if n == 1:
+        return [Stream(None)]
+    return [Stream(seed if i == 0 else seed_for(seed, 32_452_843, i)) for i in range(n)]
 
 
 def state_dict() -> dict[str, Any]:

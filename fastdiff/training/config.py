@@ -6,7 +6,6 @@ from typing import Annotated, ClassVar, Literal
 import torch
 
 from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
-from fastdiff.data.open import Wants
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling.sampler import DEFAULTS, Settings
@@ -59,10 +58,11 @@ class TrainConfig(BaseConfig):
     patience: Annotated[int, "stop after so many measurements without a better one; 0 = never", Range(0)] = 0
     tracker: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], "besides metrics.jsonl"] = "none"
 
-    @property
-    def wants(self) -> Wants:
-        """What the method needs of its data."""
-        return "latents"
+    # What a method without these options answers. They have no annotation, so they are no options here.
+    lora_rank, lora_alpha, lora_layers = 0, 0.0, "all"
+    guidance = None
+    vae = None
+    proof = 0
 
     def open_student(self, dtype: torch.dtype = torch.float32) -> Checkpoint:
         """The checkpoint that an exported LoRA is of: the base, unless a method trains another network."""
@@ -70,19 +70,19 @@ class TrainConfig(BaseConfig):
 
     def teacher_sampling(self, family: str) -> Settings:
         """How the teacher makes its samples: the family's way, at the method's guidance where it has one."""
-        given = {"num_steps": self.teacher_steps, "guidance": self.teacher_guidance or getattr(self, "guidance", None)}
+        given = {"num_steps": self.teacher_steps, "guidance": self.teacher_guidance or self.guidance}
         return replace(DEFAULTS[family], **{k: v for k, v in given.items() if v is not None})
 
 
-def seconds(flag: str, text: str | None) -> float | None:
+def seconds(field_name: str, text: str | None) -> float | None:
     """90s, 25m, 2h or plain seconds."""
     if text is None:
         return None
     number, unit = (text[:-1], text[-1]) if text[-1:] in "smh" else (text, "s")
     try:
-        found = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+        duration_s = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
     except ValueError:
-        found = 0.0
-    if not found > 0:
-        raise UsageError(f"{flag} {text}: not a duration", "write 90s, 25m or 2h")
-    return found
+        duration_s = 0.0
+    if not duration_s > 0:
+        raise UsageError(f"`{field_name}={text}`: not a duration", "write 90s, 25m or 2h")
+    return duration_s

@@ -16,7 +16,7 @@ class Player:
 
     def __init__(
         self,
-        net: nn.Module,
+        params: list[nn.Parameter],
         config: Any,
         device: torch.device,
         *,
@@ -25,7 +25,7 @@ class Player:
         averaged: bool,
         fp16: bool,
     ) -> None:
-        self.params, self.lr, self.config = [p for p in net.parameters() if p.requires_grad], lr, config
+        self.params, self.lr, self.config = params, lr, config
         self.split = [p for p in self.params if sharding.is_split(p)]
         mixed = 0 < len(self.split) < len(self.params)  # no fused kernel takes both
         fast = dict(foreach=False) if mixed else dict(fused=device.type != "mps")

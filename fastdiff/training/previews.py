@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,7 +24,9 @@ from fastdiff.sampling.assemble import assemble
 from fastdiff.sampling.pictures import contact_sheet
 from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.method import Method
+
+if TYPE_CHECKING:
+    from fastdiff.training.method import Method
 
 # Pictures that are told apart at a glance, on backgrounds that are not their own colour.
 EMOJI_PREVIEW = ("red apple on blue", "panda on yellow", "rocket on purple", "sunflower on white", "robot on green", "pizza")
@@ -45,12 +47,12 @@ class Preview:
         self.seeds = [config.seed + i for i in range(len(self.prompts))]
         self.columns: dict[Settings | str, Any] = {}  # that stay as they are
 
-    def begin(self, method: Method) -> None:
+    def begin(self, method: "Method") -> None:
         """Before the first step: draw what cannot be drawn later."""
         if starts_from_student(method):
             self.columns["before"] = self.draw(method.student, settings_of(method)(method.recipe.num_steps))
 
-    def sheet(self, method: Method) -> Any:
+    def sheet(self, method: "Method") -> Any:
         """The columns as one PIL picture; those that stay are drawn once."""
         student = settings_of(method)(method.recipe.num_steps)
         plain: list[Settings | str] = [DEFAULTS[self.base.family]]
@@ -88,7 +90,7 @@ class Measured:
         self.drift = Drift(base, watched(base, config), resolution_px, device)
         self.judge = judge.Judge(base, self.JUDGED, device=device) if base.family == "emoji" else None
 
-    def measure(self, method: Method) -> dict[str, float]:
+    def measure(self, method: "Method") -> dict[str, float]:
         settings = settings_of(method)(method.recipe.num_steps)
         found = self.drift.measure((method.teacher, self.guided), (method.student, settings))
         if self.judge is None:
@@ -99,12 +101,12 @@ class Measured:
         return {"score": found["drift"] + mine / least - 1, **found, "frechet": mine, "retrieval": row.hits.mean().item()}
 
 
-def settings_of(method: Method) -> Callable[[int], Settings]:
+def settings_of(method: "Method") -> Callable[[int], Settings]:
     """The student's sampling settings at a number of steps, by its own recipe."""
     return lambda num_steps: Settings.of(method.recipe, DEFAULTS[method.base_model.family], num_steps=num_steps)
 
 
-def starts_from_student(method: Method) -> bool:
+def starts_from_student(method: "Method") -> bool:
     """Whether the figures tell what the student gained in training, and not what it gained over the teacher in as many calls."""
     return getattr(method, "baseline", "teacher") == "student"
 
@@ -135,7 +137,7 @@ class Judged:
         self.base, self.judge, self.device = base, judge.Judge(base, n, device=device), device
         self.before: judge.Row | None = None
 
-    def begin(self, method: Method) -> None:
+    def begin(self, method: "Method") -> None:
         """Judge the student as it is before training, for methods that repair a damage."""
         if starts_from_student(method):
             sampler = Sampler(self.base, method.student, self.base.vae, device=self.device)

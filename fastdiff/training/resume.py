@@ -47,11 +47,11 @@ def find(run: Run, config: Any) -> dict[str, Any] | None:
         run.states.superseded |= set(run.states.paths())
     if name is None:
         if elsewhere:
-            raise UsageError(f"--resume {config.resume}: no state in that run folder")
+            raise UsageError(f"`resume={config.resume}`: no state in that run folder")
         return None
     path = source.state_folder / name
     if not path.exists():
-        raise InputRefused(f"{path}: not on this machine", "all machines need --output on a disk that they share")
+        raise InputRefused(f"{path}: not on this machine", "all machines need `output` on a disk that they share")
     return source.states.load(path)
 
 
@@ -66,42 +66,43 @@ def restarted() -> bool:
 def refuse_changes(run: Run, config: Any, manifest: dict[str, Any]) -> None:
     """UsageError where the run in this folder is another command's, or was begun with other options."""
     if manifest["command"] != run.command:
-        raise UsageError(f"{run.folder}: is a run of {manifest['command']}", "give another --output, or --resume never")
+        raise UsageError(f"{run.folder}: is a run of {manifest['command']}", "give another `output`, or `resume=never`")
     now, then = values_of(config), manifest["config"]
     changed = [k for k in now if k not in FREE and k in then and now[k] != then[k]]
     if changed:
-        told = ", ".join(f"--{k.replace('_', '-')} {shown(then[k])} (now {shown(now[k])})" for k in changed)
+        differences = ", ".join(f"`{k}={as_text(then[k])}` (now {as_text(now[k])})" for k in changed)
         raise UsageError(
-            f"{run.folder}: its run was begun with {told}",
-            f"repeat them, or --resume {run.folder} to go on with the new ones, or --resume never to begin anew",
+            f"{run.folder}: its run was begun with {differences}",
+            f"repeat them, or `resume={run.folder}` to go on with the new ones, or `resume=never` to begin anew",
         )
 
 
-def shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def save(trainer: Any) -> None:
     """Write a trainer's state; every process has a part in it."""
     method, run = trainer.method, trainer.run
-    own = {"rng": rng.state_dict()}
-    if hasattr(trainer.data, "state_dict"):
-        own["data"] = trainer.data.state_dict()
+    own = {"rng": rng.state_dict(), "data": trainer.data.state_dict()}
     state = {
         "step": trainer.step,
         "players": {k: p.state_dict() for k, p in trainer.players.items()},
-        "extra": {k: v.state_dict() for k, v in getattr(method, "extra_state", {}).items()},
+        "extra": {k: v.state_dict() for k, v in method.state().items()},
         "best": trainer.best,
         "kept": trainer.kept,
         "latest": trainer.latest,
         "elapsed_s": trainer.elapsed_s,
         "entered_s": trainer.entered_s,
         "phase": trainer.index,
-        "lengths": [phase.steps if phase.settled else None for phase in trainer.phases],
+        "lengths": [n if settled else None for n, settled in zip(trainer.lengths, trainer.settled, strict=True)],
+        "length": trainer.lengths[trainer.index],
+        "bend": list(trainer.bend),
+        "fraction": trainer.now.fraction,
         "owed": trainer.owed,
         "outputs": run.written(),
         "rows": run.rows(),
-        "parent": getattr(method, "parent", None),
+        "parent": method.parent,
         "processes": processes.every(own),
     }
     state, error = sharding.whole(state), None
@@ -118,14 +119,14 @@ def save(trainer: Any) -> None:
 def restore(trainer: Any, state: dict[str, Any]) -> None:
     """Put a fresh trainer where the state was; InputRefused where it is of another network."""
     method, run = trainer.method, trainer.run
-    if state["parent"] != getattr(method, "parent", None):
-        raise InputRefused(f"{run.folder}: its state is of another base", "give the same --base, or --resume never")
-    for phase, steps in zip(trainer.phases, state["lengths"], strict=True):
-        phase.settled = steps is not None and len(trainer.phases) > 1
-        phase.steps = steps if phase.settled else phase.steps
+    if state["parent"] != method.parent:
+        raise InputRefused(f"{run.folder}: its state is of another base", "give the same `base`, or `resume=never`")
+    for i, steps in enumerate(state["lengths"]):
+        if steps is not None and len(trainer.phases) > 1:
+            trainer.settled[i], trainer.lengths[i] = True, steps
     if state["phase"]:
         trainer.enter(state["phase"])
-    for k, part in getattr(method, "extra_state", {}).items():
+    for k, part in method.state().items():
         part.load_state_dict(state["extra"][k])
     for k, player in trainer.players.items():
         try:
@@ -134,12 +135,14 @@ def restore(trainer: Any, state: dict[str, Any]) -> None:
             raise InputRefused(f"{run.folder}: its state is of other networks ({k}: {error})") from error
     for name in ("step", "best", "latest", "elapsed_s", "entered_s", "owed"):
         setattr(trainer, name, state[name])
-    trainer.kept = state.get("kept", {})
+    trainer.kept = state["kept"]
+    # Schedules go on as they were, or where the phase has another length now, from where they were to the new end.
+    same = state["length"] == trainer.lengths[trainer.index]
+    trainer.bend = tuple(state["bend"]) if same else (trainer.step - trainer.start, state["fraction"])
     if len(state["processes"]) == processes.count():
         own = state["processes"][trainer.accelerator.process_index]
         rng.load_state_dict(own["rng"])
-        if "data" in own:
-            trainer.data.load_state_dict(own["data"])
+        trainer.data.load_state_dict(own["data"])
     else:
         console.info(f"saved by {len(state['processes'])} processes, now {processes.count()}: other noise from here on")
     run.outputs = [run.folder / name for name in state["outputs"]]

@@ -1,6 +1,5 @@
-"""One training command from config to files: base -> data -> method -> trainer -> weights, pictures, table, card."""
+"""One training run from config to files: scene -> data -> method -> trainer -> weights, pictures, figures, card."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -11,12 +10,11 @@ from typing import Any
 import torch
 
 from fastdiff import lora
-from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.batch import Data
 from fastdiff.data.images import Framing
-from fastdiff.data.open import open_data
-from fastdiff.lora import adapters, apply
+from fastdiff.data.open import Needs, open_data
+from fastdiff.lora import apply
 from fastdiff.models import sharding
 from fastdiff.runtime import console, disk, processes
 from fastdiff.runtime.config import to_toml
@@ -25,28 +23,35 @@ from fastdiff.runtime.errors import DoesNotFit, Result, UsageError
 from fastdiff.training import resume
 from fastdiff.training.card import write_card
 from fastdiff.training.config import TrainConfig, seconds
-from fastdiff.training.method import Method, Phase
-from fastdiff.training.previews import Judged, Measured, Preview
+from fastdiff.training.exhibit import Exhibit
+from fastdiff.training.method import Method, Phase, lacking
 from fastdiff.training.run import Run
+from fastdiff.training.scene import Scene
 from fastdiff.training.trainer import Trainer
 
+PATIENCE = timedelta(hours=2)  # that processes wait for one that draws a sheet, or samples a longer share of the data
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPONENTS = ("unet", "vae", "text_encoders", "tokenizers")
 
-def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Data:
-    """What the options of a training command ask for, encoded; who samples it wears a method's `teacher_loras`."""
-    if worn := [lora.parse_spec(spec, 1.0) for spec in getattr(config, "teacher_loras", [])]:
+
+def data_of(scene: Scene, config: TrainConfig, needs: Needs, teacher_loras: list[str]) -> Data:
+    """What the options ask for, encoded; the teacher wears LoRAs (FILE=WEIGHT) while it samples."""
+    base = scene.base
+    if teacher_loras:
         base = config.open_base(base.dtype)  # another one: the method's own stays as it is
+        worn = [lora.parse_spec(spec, 1.0) for spec in teacher_loras]
         apply.apply(base, [(lora.load(path, allow_pickle=config.allow_pickle).of_unet(), weight) for path, weight in worn])
     data = open_data(
         base,
         config.data,
         prompts=config.prompts,
-        resolution_px=config.resolution or base.resolution_px,
+        resolution_px=scene.resolution_px,
         pairs=config.pairs,
-        seed=config.seed,
-        device=device,
-        sampling=config.teacher_sampling(base.family),
-        wants=config.wants,
-        framing=Framing(config.resolution or base.resolution_px, config.buckets, config.random_crops, config.flip),
+        seed=scene.seed,
+        device=scene.device,
+        sampling=scene.teacher,
+        needs=needs,
+        framing=Framing(scene.resolution_px, config.buckets, config.random_crops, config.flip),
         max_images=config.max_images,
     )
     data.empty_prompts = config.empty_prompts
@@ -54,16 +59,16 @@ def data_of(base: Checkpoint, config: TrainConfig, device: torch.device) -> Data
 
 
 def default_folder(command: str, config: TrainConfig) -> Path:
-    """Where a command writes that is not told where."""
+    """Where a command writes that is not given a place."""
     return Path("runs") / f"{command}-{Path(config.base).stem or config.base}"
 
 
 def open_run(command: str, config: TrainConfig) -> Run:
-    """The run folder, and whether the options go together."""
+    """The run folder; UsageError where the options do not go together."""
     if not config.eval_every and (config.keep == "best" or config.patience):
-        flag = "--keep best" if config.keep == "best" else f"--patience {config.patience}"
-        raise UsageError(f"{flag}: nothing is measured", "give --eval-every too")
-    seconds("--max-time", config.max_time)
+        option = "`keep=best`" if config.keep == "best" else f"`patience={config.patience}`"
+        raise UsageError(f"{option}: nothing is measured", "give `eval_every` too")
+    seconds("max_time", config.max_time)
     return Run(Path(config.output) if config.output else default_folder(command, config), command)
 
 
@@ -72,60 +77,57 @@ def find_state(run: Run, config: TrainConfig) -> dict[str, Any] | None:
     state = resume.find(run, config)
     if state and state["step"] > config.steps:
         raise UsageError(
-            f"--steps {config.steps}: {run.folder} is already at step {state['step']}", "give more, or --resume never"
+            f"`steps={config.steps}`: {run.folder} is already at step {state['step']}", "give more, or `resume=never`"
         )
     return state
 
 
 def check_room(trainer: Trainer, base: Checkpoint) -> None:
-    """DoesNotFit where the disk cannot take the states and the weights; told before the first step."""
+    """DoesNotFit where the disk cannot take the states and the weights; raised before the first step."""
     student, phases = next(iter(trainer.players.values())), [phase for phase in trainer.phases if phase.exports]
     weights = sum(p.numel() * p.element_size() for p in student.params)
-    net = getattr(trainer.method.student, "net", None)
-    if net is not None and weights >= sum(p.numel() * p.element_size() for p in net.parameters()):
+    if trainer.method.writes_checkpoint:
         files = [base.path] if base.path.is_file() else base.path.rglob("*.safetensors")
-        weights += sum(p.stat().st_size for p in files)  # a whole checkpoint is written
+        weights += sum(p.stat().st_size for p in files)
     run, keep = trainer.run, trainer.config.keep_states
     states = trainer.state_bytes * max(1, keep + 1 - len(run.states.paths()))  # the next is written before the oldest goes
     need, free = states + weights * len(phases), disk.free_bytes(run.folder)
     if need > free:
         raise DoesNotFit(
-            f"--output {run.folder}: its disk has {free / 2**30:.2f} GiB free, the run needs {need / 2**30:.2f}: "
+            f"`output={run.folder}`: its disk has {free / 2**30:.2f} GiB free, the run needs {need / 2**30:.2f}: "
             f"{keep + 1} states of {trainer.state_bytes / 2**30:.2f} and the weights",
-            "free some, choose another --output, or --keep-states 1",
+            "free some, choose another `output`, or `keep_states=1`",
         )
 
 
-def start(run: Run, config: TrainConfig, resumed: bool) -> None:
+def make_folder(run: Run, config: TrainConfig, resumed: bool) -> None:
     """Make the run folder: only now are the base, the data and the room known to be good."""
     if not processes.first():
         return
     (run.folder / "previews").mkdir(parents=True, exist_ok=True)
     if not resumed:
         (run.folder / "metrics.jsonl").unlink(missing_ok=True)
-    # Whoever gives this file again wants to go on, also after a run that was begun with --resume never.
+    # Whoever gives this file again wants to go on, also after a run that began with `resume=never`.
     write_atomic(run.folder / "config.toml", to_toml(replace(config, resume="auto")))
 
 
-PATIENCE = timedelta(hours=2)  # that processes wait for one that draws a sheet, or samples a longer share of the data
-
-
 def open_accelerator(config: TrainConfig, run: Run) -> Any:
+    """accelerate's Accelerator on the config's device, in its precision, with its tracker."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     cpu = config.device == "cpu" or (
         config.device == "auto" and not (torch.cuda.is_available() or torch.backends.mps.is_available())
     )
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device on this machine")
+        raise UsageError("`device=cuda`: no CUDA device on this machine")
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if not cpu and torch.cuda.is_available() else "fp32"
     if config.shard and precision == "fp16":
-        raise UsageError("--shard: not in fp16, whose scale of the loss is each process's own", "use --precision bf16")
+        raise UsageError("`shard`: not in fp16, whose scale of the loss is each process's own", "use `precision=bf16`")
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and not find_spec(tracker):
-        raise UsageError(f"--tracker {tracker}: {tracker} is not installed", f'pip install "fastdiff[{tracker}]"')
+        raise UsageError(f"`tracker={tracker}`: {tracker} is not installed", f'pip install "fastdiff[{tracker}]"')
     if not cpu and torch.cuda.is_available():
         processes.join("nccl", PATIENCE)
     elif cpu:
@@ -142,10 +144,8 @@ def open_accelerator(config: TrainConfig, run: Run) -> Any:
     return accelerator
 
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 def load_base(config: TrainConfig, accelerator: Any) -> Checkpoint:
+    """The base in the precision that the run computes in."""
     return config.open_base(DTYPES[accelerator.mixed_precision])
 
 
@@ -157,45 +157,46 @@ class Session:
     run: Run
     state: dict[str, Any] | None  # to go on from
     accelerator: Any
-    base: Checkpoint
+    scene: Scene
 
-    def fit(
-        self,
-        method: Method,
-        data: Data,
-        sheet: Callable[[], Any],
-        measure: Callable[[], dict[str, float]] | None = None,
-    ) -> Trainer:
+    @classmethod
+    def open(cls, command: str, config: TrainConfig) -> "Session":
+        """Run folder, devices and base; from here on all processes draw the same initialisations."""
+        run = open_run(command, config)
+        accelerator = open_accelerator(config, run)
+        state, base = find_state(run, config), load_base(config, accelerator)
+        session = cls(config, run, state, accelerator, Scene.of(config, base, accelerator.device))
+        torch.manual_seed(config.seed)
+        return session
+
+    def fit(self, method: Method, data: Data, exhibit: Exhibit) -> Trainer:
         """Train; every phase that writes leaves weights and a contact sheet."""
         config, run = self.config, self.run
         trainer = Trainer(method, data, run, config, self.accelerator)
-        check_room(trainer, self.base)
-        start(run, config, resumed=self.state is not None)
+        check_room(trainer, self.scene.base)
+        make_folder(run, config, resumed=self.state is not None)
         if self.state:
             console.info(f"going on from step {self.state['step']} of {config.steps}")
             trainer.restore(self.state)
 
         def draw(name: str) -> Path:
-            path, picture = run.folder / "previews" / f"{name}.png", sheet()
+            path, picture = run.folder / "previews" / f"{name}.png", exhibit.sheet(method)
             if processes.first():
                 picture.save(path)
             return path
 
-        trainer.preview = lambda step: draw(f"{step:06d}")
-        trainer.measure = measure
-
         def write(into: Run) -> None:
-            with sharding.gathered(method) if trainer.sharded else nullcontext():
+            with sharding.gathered(method.networks()) if trainer.sharded else nullcontext():
                 if processes.first():
                     method.export(into)
 
-        trainer.improved = lambda: write(Run(run.folder / "best", run.command))
-
         def finished(phase: Phase) -> None:
             write(run)
-            alone = sum(p.exports for p in trainer.phases) == 1
-            run.wrote(draw("final" if alone else phase.name))
+            run.wrote(draw("final" if alone(trainer) else phase.name))
 
+        trainer.preview = lambda step: draw(f"{step:06d}")
+        trainer.measure = (lambda: exhibit.measure(method)) if config.eval_every else None
+        trainer.improved = lambda: write(Run(run.folder / "best", run.command))
         trainer.finished = finished
         with console.timed("training_s"):
             trainer.fit()
@@ -203,65 +204,74 @@ class Session:
         return trainer
 
 
-def open_session(command: str, config: TrainConfig) -> Session:
-    """Run folder, devices and base; from here on all processes draw the same initialisations."""
-    run = open_run(command, config)
-    accelerator = open_accelerator(config, run)
-    session = Session(config, run, find_state(run, config), accelerator, load_base(config, accelerator))
-    torch.manual_seed(config.seed)
-    return session
+def alone(trainer: Trainer) -> bool:
+    """Whether one phase writes all that the run writes."""
+    return sum(phase.exports for phase in trainer.phases) == 1
 
 
-def train(command: str, method_class: Callable[[Checkpoint, Any], Method], config: Any) -> Result:
-    """Run a training command; returns what it wrote and measured."""
-    session = open_session(command, config)
-    base, run, accelerator = session.base, session.run, session.accelerator
-    resolution_px = config.resolution or base.resolution_px
+@dataclass
+class Trained:
+    """What a training run made."""
+
+    result: Result
+    run: Run
+    options: dict[str, str]  # of `sample`, to draw with it
+
+    @property
+    def weights(self) -> Path:
+        """The LoRA file or checkpoint folder; of several the last."""
+        return self.run.weights()[-1]
+
+
+def train(method_class: type[Method], config: Any) -> Trained:
+    """Run a method from its config to its files; what cannot work is refused before anything is loaded."""
+    if missing := lacking(method_class):
+        raise TypeError(f"{method_class.__name__}: says no {', '.join(missing)}; see fastdiff.Method")
+    config = method_class.check(config)
+    if quick := method_class.shortcut(config):
+        return Trained(
+            quick, Run(quick.outputs[-1].parent, method_class.name, list(quick.outputs)), {"base": str(quick.outputs[0])}
+        )
+    session = Session.open(method_class.name, config)
+    scene, run = session.scene, session.run
+    base = scene.base
     with console.timed("data_s"):
-        preview = Preview(base, config, resolution_px, accelerator.device)
-        judged = base.family == "emoji" and config.proof > 0
-        judge = Judged(base, config.proof, accelerator.device) if judged else None
-        measured = Measured(base, config, resolution_px, accelerator.device) if config.eval_every else None
-        data = data_of(base, config, accelerator.device)
-        base.release("text_encoders", "tokenizers", "vae")
-    base.unet.to(accelerator.device)
+        exhibit = method_class.exhibit(scene, config)
+        data = data_of(scene, config, method_class.needs(config), method_class.teacher_loras(config))
+        data = method_class.arrange(scene, data, exhibit, config)
+        base.release(*(part for part in COMPONENTS if part not in method_class.keeps))
+    kept = {"unet": lambda: base.unet, "vae": lambda: base.vae}
+    for part in method_class.keeps:
+        kept[part]().to(scene.device)
     method = method_class(base, config)
     with console.timed("data_s"):
-        preview.begin(method)
-        if judge:
-            judge.begin(method)
-    measure = (lambda: measured.measure(method)) if measured else None
-    trainer = session.fit(method, data, lambda: preview.sheet(method), measure)
-    metrics: dict[str, Any] = {"steps": trainer.step, **getattr(method, "facts", {})}
+        exhibit.begin(method)
+    trainer = session.fit(method, data, exhibit)
+    if not session.accelerator.is_main_process:
+        return Trained(Result(), run, {})
+    metrics: dict[str, Any] = {"steps": trainer.step, **method.facts()}
     if trainer.kept:
-        alone = sum(phase.exports for phase in trainer.phases) == 1
-        metrics["best"] = next(iter(trainer.kept.values())) if alone else trainer.kept
-    if not accelerator.is_main_process:
-        return Result()
-    if judge:
-        with console.timed("proof_s"):
-            metrics |= judge.prove(run.weights(), config)
-    weights = run.weights()[-1]
-    is_lora = weights.suffix == ".safetensors"
-    parent = config.open_student() if is_lora else base
-    write_card(run, parent, method, config, metrics)
-    where = f"--base {parent.ref} --lora {weights}" if is_lora else f"--base {weights}"
-    if getattr(config, "vae", None):
-        where += f" --vae {config.vae}"
-    return Result(run.outputs, metrics, f'fastdiff sample {where} --prompt "{preview.prompts[0]}"')
+        metrics["best"] = next(iter(trainer.kept.values())) if alone(trainer) else trainer.kept
+    with console.timed("proof_s"):
+        metrics |= exhibit.figures(method, run)
+    weights = run.weights()[-1] if run.weights() else run.outputs[0]
+    parent = config.open_student() if weights.suffix == ".safetensors" else base
+    options = method.sample_options(weights, parent)
+    facts = training_facts(method, config, trainer.step, parent)
+    write_card(run, method.usage(weights, parent), parent, metrics, facts, method.recipe)
+    return Trained(Result(run.outputs, metrics), run, {**options, "prompt": exhibit.prompt})
 
 
-def write_student(method: Method, run: Run, lora_alpha: float | None, name: str | None = None) -> None:
-    """A LoRA file in the layout that every program loads, or without an alpha a diffusers folder.
+def training_facts(method: Method, config: TrainConfig, steps: int, parent: Checkpoint) -> dict[str, str]:
+    """Lines of the card about the training."""
+    hashed = f", UNet sha256 {method.parent[:16]}" if method.parent else ""
+    return {
+        "training": f"{steps} steps of {config.batch_size} x {config.grad_accum}",
+        "base": f"{parent.ref}, {parent.prediction_type}{hashed}",
+        "data": config.data or default_data(parent),
+        "seed": str(config.seed),
+    }
 
-    `name` without suffix; by default the method's for the file, `model` for the folder.
-    """
-    recipe, base = replace(method.recipe, parent=method.parent), method.base_model
-    if lora_alpha is None:
-        path = run.folder / (name or "model")
-        write.to_folder(base.with_unet(method.student.net, method.student.kind), path, recipe=recipe)
-    else:
-        modules = adapters.factors(method.student.net, lora_alpha, method.student.adapter)
-        path = run.folder / f"{name or recipe.method}.safetensors"
-        lora.save(lora.Lora(modules, {**recipe.to_metadata(), **lora.layers_told(method.student.net.config)}), path)
-    run.wrote(path)
+
+def default_data(base: Checkpoint) -> str:
+    return "emoji" if base.family == "emoji" else "teacher"

@@ -40,7 +40,7 @@ class States:
     def newest(self) -> Path | None:
         """The newest whole state; a damaged one is named and the one before it taken. InputRefused where none is whole."""
         if (self.folder / MANIFEST).exists():
-            raise InputRefused(f"{self.folder}: a state of an earlier fastdiff", "start again with --resume never")
+            raise InputRefused(f"{self.folder}: a state of an earlier fastdiff", "start again with `resume=never`")
         paths = self.paths()
         for path in reversed(paths):
             problem = damage(path)
@@ -49,7 +49,7 @@ class States:
             console.warn(f"{problem}; the state before it is taken")
             self.superseded.add(path)
         if paths:
-            raise InputRefused(f"{self.folder}: no state in it is whole", "start again with --resume never")
+            raise InputRefused(f"{self.folder}: no state in it is whole", "start again with `resume=never`")
         return None
 
     def load(self, path: Path) -> dict[str, Any]:

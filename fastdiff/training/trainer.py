@@ -11,18 +11,22 @@ from torch import Tensor, nn
 
 from fastdiff.data.batch import Batch, Data
 from fastdiff.models import sharding
-from fastdiff.models.ema import swapped
+from fastdiff.models.ema import EMA, swapped
 from fastdiff.runtime import console, processes, rng, stop
 from fastdiff.runtime.errors import Failed, Stopped
 from fastdiff.training import resume
 from fastdiff.training.config import TrainConfig, seconds
-from fastdiff.training.method import Method, Phase
+from fastdiff.training.method import Method, Now, Phase, Trains, lacking
 from fastdiff.training.player import Player
 from fastdiff.training.run import Run
 
 
 class Trainer:
-    """for step: for turn in method.losses(batch, step): for who in turn: backward into who; sync; clip; step; average; log."""
+    """for step: for turn in method.losses(batch, now): for who in turn: backward into who; sync; clip; step; average; log.
+
+    It alone knows how far the run has come: a phase may be shortened by `max_time` or ended by `patience`, and the method is
+    given a `Now` each step.
+    """
 
     PREPARED = 48  # samples that a method may look at before training
     PACED = 5  # steps that tell a phase's pace
@@ -39,67 +43,88 @@ class Trainer:
         self.kept: dict[str, dict[str, Any]] = {}  # step and score of the best weights of each phase that is over
         self.shown: dict[str, Any] = {}  # of the last measurement, beside the loss
         self.finished: Callable[[Phase], None] | None = None  # called with the weights to export in place
-        self.phases: list[Phase] = getattr(method, "phases", None) or [Phase("", config.steps)]
-        self.budget_s = seconds("--max-time", config.max_time)
+        self.phases = list(method.phases())
+        self.lengths = [phase.steps for phase in self.phases]  # steps of each, as far as is known now
+        self.settled = [False] * len(self.phases)  # whether the length has been measured, or the phase has ended
+        self.bend = (0, 0.0)  # steps and fraction of the current phase when its length last changed
+        self.budget_s = seconds("max_time", config.max_time)
         self.elapsed_s, self.entered_s = 0.0, 0.0
         self.enter(0)
-        if prepare := getattr(method, "prepare", None):
-            torch.manual_seed(config.seed)
-            prepare(data.batch(self.PREPARED, torch.Generator().manual_seed(config.seed)).to(self.device))
+        if missing := lacking(method):
+            raise TypeError(f"{type(method).__name__}: {', '.join(missing)} not set; a method sets it before the first step")
+        torch.manual_seed(config.seed)
+        method.prepare(data.batch(self.PREPARED, torch.Generator().manual_seed(config.seed)).to(self.device))
 
     def enter(self, index: int) -> None:
         """Begin a phase: fresh optimisers and averages over what trains in it."""
         method, config = self.method, self.config
-        self.index, self.phase = index, self.phases[index]
-        self.phase.start = sum(phase.steps for phase in self.phases[:index])
-        if enter := getattr(method, "enter", None):
-            torch.manual_seed(rng.seed_for(config.seed, 7_919, index))  # new networks are the same on every process
-            enter(self.phase)
-        for part in vars(method).values():
-            if isinstance(part, nn.Module):
-                part.to(self.device)
-        self.sharded = self.shard()
-        rates, betas, first = getattr(method, "rates", {}), getattr(method, "betas", {}), next(iter(method.players))
+        self.index, self.phase, self.bend = index, self.phases[index], (0, 0.0)
+        torch.manual_seed(rng.seed_for(config.seed, 7_919, index))  # new networks are the same on every process
+        trains = method.players(self.phase)
+        for net in method.networks():
+            net.to(self.device)
+        moved = self.shard(trains)
         self.players = {
-            k: Player(
-                net,
+            name: Player(
+                [moved.get(p, p) for p in trains_of.params if p.requires_grad],
                 config,
                 self.device,
-                lr=rates.get(k, config.lr),
-                betas=betas.get(k, (0.9, 0.999)),
-                averaged=k == first,
+                lr=config.lr if trains_of.lr is None else trains_of.lr,
+                betas=trains_of.betas,
+                averaged=trains_of.averaged,
                 fp16=self.accelerator.mixed_precision == "fp16",
             )
-            for k, net in method.players.items()
+            for name, trains_of in trains.items()
         }
         self.best: dict[str, Any] = {"step": 0, "score": float("inf"), "params": [], "worse": 0}
         self.entered_s = self.elapsed_s
 
-    def shard(self) -> bool:
-        """Split what trains whole, where that is wanted and there is anybody to share with."""
-        if not self.config.shard or processes.count() == 1:
-            return False
-        n = sharding.shard(self.method, self.device)
-        if not n and self.index == 0:
+    def shard(self, trains: dict[str, Trains]) -> dict[nn.Parameter, nn.Parameter]:
+        """Split what trains whole, where that is wanted and there is anybody to share with: {old parameter: split one}."""
+        self.sharded = self.config.shard and processes.count() > 1
+        if not self.sharded:
+            return {}
+        moved = sharding.shard([one.net for one in trains.values() if one.net is not None], self.device)
+        for part in self.method.state().values():
+            if isinstance(part, EMA):
+                part.repoint(moved)
+        self.sharded = bool(moved) or any(sharding.is_split(p) for one in trains.values() for p in one.params)
+        if not self.sharded and self.index == 0:
             where = f" in phase {self.phase.name}" if self.phase.name else ""
-            console.warn(f"--shard: no network trains whole{where}, none is split")
-        return n > 0
+            console.warn(f"`shard`: no network trains whole{where}, none is split")
+        return moved
+
+    @property
+    def start(self) -> int:
+        """The current phase's first step."""
+        return sum(self.lengths[: self.index])
 
     @property
     def end(self) -> int:
-        return self.phase.start + self.phase.steps
+        return self.start + self.lengths[self.index]
 
     @property
     def total(self) -> int:
-        return sum(phase.steps for phase in self.phases)
+        return sum(self.lengths)
+
+    @property
+    def now(self) -> Now:
+        """What the method is given at this step."""
+        done, (since, fraction) = self.step - self.start, self.bend
+        fraction += (1 - fraction) * (done - since) / max(1, self.lengths[self.index] - 1 - since)
+        return Now(self.step, self.phase, done, fraction)
+
+    def shorten(self, steps: int) -> None:
+        """The current phase has that many steps from now on; what follows its fraction goes on without a jump."""
+        now = self.now
+        self.bend, self.lengths[self.index] = (now.done, now.fraction), steps
 
     @property
     def state_bytes(self) -> int:
         """Of a state of this phase."""
         players = list(self.players.values())
         best = sum(p.numel() * p.element_size() for p in players[0].params) if self.config.keep == "best" else 0
-        parts = getattr(self.method, "extra_state", {}).values()
-        extra = sum(t.numel() * t.element_size() for part in parts for t in tensors_in(part.state_dict()))
+        extra = sum(t.numel() * t.element_size() for part in self.method.state().values() for t in tensors_in(part.state_dict()))
         return sum(player.state_bytes for player in players) + best + extra
 
     def fit(self) -> None:
@@ -145,7 +170,7 @@ class Trainer:
             if over is None:
                 return
             if over:
-                self.phase.steps = self.step - self.phase.start
+                self.shorten(self.step - self.start)
         self.owed = False
 
     def halt(self) -> None:
@@ -171,15 +196,16 @@ class Trainer:
 
     def fit_budget(self) -> None:
         """Once a phase, when its pace is known: as many steps as fit in its part of the time that is left."""
-        phase, done = self.phase, self.step - self.phase.start
-        if self.budget_s is None or phase.settled or done < self.PACED:
+        done = self.step - self.start
+        if self.budget_s is None or self.settled[self.index] or done < self.PACED:
             return
-        left = (self.budget_s - self.entered_s) * phase.steps / sum(p.steps for p in self.phases[self.index :])
+        planned = self.lengths[self.index]
+        left = (self.budget_s - self.entered_s) * planned / sum(self.lengths[self.index :])
         fits = processes.agreed(int(left / ((self.elapsed_s - self.entered_s) / done)))  # one clock decides for all
-        phase.settled = True
-        if fits < phase.steps:
-            phase.steps = max(fits, done)
-            console.info(f"--max-time {self.config.max_time}: {phase.steps} steps {phase.name}".rstrip())
+        self.settled[self.index] = True
+        if fits < planned:
+            self.shorten(max(fits, done))
+            console.info(f"`max_time={self.config.max_time}`: {self.lengths[self.index]} steps {self.phase.name}".rstrip())
 
     def leave(self) -> None:
         """The phase is over: what it made is written, and the next one goes on from that."""
@@ -198,26 +224,24 @@ class Trainer:
         with torch.no_grad():
             for p, value in zip(params, made, strict=False):
                 p.copy_(value)
-        self.phase.settled = True
+        self.settled[self.index] = True
 
     def train_step(self) -> dict[str, float]:
-        """One pass over all turns of the method, micro-batches in lock-step: their generators advance together,
+        """One pass over all turns of the method; returns the logged figures.
 
-        so that a turn's update is made before any micro-batch starts the next turn. Returns the logged figures.
+        The generators of the micro-batches advance together, so that a turn's update is made before any micro-batch starts
+        the next turn. Each has random numbers of its own, which the number of micro-batches does not change.
         """
-        seed = rng.seed_for(self.config.seed, self.accelerator.process_index, self.step)
-        rng.reseed(seed)
-        generator = torch.Generator().manual_seed(seed)
-        n, shared = self.config.grad_accum, torch.Generator().manual_seed(rng.seed_for(self.config.seed, 15_485_863, self.step))
-        batches = [self.data.batch(self.config.batch_size, generator, shared).to(self.device) for _ in range(n)]
-        turns = [self.method.losses(batch, self.step) for batch in batches]
+        n, now = self.config.grad_accum, self.now
+        batches, streams = self.draw(n)
+        turns = [self.method.losses(batch, now) for batch in batches]
         row: dict[str, float] = {"step": self.step, "loss": 0.0}
         bad: dict[str, str] = {}
         while True:
             moved: list[str] = []
-            found: dict[str, float] = {}
-            for turn in turns:
-                with self.accelerator.autocast():
+            sums: dict[str, float] = {}
+            for turn, stream in zip(turns, streams, strict=True):
+                with stream.current(), self.accelerator.autocast():
                     players = next(turn, {})
                 moved = list(players)
                 for who in moved:
@@ -226,22 +250,31 @@ class Trainer:
                     player.backward(loss, self.players.values())
                     for name, value in terms.items():
                         row[f"{who}/{name}"] = row.get(f"{who}/{name}", 0.0) + value.item() / n
-                    found[who] = found.get(who, 0.0) + loss.item()
+                    sums[who] = sums.get(who, 0.0) + loss.item()
                     row["loss"] += loss.item()
                     del terms, loss
             if not moved:
                 break
             for who in moved:
-                row[f"{who}/grad_norm"], problem = self.update(self.players[who], found[who])
+                row[f"{who}/grad_norm"], problem = self.update(self.players[who], sums[who])
                 bad |= {who: problem} if problem else {}
-            self.method.updated(self.step)
+            self.method.after_update(now)
         if bad:
             self.skipped(bad, batches)
         return row
 
+    def draw(self, n: int) -> tuple[list[Batch], list[rng.Stream]]:
+        """The micro-batches of this step, and the random numbers of each."""
+        seed = rng.seed_for(self.config.seed, self.accelerator.process_index, self.step)
+        rng.reseed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        shared = torch.Generator().manual_seed(rng.seed_for(self.config.seed, 15_485_863, self.step))
+        batches = [self.data.batch(self.config.batch_size, generator, shared).to(self.device) for _ in range(n)]
+        return batches, rng.streams(seed, n)
+
     def update(self, player: Player, loss: float) -> tuple[float, str]:
         """Average gradients over processes, clip, step, unless loss or norm is not finite on any: (norm, what is not)."""
-        player.set_rate(self.step - self.phase.start, self.phase.steps)
+        player.set_rate(self.step - self.start, self.lengths[self.index])
         player.synchronise(self.accelerator)
         norm = player.clip().item()
         wrong = ("", "gradient", "loss")  # a loss goes before the gradient that it makes
@@ -266,8 +299,8 @@ class Trainer:
             player.bad_steps += 1
             if player.bad_steps >= self.config.max_bad_steps:
                 raise Failed(
-                    f"step {self.step}: {player.bad_steps} bad steps of {who} in a row (--max-bad-steps)",
-                    f"{self.run.states.kept()}; go on from it with a lower --lr and --resume {self.run.folder}",
+                    f"step {self.step}: {player.bad_steps} bad steps of {who} in a row (`max_bad_steps`)",
+                    f"{self.run.states.kept()}; go on from it with a lower `lr` and `resume={self.run.folder}`",
                 )
 
     def evaluate(self) -> bool | None:
@@ -319,7 +352,7 @@ class Trainer:
 
     def log(self, row: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            row = row | {k: v.item() for k, v in getattr(self.method, "figures", {}).items()}
+            row = row | self.method.logged()
             self.run.log({**row, "time": round(time.time(), 3)})
             self.accelerator.log(row, step=self.step)
 

@@ -34,7 +34,7 @@ def speed(told: str) -> float:
     except ValueError:
         found = 0.0
     if not 1 < found < math.inf:
-        raise UsageError(f"--target-speed {told}: not how many times as fast", "write 1.5x, 2x or 3x")
+        raise UsageError(f"`target_speed={told}`: not how many times as fast", "write 1.5x, 2x or 3x")
     return found
 
 
@@ -136,7 +136,7 @@ def smaller_controlnet(source: Path, config: Mapping[str, Any]) -> tuple[dict[st
     """Its config and tensors, each read when it is written; UsageError or InputRefused where it cannot be cut so."""
     told = source / "config.json"
     if not told.is_file():
-        raise UsageError(f"--controlnet {source}: not a diffusers folder of a ControlNet (config.json is missing)")
+        raise UsageError(f"`controlnet={source}`: not a diffusers folder of a ControlNet (config.json is missing)")
     parent = json.loads(told.read_text())
     smaller = controlnet.student_config(parent, config)
     shapes = unet.shapes_of(unet.unet_of(smaller, "ControlNetModel"))
@@ -199,7 +199,7 @@ def choose(base: Checkpoint, target: float, device: torch.device | str) -> dict[
             tried.append((took_s, (torch.stack(wrong).mean() / spread).item(), name, smaller))
         faster = [row for row in tried if row[0] < 0.99 * now_s]
         if not faster:
-            told = f"--target-speed {target:g}x: with everything gone that can go it is {start_s / now_s:.2g}x"
+            told = f"`target_speed={target:g}x`: with everything gone that can go it is {start_s / now_s:.2g}x"
             raise UsageError(told, "ask for less")
         took_s, wrong_now, name, config = min(faster, key=lambda row: max(row[1] - error, 1e-6) / (now_s - row[0]))
         console.info(f"without {name}: {start_s / took_s:.2f}x as fast, error {wrong_now:.3f} before training")

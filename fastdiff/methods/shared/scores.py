@@ -21,11 +21,10 @@ from fastdiff.diffusion.schedule import Prediction
 from fastdiff.lora import adapters, apply
 from fastdiff.lora.file import Lora
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.training.method import Losses
-from fastdiff.training.roles import Roles
+from fastdiff.training.method import Losses, Method, equation
 
 
-class Scores(Roles):
+class Scores(Method):
     """What methods of distribution matching have in common; the config names guidance and weighting."""
 
     fake: Denoiser
@@ -34,25 +33,28 @@ class Scores(Roles):
         super().__init__(base, config)
         self.guidance: float | Tensor = config.guidance  # or one for each timestep, (T,)
 
+    @equation("DMD, section 3.2")
     def noised(self, x: Tensor, low: float, high: float) -> Noised:
-        """Samples at noise levels drawn between these parts of the timesteps, both ends included (DMD, section 3.2)."""
+        """Samples at noise levels drawn between these parts of the timesteps, both ends included."""
         first, last = (round(part * len(self.schedule)) for part in (low, high))
         t = torch.randint(first, min(last, len(self.schedule) - 1) + 1, (len(x),), device=x.device)
         eps = torch.randn_like(x)
         return Noised(x, eps, t, self.schedule.add_noise(x, eps, t))
 
+    @equation("DMD, equation 7 and algorithm 2")
     def gradient(self, seen: Noised, fake: Prediction, batch: Batch) -> Tensor:
         """g against the guided teacher."""
         w = self.guidance[seen.t] if isinstance(self.guidance, Tensor) else self.guidance
         with torch.no_grad():
             real = self.teacher.guided(seen.x_t, seen.t, batch.cond, batch.uncond, w)
-        told = {"x": seen.x, "real": real.x0, "fake": fake.x0.detach()}
-        self.figures |= {f"{k}_{name}": getattr(v, name)() for k, v in told.items() for name in ("mean", "std")}
-        self.figures["difference"] = (told["fake"] - real.x0).abs().mean()
+        for name, x0 in (("x", seen.x), ("real", real.x0), ("fake", fake.x0.detach())):
+            self.log(**{f"{name}_mean": x0.mean(), f"{name}_std": x0.std()})
+        self.log(difference=(fake.x0.detach() - real.x0).abs().mean())
         return losses.score_difference(self.schedule, seen, real, fake, self.config.weighting)
 
+    @equation("DMD, equation 6")
     def denoising(self, seen: Noised, fake: Prediction) -> Losses:
-        """The fake score's own training loss on the student's samples (DMD, eq. 6)."""
+        """The fake score's own training loss on the student's samples."""
         return {"denoising": losses.denoising(self.schedule, self.fake.kind, fake, seen.x, seen.eps, seen.t)}
 
 

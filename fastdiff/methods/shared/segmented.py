@@ -10,21 +10,20 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.batch import Batch
-from fastdiff.data.open import Wants
+from fastdiff.data.open import Needs
 from fastdiff.diffusion import losses
 from fastdiff.methods.shared.scores import Scores
 from fastdiff.models import feature_matching
-from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import InputRefused, UsageError
 from fastdiff.training.config import TrainConfig
-from fastdiff.training.method import Losses, Phase, Turn
-from fastdiff.training.previews import vae_of
+from fastdiff.training.method import Losses, Now, Phase, Turn, equation
+from fastdiff.training.scene import open_vae
 
 # Presets of these methods begin with these rows. Paper: batches of 1024 to 2048, no schedules told; ours, for one card.
 # fmt: off
@@ -67,11 +66,7 @@ class SegmentedConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         if self.t_min > min(self.alpha_start, self.alpha_end):
-            raise UsageError(f"--t-min {self.t_min:g}: must be at most --alpha-start and --alpha-end")
-
-    @property
-    def wants(self) -> Wants:
-        return "pairs"
+            raise UsageError(f"`t_min={self.t_min:g}`: must be at most `alpha_start` and `alpha_end`")
 
     def open_student(self, dtype: torch.dtype = torch.float32) -> Checkpoint:
         return checkpoint.load(self.init, dtype=dtype, allow_pickle=self.allow_pickle) if self.init else self.open_base(dtype)
@@ -79,15 +74,16 @@ class SegmentedConfig(TrainConfig):
     def start(self, base: Checkpoint) -> Checkpoint:
         """The checkpoint that the student starts from; InputRefused where it is of another family, or cannot be called so."""
         if self.t_gen is not None and self.t_gen >= len(base.schedule()):
-            raise UsageError(f"--t-gen {self.t_gen}: must be below {len(base.schedule())}")
+            raise UsageError(f"`t_gen={self.t_gen}`: must be below {len(base.schedule())}")
         if not self.init:
             return base
         other = self.open_student(base.dtype)
         for key in ("in_channels", "cross_attention_dim", "addition_embed_type"):
-            mine, its = other.unet_config.get(key), base.unet_config.get(key)
-            if mine != its:
+            other_value, base_value = other.unet_config.get(key), base.unet_config.get(key)
+            if other_value != base_value:
                 raise InputRefused(
-                    f"--init {self.init}: its UNet has {key} {mine}, the base {its}", "it must be of the base's family"
+                    f"`init={self.init}`: its UNet has {key} {other_value}, the base {base_value}",
+                    "it must be of the base's family",
                 )
         return other
 
@@ -99,24 +95,30 @@ class Segmented(Scores):
     """
 
     config: SegmentedConfig
-    student: Denoiser
-    part: Phase
 
-    def watch(self, first: Checkpoint) -> None:
-        """Open the features, and find where the student is called: told, or where it was called before, or the last timestep."""
+    @classmethod
+    def needs(cls, config: SegmentedConfig) -> Needs:
+        return "pairs"
+
+    def _open_matching(self, first: Checkpoint) -> None:
+        """Open the features, and choose where the student is called: `t_gen`, else where it was called before, else the last."""
         base, config = self.base_model, self.config
         self.matching = feature_matching.open_matching(
             config.fm_encoder,
             self.teacher,
-            vae_of(base, config),
+            open_vae(base, config.vae),
             weights=config.fm_weights,
             t_max=config.fm_t_max,
             crop=config.fm_crop,
         )
-        told = first.recipe.timesteps
-        self.t_gen = config.t_gen if config.t_gen is not None else told[0] if told else len(self.schedule) - 1
+        before = first.recipe.timesteps
+        self.t_gen = config.t_gen if config.t_gen is not None else before[0] if before else len(self.schedule) - 1
 
-    def made(self, batch: Batch, pairs: int, fresh: float = 0.0) -> Tensor:
+    def networks(self) -> list[nn.Module]:
+        return [self.teacher, self.student, self.fake, self.matching]
+
+    @equation("SDXS, section 3.2")
+    def generated(self, batch: Batch, pairs: int, fresh: float = 0.0) -> Tensor:
         """The student's x0 of pure noise; the first rows start from their pair's, but for a share `fresh` of it."""
         noise = torch.randn_like(batch.latents)
         if pairs:
@@ -124,42 +126,44 @@ class Segmented(Scores):
             noise[:pairs] = torch.where(kept, batch.noise[:pairs], noise[:pairs])
         return self.student(noise, torch.full((len(noise),), self.t_gen, device=noise.device), batch.cond).x0
 
-    def turn(self, x: Tensor, batch: Batch, step: int, pairs: int) -> Turn:
+    @equation("SDXS, algorithm 1")
+    def turn(self, x: Tensor, batch: Batch, now: Now, pairs: int) -> Turn:
         """Both players from one x; in the warm-up the student alone."""
-        alpha, weight = self.scheduled(step)
+        alpha, weight = self.scheduled(now)
         student: Losses = {}
         if pairs:
             student["features"] = weight * self.feature_loss(x, batch, pairs)
-        if self.part.name == "match":
+        if now.phase.name == "match":
             return {"student": student}
         seen = self.noised(x.detach(), self.config.t_min, alpha)
         fake = self.fake(seen.x_t, seen.t, batch.cond)
         student["matching"] = losses.along(x, self.gradient(seen, fake, batch))
         return {"fake": self.denoising(seen, fake), "student": student}
 
-    def pairs(self, batch: Batch) -> int:
+    def _pairs(self, batch: Batch, now: Now) -> int:
         """How many of the batch's first rows are compared with the teacher's pictures of their noise."""
         n = len(batch.latents)
-        if self.part.name == "match":
+        if now.phase.name == "match":
             return n
         return min(n, self.config.fm_batch or -(-n // 2)) if max(self.config.lambda_fm_start, self.config.lambda_fm_end) else 0
 
-    def scheduled(self, step: int) -> tuple[float, float]:
+    @equation("SDXS, equation 12")
+    def scheduled(self, now: Now) -> tuple[float, float]:
         """alpha and lambda: linear over the phase that has them; the warm-up is feature matching at weight 1."""
-        if self.part.name == "match":
+        if now.phase.name == "match":
             return 0.0, 1.0
-        done, c = (step - self.part.start) / max(1, self.part.steps - 1), self.config
+        done, c = now.fraction, self.config
         alpha, weight = c.alpha_end - c.alpha_start, c.lambda_fm_end - c.lambda_fm_start
         return c.alpha_start + done * alpha, c.lambda_fm_start + done * weight
 
+    @equation("SDXS, equation 10")
     def feature_loss(self, x: Tensor, batch: Batch, pairs: int) -> Tensor:
-        """Equation 10, on the first rows."""
+        """Feature matching, on the first rows."""
         rows = slice(pairs)
         return self.matching(x[rows], batch.latents[rows], batch.cond[rows]).mean()
 
 
-def phases(**lengths: int) -> list[Phase]:
-    """Those that have steps; the last one writes."""
-    found = [Phase(name, steps, exports=False) for name, steps in lengths.items() if steps]
-    found[-1].exports = True
-    return found
+def planned(**lengths: int) -> list[Phase]:
+    """The phases that have steps; the last one writes."""
+    names = [name for name, steps in lengths.items() if steps]
+    return [Phase(name, lengths[name], exports=name == names[-1]) for name in names]

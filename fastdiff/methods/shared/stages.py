@@ -1,6 +1,6 @@
 """A chain of stages a:b, each teaching b steps what a do, and its phases: who trains when, and for how many steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, Protocol
 
@@ -24,7 +24,7 @@ class Chain(Protocol):
     steps: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part(Phase):
     """A phase of a stage."""
 
@@ -47,14 +47,14 @@ def timesteps(schedule: NoiseSchedule, place: Tensor) -> Tensor:
 def plan(config: Chain) -> list[Part]:
     """The phases of all stages with their steps; UsageError for a chain that is none."""
     try:
-        told = [stage.split(":") for stage in config.stages.split(",")]
-        stages = [(int(a), int(b), float(share[0]) if share else 1.0) for a, b, *share in told]
-        chain = all(1 <= b < a <= 1000 and a % b == 0 and share > 0 for a, b, share in stages) and max(map(len, told)) <= 3
+        split = [stage.split(":") for stage in config.stages.split(",")]
+        stages = [(int(a), int(b), float(share[0]) if share else 1.0) for a, b, *share in split]
+        chain = all(1 <= b < a <= 1000 and a % b == 0 and share > 0 for a, b, share in stages) and max(map(len, split)) <= 3
     except ValueError:
         chain = False
     if not chain or any(one[1] != two[0] for one, two in pairwise(stages)):
         raise UsageError(
-            f"--stages {config.stages}: not a chain", "as in 32:8,8:4: each divides, and starts where the last ended"
+            f"`stages={config.stages}`: not a chain", "as in 32:8,8:4: each divides, and starts where the last ended"
         )
     asked = [kind.split(":") for kind in config.phases.split(",")]
     try:
@@ -66,7 +66,7 @@ def plan(config: Chain) -> list[Part]:
     )
     if not known or not wanted.keys() & {"cond", "uncond"}:
         raise UsageError(
-            f"--phases {config.phases}: cond, uncond or both, then full where it is wanted", "as in mse,cond:2,uncond:2,full"
+            f"`phases={config.phases}`: cond, uncond or both, then full where it is wanted", "as in mse,cond:2,uncond:2,full"
         )
     if config.lora_only:
         wanted.pop("full", None)
@@ -79,8 +79,7 @@ def plan(config: Chain) -> list[Part]:
         parts += [Part(f"{b}-{kind}", 0, kind in written, stage=i, kind=kind, a=a, b=b) for kind in kinds]
         weights += [share * weight / sum(kinds.values()) for weight in kinds.values()]
     ends = [round(config.steps * sum(weights[: i + 1]) / sum(weights)) for i in range(len(parts))]
-    for part, start, end in zip(parts, [0, *ends], ends, strict=False):
-        part.steps = end - start
+    parts = [replace(part, steps=end - start) for part, start, end in zip(parts, [0, *ends], ends, strict=False)]
     if min(part.steps for part in parts) < 1:
-        raise UsageError(f"--steps {config.steps}: too few for {len(parts)} phases", "give more, or fewer --stages or --phases")
+        raise UsageError(f"`steps={config.steps}`: too few for {len(parts)} phases", "give more, or fewer `stages` or `phases`")
     return parts
