@@ -51,7 +51,7 @@ COMMANDS = [
     Command("dmd", ".methods.dmd:DMD", "Distil a one-step or few-step model (DMD, DMD2)", "Train"),
     Command("lightning", ".methods.lightning:Lightning", "Distil 128 steps down to 1, stage by stage (SDXL-Lightning)", "Train"),
     Command("sdxs", ".methods.sdxs:SDXS", "Train a small network to draw in one step (SDXS)", "Train"),
-    Command("distill-controlnet", ".methods.controlnet:DistilControlNet", "Train a ControlNet for a small network (SDXS)", "Train"),
+    Command("distill-controlnet", ".methods.controlnet:DistilControlNet", "A ControlNet for a small network (SDXS)", "Train"),
     Command("merge-lora", ".commands.merge_lora", "Add LoRAs exactly, to a rank, or into a checkpoint", "Use"),
     Command("sample", ".commands.sample", "Draw images with the settings that the weights ask for", "Use"),
     Command("evaluate", ".commands.evaluate", "Judge few-step models on pictures against their teacher", "Use"),
