@@ -392,10 +392,10 @@ def test_what_has_no_low_rank_is_refused_with_the_way_out(tmp_path):
     good = example(0, 4, "linear")
     with pytest.raises(InputRefused, match="a DoRA .* cannot be merged into a LoRA exactly") as caught:
         concatenate([(good, 1.0), (dora, 1.0)])
-    assert caught.value.hint == "bake it into a checkpoint with --base"
+    assert caught.value.hint == "bake it into a checkpoint with `base`"
     with pytest.raises(InputRefused, match="a LoHa") as caught:
         concatenate([(good, 1.0), (loha, 1.0)])
-    assert "--rank R" in caught.value.hint
+    assert "`rank=R`" in caught.value.hint
     merged, _ = merge_lora.reduced(concatenate([(good, 1.0), (loha, 0.5)], Config(rank="5")), "5", 1.0, {})
     wanted = good.modules["lora_unet_linear"].delta() + 0.5 * loha.modules["lora_unet_linear"].value
     torch.testing.assert_close(merged.modules["lora_unet_linear"].delta(), wanted, rtol=1e-4, atol=1e-5)

@@ -60,7 +60,7 @@ def start_from(unet: nn.Module, start: Lora, name: str) -> None:
     homeless = [key for key in fitted.modules if not hasattr(modules[key], "lora_A")]
     if homeless:
         raise UsageError(
-            f"{start.source}: {len(homeless)} of its layers have no adapter here ({homeless[0]})", "--lora-layers all"
+            f"{start.source}: {len(homeless)} of its layers have no adapter here ({homeless[0]})", "`lora_layers=all`"
         )
     for key, update in fitted.modules.items():
         layer = modules[key]

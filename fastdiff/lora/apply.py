@@ -75,7 +75,7 @@ def fit(
                     f"{names}: none of its {len(lora.modules)} modules fits ({sorted(wrong)[0]})", "it is for another base"
                 )
             if not allow_partial:
-                raise InputRefused(told, "it is for another base; --allow-partial applies the rest")
+                raise InputRefused(told, "it is for another base; `allow_partial=True` applies the rest")
             warn(told)
         found.append(replace(lora, modules=good, total=len(lora.modules)))
     return found

@@ -21,6 +21,7 @@ from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.decoder import Decoder, decoder_of
 from fastdiff.models.fast.unet import unet_of
 from fastdiff.runtime import stop
+from fastdiff.runtime.errors import as_field
 from fastdiff.sampling import solver_table
 from fastdiff.sampling.engine import Compile, Engine, Inputs, Walk
 from fastdiff.sampling.solver_table import Table
@@ -39,9 +40,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.scheduler not in SOLVERS:
-            raise ValueError(f"--scheduler {self.scheduler}: one of {', '.join(SOLVERS)}")
+            raise ValueError(f"{as_field('scheduler', self.scheduler)}: one of {', '.join(SOLVERS)}")
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"--eta must be between 0 and 1, not {self.eta}")
+            raise ValueError(f"`eta` must be between 0 and 1, not {self.eta}")
 
     @classmethod
     def of(cls, recipe: Recipe, default: "Settings", **given: Any) -> "Settings":
