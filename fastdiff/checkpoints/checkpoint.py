@@ -186,7 +186,7 @@ class Checkpoint:
             if part.startswith("text_encoder"):
                 import transformers
 
-                cls = getattr(transformers, self.index[part][1])
+                cls = getattr(transformers, self.index[part][1])  # the class that the folder names
                 return cls(cls.config_class.from_dict(config))
             from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -328,6 +328,7 @@ class Checkpoint:
         """The stock diffusers pipeline over these components."""
         import diffusers
 
+        # getattr: the class that the folder names
         scheduler = getattr(diffusers, self.scheduler_config.get("_class_name", "DDIMScheduler"))
         parts: dict[str, Any] = {"unet": self.unet, "vae": self.vae, "scheduler": scheduler.from_config(self.scheduler_config)}
         for i, (encoder, tokenizer) in enumerate(zip(self.text_encoders, self.tokenizers, strict=True)):

@@ -45,7 +45,7 @@ def load(folder: Path, option: str, ref: str, config: dict[str, Any]) -> nn.Modu
     """The network in fp32, frozen; InputRefused where its weights cannot be read whole."""
     import diffusers
 
-    kind = getattr(diffusers, config["_class_name"])
+    kind = getattr(diffusers, config["_class_name"])  # one of the classes that were asked for
     try:
         net, told = kind.from_pretrained(
             folder, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True

@@ -41,7 +41,7 @@ def extractor(name: str) -> Extractor:
         return canny
     module, _, function = name.partition(":")
     try:
-        found = getattr(import_module(module), function or "")
+        found = getattr(import_module(module), function or "")  # a stranger's function by its name
     except (ImportError, AttributeError, ValueError) as error:
         hint = "canny, or MODULE:FUNCTION that can be imported"
         raise UsageError(f"{as_field('control', name)}: no such extractor", hint) from error

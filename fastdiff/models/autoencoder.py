@@ -81,6 +81,8 @@ def tiny(width: int, decoder_blocks: tuple[int, ...], latent_channels: int = 4) 
 
 def mean_latents(vae: nn.Module, pixels: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) -> the scaled latents that a stock pipeline starts from, without their spread; with gradients."""
-    found = vae.encode(pixels.to(vae.device, vae.dtype))
-    latents = found.latents if hasattr(found, "latents") else found.latent_dist.mean
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+
+    answer = vae.encode(pixels.to(vae.device, vae.dtype))
+    latents = answer.latents if isinstance(answer, AutoencoderTinyOutput) else answer.latent_dist.mean
     return latents.float() * vae.config.scaling_factor

@@ -249,7 +249,7 @@ def unet_of(config: Mapping[str, Any], kind: str = "UNet2DConditionModel") -> nn
 
     try:
         with init_empty_weights():
-            return getattr(diffusers, kind).from_config(dict(config))
+            return getattr(diffusers, kind).from_config(dict(config))  # a class of the library by its name
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise UsageError(f"the layout is no {kind} that diffusers builds: {quoted(error)}") from error
 

@@ -177,6 +177,7 @@ def from_toml(cls: type, text: str, *, source: str = "config") -> dict[str, Any]
 
 def to_toml(config: Any) -> str:
     """All fields of a config, one a line; `from_toml` reads back the same values."""
+    # getattr: a loop over fields
     return "".join(f"{o.name} = {_literal(getattr(config, o.name))}\n" for o in options(type(config)))
 
 
@@ -231,7 +232,7 @@ def resolve(
     if presets and family_of and base:
         family = family_of({"base": base.default, **values})
         row = preset(known, presets, family)
-        if variant := getattr(cls, "VARIANT", None):
+        if variant := getattr(cls, "VARIANT", None):  # a config may be any dataclass, and few have variants
             default = next(o.default for o in known if o.name == variant)
             chosen = {variant: default, **row, **values}[variant]
             row |= preset(known, presets, f"{family}:{chosen}")

@@ -304,7 +304,7 @@ def jsonable(value: Any) -> Any:
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [jsonable(v) for v in value]
-    if hasattr(value, "tolist"):  # numpy and torch, scalars too
+    if hasattr(value, "tolist"):  # numpy and torch, scalars too; neither is imported for it
         return jsonable(value.tolist())
     return str(value)
 

@@ -38,6 +38,7 @@ class Caller:
         self.folded = isinstance(denoiser.net, FoldedUNet)
 
     def inputs(self, t: Tensor, cond: Cond) -> Inputs:
+        # getattr: a loop over fields
         told = {f.name: v for f in fields(cond) if (v := getattr(cond, f.name)) is not None}
         if not self.folded:
             return {**told, "t": t}

@@ -48,6 +48,7 @@ class Settings:
     def of(cls, recipe: Recipe, default: "Settings", **given: Any) -> "Settings":
         """Given values first, then the recipe's, then the default's."""
         names = ("scheduler", "num_steps", "guidance", "spacing", "eta", "timesteps")
+        # getattr: a loop over fields that both have
         from_recipe = {k: getattr(recipe, k) for k in names if getattr(recipe, k) is not None}
         chosen = from_recipe | {k: v for k, v in given.items() if v is not None}
         if "scheduler" in chosen and "spacing" not in chosen:
@@ -165,7 +166,7 @@ class Sampler:
     def latents(self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int]) -> Tensor:
         """Scaled latents (B, C, h, w) for latent size (h, w); cond has B rows, uncond one or B."""
         self.told = None  # the network may have been trained since
-        if getattr(type(self.denoiser), "forward", None) is not Denoiser.forward:
+        if type(self.denoiser).forward is not Denoiser.forward:
             return self.solved(cond, uncond, seeds, settings, size)
         return self.engine.latents(self.walk(cond, uncond, seeds, settings, size))
 
