@@ -23,6 +23,7 @@ PUBLIC = {
 __all__ = ["Denoiser", "NoiseSchedule", "Sampler", "Trainer", "__version__", "load"]
 
 
+# A module's hook of Python for names that it has not yet.
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")

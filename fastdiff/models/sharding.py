@@ -6,7 +6,7 @@ goes on from them.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,11 +84,13 @@ def parts_of(net: nn.Module) -> list[nn.Module]:
 @contextmanager
 def gathered(modules: list[nn.Module]) -> Iterator[None]:
     """Plain whole copies on the CPU in the places of split networks, on the first process, to be exported. All must call it."""
+    from diffusers import ModelMixin
+
     places = [
         (module, name, net)
         for module in modules
         for name, net in module.named_children()
-        if isinstance(net, Configured) and any(map(is_split, net.parameters()))
+        if isinstance(net, ModelMixin) and any(map(is_split, net.parameters()))
     ]
     copies: dict[nn.Module, nn.Module] = {}
     for _, _, net in places:
@@ -102,15 +104,6 @@ def gathered(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for holder, name, net in places:
             setattr(holder, name, net)
-
-
-@runtime_checkable
-class Configured(Protocol):
-    """A network of diffusers', which can be built again from its config."""
-
-    config: Any
-
-    def from_config(self, config: Any) -> Any: ...
 
 
 def plain(net: nn.Module, state: dict[str, Tensor]) -> nn.Module:

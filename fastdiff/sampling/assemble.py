@@ -19,7 +19,7 @@ from fastdiff.models.fast.decoder import decoder_of
 from fastdiff.models.fast.unet import unet_of
 from fastdiff.models.remap import is_pruned, remapped
 from fastdiff.runtime import console
-from fastdiff.runtime.errors import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 from fastdiff.sampling.engine import Compile
 from fastdiff.sampling.sampler import Sampler, decoding
 
@@ -36,7 +36,7 @@ class Assembled:
 
 def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device on this machine")
+        raise UsageError("`device=cuda`: no CUDA device on this machine")
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -66,7 +66,7 @@ def load_loras(
     if is_pruned(base):
         return [(remapped(base, item, wanted=remap), weight) for item, weight in found]
     if remap:
-        console.warn(f"--remap: {base.ref} has all layers of its family; nothing to move")
+        console.warn(f"`remap`: {base.ref} has all layers of its family; nothing to move")
     return found
 
 
@@ -98,7 +98,8 @@ def assemble(
     guide = controlnets.load(controlnet, base.unet_config).to(base.dtype) if controlnet else None
     other = autoencoder.load(vae, latent_channels=base.unet_config["in_channels"]) if vae else None
     if other is not None and autoencoder.factor(other) != base.pixels_per_latent:
-        raise InputRefused(f"--vae {vae}: {autoencoder.factor(other)} px a latent, the base has {base.pixels_per_latent}")
+        own = autoencoder.factor(other)
+        raise InputRefused(f"{as_field('vae', vae)}: {own} px a latent, the base has {base.pixels_per_latent}")
     nets = [base.unet, other or base.vae, *([guide] if guide else [])] if identified else []
     identity = tuple(fingerprint(net) for net in nets)
     net = unet_of(base, device=device) if folded else base.unet

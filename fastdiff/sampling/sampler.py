@@ -21,6 +21,7 @@ from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.decoder import Decoder, decoder_of
 from fastdiff.models.fast.unet import unet_of
 from fastdiff.runtime import stop
+from fastdiff.runtime.errors import as_field
 from fastdiff.sampling import solver_table
 from fastdiff.sampling.engine import Compile, Engine, Inputs, Walk
 from fastdiff.sampling.solver_table import Table
@@ -39,14 +40,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.scheduler not in SOLVERS:
-            raise ValueError(f"--scheduler {self.scheduler}: one of {', '.join(SOLVERS)}")
+            raise ValueError(f"{as_field('scheduler', self.scheduler)}: one of {', '.join(SOLVERS)}")
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"--eta must be between 0 and 1, not {self.eta}")
+            raise ValueError(f"`eta` must be between 0 and 1, not {self.eta}")
 
     @classmethod
     def of(cls, recipe: Recipe, default: "Settings", **given: Any) -> "Settings":
         """Given values first, then the recipe's, then the default's."""
         names = ("scheduler", "num_steps", "guidance", "spacing", "eta", "timesteps")
+        # getattr: a loop over fields that both have
         from_recipe = {k: getattr(recipe, k) for k in names if getattr(recipe, k) is not None}
         chosen = from_recipe | {k: v for k, v in given.items() if v is not None}
         if "scheduler" in chosen and "spacing" not in chosen:
@@ -164,7 +166,7 @@ class Sampler:
     def latents(self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int]) -> Tensor:
         """Scaled latents (B, C, h, w) for latent size (h, w); cond has B rows, uncond one or B."""
         self.told = None  # the network may have been trained since
-        if getattr(type(self.denoiser), "forward", None) is not Denoiser.forward:
+        if type(self.denoiser).forward is not Denoiser.forward:
             return self.solved(cond, uncond, seeds, settings, size)
         return self.engine.latents(self.walk(cond, uncond, seeds, settings, size))
 
