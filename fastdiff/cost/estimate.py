@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.cost import footprint
 from fastdiff.cost.footprint import Footprint
 from fastdiff.data.folder import Folder
@@ -121,10 +122,10 @@ class DataPlan:
 
 
 def data_plan(base: Checkpoint, config: TrainConfig) -> DataPlan:
-    spec = config.data or ("emoji" if base.family == "emoji" else "teacher")
+    spec = config.data or base.family.default_data
     side = (config.resolution or base.resolution_px) // base.pixels_per_latent
     latent = 2 * base.unet_config["in_channels"] * side**2  # fp16
-    if spec.startswith("emoji"):
+    if spec.partition(":")[0] == SHIPPED.data:
         return DataPlan(spec)
     if spec == "teacher":
         n = 0 if config.wants == "prompts" else config.pairs

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints import single_file
+from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.single_file import Weights
 from fastdiff.lora.file import Lora, with_first_encoder
 from fastdiff.lora.kinds import Factors, Update
@@ -51,7 +52,7 @@ def fits(update: Update, shape: tuple[int, ...]) -> bool:
 
 
 def fit(
-    loras: list[tuple[Lora, float]], table: Mapping[str, Place], *, allow_partial: bool = False, family: str = ""
+    loras: list[tuple[Lora, float]], table: Mapping[str, Place], *, allow_partial: bool = False, family: Family | None = None
 ) -> list[Lora]:
     """The LoRAs, each with the modules that have a place in the table.
 
@@ -152,7 +153,7 @@ def apply(base: Any, loras: list[tuple[Lora, float]], *, allow_partial: bool = F
     table: dict[str, Place] = {}
     for prefix, net in nets.items():
         table |= places({name: tuple(p.shape) for name, p in net.named_parameters()}, prefix)
-    fitted = fit(loras, table, allow_partial=allow_partial, family=getattr(base, "family", ""))
+    fitted = fit(loras, table, allow_partial=allow_partial, family=getattr(base, "family", None))
     for lora in fitted:
         info(f"{lora.source}: {len(lora.modules)} of {lora.total} modules applied")
     ready = [(lora, strength) for lora, (_, strength) in zip(fitted, loras, strict=True)]

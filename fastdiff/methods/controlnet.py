@@ -32,7 +32,7 @@ from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling.pictures import contact_sheet, uint8
-from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings
+from fastdiff.sampling.sampler import Sampler, Settings
 from fastdiff.training.card import write_controlnet_card
 from fastdiff.training.method import Phase, Turn
 from fastdiff.training.previews import vae_of
@@ -142,7 +142,7 @@ class DistilControlNet(Segmented):
 
     def settings(self, who: Denoiser) -> Settings:
         """How teacher or student are sampled."""
-        usual = DEFAULTS[self.base_model.family]
+        usual = Settings.usual(self.base_model.family)
         return usual if who is self.teacher or not self.recipe.scheduler else Settings.of(self.recipe, usual)
 
 

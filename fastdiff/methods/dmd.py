@@ -155,7 +155,7 @@ class DMD(Scores):
         self.timesteps = sampling_timesteps(self.schedule, config)
         self.recipe = Recipe(
             method=config.recipe,
-            family=base.family,
+            family=base.family.name,
             scheduler="lcm",
             spacing="trailing",
             num_steps=config.num_steps,

@@ -101,7 +101,7 @@ class LCM(Roles):
         self.grid = distillation_grid(self.schedule, config)
         self.recipe = Recipe(
             method={"zero": "lcm", "edge": "pcm", "random": "tcd"}[config.target],
-            family=base.family,
+            family=base.family.name,
             scheduler=SCHEDULERS[config.target],
             num_steps=config.num_steps,
             guidance=config.guidance_min if config.full else 1.0,

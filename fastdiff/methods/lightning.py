@@ -147,7 +147,7 @@ class Lightning(Roles):
         self.sources = self.sources_of(part)
         self.recipe = Recipe(
             method="lightning",
-            family=self.base_model.family,
+            family=self.base_model.family.name,
             scheduler="euler",
             spacing="trailing",
             num_steps=part.b,

@@ -94,7 +94,7 @@ class Prune:
         self.student = Denoiser(net, self.schedule, base.prediction_type)
         self.pairs = unet.feature_pairs(base.unet.config, layout) if config.lambda_feat else []
         self.players: dict[str, nn.Module] = {"student": net}
-        self.recipe = Recipe(method="prune", family=base.family)
+        self.recipe = Recipe(method="prune", family=base.family.name)
         self.title = cutting.title(base, net, config.layout)
         self.facts = cutting.figures(base.unet_config, layout)
 

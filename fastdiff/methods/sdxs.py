@@ -107,7 +107,7 @@ class SDXS(Segmented):
         self.extra_state: dict[str, nn.Module] = {}
         self.recipe = Recipe(
             method="sdxs",
-            family=base.family,
+            family=base.family.name,
             scheduler="lcm",
             spacing="trailing",
             num_steps=1,

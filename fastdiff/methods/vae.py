@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import Family
 from fastdiff.data.batch import Batch, Buckets, Data
 from fastdiff.diffusion import losses
 from fastdiff.models import autoencoder, perceptual
@@ -168,7 +169,7 @@ def down8(pixels: Tensor) -> Tensor:
     return F.avg_pool2d(pixels, 8)
 
 
-def distance_of(config: Config, family: str) -> nn.Module | None:
+def distance_of(config: Config, family: Family) -> nn.Module | None:
     """LPIPS or its stand-in; where it is only for the closing figures and cannot be had, it is left out with a word."""
     try:
         return perceptual.open_distance(family, config.lpips_weights, off="--lambda-lpips 0")
@@ -206,7 +207,7 @@ def run(config: Config) -> Result:
     rows = [[k, f"{v:.4g}"] for k, v in metrics.items() if isinstance(v, int | float)]
     console.table(f"against the VAE's own decoder, {len(judged)} pictures", ["figure", "value"], rows)
     write_vae_card(run, base, config, metrics)
-    prompt = "red apple" if base.family == "emoji" else "a red apple"
+    prompt = base.family.example_prompt
     return Result(
         run.outputs, metrics, f'fastdiff sample --base {config.base} --vae {run.folder / "tiny-vae"} --prompt "{prompt}"'
     )

@@ -24,12 +24,10 @@ def _encode(base: Checkpoint, prompts: list[str], device: torch.device | str) ->
     for encoder, tokenizer in zip(base.text_encoders, base.tokenizers, strict=True):
         length = tokenizer.model_max_length
         ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        out = encoder.to(device)(ids.to(device), output_hidden_states=base.family == "sdxl")
-        if base.family == "sdxl":
-            states.append(out.hidden_states[-2].float().cpu())  # SDXL was trained on the last layer but one
-            pooled = getattr(out, "text_embeds", None)
-        else:
-            states.append(out.last_hidden_state.float().cpu())
+        out = encoder.to(device)(ids.to(device), output_hidden_states=base.family.text_layer != -1)
+        last = base.family.text_layer == -1
+        states.append((out.last_hidden_state if last else out.hidden_states[base.family.text_layer]).float().cpu())
+        pooled = getattr(out, "text_embeds", None) if base.family.size_conditioned else None
     return Cond(torch.cat(states, -1), None if pooled is None else pooled.float().cpu())
 
 
@@ -95,9 +93,9 @@ class Prompts:
         for i in range(0, len(prompts), batch):
             pairs = zip(self.encoders, self.tokenizers, strict=True)
             found = [encoder(tokenizer(prompts[i : i + batch])) for encoder, tokenizer in pairs]
-            sdxl = self.base.family == "sdxl"
-            states = torch.cat([x.before if sdxl else x.last for x in found], -1)
-            parts.append(Cond(states.cpu(), found[-1].pooled.cpu() if sdxl else None))
+            family = self.base.family
+            states = torch.cat([x.last if family.text_layer == -1 else x.before for x in found], -1)
+            parts.append(Cond(states.cpu(), found[-1].pooled.cpu() if family.size_conditioned else None))
         return Cond.cat(parts)
 
     def unconditional(self) -> Cond:

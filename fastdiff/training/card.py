@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.checkpoints.locate import ALIASES
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.runtime.console import fmt
 from fastdiff.runtime.disk import sha256, write_atomic
-from fastdiff.sampling.sampler import DEFAULTS, Settings
+from fastdiff.sampling.sampler import Settings
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.method import Method
 from fastdiff.training.run import Run
@@ -56,7 +57,7 @@ def few_step(weights: Path, base: Checkpoint, recipe: Recipe, config: TrainConfi
 
 def small(weights: Path, base: Checkpoint, title: str) -> Usage:
     """Of a checkpoint of another shape that is sampled like its parent."""
-    usual = DEFAULTS[base.family]
+    usual = Settings.usual(base.family)
     steps = f"num_inference_steps={usual.num_steps}, guidance_scale={usual.guidance}"
     return Usage(
         title,
@@ -96,7 +97,7 @@ tags: [{usage.tags}]
 | method | {recipe.method}, {metrics["steps"]} steps of {config.batch_size} x {config.grad_accum} |
 | base | {base.ref}, {base.prediction_type}, UNet sha256 {method.parent[:16]} |
 | sampling | {usage.sampling} |
-| data | {config.data or ("emoji" if base.family == "emoji" else "teacher")} |
+| data | {config.data or base.family.default_data} |
 | seed | {config.seed} |
 | licence | that of the base model: a distilled model is derived from it |
 
@@ -105,7 +106,7 @@ tags: [{usage.tags}]
 ## Use
 
 {fence}python
-import {"fastdiff" if base.ref == "emoji" else "diffusers"}
+import {"fastdiff" if base.ref == SHIPPED.name else "diffusers"}
 from diffusers import {usage.imports}
 {usage.code}
 {fence}
@@ -148,7 +149,7 @@ tags: [vae, AutoencoderTiny]
 ## Use
 
 {fence}python
-import {"fastdiff" if base.ref == "emoji" else "diffusers"}
+import {"fastdiff" if base.ref == SHIPPED.name else "diffusers"}
 from diffusers import AutoencoderTiny, DiffusionPipeline
 pipe = {opened(base)}
 pipe.vae = AutoencoderTiny.from_pretrained("tiny-vae")
@@ -164,7 +165,7 @@ def write_controlnet_card(run: Run, base: Checkpoint, config: TrainConfig, setti
     """README.md of a ControlNet for another UNet."""
     lines = [f"| {k} | {fmt(v)} |" for k, v in metrics.items()]
     table, fence, of = "\n".join(lines), "```", config.open_student()
-    kind = "StableDiffusionXLControlNetPipeline" if base.family == "sdxl" else "StableDiffusionControlNetPipeline"
+    kind = base.family.controlnet_pipeline
     pipe = opened(of).replace("DiffusionPipeline", kind).removesuffix(")") + ", controlnet=controlnet)"
     trained = f"{metrics['steps']} steps of {config.batch_size} x {config.grad_accum}"
     sampling = f"{settings.scheduler}, steps: {settings.num_steps}, guidance {settings.guidance}"
@@ -193,7 +194,7 @@ tags: [controlnet]
 ## Use
 
 {fence}python
-import {"fastdiff" if of.ref == "emoji" else "diffusers"}
+import {"fastdiff" if of.ref == SHIPPED.name else "diffusers"}
 from diffusers import ControlNetModel, {kind}
 controlnet = ControlNetModel.from_pretrained("controlnet")
 pipe = {pipe}
@@ -218,10 +219,10 @@ def recipes(weights: list[Path]) -> dict[Path, Recipe]:
 
 def opened(base: Checkpoint) -> str:
     """The diffusers expression that opens the base."""
-    if base.ref == "emoji":
+    if base.ref == SHIPPED.name:
         return 'DiffusionPipeline.from_pretrained(fastdiff.load("emoji").path)'
     if base.path.is_file():
-        kind = "StableDiffusionXLPipeline" if base.family == "sdxl" else "StableDiffusionPipeline"
+        kind = base.family.pipeline
         return f'diffusers.{kind}.from_single_file("{base.ref}")'
     return f'DiffusionPipeline.from_pretrained("{ALIASES.get(base.ref, base.ref)}")'
 

@@ -219,7 +219,7 @@ def train(command: str, method_class: Callable[[Checkpoint, Any], Method], confi
     resolution_px = config.resolution or base.resolution_px
     with console.timed("data_s"):
         preview = Preview(base, config, resolution_px, accelerator.device)
-        judged = base.family == "emoji" and config.proof > 0
+        judged = base.family.judge_ships and config.proof > 0
         judge = Judged(base, config.proof, accelerator.device) if judged else None
         measured = Measured(base, config, resolution_px, accelerator.device) if config.eval_every else None
         data = data_of(base, config, accelerator.device)
