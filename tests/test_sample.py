@@ -214,7 +214,7 @@ def test_families(tiny_sd, tiny_sdxl):
     assert locate.family_of("ssd-1b") is FAMILIES["sdxl"]
     assert locate.family_of(str(tiny_sdxl)) is FAMILIES["sdxl"]
     for family in FAMILIES.values():
-        assert of_unet_config({"cross_attention_dim": family.width}) is family
+        assert of_unet_config({"cross_attention_dim": family.cross_attention_width}) is family
 
 
 def test_hub_layout_is_read_offline(tiny_sd, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ class Family:
     example_prompt: str = "a red apple"  # that its text encoder knows, for commands to copy
 
     # ---- networks
-    width: int  # of the text states that cross-attention takes
+    cross_attention_width: int  # of the text states that the UNet takes
     unet_plan: Literal["sd", "xl"]  # four resolutions of one transformer a layer, or three of up to ten
     size_conditioned: bool = False  # the UNet is also told the pooled text and six numbers of size and crop (time_ids)
     text_layer: Literal[-1, -2] = -1  # whose states of each text encoder the UNet takes: the last, or the last but one
@@ -50,8 +50,8 @@ class Family:
     prefixes: Mapping[str, str] = field(hash=False)  # component -> what its tensors' names start with
     open_clip: tuple[str, ...] = ()  # text encoders that are kept as open_clip has them: q, k and v stacked
     marks_v: bool = False  # a network that predicts v has a tensor `v_pred`; else a yaml beside the file says it
-    known_depths: tuple[tuple[int, ...], ...] | None = None  # transformers of every encoder layer, of the UNets that other
-    # programs read from a single file; None: they read the blocks off the keys
+    # Transformers of every encoder layer, of the UNets that other programs read; None: they read the blocks off the keys.
+    known_depths: tuple[tuple[int, ...], ...] | None = None
 
     # ---- headers and LoRA files
     architecture: str  # modelspec.architecture of a network that predicts epsilon
@@ -114,7 +114,7 @@ FAMILIES: dict[str, Family] = {
             judge_ships=True,
             drift_prompts=64,
             example_prompt="red apple",
-            width=128,
+            cross_attention_width=128,
             unet_plan="sd",
             sampling=Sampling("ddim", 25, 3.0),  # measured: its teacher's best
             prefixes={**LDM, "text_encoder": "cond_stage_model.transformer."},
@@ -126,7 +126,7 @@ FAMILIES: dict[str, Family] = {
             title="SD1.5",
             hub_ids={"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"},
             folder="families/sd15",
-            width=768,
+            cross_attention_width=768,
             unet_plan="sd",
             sampling=Sampling("dpm++", 25, 7.5),
             prefixes={**LDM, "text_encoder": "cond_stage_model.transformer."},
@@ -139,7 +139,7 @@ FAMILIES: dict[str, Family] = {
             title="SD2.1",
             hub_ids={"sd21": "stabilityai/stable-diffusion-2-1"},
             folder="families/sd21",
-            width=1024,
+            cross_attention_width=1024,
             unet_plan="sd",
             prediction_type="v_prediction",
             epsilon_latent_side=64,  # SD2's base models are the 512 px ones
@@ -155,7 +155,7 @@ FAMILIES: dict[str, Family] = {
             title="SDXL",
             hub_ids={"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "ssd-1b": "segmind/SSD-1B"},
             folder="families/sdxl",
-            width=2048,
+            cross_attention_width=2048,
             unet_plan="xl",
             size_conditioned=True,
             text_layer=-2,
@@ -208,7 +208,7 @@ def named(ref: str, families: Mapping[str, Family] = FAMILIES) -> Family | None:
 
 def of_width(width: int, families: Mapping[str, Family] = FAMILIES) -> Family | None:
     """The family whose cross-attention takes text states of that width."""
-    return next((row for row in families.values() if row.width == width), None)
+    return next((row for row in families.values() if row.cross_attention_width == width), None)
 
 
 def of_unet_config(config: Mapping[str, Any], families: Mapping[str, Family] = FAMILIES) -> Family:
