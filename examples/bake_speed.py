@@ -22,7 +22,7 @@ import torch
 from fastdiff import lora
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.locate import ASSETS
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Weights
 from fastdiff.lora.adapters import TARGETS
@@ -50,7 +50,7 @@ def random(shape: tuple[int, ...], offset: int) -> torch.Tensor:
 
 def full_size(family: str, folder: Path) -> tuple[Path, Path]:
     """A single file and a rank-64 LoRA of the family's real sizes, with random weights."""
-    base = Checkpoint(family, ASSETS / "families" / family, family)
+    base = Checkpoint(family, FAMILIES[family].home, FAMILIES[family])
     parts = {}
     for part in base.parts:
         shapes = base.shapes(part)
@@ -93,7 +93,7 @@ def main() -> None:
         folder = Path(name)
         source, style = (args.file, args.lora) if args.file and args.lora else full_size("sdxl", folder)
         config = folder / "config"
-        base = Checkpoint("sdxl", ASSETS / "families" / "sdxl", "sdxl")
+        base = Checkpoint("sdxl", FAMILIES["sdxl"].home, FAMILIES["sdxl"])
         for part in ("scheduler", "unet", "vae", "text_encoder", "text_encoder_2"):
             file = "scheduler_config.json" if part == "scheduler" else "config.json"
             write.write_json(config / part / file, json.loads((base.path / part / file).read_text()))

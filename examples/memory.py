@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.locate import ASSETS, EMOJI
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
@@ -34,11 +34,11 @@ GUIDANCE = 3.0
 
 def checkpoint(family: str, device: str) -> Checkpoint:
     """The embedded checkpoint, or a full-size UNet with random weights."""
-    if family == "emoji":
-        return Checkpoint(family, EMOJI, family)
+    if FAMILIES[family].ships_weights:
+        return Checkpoint(family, FAMILIES[family].home, FAMILIES[family])
     from diffusers import UNet2DConditionModel
 
-    base = Checkpoint(family, ASSETS / "families" / family, family)
+    base = Checkpoint(family, FAMILIES[family].home, FAMILIES[family])
     with torch.device(device):
         net = UNet2DConditionModel.from_config(base.unet_config)
     base.__dict__["unet"] = net.to(torch.bfloat16 if device == "cuda" else torch.float32).eval().requires_grad_(False)
@@ -46,8 +46,8 @@ def checkpoint(family: str, device: str) -> Checkpoint:
 
 
 def batch_of(base: Checkpoint, n: int, device: str) -> Batch:
-    config, sdxl = base.unet_config, base.family == "sdxl"
-    side, tokens = base.resolution_px // 8, 16 if base.family == "emoji" else 77
+    config, sdxl = base.unet_config, base.family.size_conditioned
+    side, tokens = base.resolution_px // 8, 16 if base.family.ships_weights else 77
     make = lambda *shape: torch.randn(n, *shape, device=device)
     cond, uncond = (
         Cond(make(tokens, config["cross_attention_dim"]), make(1280) if sdxl else None, make(6) if sdxl else None)
@@ -61,8 +61,8 @@ class OneNetwork:
 
     def __init__(self, base: Checkpoint, n: int) -> None:
         row = {
-            **dmd.PRESETS[base.family],
-            **dmd.PRESETS.get(f"{base.family}:{dmd.PRESETS[base.family].get('recipe', 'dmd')}", {}),
+            **dmd.PRESETS[base.family.name],
+            **dmd.PRESETS.get(f"{base.family}:{dmd.PRESETS[base.family.name].get('recipe', 'dmd')}", {}),
         }
         names = {k: row[k] for k in ("lora_rank", "lora_alpha", "lora_layers", "gradient_checkpointing", "lr") if k in row}
         self.method = dmd.DMD(base, dmd.Config(**names, batch_size=n, lambda_reg=0.0, guidance=GUIDANCE))
@@ -85,7 +85,7 @@ class ThreeNetworks:
     def __init__(self, base: Checkpoint, n: int) -> None:
         self.schedule, kind = base.schedule(), base.prediction_type
         nets = [trainable_copy(base.unet), trainable_copy(base.unet), base.unet]
-        if base.family != "emoji":
+        if not base.family.ships_weights:
             for net in nets[:2]:
                 net.enable_gradient_checkpointing()
         self.student, self.fake, self.teacher = (Denoiser(net, self.schedule, kind) for net in nets)
@@ -113,7 +113,7 @@ class LightningOnOne:
     discriminator = "lora"
 
     def __init__(self, base: Checkpoint, n: int) -> None:
-        row = lightning.PRESETS[base.family]
+        row = lightning.PRESETS[base.family.name]
         names = {k: row[k] for k in ("lora_rank", "lora_alpha", "gradient_checkpointing", "lr", "gan") if k in row}
         told = dict(
             stages="8:4", phases="cond", lora_only=True, d_warmup=0, discriminator=self.discriminator, batch_size=n, steps=9
@@ -185,7 +185,7 @@ def measure(method: str, way: str, family: str, device: str, n: int, steps: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=list(WAYS), default="dmd")
-    parser.add_argument("--family", choices=["emoji", "sd15", "sd21", "sdxl"], default="emoji")
+    parser.add_argument("--family", choices=list(FAMILIES), default="emoji")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch", type=int, default=None, help="default: 24 for emoji, else 1")
     parser.add_argument("--rounds", type=int, default=3)
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--way", choices=["ours", "three"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    n = args.batch or (24 if args.family == "emoji" else 1)
+    n = args.batch or (24 if FAMILIES[args.family].ships_weights else 1)
     torch.set_num_threads(args.threads)
     if args.way:
         print(json.dumps(measure(args.method, args.way, args.family, args.device, n, args.steps)))

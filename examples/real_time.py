@@ -23,7 +23,7 @@ from fastdiff.quality.distances import gap_closed
 from fastdiff.runtime import console
 from fastdiff.sampling.assemble import assemble, pick_device, pick_dtype
 from fastdiff.sampling.pictures import contact_sheet
-from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings
+from fastdiff.sampling.sampler import Sampler, Settings
 from fastdiff.training.previews import EMOJI_PREVIEW
 
 
@@ -39,7 +39,7 @@ class Way(NamedTuple):
         base = checkpoint.load(folder, dtype=pick_dtype("auto", device))
         prompts = text.Prompts(base, device=device)
         found = assemble(base, vae=vae, device=device, folded=True, compile="auto")
-        return cls(found.sampler, Settings.of(found.recipe, DEFAULTS[base.family]), prompts)
+        return cls(found.sampler, Settings.of(found.recipe, Settings.usual(base.family)), prompts)
 
     def draw(self, lines: list[str], px: int) -> torch.Tensor:
         """Prompts to pictures (B, H, W, 3), uint8; the prompts are encoded every time."""
@@ -69,8 +69,8 @@ def main() -> None:
     start = checkpoint.load(args.base, dtype=pick_dtype("auto", device))
     pipe = start.pipeline().to(device)
     pipe.set_progress_bar_config(disable=True)
-    usual, px = DEFAULTS[start.family], start.resolution_px
-    prompts = list(EMOJI_PREVIEW) + ["fox", "house"] if start.family == "emoji" else ["a red apple on a table"] * 8
+    usual, px = Settings.usual(start.family), start.resolution_px
+    prompts = list(EMOJI_PREVIEW) + ["fox", "house"] if start.family.judge_ships else ["a red apple on a table"] * 8
 
     def stock(n: int) -> None:
         pipe(prompts[:n], num_inference_steps=25, guidance_scale=usual.guidance, height=px, width=px)
@@ -86,7 +86,7 @@ def main() -> None:
             if i:  # the first round warms up
                 found.append((time.perf_counter() - began) / n)
     median = {key: statistics.median(found) for key, found in times.items()}
-    own = judge.Judge(start, args.samples, device=device) if start.family == "emoji" else None
+    own = judge.Judge(start, args.samples, device=device) if start.family.judge_ships else None
     reference = judge.Reference() if own else None
     lines, told = [], {}
     for name in calls:

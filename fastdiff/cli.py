@@ -232,8 +232,10 @@ def configure(call: Call) -> Any:
     if table and any(f.name == "base" for f in fields(call.work.Config)):
         from fastdiff.checkpoints import locate
 
-        family_of = lambda values: locate.family_of(
-            values["base"], config=values.get("base_config"), allow_pickle=values.get("allow_pickle", False)
+        family_of = lambda values: (
+            locate.family_of(
+                values["base"], config=values.get("base_config"), allow_pickle=values.get("allow_pickle", False)
+            ).name
         )
     return resolve(call.work.Config, call.flags, file=call.config, presets=table, family_of=family_of)
 

@@ -135,10 +135,11 @@ def _few_teacher_steps(monkeypatch):
     """Contact sheets show the teacher of tiny checkpoints too: of 4 steps, not 25, which would be a fifth of the suite's time."""
     from dataclasses import replace
 
-    from fastdiff.sampling.sampler import DEFAULTS
+    from fastdiff.sampling.sampler import Settings
 
-    for family in ("sd15", "sd21", "sdxl"):
-        monkeypatch.setitem(DEFAULTS, family, replace(DEFAULTS[family], num_steps=4))
+    usual = Settings.usual
+    few = lambda family: usual(family) if family.ships_weights else replace(usual(family), num_steps=4)
+    monkeypatch.setattr(Settings, "usual", few)
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from conftest import build
 from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
-from fastdiff.checkpoints import checkpoint, family, locate, single_file, write
+from fastdiff.checkpoints import checkpoint, detect, locate, single_file, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.checkpoints.locate import ASSETS
 from fastdiff.checkpoints.tensors import Layout, TensorFile
 from fastdiff.runtime.errors import InputRefused, UsageError
@@ -44,7 +45,7 @@ def like(name, **changes):
 @pytest.mark.parametrize("name", SIZES)
 def test_shipped_configs_make_the_published_networks(name):
     """Parameter counts of the published UNets, and of the encoders and VAE, on the meta device."""
-    base = Checkpoint(name, ASSETS / "families" / name, name)
+    base = Checkpoint(name, FAMILIES[name].home, FAMILIES[name])
     unet = base.skeleton("unet")
     assert sum(p.numel() for p in unet.parameters()) == SIZES[name]
     assert all(p.is_meta for p in unet.parameters())
@@ -60,7 +61,7 @@ def test_the_table_of_shapes_is_that_of_the_networks():
     """`FASTDIFF_SHAPES=write pytest -k table_of_shapes` writes it anew."""
     found = {}
     for name in SIZES:
-        base = Checkpoint(name, ASSETS / "families" / name, name)
+        base = Checkpoint(name, FAMILIES[name].home, FAMILIES[name])
         found[name] = {part: built(base, part) for part in base.parts}
     path = ASSETS / "families" / "shapes.json.gz"
     if os.environ.get("FASTDIFF_SHAPES") == "write":
@@ -78,7 +79,7 @@ def test_the_shipped_vocabulary_is_clips():
     vocab, merges = locate.clip_vocabulary()
     assert (len(vocab), len(merges)) == (49_408, 48_894)
     assert (vocab["<|startoftext|>"], vocab["<|endoftext|>"], vocab["a</w>"]) == (49_406, 49_407, 320)
-    one, two = Checkpoint("sdxl", ASSETS / "families" / "sdxl", "sdxl").tokenizers
+    one, two = Checkpoint("sdxl", FAMILIES["sdxl"].home, FAMILIES["sdxl"]).tokenizers
     # As OpenAI's tokenizer numbers it.
     assert one("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert one("a", padding="max_length", max_length=5).input_ids == [49406, 320, 49407, 49407, 49407]
@@ -90,14 +91,14 @@ def test_the_shipped_vocabulary_is_clips():
 
 @pytest.mark.parametrize("name", SIZES)
 def test_families_by_shape(tmp_path, name):
-    found = family.detect(header(tmp_path, like(name)))
-    assert found.family == name
+    found = detect.detect(header(tmp_path, like(name)))
+    assert found.family is FAMILIES[name]
     assert found.prediction_type == ("v_prediction" if name == "sd21" else "epsilon")
     assert not found.told
 
 
 def test_prediction_type_is_what_the_file_says(tmp_path):
-    says = lambda name, metadata=None, **keys: family.detect(header(tmp_path, like(name, **keys), metadata))
+    says = lambda name, metadata=None, **keys: detect.detect(header(tmp_path, like(name, **keys), metadata))
     xl = says("sdxl", v_pred=(0,), ztsnr=(0,))
     assert (xl.prediction_type, xl.zero_snr, xl.told, xl.why) == ("v_prediction", True, True, "its key v_pred")
     assert says("sdxl", {"modelspec.prediction_type": "v"}).prediction_type == "v_prediction"
@@ -113,7 +114,7 @@ def test_prediction_type_is_what_the_file_says(tmp_path):
 def test_sd2_that_says_nothing_is_told_by_a_bias(tmp_path, spread, kind):
     key = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
     bias = torch.randn(320, generator=torch.Generator().manual_seed(0)) * spread
-    found = family.detect(header(tmp_path, like("sd21", **{key: (320,)}), values={key: bias}))
+    found = detect.detect(header(tmp_path, like("sd21", **{key: (320,)}), values={key: bias}))
     assert (found.prediction_type, found.told) == (kind, False)
 
 
@@ -145,14 +146,14 @@ NOT_OURS = {
 @pytest.mark.parametrize("told", NOT_OURS)
 def test_what_we_do_not_read_is_refused_by_name(tmp_path, told):
     with pytest.raises(InputRefused, match=told) as caught:
-        family.detect(header(tmp_path, NOT_OURS[told]))
+        detect.detect(header(tmp_path, NOT_OURS[told]))
     assert caught.value.exit_code == 3
     assert "\n" not in str(caught.value)
 
 
 def test_a_flow_checkpoint_is_refused_by_its_header(tmp_path):
     with pytest.raises(InputRefused, match="a flow checkpoint"):
-        family.detect(header(tmp_path, like("sdxl"), {"modelspec.prediction_type": "flow"}))
+        detect.detect(header(tmp_path, like("sdxl"), {"modelspec.prediction_type": "flow"}))
 
 
 def shapes_of(config):
@@ -162,7 +163,7 @@ def shapes_of(config):
     with torch.device("meta"):
         net = UNet2DConditionModel(**config)
     shapes = {k: tuple(v.shape) for k, v in net.state_dict().items()}
-    return {slot.name: shapes[slot.parts[0]] for slot in single_file.slots("sd15", "unet", {**net.config}, shapes)}, net
+    return {slot.name: shapes[slot.parts[0]] for slot in single_file.slots(FAMILIES["sd15"], "unet", {**net.config}, shapes)}, net
 
 
 SMALLER = {
@@ -188,7 +189,7 @@ def test_the_blocks_of_a_pruned_file_are_read_off_its_keys(tmp_path, name, kind)
         smaller["attention_head_dim"] = [width // 64 for width in smaller["block_out_channels"]]
     smaller.pop("_class_name")
     shapes, net = shapes_of(smaller)
-    found = family.infer_unet(header(tmp_path, shapes), config)
+    found = detect.infer_unet(header(tmp_path, shapes), config)
     found.pop("_class_name")
     assert found == smaller
     from diffusers import UNet2DConditionModel
@@ -203,10 +204,10 @@ def test_the_depths_of_sdxl_are_read_off_its_keys(tmp_path):
     config.pop("_class_name")
     for depths in ([1, 2, 10], [1, 1, 2]):  # SDXL; Vega's depths
         shapes, _ = shapes_of({**config, "transformer_layers_per_block": depths})
-        assert family.infer_unet(header(tmp_path, shapes), config)["transformer_layers_per_block"] == depths
+        assert detect.infer_unet(header(tmp_path, shapes), config)["transformer_layers_per_block"] == depths
     gone = {k: v for k, v in shapes.items() if "output_blocks.2.1.transformer_blocks.1." not in k}
     with pytest.raises(InputRefused, match="differ within a level") as caught:
-        family.infer_unet(header(tmp_path, gone), config)
+        detect.infer_unet(header(tmp_path, gone), config)
     assert "`base_config=FOLDER`" in caught.value.hint
 
 
@@ -215,16 +216,16 @@ def test_the_depths_of_sdxl_are_read_off_its_keys(tmp_path):
 def test_the_blocks_of_every_layout_are_read_off_its_keys(tmp_path, name, layout):
     from fastdiff.models import unet
 
-    if name not in unet.LAYOUTS[layout].families:
+    if not unet.LAYOUTS[layout].fits(FAMILIES[name]):
         layout = {"ssd-1b": "bk-tiny", "vega": "sdxs-512", "koala-1b": "sdxs-512-xattn"}.get(layout, "bk-base")
-    config = locate.stock_config(name)
-    smaller = unet.student_config(config, layout, name)
+    config = locate.stock_config(FAMILIES[name])
+    smaller = unet.student_config(config, layout, FAMILIES[name])
     shapes, _ = shapes_of({k: v for k, v in smaller.items() if k != "_class_name"})
-    found = unet.unet_of(family.infer_unet(header(tmp_path, shapes), config))
+    found = unet.unet_of(detect.infer_unet(header(tmp_path, shapes), config))
     assert unet.shapes_of(found) == unet.shapes_of(unet.unet_of(smaller))
-    assert write.known_elsewhere(name, smaller) == ((name, layout) not in {("sdxl", "bk-base"), ("sdxl", "bk-small")}) & (
-        layout != "sdxs-512-xattn"
-    )
+    assert write.known_elsewhere(FAMILIES[name], smaller) == (
+        (name, layout) not in {("sdxl", "bk-base"), ("sdxl", "bk-small")}
+    ) & (layout != "sdxs-512-xattn")
 
 
 @pytest.fixture(scope="module")

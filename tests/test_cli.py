@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from fastdiff import cli
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.runtime import config, console
 from fastdiff.runtime.errors import DoesNotFit, GateFailed, InputRefused, Result, Stopped, UsageError
 
@@ -133,7 +134,7 @@ def test_shell_completion(fake, capsys, monkeypatch):
 
 def test_precedence_flag_variable_file_preset_default(fake, tmp_path, monkeypatch):
     families = ModuleType("fastdiff.checkpoints.locate")
-    families.family_of = lambda ref, config, allow_pickle: {"emoji": "emoji", "x": "sd15", "y": "sdxl"}[ref]
+    families.family_of = lambda ref, config, allow_pickle: FAMILIES[{"emoji": "emoji", "x": "sd15", "y": "sdxl"}[ref]]
     monkeypatch.setitem(sys.modules, "fastdiff.checkpoints.locate", families)
     monkeypatch.setattr("fastdiff.checkpoints.locate", families, raising=False)
     fake.PRESETS = {"sd15": {"steps": 2, "lr": 0.2, "target": "edge"}, "sdxl": {"steps": 9}}

@@ -8,6 +8,7 @@ import torch
 from conftest import controlnet_of
 
 from fastdiff.checkpoints import checkpoint, locate, write
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import control
 from fastdiff.data.batch import Batch, Encoded
@@ -257,7 +258,7 @@ def test_a_controlnet_of_another_layout_or_family_is_refused(tiny_sd, tiny_sdxl,
 
 
 def test_uneven_layouts_have_no_controlnet():
-    parent = unet.unet_of(locate.stock_config("sd15")).config
+    parent = unet.unet_of(locate.stock_config(FAMILIES["sd15"])).config
     with pytest.raises(InputRefused, match="no ControlNet for it"):
         controlnet.student_config(parent, {**parent, "layers_per_block": [1, 2, 2, 2]})
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.data import emoji, folder, teacher
 from fastdiff.data.batch import Encoded
 from fastdiff.data.open import open_data
@@ -259,8 +260,8 @@ def test_pairs_come_from_the_teacher_alone(tmp_path):
 
 
 def test_default_prompts_of_full_size_models_exist():
-    assert len(default_prompts("sdxl")) >= 50
-    lines = default_prompts("emoji")
+    assert len(default_prompts(FAMILIES["sdxl"])) >= 50
+    lines = default_prompts(FAMILIES["emoji"])
     assert len(lines) == 240 * 9
     assert sum(" on " in line for line in lines) / len(lines) == pytest.approx(0.70, abs=0.04)  # as the teacher was trained
     assert sum(line.split(" on ")[0] in groups() for line in lines) / len(lines) == pytest.approx(0.40, abs=0.04)
@@ -278,7 +279,7 @@ def test_text_equals_the_pipelines(tiny_sd, tiny_sdxl):
         told = pipeline.encode_prompt(["a cat", "dogs"], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
         torch.testing.assert_close(found.tokens, told[0])
         torch.testing.assert_close(empty.tokens.expand_as(told[1]), told[1])
-        if base.family == "sdxl":
+        if base.family.size_conditioned:
             torch.testing.assert_close(found.pooled, told[2])
             torch.testing.assert_close(empty.pooled.expand_as(told[3]), told[3])
 

@@ -41,7 +41,7 @@ def method(path, **config):
 def batch_for(base, n=4, seed=1):
     g = torch.Generator().manual_seed(seed)
     width = base.unet_config["cross_attention_dim"]
-    sdxl = base.family == "sdxl"
+    sdxl = base.family.size_conditioned
     cond, uncond = (
         Cond(
             torch.randn(n, 6, width, generator=g),

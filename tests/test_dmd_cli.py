@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import fastdiff
 from fastdiff import cli, lora
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.models import perceptual
 
 
@@ -229,7 +230,7 @@ def test_lpips_is_the_librarys_on_the_given_backbone(vgg):
     for key, p in theirs.net.state_dict().items():
         p.copy_(state["features." + key.split(".", 1)[1]])
     a, b = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    distance = perceptual.open_distance("sd15", str(vgg))
+    distance = perceptual.open_distance(FAMILIES["sd15"], str(vgg))
     torch.testing.assert_close(distance(a, b), theirs(a, b).flatten())
     assert distance(a, a).abs().max() == 0
     a.requires_grad_(True)
@@ -247,19 +248,19 @@ def test_lpips_needs_the_backbone_or_says_how_to_get_it(train, tiny_sd, tmp_path
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
         monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
         with pytest.raises(perceptual.UsageError, match="LPIPS needs vgg16-397923af.pth") as error:
-            perceptual.open_distance("sd15", None, off="`lambda_reg=0`")
+            perceptual.open_distance(FAMILIES["sd15"], None, off="`lambda_reg=0`")
         assert ("no route" in str(error.value)) == (offline == "0")
         assert all(way in error.value.hint for way in ("`lpips_weights=vgg16", "embedded", "`lambda_reg=0`"))
     save_file({"features.0.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(perceptual.UsageError, match=r"of VGG-16's layers are not in that file"):
-        perceptual.open_distance("sd15", str(tmp_path / "other.safetensors"))
+        perceptual.open_distance(FAMILIES["sd15"], str(tmp_path / "other.safetensors"))
     assert train("--base", str(tiny_sd), "-o", "vgg", "--lpips-weights", str(vgg))[0] == 0
 
 
 def test_every_network_of_the_distance_moves_to_a_device(vgg, tiny_sd):
     vae = checkpoint.load(str(tiny_sd)).vae
     for weights in ("embedded", str(vgg)):
-        distance = perceptual.DecodedDistance(vae, perceptual.open_distance("sd15", weights), 4)
+        distance = perceptual.DecodedDistance(vae, perceptual.open_distance(FAMILIES["sd15"], weights), 4)
         there = {name.split(".")[0] for name, _ in distance.named_parameters()}
         assert there == {"vae", "distance"}
         assert not any(p.requires_grad for p in distance.parameters())
@@ -272,7 +273,7 @@ def test_the_backbone_in_torchs_cache_is_used(vgg, tmp_path, monkeypatch):
     home.mkdir(parents=True)
     torch.save(load_file(vgg), home / "vgg16-397923af.pth")
     a, b = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    cached, given = perceptual.open_distance("sd15", None), perceptual.open_distance("sd15", str(vgg))
+    cached, given = perceptual.open_distance(FAMILIES["sd15"], None), perceptual.open_distance(FAMILIES["sd15"], str(vgg))
     assert torch.equal(cached(a, b), given(a, b))
 
 

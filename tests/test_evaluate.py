@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from fastdiff import cli, lora
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.data import emoji
 from fastdiff.lora import adapters
 from fastdiff.quality import metrics, networks, samples
@@ -274,8 +275,8 @@ def test_protocols_set_what_they_say(tmp_path, tiny_sdxl, monkeypatch):
     given = dict(protocol="coco10k-lightning", reference=str(tmp_path), prompts=str(tmp_path / "p.txt"))
     made = resolve(evaluate.Config, given, presets=evaluate.PRESETS, family_of=lambda v: "sdxl")
     assert (made.num_images, made.fid_px, made.resolution, made.metrics) == (10_000, 299, 1024, "fid,patch,clip")
-    assert made.teacher_settings("sdxl").num_steps == 32
-    assert made.teacher_settings("sdxl").guidance == 6
+    assert made.teacher_settings(FAMILIES["sdxl"]).num_steps == 32
+    assert made.teacher_settings(FAMILIES["sdxl"]).guidance == 6
     made = resolve(evaluate.Config, dict(given, protocol="coco30k-dmd"), presets=evaluate.PRESETS, family_of=lambda v: "sd15")
     assert (made.num_images, made.fid_px, made.resolution) == (30_000, 256, 512)
 
@@ -327,11 +328,11 @@ def test_what_auto_cannot_have_is_left_out_with_a_word(fastdiff, tiny_sd, tmp_pa
 def test_the_best_stock_ways_of_so_many_calls():
     from fastdiff.commands.evaluate import ways
 
-    assert ways("sdxl", 4) == [
+    assert ways(FAMILIES["sdxl"], 4) == [
         Settings("dpm++", 4, 1.0, "trailing"),
         Settings("dpm++", 2, 5.0, "trailing"),
     ]
     for calls in (1, 2, 4, 8):
-        found = ways("emoji", calls)
+        found = ways(FAMILIES["emoji"], calls)
         assert all(way.calls == calls for way in found)
         assert {way.guided for way in found} == ({False} if calls == 1 else {False, True})

@@ -7,7 +7,7 @@ from conftest import SCHEDULER, UNET, build
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.locate import ASSETS, EMOJI
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.diffusion.schedule import NoiseSchedule
 from fastdiff.diffusion.solvers import SOLVERS, Grid
 from fastdiff.models import autoencoder, text
@@ -127,20 +127,16 @@ def test_what_is_not_known_is_not_guessed():
         FoldedUNet(dict(state, **{"conv_in.weight": torch.zeros(16, 5, 3, 3)}), net.config)
 
 
-FAMILIES = ["emoji", "sd15", "sd21", "sdxl"]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_published_networks_and_all_layouts_are_known(family):
     """At full size, without memory: names and shapes of every tensor."""
-    home = EMOJI if family == "emoji" else ASSETS / "families" / family
-    base = Checkpoint(family, home, family)
-    for layout in [None, *(name for name, row in LAYOUTS.items() if family in row.families)]:
-        config = student_config(base.unet_config, layout, family) if layout else base.unet_config
+    base = Checkpoint(family, FAMILIES[family].home, FAMILIES[family])
+    for layout in [None, *(name for name, row in LAYOUTS.items() if row.fits(base.family))]:
+        config = student_config(base.unet_config, layout, base.family) if layout else base.unet_config
         with torch.device("meta"):
             net = diffusers.UNet2DConditionModel.from_config(config)
         assert len(FoldedUNet(net.state_dict(), config, device="meta").cross) > 0
-    if family == "emoji":
+    if not base.family.published:
         return
     empty = lambda part: {k: torch.empty(s, device="meta") for k, s in base.shapes(part).items()}
     assert Decoder(empty("vae"), base.config_of("vae"), device="meta").config.latent_channels == 4

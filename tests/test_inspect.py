@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from test_lora_layouts import ROWS, Made
 
 from fastdiff import cli
-from fastdiff.checkpoints import checkpoint, locate, tensors, write
+from fastdiff.checkpoints import checkpoint, tensors, write
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.commands import inspect
 
@@ -84,7 +85,7 @@ def test_checkpoints_folders_and_others(capfd, tmp_path, tiny_sd):
 
 def test_no_weight_is_read(tmp_path, monkeypatch):
     """A 7 GB file, of holes: its header alone is touched, in well under a second."""
-    base = checkpoint.Checkpoint("sdxl", locate.ASSETS / "families" / "sdxl", "sdxl")
+    base = checkpoint.Checkpoint("sdxl", FAMILIES["sdxl"].home, FAMILIES["sdxl"])
     entries, offset = {}, 0
     for part in base.parts:
         shapes = base.shapes(part)

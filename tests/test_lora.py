@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastdiff import lora
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.lora import apply
 from fastdiff.lora.file import Factors, Lora
@@ -145,7 +146,7 @@ def test_sdxl_calls_its_encoders_te1_and_te2(tmp_path):
     read = lora.load(write(tmp_path, tensors))
     flat = TEXT.replace(".", "_")
     assert set(read.modules) == {f"lora_te1_{flat}", f"lora_te2_{flat}", "lora_te2_text_projection"}
-    assert read.family == "sdxl"
+    assert read.family is FAMILIES["sdxl"]
     alone = lora.load(write(tmp_path, kohya(f"lora_te1_{flat.removeprefix('text_model_')}", *factors(0))))
     assert set(alone.modules) == {KTEXT}  # nothing says SDXL; the level text_model is back
 
@@ -153,10 +154,10 @@ def test_sdxl_calls_its_encoders_te1_and_te2(tmp_path):
 def test_family_from_the_recipe_the_width_or_the_header():
     wide = {"lora_unet_x_attn2_to_k": Factors(*factors(0, inside=2048))}
     narrow = {"lora_unet_x_attn1_to_k": Factors(*factors(0))}
-    assert Lora(wide).family == "sdxl"
-    assert Lora(wide, {"fastdiff.family": "emoji"}).family == "emoji"
-    assert Lora(narrow, {"modelspec.architecture": "stable-diffusion-v2-512/lora"}).family == "sd21"
-    assert Lora(narrow, {"modelspec.architecture": "stable-diffusion-v1/lora"}).family == "sd15"
+    assert Lora(wide).family is FAMILIES["sdxl"]
+    assert Lora(wide, {"fastdiff.family": "emoji"}).family is FAMILIES["emoji"]
+    assert Lora(narrow, {"modelspec.architecture": "stable-diffusion-v2-512/lora"}).family is FAMILIES["sd21"]
+    assert Lora(narrow, {"modelspec.architecture": "stable-diffusion-v1/lora"}).family is FAMILIES["sd15"]
     assert Lora(narrow).family is None
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.commands import merge_lora
 from fastdiff.commands.merge_lora import Config, concatenate
@@ -166,7 +167,7 @@ def test_with_a_base_the_weights_are_added_in_fp32_and_cast_once(tiny_sd, tmp_pa
 
 def test_a_base_of_another_family_is_refused(files, monkeypatch):
     lora.save(example(0, 4, "linear", family="sdxl"), "xl.safetensors")
-    monkeypatch.setattr(checkpoint, "load", lambda ref, **how: SimpleNamespace(family="sd15"))
+    monkeypatch.setattr(checkpoint, "load", lambda ref, **how: SimpleNamespace(family=FAMILIES["sd15"]))
     with pytest.raises(InputRefused, match="--base sd15 is sd15, but the LoRAs are for sdxl"):
         merge_lora.run(Config(accel="xl.safetensors", base="sd15"))
 

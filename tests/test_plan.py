@@ -8,12 +8,13 @@ import torch
 
 from fastdiff import cli
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.commands import plan
 from fastdiff.cost import footprint, probe
 from fastdiff.lora import adapters
 from fastdiff.methods import lcm
 from fastdiff.runtime import disk
-from fastdiff.sampling.sampler import DEFAULTS
+from fastdiff.sampling.sampler import Settings
 
 SMALL = ["--resolution", 64, "--batch-size", 4, "--grad-accum", 2, "--lora-rank", 16, "--no-gradient-checkpointing", "--no-probe"]
 
@@ -51,7 +52,7 @@ def test_a_probe_measures_the_commands_own_steps(fastdiff, tiny_sd, tmp_path):
     assert 2**27 < first["memory_bytes"] < 2**33  # all of a process with torch in it
     assert found["training_h"] == pytest.approx(7 * first["step_s"] / 3600)
     assert found["data_h"] > 0
-    assert found["data"]["calls"] == 256 * DEFAULTS["sd15"].calls  # pairs
+    assert found["data"]["calls"] == 256 * Settings.usual(FAMILIES["sd15"]).calls  # pairs
     assert found["disk"]["cache"]["bytes"] == 256 * 2 * 4 * 8 * 8 * 2  # noise and latents in fp16
     assert told["next_command"].startswith(f"fastdiff train-lcm-lora --base {tiny_sd} --prompts prompts.txt")
     assert not (tmp_path / "runs").exists()

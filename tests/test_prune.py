@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastdiff.checkpoints import checkpoint, locate
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.data.open import open_data
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.schedule import NoiseSchedule
@@ -42,8 +43,8 @@ EMOJI = ("bk-base", "bk-small", "bk-tiny", "sdxs-512", "sdxs-512-xattn")
 
 @pytest.mark.parametrize(("family", "layout"), COUNTS)
 def test_every_published_layout_has_its_size_and_inherits_every_parameter(family, layout):
-    parent = locate.stock_config(family)
-    config = unet.student_config(parent, layout, family)
+    parent = locate.stock_config(FAMILIES[family])
+    config = unet.student_config(parent, layout, FAMILIES[family])
     net = unet.unet_of(config)
     shapes = unet.shapes_of(net)
     whole = unet.shapes_of(unet.unet_of(parent))
@@ -54,8 +55,8 @@ def test_every_published_layout_has_its_size_and_inherits_every_parameter(family
 
 
 def test_the_last_layer_of_an_up_block_comes_from_the_last_and_stages_count_from_the_end():
-    parent = locate.stock_config("sd15")
-    names = unet.inherited_layers(parent, unet.student_config(parent, "bk-tiny", "sd15"))
+    parent = locate.stock_config(FAMILIES["sd15"])
+    names = unet.inherited_layers(parent, unet.student_config(parent, "bk-tiny", FAMILIES["sd15"]))
     moved = {mine: its for mine, its in names.items() if mine != its}
     assert moved == {
         f"up_blocks.{i}.{kind}": f"up_blocks.{i + 1}.{its}"
@@ -73,19 +74,19 @@ def test_the_last_layer_of_an_up_block_comes_from_the_last_and_stages_count_from
 
 
 def test_wrong_layouts_are_refused_by_name(tmp_path):
-    parent = locate.stock_config("sdxl")
+    parent = locate.stock_config(FAMILIES["sdxl"])
     for layout, word in (("bk-tiny", "not a layout of sdxl.*"), ("bk-huge", "no such layout"), ("gone.json", "no such layout")):
         with pytest.raises(UsageError, match=word):
-            unet.student_config(parent, layout, "sdxl")
+            unet.student_config(parent, layout, FAMILIES["sdxl"])
     (tmp_path / "a.json").write_text('{"block_width": 3}')
     with pytest.raises(UsageError, match="unknown field block_width"):
-        unet.student_config(parent, str(tmp_path / "a.json"), "sdxl")
+        unet.student_config(parent, str(tmp_path / "a.json"), FAMILIES["sdxl"])
     (tmp_path / "b.json").write_text("no")
     with pytest.raises(UsageError, match="not the config of a UNet"):
-        unet.student_config(parent, str(tmp_path / "b.json"), "sdxl")
+        unet.student_config(parent, str(tmp_path / "b.json"), FAMILIES["sdxl"])
     (tmp_path / "c.json").write_text('{"down_block_types": ["NoSuchBlock"]}')
     with pytest.raises(UsageError, match="no UNet2DConditionModel that diffusers builds"):
-        unet.unet_of(unet.student_config(parent, str(tmp_path / "c.json"), "sdxl"))
+        unet.unet_of(unet.student_config(parent, str(tmp_path / "c.json"), FAMILIES["sdxl"]))
     emoji = checkpoint.load("emoji")
     for told, word in (
         ({"block_out_channels": [48, 96, 96, 112]}, "does not fit into the base.*down_blocks.3"),
@@ -93,7 +94,7 @@ def test_wrong_layouts_are_refused_by_name(tmp_path):
         ({"cross_attention_dim": 64}, "does not fit into the base"),
     ):
         (tmp_path / "d.json").write_text(json.dumps(told))
-        config = unet.student_config(emoji.unet_config, str(tmp_path / "d.json"), "emoji")
+        config = unet.student_config(emoji.unet_config, str(tmp_path / "d.json"), FAMILIES["emoji"])
         with pytest.raises(UsageError, match=word):
             cutting.pruned(emoji, config)
 
@@ -101,7 +102,7 @@ def test_wrong_layouts_are_refused_by_name(tmp_path):
 def test_a_file_names_only_what_changes(tmp_path):
     emoji = checkpoint.load("emoji")
     (tmp_path / "mine.json").write_text('{"layers_per_block": [2, 1, 1, 1], "_class_name": "UNet2DConditionModel"}')
-    config = unet.student_config(emoji.unet_config, str(tmp_path / "mine.json"), "emoji")
+    config = unet.student_config(emoji.unet_config, str(tmp_path / "mine.json"), FAMILIES["emoji"])
     net = unet.inheriting(emoji.unet, config)
     assert [len(block.resnets) for block in net.down_blocks] == [2, 1, 1, 1]
     assert [len(block.resnets) for block in net.up_blocks] == [2, 2, 2, 3]
@@ -113,7 +114,7 @@ def test_a_file_names_only_what_changes(tmp_path):
 def test_a_file_may_name_fields_that_older_configs_lack(tmp_path):
     parent = {k: v for k, v in checkpoint.load("emoji").unet_config.items() if k != "only_cross_attention"}
     (tmp_path / "cross.json").write_text('{"only_cross_attention": [true, false, false, false]}')
-    assert unet.student_config(parent, str(tmp_path / "cross.json"), "emoji")["only_cross_attention"][0]
+    assert unet.student_config(parent, str(tmp_path / "cross.json"), FAMILIES["emoji"])["only_cross_attention"][0]
 
 
 def probe(seed=0, n=2):
@@ -133,7 +134,7 @@ def test_a_network_pruned_of_nothing_is_its_parent():
 @pytest.mark.parametrize("layout", EMOJI)
 def test_features_that_are_compared_have_one_shape(layout):
     emoji = checkpoint.load("emoji")
-    config = unet.student_config(emoji.unet_config, layout, "emoji")
+    config = unet.student_config(emoji.unet_config, layout, FAMILIES["emoji"])
     pairs = unet.feature_pairs(emoji.unet_config, config)
     schedule = emoji.schedule()
     student, teacher = (Denoiser(net, schedule, "epsilon") for net in (unet.inheriting(emoji.unet, config), emoji.unet))
@@ -153,7 +154,7 @@ def test_features_that_are_compared_have_one_shape(layout):
 def test_sdxl_layouts_on_a_tiny_sdxl(layout, tiny_sdxl):
     """Depths that the tiny network has: 1, 1, 2; a layout takes the first of each."""
     base = checkpoint.load(str(tiny_sdxl))
-    config = unet.student_config(base.unet_config, layout, "sdxl")
+    config = unet.student_config(base.unet_config, layout, FAMILIES["sdxl"])
     if layout == "koala-700m":
         with pytest.raises(UsageError, match="nothing to inherit"):  # deeper than this one is
             unet.inheriting(base.unet, config)
@@ -176,7 +177,7 @@ def touching(key, base):
 
 def pruned_emoji(layout):
     whole = checkpoint.load("emoji")
-    config = unet.student_config(whole.unet_config, layout, "emoji")
+    config = unet.student_config(whole.unet_config, layout, FAMILIES["emoji"])
     return whole, whole.shaped("unet", config), config
 
 
@@ -352,7 +353,7 @@ def test_auto_cuts_what_costs_most_for_what_it_is_worth(monkeypatch, tiny_sd):
     assert count(base.unet, "cpu") / count(net, "cpu") >= 1.08
     said, goals = ([cutting.call(n, p) for p in cutting.probes_of(base, "cpu")] for n in (net, base.unet))
     error = lambda tensors: (torch.cat(tensors) - torch.cat(goals)).square().mean()
-    random_cut = unet.inheriting(base.unet, unet.student_config(base.unet_config, "bk-tiny", "sd15"))
+    random_cut = unet.inheriting(base.unet, unet.student_config(base.unet_config, "bk-tiny", FAMILIES["sd15"]))
     assert error(said) < error([cutting.call(random_cut, p) for p in cutting.probes_of(base, "cpu")])
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.lora import adapters
 from fastdiff.models import unet
 
@@ -125,7 +126,9 @@ def test_a_layout_that_was_measured_is_kept_for_a_resumed_run(fastdiff, tiny_sd,
     from fastdiff.methods.shared import cutting
 
     seen = []
-    choose = lambda base, target, device: seen.append(target) or unet.student_config(base.unet_config, "bk-base", "sd15")
+    choose = lambda base, target, device: (
+        seen.append(target) or unet.student_config(base.unet_config, "bk-base", FAMILIES["sd15"])
+    )
     monkeypatch.setattr(cutting, "choose", choose)
     common = ("prune", "--base", tiny_sd, *QUICK, "--auto", "--target-speed", "1.1x", "-o", "run")
     code, told = fastdiff(*common, "--steps=1")

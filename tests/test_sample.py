@@ -10,13 +10,14 @@ from PIL import Image
 
 from fastdiff import cli, lora
 from fastdiff.checkpoints import checkpoint, locate, write
+from fastdiff.checkpoints.family import FAMILIES, of_unet_config
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.lora import apply
 from fastdiff.lora.file import Factors, Lora
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling.pictures import uint8
-from fastdiff.sampling.sampler import DEFAULTS, Sampler, SeededNoise, Settings
+from fastdiff.sampling.sampler import Sampler, SeededNoise, Settings
 
 
 def command(capfd, *args):
@@ -158,8 +159,8 @@ def test_calls_and_recipes():
     assert Settings("ddim", 4, 1.0).calls == 4
     recipe = Recipe(scheduler="tcd", num_steps=4, guidance=1.0, eta=0.3)
     assert Recipe.from_metadata(recipe.to_metadata()) == recipe
-    assert Settings.of(recipe, DEFAULTS["sd15"]) == Settings("tcd", 4, 1.0, None, 0.3)
-    assert Settings.of(recipe, DEFAULTS["sd15"], num_steps=2).num_steps == 2
+    assert Settings.of(recipe, Settings.usual(FAMILIES["sd15"])) == Settings("tcd", 4, 1.0, None, 0.3)
+    assert Settings.of(recipe, Settings.usual(FAMILIES["sd15"]), num_steps=2).num_steps == 2
 
 
 def test_uint8_rounds_and_clamps():
@@ -209,11 +210,11 @@ def test_broken_checkpoints_are_refused_by_name(tiny_sd, tmp_path):
 
 
 def test_families(tiny_sd, tiny_sdxl):
-    assert locate.family_of("emoji") == "emoji"
-    assert locate.family_of("ssd-1b") == "sdxl"
-    assert locate.family_of(str(tiny_sdxl)) == "sdxl"
-    for width, family in locate.FAMILY_OF_WIDTH.items():
-        assert locate.family_of_config({"cross_attention_dim": width}) == family
+    assert locate.family_of("emoji") is FAMILIES["emoji"]
+    assert locate.family_of("ssd-1b") is FAMILIES["sdxl"]
+    assert locate.family_of(str(tiny_sdxl)) is FAMILIES["sdxl"]
+    for family in FAMILIES.values():
+        assert of_unet_config({"cross_attention_dim": family.cross_attention_width}) is family
 
 
 def test_hub_layout_is_read_offline(tiny_sd, tmp_path, monkeypatch):
@@ -226,7 +227,7 @@ def test_hub_layout_is_read_offline(tiny_sd, tmp_path, monkeypatch):
     shutil.copytree(tiny_sd, repo / "snapshots" / "abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     base = checkpoint.load("sd15")
-    assert base.family == "sd15"
+    assert base.family is FAMILIES["sd15"]
     assert base.unet.config.cross_attention_dim == 32
 
 

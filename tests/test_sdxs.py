@@ -40,7 +40,7 @@ def batch_for(base, n=4):
 
     width = base.unet_config["cross_attention_dim"]
     cond, uncond = (Cond(torch.randn(n, 12, width, generator=g)) for _ in range(2))
-    if base.family == "sdxl":
+    if base.family.size_conditioned:
         ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(n, -1)
         cond, uncond = (Cond(c.tokens, torch.randn(n, 32, generator=g), ids) for c in (cond, uncond))
     return Batch(torch.randn(n, 4, 8, 8, generator=g), cond, uncond, torch.randn(n, 4, 8, 8, generator=g))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.models import text
 from fastdiff.runtime.errors import InputRefused
 
@@ -76,7 +77,7 @@ def single_file(tiny_sd, tmp_path_factory):
 
 def test_every_tensor_arrives(single_file, tiny_sd):
     read, base = checkpoint.load(str(single_file), config=str(tiny_sd)), checkpoint.load(str(tiny_sd))
-    assert read.family == "sd15"
+    assert read.family is FAMILIES["sd15"]
     pairs = [(read.unet, base.unet), (read.vae, base.vae), (read.text_encoders[0], base.text_encoders[0])]
     for found, expected in pairs:
         known = dict(found.state_dict())

@@ -45,7 +45,7 @@ class ControlNet:
         self.student = Denoiser(base.unet, base.schedule(), base.prediction_type, controlnet=net)
         self.teacher = Denoiser(base.unet, base.schedule(), base.prediction_type)
         self.players = {"controlnet": net}
-        self.recipe, self.config = Recipe(family=base.family), config
+        self.recipe, self.config = Recipe(family=base.family.name), config
 
     def losses(self, batch, step):
         t = torch.randint(len(self.student.schedule), (len(batch.latents),))

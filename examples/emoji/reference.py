@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.quality.distances import Moments
 from fastdiff.quality.drift import REFERENCE_SEED
 from fastdiff.quality.emoji import REFERENCE, Judge, Row, embed
-from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings
+from fastdiff.sampling.sampler import Sampler, Settings
 
 LADDER = 500  # samples of each rung
 
@@ -60,7 +61,7 @@ def main() -> None:
     base = checkpoint.load("emoji")
     sampler = Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
     full, small = Judge(base, args.samples), Judge(base, args.search)
-    teacher = DEFAULTS["emoji"]
+    teacher = Settings.usual(SHIPPED)
     _, pixels = full.sample(sampler, teacher, first_seed=REFERENCE_SEED)
     reference = Moments.of(embed(pixels))
     latents, pixels = full.sample(sampler, teacher)

@@ -38,7 +38,7 @@ class StyleLora:
         self.student = Denoiser(base.unet, base.schedule(), base.prediction_type, "style")
         self.teacher = Denoiser(base.unet, base.schedule(), base.prediction_type)
         self.players = {"style": torch.nn.ParameterList(trained)}
-        self.recipe, self.config = Recipe(family=base.family), config
+        self.recipe, self.config = Recipe(family=base.family.name), config
 
     def losses(self, batch, step):
         t = torch.randint(len(self.student.schedule), (len(batch.latents),))

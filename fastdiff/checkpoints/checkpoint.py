@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints import single_file, tensors
-from fastdiff.checkpoints.family import Found, detect, infer_unet
-from fastdiff.checkpoints.family import prediction as prediction_told
-from fastdiff.checkpoints.locate import ASSETS, EMOJI, clip_vocabulary, family_of, locate, shape_tables
+from fastdiff.checkpoints.detect import Found, detect, infer_unet
+from fastdiff.checkpoints.detect import prediction as prediction_told
+from fastdiff.checkpoints.family import DEFAULT_BASE, Family, base_names
+from fastdiff.checkpoints.locate import clip_vocabulary, family_of, locate, shape_tables
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import TensorFile
@@ -31,8 +32,8 @@ class BaseConfig:
 
     PANEL: ClassVar[str] = "Base model"
 
-    base: Annotated[str, "emoji, sd15, sd21, sdxl, ssd-1b, a hub id, a diffusers folder or a single file"] = field(
-        default="emoji", metadata={"flags": ["-b"]}
+    base: Annotated[str, f"{base_names()}, a hub id, a diffusers folder or a single file"] = field(
+        default=DEFAULT_BASE, metadata={"flags": ["-b"]}
     )
     base_config: Annotated[str | None, "folder or hub id with the configs of an unusual single file"] = None
     prediction_type: Annotated[
@@ -63,7 +64,7 @@ class Checkpoint:
 
     ref: str
     path: Path
-    family: str
+    family: Family
     dtype: torch.dtype = torch.float32
     config: Path | None = None  # a diffusers folder of configs and tokenizers, for single files
     found: Found | None = None  # what a single file is
@@ -81,7 +82,7 @@ class Checkpoint:
     @property
     def own_config(self) -> bool:
         """A single file on the configs that we ship, not on a folder that was given for it."""
-        return self.path.is_file() and self.folder.parent in {ASSETS, ASSETS / "families"}
+        return self.path.is_file() and self.folder == self.family.home
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -115,10 +116,10 @@ class Checkpoint:
         if not path.exists():
             raise InputRefused(f"{path}: missing; {self.folder} is no complete diffusers folder")
         config = json.loads(path.read_text())
-        if part == "unet" and self.own_config and self.family != "emoji":
+        if part == "unet" and self.own_config and self.family.published:
             config = infer_unet(self.file, config)
-            if self.family == "sd21" and self.prediction_type == "epsilon":
-                config["sample_size"] = 64  # SD2's base models are the 512 px ones
+            if self.family.epsilon_latent_side and self.prediction_type == "epsilon":
+                config["sample_size"] = self.family.epsilon_latent_side
         return config
 
     @property
@@ -151,8 +152,8 @@ class Checkpoint:
 
     @property
     def zeros_for_empty_prompt(self) -> bool:
-        """SDXL's unconditional branch: zero embeddings instead of the encoded empty prompt."""
-        return self.family == "sdxl" and self.index.get("force_zeros_for_empty_prompt", True)
+        """The unconditional branch of SDXL: zero embeddings instead of the encoded empty prompt."""
+        return self.family.zeros_for_empty_prompt and self.index.get("force_zeros_for_empty_prompt", True)
 
     @property
     def recipe(self) -> Recipe:
@@ -197,9 +198,9 @@ class Checkpoint:
 
         Building it, on the meta device, would import diffusers and transformers, which takes longer than reading a file.
         """
-        home = ASSETS / "families" / self.family
-        if self.folder == home and self.config_of(part) == json.loads((home / part / "config.json").read_text()):
-            return shape_tables()[self.family][part]
+        home, stock = self.family.home, self.family.published and self.folder == self.family.home
+        if stock and self.config_of(part) == json.loads((home / part / "config.json").read_text()):
+            return shape_tables()[self.family.name][part]
         return {plain_name(part, k): tuple(v.shape) for k, v in self.skeleton(part).state_dict().items()}
 
     def slots(self, part: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
@@ -212,7 +213,7 @@ class Checkpoint:
         if self.path.is_file():
             wanted = self.slots(part, shapes)
             gone = single_file.missing(self.file, wanted)
-            prefix = single_file.PREFIXES[self.family][part]
+            prefix = self.family.prefixes[part]
             left = single_file.unknown(self.file, wanted, [prefix])
             if len(gone) == len(wanted) and self.config and not self.own_config and self.stored(part, self.config):
                 info(f"{self.path}: has no {part}; taken from {self.config}")
@@ -334,12 +335,11 @@ class Checkpoint:
         for i, (encoder, tokenizer) in enumerate(zip(self.text_encoders, self.tokenizers, strict=True)):
             suffix = "" if i == 0 else f"_{i + 1}"
             parts |= {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
-        if self.family == "sdxl":
-            return diffusers.StableDiffusionXLPipeline(
-                **parts, force_zeros_for_empty_prompt=self.zeros_for_empty_prompt, add_watermarker=False
-            )
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return diffusers.StableDiffusionPipeline(**parts)
+        if self.family.safety_checker:
+            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        else:
+            parts |= {"force_zeros_for_empty_prompt": self.zeros_for_empty_prompt, "add_watermarker": False}
+        return getattr(diffusers, self.family.pipeline)(**parts)
 
 
 def load(
@@ -357,15 +357,14 @@ def load(
     """
     path = locate(ref)
     if not path.is_file():
-        family = "emoji" if ref == "emoji" else family_of(str(path))
-        return Checkpoint(ref, path, family, dtype, None, None, prediction, allow_pickle)
+        return Checkpoint(ref, path, family_of(str(path)), dtype, None, None, prediction, allow_pickle)
     file = tensors.open_file(path, allow_pickle=allow_pickle)
     if config:
         folder = locate(config, configs_only=True)
         found = prediction_told(file, family_of(str(folder)))
     else:
         found = detect(file)
-        folder = EMOJI if found.family == "emoji" else ASSETS / "families" / found.family
+        folder = found.family.home
     opened = Checkpoint(ref, path, found.family, dtype, folder, found, prediction, allow_pickle)
     opened.__dict__["file"] = file
     return opened

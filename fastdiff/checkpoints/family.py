@@ -1,178 +1,243 @@
-"""What a checkpoint file is: family, prediction type, and what is refused by name; from keys, shapes and the header."""
+"""The families of checkpoints, one row each. Everything that differs between them is a field here: no other file names one."""
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from fastdiff.checkpoints.tensors import TensorFile
-from fastdiff.runtime.errors import InputRefused
+from fastdiff.runtime.disk import ASSETS
 
-FAMILIES = ("emoji", "sd15", "sd21", "sdxl")
-FAMILY_OF_WIDTH = {128: "emoji", 768: "sd15", 1024: "sd21", 2048: "sdxl"}  # cross-attention width
-UNET = "model.diffusion_model."
-OTHERS = (  # a key that tells what the file is, when it is nothing that we read
-    (r"\.joint_blocks\.|^joint_blocks\.", "a Stable Diffusion 3 checkpoint (a flow model)"),
-    (r"double_blocks\.|single_transformer_blocks\.", "a Flux checkpoint (a flow model)"),
-    (r"^edm_(mean|std)$|^edm_vpred\.", "an EDM checkpoint (Playground v2.5, CosXL)"),
-    (
-        r"^(model\.diffusion_model\.)?(x_embedder|pos_embed|patch_embed|adaln_single|layers\.\d+\.adaLN)",
-        "a diffusion transformer",
-    ),
-    (r"motion_modules|time_stack|temporal_transformer|time_mixer", "a video or motion model"),
-    (r"^control_model\.|^controlnet_|^input_hint_block|^zero_convs", "a ControlNet, not a base model"),
-    (r"\.lora_(down|up|A|B)\.|_lora\.(down|up)|\.hada_w|\.lokr_w", "a LoRA: give it with `lora`"),
-    (r"string_to_param|^emb_params$|^clip_[lg]$", "a textual inversion embedding, not a base model"),
-    (r"^(unet\.)?(down_blocks|mid_block)\.", "a UNet alone with diffusers' names: give the folder that it belongs to"),
-    (r"^(model_ema\.)", "averaged weights alone, without the model"),
-    (r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|up|mid)", "a VAE alone, not a base model"),
-    (
-        r"^(text_model|transformer\.resblocks|cond_stage_model|conditioner|token_embedding)",
-        "a text encoder alone, not a base model",
-    ),
-)
-INPUTS = {  # channels that the first convolution takes
-    5: "a depth-to-image checkpoint",
-    7: "an upscaler checkpoint",
-    8: "an InstructPix2Pix checkpoint",
-    9: "an inpainting checkpoint",
-    16: "a checkpoint of a 16-channel VAE",
+
+class Sampling(NamedTuple):
+    """How a family's checkpoints are usually sampled."""
+
+    scheduler: str  # a name in solvers.SOLVERS
+    num_steps: int
+    guidance: float  # u + w (c - u)
+
+
+LDM = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}  # what a single file calls them, in every family
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Checkpoints whose networks have one plan, so that methods, LoRAs and file layouts are alike for all of them."""
+
+    # ---- names
+    name: str  # in --base, presets, file headers and cache keys
+    title: str  # in sentences
+    hub_ids: Mapping[str, str] = field(default_factory=dict, hash=False)  # alias that --base takes -> hub id
+
+    # ---- what ships with fastdiff
+    folder: str  # under assets: configs and tokenizers as a diffusers folder has them
+    ships_weights: bool = False  # its weights are in that folder too, and --base takes its name
+    data: str | None = None  # what --data calls the pictures that ship with it; None: training data is the teacher's samples
+    judge_ships: bool = False  # a feature network and the teacher's figures: closing tables, and distances without a download
+    drift_prompts: int = 16  # how many prompts the drift of a training run is measured on
+    example_prompt: str = "a red apple"  # that its text encoder knows, for commands to copy
+
+    # ---- networks
+    cross_attention_width: int  # of the text states that the UNet takes
+    unet_plan: Literal["sd", "xl"]  # four resolutions of one transformer a layer, or three of up to ten
+    size_conditioned: bool = False  # the UNet is also told the pooled text and six numbers of size and crop (time_ids)
+    text_layer: Literal[-1, -2] = -1  # whose states of each text encoder the UNet takes: the last, or the last but one
+    zeros_for_empty_prompt: bool = False  # unconditional is zeros, not the encoded "", unless model_index.json says otherwise
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"  # where no file tells
+    epsilon_latent_side: int | None = None  # latents a side of those that predict epsilon, where the shipped config has another
+    sampling: Sampling
+
+    # ---- single files (LDM layout)
+    prefixes: Mapping[str, str] = field(hash=False)  # component -> what its tensors' names start with
+    open_clip: tuple[str, ...] = ()  # text encoders that are kept as open_clip has them: q, k and v stacked
+    marks_v: bool = False  # a network that predicts v has a tensor `v_pred`; else a yaml beside the file says it
+    # Transformers of every encoder layer, of the UNets that other programs read; None: they read the blocks off the keys.
+    known_depths: tuple[tuple[int, ...], ...] | None = None
+
+    # ---- headers and LoRA files
+    architecture: str  # modelspec.architecture of a network that predicts epsilon
+    architecture_v: str  # and of one that predicts v
+    lora_header: Mapping[str, str] = field(default_factory=dict, hash=False)  # the ss_ entries by which programs know it
+    lora_names: Literal["diffusers", "ldm"] = "diffusers"  # which names of UNet layers a LoRA file has that all programs read
+
+    # ---- classes of diffusers
+    pipeline: str = "StableDiffusionPipeline"
+    controlnet_pipeline: str = "StableDiffusionControlNetPipeline"
+    safety_checker: bool = True  # that pipeline has one, and a feature extractor
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def home(self) -> Path:
+        """The folder with what ships of it."""
+        return ASSETS / self.folder
+
+    @property
+    def published(self) -> bool:
+        """Others publish checkpoints of it, and other programs know them."""
+        return bool(self.hub_ids)
+
+    @property
+    def default_data(self) -> str:
+        """What --data is where nobody gives it."""
+        return self.data or "teacher"
+
+    @property
+    def predicts_either(self) -> bool:
+        """There are published checkpoints that predict epsilon and such that predict v."""
+        return self.architecture != self.architecture_v
+
+    @property
+    def architecture_stem(self) -> str:
+        """What both architectures start with, whatever they predict."""
+        return "-".join(self.architecture.split("-")[:3])
+
+    @property
+    def text_encoders(self) -> int:
+        return sum(part.startswith("text_encoder") for part in self.prefixes)
+
+    @property
+    def lora_text_prefix(self) -> str:
+        """What LoRA files call the first text encoder."""
+        return "lora_te1_" if self.text_encoders > 1 else "lora_te_"
+
+
+FAMILIES: dict[str, Family] = {
+    row.name: row
+    for row in (
+        Family(
+            name="emoji",
+            title="the embedded checkpoint",
+            folder="emoji",
+            ships_weights=True,
+            data="emoji",
+            judge_ships=True,
+            drift_prompts=64,
+            example_prompt="red apple",
+            cross_attention_width=128,
+            unet_plan="sd",
+            sampling=Sampling("ddim", 25, 3.0),  # measured: its teacher's best
+            prefixes={**LDM, "text_encoder": "cond_stage_model.transformer."},
+            architecture="stable-diffusion-v1",
+            architecture_v="stable-diffusion-v1",
+        ),
+        Family(
+            name="sd15",
+            title="SD1.5",
+            hub_ids={"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"},
+            folder="families/sd15",
+            cross_attention_width=768,
+            unet_plan="sd",
+            sampling=Sampling("dpm++", 25, 7.5),
+            prefixes={**LDM, "text_encoder": "cond_stage_model.transformer."},
+            architecture="stable-diffusion-v1",
+            architecture_v="stable-diffusion-v1",
+            lora_header={"ss_v2": "False"},
+        ),
+        Family(
+            name="sd21",
+            title="SD2.1",
+            hub_ids={"sd21": "stabilityai/stable-diffusion-2-1"},
+            folder="families/sd21",
+            cross_attention_width=1024,
+            unet_plan="sd",
+            prediction_type="v_prediction",
+            epsilon_latent_side=64,  # SD2's base models are the 512 px ones
+            sampling=Sampling("dpm++", 25, 7.5),
+            prefixes={**LDM, "text_encoder": "cond_stage_model.model."},
+            open_clip=("text_encoder",),
+            architecture="stable-diffusion-v2-512",
+            architecture_v="stable-diffusion-v2-768-v",
+            lora_header={"ss_v2": "True"},
+        ),
+        Family(
+            name="sdxl",
+            title="SDXL",
+            hub_ids={"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "ssd-1b": "segmind/SSD-1B"},
+            folder="families/sdxl",
+            cross_attention_width=2048,
+            unet_plan="xl",
+            size_conditioned=True,
+            text_layer=-2,
+            zeros_for_empty_prompt=True,
+            sampling=Sampling("dpm++", 25, 5.0),
+            prefixes={
+                **LDM,
+                "text_encoder": "conditioner.embedders.0.transformer.",
+                "text_encoder_2": "conditioner.embedders.1.model.",
+            },
+            open_clip=("text_encoder_2",),
+            marks_v=True,
+            # ComfyUI's: the base, SSD-1B, Segmind-Vega, KOALA-1B, KOALA-700M.
+            known_depths=((0, 0, 2, 2, 10, 10), (0, 0, 2, 2, 4, 4), (0, 0, 1, 1, 2, 2), (0, 2, 5), (0, 2, 6)),
+            architecture="stable-diffusion-xl-v1-base",
+            architecture_v="stable-diffusion-xl-v1-base",
+            lora_header={"ss_base_model_version": "sdxl_base_v1-0"},
+            lora_names="ldm",
+            pipeline="StableDiffusionXLPipeline",
+            controlnet_pipeline="StableDiffusionXLControlNetPipeline",
+            safety_checker=False,
+        ),
+    )
 }
+SHIPPED = next(row for row in FAMILIES.values() if row.ships_weights)  # the checkpoint that needs no download
+DEFAULT_BASE = SHIPPED.name
+PLAIN = FAMILIES["sd15"]  # what a UNet of an unknown width is taken for
 
 
-@dataclass(frozen=True)
-class Found:
-    """A Stable Diffusion checkpoint that we read."""
-
-    family: str
-    prediction_type: str  # epsilon, v_prediction
-    zero_snr: bool = False
-    why: str = ""  # what tells the prediction type
-    told: bool = True  # the file says it; False: guessed from weights, or the family's default
+def aliases(families: Mapping[str, Family] = FAMILIES) -> dict[str, str]:
+    """Every alias that --base takes -> the hub id behind it."""
+    return {alias: hub_id for row in families.values() for alias, hub_id in row.hub_ids.items()}
 
 
-def refuse(path: Path, what: str, key: str = "") -> InputRefused:
-    told = f" ({key})" if key else ""
-    return InputRefused(f"{path}: {what}{told}", "SD1.5, SD2.1 and SDXL text-to-image checkpoints are supported")
+def base_names(families: Mapping[str, Family] = FAMILIES) -> str:
+    """The words that --base takes, for help and errors: what ships with its weights, then the aliases."""
+    return ", ".join([*(name for name, row in families.items() if row.ships_weights), *aliases(families)])
 
 
-def sidecar(path: Path) -> str:
-    """The text of NAME.yaml beside a file, where A1111 and Forge look for its configuration."""
-    for suffix in (".yaml", ".yml"):
-        if (beside := path.with_suffix(suffix)).exists():
-            return beside.read_text(errors="replace")
-    return ""
+def titles(families: Mapping[str, Family] = FAMILIES) -> str:
+    """The families of published checkpoints in a sentence: SD1.5, SD2.1 and SDXL."""
+    *others, last = [row.title for row in families.values() if row.published]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
-def detect(file: TensorFile) -> Found:
-    """Family and prediction type of an LDM-layout file; anything else is refused by name (InputRefused)."""
-    shapes, path = file.shapes, file.path
-    for pattern, what in OTHERS[:5]:
-        if key := next((k for k in shapes if re.search(pattern, k)), None):
-            raise refuse(path, what, key)
-    if f"{UNET}input_blocks.0.0.weight" not in shapes:
-        for pattern, what in OTHERS[5:]:
-            if key := next((k for k in shapes if re.search(pattern, k)), None):
-                raise refuse(path, what, key)
-        raise refuse(path, "not a Stable Diffusion checkpoint: no model.diffusion_model.input_blocks in it")
-    channels, first = shapes[f"{UNET}input_blocks.0.0.weight"][1], f"{UNET}input_blocks.0.0.weight"
-    if channels != 4:
-        raise refuse(path, INPUTS.get(channels, f"a checkpoint of {channels} input channels"), first)
-    if (out := shapes.get(f"{UNET}out.2.weight", (4,))[0]) != 4:
-        raise refuse(path, f"a checkpoint of {out} output channels", f"{UNET}out.2.weight")
-    cross = next((k for k in shapes if k.startswith(UNET) and k.endswith("attn2.to_k.weight")), "")
-    if not cross:
-        raise refuse(path, "a UNet without cross-attention")
-    family = FAMILY_OF_WIDTH.get(width := shapes[cross][1])
-    label = shapes.get(f"{UNET}label_emb.0.0.weight")
-    if width == 1280:
-        raise refuse(path, "an SDXL refiner", cross)
-    if family != "sdxl" and label:
-        raise refuse(path, "an unCLIP checkpoint", f"{UNET}label_emb.0.0.weight")
-    if family is None:
-        what = f"{path}: a checkpoint with cross-attention of width {width} ({cross})"
-        raise InputRefused(what, "for a network of unusual shape give a folder with its configs: `base_config=FOLDER`")
-    return prediction(file, family)
+def named(ref: str, families: Mapping[str, Family] = FAMILIES) -> Family | None:
+    """The family that a word of --base names, by its own name or by an alias; None where the word is no such name."""
+    return families.get(ref) or next((row for row in families.values() if ref in row.hub_ids), None)
 
 
-def prediction(file: TensorFile, family: str) -> Found:
-    """The family with epsilon or v_prediction, as the yaml beside the file, marker keys, the header, or SD2's weights tell."""
-    kind = lambda text: "v_prediction" if text.startswith("v") else "epsilon"
-    zero_snr = "ztsnr" in file
-    if told := re.search(r"parameterization\s*:\s*[\"']?(\w+)", sidecar(file.path)):
-        return Found(family, kind(told[1]), zero_snr, "the yaml beside it")
-    if "v_pred" in file:
-        return Found(family, "v_prediction", zero_snr, "its key v_pred")
-    header = file.metadata.get("fastdiff.prediction_type") or file.metadata.get("modelspec.prediction_type", "")
-    if "flow" in header or "flow" in file.metadata.get("modelspec.architecture", ""):
-        raise refuse(file.path, "a flow checkpoint, by its header")
-    if header:
-        return Found(family, kind(header), zero_snr, "its header")
-    architecture = file.metadata.get("modelspec.architecture", "")
-    if family == "sd21" and architecture.startswith("stable-diffusion-v2"):
-        return Found(family, "v_prediction" if architecture.split("/")[0].endswith("-v") else "epsilon", zero_snr, "its header")
-    key = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
-    if family == "sd21" and key in file:
-        # Where nothing else tells, ComfyUI's rule: this bias spreads wider in the network that predicts v.
-        wide = file[key].float().std().item() > 0.09
-        return Found(family, "v_prediction" if wide else "epsilon", zero_snr, "the spread of a bias; no yaml, no header", False)
-    return Found(family, "v_prediction" if family == "sd21" else "epsilon", zero_snr, "its family's default", False)
+def of_width(width: int, families: Mapping[str, Family] = FAMILIES) -> Family | None:
+    """The family whose cross-attention takes text states of that width."""
+    return next((row for row in families.values() if row.cross_attention_width == width), None)
 
 
-def infer_unet(file: TensorFile, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The family's UNet config, its blocks changed to those that are in the file: pruned networks have fewer.
+def of_unet_config(config: Mapping[str, Any], families: Mapping[str, Family] = FAMILIES) -> Family:
+    """The family of a UNet's config: by what it is told besides the text, then by the width of the text states."""
+    if config.get("addition_embed_type") == "text_time":
+        return next(row for row in families.values() if row.size_conditioned)
+    return of_width(config.get("cross_attention_dim", 0), families) or PLAIN
 
-    A network whose layers differ within a level cannot be told from names alone: InputRefused asks for `base_config`.
+
+class Presets(dict[str, dict[str, Any]]):
+    """A method's defaults by family: `Presets(sd15=dict(lr=1e-4), sdxl=dict(lr=1e-5))`.
+
+    `variants` holds rows that lie over a family's own where the field that the config names as its VARIANT has that value:
+    `Presets(sd15=dict(...), variants={"dmd2": Presets(sd15=dict(...))})` has the keys `sd15` and `sd15:dmd2`.
+    TypeError where a keyword is no family's name, or a row is no mapping.
     """
-    shapes = {k.removeprefix(UNET): v for k, v in file.shapes.items() if k.startswith(UNET)}
-    count = lambda side: 1 + max(int(m[1]) for k in shapes if (m := re.match(rf"{side}\.(\d+)\.", k)))
-    downs = sorted(int(m[1]) for k in shapes if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.weight", k)))
-    blocks = count("input_blocks")
-    layers = (downs[0] if downs else blocks) - 1
-    levels = len(downs) + 1
-    depth = lambda block: len({m[1] for k in shapes if (m := re.match(rf"{block}\.1\.transformer_blocks\.(\d+)\.", k))})
-    down = [[depth(f"input_blocks.{i * (layers + 1) + j + 1}") for j in range(layers)] for i in range(levels)]
-    up = [[depth(f"output_blocks.{i * (layers + 1) + j}") for j in range(layers + 1)] for i in range(levels)]
-    middle = depth("middle_block") if "middle_block.0.in_layers.0.weight" in shapes else None
-    across = list(zip(down, reversed(up), strict=True)) if len(down) == len(up) else []
-    even = blocks == count("output_blocks") == levels * (layers + 1)
-    even &= all(not 0 < row.count(0) < len(row) for row in (*down, *up))  # attention in all layers of a block or in none
-    widths = [shapes.get(f"input_blocks.{i * (layers + 1) + 1}.0.in_layers.2.weight", (0,))[0] for i in range(levels)]
-    seen = [{depth for row in rows for depth in row} - {0} for rows in across]
-    whole = all(len(found) <= 1 for found in seen)
-    depths: list[Any] = [max(found, default=0) for found in seen]
-    known = {depths[-1], config_depth(config)} if whole else set()
-    if not even or (middle and middle not in known):
-        raise InputRefused(
-            f"{file.path}: a pruned UNet whose layers differ within a level or from one half to the other",
-            "give the folder with its configs: `base_config=FOLDER`",
-        )
-    kinds = {None: None, 0: "UNetMidBlock2D"}
-    found = {
-        **config,
-        "block_out_channels": widths,
-        "layers_per_block": layers,
-        "down_block_types": ["CrossAttnDownBlock2D" if row[0] else "DownBlock2D" for row in down],
-        "up_block_types": ["CrossAttnUpBlock2D" if row[0] else "UpBlock2D" for row in up],
-        "mid_block_type": kinds.get(middle, "UNetMidBlock2DCrossAttn"),
-    }
-    if not whole:  # a list of every layer's, down and, from the innermost, up
-        flat = lambda row: row if any(row) else 1
-        found["transformer_layers_per_block"] = [flat(row) for row in down]
-        found["reverse_transformer_layers_per_block"] = [flat(row) for row in up]
-    elif isinstance(config.get("transformer_layers_per_block"), list):
-        found["transformer_layers_per_block"] = [d or 1 for d in depths[:-1]] + [middle or depths[-1] or 1]
-    if isinstance(config.get("attention_head_dim"), list):  # heads of 64 channels
-        found["attention_head_dim"] = [width // 64 for width in widths]
-    text = config["cross_attention_dim"]
-    keys = (f"input_blocks.{i * (layers + 1) + 1}.1.transformer_blocks.0.attn1.to_k.weight" for i in range(levels))
-    crossed = [key in shapes and shapes[key][1] == text != width for key, width in zip(keys, widths, strict=True)]
-    if any(crossed):
-        found["only_cross_attention"] = crossed
-    return found
 
+    def __init__(self, *, variants: Mapping[str, "Presets"] | None = None, **rows: Mapping[str, Any]) -> None:
+        super().__init__(self._in_order(rows, variants or {}))
 
-def config_depth(config: Mapping[str, Any]) -> int:
-    depth = config.get("transformer_layers_per_block", 1)
-    return depth[-1] if isinstance(depth, list) else depth
+    @staticmethod
+    def _in_order(rows: Mapping[str, Any], variants: Mapping[str, "Presets"]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each family's row, followed by the family's variants."""
+        for table in (rows, *variants.values()):
+            if unknown := [name for name in table if name not in FAMILIES]:
+                raise TypeError(f"Presets: {unknown[0]} is no family; one of {', '.join(FAMILIES)}")
+            if bad := [name for name, row in table.items() if not isinstance(row, Mapping)]:
+                raise TypeError(f"Presets: {bad[0]}: a mapping of fields to values is wanted, not {table[bad[0]]!r}")
+        for name in FAMILIES:
+            if name in rows:
+                yield name, dict(rows[name])
+            yield from ((f"{name}:{variant}", dict(table[name])) for variant, table in variants.items() if name in table)

@@ -1,23 +1,18 @@
 """Where a base model is and of which family: alias, hub id, folder or file; and what of the published ones ships with us."""
 
 import json
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fastdiff.checkpoints import tensors
-from fastdiff.checkpoints.family import FAMILIES, FAMILY_OF_WIDTH, detect
+from fastdiff.checkpoints.detect import detect
+from fastdiff.checkpoints.family import SHIPPED, Family, aliases, base_names, named, of_unet_config
 from fastdiff.runtime.disk import ASSETS
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 
-EMOJI = ASSETS / "emoji"
-ALIASES = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "stabilityai/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "ssd-1b": "segmind/SSD-1B",
-}
+EMOJI = SHIPPED.home
+ALIASES = aliases()
 # What a first run downloads from the hub: configs, tokenizers and one full-precision safetensors file a component.
 WANTED = ["model_index.json", "*/*.json", "*/merges.txt", "*/*.safetensors"]
 UNWANTED = ["*.fp16.*", "*non_ema*", "*onnx*", "*openvino*", "*flax*", "safety_checker/*", "vae_1_0/*", "vae_*coder/*"]
@@ -34,8 +29,8 @@ def missing_weights(ref: str, hub_id: str) -> UsageError:
 
 def locate(ref: str, *, configs_only: bool = False) -> Path:
     """The folder or file behind a reference to a base model; downloads what is missing unless HF_HUB_OFFLINE is set."""
-    if ref == "emoji":
-        return EMOJI
+    if (family := named(ref)) and family.ships_weights:
+        return family.home
     path = Path(ref).expanduser()
     if path.exists():
         return path
@@ -43,8 +38,7 @@ def locate(ref: str, *, configs_only: bool = False) -> Path:
         raise UsageError(f"{as_field('base', ref)}: no such file or folder")
     hub_id = ALIASES.get(ref, ref)
     if hub_id.count("/") != 1:
-        known = ", ".join(["emoji", *ALIASES])
-        raise UsageError(f"{as_field('base', ref)}: not an alias ({known}), a hub id (owner/name), a folder or a file")
+        raise UsageError(f"{as_field('base', ref)}: not an alias ({base_names()}), a hub id (owner/name), a folder or a file")
     from huggingface_hub import snapshot_download
 
     patterns = ["model_index.json", "*/*.json", "*/merges.txt"] if configs_only else WANTED
@@ -54,15 +48,13 @@ def locate(ref: str, *, configs_only: bool = False) -> Path:
         raise missing_weights(ref, hub_id) from error
 
 
-def family_of(ref: str, *, config: str | None = None, allow_pickle: bool = False) -> str:
-    """emoji, sd15, sd21 or sdxl, from the alias, the config or a file's keys; cheap, no weights are read.
+def family_of(ref: str, *, config: str | None = None, allow_pickle: bool = False) -> Family:
+    """The family of a --base reference, from the alias, the config or a file's keys; cheap, no weights are read.
 
     `config`: the folder or hub id that tells it for an unusual single file.
     """
-    if ref in FAMILIES:
-        return ref
-    if ref in ALIASES:
-        return "sdxl"
+    if family := named(ref):
+        return family
     path = locate(ref, configs_only=True)
     if path.is_file() and config:
         return family_of(config)
@@ -73,23 +65,17 @@ def family_of(ref: str, *, config: str | None = None, allow_pickle: bool = False
         raise InputRefused(
             f"{as_field('base', ref)}: {config} is missing; a diffusers folder holds unet/, vae/, text_encoder/ ..."
         )
-    return family_of_config(json.loads(config.read_text()))
+    return of_unet_config(json.loads(config.read_text()))
 
 
-def stock_config(family: str) -> dict[str, Any]:
+def stock_config(family: Family) -> dict[str, Any]:
     """The UNet config of a family's published base."""
-    return json.loads(((EMOJI if family == "emoji" else ASSETS / "families" / family) / "unet" / "config.json").read_text())
-
-
-def family_of_config(config: Mapping[str, Any]) -> str:
-    if config.get("addition_embed_type") == "text_time":
-        return "sdxl"
-    return FAMILY_OF_WIDTH.get(config.get("cross_attention_dim", 0), "sd15")
+    return json.loads((family.home / "unet" / "config.json").read_text())
 
 
 @cache
 def shape_tables() -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
-    """Family -> component -> parameter -> shape, of the published networks. `tests/test_checkpoints.py` writes and checks it."""
+    """A family's name -> component -> parameter -> shape, of the published networks; `tests/test_checkpoints.py` writes it."""
     import gzip
 
     told = json.loads(gzip.decompress((ASSETS / "families" / "shapes.json.gz").read_bytes()))

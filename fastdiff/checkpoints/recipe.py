@@ -11,7 +11,7 @@ class Recipe:
     """Sampling settings of a distilled model; None where the file says nothing."""
 
     method: str | None = None  # lcm, pcm, tcd, dmd, ...
-    family: str | None = None  # emoji, sd15, sd21, sdxl: the checkpoints it belongs to
+    family: str | None = None  # the name of the checkpoints' family
     scheduler: str | None = None  # a name in solvers.SOLVERS
     spacing: str | None = None  # trailing, leading, linspace, lcm
     num_steps: int | None = None

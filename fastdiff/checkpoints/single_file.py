@@ -13,20 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.tensors import Entry, TensorFile
 from fastdiff.runtime.errors import InputRefused
 
-PREFIXES = {
-    "emoji": {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.transformer."},
-    "sd15": {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.transformer."},
-    "sd21": {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.model."},
-    "sdxl": {
-        "unet": "model.diffusion_model.",
-        "vae": "first_stage_model.",
-        "text_encoder": "conditioner.embedders.0.transformer.",
-        "text_encoder_2": "conditioner.embedders.1.model.",
-    },
-}
 FIXED = {  # UNet modules outside the blocks
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -132,9 +122,9 @@ def vae_name(name: str, levels: int) -> str:
     return name
 
 
-def slots(family: str, part: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
-    """What an LDM file of `family` calls the parameters of a component, given as diffusers name -> shape."""
-    prefix = PREFIXES[family][part]
+def slots(family: Family, part: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
+    """What an LDM file of the family calls the parameters of a component, given as diffusers name -> shape."""
+    prefix = family.prefixes[part]
     if part == "unet":
         paths = config_paths(config)
         return [Slot(prefix + unet_name(name, paths), (name,)) for name in shapes]
@@ -142,7 +132,7 @@ def slots(family: str, part: str, config: Mapping[str, Any], shapes: Mapping[str
         levels = len(config["block_out_channels"])
         flat = lambda name: ".mid_block.attentions." in name and len(shapes[name]) == 2
         return [Slot(prefix + vae_name(name, levels), (name,), "conv" if flat(name) else "plain") for name in shapes]
-    if prefix.endswith(".transformer."):
+    if part not in family.open_clip:
         return [Slot(prefix + name, (name,)) for name in shapes]
     found = []
     for name in shapes:

@@ -12,14 +12,13 @@ from torch import nn
 
 from fastdiff.checkpoints import single_file, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint, plain_name
+from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.locate import clip_vocabulary, stock_config
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import Entry
 from fastdiff.runtime.console import info
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
-
-ARCHITECTURES = {"emoji": "stable-diffusion-v1", "sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 
 
 def loaded(base: Checkpoint, part: str) -> nn.Module | None:
@@ -108,7 +107,7 @@ def index_of(base: Checkpoint) -> dict[str, Any]:
     found = dict(base.index)
     if "scheduler" in found:
         found["scheduler"] = ["diffusers", base.scheduler_config.get("_class_name", found["scheduler"][1])]
-    if base.family != "sdxl":
+    if base.family.safety_checker:
         found |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
         found.pop("image_encoder", None)
     return found
@@ -149,8 +148,8 @@ def rows_of(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype
 
 def extras(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype | None) -> Iterator[Entry]:
     """What other programs want besides: position ids, markers of v-prediction, the 24th layer that SD2's encoder has there."""
-    prefix = single_file.PREFIXES[base.family]["text_encoder"]
-    if prefix.endswith(".transformer."):
+    prefix = base.family.prefixes["text_encoder"]
+    if "text_encoder" not in base.family.open_clip:
         length = base.config_of("text_encoder")["max_position_embeddings"]
         ids = lambda: torch.arange(length).reshape(1, length)
         yield Entry(f"{prefix}text_model.embeddings.position_ids", torch.int64, (1, length), ids)
@@ -166,7 +165,7 @@ def extras(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype 
         yield Entry(f"{prefix}text_projection", kind, (width, width), lambda: torch.eye(width))
         yield Entry(f"{prefix}logit_scale", kind, (), lambda: torch.tensor(1.0))
     empty = lambda: torch.empty(0)
-    if base.family == "sdxl" and base.prediction_type == "v_prediction":
+    if base.family.marks_v and base.prediction_type == "v_prediction":
         yield Entry("v_pred", torch.float32, (0,), empty)
     if base.scheduler_config.get("rescale_betas_zero_snr"):
         yield Entry("ztsnr", torch.float32, (0,), empty)
@@ -174,12 +173,11 @@ def extras(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype 
 
 def metadata_of(base: Checkpoint, title: str, recipe: Recipe | None) -> dict[str, str]:
     v = base.prediction_type == "v_prediction"
-    sd21 = "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512"
     told = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "https://github.com/Stability-AI/stablediffusion",
-        "modelspec.architecture": ARCHITECTURES.get(base.family, sd21),
+        "modelspec.architecture": base.family.architecture_v if v else base.family.architecture,
         "modelspec.title": title,
         "modelspec.prediction_type": "v" if v else "epsilon",
         "modelspec.resolution": f"{base.resolution_px}x{base.resolution_px}",
@@ -216,7 +214,7 @@ def to_file(
 
 def needs_yaml(base: Checkpoint) -> bool:
     """A1111 and Forge take a v-predicting SD1 for an epsilon one and guess with SD2; the file beside it tells them."""
-    return base.family == "sd21" or (base.family in {"sd15", "emoji"} and base.prediction_type == "v_prediction")
+    return not base.family.marks_v and (base.family.predicts_either or base.prediction_type == "v_prediction")
 
 
 def yaml_of(base: Checkpoint) -> str:
@@ -226,7 +224,7 @@ def yaml_of(base: Checkpoint) -> str:
     attention = [2**i for i, kind in enumerate(unet["down_block_types"]) if "CrossAttn" in kind]
     heads = unet.get("attention_head_dim", 8)
     head = "num_head_channels: 64" if isinstance(heads, list) else f"num_heads: {heads}"
-    open_clip = single_file.PREFIXES[base.family]["text_encoder"].endswith(".model.")
+    open_clip = "text_encoder" in base.family.open_clip
     encoder = "FrozenOpenCLIPEmbedder" if open_clip else "FrozenCLIPEmbedder"
     encoder_params = '\n      params: {freeze: True, layer: "penultimate"}' if open_clip else ""
     schedule = base.scheduler_config
@@ -287,16 +285,12 @@ def yaml_of(base: Checkpoint) -> str:
 """
 
 
-# SDXL's shapes that ComfyUI knows, by the transformers of every encoder layer; of SD1 and SD2 it reads the blocks off the keys.
-SDXL_SHAPES = ([0, 0, 2, 2, 10, 10], [0, 0, 2, 2, 4, 4], [0, 0, 1, 1, 2, 2], [0, 2, 5], [0, 2, 6])
-
-
-def known_elsewhere(family: str, config: Mapping[str, Any]) -> bool:
+def known_elsewhere(family: Family, config: Mapping[str, Any]) -> bool:
     """Whether a program that is neither this nor diffusers reads the UNet from a single file."""
     crossed = config.get("only_cross_attention")
     if any(crossed) if isinstance(crossed, list | tuple) else crossed:
         return False
-    if family != "sdxl":
+    if family.known_depths is None:
         return True
     depths = config.get("transformer_layers_per_block", 1)
     rows = depths if isinstance(depths, list | tuple) else [depths] * len(config["block_out_channels"])
@@ -306,7 +300,7 @@ def known_elsewhere(family: str, config: Mapping[str, Any]) -> bool:
         (row if isinstance(row, list | tuple) else [row] * layers) if a else [0] * layers
         for row, a in zip(rows, attended, strict=True)
     ]
-    return [depth for row in told for depth in row] in SDXL_SHAPES
+    return tuple(depth for row in told for depth in row) in family.known_depths
 
 
 def blocks_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,5 +321,5 @@ def refuse_unreadable(base: Checkpoint, *, force: bool) -> None:
                 "export it as a folder, which diffusers loads; `force=True` writes the file for fastdiff and diffusers "
                 "(from_single_file with config=FOLDER)",
             )
-    elif base.family != "emoji" and blocks_of(config) != blocks_of(stock_config(base.family)):
+    elif base.family.published and blocks_of(config) != blocks_of(stock_config(base.family)):
         info(f"{base.ref}: pruned; ComfyUI, fastdiff and diffusers (config=FOLDER) read the file, A1111 and Forge do not")

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from fastdiff import lora
 from fastdiff.checkpoints import locate, write
 from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
-from fastdiff.checkpoints.locate import ASSETS, EMOJI
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.cost import measure, stock
 from fastdiff.data.batch import Batch
@@ -113,8 +112,7 @@ def opened(config: Config, device: torch.device, *, unet_alone: bool = False) ->
     if not config.random_weights:
         return config.open_base(dtype)
     family = locate.family_of(config.base)
-    home = EMOJI if family == "emoji" else ASSETS / "families" / family
-    base = Checkpoint(config.base, home, family, dtype)
+    base = Checkpoint(config.base, family.home, family, dtype)
     shape = base.unet_config
     if config.layout:
         shape = unet.student_config(shape, config.layout, family)
@@ -247,7 +245,7 @@ def stock_of(
     """What is compared with; `vae` instead of the base's own."""
     if config.against != "openvino":
         return stock.Pipeline(base, settings, px, device=device, compiled=config.against == "compiled", vae=vae)
-    if config.null or settings.guided or base.family == "sdxl":
+    if config.null or settings.guided or base.family.size_conditioned:
         raise UsageError("--against openvino: one call a step of an SD1.5 or SD2.1 network", "leave --null and --guidance out")
     return stock.OpenVino(base, settings, px, cond, vae=vae or base.vae)
 
@@ -308,7 +306,7 @@ class OurStep:
 def step_of(which: str, config: Config, device: torch.device) -> tuple[Any, Callable[[], Any], lcm.Config]:
     """One of the two ways to train, ready, with what a step of it is. Ours finds latents and prompts in its cache."""
     base = opened(config, device, unet_alone=which == "ours")
-    row = lcm.PRESETS[base.family]
+    row = lcm.PRESETS[base.family.name]
     names = {k: row[k] for k in ("lora_rank", "lora_alpha", "lr", "guidance_min", "guidance_max", "skip") if k in row}
     n = config.batch_size or row["batch_size"]
     told = lcm.Config(**names, batch_size=n, gradient_checkpointing=row.get("gradient_checkpointing", False))
@@ -321,7 +319,7 @@ def step_of(which: str, config: Config, device: torch.device) -> tuple[Any, Call
     g, tokens = torch.Generator().manual_seed(1), base.config_of("text_encoder")["max_position_embeddings"]
     latents = torch.randn(n, base.unet_config["in_channels"], side, side, generator=g)
     cond, uncond = (Cond(torch.randn(n, tokens, base.unet_config["cross_attention_dim"], generator=g)) for _ in range(2))
-    if base.family == "sdxl":
+    if base.family.size_conditioned:
         width = base.config_of("text_encoder_2")["projection_dim"]
         cond, uncond = (with_size(replace(c, pooled=torch.randn(n, width, generator=g)), px) for c in (cond, uncond))
     way = OurStep(base, told, Batch(latents, cond, uncond), device)
@@ -401,7 +399,7 @@ def random_lora(base: Checkpoint, rank: int = 16) -> lora.Lora:
             small = lambda *size: torch.randn(*size, generator=g) * 0.02
             down, up = small(rank, *shape[1:]), small(shape[0], rank, *[1] * (len(shape) - 2))
             modules[f"lora_unet_{module.replace('.', '_')}"] = Factors(down, up)
-    return lora.Lora(modules, Recipe(family=base.family).to_metadata())
+    return lora.Lora(modules, Recipe(family=base.family.name).to_metadata())
 
 
 COMMAND = Runnable(Config, run, examples=EXAMPLES)

@@ -10,7 +10,7 @@ from fastdiff.lora.file import Lora
 from fastdiff.models import text
 from fastdiff.sampling.assemble import assemble
 from fastdiff.sampling.pictures import contact_sheet, uint8
-from fastdiff.sampling.sampler import DEFAULTS, Settings
+from fastdiff.sampling.sampler import Settings
 
 SEEDS = (0, 1, 2, 3)
 
@@ -19,7 +19,7 @@ def drawn(ref: str, loras: list[tuple[Lora, float]], prompts: list[str], setting
     """Images (N, 3, H, W) of a base with LoRAs, and the settings they were drawn with: the first recipe's."""
     made = assemble(checkpoint.load(ref), loras)
     base = made.sampler.base
-    settings = settings or Settings.of(made.recipe, DEFAULTS[base.family])
+    settings = settings or Settings.of(made.recipe, Settings.usual(base.family))
     cond, uncond = text.encode(base, prompts), text.unconditional(base)
     px = base.resolution_px
     return made.sampler.pixels(cond, uncond, SEEDS[: len(prompts)], settings, resolution_px=px, batch=4), settings

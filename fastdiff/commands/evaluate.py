@@ -11,6 +11,7 @@ from torch import nn
 
 from fastdiff.checkpoints import checkpoint, tensors
 from fastdiff.checkpoints.checkpoint import BaseConfig
+from fastdiff.checkpoints.family import FAMILIES, Family
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.prompts import default_prompts, read_prompts
 from fastdiff.models import perceptual
@@ -28,7 +29,7 @@ from fastdiff.runtime.console import fmt
 from fastdiff.runtime.disk import write_atomic
 from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling.assemble import Assembled, assemble, is_lora, load_loras, pick_device, pick_dtype
-from fastdiff.sampling.sampler import DEFAULTS, Settings
+from fastdiff.sampling.sampler import Settings
 
 EXAMPLES = """fastdiff evaluate --lora lcm.safetensors
 fastdiff evaluate --student lcm.safetensors --student runs/dmd-emoji/dmd.safetensors --num-images 2000
@@ -46,7 +47,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
                               metrics="fid,patch,clip"),
     "coco5k-sdxs": dict(num_images=5_000, resolution=512, teacher_guidance=7.5, metrics="fid,clip"),
 }  # fmt: skip
-PRESETS = {f"{family}:{name}": row for family in ("sd15", "sd21", "sdxl") for name, row in PROTOCOLS.items()}
+PRESETS = {f"{family}:{name}": row for family, of in FAMILIES.items() if of.published for name, row in PROTOCOLS.items()}
 # FID and KID; FID of the centre; CLIP score and CMMD; distances to the teacher's picture, and between seeds.
 GROUPS = ("fid", "patch", "clip", "lpips")
 
@@ -130,8 +131,8 @@ class Config(BaseConfig):
             raise UsageError(f"--reference {self.reference}: neither teacher:STEPS nor a folder of pictures")
         return path
 
-    def teacher_settings(self, family: str) -> Settings:
-        usual = DEFAULTS[family]
+    def teacher_settings(self, family: Family) -> Settings:
+        usual = Settings.usual(family)
         steps = self.teacher_steps or (int(self.reference.partition(":")[2] or 25) if not self.reference_folder else 25)
         return replace(
             usual, num_steps=steps, guidance=usual.guidance if self.teacher_guidance is None else self.teacher_guidance
@@ -177,37 +178,37 @@ def whole(config: Config, ref: str, dtype: torch.dtype, device: torch.device) ->
     return opened
 
 
-def students(config: Config, family: str, dtype: torch.dtype, device: torch.device) -> list[Model]:
+def students(config: Config, family: Family, dtype: torch.dtype, device: torch.device) -> list[Model]:
     """What was asked to be judged; nothing heavy is read yet. UsageError where one is of another family."""
     found: list[Model] = []
     for specs in [[spec] for spec in config.student] + ([config.lora] if config.lora else []):
         path = specs[0].partition("=")[0]
         if is_lora(path):
             recipe = Recipe.from_metadata(tensors.open_file(path).metadata)
-            its, opener = recipe.family or family, lora_on_base(config, specs, dtype, device)
+            its, opener = recipe.family or family.name, lora_on_base(config, specs, dtype, device)
         elif config.lora:
             raise UsageError(f"--lora {path}: no LoRA file", "a checkpoint is given with --student")
         else:
             base = checkpoint.load(path, allow_pickle=config.allow_pickle)
-            recipe, its, opener = base.recipe, base.family, whole(config, path, dtype, device)
-        if its != family:
+            recipe, its, opener = base.recipe, base.family.name, whole(config, path, dtype, device)
+        if its != family.name:
             raise UsageError(
                 f"{'--lora' if config.lora else '--student'} {path}: of {its}, but --base is {family}", "give its base"
             )
         name, alike = name_of(path), sum(m.name.split(" #")[0] == name_of(path) for m in found)
         own = (recipe.num_steps,) if recipe.fixed and recipe.num_steps else (1, 2, 4, 8)
-        ladder = [Settings.of(recipe, DEFAULTS[family], num_steps=n) for n in config.steps or own]
+        ladder = [Settings.of(recipe, Settings.usual(family), num_steps=n) for n in config.steps or own]
         found.append(Model(f"{name} #{alike + 1}" if alike else name, opener, ladder))
     return found
 
 
-def ways(family: str, calls: int) -> list[Settings]:
+def ways(family: Family, calls: int) -> list[Settings]:
     """How a teacher is sampled in so many network calls, guided and not: by the best stock solver, measured on `emoji`."""
-    usual = DEFAULTS[family]
+    usual = Settings.usual(family)
     found = [replace(usual, scheduler="ddim" if calls == 1 else "dpm++", num_steps=calls, guidance=1.0, spacing="trailing")]
     if calls > 1 and usual.guided:
         found.append(replace(usual, scheduler="dpm++", num_steps=calls // 2, spacing="trailing"))
-    if family == "emoji":
+    if family.judge_ships:
         table = judge.Reference().table
         best = {index: table["rows"][index] for key, index in table["best"].items() if key.endswith(f".{calls}")}
         known = [Settings(row["solver"], row["num_steps"], row["guidance"], row["spacing"]) for row in best.values()]
@@ -218,10 +219,10 @@ def ways(family: str, calls: int) -> list[Settings]:
 # ---- what it is judged by
 
 
-def open_lenses(config: Config, family: str, lines: list[str], resolution_px: int, device: torch.device) -> list[Lens]:
+def open_lenses(config: Config, family: Family, lines: list[str], resolution_px: int, device: torch.device) -> list[Lens]:
     """Those that were asked for; of `auto` those whose weights can be had, with a word on the others."""
-    found: list[Lens] = [metrics.Embedded(lines, styles=bool(config.with_lora))] if family == "emoji" else []
-    asked = config.asked or ([] if family == "emoji" else list(GROUPS))
+    found: list[Lens] = [metrics.Embedded(lines, styles=bool(config.with_lora))] if family.judge_ships else []
+    asked = config.asked or ([] if family.judge_ships else list(GROUPS))
     try:
         if {"fid", "patch"} & set(asked):
             net = networks.Inception(config.inception_weights)
@@ -239,9 +240,9 @@ def open_lenses(config: Config, family: str, lines: list[str], resolution_px: in
     return found
 
 
-def open_distance(config: Config, family: str) -> nn.Module | None:
+def open_distance(config: Config, family: Family) -> nn.Module | None:
     """Between two pictures: LPIPS, or on `emoji` the embedded network."""
-    if config.asked and "lpips" not in config.asked and family != "emoji":
+    if config.asked and "lpips" not in config.asked and not family.judge_ships:
         return None
     try:
         return perceptual.open_distance(family, config.lpips_weights)
@@ -261,7 +262,7 @@ def reference_of(config: Config, gallery: Gallery, made: Assembled, shown: Shown
     """The folder's pictures, or the teacher's of other seeds; for `emoji` its statistics are shipped."""
     if path := config.reference_folder:
         return Against(gallery.of_folder(path), shown)
-    usual = made.sampler.base.family == "emoji" and shown.settings == DEFAULTS["emoji"] and not config.prompts
+    usual = (of := made.sampler.base.family).judge_ships and shown.settings == Settings.usual(of) and not config.prompts
     told = {"embedded": judge.Reference().moments} if usual else {}
     if len(gallery.lenses) <= len(told):
         return Against({}, shown, told)
@@ -269,9 +270,9 @@ def reference_of(config: Config, gallery: Gallery, made: Assembled, shown: Shown
     return Against(other.seen, shown, told)
 
 
-def prompts_of(config: Config, family: str) -> list[str]:
+def prompts_of(config: Config, family: Family) -> list[str]:
     """One a picture, in turn; for `emoji` the judged list, which its closing tables use."""
-    if family == "emoji" and not config.prompts:
+    if family.judge_ships and not config.prompts:
         return judge.Prompts.judged(config.num_images).captions
     lines = read_prompts(Path(config.prompts)) if config.prompts else default_prompts(family)
     if config.protocol and len(lines) < config.num_images:

@@ -63,7 +63,7 @@ def run(config: Config) -> Result:
         else:
             write.to_folder(base, path, dtype=dtype, recipe=base.recipe if base.recipe.method else None)
             outputs = [path]
-    metrics = {"family": base.family, "prediction_type": base.prediction_type, "checked": one}
+    metrics = {"family": base.family.name, "prediction_type": base.prediction_type, "checked": one}
     return Result(outputs, metrics, f'fastdiff sample --base {shlex.quote(str(path))} --prompt "a red apple"')
 
 

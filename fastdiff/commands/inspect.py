@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint, family, single_file, tensors
+from fastdiff.checkpoints import checkpoint, single_file, tensors
+from fastdiff.checkpoints.detect import detect
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.lora import apply, layouts
@@ -82,7 +83,8 @@ def shaped(file: TensorFile, module: Mapping[str, str]) -> Update | None:
 
 
 def family_of(file: TensorFile, sides: Mapping[str, Mapping[str, str]]) -> str | None:
-    return Lora({key: update for key, m in sides.items() if (update := shaped(file, m))}, file.metadata).family
+    family = Lora({key: update for key, m in sides.items() if (update := shaped(file, m))}, file.metadata).family
+    return family and family.name
 
 
 def coverage(file: TensorFile, ref: str) -> dict[str, Any]:
@@ -103,14 +105,14 @@ def coverage(file: TensorFile, ref: str) -> dict[str, Any]:
     alike = lambda key, module: (update := shaped(file, module)) is None or apply.fits(update, places[key].shape)
     landed = [key for key, module in sides.items() if key in places and alike(key, module)]
     missing = sorted(set(sides) - set(landed))
-    return {"base": ref, "base_family": base.family, "applied": len(landed), "total": len(sides), "missing": missing[:20]}
+    return {"base": ref, "base_family": base.family.name, "applied": len(landed), "total": len(sides), "missing": missing[:20]}
 
 
 def of_checkpoint(file: TensorFile) -> dict[str, Any]:
     """Family, prediction type and what a single-file checkpoint holds; refused kinds by name."""
-    found = family.detect(file)
+    found = detect(file)
     told: dict[str, Any] = {
-        "family": found.family,
+        "family": found.family.name,
         "prediction_type": found.prediction_type,
         "prediction_by": found.why,
         "zero_snr": found.zero_snr,
@@ -124,11 +126,7 @@ def of_checkpoint(file: TensorFile) -> dict[str, Any]:
             for part, rows in wanted.items()
             if (gone := single_file.missing(file, rows)) is not None
         }
-        left = [
-            k
-            for part, rows in wanted.items()
-            for k in single_file.unknown(file, rows, [single_file.PREFIXES[found.family][part]])
-        ]
+        left = [k for part, rows in wanted.items() for k in single_file.unknown(file, rows, [found.family.prefixes[part]])]
         told["unplaced"] = {"count": len(left), "first": left[:5]}
         told["ema"] = any(key.startswith("model_ema.") for key in file)
     except InputRefused as error:
@@ -141,7 +139,7 @@ def look(path: Path, config: Config) -> dict[str, Any]:
     if path.is_dir():
         base = checkpoint.load(str(path))
         stored = {part: [p.name for p in base.stored(part, path)] for part in base.parts}
-        return {"kind": "diffusers folder", "family": base.family, "prediction_type": base.prediction_type, "files": stored,
+        return {"kind": "diffusers folder", "family": base.family.name, "prediction_type": base.prediction_type, "files": stored,
                 "recipe": asdict(base.recipe), "supported": all(stored.values())}  # fmt: skip
     file = tensors.open_file(path)
     told: dict[str, Any] = {

@@ -18,6 +18,7 @@ import torch
 from fastdiff import lora
 from fastdiff.checkpoints import single_file, write
 from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
+from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.single_file import Weights
 from fastdiff.commands import compare
 from fastdiff.lora import apply, difference
@@ -73,14 +74,14 @@ class Config(BaseConfig):
     check: Annotated[str | None, "sample before and after on this base, and compare"] = None
 
 
-def agreed(loras: list[tuple[Lora, float]]) -> tuple[str | None, list[tuple[Lora, float]]]:
+def agreed(loras: list[tuple[Lora, float]]) -> tuple[Family | None, list[tuple[Lora, float]]]:
     """The family as far as the LoRAs tell one, and the LoRAs with their first text encoder called alike."""
-    told = {item.family: item.source for item, _ in reversed(loras) if item.family}
-    if len(told) > 1:
-        (one, first), (other, second), *_ = told.items()
+    sources = {item.family: item.source for item, _ in reversed(loras) if item.family}
+    if len(sources) > 1:
+        (one, first), (other, second), *_ = sources.items()
         raise InputRefused(f"{second} is for {other}, {first} for {one}: LoRAs of different families cannot be merged")
-    family = next(iter(told), None)
-    return family, apply.encoders(loras, 2 if family == "sdxl" else 1)
+    family = next(iter(sources), None)
+    return family, apply.encoders(loras, family.text_encoders if family else 1)
 
 
 def block_of(key: str, layers: int = 2) -> str:
@@ -154,7 +155,7 @@ def concatenate(loras: list[tuple[Lora, float]], config: Config | None = None) -
             (one, first), (other, second), *_ = shapes.items()
             raise InputRefused(f"{key} is {one} in {first} but {other} in {second}: they are for different bases")
         modules[key] = joined([(item.modules[key], strength) for item, strength in parts], config)
-    recipe = replace(loras[0][0].recipe, family=family)
+    recipe = replace(loras[0][0].recipe, family=family and family.name)
     merged_from = json.dumps([{"name": Path(item.source).name, "weight": strength} for item, strength in loras])
     told = {**recipe.to_metadata(), "fastdiff.merged_from": merged_from}
     if (layers := loras[0][0].layers) != 2:
@@ -234,7 +235,7 @@ def bake(config: Config, loras: list[tuple[Lora, float]], output: Path) -> tuple
     for part, prefix in prefixes.items():
         changed[part], touched = apply.baked(base.weights(part, shapes[part]), prefix, loras)
         count += touched
-    recipe = replace(loras[0][0].recipe, family=base.family)
+    recipe = replace(loras[0][0].recipe, family=base.family.name)
     return count, write_checkpoint(base, output, changed, DTYPES[config.precision], recipe)
 
 

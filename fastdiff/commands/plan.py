@@ -15,7 +15,7 @@ import torch
 
 from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.locate import ALIASES, ASSETS
+from fastdiff.checkpoints.locate import ALIASES
 from fastdiff.cost import footprint
 from fastdiff.cost.estimate import Estimate, data_plan, estimate
 from fastdiff.cost.probe import Measured, measure
@@ -56,7 +56,7 @@ def shapes_of(config: TrainConfig) -> Checkpoint:
             raise
     family = locate.family_of(config.base)
     console.info(f"--base {config.base}: no weights on this machine; the published shapes of {family} are counted")
-    return checkpoint.load(str(ASSETS / "families" / family))
+    return checkpoint.load(str(family.home))
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from fastdiff.checkpoints.checkpoint import BaseConfig
+from fastdiff.checkpoints.family import SHIPPED, Family
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import control
 from fastdiff.data.prompts import read_prompts
@@ -30,7 +31,7 @@ from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling import openvino
 from fastdiff.sampling.assemble import Assembled, assemble, load_loras, pick_device, pick_dtype, recipe_of
 from fastdiff.sampling.pictures import contact_sheet
-from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings
+from fastdiff.sampling.sampler import Sampler, Settings
 
 CONTROLS = ("controlnet", "control_image", "control", "control_scale")
 EXAMPLES = """fastdiff sample --prompt "a red apple"
@@ -51,7 +52,7 @@ class Config(BaseConfig):
         False
     )
     vae: Annotated[str | None, "another VAE: a diffusers folder or hub id, AutoencoderTiny or AutoencoderKL"] = None
-    controlnet: Annotated[str | None, "ControlNet of the base: a diffusers folder, a hub id, or emoji"] = None
+    controlnet: Annotated[str | None, "ControlNet of the base: a diffusers folder, a hub id, or " + SHIPPED.name] = None
     control_image: Annotated[str | None, "what it is shown: a control picture, or with --control one that it is taken from"] = (
         None
     )
@@ -97,7 +98,7 @@ def wanted(config: Config) -> list[str]:
     return prompts
 
 
-def settings(config: Config, recipe: Recipe, family: str) -> Settings:
+def settings(config: Config, recipe: Recipe, family: Family) -> Settings:
     """Given flags first, then the recipe; a flag that contradicts the recipe is obeyed and warned of."""
     given = {k: getattr(config, k) for k in ("scheduler", "num_steps", "guidance", "spacing", "eta")}
     for name in ("scheduler", "guidance"):
@@ -112,9 +113,9 @@ def settings(config: Config, recipe: Recipe, family: str) -> Settings:
         console.warn(f"--num-steps {steps}: the weights were distilled for {recipe.num_steps} steps, and for those alone")
     elif recipe.num_steps and steps and steps > 2 * recipe.num_steps:
         console.warn(f"--num-steps {steps}: the weights were distilled for {recipe.num_steps}; more steps do not help")
-    if recipe.family and recipe.family != family:
+    if recipe.family and recipe.family != family.name:
         raise UsageError(f"--lora: distilled from {recipe.family}, but --base is {family}", f"use --base {recipe.family}")
-    return Settings.of(recipe, DEFAULTS[family], **given)
+    return Settings.of(recipe, Settings.usual(family), **given)
 
 
 def open_sampler(config: Config, device: torch.device) -> tuple[Assembled, Settings]:
@@ -176,7 +177,7 @@ def run(config: Config) -> Result:
         outputs.append(folder / "grid.png")
         contact_sheet([padded[c::columns] for c in range(columns)]).save(outputs[-1])
     metrics = {"images": len(seeds), "calls": chosen.calls, "settings": asdict(chosen), "loras": opened.coverage}
-    if base.family == "emoji":
+    if base.family.judge_ships:
         metrics["style"] = judge.style_distance(stack, [p for p in prompts for _ in range(config.num_images)])
     return Result(outputs, metrics)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.cost import footprint
 from fastdiff.cost.footprint import Footprint
 from fastdiff.data.folder import Folder
@@ -57,10 +58,10 @@ class DataPlan:
 
 
 def data_plan(base: Checkpoint, config: TrainConfig, needs: Needs) -> DataPlan:
-    spec = config.data or ("emoji" if base.family == "emoji" else "teacher")
+    spec = config.data or base.family.default_data
     side = (config.resolution or base.resolution_px) // base.pixels_per_latent
     latent = 2 * base.unet_config["in_channels"] * side**2  # fp16
-    if spec.startswith("emoji"):
+    if spec.partition(":")[0] == SHIPPED.data:
         return DataPlan(spec)
     if spec == "teacher":
         n = 0 if needs == "prompts" else config.pairs

@@ -32,7 +32,7 @@ def condition(base: Checkpoint, rows: int, device: torch.device | str = "cpu") -
     config = base.unet_config
     length = base.config_of(base.text_parts[0]).get("max_position_embeddings", 77)
     tokens = torch.randn(rows, length, config["cross_attention_dim"], device=device)
-    if base.family != "sdxl":
+    if not base.family.size_conditioned:
         return Cond(tokens)
     width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     side = float(base.resolution_px)

@@ -184,7 +184,7 @@ class OfficialStep:
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Cond:
         cond = text.encode(self.base, prompts, device=self.device).map(lambda v: v.to(self.device))
-        return with_size(cond, self.base.resolution_px) if self.base.family == "sdxl" else cond
+        return with_size(cond, self.base.resolution_px) if self.base.family.size_conditioned else cond
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.data.batch import Encoded
 from fastdiff.models import autoencoder, text
-from fastdiff.runtime.disk import ASSETS
 
-PICTURES = ASSETS / "emoji" / "pictures"
+PICTURES = SHIPPED.home / "pictures"
 STYLES = ("noto", "fluent", "twemoji")
 CELL_PX = 64
 

@@ -118,7 +118,7 @@ class Captions:
     def __init__(self, base: Checkpoint, share: Share, device: torch.device | str) -> None:
         self.base, self.share, self.device = base, share, device
         nets = [fingerprint(net) for net in base.text_encoders]
-        rule = (nets, base.family, [tokenizer.model_max_length for tokenizer in base.tokenizers])
+        rule = (nets, base.family.name, [tokenizer.model_max_length for tokenizer in base.tokenizers])
         self.store = Store(cache_folder() / f"texts-{hash_of(*rule)[:16]}")
         if self.encode([""]):
             raise InputRefused(f"{as_field('base', base.ref)}: its text encoder answers NaN or infinity to an empty prompt")
@@ -148,7 +148,7 @@ class Captions:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return ("tokens", "pooled") if self.base.family == "sdxl" else ("tokens",)
+        return ("tokens", "pooled") if self.base.family.size_conditioned else ("tokens",)
 
     def stored(self, captions: list[str]) -> Cond:
         """The states of captions, as rows that are read when they are indexed."""
@@ -252,7 +252,7 @@ class Pictures:
                     captions=torch.tensor(captions)[:, None],
                     weights=torch.ones(1),
                     uncond=uncond,
-                    time_ids=ids if self.base.family == "sdxl" else None,
+                    time_ids=ids if self.base.family.size_conditioned else None,
                     names=list(names),
                     views=len(self.framing.cuts),
                 )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from fastdiff.checkpoints.family import Family
 from fastdiff.data import emoji
 from fastdiff.runtime.disk import ASSETS
 from fastdiff.runtime.errors import UsageError, as_field
@@ -22,9 +23,9 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def default_prompts(family: str) -> list[str]:
-    """The shipped prompts; for `emoji` every picture on every background, captioned as the teacher was trained."""
-    if family != "emoji":
+def default_prompts(family: Family) -> list[str]:
+    """The shipped prompts; of a family with pictures all of them on every background, captioned as its teacher was trained."""
+    if family.data is None:
         return read_prompts(PROMPTS)
     pairs = [(p, b) for p in range(len(emoji.pictures())) for b in range(len(emoji.BACKGROUNDS))]
     g = torch.Generator().manual_seed(0)

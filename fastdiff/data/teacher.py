@@ -39,7 +39,7 @@ def encode(
     row = torch.tensor([unique[prompt] for prompt in prompts])
     texts, uncond = text.encode(base, list(unique), device=device), text.unconditional(base, device=device)
     base.release("text_encoders", "tokenizers")
-    if base.family == "sdxl":
+    if base.family.size_conditioned:
         texts, uncond = (with_size(c, resolution_px) for c in (texts, uncond))
     side = resolution_px // autoencoder.factor(base.vae)
     shape = (base.unet_config["in_channels"], side, side)

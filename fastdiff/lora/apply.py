@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints import single_file
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.single_file import Weights
 from fastdiff.lora.file import Lora, with_first_encoder
 from fastdiff.lora.kinds import Factors, Update
@@ -52,7 +53,7 @@ def fits(update: Update, shape: tuple[int, ...]) -> bool:
 
 
 def fit(
-    loras: list[tuple[Lora, float]], table: Mapping[str, Place], *, allow_partial: bool = False, family: str = ""
+    loras: list[tuple[Lora, float]], table: Mapping[str, Place], *, allow_partial: bool = False, family: Family | None = None
 ) -> list[Lora]:
     """The LoRAs, each with the modules that have a place in the table.
 

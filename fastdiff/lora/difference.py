@@ -75,7 +75,7 @@ def extract(config: Any, output: Path) -> Result:
         raise UsageError(f"{names[0]}: no layer differs from {names[1]}; there is nothing to extract")
     if left:
         console.warn(f"{len(left)} biases, norms and embeddings differ too and are no part of a LoRA: {', '.join(left[:3])}")
-    recipe = replace(tuned.recipe, family=base.family)
+    recipe = replace(tuned.recipe, family=base.family.name)
     made = Lora(modules, {**recipe.to_metadata(), **lora.layers_told(base.unet_config)}, "the extracted LoRA")
     lora.save(made, output, dtype=DTYPES[config.precision], format=config.format)
     ranks = [update.rank for update in modules.values() if isinstance(update, Factors)]
@@ -104,7 +104,7 @@ def transfer(config: Any, output: Path) -> Result:
         own, _ = pairs(base, reference, part)
         readers = {name: lambda name=name, a=a, b=b, own=own: moved(own[name], b[name], a[name]) for name in own}
         changed[part] = Weights(readers, own.shapes, own.dtypes)
-    recipe, dtype = replace(tuned.recipe, family=base.family), DTYPES[config.precision]
+    recipe, dtype = replace(tuned.recipe, family=base.family.name), DTYPES[config.precision]
     if output.suffix == ".safetensors":
         outputs = write.to_file(base, output, changed=changed, dtype=dtype, recipe=recipe)
     else:

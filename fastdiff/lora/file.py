@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints import single_file, tensors
+from fastdiff.checkpoints.family import FAMILIES, PLAIN, Family, of_width, titles
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import Entry
 from fastdiff.lora.kinds import Factors, Update, build, describe
@@ -22,12 +23,6 @@ from fastdiff.lora.layouts import OTHERS, READERS, Part, canonical, read_peft, s
 from fastdiff.runtime.console import warn
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field, quoted
 
-FAMILIES: dict[str, tuple[int, str, dict[str, str]]] = {  # cross-attention width, modelspec architecture, kohya's own
-    "emoji": (128, "stable-diffusion-v1", {}),
-    "sd15": (768, "stable-diffusion-v1", {"ss_v2": "False"}),
-    "sd21": (1024, "stable-diffusion-v2-768-v", {"ss_v2": "True"}),
-    "sdxl": (2048, "stable-diffusion-xl-v1-base", {"ss_base_model_version": "sdxl_base_v1-0"}),
-}
 # True of the tensors they were written with, not of those that we write.
 STALE = {"lora_adapter_metadata", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "ss_network_args", "format"}
 Format = Literal["kohya", "diffusers", "peft"]
@@ -49,18 +44,19 @@ class Lora:
         return Recipe.from_metadata(self.metadata)
 
     @property
-    def family(self) -> str | None:
-        """emoji, sd15, sd21 or sdxl, as the recipe, the cross-attention's width or the header says; None = unknown."""
-        if self.recipe.family:
-            return self.recipe.family
+    def family(self) -> Family | None:
+        """As the recipe, the text encoders, the cross-attention's width or the header says; None = unknown."""
+        if row := FAMILIES.get(self.recipe.family or ""):
+            return row
         if any(key.startswith("lora_te2_") for key in self.modules):
-            return "sdxl"
+            return next(row for row in FAMILIES.values() if row.text_encoders == 2)
         crossing = (m.shape for key, m in self.modules.items() if key.endswith(("attn2_to_k", "attn2_to_v")))
         widths = {shape[1] for shape in crossing if shape}
-        told = self.metadata.get("modelspec.architecture", "").removesuffix("/lora")
-        by_width = (name for name, (width, _, _) in FAMILIES.items() if widths == {width})
-        by_header = (name for name, (_, spec, _) in FAMILIES.items() if name != "emoji" and told.startswith(spec[:19]))
-        return next(by_width, None) or next(by_header, None)
+        if len(widths) == 1 and (row := of_width(*widths)):
+            return row
+        architecture = self.metadata.get("modelspec.architecture", "")
+        by_header = (row for row in FAMILIES.values() if row.published and architecture.startswith(row.architecture_stem))
+        return next(by_header, None)
 
     @property
     def layers(self) -> int:
@@ -97,7 +93,7 @@ def load(path: str | Path, *, layers: int = 2, allow_partial: bool = False, allo
     for key in file:
         for pattern, kind in OTHERS:
             if re.search(pattern, key) and not key.startswith("bundle_emb."):
-                raise InputRefused(f"{path}: {kind} ({key})", "LoRAs of SD1.5, SD2.1 and SDXL are supported")
+                raise InputRefused(f"{path}: {kind} ({key})", f"LoRAs of {titles()} are supported")
     embeddings = [key for key in file if key.startswith("bundle_emb.")]
     if embeddings:
         names = sorted({key.split(".")[1] for key in embeddings})
@@ -133,7 +129,7 @@ def load(path: str | Path, *, layers: int = 2, allow_partial: bool = False, allo
         key: checked(build(plain_magnitude(sides), f"{path}: {key}"), sides, f"{path}: {key}") for key, sides in modules.items()
     }
     lora = Lora(updates, metadata, str(path), [*embeddings, *unknown])
-    return with_first_encoder(lora, "lora_te1_" if lora.family == "sdxl" else "lora_te_")
+    return with_first_encoder(lora, (lora.family or PLAIN).lora_text_prefix)
 
 
 def layers_told(unet_config: Mapping[str, Any]) -> dict[str, str]:
@@ -221,11 +217,9 @@ def header(lora: Lora, title: str) -> dict[str, str]:
     recipe, ranks = lora.recipe, {update.rank for update in lora.modules.values() if isinstance(update, Factors)}
     dim, alpha = str(*ranks) if len(ranks) == 1 else "Dynamic", str(max(ranks))
     spec = {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "diffusers", "modelspec.title": title}
-    if lora.family in FAMILIES:
-        _, architecture, extra = FAMILIES[lora.family]
-        if lora.family == "sd21" and recipe.prediction_type == "epsilon":
-            architecture = "stable-diffusion-v2-512"
-        spec |= {"modelspec.architecture": f"{architecture}/lora", **extra}
+    if family := lora.family:
+        architecture = family.architecture if recipe.prediction_type == "epsilon" else family.architecture_v
+        spec |= {"modelspec.architecture": f"{architecture}/lora", **family.lora_header}
     hints = {"{} steps": recipe.num_steps, "guidance {:g}": recipe.guidance, "scheduler {}": recipe.scheduler}
     if told := [text.format(value) for text, value in hints.items() if value is not None]:
         spec["modelspec.usage_hint"] = ", ".join(told)
@@ -256,13 +250,12 @@ def save(
         return save_peft(factors, path, dtype, told)
     largest = float(max(module.rank for module in factors.values()))
     entries: list[Entry] = []
+    ldm_names = lora.family is not None and lora.family.lora_names == "ldm"
     for key, module in factors.items():
         sides = balanced(module, module.rank / largest if format == "kohya" else 1.0)
         if format == "kohya":
             name = (
-                f"lora_unet_{single_file.to_flat(key[10:], lora.layers)}"
-                if lora.family == "sdxl" and key.startswith("lora_unet_")
-                else key
+                f"lora_unet_{single_file.to_flat(key[10:], lora.layers)}" if ldm_names and key.startswith("lora_unet_") else key
             )
             entries.append(Entry(f"{name}.alpha", torch.float32, (), lambda: torch.tensor(largest)))
             suffixes = ("lora_down.weight", "lora_up.weight")
@@ -310,7 +303,8 @@ def save_peft(factors: Mapping[str, Factors], folder: Path, dtype: torch.dtype, 
 
 def summary(lora: Lora) -> dict[str, Any]:
     """What `inspect` and results tell of a LoRA."""
-    return {"modules": len(lora.modules), "family": lora.family, **describe(lora.modules), "skipped": len(lora.skipped)}
+    family = lora.family and lora.family.name
+    return {"modules": len(lora.modules), "family": family, **describe(lora.modules), "skipped": len(lora.skipped)}
 
 
 def parse_spec(spec: str, default: float) -> tuple[Path, float]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import Presets
 from fastdiff.data import control
 from fastdiff.data.batch import Batch, Data, Encoded
 from fastdiff.data.open import Needs
@@ -33,19 +34,19 @@ from fastdiff.runtime import console
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling.pictures import contact_sheet, uint8
-from fastdiff.sampling.sampler import DEFAULTS, Sampler
+from fastdiff.sampling.sampler import Sampler, Settings
 from fastdiff.training.card import Usage, opened
 from fastdiff.training.method import Load, Now, Phase, Trains, Turn, relative_size
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
 
 CARD = dict(segmented.CARD, match_steps=0)
-PRESETS = {
-    "emoji": dict(segmented.EMOJI, controlnet="emoji", lr=5e-4, steps=300, match_steps=0),
-    "sd15": dict(**CARD, guidance=7.5),
-    "sd21": dict(**CARD, guidance=7.5),
-    "sdxl": dict(CARD, batch_size=1, grad_accum=32, guidance=7.5),
-}
+PRESETS = Presets(
+    emoji=dict(segmented.EMOJI, controlnet="emoji", lr=5e-4, steps=300, match_steps=0),
+    sd15=dict(**CARD, guidance=7.5),
+    sd21=dict(**CARD, guidance=7.5),
+    sdxl=dict(CARD, batch_size=1, grad_accum=32, guidance=7.5),
+)
 EXAMPLES = """fastdiff distill-controlnet --init runs/prune-emoji/model
 fastdiff distill-controlnet --base sd21 --controlnet owner/canny --init runs/prune-sd21/model --prompts prompts.txt
 fastdiff distill-controlnet --base sd21 --controlnet owner/canny --init runs/sdxs-sd21/model --one-step"""
@@ -179,7 +180,7 @@ class DistilControlNet(Segmented):
 
     def usage(self, weights: Path, base: Checkpoint) -> Usage:
         of, settings = self.config.open_student(), self.settings()
-        kind = "StableDiffusionXLControlNetPipeline" if base.family == "sdxl" else "StableDiffusionControlNetPipeline"
+        kind = of.family.controlnet_pipeline
         return Usage(
             title=f"controlnet: {self.config.control} for {of.ref}",
             tags="controlnet",
@@ -204,9 +205,8 @@ class DistilControlNet(Segmented):
 class Rows:
     """Items that were kept out of training: their texts, seeds and control pictures."""
 
-    prompt = "red apple"
-
     def __init__(self, scene: Scene, config: Config) -> None:
+        self.prompt = scene.base.family.example_prompt
         self.base, self.vae, self.device, self.px = scene.base, scene.vae, scene.device, scene.resolution_px
         self.how = control.extractor(config.control)
 
@@ -223,7 +223,7 @@ class Rows:
         if controls is not None:
             cond = cond.with_control((controls[:n].float() / 255).expand(-1, 3, -1, -1))
         sampler, seeds = Sampler(self.base, who, self.vae, device=self.device), list(range(len(cond)))
-        settings = DEFAULTS[self.base.family] if who is method.teacher else method.settings()
+        settings = Settings.usual(self.base.family) if who is method.teacher else method.settings()
         return sampler.pixels(cond, self.uncond, seeds, settings, resolution_px=self.px, batch=8)
 
     def agreement(self, pictures: Tensor, controls: Tensor) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastdiff import lora
 from fastdiff.checkpoints import locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import Presets
 from fastdiff.data.batch import Batch
 from fastdiff.data.open import Needs
 from fastdiff.diffusion import losses
@@ -44,23 +45,27 @@ DMD2 = dict(lambda_reg=0.0, fake_steps_per_gen=5, num_steps=4)  # DMD2 sections 
 PAPER = dict(weight_decay=0.01, max_grad_norm=10.0, warmup=500)  # DMD appendix B, DMD2 scripts
 CARD = dict(lr=5e-5, batch_size=2, grad_accum=4, gradient_checkpointing=True, steps=4000)  # lr: DMD2's LoRA; ours: for one card
 WATCHED = dict(eval_every=200, keep="best", patience=5)  # over-saturation after some hundreds of steps is the known failure
-PRESETS = {
+PRESETS = Presets(
     # Measured (examples/emoji/README.md). At t = 749 an error of eps is multiplied by 4, not by 14.6 as at 999, and training
     # is steady; above 0.6 the guided scores over-saturate; attention alone makes the step cheaper than three networks.
-    "emoji": dict(
+    emoji=dict(
         data="teacher", pairs=2160, teacher_steps=8, t_gen=749, t_max=0.6, lambda_reg=1.0, reg_batch=8, lora_layers="attention",
         lora_rank=16, lora_alpha=16, lr=7e-4, fake_lr=1e-3, lr_schedule="cosine", warmup=20, ema=0.98, batch_size=24, steps=400,
         guidance=3.0, max_grad_norm=10.0, eval_every=100,
     ),
-    # Its bottleneck is one latent position: a discriminator stays at a half there, so no GAN and no samples for one.
-    "emoji:dmd2": dict(DMD2, t_gen=None, guidance=2.0, fake_steps_per_gen=2, lr=3e-4, steps=300),
-    "sd15": dict(**PAPER, **CARD, **WATCHED, guidance=3.0, pairs=2048),  # guidance: DMD section 4.3
-    "sd15:dmd2": dict(DMD2, fake_steps_per_gen=10, gan_weight=1e-3),  # its 1.75 gives the best FID, and poor pictures
-    "sd21": dict(**PAPER, **CARD, **WATCHED, guidance=3.0, pairs=2048),
-    "sd21:dmd2": dict(DMD2, fake_steps_per_gen=10, gan_weight=1e-3),
-    "sdxl": dict(PAPER, **{**CARD, **WATCHED, "batch_size": 1, "grad_accum": 8}, recipe="dmd2", guidance=8.0, pairs=1024),
-    "sdxl:dmd2": dict(DMD2, gan_weight=5e-3),
-}
+    sd15=dict(**PAPER, **CARD, **WATCHED, guidance=3.0, pairs=2048),  # guidance: DMD section 4.3
+    sd21=dict(**PAPER, **CARD, **WATCHED, guidance=3.0, pairs=2048),
+    sdxl=dict(PAPER, **{**CARD, **WATCHED, "batch_size": 1, "grad_accum": 8}, recipe="dmd2", guidance=8.0, pairs=1024),
+    variants={
+        "dmd2": Presets(
+            # Its bottleneck is one latent position: a discriminator stays at a half there, so no GAN and no samples for one.
+            emoji=dict(DMD2, t_gen=None, guidance=2.0, fake_steps_per_gen=2, lr=3e-4, steps=300),
+            sd15=dict(DMD2, fake_steps_per_gen=10, gan_weight=1e-3),  # its 1.75 gives the best FID, and poor pictures
+            sd21=dict(DMD2, fake_steps_per_gen=10, gan_weight=1e-3),
+            sdxl=dict(DMD2, gan_weight=5e-3),
+        ),
+    },
+)
 # fmt: on
 EXAMPLES = """fastdiff dmd
 fastdiff dmd --base sd15 --prompts prompts.txt

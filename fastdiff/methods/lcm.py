@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import Presets
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.schedule import NoiseSchedule, per_sample
@@ -35,17 +36,17 @@ from fastdiff.training.method import Load, Method, Now, Phase, Stateful, Trains,
 
 # guidance is w of u + w (c - u), so the official scripts' w of [5, 15] and [3, 15] is one more here.
 # fmt: off
-PRESETS = {
+PRESETS = Presets(
     # Measured: its best guidance is 3, and in so few steps a teacher step of five grid points teaches most.
-    "emoji": dict(
+    emoji=dict(
         lora_rank=32, lora_alpha=32, lr=1e-3, lr_schedule="cosine", warmup=20, ema=0.98, batch_size=24, steps=450,
         guidance_min=3.0, guidance_max=3.0, skip=5,
     ),
     # lr, guidance and 12 images a step: diffusers' LCM scripts and READMEs; here in parts, for small cards.
-    "sd15": dict(lr=1e-4, batch_size=4, grad_accum=3, gradient_checkpointing=True, guidance_min=6.0, guidance_max=16.0),
-    "sd21": dict(lr=1e-4, batch_size=4, grad_accum=3, gradient_checkpointing=True, guidance_min=6.0, guidance_max=16.0),
-    "sdxl": dict(lr=1e-4, batch_size=2, grad_accum=6, gradient_checkpointing=True, guidance_min=4.0, guidance_max=16.0),
-}
+    sd15=dict(lr=1e-4, batch_size=4, grad_accum=3, gradient_checkpointing=True, guidance_min=6.0, guidance_max=16.0),
+    sd21=dict(lr=1e-4, batch_size=4, grad_accum=3, gradient_checkpointing=True, guidance_min=6.0, guidance_max=16.0),
+    sdxl=dict(lr=1e-4, batch_size=2, grad_accum=6, gradient_checkpointing=True, guidance_min=4.0, guidance_max=16.0),
+)
 # fmt: on
 SCHEDULERS = {"zero": "lcm", "edge": "ddim", "random": "tcd"}
 EXAMPLES = """fastdiff train-lcm-lora

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fastdiff import lora
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import Presets
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.schedule import per_sample
@@ -44,18 +45,18 @@ CARD = dict(
     lr=1e-4, adversarial_lr=1e-5, full_lr=1e-6, phases="mse,cond,uncond,full", gan="paired", gradient_checkpointing=True,
     lora_only=True, warmup=20,
 )
-PRESETS = {
+PRESETS = Presets(
     # Measured (examples/emoji/README.md): distance does most here, and a discriminator has something to see in one step only.
-    "emoji": dict(
+    emoji=dict(
         stages="32:8:8,8:4:2,4:2:2.4,2:1:9.6", phases="switch:1,mse:7,cond:1,uncond:2,full:1", lora_rank=32, lora_alpha=32,
         lr=2e-3, adversarial_lr=1e-4, full_lr=5e-5, discriminator="full", d_lr=3e-4, d_warmup=10, d_features="every",
         gan="paired", late_detail_at=0, lr_schedule="cosine", warmup=10, ema=0.98, batch_size=24, steps=1100, guidance=3.75,
         adversarial_below=8, eval_every=100,
     ),
-    "sd15": dict(**CARD, batch_size=4, grad_accum=4, steps=10_000, guidance=7.5),
-    "sd21": dict(**CARD, batch_size=4, grad_accum=4, steps=10_000, guidance=7.5),
-    "sdxl": dict(**CARD, batch_size=1, grad_accum=16, steps=10_000, guidance=6.0),  # guidance: section 3.6
-}
+    sd15=dict(**CARD, batch_size=4, grad_accum=4, steps=10_000, guidance=7.5),
+    sd21=dict(**CARD, batch_size=4, grad_accum=4, steps=10_000, guidance=7.5),
+    sdxl=dict(**CARD, batch_size=1, grad_accum=16, steps=10_000, guidance=6.0),  # guidance: section 3.6
+)
 # fmt: on
 EXAMPLES = """fastdiff lightning
 fastdiff lightning --base sdxl --prompts prompts.txt --max-time 20h

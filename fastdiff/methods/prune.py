@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import Presets
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
@@ -39,15 +40,15 @@ from fastdiff.training.session import default_folder
 # Paper: AdamW 5e-5, 256 images a step, 50,000 steps. Ours for one card: smaller batches, a cosine, an average.
 # fmt: off
 CARD = dict(lr=5e-5, lr_schedule="cosine", warmup=100, ema=0.999, steps=20_000, empty_prompts=0.1, gradient_checkpointing=True)
-PRESETS = {
-    "emoji": dict(
+PRESETS = Presets(
+    emoji=dict(
         layout="bk-base", lr=1e-3, lr_schedule="cosine", warmup=20, ema=0.98, batch_size=24, steps=300, empty_prompts=0.1,
         weight_decay=0.0,
     ),
-    "sd15": dict(**CARD, layout="sdxs-512", batch_size=8, grad_accum=4),
-    "sd21": dict(**CARD, layout="sdxs-512", batch_size=8, grad_accum=4),
-    "sdxl": dict(**CARD, layout="vega", batch_size=1, grad_accum=16),
-}
+    sd15=dict(**CARD, layout="sdxs-512", batch_size=8, grad_accum=4),
+    sd21=dict(**CARD, layout="sdxs-512", batch_size=8, grad_accum=4),
+    sdxl=dict(**CARD, layout="vega", batch_size=1, grad_accum=16),
+)
 # fmt: on
 EXAMPLES = """fastdiff prune --layout bk-tiny
 fastdiff prune --base sd21 --layout sdxs-512 --prompts prompts.txt
@@ -91,7 +92,7 @@ class Prune(Method):
             adapters.checkpoint_gradients(net)
         self.student = Denoiser(net, self.schedule, base.prediction_type)
         self.feature_pairs = unet.feature_pairs(base.unet.config, layout) if config.lambda_feat else []
-        self.recipe = Recipe(method=self.name, family=base.family)  # sampled like its parent: nothing else is said
+        self.recipe = Recipe(method=self.name, family=base.family.name)  # sampled like its parent: nothing else is said
 
     @classmethod
     def check(cls, config: Config) -> Config:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import Presets
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
@@ -36,13 +37,13 @@ from fastdiff.training.method import Load, Now, Phase, Stateful, Trains, Turn, e
 from fastdiff.training.run import Run
 
 CARD = dict(segmented.CARD, fake_lr=1e-5, max_grad_norm=10.0, match_steps=1000)
-PRESETS = {
+PRESETS = Presets(
     # At 1 the gradient of feature matching is no stronger than that of the scores, which alone over-saturate.
-    "emoji": dict(segmented.EMOJI, t_gen=749, lr=7e-4, steps=800, match_steps=100, lambda_fm_end=10.0),
-    "sd15": dict(**CARD, guidance=7.5),  # table 3
-    "sd21": dict(**CARD, guidance=7.5),
-    "sdxl": dict(CARD, batch_size=1, grad_accum=32, guidance=7.5),
-}
+    emoji=dict(segmented.EMOJI, t_gen=749, lr=7e-4, steps=800, match_steps=100, lambda_fm_end=10.0),
+    sd15=dict(**CARD, guidance=7.5),  # table 3
+    sd21=dict(**CARD, guidance=7.5),
+    sdxl=dict(CARD, batch_size=1, grad_accum=32, guidance=7.5),
+)
 EXAMPLES = """fastdiff sdxs
 fastdiff sdxs --base sd21 --init runs/prune-sd21/model --prompts prompts.txt
 fastdiff sdxs --base sd21 --init runs/sdxs-sd21/model --style-lora anime.safetensors"""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints import locate, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import Presets
 from fastdiff.data.batch import Batch, Buckets, Data, Encoded
 from fastdiff.diffusion import losses
 from fastdiff.models import autoencoder, perceptual
@@ -38,17 +39,17 @@ from fastdiff.training.scene import Scene
 # TAESD: Adam 3e-4, batches of 16. SDXS names no weights: ours.
 # fmt: off
 CARD = dict(lr=3e-4, lr_schedule="cosine", warmup=100, ema=0.999, batch_size=8, steps=30_000, pairs=1024, data="teacher")
-PRESETS = {
+PRESETS = Presets(
     # Its own decoder costs 1/68 of SD's a pixel, and a fifteenth of that leaves 12 channels (examples/emoji/README.md).
-    "emoji": dict(
+    emoji=dict(
         data="teacher", pairs=2160, teacher_steps=8, width=12, blocks="3,2,2,0", lambda_pixel=1.0, lambda_gan=0.004,
         gan_from=200, cond_disc=True, lr=3e-3, lr_schedule="cosine", warmup=20, ema=0.99, batch_size=32, steps=1500, d_width=16,
         d_lr=1e-3,
     ),
-    "sd15": CARD,
-    "sd21": CARD,
-    "sdxl": CARD,
-}
+    sd15=CARD,
+    sd21=CARD,
+    sdxl=CARD,
+)
 # fmt: on
 EXAMPLES = """fastdiff distill-vae
 fastdiff distill-vae --base sdxl --prompts prompts.txt --encoder
@@ -224,7 +225,7 @@ class Decoded:
     def __init__(self, scene: Scene, config: Config) -> None:
         self.scene, self.config = scene, config
         self.held_out: Encoded | None = None
-        self.prompt = scene.base.family == "emoji" and "red apple" or "a red apple"
+        self.prompt = scene.base.family.example_prompt
 
     def begin(self, method: TinyVAE) -> None:
         assert self.held_out is not None

@@ -6,11 +6,11 @@ from typing import Any
 from torch import nn
 
 from fastdiff.checkpoints import component
-from fastdiff.checkpoints.locate import EMOJI
+from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.models import unet
 from fastdiff.runtime.errors import InputRefused, as_field
 
-EMBEDDED = EMOJI / "controlnet"  # Canny edges to emoji
+EMBEDDED = SHIPPED.home / "controlnet"  # Canny edges to emoji
 
 # What a ControlNet has in common with its UNet's encoder.
 SHARED = (
@@ -75,7 +75,7 @@ def load(ref: str, unet_config: Mapping[str, Any], *, option: str = "controlnet"
 
     InputRefused where it is none, or of another UNet.
     """
-    folder = EMBEDDED if ref == "emoji" else component.locate(ref, option, "ControlNet")
+    folder = EMBEDDED if ref == SHIPPED.name else component.locate(ref, option, "ControlNet")
     config = component.config_of(folder, option, ref, ("ControlNetModel",))
     check(config, unet_config, as_field(option, ref))
     return component.load(folder, option, ref, config)

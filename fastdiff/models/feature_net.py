@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.runtime.disk import ASSETS
+from fastdiff.checkpoints.family import SHIPPED
 
-WEIGHTS = ASSETS / "emoji" / "features" / "model.safetensors"
+WEIGHTS = SHIPPED.home / "features" / "model.safetensors"
 
 
 class FeatureNet(nn.Module):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints import tensors
+from fastdiff.checkpoints.family import Family
 from fastdiff.models import autoencoder
 from fastdiff.models.feature_net import FeatureNet
 from fastdiff.runtime.download import weight_file
@@ -51,11 +52,11 @@ class PixelDistance(nn.Module):
         return self.net.distance(a, b) if isinstance(self.net, FeatureNet) else self.net(a, b).flatten()
 
 
-def open_distance(family: str, weights: str | None, *, option: str = "lpips_weights", off: str = "") -> PixelDistance:
+def open_distance(family: Family, weights: str | None, *, option: str = "lpips_weights", off: str = "") -> PixelDistance:
     """The distance for a family.
 
-    `weights`, what the field `option` was given: "embedded" = the shipped feature network (the default for `emoji`), a file
-    with torchvision's VGG-16, None = that file from torchvision's cache or model zoo. Where it cannot be had that is an error,
+    `weights`, what the field `option` was given: "embedded" = the shipped feature network (the default where a judge ships), a
+    file with torchvision's VGG-16, None = that file from torchvision's cache or model zoo. Where it cannot be had that is an error,
     which names `off`, the option to do without; never a random backbone.
     """
     path = locate(family, weights, option=option, off=off)
@@ -65,9 +66,9 @@ def open_distance(family: str, weights: str | None, *, option: str = "lpips_weig
     return PixelDistance(lpips_vgg({key: file[key] for key in file if key.startswith("features.")}))
 
 
-def locate(family: str, weights: str | None, *, option: str = "lpips_weights", off: str = "") -> Path | None:
+def locate(family: Family, weights: str | None, *, option: str = "lpips_weights", off: str = "") -> Path | None:
     """The file of VGG-16's weights, downloaded if need be; None where the embedded network stands in. UsageError if neither."""
-    if weights == EMBEDDED or (weights is None and family == "emoji"):
+    if weights == EMBEDDED or (weights is None and family.judge_ships):
         return None
     from torchvision.models import VGG16_Weights
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.locate import stock_config
 from fastdiff.lora.file import Lora, layers_told
 from fastdiff.lora.kinds import Update
@@ -41,7 +42,7 @@ def remapped(base: Checkpoint, item: Lora, *, wanted: bool) -> Lora:
     return replace(item, modules=kept | texts, metadata=told)
 
 
-def stock_shapes(family: str) -> dict[str, tuple[int, ...]]:
+def stock_shapes(family: Family) -> dict[str, tuple[int, ...]]:
     return unet.shapes_of(unet.unet_of(stock_config(family)))
 
 

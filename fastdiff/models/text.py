@@ -20,16 +20,14 @@ def encode(base: Checkpoint, prompts: list[str], *, device: torch.device | str =
 
 
 def _encode(base: Checkpoint, prompts: list[str], device: torch.device | str) -> Cond:
-    states, sdxl = [], base.family == "sdxl"
+    states = []
     for encoder, tokenizer in zip(base.text_encoders, base.tokenizers, strict=True):
         length = tokenizer.model_max_length
         ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        out = encoder.to(device)(ids.to(device), output_hidden_states=sdxl)
-        if sdxl:
-            states.append(out.hidden_states[-2].float().cpu())  # SDXL was trained on the last layer but one
-        else:
-            states.append(out.last_hidden_state.float().cpu())
-    pooled = out.text_embeds.float().cpu() if sdxl else None  # the last encoder's
+        out = encoder.to(device)(ids.to(device), output_hidden_states=base.family.text_layer != -1)
+        last = base.family.text_layer == -1
+        states.append((out.last_hidden_state if last else out.hidden_states[base.family.text_layer]).float().cpu())
+    pooled = out.text_embeds.float().cpu() if base.family.size_conditioned else None  # the last encoder's
     return Cond(torch.cat(states, -1), pooled)
 
 
@@ -95,9 +93,9 @@ class Prompts:
         for i in range(0, len(prompts), batch):
             pairs = zip(self.encoders, self.tokenizers, strict=True)
             found = [encoder(tokenizer(prompts[i : i + batch])) for encoder, tokenizer in pairs]
-            sdxl = self.base.family == "sdxl"
-            states = torch.cat([x.before if sdxl else x.last for x in found], -1)
-            parts.append(Cond(states.cpu(), found[-1].pooled.cpu() if sdxl else None))
+            family = self.base.family
+            states = torch.cat([x.last if family.text_layer == -1 else x.before for x in found], -1)
+            parts.append(Cond(states.cpu(), found[-1].pooled.cpu() if family.size_conditioned else None))
         return Cond.cat(parts)
 
     def unconditional(self) -> Cond:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fastdiff.checkpoints.family import Family
 from fastdiff.runtime.errors import UsageError, as_field, quoted
 
 Config = dict[str, Any]
@@ -107,14 +108,17 @@ def without_self_attention(stage: int) -> Edit:
 class Layout(NamedTuple):
     """A published small network, as a change of its family's."""
 
-    families: tuple[str, ...]
+    plans: tuple[str, ...]  # of the networks that it is cut from: Family.unet_plan
     edits: tuple[Edit, ...]
 
     def config(self, parent: Mapping[str, Any]) -> Config:
         return reduce(lambda config, edit: edit(config), self.edits, dict(parent))
 
+    def fits(self, family: Family) -> bool:
+        return family.unet_plan in self.plans
 
-SD, ALL, XL = ("emoji", "sd15", "sd21"), ("emoji", "sd15", "sd21", "sdxl"), ("sdxl",)
+
+SD, ALL, XL = ("sd",), ("sd", "xl"), ("xl",)
 TINY = (with_layers(1), without_middle, without_innermost)
 LAYOUTS = {
     "bk-base": Layout(ALL, (with_layers(1),)),  # Kim 2023, BK-SDM; Segmind's small-sd
@@ -129,12 +133,12 @@ LAYOUTS = {
 }
 
 
-def student_config(parent: Mapping[str, Any], layout: str, family: str) -> Config:
+def student_config(parent: Mapping[str, Any], layout: str, family: Family) -> Config:
     """The config of a layout's name or of FILE.json, whose missing keys are the parent's. UsageError names what is wrong."""
     if layout in LAYOUTS:
         known = LAYOUTS[layout]
-        if family not in known.families:
-            fitting = ", ".join(name for name, row in LAYOUTS.items() if family in row.families)
+        if not known.fits(family):
+            fitting = ", ".join(name for name, row in LAYOUTS.items() if row.fits(family))
             raise UsageError(f"{as_field('layout', layout)}: not a layout of {family} networks", f"use one of {fitting}")
         return known.config(parent)
     path = Path(layout).expanduser()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.diffusion.schedule import Prediction
 from fastdiff.diffusion.solvers import SOLVERS, Grid
@@ -45,6 +46,11 @@ class Settings:
             raise ValueError(f"`eta` must be between 0 and 1, not {self.eta}")
 
     @classmethod
+    def usual(cls, family: Family) -> "Settings":
+        """How the family's checkpoints are usually sampled."""
+        return cls(*family.sampling)
+
+    @classmethod
     def of(cls, recipe: Recipe, default: "Settings", **given: Any) -> "Settings":
         """Given values first, then the recipe's, then the default's."""
         names = ("scheduler", "num_steps", "guidance", "spacing", "eta", "timesteps")
@@ -74,15 +80,6 @@ class Settings:
             t = schedule.grid(self.num_steps, spacing, scheduler_config.get("steps_offset", 0))
         final = None if scheduler_config.get("set_alpha_to_one", True) else 0
         return Grid(schedule, t, final, start_scale=spacing in {"trailing", "linspace"}, eta=self.eta)
-
-
-# What each family's checkpoints are usually sampled with (u + w (c - u)); the emoji teacher's best is measured.
-DEFAULTS = {
-    "emoji": Settings("ddim", 25, 3.0),
-    "sd15": Settings("dpm++", 25, 7.5),
-    "sd21": Settings("dpm++", 25, 7.5),
-    "sdxl": Settings("dpm++", 25, 5.0),
-}
 
 
 class SeededNoise:
@@ -148,7 +145,7 @@ class Sampler:
             if uncond is not None:  # guidance is of the text alone: both halves see the same control
                 uncond = uncond if len(uncond) == len(cond) else uncond.expand(len(cond))
                 rows = Cond.cat([cond, uncond.with_control(cond.control)])
-            if px is not None and self.base.family == "sdxl":
+            if px is not None and self.base.family.size_conditioned:
                 rows = with_size(rows, px)
             if self.denoiser.guidance_embedded:
                 rows = rows.with_guidance(torch.full((len(rows),), settings.guidance))
@@ -190,7 +187,7 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """One batch: latents (B, C, h, w) and images (B, 3, H, W) in [-1, 1], on the CPU."""
         side = resolution_px // autoencoder.factor(self.vae)
-        if self.base.family == "sdxl":
+        if self.base.family.size_conditioned:
             cond, uncond = (with_size(c, resolution_px) for c in (cond, uncond))
         z = self.latents(cond, uncond, seeds, settings, (side, side))
         return z.cpu(), autoencoder.decode(self.vae, z).cpu()

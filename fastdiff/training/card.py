@@ -9,12 +9,12 @@ from typing import Any
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.locate import ALIASES
+from fastdiff.checkpoints.family import aliases, named
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.diffusion.solvers import SOLVERS
 from fastdiff.runtime.console import fmt
 from fastdiff.runtime.disk import sha256, write_atomic
-from fastdiff.sampling.sampler import DEFAULTS
+from fastdiff.sampling.sampler import Settings
 from fastdiff.training.run import Run
 
 # What stock diffusers calls each sampler that a recipe may name, and what ComfyUI and A1111 call it.
@@ -75,7 +75,7 @@ def usage_of_recipe(weights: Path, base: Checkpoint, recipe: Recipe) -> Usage:
 
 def usage_like_base(weights: Path, base: Checkpoint, title: str, tags: str, picture: str) -> Usage:
     """Of weights that are sampled like the base."""
-    usual, is_lora = DEFAULTS[base.family], weights.suffix == ".safetensors"
+    usual, is_lora = Settings.usual(base.family), weights.suffix == ".safetensors"
     steps = f"num_inference_steps={usual.num_steps}, guidance_scale={usual.guidance}"
     load = (
         f'{opened(base)}\npipe.load_lora_weights("{weights.name}")'
@@ -174,7 +174,8 @@ def recipes(weights: Sequence[Path]) -> dict[Path, Recipe]:
 
 def embedded(base: Checkpoint) -> bool:
     """Whether the base ships with us, and is found by our own name for it."""
-    return base.ref == "emoji"
+    family = named(base.ref)
+    return family is not None and family.ships_weights
 
 
 def opened(base: Checkpoint, pipeline: str = "DiffusionPipeline", arguments: str = "") -> str:
@@ -182,10 +183,9 @@ def opened(base: Checkpoint, pipeline: str = "DiffusionPipeline", arguments: str
     if embedded(base):
         return f'{pipeline}.from_pretrained(fastdiff.load("{base.ref}").path{arguments})'
     if base.path.is_file():
-        kind = "StableDiffusionXLPipeline" if base.family == "sdxl" else "StableDiffusionPipeline"
-        kind = kind if pipeline == "DiffusionPipeline" else pipeline
+        kind = base.family.pipeline if pipeline == "DiffusionPipeline" else pipeline
         return f'diffusers.{kind}.from_single_file("{base.ref}"{arguments})'
-    return f'{pipeline}.from_pretrained("{ALIASES.get(base.ref, base.ref)}"{arguments})'
+    return f'{pipeline}.from_pretrained("{aliases().get(base.ref, base.ref)}"{arguments})'
 
 
 def other_programs(recipe: Recipe, is_lora: bool, base: Checkpoint) -> str:

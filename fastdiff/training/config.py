@@ -6,9 +6,10 @@ from typing import Annotated, ClassVar, Literal
 import torch
 
 from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
+from fastdiff.checkpoints.family import Family
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError
-from fastdiff.sampling.sampler import DEFAULTS, Settings
+from fastdiff.sampling.sampler import Settings
 
 
 @dataclass
@@ -68,10 +69,10 @@ class TrainConfig(BaseConfig):
         """The checkpoint that an exported LoRA is of: the base, unless a method trains another network."""
         return self.open_base(dtype)
 
-    def teacher_sampling(self, family: str) -> Settings:
+    def teacher_sampling(self, family: Family) -> Settings:
         """How the teacher makes its samples: the family's way, at the method's guidance where it has one."""
         given = {"num_steps": self.teacher_steps, "guidance": self.teacher_guidance or self.guidance}
-        return replace(DEFAULTS[family], **{k: v for k, v in given.items() if v is not None})
+        return replace(Settings.usual(family), **{k: v for k, v in given.items() if v is not None})
 
 
 def seconds(field_name: str, text: str | None) -> float | None:

@@ -17,7 +17,7 @@ class Exhibit:
         base, device = scene.base, scene.device
         self.config = config
         self.preview = Preview(base, config, scene.resolution_px, device)
-        judged = base.family == "emoji" and config.proof > 0
+        judged = base.family.judge_ships and config.proof > 0
         self.judged = Judged(base, config.proof, device) if judged else None
         self.measured = Measured(base, config, scene.resolution_px, device) if config.eval_every else None
 

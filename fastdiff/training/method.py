@@ -24,7 +24,7 @@ from fastdiff.data.open import Needs
 from fastdiff.lora import adapters
 from fastdiff.models.denoiser import Denoiser, trainable_copy
 from fastdiff.runtime.errors import Result
-from fastdiff.sampling.sampler import DEFAULTS, Settings
+from fastdiff.sampling.sampler import Settings
 from fastdiff.training.card import Usage, usage_of_recipe
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.exhibit import Exhibit
@@ -141,7 +141,7 @@ class Method(ABC):
     def __init__(self, base: Checkpoint, config: Any) -> None:
         self.base_model, self.config, self.schedule = base, config, base.schedule()
         self.resolution_px = config.resolution or base.resolution_px
-        self.recipe = Recipe(method=self.name, family=base.family, prediction_type=base.prediction_type)
+        self.recipe = Recipe(method=self.name, family=base.family.name, prediction_type=base.prediction_type)
         self._figures: dict[str, Tensor] = {}
         if "unet" in self.keeps:
             self.parent = checkpoint.fingerprint(base.unet)  # before there is any adapter
@@ -276,7 +276,7 @@ class Method(ABC):
 
     def settings(self, num_steps: int | None = None) -> Settings:
         """How the student is sampled: by its recipe, in that many steps or the recipe's own."""
-        usual = DEFAULTS[self.base_model.family]
+        usual = Settings.usual(self.base_model.family)
         return Settings.of(self.recipe, usual, num_steps=num_steps or self.recipe.num_steps)
 
     def save_student(self, run: Run, name: str | None = None) -> None:

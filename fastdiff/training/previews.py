@@ -22,7 +22,7 @@ from fastdiff.runtime import console
 from fastdiff.runtime.console import fmt
 from fastdiff.sampling.assemble import assemble
 from fastdiff.sampling.pictures import contact_sheet
-from fastdiff.sampling.sampler import DEFAULTS, Sampler, Settings
+from fastdiff.sampling.sampler import Sampler, Settings
 from fastdiff.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Preview:
     """The same prompts and seeds: teacher at 25 steps | what the student is to be better than | student."""
 
     def __init__(self, base: Checkpoint, config: TrainConfig, resolution_px: int, device: torch.device) -> None:
-        if base.family == "emoji":
+        if base.family.judge_ships:
             self.prompts = list(EMOJI_PREVIEW)
         elif config.prompts:
             self.prompts = read_prompts(Path(config.prompts))[:4]
@@ -55,7 +55,7 @@ class Preview:
     def sheet(self, method: "Method") -> Any:
         """The columns as one PIL picture; those that stay are drawn once."""
         student = settings_of(method)(method.recipe.num_steps)
-        plain: list[Settings | str] = [DEFAULTS[self.base.family]]
+        plain: list[Settings | str] = [Settings.usual(self.base.family)]
         plain.append("before" if "before" in self.columns else undistilled(self.base, student.calls))
         for settings in plain:
             if settings not in self.columns:
@@ -72,7 +72,7 @@ class Preview:
 def watched(base: Checkpoint, config: TrainConfig) -> list[str]:
     """Sixteen prompts for the drift; 64 where a picture costs next to nothing."""
     lines = read_prompts(Path(config.prompts)) if config.prompts else default_prompts(base.family)
-    n = 64 if base.family == "emoji" else 16
+    n = base.family.drift_prompts
     return [lines[i % len(lines)] for i in range(n)]
 
 
@@ -88,7 +88,7 @@ class Measured:
     def __init__(self, base: Checkpoint, config: TrainConfig, resolution_px: int, device: torch.device) -> None:
         self.base, self.device, self.guided = base, device, config.teacher_sampling(base.family)
         self.drift = Drift(base, watched(base, config), resolution_px, device)
-        self.judge = judge.Judge(base, self.JUDGED, device=device) if base.family == "emoji" else None
+        self.judge = judge.Judge(base, self.JUDGED, device=device) if base.family.judge_ships else None
 
     def measure(self, method: "Method") -> dict[str, float]:
         settings = settings_of(method)(method.recipe.num_steps)
@@ -103,7 +103,7 @@ class Measured:
 
 def settings_of(method: "Method") -> Callable[[int], Settings]:
     """The student's sampling settings at a number of steps, by its own recipe."""
-    return lambda num_steps: Settings.of(method.recipe, DEFAULTS[method.base_model.family], num_steps=num_steps)
+    return lambda num_steps: Settings.of(method.recipe, Settings.usual(method.base_model.family), num_steps=num_steps)
 
 
 def starts_from_student(method: "Method") -> bool:
@@ -113,12 +113,12 @@ def starts_from_student(method: "Method") -> bool:
 
 def undistilled(base: Checkpoint, calls: int) -> Settings:
     """The best stock solver at that many network calls: measured for `emoji`, guided DPM-Solver++ for others."""
-    if base.family == "emoji":
+    if base.family.judge_ships:
         table = judge.Reference().table
         known = sorted(int(k.split(".")[1]) for k in table["best"] if k.startswith("retrieval."))
         row = table["rows"][table["best"][f"retrieval.{max(k for k in known if k <= max(calls, known[0]))}"]]
         return Settings(row["solver"], row["num_steps"], row["guidance"], row["spacing"])
-    guided = DEFAULTS[base.family]
+    guided = Settings.usual(base.family)
     return replace(guided, num_steps=calls // 2) if calls > 1 else replace(guided, num_steps=1, guidance=1.0)
 
 
@@ -159,7 +159,7 @@ class Judged:
         sampler, recipe = reopened(path, config, self.device)
         if self.before:
             return judge.recovered(self.judge, sampler, self.before, name)
-        settings = lambda n: Settings.of(recipe, DEFAULTS["emoji"], num_steps=n)
+        settings = lambda n: Settings.of(recipe, Settings.usual(sampler.base.family), num_steps=n)
         calls = (recipe.num_steps,) if recipe.fixed else (1, 2, 4, 8)
         return judge.prove(self.judge, sampler, settings, calls, name)
 

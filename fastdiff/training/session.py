@@ -268,10 +268,6 @@ def training_facts(method: Method, config: TrainConfig, steps: int, parent: Chec
     return {
         "training": f"{steps} steps of {config.batch_size} x {config.grad_accum}",
         "base": f"{parent.ref}, {parent.prediction_type}{hashed}",
-        "data": config.data or default_data(parent),
+        "data": config.data or parent.family.default_data,
         "seed": str(config.seed),
     }
-
-
-def default_data(base: Checkpoint) -> str:
-    return "emoji" if base.family == "emoji" else "teacher"

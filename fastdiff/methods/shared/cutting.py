@@ -22,7 +22,7 @@ from fastdiff.models import controlnet, text, unet
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.errors import Result, UsageError
-from fastdiff.sampling.sampler import DEFAULTS, Sampler, with_size
+from fastdiff.sampling.sampler import Sampler, Settings, with_size
 
 PROBES, LEVELS, ROUNDS = 8, (99, 299, 499, 699, 899), 5
 
@@ -70,7 +70,7 @@ def cut(base: Checkpoint, config: Mapping[str, Any], folder: Path) -> Result:
     """Write the pruned checkpoint as a diffusers folder, tensor by tensor: nothing of the network is ever whole in memory."""
     small, weights = pruned(base, config)
     with console.timed("write_s"):
-        write.to_folder(small, folder, changed={"unet": weights}, recipe=Recipe(method="prune", family=base.family))
+        write.to_folder(small, folder, changed={"unet": weights}, recipe=Recipe(method="prune", family=base.family.name))
     return Result([folder], figures(base.unet_config, config))
 
 
@@ -211,11 +211,11 @@ def probes_of(base: Checkpoint, device: torch.device | str) -> list[Probe]:
     """The base's own samples of a few prompts, with noise of five levels."""
     prompts = default_prompts(base.family)[:PROBES]
     cond, uncond = text.encode(base, prompts, device=device), text.unconditional(base, device=device)
-    if base.family == "sdxl":
+    if base.family.size_conditioned:
         cond, uncond = (with_size(c, base.resolution_px) for c in (cond, uncond))
     schedule, side = base.schedule(), base.resolution_px // base.pixels_per_latent
     sampler = Sampler(base, Denoiser(base.unet, schedule, base.prediction_type), base.vae, device=device)
-    quick, generator, found = replace(DEFAULTS[base.family], num_steps=10), torch.Generator().manual_seed(0), []
+    quick, generator, found = replace(Settings.usual(base.family), num_steps=10), torch.Generator().manual_seed(0), []
     for i in range(len(prompts)):
         x0 = sampler.latents(cond[i : i + 1], uncond, [i], quick, (side, side))
         eps, t = torch.randn(x0.shape, generator=generator).to(device), torch.tensor([LEVELS[i % len(LEVELS)]], device=device)
