@@ -18,8 +18,7 @@ import torch
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.models import text
-from fastdiff.quality import emoji as judge
-from fastdiff.quality.distances import gap_closed
+from fastdiff.quality.evaluation import Evaluation
 from fastdiff.runtime import console
 from fastdiff.sampling.assemble import assemble, pick_device, pick_dtype
 from fastdiff.sampling.pictures import contact_sheet
@@ -86,27 +85,23 @@ def main() -> None:
             if i:  # the first round warms up
                 found.append((time.perf_counter() - began) / n)
     median = {key: statistics.median(found) for key, found in times.items()}
-    own = judge.Judge(start, args.samples, device=device) if start.family.judge_ships else None
-    reference = judge.Reference() if own else None
-    lines, told = [], {}
+    own = Evaluation.shipped(start, args.samples, device=device) if start.family.judge_ships else None
+    students, lines, told = {}, [], {}
     for name in calls:
         ratio = [median["stock diffusers", n] / median[name, n] for n in (1, 8)]
         row = [name, *(f"{1e3 * median[name, n]:.1f}" for n in (1, 8)), *(f"{r:.1f}x" for r in ratio)]
         told[name] = {"ms": [1e3 * median[name, n] for n in (1, 8)], "faster": ratio}
         if own and name in ways:
-            figures = own.row(name, ways[name].sampler, ways[name].settings).figures(reference.moments)
+            students[name] = own.row(name, ways[name].sampler, ways[name].settings)
+            figures = own.figures(students[name], bands=False)
             told[name] |= {k: figures[k] for k in ("calls", "retrieval", "frechet")}
             row += [str(figures["calls"]), f"{figures['retrieval']:.3f}", f"{figures['frechet']:.2f}"]
         lines.append("| " + " | ".join(row) + " |")
     print("| | ms a picture | eight at once | faster | eight at once | calls | recognised | Frechet |\n|" + " --- |" * 8)
     print("\n".join(lines))
     if own:
-        best = {m: reference.best(50, m, args.samples) for m in ("retrieval", "frechet")}
         for name in ("one step", "one step, tiny decoder"):
-            student = own.row(name, ways[name].sampler, ways[name].settings)
-            for metric, measure in judge.metrics_of(reference).items():
-                undistilled = reference.best(1, metric, args.samples)
-                gap = gap_closed(student, undistilled, best[metric], measure)
+            for metric, gap in own.gaps(students[name], 1).items():
                 told[name][f"{metric}_gap"] = gap
                 print(f"{name}: {metric} gap closed {gap['gap_closed']:.0%} [{gap['low']:.0%}, {gap['high']:.0%}]")
     columns = []

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fastdiff.checkpoints.checkpoint import load as load
     from fastdiff.diffusion.schedule import NoiseSchedule as NoiseSchedule
     from fastdiff.models.denoiser import Denoiser as Denoiser
+    from fastdiff.quality.evaluation import evaluate as evaluate
     from fastdiff.sampling.sampler import Sampler as Sampler
     from fastdiff.training.trainer import Trainer as Trainer
 
@@ -19,8 +20,9 @@ PUBLIC = {
     "NoiseSchedule": "fastdiff.diffusion.schedule",
     "Sampler": "fastdiff.sampling.sampler",
     "Trainer": "fastdiff.training.trainer",
+    "evaluate": "fastdiff.quality.evaluation",
 }
-__all__ = ["Denoiser", "NoiseSchedule", "Sampler", "Trainer", "__version__", "load"]
+__all__ = ["Denoiser", "NoiseSchedule", "Sampler", "Trainer", "__version__", "evaluate", "load"]
 
 
 # A module's hook of Python for names that it has not yet.

@@ -16,7 +16,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.data import emoji
 from fastdiff.lora import adapters
-from fastdiff.quality import metrics, networks, samples
+from fastdiff.quality import features, networks, samples
 from fastdiff.quality.distances import Moments, band, cmmd, frechet, gap_closed, kid
 from fastdiff.sampling.sampler import Settings
 
@@ -160,7 +160,7 @@ def test_clip_score_is_open_clips_cosine(clip):
 
     lines = ["a cat", "a dog", "a cat"]
     pictures = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    lens = metrics.ClipScore(networks.Clip(clip), torch.device("cpu"), lines)
+    extractor = features.ClipFeatures(networks.Clip(clip), torch.device("cpu"), lines)
     name, weights = clip.split(":")
     net, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
     net.eval()
@@ -169,9 +169,9 @@ def test_clip_score_is_open_clips_cosine(clip):
         a, b = net.encode_image(images), net.encode_text(open_clip.get_tokenizer(name)(lines))
     theirs = 100 * torch.nn.functional.cosine_similarity(a, b)
     with torch.no_grad():
-        seen = lens.see(pictures, slice(0, 3))
+        seen = extractor.extract(pictures, slice(0, 3))
     torch.testing.assert_close(seen["clip_score"], theirs, rtol=1e-4, atol=1e-4)
-    assert set(lens.see(pictures, None)) == {"clip"}
+    assert set(extractor.extract(pictures, None)) == {"clip"}
 
 
 # ---- the command
@@ -230,8 +230,8 @@ def test_rows_figures_and_a_page_that_needs_nothing_else(fastdiff, tiny_sd, trai
     assert json.loads((tmp_path / told["outputs"][1]["path"]).read_text()) == told["metrics"]
 
     drawn = []
-    real = samples.Gallery.draw
-    monkeypatch.setattr(samples.Gallery, "draw", lambda self, *a: (drawn.append(a[0]), real(self, *a))[1])
+    real = samples.Samples.draw
+    monkeypatch.setattr(samples.Samples, "draw", lambda self, *a: (drawn.append(a[0]), real(self, *a))[1])
     again = fastdiff(*given)[1]
     assert not drawn  # an evaluation goes on where it was
     assert again["metrics"] == told["metrics"]
@@ -326,7 +326,7 @@ def test_what_auto_cannot_have_is_left_out_with_a_word(fastdiff, tiny_sd, tmp_pa
 
 
 def test_the_best_stock_ways_of_so_many_calls():
-    from fastdiff.commands.evaluate import ways
+    from fastdiff.quality.evaluation import undistilled_ways as ways
 
     assert ways(FAMILIES["sdxl"], 4) == [
         Settings("dpm++", 4, 1.0, "trailing"),

@@ -14,13 +14,14 @@ from fastdiff.models.denoiser import Denoiser
 from fastdiff.quality import emoji as judge
 from fastdiff.quality.distances import Moments, frechet, gap_closed
 from fastdiff.quality.drift import Drift
-from fastdiff.quality.emoji import Prompts, Reference, Row, embed, recognised
+from fastdiff.quality.emoji import Prompts, Shipped, embed, recognised
+from fastdiff.quality.metrics import Row
 from fastdiff.sampling.sampler import Settings
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return Reference()
+    return Shipped()
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +59,18 @@ def test_judged_prompts_are_one_fixed_list():
 def test_fewer_calls_are_worse_in_every_judging_metric(reference):
     """The ladder of the teacher's own sampler: 25, 8, 4 and 2 guided steps, then 2 and 1 unguided."""
     rungs = [reference.ladder(calls) for calls in (50, 16, 8, 4, 2, 1)]
-    distance = [frechet(row.features, reference.moments) for row in rungs]
+    distance = [frechet(row.features["embedded"], reference.moments) for row in rungs]
     assert distance == sorted(distance)
-    retrieval = [row.hits.mean().item() for row in rungs]
+    retrieval = [row.features["hits"].mean().item() for row in rungs]
     assert all(better > worse - 0.01 for better, worse in pairwise(retrieval))  # 16 calls are the 25-step quality already
     assert retrieval[0] > retrieval[3] > retrieval[5]
 
 
 def test_the_best_undistilled_rows_get_better_with_every_call(reference):
     n = reference.table["samples"]
-    distance = [frechet(reference.best(c, "frechet", n).features, reference.moments) for c in (1, 2, 4, 8, 50)]
+    distance = [frechet(reference.best(c, "frechet", n).features["embedded"], reference.moments) for c in (1, 2, 4, 8, 50)]
     assert distance == sorted(distance, reverse=True)
-    retrieval = [reference.best(c, "retrieval", n).hits.mean().item() for c in (1, 2, 4, 8, 50)]
+    retrieval = [reference.best(c, "retrieval", n).features["hits"].mean().item() for c in (1, 2, 4, 8, 50)]
     assert retrieval == sorted(retrieval)
 
 
@@ -91,9 +92,9 @@ def test_gap_closed_and_its_band():
     g = torch.Generator().manual_seed(0)
 
     def row(rate):
-        return Row("x", Settings(), torch.zeros(2000, 1), (torch.rand(2000, generator=g) < rate).float(), 0.0)
+        return Row("x", Settings(), {"hits": (torch.rand(2000, generator=g) < rate).float()}, 2000)
 
-    rate = lambda r, i: r.hits[i].mean().item()
+    rate = lambda r, i: r.features["hits"][i].mean().item()
     found = gap_closed(row(0.8), row(0.5), row(0.9), rate)
     assert found["gap_closed"] == pytest.approx(0.75, abs=0.08)
     assert found["low"] < 0.75 < found["high"]

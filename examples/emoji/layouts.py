@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.methods.shared import cutting
 from fastdiff.models import unet
 
@@ -23,7 +24,7 @@ parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
 args.folder.mkdir(parents=True, exist_ok=True)
 
-layouts = [name for name, layout in unet.LAYOUTS.items() if "emoji" in layout.families]
+layouts = [name for name, layout in unet.LAYOUTS.items() if layout.fits(FAMILIES["emoji"])]
 for name in layouts:
     told = args.folder / f"{name}.json"
     if not told.exists():

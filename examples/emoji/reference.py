@@ -9,19 +9,26 @@ by Frechet distance again on --samples, which decide. Reference statistics: guid
 import argparse
 import json
 from dataclasses import replace
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.family import SHIPPED
+from fastdiff.data import emoji
+from fastdiff.models import perceptual
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.quality.distances import Moments
 from fastdiff.quality.drift import REFERENCE_SEED
-from fastdiff.quality.emoji import REFERENCE, Judge, Row, embed
+from fastdiff.quality.emoji import REFERENCE, Prompts
+from fastdiff.quality.evaluation import Evaluation
+from fastdiff.quality.features import EmbeddedFeatures
+from fastdiff.quality.metrics import Against, Row
 from fastdiff.sampling.sampler import Sampler, Settings
 
 LADDER = 500  # samples of each rung
+KEPT = 500  # of the teacher's pictures, as latents: what students are compared with one by one
 
 
 def candidates(calls: int, guidances: list[float]) -> list[Settings]:
@@ -42,9 +49,25 @@ def candidates(calls: int, guidances: list[float]) -> list[Settings]:
     return found
 
 
-def best_of(rows: list[Row], calls: int, reference: tuple[torch.Tensor, torch.Tensor]) -> dict[str, int]:
+def judged(n: int, against: Against | None = None) -> Evaluation:
+    """The first n judged prompts, without the shipped rows, which are made here."""
+    lines = Prompts.judged(n).captions
+    distance = perceptual.open_distance(SHIPPED, None)
+    evaluation = Evaluation(lines, [EmbeddedFeatures(lines)], distance, resolution_px=emoji.CELL_PX, device="cpu", diverse=False)
+    if against is not None:
+        evaluation.against = against
+    return evaluation
+
+
+def figures_of(evaluation: Evaluation, row: Row) -> dict[str, Any]:
+    """What teacher.json holds of a row."""
+    figures = evaluation.figures(row, bands=False)
+    return {**row.described, **{name: figures.get(name) for name in ("retrieval", "background", "frechet", "same_noise")}}
+
+
+def best_of(rows: list[Row], calls: int, evaluation: Evaluation) -> dict[str, int]:
     """The rows with the best retrieval and the best Frechet distance at that many calls, both on all samples."""
-    figures = {i: row.figures(reference) for i, row in enumerate(rows) if row.calls == calls}
+    figures = {i: figures_of(evaluation, row) for i, row in enumerate(rows) if row.calls == calls}
     return {
         f"retrieval.{calls}": max(figures, key=lambda i: figures[i]["retrieval"]),
         f"frechet.{calls}": min(figures, key=lambda i: figures[i]["frechet"]),
@@ -60,43 +83,49 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     base = checkpoint.load("emoji")
     sampler = Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
-    full, small = Judge(base, args.samples), Judge(base, args.search)
-    teacher = Settings.usual(SHIPPED)
-    _, pixels = full.sample(sampler, teacher, first_seed=REFERENCE_SEED)
-    reference = Moments.of(embed(pixels))
-    latents, pixels = full.sample(sampler, teacher)
-    rows = [full.row_of("teacher", teacher, pixels, sampler)]
-    print(rows[0].figures(reference), flush=True)
+    teacher, samples = Settings.usual(SHIPPED), judged(args.samples).samples
+    other = samples.row("reference", sampler, teacher, offset=REFERENCE_SEED)
+    reference = Moments.of(other.features["embedded"])
+    many = samples.row("teacher", sampler, teacher)
+    many.pictures = many.pictures[:KEPT]
+    against = Against({}, many, {"embedded": reference})
+    full, small = judged(args.samples, against), judged(args.search, against)
+    rows = [many]
+    print(figures_of(full, many), flush=True)
     best = {"retrieval.50": 0, "frechet.50": 0}
     half = [(1 + teacher.guidance) / 2, teacher.guidance]
     for calls in (1, 2, 4, 8):
         tried = [small.row("teacher", sampler, s) for s in candidates(calls, half)]
-        figures = [row.figures(reference) for row in tried]
+        figures = [figures_of(small, row) for row in tried]
         for row in figures:
             print(row, flush=True)
         order = range(len(tried))
         finalists = {max(order, key=lambda i: figures[i]["retrieval"]), min(order, key=lambda i: figures[i]["frechet"])}
-        near = latents[:500] if calls == 1 else None
         for i in sorted(finalists):
-            rows.append(full.row("teacher", sampler, tried[i].settings, teacher_latents=near))
-            print("finalist", rows[-1].figures(reference), flush=True)
-        best |= best_of(rows, calls, reference)
+            rows.append(full.row("teacher", sampler, tried[i].settings))
+            print("finalist", figures_of(full, rows[-1]), flush=True)
+        best |= best_of(rows, calls, full)
     # The ladder that a metric must order before it judges: the teacher's own sampler with ever fewer calls. Guidance goes
     # when its calls would leave a single step: guided so, that is over-saturated and no better than one call.
     rungs = [replace(teacher, num_steps=n) for n in (25, 8, 4, 2)]
     rungs += [replace(teacher, num_steps=n, guidance=1.0) for n in (2, 1)]
-    ladder = [Judge(base, LADDER).row("teacher", sampler, s) for s in rungs]
+    short = judged(LADDER, against)
+    ladder = [short.row("teacher", sampler, s) for s in rungs]
     table = {
         "samples": args.samples,
-        "rows": [row.figures(reference) for row in rows],
+        "rows": [figures_of(full, row) for row in rows],
         "best": best,
-        "ladder": [row.figures(reference) for row in ladder],
+        "ladder": [figures_of(short, row) for row in ladder],
     }
     REFERENCE.mkdir(exist_ok=True)
     (REFERENCE / "teacher.json").write_text(json.dumps(table, indent=1) + "\n")
-    tensors = {"mean": reference.mean.float(), "cov": reference.cov.float(), "latents": latents[:500].half()}
-    tensors |= {f"features.{i}": row.features.half().contiguous() for i, row in enumerate(rows)}
-    tensors |= {f"ladder.{row.calls}": row.features.half().contiguous() for row in ladder}
+    cond, uncond = full.samples.encode(base)
+    parts = [slice(i, min(i + 100, KEPT, args.samples)) for i in range(0, min(KEPT, args.samples), 100)]
+    seeds = lambda part: range(part.start, part.stop)
+    latents = [sampler.pictures(cond[part], uncond, seeds(part), teacher, emoji.CELL_PX)[0] for part in parts]
+    tensors = {"mean": reference.mean.float(), "cov": reference.cov.float(), "latents": torch.cat(latents).half()}
+    tensors |= {f"features.{i}": row.features["embedded"].half().contiguous() for i, row in enumerate(rows)}
+    tensors |= {f"ladder.{row.calls}": row.features["embedded"].half().contiguous() for row in ladder}
     save_file(tensors, REFERENCE / "teacher.safetensors")
     print(json.dumps(table["ladder"], indent=1))
     print(best)

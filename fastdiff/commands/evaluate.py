@@ -7,25 +7,19 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
 from fastdiff.checkpoints import checkpoint, tensors
 from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.checkpoints.family import FAMILIES, Family
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data.prompts import default_prompts, read_prompts
-from fastdiff.models import perceptual
+from fastdiff.data.prompts import read_prompts
 from fastdiff.models.remap import is_pruned
-from fastdiff.quality import emoji as judge
-from fastdiff.quality import metrics, networks, report, retention
-from fastdiff.quality.distances import gap_closed
-from fastdiff.quality.drift import REFERENCE_SEED
-from fastdiff.quality.metrics import FIGURES, JUDGING, Against, Lens, Shown, measured
-from fastdiff.quality.samples import Gallery
+from fastdiff.quality import networks, retention
+from fastdiff.quality.evaluation import Evaluation, Model, known_moments, ladder_of, prompts_of
+from fastdiff.quality.features import GROUPS, ClipFeatures, open_distance, open_extractors
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.console import fmt
 from fastdiff.runtime.disk import write_atomic
 from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling.assemble import Assembled, assemble, is_lora, load_loras, pick_device, pick_dtype
@@ -48,8 +42,6 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "coco5k-sdxs": dict(num_images=5_000, resolution=512, teacher_guidance=7.5, metrics="fid,clip"),
 }  # fmt: skip
 PRESETS = {f"{family}:{name}": row for family, of in FAMILIES.items() if of.published for name, row in PROTOCOLS.items()}
-# FID and KID; FID of the centre; CLIP score and CMMD; distances to the teacher's picture, and between seeds.
-GROUPS = ("fid", "patch", "clip", "lpips")
 
 
 @dataclass
@@ -145,15 +137,6 @@ FAST = dict(folded=True, identified=True)  # drawn with and nothing else, and ke
 Opener = Callable[[Sequence[str], str | None], Assembled]  # (further LoRAs, ControlNet): opened when its turn comes
 
 
-@dataclass
-class Model:
-    """Something that is judged."""
-
-    name: str
-    open: Opener
-    ladder: list[Settings]
-
-
 def name_of(spec: str) -> str:
     path = Path(spec)
     return path.parent.name if path.stem in {"model", "pytorch_lora_weights"} and path.parent.name else path.stem
@@ -180,125 +163,58 @@ def whole(config: Config, ref: str, dtype: torch.dtype, device: torch.device) ->
 
 def students(config: Config, family: Family, dtype: torch.dtype, device: torch.device) -> list[Model]:
     """What was asked to be judged; nothing heavy is read yet. UsageError where one is of another family."""
-    found: list[Model] = []
+    models: list[Model] = []
     for specs in [[spec] for spec in config.student] + ([config.lora] if config.lora else []):
         path = specs[0].partition("=")[0]
         if is_lora(path):
             recipe = Recipe.from_metadata(tensors.open_file(path).metadata)
-            its, opener = recipe.family or family.name, lora_on_base(config, specs, dtype, device)
+            own_family, opener = recipe.family or family.name, lora_on_base(config, specs, dtype, device)
         elif config.lora:
             raise UsageError(f"--lora {path}: no LoRA file", "a checkpoint is given with --student")
         else:
             base = checkpoint.load(path, allow_pickle=config.allow_pickle)
-            recipe, its, opener = base.recipe, base.family.name, whole(config, path, dtype, device)
-        if its != family.name:
-            raise UsageError(
-                f"{'--lora' if config.lora else '--student'} {path}: of {its}, but --base is {family}", "give its base"
-            )
-        name, alike = name_of(path), sum(m.name.split(" #")[0] == name_of(path) for m in found)
-        own = (recipe.num_steps,) if recipe.fixed and recipe.num_steps else (1, 2, 4, 8)
-        ladder = [Settings.of(recipe, Settings.usual(family), num_steps=n) for n in config.steps or own]
-        found.append(Model(f"{name} #{alike + 1}" if alike else name, opener, ladder))
-    return found
+            recipe, own_family, opener = base.recipe, base.family.name, whole(config, path, dtype, device)
+        if own_family != family.name:
+            flag = "--lora" if config.lora else "--student"
+            raise UsageError(f"{flag} {path}: of {own_family}, but --base is {family}", "give its base")
+        name, alike = name_of(path), sum(m.name.split(" #")[0] == name_of(path) for m in models)
+        ladder = ladder_of(recipe, family, config.steps)
+        models.append(Model(f"{name} #{alike + 1}" if alike else name, opener, ladder))
+    return models
 
 
-def ways(family: Family, calls: int) -> list[Settings]:
-    """How a teacher is sampled in so many network calls, guided and not: by the best stock solver, measured on `emoji`."""
-    usual = Settings.usual(family)
-    found = [replace(usual, scheduler="ddim" if calls == 1 else "dpm++", num_steps=calls, guidance=1.0, spacing="trailing")]
-    if calls > 1 and usual.guided:
-        found.append(replace(usual, scheduler="dpm++", num_steps=calls // 2, spacing="trailing"))
-    if family.judge_ships:
-        table = judge.Reference().table
-        best = {index: table["rows"][index] for key, index in table["best"].items() if key.endswith(f".{calls}")}
-        known = [Settings(row["solver"], row["num_steps"], row["guidance"], row["spacing"]) for row in best.values()]
-        found = known + [way for way in found if way.guided not in {k.guided for k in known}]
-    return found
-
-
-# ---- what it is judged by
-
-
-def open_lenses(config: Config, family: Family, lines: list[str], resolution_px: int, device: torch.device) -> list[Lens]:
-    """Those that were asked for; of `auto` those whose weights can be had, with a word on the others."""
-    found: list[Lens] = [metrics.Embedded(lines, styles=bool(config.with_lora))] if family.judge_ships else []
-    asked = config.asked or ([] if family.judge_ships else list(GROUPS))
-    try:
-        if {"fid", "patch"} & set(asked):
-            net = networks.Inception(config.inception_weights)
-            found += [metrics.Whole(net, device, config.fid_px)] if "fid" in asked else []
-            found += [metrics.Centre(net, device)] if "patch" in asked and resolution_px > networks.PATCH_PX else []
-    except UsageError as error:
-        left_out(config, "fid", error)
-    try:
-        if "clip" in asked:
-            found.append(metrics.ClipScore(networks.Clip(config.clip), device, lines))
-            if config.clip != networks.CLIP and not config.protocol:
-                console.info(f"--clip {config.clip}: CMMD is published with {networks.CLIP}")
-    except UsageError as error:
-        left_out(config, "clip", error)
-    return found
-
-
-def open_distance(config: Config, family: Family) -> nn.Module | None:
-    """Between two pictures: LPIPS, or on `emoji` the embedded network."""
-    if config.asked and "lpips" not in config.asked and not family.judge_ships:
-        return None
-    try:
-        return perceptual.open_distance(family, config.lpips_weights)
-    except UsageError as error:
-        left_out(config, "lpips", error)
-        return None
-
-
-def left_out(config: Config, name: str, error: UsageError) -> None:
-    """What was asked for by name must be had; what `auto` would have measured too is left out with a warning."""
-    if config.asked:
-        raise error
-    console.warn(f"{name} is not measured: {error}; {error.hint}")
-
-
-def reference_of(config: Config, gallery: Gallery, made: Assembled, shown: Shown) -> Against:
-    """The folder's pictures, or the teacher's of other seeds; for `emoji` its statistics are shipped."""
-    if path := config.reference_folder:
-        return Against(gallery.of_folder(path), shown)
-    usual = (of := made.sampler.base.family).judge_ships and shown.settings == Settings.usual(of) and not config.prompts
-    told = {"embedded": judge.Reference().moments} if usual else {}
-    if len(gallery.lenses) <= len(told):
-        return Against({}, shown, told)
-    other = gallery.show("reference", made, shown.settings, offset=REFERENCE_SEED)
-    return Against(other.seen, shown, told)
-
-
-def prompts_of(config: Config, family: Family) -> list[str]:
-    """One a picture, in turn; for `emoji` the judged list, which its closing tables use."""
-    if family.judge_ships and not config.prompts:
-        return judge.Prompts.judged(config.num_images).captions
-    lines = read_prompts(Path(config.prompts)) if config.prompts else default_prompts(family)
-    if config.protocol and len(lines) < config.num_images:
-        console.warn(f"--protocol {config.protocol}: {config.num_images} prompts, but {config.prompts} has {len(lines)}")
-    return [lines[i % len(lines)] for i in range(config.num_images)]
-
-
-# ---- the table
-
-
-def row_of(row: Shown, against: Against) -> dict[str, Any]:
-    s = row.settings
-    told = dict(model=row.model, solver=s.scheduler, spacing=s.spacing, num_steps=s.num_steps, guidance=s.guidance)
-    return {**told, "calls": row.calls, **measured(row, against)}
-
-
-def gaps(row: Shown, teachers: Sequence[Shown], against: Against) -> dict[str, Any]:
-    """{figure: how much of the way from the teacher in as many calls to the teacher's many steps}, with its band."""
-    equal, best = [t for t in teachers if t.calls == row.calls], against.teacher
-    found = {}
-    for figure in (f for f in FIGURES if f.name in JUDGING and f.known(row, against) and equal):
-        metric = lambda r, i, f=figure: f.of(r, i, against)
-        every = torch.arange(len(row))
-        undistilled = (max if figure.better == "higher" else min)(equal, key=lambda t, m=metric: m(t, every))
-        found[figure.name] = gap_closed(row, undistilled, best, metric, draws=figure.draws(len(row)))
-    return found
+def open_evaluation(config: Config, family: Family, resolution_px: int, device: torch.device, save_to: Path | None) -> Evaluation:
+    """The prompts, and what their pictures are judged by."""
+    lines = prompts_of(family, config.prompts, config.num_images)
+    if config.protocol and (there := len(read_prompts(Path(config.prompts)))) < config.num_images:
+        console.warn(f"--protocol {config.protocol}: {config.num_images} prompts, but {config.prompts} has {there}")
+    with console.timed("load_s"):
+        extractors = open_extractors(
+            family,
+            lines,
+            resolution_px=resolution_px,
+            device=device,
+            asked=config.asked,
+            styles=bool(config.with_lora),
+            fid_px=config.fid_px,
+            inception_weights=config.inception_weights,
+            clip=config.clip,
+        )
+        distance = open_distance(family, asked=config.asked, lpips_weights=config.lpips_weights)
+    if config.clip != networks.CLIP and not config.protocol and any(isinstance(e, ClipFeatures) for e in extractors):
+        console.info(f"--clip {config.clip}: CMMD is published with {networks.CLIP}")
+    if not extractors and distance is None:
+        console.warn("only drift is measured: no network that judges pictures is at hand")
+    return Evaluation(
+        lines,
+        extractors,
+        distance,
+        resolution_px=resolution_px,
+        device=device,
+        first_seed=config.seed,
+        batch=config.batch_size,
+        save_to=save_to,
+    )
 
 
 def run(config: Config) -> Result:
@@ -306,72 +222,32 @@ def run(config: Config) -> Result:
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     base = config.open_base(dtype)
-    family, px = base.family, config.resolution or base.resolution_px
-    judged, lines = students(config, family, dtype, device), prompts_of(config, family)
+    family, models = base.family, students(config, base.family, dtype, device)
     output = Path(config.output or f"runs/evaluate-{Path(config.base).stem or config.base}")
-    with console.timed("load_s"):
-        looking, distance = open_lenses(config, family, lines, px, device), open_distance(config, family)
-    if not looking and distance is None:
-        console.warn("only drift is measured: no network that judges pictures is at hand")
     saved = output / "images" if config.save_images else None
-    gallery = Gallery(lines, config.seed, px, looking, distance, device, config.batch_size, saved)
+    evaluation = open_evaluation(config, family, config.resolution or base.resolution_px, device, saved)
     guided = config.teacher_settings(family)
-    made = assemble(base, device=device, **FAST)
-    best = gallery.show("teacher", made, guided)
-    against = reference_of(config, gallery, made, best)
-    speed = {id(best): gallery.latency_ms(made, guided)}
-    teachers: list[Shown] = []
-    for calls in sorted({settings.calls for model in judged for settings in model.ladder}) if config.baseline else []:
-        for settings in ways(family, calls):
-            teachers.append(gallery.show("teacher", made, settings, beside=best))
-            speed[id(teachers[-1])] = gallery.latency_ms(made, settings)
-    del made, base  # before the next network is opened
-    rows: list[Shown] = []
-    for model in judged:
-        made = model.open([], None)
-        for settings in model.ladder:
-            rows.append(gallery.show(model.name, made, settings, beside=best))
-            speed[id(rows[-1])] = gallery.latency_ms(made, settings)
-        del made
-    order = [best, *sorted([*teachers, *rows], key=lambda row: row.calls)]
-    with console.timed("figures_s"):
-        table = [row_of(row, against) for row in order]
-        closed = {f"{row.model} {row.settings.num_steps}": gaps(row, teachers, against) for row in rows}
-    metrics: dict[str, Any] = {"samples": len(gallery), "reference": config.reference, "rows": table, "gap_closed": closed}
-    teacher_model = Model("teacher", lora_on_base(replace(config, vae=None), [], dtype, device), [guided])
+    teacher = Model("teacher", lora_on_base(replace(config, vae=None), [], dtype, device), [guided])
+    report = evaluation.compare(
+        teacher,
+        models,
+        reference=config.reference_folder or config.reference,
+        moments=known_moments(family, guided, config.prompts),
+        baseline=config.baseline,
+    )
+    metrics = report.metrics | {"reference": config.reference}
     if config.with_lora:
-        metrics["style"] = retention.style(gallery, config.with_lora, teacher_model, judged, best, rows)
+        metrics["style"] = retention.style(evaluation, config.with_lora, teacher, models)
     if config.with_controlnet:
         nets = (config.with_controlnet, config.student_controlnet or config.with_controlnet)
-        metrics["control"] = retention.controlled(gallery, nets, config.control, teacher_model, judged, rows)
-    latency = [speed[id(row)] for row in order]
-    console.state.timings |= {f"latency_ms/{row.title}": ms for row, ms in zip(order, latency, strict=True)}
-    shown(metrics, latency)
+        metrics["control"] = retention.controlled(evaluation, nets, config.control, teacher, models)
+    report.metrics = metrics
+    latency = zip(report.drawn, report.latency_ms, strict=True)
+    console.state.timings |= {f"latency_ms/{row.title}": ms for row, ms in latency}
+    report.show()
     write_atomic(output / "metrics.json", json.dumps(console.jsonable(metrics), indent=2) + "\n")
-    sheet = report.write(
-        output, title=f"{config.base} and its students", metrics=metrics, rows=order, latency_ms=latency, lines=lines
-    )
+    sheet = report.save(output, f"{config.base} and its students")
     return Result([output / "report.html", output / "metrics.json", sheet], metrics)
-
-
-def shown(metrics: dict[str, Any], latency_ms: Sequence[float]) -> None:
-    """The table on stderr: every figure with half the width of its band."""
-    present = [f for f in FIGURES if any(f.name in row for row in metrics["rows"])]
-
-    def cell(row: dict[str, Any], name: str) -> str:
-        if name not in row:
-            return ""
-        low, high = row["band"].get(name, (row[name], row[name]))
-        return fmt(row[name]) + (f" ±{(high - low) / 2:.2g}" if high > low else "")
-
-    columns = ["model", "solver", "steps", "guidance", "calls", *(f.label for f in present), "ms"]
-    lines = [
-        [row["model"], row["solver"], *(fmt(row[k]) for k in ("num_steps", "guidance", "calls"))]
-        + [cell(row, f.name) for f in present]
-        + [f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}"]
-        for row, ms in zip(metrics["rows"], latency_ms, strict=True)
-    ]
-    console.table(f"{metrics['samples']} pictures a row; ± half of the 95 % band", columns, lines)
 
 
 # Every row is stored as soon as it was drawn: the same command goes on.

@@ -56,8 +56,8 @@ def open_distance(family: Family, weights: str | None, *, option: str = "lpips_w
     """The distance for a family.
 
     `weights`, what the field `option` was given: "embedded" = the shipped feature network (the default where a judge ships), a
-    file with torchvision's VGG-16, None = that file from torchvision's cache or model zoo. Where it cannot be had that is an error,
-    which names `off`, the option to do without; never a random backbone.
+    file with torchvision's VGG-16, None = that file from torchvision's cache or model zoo. Where it cannot be had that is an
+    error, which names `off`, the option to do without; never a random backbone.
     """
     path = locate(family, weights, option=option, off=off)
     if path is None:

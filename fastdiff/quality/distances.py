@@ -72,7 +72,7 @@ class Sized(Protocol):
 
 
 R = TypeVar("R", bound=Sized)
-Metric = Callable[[R, Tensor], float]  # (row, picture indices) -> figure
+Statistic = Callable[[R, Tensor], float]  # (row, picture indices) -> figure
 
 
 def resamples(n: int, draws: int, seed: int = 0) -> list[Tensor]:
@@ -81,40 +81,52 @@ def resamples(n: int, draws: int, seed: int = 0) -> list[Tensor]:
     return [torch.arange(n), *(torch.randint(n, (n,), generator=g) for _ in range(draws))]
 
 
+def redrawn(row: R, statistic: Statistic, n: int, draws: int) -> Tensor:
+    """The figure of a row's first n pictures, then of `draws` sets of them drawn with replacement: (1 + draws,), fp64."""
+    return torch.tensor([statistic(row, i) for i in resamples(n, draws)], dtype=torch.float64)
+
+
 def quantiles(values: Tensor) -> list[float]:
     return values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
 
 
-def band(row: R, metric: Metric, draws: int = BOOTSTRAPS) -> list[float]:
-    """95 % bootstrap band of a figure over pictures, around the figure itself.
+def band_of(figures: Tensor) -> list[float]:
+    """95 % band of `redrawn` figures, around the first, which is the figure itself.
 
     A set drawn with replacement has fewer distinct pictures, which alone raises a Frechet distance: the spread of the draws
     is used, and not where they lie.
     """
-    found = torch.tensor([metric(row, i) for i in resamples(len(row), draws)], dtype=torch.float64)
-    return [(found[0] + q).item() for q in quantiles(found[1:] - found[1:].mean())]
+    return [(figures[0] + q).item() for q in quantiles(figures[1:] - figures[1:].mean())]
 
 
-def gap_closed(student: R, teacher: R, best: R, metric: Metric, *, draws: int = BOOTSTRAPS) -> dict[str, Any]:
-    """(m(T, n) - m(S, n)) / (m(T, n) - m(T, 50)) with a 95 % bootstrap band over prompts, all three rows redrawn alike.
+def band(row: R, statistic: Statistic, draws: int = BOOTSTRAPS) -> list[float]:
+    """95 % bootstrap band of a figure over pictures, around the figure itself."""
+    return band_of(redrawn(row, statistic, len(row), draws))
 
-    Without draws the band's ends are None.
-    """
-    n = min(len(r) for r in (student, teacher, best))
-    figures = torch.tensor([[metric(r, i) for r in (teacher, student, best)] for i in resamples(n, draws)], dtype=torch.float64)
-    t, s, b = figures.T
-    gap = (t - s) / (t - b)
-    better = (t - s) * (1 if t[0] > b[0] else -1)
+
+def gap_of(student: Tensor, teacher: Tensor, best: Tensor) -> dict[str, Any]:
+    """`gap_closed` of the `redrawn` figures of three rows."""
+    gap = (teacher - student) / (teacher - best)
+    better = (teacher - student) * (1 if teacher[0] > best[0] else -1)
     none = [None, None]
-    (low, high), (gain_low, gain_high) = (quantiles(gap[1:]), quantiles(better[1:])) if draws else (none, none)
+    (low, high), (gain_low, gain_high) = (quantiles(gap[1:]), quantiles(better[1:])) if len(gap) > 1 else (none, none)
     return {
         "gap_closed": gap[0].item(),
         "low": low,
         "high": high,
-        "teacher": t[0].item(),
-        "student": s[0].item(),
-        "teacher_50": b[0].item(),
+        "teacher": teacher[0].item(),
+        "student": student[0].item(),
+        "teacher_50": best[0].item(),
         "gain": better[0].item(),  # in the metric's own units, positive = the student is better
         "gain_low": gain_low,
         "gain_high": gain_high,
     }
+
+
+def gap_closed(student: R, teacher: R, best: R, statistic: Statistic, *, draws: int = BOOTSTRAPS) -> dict[str, Any]:
+    """(m(T, n) - m(S, n)) / (m(T, n) - m(T, 50)) with a 95 % bootstrap band over prompts, all three rows redrawn alike.
+
+    Without draws the band's ends are None.
+    """
+    n = min(len(row) for row in (student, teacher, best))
+    return gap_of(*(redrawn(row, statistic, n, draws) for row in (student, teacher, best)))

@@ -1,13 +1,12 @@
-"""How good a few-step model is, judged on pictures: recognised captions, Frechet distance, distance for the same noise.
+"""What the embedded checkpoint ships to be judged by: prompts, a network that recognises its pictures, the teacher's rows.
 
-For the embedded checkpoint everything needed ships with it: a feature network, the teacher's rows at every number of
-network calls, and the statistics of its guided 25-step samples (`examples/emoji/reference.py` makes them). Only the student
-is sampled here.
+Its rows at every number of network calls, and the statistics of its guided 25-step samples, are made by
+`examples/emoji/reference.py`: only the student is sampled in a closing table.
 """
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.data import emoji
-from fastdiff.models import autoencoder, text
 from fastdiff.models.feature_net import FeatureNet
-from fastdiff.quality.distances import Metric, Moments, frechet, gap_closed
-from fastdiff.sampling.sampler import Sampler, Settings
+from fastdiff.quality.distances import Moments
+from fastdiff.quality.metrics import Row
+from fastdiff.sampling.sampler import Settings
 
 REFERENCE = EMOJI / "reference"
 
@@ -158,79 +156,11 @@ def style_distance(pixels: Tensor, prompts: Sequence[str]) -> dict[str, Any] | N
     return {style: {"distance": distance, "nearest": nearest} for style, distance, nearest in figures}
 
 
-@dataclass
-class Row:
-    """One judged way of sampling."""
+class Shipped:
+    """The shipped teacher: statistics of its guided 25-step samples, its rows, and its latents for the first seeds.
 
-    model: str
-    settings: Settings
-    features: Tensor  # (N, 128)
-    hits: Tensor  # (N,)
-    background: float
-    same_noise: float | None = None
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    @property
-    def calls(self) -> int:
-        return self.settings.calls
-
-    def figures(self, reference: Moments) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "solver": self.settings.scheduler,
-            "spacing": self.settings.spacing,
-            "num_steps": self.settings.num_steps,
-            "guidance": self.settings.guidance,
-            "calls": self.calls,
-            "retrieval": self.hits.mean().item(),
-            "background": self.background,
-            "frechet": frechet(self.features, reference),
-            "same_noise": self.same_noise,
-        }
-
-
-class Judge:
-    """Samples the judged prompts with a model and measures the pictures."""
-
-    def __init__(self, base: Checkpoint, n: int, *, device: torch.device | str = "cpu") -> None:
-        self.prompts, self.device = Prompts.judged(n), device
-        self.cond, self.uncond = text.encode_unique(base, self.prompts.captions, device), text.unconditional(base, device=device)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def sample(self, sampler: Sampler, settings: Settings, *, first_seed: int = 0, batch: int = 100) -> tuple[Tensor, Tensor]:
-        """Latents (N, C, h, w) and pixels (N, 3, H, W) of all prompts, seed first_seed + i for prompt i."""
-        seeds = range(first_seed, first_seed + len(self))
-        side = emoji.CELL_PX // autoencoder.factor(sampler.vae)
-        parts = [
-            sampler.latents(self.cond[i : i + batch], self.uncond, seeds[i : i + batch], settings, (side, side)).cpu()
-            for i in range(0, len(self), batch)
-        ]
-        latents = torch.cat(parts)
-        return latents, autoencoder.decode(sampler.vae, latents).cpu()
-
-    def row(self, model: str, sampler: Sampler, settings: Settings, *, teacher_latents: Tensor | None = None) -> Row:
-        _, pixels = self.sample(sampler, settings)
-        return self.row_of(model, settings, pixels, sampler, teacher_latents)
-
-    def row_of(
-        self, model: str, settings: Settings, pixels: Tensor, sampler: Sampler, teacher_latents: Tensor | None = None
-    ) -> Row:
-        features = embed(pixels)
-        distance = None
-        if teacher_latents is not None:
-            k = min(len(teacher_latents), len(pixels))
-            target = autoencoder.decode(sampler.vae, teacher_latents[:k].to(self.device).float()).cpu()
-            distance = feature_net().distance(pixels[:k], target).mean().item()
-        hits = recognised(features, self.prompts)
-        return Row(model, settings, features, hits, background_right(pixels, self.prompts), distance)
-
-
-class Reference:
-    """The shipped teacher: statistics of its guided 25-step samples, its rows, and its latents for the first seeds."""
+    Of its rows the features are stored, and of what needs pictures the figure alone.
+    """
 
     def __init__(self, folder: Path = REFERENCE) -> None:
         from safetensors.torch import load_file
@@ -240,68 +170,42 @@ class Reference:
         self.moments = Moments(tensors["mean"].double(), tensors["cov"].double())
         self.latents = tensors["latents"]  # (500, C, h, w), seeds 0..499
         self.features = {k: v for k, v in tensors.items() if k.startswith(("features.", "ladder."))}
+        self.calls = sorted({int(key.split(".")[1]) for key in self.table["best"]})  # 1, 2, 4, 8 and the many steps' 50
+
+    def row(self, index: int, n: int) -> Row:
+        """The first n samples of a row of the table."""
+        return shipped_row(self.table["rows"][index], self.features[f"features.{index}"][:n])
 
     def best(self, calls: int, metric: str, n: int) -> Row:
         """The best undistilled row at that many network calls by `metric`, over its first n samples."""
-        entry = self.table["best"][f"{metric}.{calls}"]
-        return self.row(self.table["rows"][entry], self.features[f"features.{entry}"][:n])
+        return self.row(self.table["best"][f"{metric}.{calls}"], n)
 
     def ladder(self, calls: int) -> Row:
         """The teacher's own way of sampling with 50, 16, 8, 4, 2 or 1 calls, over the first 500 samples."""
-        told = next(row for row in self.table["ladder"] if row["calls"] == calls)
-        return self.row(told, self.features[f"ladder.{calls}"])
+        entry = next(row for row in self.table["ladder"] if row["calls"] == calls)
+        return shipped_row(entry, self.features[f"ladder.{calls}"])
 
-    def row(self, told: dict[str, Any], features: Tensor) -> Row:
-        settings = Settings(told["solver"], told["num_steps"], told["guidance"], told["spacing"])
-        hits = recognised(features, Prompts.judged(len(features)))
-        return Row("teacher", settings, features, hits, told["background"], told["same_noise"])
+    def undistilled(self, calls: int) -> dict[str, Settings]:
+        """{metric: the best stock settings by it} at exactly so many network calls, at most 8; nothing for other numbers."""
+        best = {key.split(".")[0]: index for key, index in self.table["best"].items() if key.endswith(f".{calls}")}
+        return {metric: settings_of(self.table["rows"][index]) for metric, index in best.items()}
 
-
-def metrics_of(reference: Reference) -> dict[str, Metric]:
-    return {
-        "retrieval": lambda row, i: row.hits[i].mean().item(),
-        "frechet": lambda row, i: frechet(row.features[i], reference.moments),
-    }
+    def nearest(self, calls: int) -> int:
+        """The most network calls that undistilled rows are shipped for and that are not more than those."""
+        few = self.calls[:-1]
+        return max(c for c in few if c <= max(calls, few[0]))
 
 
-def prove(
-    judge: Judge,
-    sampler: Sampler,
-    settings_of: Callable[[int], Settings],
-    calls: Sequence[int] = (1, 2, 4, 8),
-    name: str = "student",
-) -> dict[str, Any]:
-    """The closing table of a training run on `emoji`: rows at those numbers of network calls, and the gap closed up to 8."""
-    reference, n = Reference(), len(judge)
-    metrics = metrics_of(reference)
-    rows, gaps = [reference.best(50, "retrieval", n).figures(reference.moments)], {m: {} for m in metrics}
-    for k in calls:
-        latents = reference.latents if k == 1 else None
-        student = judge.row(name, sampler, settings_of(k), teacher_latents=latents)
-        teachers: dict[str, Row] = {}
-        if k <= 8:  # above, the teacher has no gap to close
-            teachers = {m: reference.best(max(c for c in (1, 2, 4, 8) if c <= k), m, n) for m in metrics}
-            for metric, measure in metrics.items():
-                best = reference.best(50, metric, n)
-                gaps[metric][str(k)] = gap_closed(student, teachers[metric], best, measure)
-        distinct = list(teachers.values())
-        if distinct and teachers["retrieval"].settings == teachers["frechet"].settings:
-            distinct = distinct[:1]
-        rows += [r.figures(reference.moments) for r in (*distinct, student)]
-    return {"samples": n, "rows": rows, "gap_closed": gaps}
+@cache
+def shipped() -> Shipped:
+    return Shipped()
 
 
-def recovered(judge: Judge, sampler: Sampler, before: Row, name: str = "student") -> dict[str, Any]:
-    """The closing table of a run that repairs a network on `emoji`: what it was before, what it is now, the teacher.
+def settings_of(entry: dict[str, Any]) -> Settings:
+    return Settings(entry["solver"], entry["num_steps"], entry["guidance"], entry["spacing"])
 
-    `recovered`: (before - now) / (before - teacher) with a 95 % bootstrap band, all three in as many network calls.
-    """
-    reference, n = Reference(), len(judge)
-    student, found = judge.row(name, sampler, before.settings, teacher_latents=reference.latents), {}
-    best = {metric: reference.best(50, metric, n) for metric in ("retrieval", "frechet")}
-    for metric, measure in metrics_of(reference).items():
-        gap = gap_closed(student, before, best[metric], measure)
-        found[metric] = {"recovered": gap["gap_closed"], "low": gap["low"], "high": gap["high"]}
-        found[metric] |= {"before": gap["teacher"], "student": gap["student"], "teacher": gap["teacher_50"]}
-    rows = [row.figures(reference.moments) for row in (best["retrieval"], before, student)]
-    return {"samples": n, "rows": rows, "recovered": found}
+
+def shipped_row(entry: dict[str, Any], features: Tensor) -> Row:
+    hits = recognised(features, Prompts.judged(len(features)))
+    known = {name: entry[name] for name in ("background", "same_noise") if entry[name] is not None}
+    return Row("teacher", settings_of(entry), {"embedded": features, "hits": hits}, len(features), known=known)

@@ -1,4 +1,4 @@
-"""The page of an evaluation: table, curves and pictures in one file that needs nothing else."""
+"""How figures are shown: a table in text, and a page with table, curves and pictures that needs nothing else."""
 
 import base64
 import io
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.quality.metrics import FIGURES, Figure, Shown
+from fastdiff.quality.metrics import Metric, Row, present
 from fastdiff.runtime.console import fmt
 from fastdiff.runtime.disk import ASSETS, write_atomic
 from fastdiff.sampling.pictures import contact_sheet
@@ -27,19 +27,46 @@ def half_band(row: dict[str, Any], name: str) -> str:
     return f"{(high - low) / 2:.2g}" if high > low else ""
 
 
-def present(rows: Sequence[dict[str, Any]]) -> list[Figure]:
-    return [f for f in FIGURES if any(f.name in row for row in rows)]
+def text_table(rows: Sequence[dict[str, Any]], latency_ms: Sequence[float] | None = None) -> tuple[list[str], list[list[str]]]:
+    """The columns and the cells of measured rows: every figure with half the width of its band."""
+    metrics = present(rows)
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        half = half_band(row, name)
+        return fmt(row.get(name)) + (f" ±{half}" if half else "")
+
+    columns = ["model", "solver", "steps", "guidance", "calls", *(metric.label for metric in metrics)]
+    cells = [
+        [row["model"], row["solver"], *(fmt(row[k]) for k in ("num_steps", "guidance", "calls"))]
+        + [cell(row, metric.name) for metric in metrics]
+        for row in rows
+    ]
+    if latency_ms is not None:
+        columns.append("ms")
+        cells = [[*line, f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}"] for line, ms in zip(cells, latency_ms, strict=True)]
+    return columns, cells
 
 
-def curve(figure: Figure, rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> dict[str, Any]:
-    """One figure over network calls, a line a model; the teacher's many ways at as many calls are its best."""
-    rows = [row for row in rows if math.isfinite(row.get(figure.name, math.nan))]
+def plain(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table of plain text, for `print`."""
+    lines = [columns, *cells]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def is_finite(row: dict[str, Any], metric: Metric) -> bool:
+    return row.get(metric.name) is not None and math.isfinite(row[metric.name])
+
+
+def curve(metric: Metric, rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> dict[str, Any]:
+    """One metric over network calls, a line a model; the teacher's many ways at as many calls are its best."""
+    rows = [row for row in rows if is_finite(row, metric)]
     best: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
         key = (row["model"], row["calls"])
-        pick = max if figure.better == "higher" else min
-        best[key] = pick([row, best.get(key, row)], key=lambda r: r[figure.name])
-    ends = [v for row in best.values() for v in (row[figure.name], *row["band"].get(figure.name, ()))]
+        pick = max if metric.better == "higher" else min
+        best[key] = pick([row, best.get(key, row)], key=lambda r: r[metric.name])
+    ends = [v for row in best.values() for v in (row[metric.name], *row["band"].get(metric.name, ()))]
     low, high = min(ends), max(ends)
     calls = sorted({c for _, c in best})
     x = lambda c: LEFT + (RIGHT - LEFT) * (math.log2(c / calls[0]) / max(1e-9, math.log2(calls[-1] / calls[0])))
@@ -51,11 +78,11 @@ def curve(figure: Figure, rows: Sequence[dict[str, Any]], colours: dict[str, str
             continue
         marks = []
         for row in mine:
-            value, (a, b) = row[figure.name], row["band"].get(figure.name, (row[figure.name],) * 2)
+            value, (a, b) = row[metric.name], row["band"].get(metric.name, (row[metric.name],) * 2)
             marks.append([round(n, 1) for n in (x(row["calls"]), y(value), y(a), y(b))])
         lines.append(dict(colour=colour, marks=marks, points=" ".join(f"{m[0]},{m[1]}" for m in marks)))
     ticks = [(round(x(c), 1), c) for c in calls]
-    return dict(label=figure.label, better=figure.better, top=f"{high:.3g}", bottom=f"{low:.3g}", ticks=ticks, lines=lines)
+    return dict(label=metric.label, better=metric.better, top=f"{high:.3g}", bottom=f"{low:.3g}", ticks=ticks, lines=lines)
 
 
 def encoded(picture: Tensor) -> str:
@@ -87,24 +114,24 @@ def control_table(told: dict[str, Any]) -> tuple[str, str, list[str], list[list[
 
 
 def write(
-    folder: Path, *, title: str, metrics: dict[str, Any], rows: Sequence[Shown], latency_ms: Sequence[float], lines: list[str]
+    folder: Path, *, title: str, metrics: dict[str, Any], rows: Sequence[Row], latency_ms: Sequence[float], lines: list[str]
 ) -> Path:
     """report.html and contact.png, whose path it returns."""
     from jinja2 import Environment
 
-    told, figures = metrics["rows"], present(metrics["rows"])
-    kept = min(len(row.kept) for row in rows)
+    figures, columns = metrics["rows"], present(metrics["rows"])
+    kept = min(len(row.pictures) for row in rows)
     chosen = [i * kept // PICTURES for i in range(min(PICTURES, kept))]  # the first prompts are often alike
-    models = list(dict.fromkeys(row["model"] for row in told))
+    models = list(dict.fromkeys(row["model"] for row in figures))
     colours = dict(zip(models, (COLOURS * len(models))[: len(models)], strict=True))
     table = [
-        [shown.title, (row["calls"], ""), *((fmt(row.get(f.name)), half_band(row, f.name)) for f in figures), (f"{ms:.1f}", "")]
-        for row, shown, ms in zip(told, rows, latency_ms, strict=True)
+        [drawn.title, (row["calls"], ""), *((fmt(row.get(m.name)), half_band(row, m.name)) for m in columns), (f"{ms:.1f}", "")]
+        for row, drawn, ms in zip(figures, rows, latency_ms, strict=True)
     ]
-    names = [f for f in figures if any(f.name in gap for gap in metrics["gap_closed"].values())]
+    closed = [m for m in columns if any(m.name in gap for gap in metrics["gap_closed"].values())]
     ends = lambda gap: "" if gap["low"] is None else f" [{gap['low']:.0%}, {gap['high']:.0%}]"
     band = lambda gap: f"{gap['gap_closed']:.0%}{ends(gap)}"
-    gaps = [(k, [band(gap[f.name]) if f.name in gap else "" for f in names]) for k, gap in metrics["gap_closed"].items() if gap]
+    gaps = [(k, [band(gap[m.name]) if m.name in gap else "" for m in closed]) for k, gap in metrics["gap_closed"].items() if gap]
     more = [style_table(metrics["style"])] if "style" in metrics else []
     more += [control_table(metrics["control"])] if "control" in metrics else []
     machine = (
@@ -117,18 +144,18 @@ def write(
         samples=metrics["samples"],
         reference=metrics["reference"],
         machine=f"ms: one picture alone, {machine}.",
-        columns=["calls", *(f.label for f in figures), "ms"],
+        columns=["calls", *(m.label for m in columns), "ms"],
         table=table,
-        gap_names=[f.label for f in names],
+        gap_names=[m.label for m in closed],
         gaps=gaps,
         more=more,
-        curves=[curve(f, told, colours) for f in figures],
+        curves=[curve(m, figures, colours) for m in columns if any(is_finite(row, m) for row in figures)],
         legend=list(colours.items()),
         prompts=[lines[i] for i in chosen],
-        pictures=[(row.title, [encoded(p) for p in row.kept[chosen]]) for row in rows],
+        pictures=[(row.title, [encoded(p) for p in row.pictures[chosen]]) for row in rows],
     )  # fmt: skip
     write_atomic(folder / "report.html", page)
     sheet = folder / "contact.png"
-    stacks = [row.kept[chosen].float() / 127.5 - 1 for row in rows]
+    stacks = [row.pictures[chosen].float() / 127.5 - 1 for row in rows]
     contact_sheet(stacks, scale=max(1, 128 // stacks[0].shape[-1])).save(sheet)
     return sheet

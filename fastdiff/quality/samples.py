@@ -1,29 +1,32 @@
 """Rows of pictures to judge: the same prompts and seeds by any model, looked at batch by batch and not kept.
 
-What was seen of a row is stored by content (weights, prompts, seeds, settings, lenses), so an evaluation that was stopped goes on
-where it was, and a second one does not draw the same teacher again.
+A row of weights that are known by their hashes is stored by content (weights, prompts, seeds, settings, extractors): an
+evaluation that was stopped goes on where it was, and a second one does not draw the same teacher again.
 """
 
 import re
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data import folder, teacher
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond
 from fastdiff.quality.drift import REFERENCE_SEED, departures
-from fastdiff.quality.metrics import Lens, Seen, Shown, title
+from fastdiff.quality.features import FeatureExtractor
+from fastdiff.quality.metrics import Features, Row, title
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import InputRefused
-from fastdiff.sampling.assemble import Assembled
 from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler, Settings, at_once
 
@@ -34,17 +37,24 @@ TIMED_S, TIMED = 3.0, (3, 20)  # latency: so long, and so many pictures at least
 
 
 @dataclass
-class Gallery:
-    """`lines` is one prompt a picture; picture i is of seed first_seed + i."""
+class Samples:
+    """`lines` is one prompt a picture; picture i is of seed first_seed + i.
+
+    `distance` of pixels a, b -> (B,) is LPIPS, or what stands in for it. `diverse`: rows also know how far apart pictures of one
+    prompt are, of which a few more are drawn.
+    """
 
     lines: list[str]
     first_seed: int
     resolution_px: int
-    lenses: list[Lens]
-    distance: nn.Module | None  # pixels a, b -> (B,): LPIPS, or what stands in for it
-    device: torch.device
+    extractors: Sequence[FeatureExtractor]
+    distance: nn.Module | None
+    device: torch.device | str
     batch: int | None = None
     save_to: Path | None = None
+    diverse: bool = True
+    silent: bool = False  # no progress: another is on the screen
+    prompts: tuple[ref[Checkpoint], Cond, Cond] | None = None  # encoded by the checkpoint that was sampled last
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -53,73 +63,83 @@ class Gallery:
     def paired(self) -> int:
         return max(2, min(len(self), PAIRED_BYTES // (3 * self.resolution_px**2)))
 
-    def encoded(self, sampler: Sampler, lines: Sequence[str]) -> tuple[Cond, Cond]:
-        base = sampler.base
-        return text.encode_unique(base, lines, self.device), text.unconditional(base, device=self.device)
+    def encode(self, base: Checkpoint) -> tuple[Cond, Cond]:
+        """All prompts, a row each, and the unconditional branch, by that checkpoint's encoders; the last one's are kept."""
+        if self.prompts is None or self.prompts[0]() is not base:
+            cond, uncond = text.encode_unique(base, self.lines, self.device), text.unconditional(base, device=self.device)
+            self.prompts = ref(base), cond, uncond
+        return self.prompts[1:]
 
-    def show(
+    def row(
         self,
         model: str,
-        made: Assembled,
+        sampler: Sampler,
         settings: Settings,
         *,
-        beside: Shown | None = None,
+        identity: Sequence[str] = (),
+        beside: Row | None = None,
         offset: int = 0,
         n: int | None = None,
         controls: Tensor | None = None,
-    ) -> Shown:
-        """Draw and look at the first n pictures (default all); `beside`, the row that they are compared with one by one.
+    ) -> Row:
+        """Draw the first n pictures (default all) and extract their features; with hashes in `identity` they are stored.
 
-        `offset` moves the seeds; `controls` (n, 1 or 3, H, W) uint8 are what a ControlNet is shown.
+        `beside` is the row that pictures are compared with one by one. `offset` moves the seeds; `controls`
+        (n, 1 or 3, H, W) uint8 are what a ControlNet is shown.
         """
-        n, sampler = n or len(self), made.sampler
-        cond, uncond = self.encoded(sampler, self.lines[:n])
+        n, (cond, uncond) = n or len(self), self.encode(sampler.base)
+        cond = cond[:n]
         if controls is not None:
             cond = cond.with_control((controls[:n].float() / 255).expand(-1, 3, -1, -1))
-        key = self.key(made, cond, uncond, settings, offset, beside)
-        if not self.save_to and (stored := self.stored(key)):
-            kept = stored.pop("kept")
-            return Shown(model, settings, stored, kept)
-        seen, kept = self.draw(model, sampler, cond, uncond, settings, offset)
-        if self.distance and n == len(self) and offset == 0:
-            seen["diversity"] = self.diversity(sampler, settings)
-        if self.distance and beside is not None:
-            seen["same_noise"] = torch.full((n,), torch.nan)
-            k = min(len(kept), len(beside.kept))
-            seen["same_noise"][:k] = self.apart(kept[:k], beside.kept[:k])
-        self.store(key, seen, kept)
-        return Shown(model, settings, seen, kept)
+        key = self.key(identity, sampler, cond, uncond, settings, offset, beside) if identity else ""
+        if key and not self.save_to and (stored := self.stored(key)):
+            pictures = stored.pop("kept")
+            return Row(model, settings, stored, n, pictures)
+        features, pictures = self.draw(model, sampler, cond, uncond, settings, offset)
+        if self.distance and self.diverse and n == len(self) and offset == 0:
+            features["diversity"] = self.diversity(sampler, settings)
+        if self.distance and beside is not None and beside.pictures is not None:
+            features["same_noise"] = torch.full((n,), torch.nan)
+            k = min(len(pictures), len(beside.pictures))
+            features["same_noise"][:k] = self.apart(pictures[:k], beside.pictures[:k])
+        if key:
+            self.store(key, features, pictures)
+        return Row(model, settings, features, n, pictures)
 
     def draw(
         self, model: str, sampler: Sampler, cond: Cond, uncond: Cond, settings: Settings, offset: int
-    ) -> tuple[Seen, Tensor]:
-        n, parts, kept = len(cond), [], []
+    ) -> tuple[Features, Tensor]:
+        """Features of all pictures, and the first of them."""
+        n, parts, first = len(cond), [], []
         size = self.batch or at_once(self.resolution_px // autoencoder.factor(sampler.vae))
-        with console.progress(n, title(model, settings)) as bar, torch.no_grad():
+        shown = nullcontext() if self.silent else console.progress(n, title(model, settings))
+        with shown as bar, torch.no_grad():
             for i in range(0, n, size):
                 rows = slice(i, min(i + size, n))
                 seeds = [self.first_seed + offset + k for k in range(rows.start, rows.stop)]
                 z, pixels = sampler.pictures(cond[rows], uncond, seeds, settings, self.resolution_px)
                 pictures = uint8(pixels)
-                parts.append({"departures": departures(z, pixels), **self.seen_of(pictures, rows)})
-                kept.append(pictures[: max(0, self.paired - i)])
+                parts.append({"departures": departures(z, pixels), **self.features_of(pictures, rows)})
+                first.append(pictures[: max(0, self.paired - i)])
                 if self.save_to and offset == 0:
                     write(self.save_to / folder_name(title(model, settings)), pictures, seeds)
-                bar.update(len(seeds))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, torch.cat(kept)
+                if bar:
+                    bar.update(len(seeds))
+        return together(parts), torch.cat(first)
 
-    def seen_of(self, pictures: Tensor, rows: slice) -> Seen:
-        found: Seen = {}
-        for lens in self.lenses:
-            found |= lens.see(pictures, rows)
-        return found
+    def features_of(self, pictures: Tensor, rows: slice) -> Features:
+        features: Features = {}
+        for extractor in self.extractors:
+            features |= extractor.extract(pictures, rows)
+        return features
 
     def diversity(self, sampler: Sampler, settings: Settings) -> Tensor:
         """Distances of all pairs of pictures of one prompt, over a few prompts."""
         count, each = DIVERSE
         lines = list(dict.fromkeys(self.lines))
         lines = lines[:: max(1, len(lines) // count)][:count]
-        cond, uncond = self.encoded(sampler, [line for line in lines for _ in range(each)])
+        cond = text.encode_unique(sampler.base, [line for line in lines for _ in range(each)], self.device)
+        _, uncond = self.encode(sampler.base)
         seeds = [DIVERSE_SEED + self.first_seed + i for i in range(len(cond))]
         size = self.batch or at_once(self.resolution_px // autoencoder.factor(sampler.vae))
         px = sampler.pixels(cond, uncond, seeds, settings, resolution_px=self.resolution_px, batch=size)
@@ -134,23 +154,33 @@ class Gallery:
         with torch.no_grad():
             return torch.cat([net(pixels(x), pixels(y)).cpu() for x, y in zip(a.split(16), b.split(16), strict=True)])
 
-    def latency_ms(self, made: Assembled, settings: Settings) -> float:
+    def latency_ms(self, sampler: Sampler, settings: Settings) -> float:
         """One prompt's embedding to one picture's bytes, alone; median."""
-        cond, uncond = self.encoded(made.sampler, self.lines[:1])
-        found, began = [], time.perf_counter()
-        while len(found) <= TIMED[0] or (time.perf_counter() - began < TIMED_S and len(found) <= TIMED[1]):
+        cond, uncond = self.encode(sampler.base)
+        cond = cond[:1]
+        times_ms, began = [], time.perf_counter()
+        while len(times_ms) <= TIMED[0] or (time.perf_counter() - began < TIMED_S and len(times_ms) <= TIMED[1]):
             start = time.perf_counter()
-            list(made.sampler.stream([(cond, uncond, [len(found)])], settings, self.resolution_px))
-            found.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(found[1:])  # the first one warms up
+            list(sampler.stream([(cond, uncond, [len(times_ms)])], settings, self.resolution_px))
+            times_ms.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times_ms[1:])  # the first one warms up
 
-    def key(self, made: Assembled, cond: Cond, uncond: Cond, settings: Settings, offset: int, beside: Shown | None) -> str:
-        digest, sampler = sha256(), made.sampler
-        told: list[Any] = [made.identity, sampler.denoiser.kind, sampler.denoiser.strength, asdict(settings)]
-        told += [self.first_seed + offset, self.resolution_px, str(sampler.base.dtype)]
-        told += [[lens.key for lens in self.lenses], self.distance is not None]
-        told += [None if beside is None else sha256(beside.kept.numpy().tobytes()).hexdigest(), self.lines[: len(cond)]]
-        digest.update(repr(told).encode())
+    def key(
+        self,
+        identity: Sequence[str],
+        sampler: Sampler,
+        cond: Cond,
+        uncond: Cond,
+        settings: Settings,
+        offset: int,
+        beside: Row | None,
+    ) -> str:
+        digest = sha256()
+        content: list[Any] = [tuple(identity), sampler.denoiser.kind, sampler.denoiser.strength, asdict(settings)]
+        content += [self.first_seed + offset, self.resolution_px, str(sampler.base.dtype)]
+        content += [[extractor.key for extractor in self.extractors], self.distance is not None]
+        content += [None if beside is None else sha256(beside.pictures.numpy().tobytes()).hexdigest(), self.lines[: len(cond)]]
+        digest.update(repr(content).encode())
         for tensor in (cond.tokens, uncond.tokens, cond.control):
             if tensor is not None:
                 digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -159,7 +189,7 @@ class Gallery:
     def path(self, key: str) -> Path:
         return teacher.cache_folder() / "evaluated" / f"{key}.safetensors"
 
-    def stored(self, key: str) -> Seen | None:
+    def stored(self, key: str) -> Features | None:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -171,31 +201,35 @@ class Gallery:
             console.warn(f"{self.path(key)}: damaged; drawn again")
             return None
 
-    def store(self, key: str, seen: Seen, kept: Tensor) -> None:
+    def store(self, key: str, features: Features, pictures: Tensor) -> None:
         from safetensors.torch import save_file
 
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in {**seen, "kept": kept}.items()}, staged)
+        save_file({k: v.contiguous() for k, v in {**features, "kept": pictures}.items()}, staged)
         staged.replace(path)
 
-    def of_folder(self, path: Path) -> Seen:
-        """What the lenses see of a folder of pictures, each a centred square."""
+    def of_folder(self, path: Path) -> Features:
+        """The features of a folder of pictures, each a centred square."""
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in folder.SUFFIXES)
         if len(files) < 2:
-            raise InputRefused(f"--reference {path}: {len(files)} pictures in it", "a distribution needs at least 2")
-        parts: list[Seen] = []
-        sides = {lens.side_px or self.resolution_px for lens in self.lenses}
+            raise InputRefused(f"`reference={path}`: {len(files)} pictures in it", "a distribution needs at least 2")
+        parts: list[Features] = []
+        sides = {extractor.side_px or self.resolution_px for extractor in self.extractors}
         with console.progress(len(files), "looking at the reference") as bar, torch.no_grad():
             for file in files:
                 of_side = {side: uint8(folder.square(file, side)[0])[None] for side in sides}
-                found: Seen = {}
-                for lens in self.lenses:
-                    found |= lens.see(of_side[lens.side_px or self.resolution_px], None)
-                parts.append(found)
+                features: Features = {}
+                for extractor in self.extractors:
+                    features |= extractor.extract(of_side[extractor.side_px or self.resolution_px], None)
+                parts.append(features)
                 bar.update(1)
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return together(parts)
+
+
+def together(parts: Sequence[Features]) -> Features:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def folder_name(title: str) -> str:

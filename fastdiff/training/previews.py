@@ -16,10 +16,12 @@ from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.prompts import default_prompts, read_prompts
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.quality import emoji as judge
+from fastdiff.quality import report
 from fastdiff.quality.drift import Drift
+from fastdiff.quality.emoji import shipped
+from fastdiff.quality.evaluation import STEPS, Evaluation
+from fastdiff.quality.metrics import Row, judging, present
 from fastdiff.runtime import console
-from fastdiff.runtime.console import fmt
 from fastdiff.sampling.assemble import assemble
 from fastdiff.sampling.pictures import contact_sheet
 from fastdiff.sampling.sampler import Sampler, Settings
@@ -88,17 +90,19 @@ class Measured:
     def __init__(self, base: Checkpoint, config: TrainConfig, resolution_px: int, device: torch.device) -> None:
         self.base, self.device, self.guided = base, device, config.teacher_sampling(base.family)
         self.drift = Drift(base, watched(base, config), resolution_px, device)
-        self.judge = judge.Judge(base, self.JUDGED, device=device) if base.family.judge_ships else None
+        judged = base.family.judge_ships
+        self.evaluation = Evaluation.shipped(base, self.JUDGED, device=device, quick=True) if judged else None
 
     def measure(self, method: "Method") -> dict[str, float]:
         settings = settings_of(method)(method.recipe.num_steps)
         found = self.drift.measure((method.teacher, self.guided), (method.student, settings))
-        if self.judge is None:
+        if self.evaluation is None:
             return {"score": found["drift"], **found}
-        reference = judge.Reference()
-        row = self.judge.row("student", Sampler(self.base, method.student, self.base.vae, device=self.device), settings)
-        mine, least = (r.figures(reference.moments)["frechet"] for r in (row, reference.best(50, "frechet", self.JUDGED)))
-        return {"score": found["drift"] + mine / least - 1, **found, "frechet": mine, "retrieval": row.hits.mean().item()}
+        sampler = Sampler(self.base, method.student, self.base.vae, device=self.device)
+        row = self.evaluation.row("student", sampler, settings)
+        student, teacher = (self.evaluation.figures(r, bands=False) for r in (row, self.evaluation.teacher))
+        excess = student["frechet"] / teacher["frechet"] - 1
+        return {"score": found["drift"] + excess, **found, "frechet": student["frechet"], "retrieval": student["retrieval"]}
 
 
 def settings_of(method: "Method") -> Callable[[int], Settings]:
@@ -114,10 +118,7 @@ def starts_from_student(method: "Method") -> bool:
 def undistilled(base: Checkpoint, calls: int) -> Settings:
     """The best stock solver at that many network calls: measured for `emoji`, guided DPM-Solver++ for others."""
     if base.family.judge_ships:
-        table = judge.Reference().table
-        known = sorted(int(k.split(".")[1]) for k in table["best"] if k.startswith("retrieval."))
-        row = table["rows"][table["best"][f"retrieval.{max(k for k in known if k <= max(calls, known[0]))}"]]
-        return Settings(row["solver"], row["num_steps"], row["guidance"], row["spacing"])
+        return shipped().undistilled(shipped().nearest(calls))["retrieval"]
     guided = Settings.usual(base.family)
     return replace(guided, num_steps=calls // 2) if calls > 1 else replace(guided, num_steps=1, guidance=1.0)
 
@@ -131,37 +132,54 @@ def vae_of(base: Checkpoint, config: TrainConfig) -> nn.Module:
 class Judged:
     """The closing table: prompts are encoded before training frees the text encoder."""
 
-    COLUMNS = ("model", "solver", "num_steps", "guidance", "calls", "retrieval", "frechet", "same_noise")
-
     def __init__(self, base: Checkpoint, n: int, device: torch.device) -> None:
-        self.base, self.judge, self.device = base, judge.Judge(base, n, device=device), device
-        self.before: judge.Row | None = None
+        self.base, self.evaluation, self.device = base, Evaluation.shipped(base, n, device=device), device
+        self.before: Row | None = None
 
     def begin(self, method: "Method") -> None:
         """Judge the student as it is before training, for methods that repair a damage."""
         if starts_from_student(method):
             sampler = Sampler(self.base, method.student, self.base.vae, device=self.device)
-            self.before = self.judge.row("before", sampler, settings_of(method)(method.recipe.num_steps))
+            self.before = self.evaluation.row("before", sampler, settings_of(method)(method.recipe.num_steps))
 
     def prove(self, students: list[Path], config: TrainConfig) -> dict[str, Any]:
         """What was written, read back and judged: {samples, rows, gap_closed}, of several files also {file: gap_closed}."""
         tables = {path.name: self.table(path, config, "student" if len(students) == 1 else path.stem) for path in students}
-        rows = {json.dumps(row): row for found in tables.values() for row in found["rows"]}  # a teacher's row once
-        shown = [[fmt(row[c]) for c in self.COLUMNS] for row in rows.values()]
-        found = next(iter(tables.values()))
-        console.table(f"{found['samples']} samples a row", list(self.COLUMNS), shown)
+        distinct = {json.dumps(row): row for table in tables.values() for row in table["rows"]}  # a teacher's row once
+        rows, first = list(distinct.values()), next(iter(tables.values()))
+        console.table(f"{first['samples']} samples a row; ± half of the 95 % band", *report.text_table(rows))
         if len(students) == 1:
-            return found
+            return first
         gaps = {name: table["gap_closed"] for name, table in tables.items()}
-        return {"samples": found["samples"], "rows": list(rows.values()), "gap_closed": gaps}
+        return {"samples": first["samples"], "rows": rows, "gap_closed": gaps}
 
     def table(self, path: Path, config: TrainConfig, name: str) -> dict[str, Any]:
+        """The rows of one file, and the gap that it closes or what training won back."""
         sampler, recipe = reopened(path, config, self.device)
         if self.before:
-            return judge.recovered(self.judge, sampler, self.before, name)
-        settings = lambda n: Settings.of(recipe, Settings.usual(sampler.base.family), num_steps=n)
-        calls = (recipe.num_steps,) if recipe.fixed else (1, 2, 4, 8)
-        return judge.prove(self.judge, sampler, settings, calls, name)
+            student = self.evaluation.row(name, sampler, self.before.settings)
+            table = self.rows([self.evaluation.teacher, self.before, student])
+            return {**table, "recovered": self.evaluation.recovered(self.before, student)}
+        rows, judged = [self.evaluation.teacher], judging(self.evaluation.teacher, self.evaluation.against)
+        gaps: dict[str, dict[str, Any]] = {metric.name: {} for metric in judged}
+        for num_steps in (recipe.num_steps,) if recipe.fixed else STEPS:
+            settings = Settings.of(recipe, Settings.usual(self.base.family), num_steps=num_steps)
+            student = self.evaluation.row(name, sampler, settings)
+            if num_steps <= max(STEPS):  # above, the teacher has no gap to close
+                calls = shipped().nearest(num_steps)
+                teachers = [self.evaluation.best_undistilled(metric, calls) for metric in judged]
+                rows += dict.fromkeys(row for row in teachers if row is not None)
+                for metric, gap in self.evaluation.gaps(student, calls).items():
+                    gaps.setdefault(metric, {})[str(num_steps)] = gap
+            rows.append(student)
+        return {**self.rows(rows), "gap_closed": gaps}
+
+    def rows(self, drawn: list[Row]) -> dict[str, Any]:
+        """The measured rows, all with the same keys; None where a row lacks a metric."""
+        measured = [self.evaluation.figures(row) for row in drawn]
+        names = [metric.name for metric in present(measured)]
+        rows = [{**row, **{name: None for name in names if name not in row}} for row in measured]
+        return {"samples": len(self.evaluation.samples), "rows": rows}
 
 
 def reopened(path: Path, config: TrainConfig, device: torch.device) -> tuple[Sampler, Recipe]:

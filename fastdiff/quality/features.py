@@ -1,0 +1,147 @@
+"""What is looked at of pictures: each extractor turns a batch of them into numbers, one row a picture. B pictures, D features."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.checkpoints.checkpoint import fingerprint
+from fastdiff.checkpoints.family import Family
+from fastdiff.data import emoji
+from fastdiff.models import perceptual
+from fastdiff.quality import emoji as judge
+from fastdiff.quality import networks
+from fastdiff.quality.metrics import Features
+from fastdiff.quality.networks import Clip, Inception, patch, resized
+from fastdiff.runtime import console
+from fastdiff.runtime.errors import UsageError
+
+# FID and KID; FID of the centre; CLIP score and CMMD; distances to the teacher's picture, and between seeds.
+GROUPS = ("fid", "patch", "clip", "lpips")
+
+
+class FeatureExtractor(Protocol):
+    key: str  # two extractors of one key extract the same
+    side_px: int | None  # of the pictures that it wants from files; None: the evaluation's
+
+    def extract(self, pictures: Tensor, rows: slice | None) -> Features:
+        """Of pictures (B, 3, H, W) uint8, which are those `rows` of the prompts; None: they have no prompts."""
+
+
+class EmbeddedFeatures:
+    """The feature network of `emoji`: its embedding, and of captions that it knows whether they were drawn."""
+
+    side_px = None
+
+    def __init__(self, lines: Sequence[str], *, styles: bool = False) -> None:
+        """`styles`: also how far it is from the emoji that the prompt names, in each drawing style; NaN where it names none."""
+        self.prompts, self.named = judge.Prompts.of(lines), judge.named_pictures(lines) if styles else None
+        self.key = "embedded with styles" if styles else "embedded"
+
+    def extract(self, pictures: Tensor, rows: slice | None) -> Features:
+        pixels = pictures.float() / 127.5 - 1
+        features = {"embedded": judge.embed(pixels)}
+        if self.prompts and rows is not None:
+            prompts = self.prompts[rows]
+            features["hits"] = judge.recognised(features["embedded"], prompts)
+            features["background"] = judge.backgrounds(pixels, prompts)
+        if self.named is not None and rows is not None:
+            named = self.named[rows]
+            features["style"] = torch.full((len(pixels), len(emoji.STYLES)), torch.nan)
+            features["style"][named >= 0] = judge.style_distances(pixels[named >= 0], named[named >= 0])
+        return features
+
+
+class InceptionFeatures:
+    """Inception's features of the whole picture, resized to `side_px` first where that is given."""
+
+    def __init__(self, net: Inception, device: torch.device, side_px: int | None) -> None:
+        self.net, self.device, self.side_px = net.to(device), device, side_px
+        self.key = f"inception {fingerprint(net)} {side_px}"
+
+    def extract(self, pictures: Tensor, rows: slice | None) -> Features:
+        return {"inception": self.net(resized(pictures, self.side_px).to(self.device)).cpu()}
+
+
+class CentreFeatures:
+    """Inception's features of the picture's centre at native size."""
+
+    side_px = None
+
+    def __init__(self, net: Inception, device: torch.device) -> None:
+        self.net, self.device = net.to(device), device
+        self.key = f"inception {fingerprint(net)} None centre"
+
+    def extract(self, pictures: Tensor, rows: slice | None) -> Features:
+        return {"patch": self.net(patch(pictures).to(self.device)).cpu()}
+
+
+class ClipFeatures:
+    """CLIP's embedding of the picture, and 100 times its cosine with the prompt's."""
+
+    side_px = None
+
+    def __init__(self, net: Clip, device: torch.device, lines: Sequence[str]) -> None:
+        self.net, self.key = net.to(device), f"clip {net.spec}"
+        rows = {line: i for i, line in enumerate(dict.fromkeys(lines))}
+        each = list(rows)
+        with torch.no_grad():
+            texts = torch.cat([net.texts(each[i : i + 64]).cpu() for i in range(0, len(each), 64)])
+        self.texts = texts[[rows[line] for line in lines]]
+
+    def extract(self, pictures: Tensor, rows: slice | None) -> Features:
+        embedded = self.net.pictures(pictures).cpu()
+        return {"clip": embedded} | ({} if rows is None else {"clip_score": 100 * (embedded * self.texts[rows]).sum(1)})
+
+
+def open_extractors(
+    family: Family,
+    lines: Sequence[str],
+    *,
+    resolution_px: int,
+    device: torch.device,
+    asked: Sequence[str] = (),
+    styles: bool = False,
+    fid_px: int | None = None,
+    inception_weights: str | None = None,
+    clip: str = networks.CLIP,
+) -> list[FeatureExtractor]:
+    """Those of `asked`, names of GROUPS; of none asked those whose weights can be had, with a warning for each of the others.
+
+    `emoji` always has its own network, and no others unless they are asked for.
+    """
+    shipped = family.judge_ships
+    extractors: list[FeatureExtractor] = [EmbeddedFeatures(lines, styles=styles)] if shipped else []
+    wanted = asked or ([] if shipped else list(GROUPS))
+    try:
+        if {"fid", "patch"} & set(wanted):
+            net = Inception(inception_weights)
+            extractors += [InceptionFeatures(net, device, fid_px)] if "fid" in wanted else []
+            extractors += [CentreFeatures(net, device)] if "patch" in wanted and resolution_px > networks.PATCH_PX else []
+    except UsageError as error:
+        left_out("fid", error, asked)
+    try:
+        if "clip" in wanted:
+            extractors.append(ClipFeatures(Clip(clip), device, lines))
+    except UsageError as error:
+        left_out("clip", error, asked)
+    return extractors
+
+
+def open_distance(family: Family, *, asked: Sequence[str] = (), lpips_weights: str | None = None) -> nn.Module | None:
+    """Between two pictures: LPIPS, or on `emoji` the embedded network; None where it is not asked for or cannot be had."""
+    if asked and "lpips" not in asked and not family.judge_ships:
+        return None
+    try:
+        return perceptual.open_distance(family, lpips_weights)
+    except UsageError as error:
+        left_out("lpips", error, asked)
+        return None
+
+
+def left_out(name: str, error: UsageError, asked: Sequence[str]) -> None:
+    """What was asked for by name must be had; what is measured where it can be is left out with a warning."""
+    if asked:
+        raise error
+    console.warn(f"{name} is not measured: {error}; {error.hint}")

@@ -1,0 +1,186 @@
+"""One way to judge: the closing table, `eval_every`, the `evaluate` command and `fastdiff.evaluate` have the same figures."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastdiff as fd
+from fastdiff.checkpoints import checkpoint
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.quality import emoji as judge
+from fastdiff.quality import metrics, samples
+from fastdiff.quality.distances import frechet
+from fastdiff.quality.evaluation import Evaluation, evaluate
+from fastdiff.quality.metrics import Metric
+from fastdiff.runtime import console
+from fastdiff.runtime.errors import UsageError
+from fastdiff.sampling.assemble import assemble
+from fastdiff.sampling.pictures import uint8
+from fastdiff.sampling.sampler import Sampler, Settings
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Latency and diversity of a few pictures."""
+    monkeypatch.setattr(samples, "TIMED_S", 0)
+    monkeypatch.setattr(samples, "TIMED", (1, 1))
+    monkeypatch.setattr(samples, "DIVERSE", (2, 2))
+
+
+@pytest.fixture
+def untrained():
+    base = checkpoint.load("emoji")
+    return Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
+
+
+def test_a_closing_row_has_the_figures_of_its_pictures(untrained):
+    """Picture i of seed i, as bytes; what bytes change is small. Nothing of the teacher is drawn."""
+    n, settings, shipped = 60, Settings("ddim", 4, 1.0), judge.shipped()
+    evaluation = Evaluation.shipped(untrained.base, n, device="cpu")
+    found = evaluation.figures(evaluation.row("student", untrained, settings))
+    prompts, (cond, uncond) = judge.Prompts.judged(n), evaluation.samples.encode(untrained.base)
+    floats = untrained.pixels(cond, uncond, range(n), settings, resolution_px=64)
+    pixels = uint8(floats).float() / 127.5 - 1
+    features = judge.embed(pixels)
+    assert found["retrieval"] == pytest.approx(judge.recognised(features, prompts).mean().item(), abs=1e-4)
+    assert found["background"] == pytest.approx(judge.background_right(pixels, prompts), abs=1e-4)
+    assert found["frechet"] == pytest.approx(frechet(features, shipped.moments), abs=1e-2)
+    assert found["frechet"] == pytest.approx(frechet(judge.embed(floats), shipped.moments), rel=1e-3)
+    theirs = untrained.vae.decode(shipped.latents[:n] / untrained.vae.config.scaling_factor).sample.clamp(-1, 1)
+    distance = judge.feature_net().distance(floats, theirs).mean().item()
+    assert found["same_noise"] == pytest.approx(distance, rel=1e-3)
+    assert set(found["band"]) == {"retrieval", "background", "frechet", "same_noise", "drift"}
+    teacher = evaluation.figures(evaluation.teacher)
+    first = shipped.table["rows"][0]
+    assert (teacher["model"], teacher["calls"], teacher["background"]) == ("teacher", 50, first["background"])
+    assert teacher["frechet"] == pytest.approx(frechet(shipped.best(50, "frechet", n).features["embedded"], shipped.moments))
+
+
+def test_the_teacher_of_the_closing_table_is_shipped_in_every_number_of_calls(untrained):
+    evaluation = Evaluation.shipped(untrained.base, 40, device="cpu", quick=True)
+    student = evaluation.row("student", untrained, Settings("ddim", 2, 1.0))
+    gaps = evaluation.gaps(student, 2)
+    assert set(gaps) == {"retrieval", "frechet"}
+    for name, gap in gaps.items():
+        assert gap["teacher"] == pytest.approx(evaluation.figures(judge.shipped().best(2, name, 40))[name])
+        assert gap["low"] <= gap["gap_closed"] <= gap["high"]
+    assert not evaluation.gaps(student, 3)  # nothing is shipped for three; who asks takes the nearest below
+    assert [judge.shipped().nearest(calls) for calls in (1, 2, 3, 7, 8, 20)] == [1, 2, 2, 4, 8, 8]
+    worse = evaluation.row("before", untrained, Settings("ddim", 1, 1.0))
+    found = evaluation.recovered(worse, student)["frechet"]
+    assert set(found) == {"recovered", "low", "high", "before", "student", "teacher"}
+
+
+def test_a_metric_is_one_entry(fastdiff, tmp_path, monkeypatch):
+    """In the closing table of a training run, in the table, JSON and page of `evaluate`, and with a band in each."""
+    light = Metric("light", "mean light", "departures", lambda row, i, against: row.features["departures"][i, -1].mean().item(),
+                   "higher", judges=True)  # fmt: skip
+    monkeypatch.setattr(metrics, "METRICS", [*metrics.METRICS, light])
+    tables = []
+    monkeypatch.setattr(console, "table", lambda title, columns, rows: tables.append((columns, rows)))
+    code, trained = fastdiff(
+        *("train-lcm-lora", "--data", "teacher", "--pairs", 2, "--teacher-steps", 1, "--steps", 1, "--batch-size", 2),
+        *("--proof", 6, "-o", "run", "--prompts", "prompts.txt"),
+    )
+    assert code == 0, trained
+    code, told = fastdiff("evaluate", "--lora", "run/lcm.safetensors", "--num-steps", "1,2", "--num-images", 6)
+    assert code == 0, told
+    rows = [row for row in trained["metrics"]["rows"] if row["model"] == "student"]
+    mine = [row for row in told["metrics"]["rows"] if row["model"] == "lcm"]
+    for closing, evaluated in zip(rows, mine, strict=False):  # of one and two steps
+        assert closing["calls"] == evaluated["calls"]
+        for name in ("retrieval", "background", "frechet", "same_noise", "drift", "light"):
+            assert closing[name] == pytest.approx(evaluated[name], rel=2e-2, abs=2e-2)
+            assert len(closing["band"][name]) == len(evaluated["band"][name]) == 2
+    assert "light" in told["metrics"]["gap_closed"]["lcm 1"]
+    assert all("mean light" in columns for columns, _ in tables)
+    assert len(tables) == 2
+    assert all(any("±" in cell for line in cells for cell in line) for _, cells in tables)
+    page = (tmp_path / told["outputs"][0]["path"]).read_text()
+    assert "<th>mean light" in page
+    assert "mean light (higher is better)" in page
+    assert sum("Frechet means nothing for fewer than 300 pictures" in w for w in told["warnings"]) == 1
+
+
+def test_evaluate_for_users_of_the_library(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
+    console.reset(quiet=True)
+    base = checkpoint.load("emoji")
+    fast = assemble(checkpoint.load("emoji"), folded=True, identified=True)
+    assert fd.evaluate is evaluate
+    report = fd.evaluate(fast, teacher=base, num_steps=[1, 2], num_images=6, teacher_steps=3)
+    ways = [(row["model"], row["num_steps"]) for row in report.rows if row["model"] == "student"]
+    assert ways == [("student", 1), ("student", 2)]
+    assert report.rows is report.metrics["rows"]
+    assert set(report.metrics) == {"samples", "reference", "rows", "gap_closed"}
+    assert report.table.splitlines()[2].split()[:5] == ["model", "solver", "steps", "guidance", "calls"]
+    assert len(report.table.splitlines()) == 3 + len(report.rows)
+    few = [w for w in console.state.warnings if "`num_images=6`" in w]
+    assert len(few) == 1
+    assert report.save(tmp_path, "mine").exists()
+    alone = fd.evaluate(fast, teacher=base, num_steps=1, num_images=2, teacher_steps=1, prompts=["fox on red"], baseline=False)
+    assert [row["model"] for row in alone.rows] == ["teacher", "student"]
+    assert alone.metrics["gap_closed"] == {"student 1": {}}
+
+
+def test_few_pictures_are_no_matter_without_a_distance_of_distributions(tiny_sd, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    console.reset(quiet=True)
+    base = checkpoint.load(str(tiny_sd))
+    assembled = assemble(checkpoint.load(str(tiny_sd)))
+    report = evaluate(
+        assembled.sampler, teacher=base, num_steps=1, prompts=["a cat"], num_images=2, teacher_steps=1, baseline=False
+    )
+    assert not any("num_images" in w for w in console.state.warnings)
+    assert {"drift"} <= report.rows[1].keys()
+
+
+def test_student_and_teacher_are_of_one_family(tiny_sd):
+    fast = assemble(checkpoint.load(str(tiny_sd)))
+    with pytest.raises(UsageError, match="of sd15, but `teacher` is emoji"):
+        evaluate(fast, teacher=checkpoint.load("emoji"))
+    with pytest.raises(UsageError, match="num_images=1"):
+        evaluate(fast, teacher=fast.sampler.base, num_images=1)
+
+
+def test_what_eval_every_measures_is_the_closing_row_of_fewer_pictures(untrained, monkeypatch):
+    from fastdiff.checkpoints.recipe import Recipe
+    from fastdiff.training import previews
+    from fastdiff.training.config import TrainConfig
+
+    monkeypatch.setattr(previews.Measured, "JUDGED", 30)
+    config = TrainConfig(teacher_steps=2)
+
+    class Trained:
+        base_model, recipe = untrained.base, Recipe(scheduler="ddim", num_steps=1, guidance=1.0)
+        student = teacher = untrained.denoiser
+
+    found = previews.Measured(untrained.base, config, 64, torch.device("cpu")).measure(Trained())
+    evaluation = Evaluation.shipped(untrained.base, 30, device="cpu", quick=True)
+    row = evaluation.figures(evaluation.row("student", untrained, Settings("ddim", 1, 1.0)))
+    teacher = evaluation.figures(evaluation.teacher)
+    assert (found["frechet"], found["retrieval"]) == (row["frechet"], row["retrieval"])
+    assert found["score"] == pytest.approx(found["drift"] + row["frechet"] / teacher["frechet"] - 1)
+
+
+def test_the_script_of_the_shipped_rows(tmp_path, monkeypatch):
+    """A table and tensors that `Shipped` reads."""
+    import importlib.util
+    import sys
+
+    path = Path(__file__).parent.parent / "examples" / "emoji" / "reference.py"
+    spec = importlib.util.spec_from_file_location("reference", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "REFERENCE", tmp_path / "reference")
+    monkeypatch.setattr(script, "LADDER", 4)
+    monkeypatch.setattr(script, "candidates", lambda calls, guidances: [Settings("ddim", calls, 1.0, "trailing")])
+    monkeypatch.setattr(sys, "argv", ["reference.py", "--samples", "6", "--search", "4", "--threads", "1"])
+    script.main()
+    made = judge.Shipped(tmp_path / "reference")
+    assert made.calls == [1, 2, 4, 8, 50]
+    assert made.latents.shape == (6, 4, 8, 8)
+    assert made.best(1, "frechet", 6).known.keys() == {"background", "same_noise"}
+    assert len(made.ladder(50)) == 4
