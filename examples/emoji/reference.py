@@ -58,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     base = checkpoint.load("emoji")
-    sampler = Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
+    sampler = Sampler.of_networks(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
     full, small = Judge(base, args.samples), Judge(base, args.search)
     teacher = DEFAULTS["emoji"]
     _, pixels = full.sample(sampler, teacher, first_seed=REFERENCE_SEED)

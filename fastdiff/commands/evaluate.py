@@ -172,8 +172,9 @@ def whole(config: Config, ref: str, dtype: torch.dtype, device: torch.device) ->
     def opened(more: Sequence[str], guide: str | None) -> Assembled:
         base = checkpoint.load(ref, dtype=dtype, allow_pickle=config.allow_pickle)
         worn = load_loras(base, more, remap=bool(more) and is_pruned(base), allow_pickle=config.allow_pickle)
-        recipe = base.recipe  # a style's header does not say how its wearer is sampled
-        return replace(assemble(base, worn, vae=config.vae, controlnet=guide, device=device, **FAST), recipe=recipe)
+        made = assemble(base, worn, vae=config.vae, controlnet=guide, device=device, **FAST)
+        made.recipe = base.recipe  # a style's header does not say how its wearer is sampled
+        return made
 
     return opened
 

@@ -160,7 +160,7 @@ class Rows:
         cond = self.cond[:n]
         if controls is not None:
             cond = cond.with_control((controls[:n].float() / 255).expand(-1, 3, -1, -1))
-        sampler, seeds = Sampler(self.base, who, self.vae, device=self.device), list(range(len(cond)))
+        sampler, seeds = Sampler.of_networks(self.base, who, self.vae, device=self.device), list(range(len(cond)))
         return sampler.pixels(cond, self.uncond, seeds, method.settings(who), resolution_px=self.px, batch=8)
 
     def agreement(self, pictures: Tensor, controls: Tensor) -> float:

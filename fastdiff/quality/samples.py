@@ -140,7 +140,7 @@ class Gallery:
         found, began = [], time.perf_counter()
         while len(found) <= TIMED[0] or (time.perf_counter() - began < TIMED_S and len(found) <= TIMED[1]):
             start = time.perf_counter()
-            list(made.sampler.stream([(cond, uncond, [len(found)])], settings, self.resolution_px))
+            list(made.sampler.stream_batches([(cond, uncond, [len(found)])], settings, self.resolution_px))
             found.append(1e3 * (time.perf_counter() - start))
         return statistics.median(found[1:])  # the first one warms up
 

@@ -63,7 +63,7 @@ class Preview:
         return contact_sheet(sheet, scale=scale)
 
     def draw(self, net: Denoiser, settings: Settings) -> Any:
-        sampler = Sampler(self.base, net, self.vae, device=self.device)
+        sampler = Sampler.of_networks(self.base, net, self.vae, device=self.device)
         return sampler.pixels(self.cond, self.uncond, self.seeds, settings, resolution_px=self.resolution_px, batch=4)
 
 
@@ -94,7 +94,9 @@ class Measured:
         if self.judge is None:
             return {"score": found["drift"], **found}
         reference = judge.Reference()
-        row = self.judge.row("student", Sampler(self.base, method.student, self.base.vae, device=self.device), settings)
+        row = self.judge.row(
+            "student", Sampler.of_networks(self.base, method.student, self.base.vae, device=self.device), settings
+        )
         mine, least = (r.figures(reference.moments)["frechet"] for r in (row, reference.best(50, "frechet", self.JUDGED)))
         return {"score": found["drift"] + mine / least - 1, **found, "frechet": mine, "retrieval": row.hits.mean().item()}
 
@@ -138,7 +140,7 @@ class Judged:
     def begin(self, method: Method) -> None:
         """Judge the student as it is before training, for methods that repair a damage."""
         if starts_from_student(method):
-            sampler = Sampler(self.base, method.student, self.base.vae, device=self.device)
+            sampler = Sampler.of_networks(self.base, method.student, self.base.vae, device=self.device)
             self.before = self.judge.row("before", sampler, settings_of(method)(method.recipe.num_steps))
 
     def prove(self, students: list[Path], config: TrainConfig) -> dict[str, Any]:
