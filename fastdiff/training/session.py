@@ -261,7 +261,6 @@ def write_student(method: Method, run: Run, lora_alpha: float | None, name: str 
         path = run.folder / (name or "model")
         write.to_folder(base.with_unet(method.student.net, method.student.kind), path, recipe=recipe)
     else:
-        modules = adapters.factors(method.student.net, lora_alpha, method.student.adapter)
         path = run.folder / f"{name or recipe.method}.safetensors"
-        lora.save(lora.Lora(modules, {**recipe.to_metadata(), **lora.layers_told(method.student.net.config)}), path)
+        adapters.save_adapter(method.student, path, recipe=recipe, alpha=lora_alpha)
     run.wrote(path)
