@@ -202,7 +202,7 @@ def test_metrics_become_strict_json(value, expected):
 NOISY = """
 import ctypes, os, sys
 from dataclasses import dataclass
-from fastdiff.console import Result, UsageError
+from fastdiff.runtime.errors import Result, UsageError
 print("at import")
 libc = ctypes.CDLL(None)
 libc.printf(b"from C at import\\n")
@@ -235,7 +235,7 @@ def test_stdout_is_one_json_object_whatever_is_printed(tmp_path, fail):
     (tmp_path / "driver.py").write_text(DRIVER)
 
     def run(*args):
-        env = {**os.environ, "PYTHONPATH": str(Path(console.__file__).parent.parent)}
+        env = {**os.environ, "PYTHONPATH": str(Path(console.__file__).parents[2])}
         return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env)
 
     args = [str(tmp_path / "driver.py"), "noisy", "--offline", *(["--fail"] if fail else [])]

@@ -227,7 +227,7 @@ PROGRAM = """
 import os, sys, torch
 torch.set_num_threads(1)
 from fastdiff import cli
-from fastdiff.data import Encoded
+from fastdiff.data.batch import Encoded
 from fastdiff.methods.lightning import Lightning
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 calls, seen = 0, []

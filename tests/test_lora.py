@@ -220,7 +220,8 @@ def test_the_same_weights_are_the_same_bytes_in_any_process(tmp_path):
     """The library orders the header by a hash seeded anew in every process."""
     code = """
         import sys, torch
-        from fastdiff.io.lora import Factors, Lora, save
+        from fastdiff.lora.file import Lora, save
+        from fastdiff.lora.kinds import Factors
         told = {f"k{i}": "caf\u00e9" * i for i in range(9)}
         save(Lora({"lora_unet_conv_in": Factors(torch.ones(2, 4, 3, 3), torch.ones(8, 2, 1, 1))}, told), sys.argv[1])
     """

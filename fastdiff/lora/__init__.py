@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 # No module of this package may have the name of one of these: importing it would put it in the name's place.
 PUBLIC = {
-    **dict.fromkeys(("Lora", "from_peft", "layers_told", "load", "parse", "parse_spec", "save", "summary"), "fastdiff.lora.file"),
+    **dict.fromkeys(
+        ("Lora", "from_peft", "header", "layers_told", "load", "parse", "parse_spec", "save", "summary"), "fastdiff.lora.file"
+    ),
     **dict.fromkeys(("merge", "bake"), "fastdiff.lora.merging"),
     **dict.fromkeys(("attach", "save_adapter"), "fastdiff.lora.adapters"),
 }

@@ -122,7 +122,7 @@ def stock_pipeline(base: Checkpoint, scheduler: Any, *, vae: nn.Module | None = 
     if controlnet is not None:
         pipe = diffusers.AutoPipelineForText2Image.from_pipe(pipe, controlnet=deepcopy(controlnet))
     pipe.scheduler = scheduler
-    return pipe.to(base.dtype)
+    return pipe if base.dtype == torch.float32 else pipe.to(base.dtype)
 
 
 def assemble(base: Checkpoint, loras: Weighted = None, *, strength: float = 1.0, folded: bool = True, **how: Any) -> Any:

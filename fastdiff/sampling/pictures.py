@@ -126,4 +126,5 @@ def control_of(image: Any, side_px: int) -> Tensor:
     width, height = (max(side_px, round(side * scale)) for side in image.size)
     left, top = (width - side_px) // 2, (height - side_px) // 2
     cut = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + side_px, top + side_px))
-    return torch.from_numpy(np.array(cut)).permute(2, 0, 1) / 255
+    pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1) / 127.5 - 1
+    return pixels / 2 + 0.5  # in two steps, which rounds as the pictures of the command line do

@@ -291,7 +291,7 @@ class Sampler:
         """Conditions of the prompts, one row each, and of the negative prompt; `control` (3, H, W) in [0, 1] is one for all."""
         cond = self.prompts(list(lines))
         if control is not None:
-            cond = cond.with_control(control.to(self.device).expand(len(cond), -1, -1, -1))
+            cond = cond.with_control(control.to(self.device).contiguous().expand(len(cond), -1, -1, -1))
         return cond, self.prompts([negative]) if negative else self.prompts.unconditional()
 
     @property
