@@ -212,7 +212,7 @@ class Sampler:
 
     @property
     def sampler(self) -> "Sampler":
-        return self  # what holds a sampler is the sampler now
+        return self  # `Assembled.sampler`, which this class took over; goes with `assemble.assemble`
 
     # ---- prompts to pictures
 
@@ -264,7 +264,7 @@ class Sampler:
         px = resolution_px or self.base.resolution_px
         control = None if control_image is None else pictures.control_of(control_image, px)
         cond, uncond = self.conds(lines, negative=negative, control=control)
-        jobs = ((k, seed) for k in range(len(lines)) for seed in seeds)
+        jobs = ((k, int(seed)) for k in range(len(lines)) for seed in seeds)
         facts = lambda k, seed: {"prompt": lines[k], "negative": negative, "seed": seed, **self.facts, **asdict(settings)}
         return self.portraits(cond, uncond, jobs, facts, settings, px, batch_size)
 
@@ -307,9 +307,8 @@ class Sampler:
         if self.source is None:
             raise UsageError("pipeline(): only of a sampler that was opened from a checkpoint, not of networks in memory")
         own = assemble.separate(self.source, "unet", "vae", "text_encoders")
-        apply.apply(
-            own, assemble.load_loras(own, self.worn, **self.lora_options), allow_partial=self.lora_options["allow_partial"]
-        )
+        ready = assemble.load_loras(own, self.worn, **self.lora_options)
+        apply.apply(own, ready, allow_partial=self.lora_options["allow_partial"])
         settings, kind = self.settings, self.denoiser.kind
         scheduler = assemble.stock_scheduler(settings.scheduler, own.scheduler_config, spacing=settings.spacing, kind=kind)
         return assemble.stock_pipeline(own, scheduler, vae=self.other_vae, controlnet=self.controlnet).to(self.device)
