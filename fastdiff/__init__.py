@@ -32,6 +32,7 @@ MODULES = {"lora", "losses"}
 __all__ = ["EMA", "Denoiser", "NoiseSchedule", "Recipe", "Sampler", "Trainer", "__version__", "load", "lora", "losses"]
 
 
+# A module's hook of Python for names that it has not yet.
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")

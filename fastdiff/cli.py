@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 from fastdiff import __version__
 from fastdiff.runtime import console
 from fastdiff.runtime.config import Option, options, preset, resolve, suggestion, to_toml
-from fastdiff.runtime.errors import Result, UsageError
+from fastdiff.runtime.errors import Result, Stopped, UsageError, with_flags
 
 
 class Command(NamedTuple):
@@ -246,7 +246,8 @@ class Failure:
 def explain(error: BaseException) -> Failure:
     """One line and an exit code for any error; what a user can put right never looks like a crash."""
     if isinstance(error, UsageError):
-        return Failure(error.exit_code, error.kind, str(error), error.hint, error.result)
+        hint = error.hint if isinstance(error, Stopped) else with_flags(error.hint)  # that of a stop is a command to type
+        return Failure(error.exit_code, error.kind, with_flags(str(error)), hint, error.result)
     if isinstance(error, PARSER_ERROR):
         near = list(getattr(error, "possibilities", None) or [])
         message = error.format_message().split(" (Possible options")[0]
@@ -264,7 +265,7 @@ def explain(error: BaseException) -> Failure:
         missing = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
         return Failure(3, "input", message) if missing else Failure(1, "failure", message)
     if type(error) is ValueError and raised_here(error):
-        return Failure(2, "usage", str(error))
+        return Failure(2, "usage", with_flags(str(error)))
     return Failure(1, "unexpected", f"unexpected error: {name}: {error}", "--debug shows the traceback")
 
 
@@ -327,11 +328,18 @@ def emit(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, run, report; returns the exit code."""
+    """Parse, run, report; returns the exit code. Messages name flags in here, and fields again afterwards."""
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    console.reset(quiet="--quiet" in args or "-q" in args, flags=True)
+    try:
+        return answer(args)
+    finally:
+        console.state.flags = False
+
+
+def answer(args: list[str]) -> int:
     as_json, debug = "--json" in args, "--debug" in args  # until the parser has been asked
     name = next((a for a in args if not a.startswith("-")), None)
-    console.reset(quiet="--quiet" in args or "-q" in args)
     call = failure = None
     text = ""
     try:

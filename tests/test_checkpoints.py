@@ -130,7 +130,7 @@ NOT_OURS = {
     "a diffusion transformer": {"x_embedder.proj.weight": (1, 1)},
     "a video or motion model": {"down_blocks.0.motion_modules.0.weight": (1, 1)},
     "a ControlNet": {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
-    "a LoRA: give it with --lora": {"lora_unet_x.lora_down.weight": (4, 4)},
+    "a LoRA: give it with `lora`": {"lora_unet_x.lora_down.weight": (4, 4)},
     "a textual inversion embedding": {"emb_params": (4, 768)},
     "a UNet alone with diffusers' names": {"down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)},
     "averaged weights alone": {"model_ema.diffusion_modelinput_blocks00weight": (320, 4, 3, 3)},
@@ -207,7 +207,7 @@ def test_the_depths_of_sdxl_are_read_off_its_keys(tmp_path):
     gone = {k: v for k, v in shapes.items() if "output_blocks.2.1.transformer_blocks.1." not in k}
     with pytest.raises(InputRefused, match="differ within a level") as caught:
         family.infer_unet(header(tmp_path, gone), config)
-    assert "--base-config" in caught.value.hint
+    assert "`base_config=FOLDER`" in caught.value.hint
 
 
 @pytest.mark.parametrize("layout", ["bk-base", "bk-small", "ssd-1b", "vega", "koala-1b", "koala-700m"])
@@ -390,7 +390,7 @@ def test_a_pickle_needs_leave(one_file, tmp_path):
     torch.save({"state_dict": load_file(one_file[0]), "epoch": 3}, tmp_path / "model.ckpt")
     with pytest.raises(InputRefused, match="a pickle") as caught:
         checkpoint.load(str(tmp_path / "model.ckpt"), config=str(one_file[1]))
-    assert "--allow-pickle" in caught.value.hint
+    assert "`allow_pickle`" in caught.value.hint
     base = checkpoint.load(str(tmp_path / "model.ckpt"), config=str(one_file[1]), allow_pickle=True)
     a, b = base.weights("unet"), checkpoint.load(str(one_file[1])).weights("unet")
     assert all(torch.equal(a[k], b[k]) for k in a)

@@ -121,7 +121,7 @@ def test_extractors_of_others_are_named_by_module_and_function():
     with pytest.raises(UsageError, match="the extractor answered"):
         control.extract(picture, control.extractor(f"{__name__}:wrong"))
     for name in ("nothing", "no.such:module", f"{__name__}:missing"):
-        with pytest.raises(UsageError, match="--control"):
+        with pytest.raises(UsageError, match="`control"):
             control.extractor(name)
 
 

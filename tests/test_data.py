@@ -102,9 +102,9 @@ def test_folder_mistakes_are_named(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(InputRefused, match=r"a\.png: not a readable image"):
         open_data(base, str(tmp_path), **OPEN)
-    with pytest.raises(UsageError, match="--data nowhere"):
+    with pytest.raises(UsageError, match="`data=nowhere`"):
         open_data(base, "nowhere", **OPEN)
-    with pytest.raises(UsageError, match="use --resolution 64"):
+    with pytest.raises(UsageError, match="use `resolution=64`"):
         open_data(base, "emoji", **{**OPEN, "resolution_px": 128})
 
 
@@ -255,7 +255,7 @@ def test_prompts_alone_cost_no_sampling_and_their_latents_cannot_be_used_unnotic
 def test_pairs_come_from_the_teacher_alone(tmp_path):
     with pytest.raises(UsageError, match="needs pairs of noise and picture") as error:
         open_data(checkpoint.load("emoji"), "emoji", **OPEN, wants="pairs")
-    assert "--data teacher" in error.value.hint
+    assert "`data=teacher`" in error.value.hint
 
 
 def test_default_prompts_of_full_size_models_exist():

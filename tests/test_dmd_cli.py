@@ -247,9 +247,9 @@ def test_lpips_needs_the_backbone_or_says_how_to_get_it(train, tiny_sd, tmp_path
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
         monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
         with pytest.raises(perceptual.UsageError, match="LPIPS needs vgg16-397923af.pth") as error:
-            perceptual.open_distance("sd15", None, off="--lambda-reg 0")
+            perceptual.open_distance("sd15", None, off="`lambda_reg=0`")
         assert ("no route" in str(error.value)) == (offline == "0")
-        assert all(way in error.value.hint for way in ("--lpips-weights vgg16", "embedded", "--lambda-reg 0"))
+        assert all(way in error.value.hint for way in ("`lpips_weights=vgg16", "embedded", "`lambda_reg=0`"))
     save_file({"features.0.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(perceptual.UsageError, match=r"of VGG-16's layers are not in that file"):
         perceptual.open_distance("sd15", str(tmp_path / "other.safetensors"))

@@ -209,7 +209,7 @@ def test_openvino_is_refused_where_it_cannot_run(fastdiff, monkeypatch):
     code, told = fastdiff(*flags, "--device", "cpu")
     assert (code, told["error"]["message"]) == (2, "--compile openvino: OpenVINO is not installed")
     assert told["error"]["hint"] == 'pip install "fastdiff[openvino]"'
-    with pytest.raises(UsageError, match="--compile openvino: it runs on the CPU, not on cuda"):
+    with pytest.raises(UsageError, match="`compile=openvino`: it runs on the CPU, not on cuda"):
         openvino.check("cuda")
 
 

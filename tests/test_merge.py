@@ -168,7 +168,7 @@ def test_with_a_base_the_weights_are_added_in_fp32_and_cast_once(tiny_sd, tmp_pa
 def test_a_base_of_another_family_is_refused(files, monkeypatch):
     lora.save(example(0, 4, "linear", family="sdxl"), "xl.safetensors")
     monkeypatch.setattr(checkpoint, "load", lambda ref, **how: SimpleNamespace(ref=ref, family="sd15", allow_pickle=False))
-    with pytest.raises(InputRefused, match="--base sd15 is sd15, but the LoRAs are for sdxl"):
+    with pytest.raises(InputRefused, match="`base=sd15` is sd15, but the LoRAs are for sdxl"):
         merge_lora.run(Config(accel="xl.safetensors", base="sd15"))
 
 
@@ -230,7 +230,7 @@ def test_fold_refuses_what_does_not_fit_and_changes_nothing():
 
 def test_apply_reaches_the_encoders_and_leaves_nothing_out():
     encoder = nn.ModuleDict({"encoder": nn.Linear(5, 6)})
-    base = SimpleNamespace(unet=Net(), text_encoders=[encoder])
+    base = SimpleNamespace(family="sd15", unet=Net(), text_encoders=[encoder])
     item = Lora({"lora_unet_conv": factors(0, 4, 3), "lora_te1_text_model_encoder": factors(1, 4)})
     before = encoder["encoder"].weight.clone()
     assert apply.apply(base, [(item, 0.5)]).changed == 2  # te1 is the only encoder of an SD1 base
@@ -275,7 +275,7 @@ def test_diffusers_applies_every_layer_of_what_we_write(tiny_sd, tmp_path):
     theirs.load_lora_weights(str(tmp_path), weight_name="x.safetensors")
     layers = [m for net in (theirs.unet, theirs.text_encoder) for m in net.modules() if isinstance(m, LoraLayer)]
     assert len(layers) == len(item.modules) > 200
-    base = SimpleNamespace(unet=ours.unet, text_encoders=[ours.text_encoder])
+    base = SimpleNamespace(family="sd15", unet=ours.unet, text_encoders=[ours.text_encoder])
     assert apply.apply(base, [(lora.load(tmp_path / "x.safetensors"), 1.0)]).changed == len(item.modules)
     for before, mine, other in zip(plain, outputs(ours), outputs(theirs), strict=True):
         assert (mine - before).abs().max() > 1e-2
@@ -393,10 +393,10 @@ def test_what_has_no_low_rank_is_refused_with_the_way_out(tmp_path):
     good = example(0, 4, "linear")
     with pytest.raises(InputRefused, match="a DoRA .* cannot be merged into a LoRA exactly") as caught:
         concatenate([(good, 1.0), (dora, 1.0)])
-    assert caught.value.hint == "bake it into a checkpoint with --base"
+    assert caught.value.hint == "bake it into a checkpoint with `base`"
     with pytest.raises(InputRefused, match="a LoHa") as caught:
         concatenate([(good, 1.0), (loha, 1.0)])
-    assert "--rank R" in caught.value.hint
+    assert "`rank=R`" in caught.value.hint
     merged, _ = reduced(concatenate([(good, 1.0), (loha, 0.5)], approximate=True), "5", 1.0, {})
     wanted = good.modules["lora_unet_linear"].delta() + 0.5 * loha.modules["lora_unet_linear"].value
     torch.testing.assert_close(merged.modules["lora_unet_linear"].delta(), wanted, rtol=1e-4, atol=1e-5)

@@ -210,7 +210,7 @@ def test_a_lora_of_the_parent_never_lands_on_a_wrong_layer_by_its_name():
     assert list(remapped(small, touching(kept, whole), wanted=True).modules) == [cut]
     with pytest.raises(InputRefused, match=r"is for the network that .* was pruned from") as refused:
         remapped(small, touching(kept, whole), wanted=False)
-    assert "--remap" in refused.value.hint
+    assert "`remap=True`" in refused.value.hint
     own = replace(touching(cut, whole), metadata={"fastdiff.layers_per_block": "1"})  # trained on the pruned network
     assert remapped(small, own, wanted=True) is own
     assert remapped(small, own, wanted=False) is own

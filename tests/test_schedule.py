@@ -99,9 +99,9 @@ def test_what_is_not_supported_is_named():
         NoiseSchedule.from_config({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5})
     with pytest.raises(ValueError, match="beta_schedule 'cosine'"):
         NoiseSchedule.from_config({"beta_schedule": "cosine"})
-    with pytest.raises(ValueError, match="--num-steps must be at most 50"):
+    with pytest.raises(ValueError, match="`num_steps` must be at most 50"):
         schedule.grid(60, "lcm")
-    with pytest.raises(ValueError, match="--num-steps must be between"):
+    with pytest.raises(ValueError, match="`num_steps` must be between"):
         schedule.grid(0)
     with pytest.raises(ValueError, match="prediction type 'flow'"):
         schedule.predict(torch.zeros(1), torch.zeros(1), torch.tensor(0), "flow")

@@ -22,7 +22,7 @@ from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdiff.runtime.console import info
-from fastdiff.runtime.errors import InputRefused
+from fastdiff.runtime.errors import InputRefused, as_field
 
 
 @dataclass
@@ -186,7 +186,7 @@ class Checkpoint:
             if part.startswith("text_encoder"):
                 import transformers
 
-                cls = getattr(transformers, self.index[part][1])
+                cls = getattr(transformers, self.index[part][1])  # the class that the folder names
                 return cls(cls.config_class.from_dict(config))
             from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -218,7 +218,7 @@ class Checkpoint:
                 info(f"{self.path}: has no {part}; taken from {self.config}")
                 return self.from_folder(part, shapes, self.config)
             if len(gone) == len(wanted):
-                hint = f"give a whole diffusers folder of its family: --base-config FOLDER, whose {part} is then used"
+                hint = f"give a whole diffusers folder of its family: `base_config=FOLDER`, whose {part} is then used"
                 raise InputRefused(f"{self.path}: has no {part} ({prefix}*)", hint)
             self.complete(part, gone, left, self.path)
             return single_file.read(self.file, wanted, shapes)
@@ -228,7 +228,7 @@ class Checkpoint:
         for what, names in (("are missing", gone), ("have no place in the model", left)):
             if names:
                 told = f"{where}: {part}: {len(names)} layers {what}: {', '.join(names[:3])}"
-                raise InputRefused(told, "the file is damaged or another model; for unusual networks give --base-config")
+                raise InputRefused(told, "the file is damaged or another model; for unusual networks give `base_config`")
 
     def stored(self, part: str, folder: Path) -> list[Path]:
         """The weight files of a component in a diffusers folder: full precision first, shards, then the fp16 variant."""
@@ -250,7 +250,8 @@ class Checkpoint:
         files = [tensors.open_file(path, allow_pickle=self.allow_pickle) for path in self.stored(part, folder)]
         if not files:
             raise InputRefused(
-                f"--base {self.ref}: {folder / part} has no safetensors weights", "a .bin is read with --allow-pickle"
+                f"{as_field('base', self.ref)}: {folder / part} has no safetensors weights",
+                "a .bin is read with `allow_pickle=True`",
             )
         readers: dict[str, Callable[[], Tensor]] = {}
         dtypes: dict[str, torch.dtype] = {}
@@ -279,10 +280,10 @@ class Checkpoint:
         for key, name in names.items():
             tensor = weights[name]
             if not tensor.is_floating_point():
-                raise InputRefused(f"--base {self.ref}: {part}: {name} is {tensor.dtype}, not floating point")
+                raise InputRefused(f"{as_field('base', self.ref)}: {part}: {name} is {tensor.dtype}, not floating point")
             state[key] = tensor.to(dtype).contiguous()
             if not bool(state[key].isfinite().all()):
-                raise InputRefused(f"--base {self.ref}: {part} has NaN or infinite values ({name})")
+                raise InputRefused(f"{as_field('base', self.ref)}: {part} has NaN or infinite values ({name})")
         net.load_state_dict(state, assign=True)
         assert not any(p.is_meta for p in net.parameters())
         return net.eval().requires_grad_(False)
@@ -327,6 +328,7 @@ class Checkpoint:
         """The stock diffusers pipeline over these components."""
         import diffusers
 
+        # getattr: the class that the folder names
         scheduler = getattr(diffusers, self.scheduler_config.get("_class_name", "DDIMScheduler"))
         parts: dict[str, Any] = {"unet": self.unet, "vae": self.vae, "scheduler": scheduler.from_config(self.scheduler_config)}
         for i, (encoder, tokenizer) in enumerate(zip(self.text_encoders, self.tokenizers, strict=True)):

@@ -7,47 +7,51 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.runtime.errors import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError, as_field, quoted
 
 FILES = ["config.json", "diffusion_pytorch_model.safetensors", "fastdiff.json"]
 
 
-def locate(ref: str, flag: str, what: str) -> Path:
-    """The folder behind a reference; UsageError where there is none."""
+def locate(ref: str, option: str, what: str) -> Path:
+    """The folder behind a reference, which `option` was given; UsageError where there is none."""
     folder = Path(ref).expanduser()
     if folder.exists():
         return folder
     if ref.startswith((".", "/", "~")) or ref.count("/") != 1:
-        raise UsageError(f"{flag} {ref}: no such folder", f"give a diffusers folder of a {what}, or a hub id (owner/name)")
+        raise UsageError(
+            f"{as_field(option, ref)}: no such folder", f"give a diffusers folder of a {what}, or a hub id (owner/name)"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(ref, allow_patterns=FILES))
     except Exception as error:  # the hub client raises a dozen kinds
-        raise UsageError(f"{flag} {ref}: not on this machine, and the hub cannot be reached", "give a folder") from error
+        raise UsageError(
+            f"{as_field(option, ref)}: not on this machine, and the hub cannot be reached", "give a folder"
+        ) from error
 
 
-def config_of(folder: Path, flag: str, ref: str, classes: tuple[str, ...]) -> dict[str, Any]:
+def config_of(folder: Path, option: str, ref: str, classes: tuple[str, ...]) -> dict[str, Any]:
     """Its config; InputRefused where it is of none of these classes."""
     told = folder / "config.json"
     config = json.loads(told.read_text()) if told.is_file() else {}
     if config.get("_class_name") not in classes:
         found = config.get("_class_name") or "no config.json there"
-        raise InputRefused(f"{flag} {ref}: {found}", f"a diffusers folder of {' or '.join(classes)}")
+        raise InputRefused(f"{as_field(option, ref)}: {found}", f"a diffusers folder of {' or '.join(classes)}")
     return config
 
 
-def load(folder: Path, flag: str, ref: str, config: dict[str, Any]) -> nn.Module:
+def load(folder: Path, option: str, ref: str, config: dict[str, Any]) -> nn.Module:
     """The network in fp32, frozen; InputRefused where its weights cannot be read whole."""
     import diffusers
 
-    kind = getattr(diffusers, config["_class_name"])
+    kind = getattr(diffusers, config["_class_name"])  # one of the classes that were asked for
     try:
         net, told = kind.from_pretrained(
             folder, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputRefused(f"{flag} {ref}: its weights cannot be read ({str(error).splitlines()[0]})") from error
+        raise InputRefused(f"{as_field(option, ref)}: its weights cannot be read ({quoted(error).splitlines()[0]})") from error
     if missing := sorted(told["missing_keys"]):
-        raise InputRefused(f"{flag} {ref}: {len(missing)} of its layers have no weights ({missing[0]})")
+        raise InputRefused(f"{as_field(option, ref)}: {len(missing)} of its layers have no weights ({missing[0]})")
     return net.eval().requires_grad_(False)

@@ -22,7 +22,7 @@ OTHERS = (  # a key that tells what the file is, when it is nothing that we read
     ),
     (r"motion_modules|time_stack|temporal_transformer|time_mixer", "a video or motion model"),
     (r"^control_model\.|^controlnet_|^input_hint_block|^zero_convs", "a ControlNet, not a base model"),
-    (r"\.lora_(down|up|A|B)\.|_lora\.(down|up)|\.hada_w|\.lokr_w", "a LoRA: give it with --lora"),
+    (r"\.lora_(down|up|A|B)\.|_lora\.(down|up)|\.hada_w|\.lokr_w", "a LoRA: give it with `lora`"),
     (r"string_to_param|^emb_params$|^clip_[lg]$", "a textual inversion embedding, not a base model"),
     (r"^(unet\.)?(down_blocks|mid_block)\.", "a UNet alone with diffusers' names: give the folder that it belongs to"),
     (r"^(model_ema\.)", "averaged weights alone, without the model"),
@@ -92,7 +92,7 @@ def detect(file: TensorFile) -> Found:
         raise refuse(path, "an unCLIP checkpoint", f"{UNET}label_emb.0.0.weight")
     if family is None:
         what = f"{path}: a checkpoint with cross-attention of width {width} ({cross})"
-        raise InputRefused(what, "for a network of unusual shape give a folder with its configs: --base-config FOLDER")
+        raise InputRefused(what, "for a network of unusual shape give a folder with its configs: `base_config=FOLDER`")
     return prediction(file, family)
 
 
@@ -123,7 +123,7 @@ def prediction(file: TensorFile, family: str) -> Found:
 def infer_unet(file: TensorFile, config: Mapping[str, Any]) -> dict[str, Any]:
     """The family's UNet config, its blocks changed to those that are in the file: pruned networks have fewer.
 
-    A network whose layers differ within a level cannot be told from names alone: InputRefused asks for --base-config.
+    A network whose layers differ within a level cannot be told from names alone: InputRefused asks for `base_config`.
     """
     shapes = {k.removeprefix(UNET): v for k, v in file.shapes.items() if k.startswith(UNET)}
     count = lambda side: 1 + max(int(m[1]) for k in shapes if (m := re.match(rf"{side}\.(\d+)\.", k)))
@@ -146,7 +146,7 @@ def infer_unet(file: TensorFile, config: Mapping[str, Any]) -> dict[str, Any]:
     if not even or (middle and middle not in known):
         raise InputRefused(
             f"{file.path}: a pruned UNet whose layers differ within a level or from one half to the other",
-            "give the folder with its configs: --base-config FOLDER",
+            "give the folder with its configs: `base_config=FOLDER`",
         )
     kinds = {None: None, 0: "UNetMidBlock2D"}
     found = {

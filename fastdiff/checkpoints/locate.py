@@ -9,7 +9,7 @@ from typing import Any
 from fastdiff.checkpoints import tensors
 from fastdiff.checkpoints.family import FAMILIES, FAMILY_OF_WIDTH, detect
 from fastdiff.runtime.disk import ASSETS
-from fastdiff.runtime.errors import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 
 EMOJI = ASSETS / "emoji"
 ALIASES = {
@@ -26,25 +26,25 @@ FILES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 
 def missing_weights(ref: str, hub_id: str) -> UsageError:
     return UsageError(
-        f"--base {ref}: no weights for it on this machine and the hub ({hub_id}) cannot be reached",
-        "give it as (1) a hub id with network access (drop --offline), (2) a diffusers folder: --base path/to/folder, or "
-        "(3) a single file: --base model.safetensors",
+        f"{as_field('base', ref)}: no weights for it on this machine and the hub ({hub_id}) cannot be reached",
+        "give it as (1) a hub id with network access (drop `offline`), (2) a diffusers folder: `base=path/to/folder`, or "
+        "(3) a single file: `base=model.safetensors`",
     )
 
 
 def locate(ref: str, *, configs_only: bool = False) -> Path:
-    """The folder or file behind a --base reference; downloads what is missing unless HF_HUB_OFFLINE is set."""
+    """The folder or file behind a reference to a base model; downloads what is missing unless HF_HUB_OFFLINE is set."""
     if ref == "emoji":
         return EMOJI
     path = Path(ref).expanduser()
     if path.exists():
         return path
     if path.suffix in FILES or ref.startswith((".", "/", "~")):
-        raise UsageError(f"--base {ref}: no such file or folder")
+        raise UsageError(f"{as_field('base', ref)}: no such file or folder")
     hub_id = ALIASES.get(ref, ref)
     if hub_id.count("/") != 1:
         known = ", ".join(["emoji", *ALIASES])
-        raise UsageError(f"--base {ref}: not an alias ({known}), a hub id (owner/name), a folder or a file")
+        raise UsageError(f"{as_field('base', ref)}: not an alias ({known}), a hub id (owner/name), a folder or a file")
     from huggingface_hub import snapshot_download
 
     patterns = ["model_index.json", "*/*.json", "*/merges.txt"] if configs_only else WANTED
@@ -70,7 +70,9 @@ def family_of(ref: str, *, config: str | None = None, allow_pickle: bool = False
         return detect(tensors.open_file(path, allow_pickle=allow_pickle)).family
     config = path / "unet" / "config.json"
     if not config.exists():
-        raise InputRefused(f"--base {ref}: {config} is missing; a diffusers folder holds unet/, vae/, text_encoder/ ...")
+        raise InputRefused(
+            f"{as_field('base', ref)}: {config} is missing; a diffusers folder holds unet/, vae/, text_encoder/ ..."
+        )
     return family_of_config(json.loads(config.read_text()))
 
 

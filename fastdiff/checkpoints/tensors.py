@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.runtime.errors import DoesNotFit, GateFailed, InputRefused, UsageError
+from fastdiff.runtime.errors import DoesNotFit, GateFailed, InputRefused, UsageError, as_field, quoted
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -30,7 +30,7 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PICKLE = rb"PK\x03\x04|\x80[\x02-\x05][^\0]"
 OTHER_FILES = (  # how they begin, what they are, what to do
-    (PICKLE, "a pickle (.ckpt, .pt, .bin), which can run code", "convert it to safetensors; --allow-pickle reads tensors alone"),
+    (PICKLE, "a pickle (.ckpt, .pt, .bin), which can run code", "convert it to safetensors; `allow_pickle` reads tensors alone"),
     (rb"version https://git-lfs", "a git-lfs pointer, not the weights", "run: git lfs pull"),
     (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page, not the weights", "download the file again"),
     (rb"GGUF", "a GGUF file", "give the safetensors file that it was made from"),
@@ -158,7 +158,9 @@ def open_pickle(path: Path, head: bytes) -> TensorFile:
         name = re.search(r"GLOBAL (\S+)|[Tt]rying to load unsupported GLOBAL (\S+)", str(error))
         raise InputRefused(f"{path}: a pickle that holds more than tensors" + (f" ({name[1]})" if name else ""), hint) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise InputRefused(f"{path}: a corrupt pickle ({str(error).splitlines()[0][:100]})", "download the file again") from error
+        raise InputRefused(
+            f"{path}: a corrupt pickle ({quoted(error).splitlines()[0][:100]})", "download the file again"
+        ) from error
     found = found.get("state_dict", found) if isinstance(found, dict) else {}
     tensors = {str(k): v.detach() for k, v in found.items() if isinstance(v, Tensor)}
     if not tensors:
@@ -212,7 +214,7 @@ def write(path: str | Path, wanted: Iterable[Entry], metadata: Mapping[str, str]
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if free < offset + len(text):
-        raise DoesNotFit(f"--output {path}: needs {offset / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free there")
+        raise DoesNotFit(f"{as_field('output', path)}: needs {offset / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free there")
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with staged.open("wb") as file:

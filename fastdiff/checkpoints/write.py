@@ -17,7 +17,7 @@ from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import Entry
 from fastdiff.runtime.console import info
-from fastdiff.runtime.errors import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 
 ARCHITECTURES = {"emoji": "stable-diffusion-v1", "sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
 
@@ -77,7 +77,7 @@ def to_folder(
     """
     changed = changed or {}
     if folder.exists() and not (folder / "model_index.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"--output {folder}: exists and is not a checkpoint folder; choose another name")
+        raise UsageError(f"{as_field('output', folder)}: exists and is not a checkpoint folder; choose another name")
     sources = {part: changed.get(part) or weights_of(base, part) for part in base.parts}
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
@@ -319,12 +319,12 @@ def refuse_unreadable(base: Checkpoint, *, force: bool) -> None:
     """InputRefused before anything is written, for a UNet that has no single-file layout, or one that nobody else knows."""
     config = config_of(base, "unet")
     if not isinstance(config.get("layers_per_block"), int):
-        raise InputRefused(f"--base {base.ref}: an uneven UNet has no single-file layout", "export it as a folder")
+        raise InputRefused(f"{as_field('base', base.ref)}: an uneven UNet has no single-file layout", "export it as a folder")
     if not known_elsewhere(base.family, config):
         if not force:
             raise InputRefused(
-                f"--base {base.ref}: ComfyUI, A1111 and Forge know no single file of a UNet of this shape",
-                "export it as a folder, which diffusers loads; --force writes the file for fastdiff and diffusers "
+                f"{as_field('base', base.ref)}: ComfyUI, A1111 and Forge know no single file of a UNet of this shape",
+                "export it as a folder, which diffusers loads; `force=True` writes the file for fastdiff and diffusers "
                 "(from_single_file with config=FOLDER)",
             )
     elif base.family != "emoji" and blocks_of(config) != blocks_of(stock_config(base.family)):

@@ -131,7 +131,7 @@ def of_checkpoint(file: TensorFile) -> dict[str, Any]:
         told["unplaced"] = {"count": len(left), "first": left[:5]}
         told["ema"] = any(key.startswith("model_ema.") for key in file)
     except InputRefused as error:
-        told["unusual"] = str(error)
+        told["unusual"] = console.worded(str(error))
     return told
 
 
@@ -162,7 +162,7 @@ def look(path: Path, config: Config) -> dict[str, Any]:
             parts = told.get("components", {}).values()
             told["supported"] = "unusual" not in told and not any(part["missing_count"] for part in parts)
     except InputRefused as error:
-        told |= {"kind": "other", "supported": False, "why_not": str(error).removeprefix(f"{path}: ")}
+        told |= {"kind": "other", "supported": False, "why_not": console.worded(str(error).removeprefix(f"{path}: "))}
     return told
 
 

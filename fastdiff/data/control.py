@@ -13,7 +13,7 @@ from fastdiff.data.batch import Encoded
 from fastdiff.data.folder import square
 from fastdiff.models import autoencoder
 from fastdiff.runtime import console, stop
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, as_field
 from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import at_once
 
@@ -25,7 +25,7 @@ def opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise UsageError("--control canny: OpenCV is not installed", 'pip install "fastdiff[control]"') from error
+        raise UsageError("`control=canny`: OpenCV is not installed", 'pip install "fastdiff[control]"') from error
     return cv2
 
 
@@ -41,9 +41,10 @@ def extractor(name: str) -> Extractor:
         return canny
     module, _, function = name.partition(":")
     try:
-        found = getattr(import_module(module), function or "")
+        found = getattr(import_module(module), function or "")  # a stranger's function by its name
     except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"--control {name}: no such extractor", "canny, or MODULE:FUNCTION that can be imported") from error
+        hint = "canny, or MODULE:FUNCTION that can be imported"
+        raise UsageError(f"{as_field('control', name)}: no such extractor", hint) from error
     return found
 
 
@@ -55,7 +56,7 @@ def extract(pictures: Tensor, how: Extractor) -> Tensor:
         made = told[None] if told.ndim == 2 else told.permute(2, 0, 1)
         if made.dtype != torch.uint8 or made.shape[0] not in (1, 3) or made.shape[1:] != picture.shape[1:]:
             raise UsageError(
-                f"--control: the extractor answered {tuple(told.shape)} {told.dtype} for a picture of {tuple(picture.shape[1:])}",
+                f"`control`: the extractor answered {tuple(told.shape)} {told.dtype} for a picture of {tuple(picture.shape[1:])}",
                 "(H, W) or (H, W, 3) in bytes, of the picture's size",
             )
         found.append(made)
@@ -76,7 +77,7 @@ def of_samples(vae: nn.Module, data: Encoded, how: Extractor) -> None:
 def read(path: Path, side_px: int, how: Extractor | None) -> Tensor:
     """A control picture from a file, (3, S, S) in [0, 1]; with an extractor the file is a picture that it is taken from."""
     if not path.is_file():
-        raise UsageError(f"--control-image {path}: no such file")
+        raise UsageError(f"{as_field('control_image', path)}: no such file")
     pixels, _ = square(path, side_px)
     if how is None:
         return pixels / 2 + 0.5

@@ -25,7 +25,7 @@ from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond
 from fastdiff.runtime import console, disk, stop
 from fastdiff.runtime.disk import cache_folder, write_atomic
-from fastdiff.runtime.errors import InputRefused, Stopped
+from fastdiff.runtime.errors import InputRefused, Stopped, as_field
 from fastdiff.sampling.sampler import at_once
 
 SIZE = 64  # pictures or captions a file
@@ -98,7 +98,7 @@ def encode(
         name, why = listing.refused[0]
         total = len(listing.rows) + len(listing.refused)
         console.warn(
-            f"--data {source.spec}: {len(listing.refused)} of {total} images skipped: {reasons(listing.refused)}; "
+            f"{as_field('data', source.spec)}: {len(listing.refused)} of {total} images skipped: {reasons(listing.refused)}; "
             f"the first: {name}: {why}" + (f"; all of them: {pictures.index}" if len(listing.refused) > NAMED else "")
         )
     return pictures.encoded(listing.rows)
@@ -107,7 +107,7 @@ def encode(
 def hopeless(source: Source, listing: Listing) -> InputRefused:
     name, why = listing.refused[0] if listing.refused else ("it", "gives no samples")
     return InputRefused(
-        f"--data {source.spec}: none of {len(listing.refused)} images can be used: {reasons(listing.refused)}; "
+        f"{as_field('data', source.spec)}: none of {len(listing.refused)} images can be used: {reasons(listing.refused)}; "
         f"the first: {name}: {why}"
     )
 
@@ -121,7 +121,7 @@ class Captions:
         rule = (nets, base.family, [tokenizer.model_max_length for tokenizer in base.tokenizers])
         self.store = Store(cache_folder() / f"texts-{hash_of(*rule)[:16]}")
         if self.encode([""]):
-            raise InputRefused(f"--base {base.ref}: its text encoder answers NaN or infinity to an empty prompt")
+            raise InputRefused(f"{as_field('base', base.ref)}: its text encoder answers NaN or infinity to an empty prompt")
 
     @staticmethod
     def key(caption: str) -> str:
@@ -194,7 +194,7 @@ class Pictures:
         told = f"{samples} images of {source.spec} to encode" if known else f"up to {samples} images of {source.spec} to encode"
         room = f"{disk.shown(disk.free_bytes(self.store.folder))} are free"
         console.info(f"{told}: about {disk.shown(size)} in {self.store.folder.parent}; {room}")
-        hint = "FASTDIFF_CACHE names another folder; --max-images takes fewer"
+        hint = "FASTDIFF_CACHE names another folder; `max_images` takes fewer"
         disk.require(self.store.folder, size, f"{samples} encoded images", hint)
 
     def encode(self, samples: list[tuple[Sample, str]]) -> list[tuple[str, str]]:
@@ -312,7 +312,7 @@ class Reading:
         for sample in self.source.samples():
             stop.check()
             if found == self.most:
-                console.info(f"--data {self.source.spec}: the first {found} images (--max-images)")
+                console.info(f"{as_field('data', self.source.spec)}: the first {found} images (`max_images`)")
                 return
             why, data = sample.problem, b""
             if not why:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastdiff.data.images import CAPTIONS, SUFFIXES, Framing, Refused, Sample, caption_in, caption_of_json, decode, hash_of
-from fastdiff.runtime.errors import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 
 MISSING = "without a caption"
 
@@ -19,13 +19,14 @@ class Folder:
         self.folder, self.spec = folder, str(folder)
         self.images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         if not self.images:
-            raise UsageError(f"--data {folder}: no images in it ({', '.join(SUFFIXES)})")
+            raise UsageError(f"{as_field('data', folder)}: no images in it ({', '.join(SUFFIXES)})")
         self.table = table(folder)
         self.captions = {path: self.caption(path) for path in self.images}
         missing = [p for p in self.images if self.captions[p] is None]
         if len(missing) == len(self.images):
+            all_of = f"{len(missing)} of {len(missing)} images have no caption"
             raise UsageError(
-                f"--data {folder}: {len(missing)} of {len(missing)} images have no caption, the first is {missing[0].name}",
+                f"{as_field('data', folder)}: {all_of}, the first is {missing[0].name}",
                 f"put it into {missing[0].stem}.txt beside the image, into {missing[0].stem}.json as "
                 '{"text": ...}, or into a metadata.jsonl of {"file_name": ..., "text": ...} lines',
             )

@@ -1,4 +1,4 @@
-"""Where training data comes from: `--data emoji | teacher | FOLDER | wds:SHARDS | hf:ID`."""
+"""Where training data comes from: `data` is emoji, teacher, FOLDER, wds:SHARDS or hf:ID."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from fastdiff.data import emoji, encode, folder, streams, teacher
 from fastdiff.data.batch import Batch, Buckets, Data, Encoded
 from fastdiff.data.images import Framing
 from fastdiff.data.prompts import default_prompts, read_prompts
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, as_field
 from fastdiff.sampling.sampler import DEFAULTS, Settings
 
 __all__ = ["Batch", "Buckets", "Data", "Encoded", "Framing", "Wants", "open_data"]
@@ -43,15 +43,17 @@ def open_data(
     """
     spec = spec or ("emoji" if base.family == "emoji" else "teacher")
     if wants == "pairs" and spec != "teacher":
-        raise UsageError(f"--data {spec}: regression needs pairs of noise and picture", "use --data teacher, or --lambda-reg 0")
+        hint = "use `data=teacher`, or `lambda_reg=0`"
+        raise UsageError(f"{as_field('data', spec)}: regression needs pairs of noise and picture", hint)
     framing = framing or Framing(resolution_px)
-    unused = {"--buckets": framing.buckets, "--random-crops": framing.random_crops, "--flip": framing.flip}
-    given = next((flag for flag, value in {**unused, "--max-images": max_images}.items() if value), None)
+    unused = {"buckets": framing.buckets, "random_crops": framing.random_crops, "flip": framing.flip, "max_images": max_images}
+    given = next((name for name, value in unused.items() if value), None)
     if given and spec.partition(":")[0] in {"emoji", "teacher"}:
-        raise UsageError(f"{given}: has no use with --data {spec}", "it is for pictures that are read: a folder, wds: or hf:")
+        hint = "it is for pictures that are read: a folder, wds: or hf:"
+        raise UsageError(f"{as_field(given)}: has no use with {as_field('data', spec)}", hint)
     if spec == "emoji":
         if resolution_px != emoji.CELL_PX:
-            raise UsageError(f"--data emoji: the pictures are {emoji.CELL_PX} px; use --resolution {emoji.CELL_PX}")
+            raise UsageError(f"`data=emoji`: the pictures are {emoji.CELL_PX} px; use `resolution={emoji.CELL_PX}`")
         return emoji.encode(base, device=device)
     if spec in {f"emoji:{style}" for style in emoji.STYLES}:
         return emoji.encode(base, device=device, style=spec.split(":")[1])
@@ -67,4 +69,5 @@ def open_data(
         return encode.encode(base, source, framing, most=max_images or STREAMED, device=device)
     if Path(spec).is_dir():
         return encode.encode(base, folder.Folder(Path(spec)), framing, most=max_images, device=device)
-    raise UsageError(f"--data {spec}: emoji, emoji:STYLE, teacher, wds:SHARDS, hf:ID, or a folder of images and captions")
+    kinds = "emoji, emoji:STYLE, teacher, wds:SHARDS, hf:ID, or a folder of images and captions"
+    raise UsageError(f"{as_field('data', spec)}: {kinds}")

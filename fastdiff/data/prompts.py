@@ -6,7 +6,7 @@ import torch
 
 from fastdiff.data import emoji
 from fastdiff.runtime.disk import ASSETS
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, as_field
 
 PROMPTS = ASSETS / "prompts.txt"
 
@@ -14,11 +14,11 @@ PROMPTS = ASSETS / "prompts.txt"
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line; blank lines and lines that start with # do not count."""
     if not path.exists():
-        raise UsageError(f"--prompts {path}: no such file")
+        raise UsageError(f"{as_field('prompts', path)}: no such file")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise UsageError(f"--prompts {path}: no prompts in it (one a line)")
+        raise UsageError(f"{as_field('prompts', path)}: no prompts in it (one a line)")
     return prompts
 
 

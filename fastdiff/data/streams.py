@@ -8,7 +8,7 @@ from typing import Any
 
 from fastdiff.data.folder import MISSING
 from fastdiff.data.images import CAPTIONS, SUFFIXES, Sample, caption_in, caption_of_json, hash_of
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, as_field, quoted
 
 EXTRA = 'pip install "fastdiff[data]"'
 # A server that does not answer, or stops sending, is given up within 30 s; webdataset's own command would take 15 minutes.
@@ -29,12 +29,12 @@ class WebDataset:
         try:
             from webdataset.shardlists import expand_urls
         except ImportError as error:
-            raise UsageError("--data wds: webdataset is not installed", EXTRA) from error
+            raise UsageError("`data=wds`: webdataset is not installed", EXTRA) from error
         self.spec, self.urls = f"wds:{urls}", expand_urls(urls)
         missing = [url for url in self.urls if self.local(url) and not Path(url).is_file()]
         if missing:
             more = f" ({len(missing)} of {len(self.urls)} are missing)" if len(self.urls) > 1 else ""
-            raise UsageError(f"--data {self.spec}: no such shard: {missing[0]}{more}")
+            raise UsageError(f"{as_field('data', self.spec)}: no such shard: {missing[0]}{more}")
 
     @staticmethod
     def local(url: str) -> bool:
@@ -133,13 +133,13 @@ class HuggingFace:
         try:
             import datasets
         except ImportError as error:
-            raise UsageError("--data hf: datasets is not installed", EXTRA) from error
+            raise UsageError("`data=hf`: datasets is not installed", EXTRA) from error
         self.spec, self.library = f"hf:{told}", datasets
         name, *rest = told.split(":")
         files: dict[str, Any] = {}
         if name in BUILDERS:
             if not rest:
-                raise UsageError(f"--data hf:{name}: of which files?", f"hf:{name}:PATH")
+                raise UsageError(f"{as_field('data', f'hf:{name}')}: of which files?", f"hf:{name}:PATH")
             place, *rest = rest
             files = {"data_dir": place} if Path(place).is_dir() else {"data_files": place}
         elif Path(name).is_file():
@@ -150,7 +150,7 @@ class HuggingFace:
             self.rows = self.builder.as_streaming_dataset(split=split)
         except Exception as error:  # the library raises a dozen kinds; each means that there is no such data
             hint = "hf:OWNER/NAME[:SPLIT], hf:imagefolder:FOLDER or hf:FILE.parquet; without a network only files at hand"
-            raise UsageError(f"--data {self.spec}: {str(error).splitlines()[0]}", hint) from error
+            raise UsageError(f"{as_field('data', self.spec)}: {quoted(error).splitlines()[0]}", hint) from error
         self.image = self.columns()
 
     def columns(self) -> str:
@@ -159,10 +159,10 @@ class HuggingFace:
         found = [k for k, v in features.items() if isinstance(v, self.library.Image)]
         found += [k for k in features if k.lower() in IMAGES and k not in found]
         if features and not found:
-            raise UsageError(f"--data {self.spec}: no image among its columns: {', '.join(features)}")
+            raise UsageError(f"{as_field('data', self.spec)}: no image among its columns: {', '.join(features)}")
         if features and not set(CAPTIONS) & set(features):
             told = f"captions are looked for as {', '.join(CAPTIONS)}; rename_column of the datasets library gives such a name"
-            raise UsageError(f"--data {self.spec}: no captions among its columns: {', '.join(features)}", told)
+            raise UsageError(f"{as_field('data', self.spec)}: no captions among its columns: {', '.join(features)}", told)
         image = found[0] if found else "image"
         if isinstance(features.get(image), self.library.Image):
             self.rows = self.rows.cast_column(image, self.library.Image(decode=False))

@@ -50,7 +50,7 @@ def encode(
     else:
         of = row[torch.arange(pairs) % len(row)]
         if pairs < len(prompts):
-            console.warn(f"--pairs {pairs}: only that many of the {len(prompts)} prompts are used")
+            console.warn(f"`pairs={pairs}`: only that many of the {len(prompts)} prompts are used")
         noise, latents = Shards(base, settings, prompts, texts[row], uncond, seed, resolution_px, device).first(pairs)
         good = finite(latents, [prompts[i % len(prompts)] for i in range(pairs)])
         noise, latents, of = noise[good], latents[good], of[good]
@@ -64,9 +64,9 @@ def finite(latents: Tensor, prompts: list[str]) -> Tensor:
     good = latents.flatten(1).isfinite().all(1)
     bad = [prompts[i] for i in (~good).nonzero().flatten().tolist()]
     if len(bad) == len(prompts):
-        raise InputRefused("--data teacher: no sample is finite", "in half precision a network may overflow: --precision fp32")
+        raise InputRefused("`data=teacher`: no sample is finite", "in half precision a network may overflow: `precision=fp32`")
     if bad:
-        console.warn(f"--data teacher: {len(bad)} of {len(prompts)} samples are not finite and left out; the first: {bad[0]}")
+        console.warn(f"`data=teacher`: {len(bad)} of {len(prompts)} samples are not finite and left out; the first: {bad[0]}")
     return good.nonzero().flatten()
 
 
@@ -113,7 +113,7 @@ class Shards:
         mine = [k for k in missing if share.mine(k)]
         if missing:
             size = 2 * 2 * math.prod(self.shape) * sum(wanted[k] for k in missing)
-            hint = "FASTDIFF_CACHE names another folder; fewer --pairs need less"
+            hint = "FASTDIFF_CACHE names another folder; fewer `pairs` need less"
             disk.require(self.folder, size, f"{n} samples of the teacher", hint)
             console.info(f"sampling the teacher takes about {disk.shown(size)} in {self.folder.parent}")
         if mine:

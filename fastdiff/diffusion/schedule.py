@@ -155,7 +155,7 @@ class NoiseSchedule(nn.Module):
         """
         total = len(self)
         if not 1 <= num_steps <= total:
-            raise ValueError(f"--num-steps must be between 1 and {total}, not {num_steps}")
+            raise ValueError(f"`num_steps` must be between 1 and {total}, not {num_steps}")
         if spacing == "trailing":
             steps = torch.arange(total, 0, -total / num_steps, dtype=torch.float64)[:num_steps].round() - 1
         elif spacing == "leading":
@@ -165,7 +165,7 @@ class NoiseSchedule(nn.Module):
         elif spacing == "lcm":
             origin = self.ddim_grid(50).flip(0)
             if num_steps > len(origin):
-                raise ValueError(f"--num-steps must be at most {len(origin)} for a consistency model, not {num_steps}")
+                raise ValueError(f"`num_steps` must be at most {len(origin)} for a consistency model, not {num_steps}")
             steps = origin[(torch.arange(num_steps, dtype=torch.float64) * len(origin) / num_steps).floor().long()]
         else:
             raise ValueError(f"timestep spacing {spacing!r} is not supported: trailing, leading, linspace or lcm")

@@ -27,6 +27,7 @@ PUBLIC = {
 }
 
 
+# A module's hook of Python for names that it has not yet: these are imported when they are asked for.
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module 'fastdiff.lora' has no attribute {name!r}")

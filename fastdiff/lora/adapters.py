@@ -56,16 +56,20 @@ def start_from(unet: nn.Module, start: Lora, name: str) -> None:
 
     UsageError where the LoRA does not fit or changes a layer that the adapter does not.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     modules = {key: unet.get_submodule(layer) for key, layer in apply.names(unet).items()}
-    bare = {f"{apply.names(unet)[key]}.weight": tuple(getattr(m, "base_layer", m).weight.shape) for key, m in modules.items()}
+    adapted = {key: m for key, m in modules.items() if isinstance(m, BaseTunerLayer)}
+    weights = {key: adapted[key].base_layer.weight if key in adapted else m.weight for key, m in modules.items()}
+    bare = {f"{layer}.weight": tuple(weights[key].shape) for key, layer in apply.names(unet).items()}
     (fitted,) = apply.fit([(start, 1.0)], apply.places(bare, "lora_unet_"))
-    homeless = [key for key in fitted.modules if not hasattr(modules[key], "lora_A")]
+    homeless = [key for key in fitted.modules if key not in adapted]
     if homeless:
         raise UsageError(
-            f"{start.source}: {len(homeless)} of its layers have no adapter here ({homeless[0]})", "--lora-layers all"
+            f"{start.source}: {len(homeless)} of its layers have no adapter here ({homeless[0]})", "`lora_layers=all`"
         )
     for key, update in fitted.modules.items():
-        layer = modules[key]
+        layer = adapted[key]
         if update.needs_weight:
             update = Dense(update.delta(layer.base_layer.weight.float().cpu()))
         down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
@@ -133,7 +137,7 @@ def encoder(unet: nn.Module) -> nn.Module:
 
 
 def is_adapted(net: nn.Module) -> bool:
-    return getattr(net, "_hf_peft_config_loaded", False)
+    return getattr(net, "_hf_peft_config_loaded", False)  # a mark of diffusers; other networks wear no adapters
 
 
 @contextmanager

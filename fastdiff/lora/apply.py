@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints import single_file
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.single_file import Weights
 from fastdiff.lora.file import Lora, with_first_encoder
 from fastdiff.lora.kinds import Factors, Update
@@ -75,7 +76,7 @@ def fit(
                     f"{names}: none of its {len(lora.modules)} modules fits ({sorted(wrong)[0]})", "it is for another base"
                 )
             if not allow_partial:
-                raise InputRefused(told, "it is for another base; --allow-partial applies the rest")
+                raise InputRefused(told, "it is for another base; `allow_partial=True` applies the rest")
             warn(told)
         found.append(replace(lora, modules=good, total=len(lora.modules)))
     return found
@@ -140,7 +141,7 @@ class Applied(NamedTuple):
     coverage: list[dict[str, Any]]
 
 
-def apply(base: Any, loras: list[tuple[Lora, float]], *, allow_partial: bool = False) -> Applied:
+def apply(base: Checkpoint, loras: list[tuple[Lora, float]], *, allow_partial: bool = False) -> Applied:
     """Change the `unet` and `text_encoders` of a checkpoint; all modules find their place, or none is touched."""
     if not loras:
         return Applied(0, [])
@@ -152,7 +153,7 @@ def apply(base: Any, loras: list[tuple[Lora, float]], *, allow_partial: bool = F
     table: dict[str, Place] = {}
     for prefix, net in nets.items():
         table |= places({name: tuple(p.shape) for name, p in net.named_parameters()}, prefix)
-    fitted = fit(loras, table, allow_partial=allow_partial, family=getattr(base, "family", ""))
+    fitted = fit(loras, table, allow_partial=allow_partial, family=base.family)
     for lora in fitted:
         info(f"{lora.source}: {len(lora.modules)} of {lora.total} modules applied")
     ready = [(lora, strength) for lora, (_, strength) in zip(fitted, loras, strict=True)]

@@ -20,7 +20,7 @@ from fastdiff.lora import apply
 from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
 from fastdiff.runtime import console
-from fastdiff.runtime.errors import InputRefused, Result, UsageError
+from fastdiff.runtime.errors import InputRefused, Result, UsageError, as_field
 
 DEFAULT_RANK = 64
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -71,7 +71,8 @@ def extract(config: Any, output: Path) -> Result:
                 mine = sums.setdefault(part, [0.0, 0.0])
                 sums[part] = [mine[0] + kept, mine[1] + whole]
     if not modules:
-        raise UsageError(f"--tuned {config.tuned}: no layer differs from --base {config.base}; there is nothing to extract")
+        names = as_field("tuned", config.tuned), as_field("base", config.base)
+        raise UsageError(f"{names[0]}: no layer differs from {names[1]}; there is nothing to extract")
     if left:
         console.warn(f"{len(left)} biases, norms and embeddings differ too and are no part of a LoRA: {', '.join(left[:3])}")
     recipe = replace(tuned.recipe, family=base.family)

@@ -20,7 +20,7 @@ from fastdiff.checkpoints.tensors import Entry
 from fastdiff.lora.kinds import Factors, Update, build, describe
 from fastdiff.lora.layouts import OTHERS, READERS, Part, canonical, read_peft, split
 from fastdiff.runtime.console import warn
-from fastdiff.runtime.errors import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError, as_field, quoted
 
 FAMILIES: dict[str, tuple[int, str, dict[str, str]]] = {  # cross-attention width, modelspec architecture, kohya's own
     "emoji": (128, "stable-diffusion-v1", {}),
@@ -83,8 +83,8 @@ class Lora:
                 kind = {"dora": "a DoRA", "loha": "a LoHa", "lokr": "a LoKr", "full": "a full difference"}.get(
                     update.kind, update.kind
                 )
-                hint = "bake it into a checkpoint with --base" + (
-                    "" if update.needs_weight else ", or give --rank R to approximate it"
+                hint = "bake it into a checkpoint with `base`" + (
+                    "" if update.needs_weight else ", or give `rank=R` to approximate it"
                 )
                 raise InputRefused(f"{self.source}: {kind} ({key}) cannot be {doing} exactly", hint)
         return dict(self.modules)  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def load(path: str | Path, *, layers: int = 2, allow_partial: bool = False, allo
     if unknown:
         told = f"{path}: {len(unknown)} of {len(file)} keys are unknown: {', '.join(unknown[:3])}"
         if not allow_partial or len(unknown) == len(parts):
-            raise InputRefused(told, "" if len(unknown) == len(parts) else "--allow-partial leaves them out")
+            raise InputRefused(told, "" if len(unknown) == len(parts) else "`allow_partial=True` leaves them out")
         warn(told)
     known = {key: part for key, part in parts.items() if part}
     if not known:
@@ -133,7 +133,7 @@ def load(path: str | Path, *, layers: int = 2, allow_partial: bool = False, allo
                 alpha = peft_alpha(configs[part.component], part.name, rank)
                 modules[part.key].setdefault("alpha", torch.tensor(float(alpha)))
     except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise InputRefused(f"{path}: what its header or adapter_config.json says is broken ({error})") from error
+        raise InputRefused(f"{path}: what its header or adapter_config.json says is broken ({quoted(error)})") from error
     updates = {
         key: checked(build(plain_magnitude(sides), f"{path}: {key}"), sides, f"{path}: {key}") for key, sides in modules.items()
     }
@@ -292,7 +292,7 @@ def stored(
 def save_peft(factors: Mapping[str, Factors], folder: Path, dtype: torch.dtype, told: dict[str, str]) -> None:
     """`adapter_model.safetensors` and `adapter_config.json`, a folder a component."""
     if folder.suffix == ".safetensors" or folder.is_file():
-        raise UsageError(f"--output {folder}: peft's layout is a folder", "leave .safetensors out")
+        raise UsageError(f"{as_field('output', folder)}: peft's layout is a folder", "leave .safetensors out")
     parts: dict[str, dict[str, Factors]] = {}
     for key, module in factors.items():
         component, name = split(key)
@@ -349,7 +349,9 @@ def with_weights(loras: Weighted, default: float = 1.0) -> list[tuple[Path | Lor
             continue
         item, weight = (pair, default) if isinstance(pair, Path | Lora) else pair
         if not math.isfinite(weight):
-            raise UsageError(f"`lora={item.source if isinstance(item, Lora) else item}`: the weight must be a finite number")
+            raise UsageError(
+                f"{as_field('lora', item.source if isinstance(item, Lora) else item)}: the weight must be a finite number"
+            )
         found.append((item if isinstance(item, Lora) else Path(item).expanduser(), float(weight)))
     return found
 

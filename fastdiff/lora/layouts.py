@@ -28,7 +28,7 @@ SIDES = {  # suffix of a flat key -> what it is in `updates.build`
 FLAT = re.compile(r"(lora_unet_|lora_te_|lora_te1_|lora_te2_|lycoris_)([^.]+)\.(.+)")
 OTHERS = (  # refused by name: what was trained for something else
     (r"^(lora_)?transformer[._]|^lora_unet_(double|single|joint)_blocks", "a LoRA of a transformer (SD3, Flux)"),
-    (r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", "a whole checkpoint (give it as --base)"),
+    (r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", "a whole checkpoint (give it as `base`)"),
     (r"string_to_param|^emb_params$|^clip_[lg]$", "a textual inversion embedding"),
     (r"motion_modules|temporal_transformer", "a motion LoRA (AnimateDiff)"),
 )  # fmt: skip

@@ -20,7 +20,7 @@ from fastdiff.lora import apply
 from fastdiff.lora.file import Lora, Weighted, opened, with_weights
 from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
 from fastdiff.lora.layouts import split
-from fastdiff.runtime.errors import InputRefused
+from fastdiff.runtime.errors import InputRefused, as_field
 
 Method = Literal["sum", "ties", "dare-ties", "dare-linear"]
 
@@ -77,7 +77,7 @@ def concatenate(
         if not approximate and method == "sum":
             item.factors("merged into a LoRA")
         elif bad := [key for key, update in item.modules.items() if update.needs_weight or len(update.shape or ()) < 2]:
-            raise InputRefused(f"{item.source}: {item.modules[bad[0]].kind} ({bad[0]}) has no low rank", "bake it with --base")
+            raise InputRefused(f"{item.source}: {item.modules[bad[0]].kind} ({bad[0]}) has no low rank", "bake it with `base`")
     torch.manual_seed(seed)
     modules: dict[str, Update] = {}
     for key in dict.fromkeys(key for item, _ in loras for key in item.modules):
@@ -148,7 +148,7 @@ def bake(
     ready = [(opened(item, allow_pickle=base.allow_pickle), weight) for item, weight in with_weights(loras)]
     family, ready = agreed(ready)
     if family and family != base.family:
-        message = f"--base {base.ref} is {base.family}, but the LoRAs are for {family}"
+        message = f"{as_field('base', base.ref)} is {base.family}, but the LoRAs are for {family}"
         raise InputRefused(message, f"give a base of family {family}")
     prefixes = apply.prefixes(len(base.text_parts))
     ready = apply.encoders(ready, len(base.text_parts))

@@ -5,21 +5,22 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints import component
 from fastdiff.models.fast.decoder import Decoder
-from fastdiff.runtime.errors import InputRefused
+from fastdiff.runtime.errors import InputRefused, as_field
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 
-def load(ref: str, *, latent_channels: int = 4, flag: str = "--vae") -> nn.Module:
+def load(ref: str, *, latent_channels: int = 4, option: str = "vae") -> nn.Module:
     """A VAE of its own: a diffusers folder (or the `vae` in one of a whole checkpoint) or a hub id; fp32, frozen.
 
     UsageError or InputRefused where it is none, or of other latents.
     """
-    folder = component.locate(ref, flag, "VAE")
+    folder = component.locate(ref, option, "VAE")
     folder = folder / "vae" if (folder / "model_index.json").exists() else folder
-    vae = component.load(folder, flag, ref, component.config_of(folder, flag, ref, CLASSES))
+    vae = component.load(folder, option, ref, component.config_of(folder, option, ref, CLASSES))
     if vae.config.latent_channels != latent_channels:
-        raise InputRefused(f"{flag} {ref}: of {vae.config.latent_channels} latent channels, the base has {latent_channels}")
+        own = vae.config.latent_channels
+        raise InputRefused(f"{as_field(option, ref)}: of {own} latent channels, the base has {latent_channels}")
     return vae
 
 
@@ -80,6 +81,8 @@ def tiny(width: int, decoder_blocks: tuple[int, ...], latent_channels: int = 4) 
 
 def mean_latents(vae: nn.Module, pixels: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) -> the scaled latents that a stock pipeline starts from, without their spread; with gradients."""
-    found = vae.encode(pixels.to(vae.device, vae.dtype))
-    latents = found.latents if hasattr(found, "latents") else found.latent_dist.mean
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+
+    answer = vae.encode(pixels.to(vae.device, vae.dtype))
+    latents = answer.latents if isinstance(answer, AutoencoderTinyOutput) else answer.latent_dist.mean
     return latents.float() * vae.config.scaling_factor

@@ -8,7 +8,7 @@ from torch import nn
 from fastdiff.checkpoints import component
 from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.models import unet
-from fastdiff.runtime.errors import InputRefused
+from fastdiff.runtime.errors import InputRefused, as_field
 
 EMBEDDED = EMOJI / "controlnet"  # Canny edges to emoji
 
@@ -70,15 +70,15 @@ def inheriting(parent: nn.Module, unet_config: Mapping[str, Any]) -> nn.Module:
     return net.train().requires_grad_(True)
 
 
-def load(ref: str, unet_config: Mapping[str, Any], *, flag: str = "--controlnet") -> nn.Module:
+def load(ref: str, unet_config: Mapping[str, Any], *, option: str = "controlnet") -> nn.Module:
     """A ControlNet from a diffusers folder or hub id, or the embedded one; fp32, frozen.
 
     InputRefused where it is none, or of another UNet.
     """
-    folder = EMBEDDED if ref == "emoji" else component.locate(ref, flag, "ControlNet")
-    config = component.config_of(folder, flag, ref, ("ControlNetModel",))
-    check(config, unet_config, f"{flag} {ref}")
-    return component.load(folder, flag, ref, config)
+    folder = EMBEDDED if ref == "emoji" else component.locate(ref, option, "ControlNet")
+    config = component.config_of(folder, option, ref, ("ControlNetModel",))
+    check(config, unet_config, as_field(option, ref))
+    return component.load(folder, option, ref, config)
 
 
 def check(config: Mapping[str, Any], unet_config: Mapping[str, Any], where: str) -> None:

@@ -27,7 +27,7 @@ class Cond:
 
     def map(self, f) -> "Cond":
         """`f` applied to every tensor that is there."""
-        found = {x.name: getattr(self, x.name) for x in fields(self)}
+        found = {x.name: getattr(self, x.name) for x in fields(self)}  # getattr: a loop over fields
         return Cond(**{k: f(v) if v is not None else None for k, v in found.items()})
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class Cond:
 
     @staticmethod
     def cat(parts: list["Cond"]) -> "Cond":
-        columns = {x.name: [getattr(p, x.name) for p in parts] for x in fields(Cond)}
+        columns = {x.name: [getattr(p, x.name) for p in parts] for x in fields(Cond)}  # getattr: a loop over fields
         return Cond(**{k: torch.cat(v) if all(x is not None for x in v) else None for k, v in columns.items()})
 
     def with_guidance(self, w: Tensor | None) -> "Cond":
@@ -96,9 +96,13 @@ class Denoiser(nn.Module):
         """
         return cls(base.unet, base.schedule(), base.prediction_type, adapter)
 
+    def networks(self) -> list[nn.Module]:
+        """What it calls: the UNet, and the ControlNet where it has one."""
+        return [self.net] if self.controlnet is None else [self.net, self.controlnet]
+
     @property
     def guidance_embedded(self) -> bool:
-        return getattr(self.net.config, "time_cond_proj_dim", None) is not None
+        return self.net.config.time_cond_proj_dim is not None
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """x_t (B, C, h, w), t scalar or (B,) -> Prediction, fp32."""

@@ -15,7 +15,7 @@ from fastdiff.diffusion.losses import structure
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.feature_net import FeatureNet
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, quoted
 
 Encoder = Literal["unet", "vgg", "dinov2", "embedded"]
 DINOV2 = "facebook/dinov2-small"
@@ -115,7 +115,7 @@ def open_matching(
     if kind == "embedded":
         maps: nn.Module = Embedded()
     elif kind == "vgg":
-        maps = VGG(perceptual.open_distance("", weights, flag="--fm-weights", off="--fm-encoder unet").net)
+        maps = VGG(perceptual.open_distance("", weights, option="fm_weights", off="`fm_encoder=unet`").net)
     else:
         maps = DINOv2(open_dinov2(weights or DINOV2))
     return FeatureMatching(PixelFeatures(vae, maps.eval(), crop))
@@ -128,8 +128,8 @@ def open_dinov2(ref: str) -> nn.Module:
     try:
         return Dinov2Model.from_pretrained(str(Path(ref).expanduser()) if Path(ref).expanduser().exists() else ref)
     except (OSError, ValueError) as error:
-        told = str(error).splitlines()[0]
+        told = quoted(error).splitlines()[0]
         raise UsageError(
-            f"--fm-encoder dinov2: its weights are not on this machine and cannot be downloaded ({told})",
-            "--fm-weights FOLDER, or --fm-encoder unet, which needs none",
+            f"`fm_encoder=dinov2`: its weights are not on this machine and cannot be downloaded ({told})",
+            "`fm_weights=FOLDER`, or `fm_encoder=unet`, which needs none",
         ) from error

@@ -9,7 +9,7 @@ from fastdiff.checkpoints import tensors
 from fastdiff.models import autoencoder
 from fastdiff.models.feature_net import FeatureNet
 from fastdiff.runtime.download import weight_file
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, as_field
 
 EMBEDDED = "embedded"
 
@@ -51,28 +51,28 @@ class PixelDistance(nn.Module):
         return self.net.distance(a, b) if isinstance(self.net, FeatureNet) else self.net(a, b).flatten()
 
 
-def open_distance(family: str, weights: str | None, *, flag: str = "--lpips-weights", off: str = "") -> PixelDistance:
+def open_distance(family: str, weights: str | None, *, option: str = "lpips_weights", off: str = "") -> PixelDistance:
     """The distance for a family.
 
-    `weights`, what `flag` gave: "embedded" = the shipped feature network (the default for `emoji`), a file with torchvision's
-    VGG-16, None = that file from torchvision's cache or model zoo. Where it cannot be had that is an error, which names `off`,
-    the option to do without; never a random backbone.
+    `weights`, what the field `option` was given: "embedded" = the shipped feature network (the default for `emoji`), a file
+    with torchvision's VGG-16, None = that file from torchvision's cache or model zoo. Where it cannot be had that is an error,
+    which names `off`, the option to do without; never a random backbone.
     """
-    path = locate(family, weights, flag=flag, off=off)
+    path = locate(family, weights, option=option, off=off)
     if path is None:
         return PixelDistance(FeatureNet.embedded())
     file = tensors.open_file(path, allow_pickle=True)
     return PixelDistance(lpips_vgg({key: file[key] for key in file if key.startswith("features.")}))
 
 
-def locate(family: str, weights: str | None, *, flag: str = "--lpips-weights", off: str = "") -> Path | None:
+def locate(family: str, weights: str | None, *, option: str = "lpips_weights", off: str = "") -> Path | None:
     """The file of VGG-16's weights, downloaded if need be; None where the embedded network stands in. UsageError if neither."""
     if weights == EMBEDDED or (weights is None and family == "emoji"):
         return None
     from torchvision.models import VGG16_Weights
 
-    instead = f"(3) {flag} {EMBEDDED}, a small network that ships with fastdiff" + (f", or (4) {off}" if off else "")
-    return weight_file(weights, VGG16_Weights.IMAGENET1K_V1.url, flag=flag, what="LPIPS", instead=instead)
+    instead = f"(3) {as_field(option, EMBEDDED)}, a small network that ships with fastdiff" + (f", or (4) {off}" if off else "")
+    return weight_file(weights, VGG16_Weights.IMAGENET1K_V1.url, option=option, what="LPIPS", instead=instead)
 
 
 def lpips_vgg(features: dict[str, Tensor]) -> nn.Module:
@@ -88,6 +88,6 @@ def lpips_vgg(features: dict[str, Tensor]) -> nn.Module:
     wanted = {key: "features." + key.split(".", 1)[1] for key in net.net.state_dict()}
     missing = [name for name in wanted.values() if name not in features]
     if missing:
-        raise UsageError(f"--lpips-weights: {len(missing)} of VGG-16's layers are not in that file, the first is {missing[0]}")
+        raise UsageError(f"`lpips_weights`: {len(missing)} of VGG-16's layers are not in that file, the first is {missing[0]}")
     net.net.load_state_dict({key: features[name].float() for key, name in wanted.items()})
     return net.eval().requires_grad_(False)

@@ -30,7 +30,7 @@ def remapped(base: Checkpoint, item: Lora, *, wanted: bool) -> Lora:
         if gone and set(gone) <= {key_of(name.removesuffix(".weight")) for name in stock_shapes(base.family)}:
             raise InputRefused(
                 f"{item.source}: is for the network that {base.ref} was pruned from ({gone[0]})",
-                "--remap moves it to the layers that were kept",
+                "`remap=True` moves it to the layers that were kept",
             )
         return item
     kept: dict[str, Update] = {key: item.modules[its] for key, its in mine.items() if its in item.modules}

@@ -4,9 +4,9 @@ A network is sharded block by block; a block is whole only while it runs. States
 goes on from them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ BLOCKS = ("down_blocks", "up_blocks", "transformer_blocks", "resnets")  # lists 
 
 def is_split(value: Any) -> bool:
     """Whether it is a DTensor; asked without importing that class."""
-    return hasattr(value, "to_local")
+    return hasattr(value, "to_local")  # that class takes long to import, and few runs have one
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:
@@ -50,22 +50,31 @@ def whole(value: Any, *, everywhere: bool = False) -> Any:
     return value
 
 
-def networks(method: Any) -> list[nn.Module]:
-    """Everything of a method that is called as one: the networks of its roles, and players that are modules."""
-    found = [v for v in method.players.values() if not isinstance(v, nn.ParameterList | nn.ModuleList)]
-    for part in vars(method).values():
-        found += [net for net in (getattr(part, "net", None), getattr(part, "controlnet", None)) if isinstance(net, nn.Module)]
-    return list(dict.fromkeys(found))
+class Follower(Protocol):
+    """Whatever keeps parameters and must hold the new ones after a split: an average of them."""
+
+    def repoint(self, moved: dict[nn.Parameter, nn.Parameter]) -> None: ...
 
 
-def shard(method: Any, device: torch.device) -> int:
-    """Split every network of a method that trains whole, over all processes; returns how many parameters are split."""
+def shard(
+    networks: Iterable[nn.Module],
+    players: Mapping[str, nn.Module],
+    device: torch.device,
+    *,
+    lists: Iterable[nn.ParameterList | list[nn.Parameter]] = (),
+    followers: Iterable[Follower] = (),
+) -> int:
+    """Split over all processes those of the networks that train whole; returns how many of the players' parameters are split.
+
+    A network is what is called as one. The new parameters take the place of the old in the players' lists, in `lists`
+    and in the followers.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    trained = {p for net in method.players.values() for p in net.parameters()}
+    trained = {p for net in players.values() for p in net.parameters()}
     mesh, moved = init_device_mesh(device.type, (processes.count(),)), {}
-    for net in networks(method):
+    for net in dict.fromkeys(networks):
         before = dict(net.named_parameters())
         if isinstance(net, FSDPModule) or not before or not trained.issuperset(before.values()):
             continue
@@ -74,8 +83,12 @@ def shard(method: Any, device: torch.device) -> int:
         # The root too: its weights may be others at the next call (an averaged target), with no backward pass between.
         fully_shard(net, mesh=mesh, reshard_after_forward=True)
         moved |= {old: dict(net.named_parameters())[name] for name, old in before.items()}
-    repoint(method, moved)
-    return sum(p.numel() for net in method.players.values() for p in net.parameters() if is_split(p))
+    for kept in (*(net for net in players.values() if isinstance(net, nn.ParameterList)), *lists):
+        for i, p in enumerate(kept):
+            kept[i] = moved.get(p, p)
+    for follower in followers:
+        follower.repoint(moved)
+    return sum(p.numel() for net in players.values() for p in net.parameters() if is_split(p))
 
 
 def parts_of(net: nn.Module) -> list[nn.Module]:
@@ -84,32 +97,24 @@ def parts_of(net: nn.Module) -> list[nn.Module]:
     Whatever is left to the root is gathered for the backward pass only where the network's output is used: a discriminator
     that looks at its middle uses none.
     """
-    if not hasattr(net, "down_blocks"):
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    if not isinstance(net, UNet2DConditionModel | ControlNetModel):
         return []
     inner = [m for name, m in net.named_modules() if len(path := name.split(".")) > 1 and path[-2] in BLOCKS]
     outer = [m for m in net.children() if not isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())]
     return [*outer, *inner]
 
 
-def repoint(method: Any, moved: dict[nn.Parameter, nn.Parameter]) -> None:
-    """Whatever the method keeps of the old parameters becomes the new ones."""
-    parts = [method.__dict__, method.players]
-    for part in parts:
-        for name, value in part.items():
-            if isinstance(value, nn.ParameterList):
-                part[name] = nn.ParameterList([moved.get(p, p) for p in value])
-            elif isinstance(value, list) and value and all(isinstance(p, nn.Parameter) for p in value):
-                value[:] = [moved.get(p, p) for p in value]
-            elif hasattr(value, "repoint"):
-                value.repoint(moved)
-
-
 @contextmanager
-def gathered(method: Any) -> Iterator[None]:
-    """Plain whole copies on the CPU in the places of split networks, on the first process, to be exported. All must call it."""
+def gathered(holders: Iterable[Any]) -> Iterator[None]:
+    """Plain whole copies on the CPU in the places of split networks, on the first process, to be exported. All must call it.
+
+    A place is an attribute of a holder: of a method or a Denoiser.
+    """
     kept: list[tuple[Any, str, nn.Module]] = []
     copies: dict[nn.Module, nn.Module] = {}
-    for holder, name, net in places(method):
+    for holder, name, net in places(holders):
         if net not in copies:
             state = whole(net.state_dict())
             copies[net] = plain(net, state) if processes.first() else net
@@ -123,13 +128,16 @@ def gathered(method: Any) -> Iterator[None]:
             setattr(holder, name, net)
 
 
-def places(method: Any) -> Iterator[tuple[Any, str, nn.Module]]:
-    """(holder, attribute, network) of every diffusers network of the method that is split, or has parts that are."""
-    for name, part in vars(method).items():
-        for holder, attribute in ((method, name), (part, "net"), (part, "controlnet")):
-            net = getattr(holder, attribute, None)
-            if isinstance(net, nn.Module) and hasattr(net, "from_config") and any(map(is_split, net.parameters())):
-                yield holder, attribute, net
+def places(holders: Iterable[Any]) -> list[tuple[Any, str, nn.Module]]:
+    """(holder, attribute, network) of every diffusers network of the holders that is split, or has parts that are."""
+    from diffusers import ModelMixin
+
+    rows = []
+    for holder in holders:
+        held = vars(holder) | (dict(holder.named_children()) if isinstance(holder, nn.Module) else {})
+        nets = {name: net for name, net in held.items() if isinstance(net, ModelMixin)}
+        rows += [(holder, name, net) for name, net in nets.items() if any(map(is_split, net.parameters()))]
+    return rows
 
 
 def plain(net: nn.Module, state: dict[str, Tensor]) -> nn.Module:

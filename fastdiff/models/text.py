@@ -20,17 +20,17 @@ def encode(base: Checkpoint, prompts: list[str], *, device: torch.device | str =
 
 
 def _encode(base: Checkpoint, prompts: list[str], device: torch.device | str) -> Cond:
-    states, pooled = [], None
+    states, sdxl = [], base.family == "sdxl"
     for encoder, tokenizer in zip(base.text_encoders, base.tokenizers, strict=True):
         length = tokenizer.model_max_length
         ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        out = encoder.to(device)(ids.to(device), output_hidden_states=base.family == "sdxl")
-        if base.family == "sdxl":
+        out = encoder.to(device)(ids.to(device), output_hidden_states=sdxl)
+        if sdxl:
             states.append(out.hidden_states[-2].float().cpu())  # SDXL was trained on the last layer but one
-            pooled = getattr(out, "text_embeds", None)
         else:
             states.append(out.last_hidden_state.float().cpu())
-    return Cond(torch.cat(states, -1), None if pooled is None else pooled.float().cpu())
+    pooled = out.text_embeds.float().cpu() if sdxl else None  # the last encoder's
+    return Cond(torch.cat(states, -1), pooled)
 
 
 def encode_unique(base: Checkpoint, captions: Sequence[str], device: torch.device | str) -> Cond:

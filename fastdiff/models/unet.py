@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, as_field, quoted
 
 Config = dict[str, Any]
 Edit = Callable[[Config], Config]
@@ -135,23 +135,26 @@ def student_config(parent: Mapping[str, Any], layout: str, family: str) -> Confi
         known = LAYOUTS[layout]
         if family not in known.families:
             fitting = ", ".join(name for name, row in LAYOUTS.items() if family in row.families)
-            raise UsageError(f"--layout {layout}: not a layout of {family} networks", f"use one of {fitting}")
+            raise UsageError(f"{as_field('layout', layout)}: not a layout of {family} networks", f"use one of {fitting}")
         return known.config(parent)
     path = Path(layout).expanduser()
     if path.suffix != ".json" or not path.is_file():
-        raise UsageError(f"--layout {layout}: no such layout or file", f"one of {', '.join(LAYOUTS)}, or a UNet's config.json")
+        raise UsageError(
+            f"{as_field('layout', layout)}: no such layout or file", f"one of {', '.join(LAYOUTS)}, or a UNet's config.json"
+        )
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(told, dict)
     except (ValueError, AssertionError) as error:
-        raise UsageError(f"--layout {layout}: not the config of a UNet (JSON with its fields)") from error
+        raise UsageError(f"{as_field('layout', layout)}: not the config of a UNet (JSON with its fields)") from error
     from diffusers import UNet2DConditionModel
 
     known = {*parent, *inspect.signature(UNet2DConditionModel.__init__).parameters}
     unknown = sorted(k for k in told if k not in known and not k.startswith("_"))
     if unknown:
         raise UsageError(
-            f"--layout {layout}: unknown field {unknown[0]}", "as in the config.json of diffusers' UNet2DConditionModel"
+            f"{as_field('layout', layout)}: unknown field {unknown[0]}",
+            "as in the config.json of diffusers' UNet2DConditionModel",
         )
     return {**parent, **{k: v for k, v in told.items() if not k.startswith("_")}}
 
@@ -246,9 +249,9 @@ def unet_of(config: Mapping[str, Any], kind: str = "UNet2DConditionModel") -> nn
 
     try:
         with init_empty_weights():
-            return getattr(diffusers, kind).from_config(dict(config))
+            return getattr(diffusers, kind).from_config(dict(config))  # a class of the library by its name
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise UsageError(f"the layout is no {kind} that diffusers builds: {error}") from error
+        raise UsageError(f"the layout is no {kind} that diffusers builds: {quoted(error)}") from error
 
 
 def shapes_of(net: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -27,7 +27,7 @@ class Inception(nn.Module):
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
         except ImportError as error:
             raise UsageError("--metrics fid: torch-fidelity is not installed", EXTRA) from error
-        path = weight_file(weights, URL_INCEPTION_V3, flag="--inception-weights", what="FID", instead="or leave fid and kid out")
+        path = weight_file(weights, URL_INCEPTION_V3, option="inception_weights", what="FID", instead="or leave fid and kid out")
         file = tensors.open_file(path, allow_pickle=True)
         with tempfile.TemporaryDirectory() as folder:
             # The library unpickles its file without a guard: it is given one of our own, with the same tensors.

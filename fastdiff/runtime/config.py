@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, as_field
 
 ENV_PREFIX = "FASTDIFF_"
 NONE = "none"  # TOML has no null: what an optional field says for None, in files, variables and flags
@@ -132,7 +132,8 @@ def _scalar(option: Option, value: Any, where: str, text: bool) -> Any:
     if found is None or (isinstance(found, float) and math.isnan(found)):
         raise UsageError(f"{where}: {value!r} is not {EXPECTED[option.kind]}")
     if option.kind in {int, float} and found not in option.range:
-        raise UsageError(f"{where} {value}: must be {option.range}")
+        number = as_field(option.name, value) if where == as_field(option.name) else f"{where} {value}"
+        raise UsageError(f"{number}: must be {option.range}")
     return found
 
 
@@ -176,6 +177,7 @@ def from_toml(cls: type, text: str, *, source: str = "config") -> dict[str, Any]
 
 def to_toml(config: Any) -> str:
     """All fields of a config, one a line; `from_toml` reads back the same values."""
+    # getattr: a loop over fields
     return "".join(f"{o.name} = {_literal(getattr(config, o.name))}\n" for o in options(type(config)))
 
 
@@ -193,14 +195,15 @@ def _literal(value: Any) -> str:
 
 
 def read_file(cls: type, path: Path) -> dict[str, Any]:
-    """The checked values of a --config file."""
+    """The checked values of a TOML file, the one that the command line calls `config`."""
+    source = as_field("config", path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--config {path}: {(error.strerror or str(error)).lower()}") from error
+        raise UsageError(f"{source}: {(error.strerror or str(error)).lower()}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"--config {path}: not UTF-8 text") from error
-    return from_toml(cls, text, source=f"--config {path}")
+        raise UsageError(f"{source}: not UTF-8 text") from error
+    return from_toml(cls, text, source=source)
 
 
 def resolve(
@@ -224,19 +227,20 @@ def resolve(
         if environ.get(o.variable):
             values[o.name] = coerce(o, environ[o.variable], o.variable, text=True)
         if flags and flags.get(o.name) is not None:
-            values[o.name] = coerce(o, flags[o.name], o.flag, text=True)
+            values[o.name] = coerce(o, flags[o.name], as_field(o.name), text=True)
     base = next((o for o in known if o.name == "base"), None)
     if presets and family_of and base:
         family = family_of({"base": base.default, **values})
         row = preset(known, presets, family)
-        if variant := getattr(cls, "VARIANT", None):
+        if variant := getattr(cls, "VARIANT", None):  # a config may be any dataclass, and few have variants
             default = next(o.default for o in known if o.name == variant)
             chosen = {variant: default, **row, **values}[variant]
             row |= preset(known, presets, f"{family}:{chosen}")
         values = {**row, **values}
     for o in known:
         if o.default is MISSING and o.name not in values:
-            raise UsageError(f"{o.flag} is required", f"give the flag, {o.variable} or {o.name} in a --config file")
+            hint = f"give the flag, {o.variable} or {o.name} in a `config` file"
+            raise UsageError(f"{as_field(o.name)} is required", hint)
     return cls(**values)
 
 

@@ -16,7 +16,7 @@ from types import NoneType
 from typing import Any
 
 from fastdiff.runtime.disk import sha256
-from fastdiff.runtime.errors import Result
+from fastdiff.runtime.errors import Result, with_flags
 
 SCHEMA_VERSION = 1  # of the JSON object
 
@@ -26,6 +26,7 @@ class State:
     """What one command has said so far."""
 
     quiet: bool = False
+    flags: bool = False  # options are named as flags and not as fields: on the command line
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)  # seconds by name
     started: float = field(default_factory=time.monotonic)
@@ -35,10 +36,10 @@ class State:
 state = State()
 
 
-def reset(*, quiet: bool = False) -> None:
+def reset(*, quiet: bool = False, flags: bool = False) -> None:
     """Forget warnings and timings and start the clock: before every command, and in tests."""
     global state
-    state = State(quiet=quiet)
+    state = State(quiet=quiet, flags=flags)
 
 
 def speaks() -> bool:
@@ -83,11 +84,15 @@ def _say(text: str, style: str | None = None, label: str = "") -> None:
 def info(message: str) -> None:
     """A line on stderr, not shown with --quiet."""
     if not state.quiet and speaks():
-        _say(message)
+        _say(worded(message))
 
 
 def warn(message: str) -> None:
     """A warning: shown on stderr once, and listed in the JSON object."""
+    _warn(worded(message))
+
+
+def _warn(message: str) -> None:
     message = one_line(message)
     if message not in state.warnings:
         state.warnings.append(message)
@@ -97,6 +102,11 @@ def warn(message: str) -> None:
 def error(message: str, hint: str = "") -> None:
     """The one line of a failure: what is wrong, and after a semicolon what to do."""
     _say("; ".join(one_line(part) for part in (message, hint) if part), "bold red", "error: ")
+
+
+def worded(message: str) -> str:
+    """A message of ours in the words of whoever reads it: options are fields in Python, flags on the command line."""
+    return with_flags(message) if state.flags else message
 
 
 def one_line(text: str) -> str:
@@ -257,9 +267,9 @@ def flush_c() -> None:
 
 @contextmanager
 def collecting_warnings() -> Iterator[None]:
-    """Python's warnings become `warn` lines."""
+    """Python's warnings become `warn` lines, in the words of the library that they come from."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, category, *_: warn(f"{message} ({category.__name__})")
+        warnings.showwarning = lambda message, category, *_: _warn(f"{message} ({category.__name__})")
         yield
 
 
@@ -294,7 +304,7 @@ def jsonable(value: Any) -> Any:
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [jsonable(v) for v in value]
-    if hasattr(value, "tolist"):  # numpy and torch, scalars too
+    if hasattr(value, "tolist"):  # numpy and torch, scalars too; neither is imported for it
         return jsonable(value.tolist())
     return str(value)
 

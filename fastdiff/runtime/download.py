@@ -6,28 +6,28 @@ from pathlib import Path
 import torch
 
 from fastdiff.runtime import console
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, as_field, quoted
 
 
-def weight_file(given: str | None, url: str, *, flag: str, what: str, instead: str = "") -> Path:
-    """The file behind `flag`, or the one at `url`, whose name ends in the start of its sha256.
+def weight_file(given: str | None, url: str, *, option: str, what: str, instead: str = "") -> Path:
+    """The file that `option`, a field, was given, or the one at `url`, whose name ends in the start of its sha256.
 
-    UsageError with all ways to get it where it is nowhere: (1) the network, (2) `flag`, then what else helps (`instead`).
+    UsageError with all ways to get it where it is nowhere: (1) the network, (2) `option`, then what else helps (`instead`).
     """
     name = url.rsplit("/", 1)[1]
     if given is not None:
         if not Path(given).is_file():
-            raise UsageError(f"{flag} {given}: no such file", f"give {name}, from {url}")
+            raise UsageError(f"{as_field(option, given)}: no such file", f"give {name}, from {url}")
         return Path(given)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / name
     if cached.exists():
         return cached
-    fix = f"(1) run once with network access, (2) {flag} {name}, the file from {url}{instead and f', {instead}'}"
+    fix = f"(1) run once with network access, (2) {as_field(option, name)}, the file from {url}{instead and f', {instead}'}"
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise UsageError(f"{flag}: {what} needs {name}, and {cached} is not there (--offline)", fix)
+        raise UsageError(f"{as_field(option)}: {what} needs {name}, and {cached} is not there (`offline`)", fix)
     console.info(f"downloading {name} for {what} to {cached}")
     try:
         torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # urllib's and torch's many kinds; each means that there is no file
-        raise UsageError(f"{flag}: {what} needs {name}, and the download failed ({error})", fix) from error
+        raise UsageError(f"{as_field(option)}: {what} needs {name}, and the download failed ({quoted(error)})", fix) from error
     return cached

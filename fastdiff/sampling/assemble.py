@@ -19,12 +19,12 @@ from fastdiff.models import autoencoder
 from fastdiff.models import controlnet as controlnets
 from fastdiff.models.remap import is_pruned, remapped
 from fastdiff.runtime import console
-from fastdiff.runtime.errors import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 
 
 def pick_device(name: str | torch.device) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device on this machine")
+        raise UsageError("`device=cuda`: no CUDA device on this machine")
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -54,7 +54,7 @@ def load_loras(
     if found and is_pruned(base):
         return [(remapped(base, item, wanted=remap), weight) for item, weight in found]
     if remap:
-        console.warn(f"--remap: {base.ref} has all layers of its family; nothing to move")
+        console.warn(f"`remap`: {base.ref} has all layers of its family; nothing to move")
     return found
 
 
@@ -88,7 +88,9 @@ def open_vae(base: Checkpoint, vae: str | Path | nn.Module | None) -> nn.Module 
         return vae
     other = autoencoder.load(str(vae), latent_channels=base.unet_config["in_channels"])
     if autoencoder.factor(other) != base.pixels_per_latent:
-        raise InputRefused(f"--vae {vae}: {autoencoder.factor(other)} px a latent, the base has {base.pixels_per_latent}")
+        raise InputRefused(
+            f"{as_field('vae', vae)}: {autoencoder.factor(other)} px a latent, the base has {base.pixels_per_latent}"
+        )
     return other
 
 

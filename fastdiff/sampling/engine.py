@@ -20,6 +20,7 @@ from torch import Tensor
 from fastdiff.models.denoiser import Cond, Denoiser, guidance_embedding
 from fastdiff.models.fast.unet import Folded, FoldedUNet
 from fastdiff.runtime import console, stop
+from fastdiff.runtime.errors import quoted
 from fastdiff.sampling import openvino
 from fastdiff.sampling.solver_table import Table
 
@@ -37,6 +38,7 @@ class Caller:
         self.folded = isinstance(denoiser.net, FoldedUNet)
 
     def inputs(self, t: Tensor, cond: Cond) -> Inputs:
+        # getattr: a loop over fields
         told = {f.name: v for f in fields(cond) if (v := getattr(cond, f.name)) is not None}
         if not self.folded:
             return {**told, "t": t}
@@ -213,7 +215,8 @@ class Captured:
                 function(**{k: v.clone() for k, v in self.places.items()})
             self.ready = function
         except Exception as error:  # a compiler that is not there or fails: the graph goes on as it is
-            console.warn(f"--compile auto: not compiled, the graph goes on ({type(error).__name__}: {str(error)[:200]})")
+            why = f"{type(error).__name__}: {quoted(error)[:200]}"
+            console.warn(f"`compile=auto`: not compiled, the graph goes on ({why})")
 
 
 class Engine:

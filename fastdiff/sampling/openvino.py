@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from fastdiff.runtime import console
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, quoted
 
 
 def check(device: torch.device | str, precision: str = "auto") -> None:
     """UsageError where it cannot run."""
     if torch.device(device).type != "cpu":
-        raise UsageError(f"--compile openvino: it runs on the CPU, not on {torch.device(device).type}", "add --device cpu")
+        raise UsageError(f"`compile=openvino`: it runs on the CPU, not on {torch.device(device).type}", "add `device=cpu`")
     if precision not in {"auto", "fp32"}:
-        raise UsageError(f"--compile openvino: it computes in fp32, not in {precision}", "leave --precision out")
+        raise UsageError(f"`compile=openvino`: it computes in fp32, not in {precision}", "leave `precision` out")
     if importlib.util.find_spec("openvino") is None:
-        raise UsageError("--compile openvino: OpenVINO is not installed", 'pip install "fastdiff[openvino]"')
+        raise UsageError("`compile=openvino`: OpenVINO is not installed", 'pip install "fastdiff[openvino]"')
 
 
 @cache
@@ -84,6 +84,6 @@ class Compiled:
             run = lambda **given: torch.from_numpy(request.infer([given[k].numpy() for k in names], share_inputs=True)[0])
             run(**tensors)
         except Exception as error:  # a layer that OpenVINO does not know, or a version of it that has moved its doors
-            console.warn(f"--compile openvino: {self.what} runs without it ({type(error).__name__}: {str(error)[:200]})")
+            console.warn(f"`compile=openvino`: {self.what} runs without it ({type(error).__name__}: {quoted(error)[:200]})")
             return self.function
         return run

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.runtime.errors import InputRefused, UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 from fastdiff.sampling import engine
 
 
@@ -119,7 +119,7 @@ def control_of(image: Any, side_px: int) -> Tensor:
             with Image.open(Path(image).expanduser()) as file:
                 image = ImageOps.exif_transpose(file)
         except FileNotFoundError as error:
-            raise UsageError(f"`control_image={image}`: no such file") from error
+            raise UsageError(f"{as_field('control_image', image)}: no such file") from error
         except Exception as error:  # a decoder may raise anything over a damaged file
             raise InputRefused(f"{image}: not a readable image") from error
     scale = side_px / min(image.size)

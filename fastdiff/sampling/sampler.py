@@ -26,7 +26,7 @@ from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.decoder import Decoder, decoder_of
 from fastdiff.models.fast.unet import unet_of
 from fastdiff.runtime import console, stop
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, as_field
 from fastdiff.sampling import assemble, pictures, solver_table
 from fastdiff.sampling.engine import Compile, Copy, Engine, Inputs, Walk, on_cuda
 from fastdiff.sampling.pictures import Pictures
@@ -46,14 +46,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.scheduler not in SOLVERS:
-            raise ValueError(f"--scheduler {self.scheduler}: one of {', '.join(SOLVERS)}")
+            raise ValueError(f"{as_field('scheduler', self.scheduler)}: one of {', '.join(SOLVERS)}")
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"--eta must be between 0 and 1, not {self.eta}")
+            raise ValueError(f"`eta` must be between 0 and 1, not {self.eta}")
 
     @classmethod
     def of(cls, recipe: Recipe, default: "Settings", **given: Any) -> "Settings":
         """Given values first, then the recipe's, then the default's."""
         names = ("scheduler", "num_steps", "guidance", "spacing", "eta", "timesteps")
+        # getattr: a loop over fields that both have
         from_recipe = {k: getattr(recipe, k) for k in names if getattr(recipe, k) is not None}
         chosen = from_recipe | {k: v for k, v in given.items() if v is not None}
         if "scheduler" in chosen and "spacing" not in chosen:
@@ -96,14 +97,16 @@ def asked(recipe: Recipe, default: Settings, **given: Any) -> Settings:
         wants, value = getattr(recipe, name), given.get(name)
         unguided = name == "guidance" and None not in (wants, value) and max(wants, value) <= 1
         if wants is not None and value is not None and wants != value and not unguided:
-            console.warn(f"--{name} {value}: the weights were distilled for {name} {wants}")
+            console.warn(f"{as_field(name, value)}: the weights were distilled for {name} {wants}")
     steps = given.get("num_steps")
     if recipe.timesteps and steps and steps != recipe.num_steps:
-        console.warn(f"--num-steps {steps}: the weights know only timesteps {', '.join(map(str, recipe.timesteps))}")
+        console.warn(f"{as_field('num_steps', steps)}: the weights know only timesteps {', '.join(map(str, recipe.timesteps))}")
     elif recipe.fixed and steps and steps != recipe.num_steps:
-        console.warn(f"--num-steps {steps}: the weights were distilled for {recipe.num_steps} steps, and for those alone")
+        console.warn(
+            f"{as_field('num_steps', steps)}: the weights were distilled for {recipe.num_steps} steps, and for those alone"
+        )
     elif recipe.num_steps and steps and steps > 2 * recipe.num_steps:
-        console.warn(f"--num-steps {steps}: the weights were distilled for {recipe.num_steps}; more steps do not help")
+        console.warn(f"{as_field('num_steps', steps)}: the weights were distilled for {recipe.num_steps}; more steps do not help")
     return Settings.of(recipe, default, **given)
 
 
@@ -203,7 +206,7 @@ class Sampler:
         """UsageError where the recipe is of another family than the base, before anything heavy loads."""
         wants, family = self.recipe.family, self.source.family
         if wants and wants != family:
-            raise UsageError(f"`lora`: distilled from {wants}, but `base` is {family}", f"use `base={wants}`")
+            raise UsageError(f"`lora`: distilled from {wants}, but `base` is {family}", f"use {as_field('base', wants)}")
 
     @property
     def settings(self) -> Settings:
@@ -353,7 +356,7 @@ class Sampler:
     def latents(self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int]) -> Tensor:
         """Scaled latents (B, C, h, w) for latent size (h, w); cond has B rows, uncond one or B."""
         self.told = None  # the network may have been trained since
-        if getattr(type(self.denoiser), "forward", None) is not Denoiser.forward:
+        if type(self.denoiser).forward is not Denoiser.forward:
             return self.solved(cond, uncond, seeds, settings, size)
         return self.engine.latents(self.walk(cond, uncond, seeds, settings, size))
 

@@ -18,6 +18,7 @@ from fastdiff.data.images import Framing
 from fastdiff.data.open import open_data
 from fastdiff.lora import adapters, apply
 from fastdiff.models import sharding
+from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime import console, disk, processes
 from fastdiff.runtime.config import to_toml
 from fastdiff.runtime.disk import write_atomic
@@ -185,7 +186,8 @@ class Session:
         trainer.measure = measure
 
         def write(into: Run) -> None:
-            with sharding.gathered(method) if trainer.sharded else nullcontext():
+            roles = [part for part in vars(method).values() if isinstance(part, Denoiser)]
+            with sharding.gathered([method, *roles]) if trainer.sharded else nullcontext():
                 if processes.first():
                     method.export(into)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fastdiff.data.batch import Batch, Data
 from fastdiff.models import sharding
-from fastdiff.models.ema import swapped
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.ema import EMA, swapped
 from fastdiff.runtime import console, processes, rng, stop
 from fastdiff.runtime.errors import Failed, Stopped
 from fastdiff.training import resume
@@ -79,7 +80,11 @@ class Trainer:
         """Split what trains whole, where that is wanted and there is anybody to share with."""
         if not self.config.shard or processes.count() == 1:
             return False
-        n = sharding.shard(self.method, self.device)
+        held, players = list(vars(self.method).values()), self.method.players
+        called = [net for net in players.values() if not isinstance(net, nn.ParameterList | nn.ModuleList)]
+        called += [net for part in held if isinstance(part, Denoiser) for net in part.networks()]
+        lists = [part for part in held if isinstance(part, nn.ParameterList) or is_parameters(part)]
+        n = sharding.shard(called, players, self.device, lists=lists, followers=[p for p in held if isinstance(p, EMA)])
         if not n and self.index == 0:
             where = f" in phase {self.phase.name}" if self.phase.name else ""
             console.warn(f"--shard: no network trains whole{where}, none is split")
@@ -331,6 +336,11 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state; InputRefused where it is of another network."""
         resume.restore(self, state)
+
+
+def is_parameters(value: Any) -> bool:
+    """Whether it is a list of parameters."""
+    return isinstance(value, list) and all(isinstance(p, nn.Parameter) for p in value)
 
 
 def told(found: dict[str, float]) -> str:

@@ -125,7 +125,7 @@ def fuses(x: Tensor) -> bool:
     """Whether this machine's torch has the fused convolutions that its compiler uses, and nobody reads the single layers."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")  # not in every build
 
 
 class Norm:

@@ -110,7 +110,9 @@ class FoldedUNet:
         device: torch.device | str = "cpu",
     ) -> None:
         check(config)
-        self.config, self.dtype, self.device = SimpleNamespace(**{"time_cond_proj_dim": None} | dict(config)), dtype, device
+        # What older files leave out, at its default.
+        whole = {"time_cond_proj_dim": None, "flip_sin_to_cos": True, "freq_shift": 0} | dict(config)
+        self.config, self.dtype, self.device = SimpleNamespace(**whole), dtype, device
         widths, stored = list(config["block_out_channels"]), Stored(tensors, dtype=dtype, device=device)
         self.groups, self.eps = config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
         self.resnets: list[Resnet] = []
@@ -200,7 +202,7 @@ class FoldedUNet:
         t = t[:, None] if t.ndim == 1 else t
         n = len(t)
         each = lambda x: x.to(self.device, self.dtype)
-        flip, zero = getattr(c, "flip_sin_to_cos", True), getattr(c, "freq_shift", 0)
+        flip, zero = c.flip_sin_to_cos, c.freq_shift
         wave = sinusoid(t.flatten(), c.block_out_channels[0], flip=flip, shift=zero).unflatten(0, t.shape)  # (n, 1 or B, D)
         wave = each(wave)
         if self.time_guidance is not None:
