@@ -20,7 +20,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.models import text
 from fastdiff.quality.evaluation import Evaluation
 from fastdiff.runtime import console
-from fastdiff.sampling.assemble import assemble, pick_device, pick_dtype
+from fastdiff.sampling.assemble import pick_device, pick_dtype
 from fastdiff.sampling.pictures import contact_sheet
 from fastdiff.sampling.sampler import Sampler, Settings
 from fastdiff.training.previews import EMOJI_PREVIEW
@@ -35,15 +35,13 @@ class Way(NamedTuple):
 
     @classmethod
     def opened(cls, folder: str, vae: str | None, device: torch.device) -> "Way":
-        base = checkpoint.load(folder, dtype=pick_dtype("auto", device))
-        prompts = text.Prompts(base, device=device)
-        found = assemble(base, vae=vae, device=device, folded=True, compile="auto")
-        return cls(found.sampler, Settings.of(found.recipe, Settings.usual(base.family)), prompts)
+        sampler = Sampler(folder, vae=vae, device=device)
+        return cls(sampler, sampler.settings, sampler.prompts)
 
     def draw(self, lines: list[str], px: int) -> torch.Tensor:
         """Prompts to pictures (B, H, W, 3), uint8; the prompts are encoded every time."""
         batch = self.prompts.encode(lines), self.prompts.unconditional(), list(range(len(lines)))
-        return next(iter(self.sampler.stream([batch], self.settings, px)))
+        return next(iter(self.sampler.stream_batches([batch], self.settings, px)))
 
 
 def main() -> None:

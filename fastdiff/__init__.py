@@ -6,9 +6,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fastdiff import lora as lora
     from fastdiff.checkpoints.checkpoint import load as load
+    from fastdiff.checkpoints.recipe import Recipe as Recipe
+    from fastdiff.diffusion import losses as losses
     from fastdiff.diffusion.schedule import NoiseSchedule as NoiseSchedule
     from fastdiff.models.denoiser import Denoiser as Denoiser
+    from fastdiff.models.ema import EMA as EMA
     from fastdiff.quality.evaluation import evaluate as evaluate
     from fastdiff.sampling.sampler import Sampler as Sampler
     from fastdiff.training.trainer import Trainer as Trainer
@@ -17,19 +21,37 @@ if TYPE_CHECKING:
 PUBLIC = {
     "load": "fastdiff.checkpoints.checkpoint",
     "Denoiser": "fastdiff.models.denoiser",
+    "EMA": "fastdiff.models.ema",
     "NoiseSchedule": "fastdiff.diffusion.schedule",
+    "Recipe": "fastdiff.checkpoints.recipe",
     "Sampler": "fastdiff.sampling.sampler",
     "Trainer": "fastdiff.training.trainer",
     "evaluate": "fastdiff.quality.evaluation",
+    "lora": "fastdiff",
+    "losses": "fastdiff.diffusion",
 }
-__all__ = ["Denoiser", "NoiseSchedule", "Sampler", "Trainer", "__version__", "evaluate", "load"]
+MODULES = {"lora", "losses"}
+__all__ = [
+    "EMA",
+    "Denoiser",
+    "NoiseSchedule",
+    "Recipe",
+    "Sampler",
+    "Trainer",
+    "__version__",
+    "evaluate",
+    "load",
+    "lora",
+    "losses",
+]
 
 
 # A module's hook of Python for names that it has not yet.
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
-    value = getattr(import_module(PUBLIC[name]), name)
+    room = PUBLIC[name]
+    value = import_module(f"{room}.{name}") if name in MODULES else getattr(import_module(room), name)
     globals()[name] = value
     return value
 

@@ -61,9 +61,9 @@ def test_sampling_with_a_controlnet_equals_the_stock_pipeline(tiny_sd):
     cond, uncond = text.encode(base, ["a cat"]), text.unconditional(base)
     denoiser = Denoiser(base.unet, base.schedule(), "epsilon", controlnet=net, strength=0.7)
     settings = Settings("ddim", 3, 3.0, spacing="trailing")
-    found = Sampler(base, denoiser, base.vae).latents(cond.with_control(picture), uncond, [9], settings, (8, 8))
+    found = Sampler.of_networks(base, denoiser, base.vae).latents(cond.with_control(picture), uncond, [9], settings, (8, 8))
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
-    plain = Sampler(base, denoiser, base.vae).latents(cond, uncond, [9], settings, (8, 8))
+    plain = Sampler.of_networks(base, denoiser, base.vae).latents(cond, uncond, [9], settings, (8, 8))
     assert (plain - found).abs().max() > 1e-2
 
 

@@ -50,7 +50,7 @@ def opened(tiny_sd):
 
 
 def sampler_of(base, backend=None, compile="auto"):
-    sampler = Sampler.opened(base)
+    sampler = Sampler(base, device="cpu", compile="off")
     sampler.engine = engine.Engine(sampler.denoiser, sampler.engine.decode, "cpu", compile=compile, backend=backend)
     return sampler
 
@@ -60,13 +60,13 @@ def test_a_captured_walk_draws_what_the_plain_one_does(opened, settings):
     base, cat, dog, uncond = opened
     jobs = [(cat, uncond, [1]), (cat, uncond, [2]), (dog, uncond, [2]), (cat, uncond, [1]), (cat, uncond, [3])]
     backend = Fake()
-    plain, captured = (list(sampler_of(base, b).stream(jobs, settings, 64)) for b in (None, backend))
+    plain, captured = (list(sampler_of(base, b).stream_batches(jobs, settings, 64)) for b in (None, backend))
     assert backend.captured == 1
     for a, b in zip(plain, captured, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(plain[0], plain[3])
     assert not torch.equal(plain[1], plain[2])
-    pixels = Sampler.opened(base).pixels(dog, uncond, [2], settings, resolution_px=64)
+    pixels = Sampler(base, device="cpu", compile="off").pixels(dog, uncond, [2], settings, resolution_px=64)
     assert (plain[2].permute(0, 3, 1, 2).int() - uint8(pixels).int()).abs().max() <= 1
 
 
@@ -75,7 +75,7 @@ def test_the_compiled_form_is_swapped_in_when_it_is_ready(opened):
     backend = Fake()
     sampler = sampler_of(base, backend)
     seen = []
-    for i, picture in enumerate(sampler.stream(((cat, uncond, [7]) for _ in itertools.repeat(0, 14)), LCM, 64)):
+    for i, picture in enumerate(sampler.stream_batches(((cat, uncond, [7]) for _ in itertools.repeat(0, 14)), LCM, 64)):
         seen.append(picture)
         (walk,) = sampler.engine.captured.values()
         if i == 5:
@@ -93,13 +93,13 @@ def test_max_compiles_first_and_a_compiler_that_fails_leaves_the_graph(opened, c
     backend = Fake()
     backend.go.set()
     sampler = sampler_of(base, backend, "max")
-    next(sampler.stream([(cat, uncond, [1])], LCM, 64))
+    next(sampler.stream_batches([(cat, uncond, [1])], LCM, 64))
     assert backend.compiled == ["max-autotune-no-cudagraphs"]
     backend = Fake(fails=True)
     backend.go.set()
     sampler = sampler_of(base, backend)
     jobs = ((cat, uncond, [1]) for _ in range(engine.WORTH_COMPILING))
-    assert len(list(sampler.stream(jobs, LCM, 64))) == engine.WORTH_COMPILING
+    assert len(list(sampler.stream_batches(jobs, LCM, 64))) == engine.WORTH_COMPILING
     (walk,) = sampler.engine.captured.values()
     walk.thread.join(10)
     assert walk.state == "graph"
@@ -110,7 +110,7 @@ def test_only_the_last_shapes_keep_their_memory(opened):
     base, cat, _, uncond = opened
     sampler = sampler_of(base, Fake())
     for n in range(1, 7):
-        next(sampler.stream([(cat.expand(n), uncond, list(range(n)))], LCM, 64))
+        next(sampler.stream_batches([(cat.expand(n), uncond, list(range(n)))], LCM, 64))
     assert len(sampler.engine.captured) == engine.Engine.KEPT
 
 
@@ -138,11 +138,11 @@ def test_openvino_draws_what_torch_does(kind, folded, settings, request):
 
     def sampler(compile):
         if folded:
-            return Sampler.opened(base, compile=compile)
-        return Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae, compile=compile)
+            return Sampler(base, compile=compile, device="cpu")
+        return Sampler.of_networks(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae, compile=compile)
 
     plain, other = sampler("off"), sampler("openvino")
-    found = [list(s.stream(jobs, settings, 8 * autoencoder.factor(base.vae))) for s in (plain, other)]
+    found = [list(s.stream_batches(jobs, settings, 8 * autoencoder.factor(base.vae))) for s in (plain, other)]
     for a, b in zip(*found, strict=True):
         assert (a.int() - b.int()).abs().max() <= 1
     assert not torch.equal(found[1][0], found[1][2])
@@ -164,11 +164,11 @@ def test_openvino_with_a_controlnet(opened):
         parameter.fill_(0.1)  # a new one says nothing
     cond, pictures = cat.with_control(torch.rand(1, 3, 16, 16)), []
     for compile in ("off", "openvino"):
-        sampler = Sampler.opened(base, compile=compile)
+        sampler = Sampler(base, compile=compile, device="cpu")
         sampler.denoiser.controlnet = guide
-        pictures.append(next(sampler.stream([(cond, uncond, [1])], LCM, 64)).int())
+        pictures.append(next(sampler.stream_batches([(cond, uncond, [1])], LCM, 64)).int())
     assert (pictures[0] - pictures[1]).abs().max() <= 1
-    bare = next(Sampler.opened(base).stream([(cat, uncond, [1])], LCM, 64))
+    bare = next(Sampler(base, device="cpu", compile="off").stream_batches([(cat, uncond, [1])], LCM, 64))
     assert not torch.equal(bare.int(), pictures[1])
 
 
@@ -176,7 +176,10 @@ def test_what_openvino_cannot_do_runs_without_it(opened, monkeypatch, capfd):
     base, cat, _, uncond = opened
     monkeypatch.setattr(openvino, "check", lambda device: None)
     monkeypatch.setattr(openvino, "compiled", lambda *args: 1 / 0)
-    a, b = (next(Sampler.opened(base, compile=c).stream([(cat, uncond, [1])] * 2, LCM, 64)) for c in ("off", "openvino"))
+    a, b = (
+        next(Sampler(base, compile=c, device="cpu").stream_batches([(cat, uncond, [1])] * 2, LCM, 64))
+        for c in ("off", "openvino")
+    )
     assert torch.equal(a, b)
     told = capfd.readouterr().err
     assert told.count("the network runs without it (ZeroDivisionError") == told.count("the decoder runs without it") == 1
@@ -212,7 +215,7 @@ def test_openvino_is_refused_where_it_cannot_run(fastdiff, monkeypatch):
 
 def test_a_stop_is_honoured_between_batches(opened, monkeypatch):
     base, cat, _, uncond = opened
-    stream = sampler_of(base, Fake()).stream(((cat, uncond, [i]) for i in itertools.count()), LCM, 64)
+    stream = sampler_of(base, Fake()).stream_batches(((cat, uncond, [i]) for i in itertools.count()), LCM, 64)
     next(stream)
     monkeypatch.setattr(stop.request, "exit_code", 130)
     with pytest.raises(Stopped):
@@ -241,7 +244,7 @@ class NothingLeaves(TorchDispatchMode):
 def test_nothing_is_read_back_inside(kind, settings, request):
     base = checkpoint.load(str(request.getfixturevalue(kind)))
     prompts = text.Prompts(base)
-    sampler = Sampler.opened(base)
+    sampler = Sampler(base, device="cpu", compile="off")
     walk = sampler.walk(prompts(["a cat"]), prompts.unconditional(), [1], settings, (8, 8), 64)
     with NothingLeaves():
         found = sampler.engine.bytes(walk)
@@ -251,7 +254,7 @@ def test_nothing_is_read_back_inside(kind, settings, request):
 @pytest.mark.slow
 def test_the_whole_walk_is_one_graph_for_a_compiler(opened):
     base, cat, _, uncond = opened
-    sampler = Sampler.opened(base)
+    sampler = Sampler(base, device="cpu", compile="off")
     walk = sampler.walk(cat, uncond, [1], LCM, (8, 8))
     expected = sampler.engine.bytes(walk)
 

@@ -15,7 +15,6 @@ from fastdiff.quality.evaluation import Evaluation, evaluate
 from fastdiff.quality.metrics import Metric
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError
-from fastdiff.sampling.assemble import assemble
 from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler, Settings
 
@@ -31,7 +30,7 @@ def _quick(monkeypatch):
 @pytest.fixture
 def untrained():
     base = checkpoint.load("emoji")
-    return Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
+    return Sampler.of_networks(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
 
 
 def test_a_closing_row_has_the_figures_of_its_pictures(untrained):
@@ -107,7 +106,7 @@ def test_evaluate_for_users_of_the_library(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
     console.reset(quiet=True)
     base = checkpoint.load("emoji")
-    fast = assemble(checkpoint.load("emoji"), folded=True, identified=True)
+    fast = Sampler(checkpoint.load("emoji"), device="cpu", compile="off", identified=True)
     assert fd.evaluate is evaluate
     report = fd.evaluate(fast, teacher=base, num_steps=[1, 2], num_images=6, teacher_steps=3)
     ways = [(row["model"], row["num_steps"]) for row in report.rows if row["model"] == "student"]
@@ -129,20 +128,18 @@ def test_few_pictures_are_no_matter_without_a_distance_of_distributions(tiny_sd,
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     console.reset(quiet=True)
     base = checkpoint.load(str(tiny_sd))
-    assembled = assemble(checkpoint.load(str(tiny_sd)))
-    report = evaluate(
-        assembled.sampler, teacher=base, num_steps=1, prompts=["a cat"], num_images=2, teacher_steps=1, baseline=False
-    )
+    assembled = Sampler(checkpoint.load(str(tiny_sd)), device="cpu", compile="off")
+    report = evaluate(assembled, teacher=base, num_steps=1, prompts=["a cat"], num_images=2, teacher_steps=1, baseline=False)
     assert not any("num_images" in w for w in console.state.warnings)
     assert {"drift"} <= report.rows[1].keys()
 
 
 def test_student_and_teacher_are_of_one_family(tiny_sd):
-    fast = assemble(checkpoint.load(str(tiny_sd)))
+    fast = Sampler(checkpoint.load(str(tiny_sd)), device="cpu", compile="off")
     with pytest.raises(UsageError, match="of sd15, but `teacher` is emoji"):
         evaluate(fast, teacher=checkpoint.load("emoji"))
     with pytest.raises(UsageError, match="num_images=1"):
-        evaluate(fast, teacher=fast.sampler.base, num_images=1)
+        evaluate(fast, teacher=fast.base, num_images=1)
 
 
 def test_what_eval_every_measures_is_the_closing_row_of_fewer_pictures(untrained, monkeypatch):

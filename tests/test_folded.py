@@ -150,10 +150,10 @@ def test_an_unknown_network_still_draws(tiny_sd, monkeypatch):
     base = checkpoint.load(str(tiny_sd))
     folded = unet_of(base)
     assert isinstance(folded, FoldedUNet)
-    found = Sampler.opened(base)
+    found = Sampler(base, device="cpu", compile="off")
     monkeypatch.setattr("fastdiff.models.fast.unet.BLOCKS", {"UpBlock2D"})
     base = checkpoint.load(str(tiny_sd))
-    other = Sampler.opened(base)
+    other = Sampler(base, device="cpu", compile="off")
     assert other.denoiser.net is base.unet
     cond, uncond = text.encode(base, ["a cat"]), text.unconditional(base)
     a, b = (s.pixels(cond, uncond, [3], Settings("ddim", 2, 3.0), resolution_px=64) for s in (found, other))
@@ -236,7 +236,7 @@ def test_a_denoiser_that_says_something_else_is_asked_itself(tiny_sd):
             return p._replace(x0=torch.zeros_like(p.x0))
 
     cond = text.encode(base, ["a cat"])
-    grey = Sampler(base, Grey(base.unet, base.schedule(), base.prediction_type), base.vae)
+    grey = Sampler.of_networks(base, Grey(base.unet, base.schedule(), base.prediction_type), base.vae)
     assert not grey.latents(cond, cond, [1], Settings("euler", 2, 3.0), (8, 8)).any()
 
 
@@ -244,7 +244,7 @@ def test_a_denoiser_that_says_something_else_is_asked_itself(tiny_sd):
 def test_whole_checkpoints_draw_as_their_pipelines(family, tmp_path):
     """From files to pictures without diffusers, against diffusers."""
     base = checkpoint.load(str(build(tmp_path / family, family, "epsilon")))
-    sampler, prompts = Sampler.opened(base), text.Prompts(base)
+    sampler, prompts = Sampler(base, device="cpu", compile="off"), text.Prompts(base)
     assert not {"unet", "vae", "text_encoders"} & set(base.__dict__)
     settings = Settings("ddim", 3, 4.0, "leading")
     found = sampler.pixels(prompts(["a cat"]), prompts.unconditional(), [11], settings, resolution_px=64)

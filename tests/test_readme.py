@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff import cli
+from fastdiff import cli, lora
 from fastdiff.checkpoints.locate import EMOJI
+from fastdiff.checkpoints.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -66,8 +67,15 @@ def test_train_merge_and_sample_as_the_readme_tells(capfd, tmp_path, monkeypatch
     assert (tmp_path / "runs" / "sample-emoji").is_dir()
 
 
-def test_the_python_example_runs():
+def test_the_python_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(method="lcm", family="emoji", scheduler="lcm", num_steps=2, guidance=1.0)
+    style = lora.load(EMOJI / "style.safetensors")
+    lora.save(style, Path("anime.safetensors"))
+    lora.save(lora.Lora(style.modules, recipe.to_metadata()), Path("lcm.safetensors"))
     scope = {}
     for block in fenced("python"):
         exec(block, scope)
-    assert scope["pixels"].shape == (1, 3, 64, 64)
+    assert scope["picture"].size == (64, 64)
+    assert type(scope["pipe"].scheduler).__name__ == "LCMScheduler"
+    assert {"apples.png", "fast-anime.safetensors"} <= {path.name for path in tmp_path.iterdir()}

@@ -82,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     base = checkpoint.load("emoji")
-    sampler = Sampler(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
+    sampler = Sampler.of_networks(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
     teacher, samples = Settings.usual(SHIPPED), judged(args.samples).samples
     other = samples.row("reference", sampler, teacher, offset=REFERENCE_SEED)
     reference = Moments.of(other.features["embedded"])

@@ -196,17 +196,17 @@ def sample(config: Config, device: torch.device) -> dict[str, Any]:
     encode = text.Prompts(base, device=device)
     cond, uncond, seeds = encode([PROMPT] * n), encode.unconditional(), list(range(n))
     how = dict(device=device, vae=tiny if config.decoder == "tiny" else None)
-    sampler = Sampler.opened(base, compile=config.compile, **how)
+    sampler = Sampler(base, compile=config.compile, **how)
     samplers = {"ours": sampler}
     if config.against == "openvino" and config.compile != "openvino":  # a third way: ours by that library
-        samplers["openvino"] = Sampler.opened(base, compile="openvino", **how)
+        samplers["openvino"] = Sampler(base, compile="openvino", **how)
     pipe = stock_of(config, base, settings, px, cond, device, tiny if config.stock_decoder == "tiny" else None)
     side = px // autoencoder.factor(sampler.vae)
     told = {"prompt_embeds": cond.tokens, "pooled_prompt_embeds": cond.pooled} if config.stock_embeds or config.null else {}
     told = {k: v.to(device, base.dtype) for k, v in told.items() if v is not None}
     if config.null:
         nulled(sampler, pipe, px)
-    draw = lambda s: lambda: [Image.fromarray(p.numpy()) for p in next(s.stream([(cond, uncond, seeds)], settings, px))]
+    draw = lambda s: lambda: [Image.fromarray(p.numpy()) for p in next(s.stream_batches([(cond, uncond, seeds)], settings, px))]
     ours = {name: draw(s) for name, s in samplers.items()}
     first = {name: times[0] for name, times in measure.interleaved(ours, 1, device=device, warmup=0).items()}
     if not config.null:

@@ -4,25 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint, locate
+from fastdiff.checkpoints import locate
 from fastdiff.data.prompts import default_prompts
 from fastdiff.lora.file import Lora
-from fastdiff.models import text
-from fastdiff.sampling.assemble import assemble
 from fastdiff.sampling.pictures import contact_sheet, uint8
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.sampler import Sampler, Settings
 
 SEEDS = (0, 1, 2, 3)
 
 
 def drawn(ref: str, loras: list[tuple[Lora, float]], prompts: list[str], settings: Settings | None) -> tuple[Any, Settings]:
     """Images (N, 3, H, W) of a base with LoRAs, and the settings they were drawn with: the first recipe's."""
-    made = assemble(checkpoint.load(ref), loras)
-    base = made.sampler.base
-    settings = settings or Settings.of(made.recipe, Settings.usual(base.family))
-    cond, uncond = text.encode(base, prompts), text.unconditional(base)
-    px = base.resolution_px
-    return made.sampler.pixels(cond, uncond, SEEDS[: len(prompts)], settings, resolution_px=px, batch=4), settings
+    sampler = Sampler(ref, loras=loras, device="cpu", compile="off")
+    settings, px = settings or sampler.settings, sampler.base.resolution_px
+    cond, uncond = sampler.conds(prompts)
+    return sampler.pixels(cond, uncond, SEEDS[: len(prompts)], settings, resolution_px=px, batch=4), settings
 
 
 def before_and_after(ref: str, loras: list[tuple[Lora, float]], output: Path, *, baked: bool) -> tuple[Path, dict[str, float]]:

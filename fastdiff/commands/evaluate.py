@@ -22,8 +22,8 @@ from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.disk import write_atomic
 from fastdiff.runtime.errors import Result, UsageError
-from fastdiff.sampling.assemble import Assembled, assemble, is_lora, load_loras, pick_device, pick_dtype
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.assemble import is_lora, pick_device, pick_dtype
+from fastdiff.sampling.sampler import Sampler, Settings
 
 EXAMPLES = """fastdiff evaluate --lora lcm.safetensors
 fastdiff evaluate --student lcm.safetensors --student runs/dmd-emoji/dmd.safetensors --num-images 2000
@@ -133,8 +133,8 @@ class Config(BaseConfig):
 
 # ---- what is sampled
 
-FAST = dict(folded=True, identified=True)  # drawn with and nothing else, and kept by content
-Opener = Callable[[Sequence[str], str | None], Assembled]  # (further LoRAs, ControlNet): opened when its turn comes
+FAST = dict(compile="off", identified=True)  # kept by content
+Opener = Callable[[Sequence[str], str | None], Sampler]  # (further LoRAs, ControlNet): opened when its turn comes
 
 
 def name_of(spec: str) -> str:
@@ -143,20 +143,21 @@ def name_of(spec: str) -> str:
 
 
 def lora_on_base(config: Config, specs: Sequence[str], dtype: torch.dtype, device: torch.device) -> Opener:
-    def opened(more: Sequence[str], guide: str | None) -> Assembled:
+    def opened(more: Sequence[str], guide: str | None) -> Sampler:
         base = config.open_base(dtype)
-        worn = load_loras(base, [*specs, *more], remap=bool(more) and is_pruned(base), allow_pickle=config.allow_pickle)
-        return assemble(base, worn, vae=config.vae, controlnet=guide, device=device, **FAST)
+        how = dict(remap=bool(more) and is_pruned(base), allow_pickle=config.allow_pickle)
+        return Sampler(base, loras=[*specs, *more], vae=config.vae, controlnet=guide, device=device, **how, **FAST)
 
     return opened
 
 
 def whole(config: Config, ref: str, dtype: torch.dtype, device: torch.device) -> Opener:
-    def opened(more: Sequence[str], guide: str | None) -> Assembled:
+    def opened(more: Sequence[str], guide: str | None) -> Sampler:
         base = checkpoint.load(ref, dtype=dtype, allow_pickle=config.allow_pickle)
-        worn = load_loras(base, more, remap=bool(more) and is_pruned(base), allow_pickle=config.allow_pickle)
-        recipe = base.recipe  # a style's header does not say how its wearer is sampled
-        return replace(assemble(base, worn, vae=config.vae, controlnet=guide, device=device, **FAST), recipe=recipe)
+        how = dict(remap=bool(more) and is_pruned(base), allow_pickle=config.allow_pickle)
+        made = Sampler(base, loras=list(more), vae=config.vae, controlnet=guide, device=device, **how, **FAST)
+        made.recipe = base.recipe  # a style's header does not say how its wearer is sampled
+        return made
 
     return opened
 

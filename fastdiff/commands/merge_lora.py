@@ -1,14 +1,7 @@
-"""The `merge-lora` command: LoRAs to one LoRA, exactly or to a rank; into a checkpoint; out of two checkpoints.
+"""The `merge-lora` command: LoRAs to one LoRA, exactly or to a rank; into a checkpoint; out of two checkpoints."""
 
-sum_i w_i B_i A_i = [B_1 .. B_n] [w_1 A_1; ..; w_n A_n]    of rank sum_i r_i, exact for any ranks and module sets
-rank R: QR of both sides, SVD of the r x r core            the best approximation (Eckart & Young 1936)
-ties, dare: on the products B A, never on the factors      Yadav et al. 2023; Yu et al. 2024
-"""
-
-import json
 import re
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,15 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 
 from fastdiff import lora
-from fastdiff.checkpoints import single_file, write
-from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
-from fastdiff.checkpoints.family import Family
-from fastdiff.checkpoints.single_file import Weights
+from fastdiff.checkpoints import single_file
+from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.commands import compare
-from fastdiff.lora import apply, difference
+from fastdiff.lora import difference, merging
 from fastdiff.lora.file import Lora
-from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
-from fastdiff.lora.layouts import split
+from fastdiff.lora.kinds import Dense, Factors, Update
 from fastdiff.models.remap import remapped
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
@@ -74,16 +64,6 @@ class Config(BaseConfig):
     check: Annotated[str | None, "sample before and after on this base, and compare"] = None
 
 
-def agreed(loras: list[tuple[Lora, float]]) -> tuple[Family | None, list[tuple[Lora, float]]]:
-    """The family as far as the LoRAs tell one, and the LoRAs with their first text encoder called alike."""
-    sources = {item.family: item.source for item, _ in reversed(loras) if item.family}
-    if len(sources) > 1:
-        (one, first), (other, second), *_ = sources.items()
-        raise InputRefused(f"{second} is for {other}, {first} for {one}: LoRAs of different families cannot be merged")
-    family = next(iter(sources), None)
-    return family, apply.encoders(loras, family.text_encoders if family else 1)
-
-
 def block_of(key: str, layers: int = 2) -> str:
     """IN04, M00, OUT11: the LDM block of a module; BASE for text encoders and what lies outside the blocks."""
     flat = single_file.to_flat(key.removeprefix("lora_unet_"), layers) if key.startswith("lora_unet_") else ""
@@ -118,86 +98,6 @@ def weighted(item: Lora, text: str | None) -> Lora:
     return replace(item, modules=scaled)
 
 
-def joined(parts: list[tuple[Update, float]], config: Config) -> Update:
-    """One module's updates as one: side by side where all are factors, else, and for ties and dare, their products."""
-    if config.method == "sum" and all(isinstance(update, Factors) for update, _ in parts):
-        down = torch.cat([strength * update.down for update, strength in parts], 0)  # type: ignore[attr-defined]
-        return Factors(down, torch.cat([update.up for update, _ in parts], 1))  # type: ignore[attr-defined]
-    deltas = [update.delta() for update, _ in parts]
-    weights = torch.tensor([strength for _, strength in parts])
-    if config.method == "sum" or len(parts) == 1:
-        return Dense(sum(w * delta for w, delta in zip(weights, deltas, strict=True)))  # type: ignore[arg-type]
-    from peft.utils import merge_utils
-
-    how = {"ties": merge_utils.ties, "dare-ties": merge_utils.dare_ties, "dare-linear": merge_utils.dare_linear}
-    return Dense(how[config.method](deltas, weights, config.density))
-
-
-def concatenate(loras: list[tuple[Lora, float]], config: Config | None = None) -> Lora:
-    """The weighted sum as one LoRA, fp32; the first one's recipe is kept. Exact, of rank sum r_i, for LoRAs of factors.
-
-    Families or shapes that differ raise InputRefused naming both files; so do updates that depend on the base's weight
-    (DoRA, IA3, OFT), and without --rank what is no product of factors (LoHa, LoKr, full differences).
-    """
-    config = config or Config()
-    family, loras = agreed(loras)
-    for item, _ in loras:
-        if config.rank is None and config.method == "sum":
-            item.factors("merged into a LoRA")
-        elif bad := [key for key, update in item.modules.items() if update.needs_weight or len(update.shape or ()) < 2]:
-            raise InputRefused(f"{item.source}: {item.modules[bad[0]].kind} ({bad[0]}) has no low rank", "bake it with --base")
-    torch.manual_seed(config.seed)
-    modules: dict[str, Update] = {}
-    for key in dict.fromkeys(key for item, _ in loras for key in item.modules):
-        parts = [(item, strength) for item, strength in loras if key in item.modules]
-        shapes = {item.modules[key].shape: item.source for item, _ in parts}
-        if len(shapes) > 1:
-            (one, first), (other, second), *_ = shapes.items()
-            raise InputRefused(f"{key} is {one} in {first} but {other} in {second}: they are for different bases")
-        modules[key] = joined([(item.modules[key], strength) for item, strength in parts], config)
-    recipe = replace(loras[0][0].recipe, family=family and family.name)
-    merged_from = json.dumps([{"name": Path(item.source).name, "weight": strength} for item, strength in loras])
-    told = {**recipe.to_metadata(), "fastdiff.merged_from": merged_from}
-    if (layers := loras[0][0].layers) != 2:
-        told["fastdiff.layers_per_block"] = str(layers)
-    return Lora(modules, told, "the merged LoRA")
-
-
-def reduced(item: Lora, rank: str | None, energy: float, full: dict[str, int]) -> tuple[Lora, dict[str, float]]:
-    """The best LoRA of a rank (a number, or auto: what keeps `energy`; None: `full`, by module), and the energy kept.
-
-    The energy is sum sigma^2 kept over the whole, by component.
-    """
-    modules: dict[str, Update] = {}
-    sums: dict[str, tuple[float, float]] = {}
-    for key, update in item.modules.items():
-        asked = full.get(key) if rank is None else None if rank == "auto" else int(rank)
-        modules[key], kept, whole = low_rank_of(update, asked, energy)
-        before = sums.get(part := split(key)[0], (0.0, 0.0))
-        sums[part] = (before[0] + kept, before[1] + whole)
-    return replace(item, modules=modules), {part: kept / whole if whole else 1.0 for part, (kept, whole) in sums.items()}
-
-
-def ranks_of(loras: list[tuple[Lora, float]]) -> dict[str, int]:
-    """Sum of the ranks by module: what an exact concatenation would have."""
-    found: dict[str, int] = {}
-    for item, _ in loras:
-        for key, update in item.modules.items():
-            found[key] = found.get(key, 0) + (update.rank if isinstance(update, Factors) else 64)
-    return found
-
-
-def largest_error(stored: Lora, loras: Iterable[tuple[Lora, float]]) -> float:
-    """max over modules of |stored - exact| / |exact|, Frobenius; exact is the fp32 sum of the deltas themselves."""
-    worst, loras = 0.0, list(loras)
-    for key, update in stored.modules.items():
-        exact = sum(strength * item.modules[key].delta() for item, strength in loras if key in item.modules)
-        norm = torch.linalg.vector_norm(exact).item()  # type: ignore[arg-type]
-        off = torch.linalg.vector_norm(update.delta() - exact).item()
-        worst = max(worst, off / norm if norm else off)
-    return worst
-
-
 def destination(config: Config, inputs: list[Path]) -> Path:
     """Where the result goes; never onto an input, nor onto a folder that holds one."""
     bakes = bool(config.base) and not config.extract
@@ -215,35 +115,9 @@ def destination(config: Config, inputs: list[Path]) -> Path:
     return path
 
 
-def bake(config: Config, loras: list[tuple[Lora, float]], output: Path) -> tuple[int, list[Path]]:
-    """Add to the base in fp32, cast once, tensor by tensor; returns the number of modules changed and what was written."""
-    base = config.open_base()
-    family, loras = agreed(loras)
-    if family and family != base.family:
-        message = f"--base {config.base} is {base.family}, but the LoRAs are for {family}"
-        raise InputRefused(message, f"give a base of family {family}")
-    prefixes = apply.prefixes(len(base.text_parts))
-    loras = apply.encoders(loras, len(base.text_parts))
-    shapes = {part: base.shapes(part) for part in prefixes}
-    table = {key: place for part, prefix in prefixes.items() for key, place in apply.places(shapes[part], prefix).items()}
-    fitted = apply.fit(loras, table, allow_partial=config.allow_partial, family=base.family)
-    loras = [(item, strength) for item, (_, strength) in zip(fitted, loras, strict=True)]
-    if config.method != "sum":
-        loras = [(concatenate(loras, config), 1.0)]
-    changed: dict[str, Weights] = {}
-    count = 0
-    for part, prefix in prefixes.items():
-        changed[part], touched = apply.baked(base.weights(part, shapes[part]), prefix, loras)
-        count += touched
-    recipe = replace(loras[0][0].recipe, family=base.family.name)
-    return count, write_checkpoint(base, output, changed, DTYPES[config.precision], recipe)
-
-
-def write_checkpoint(base: Checkpoint, output: Path, changed: dict[str, Weights], dtype: torch.dtype, recipe: Any) -> list[Path]:
-    if output.suffix == ".safetensors":
-        return write.to_file(base, output, changed=changed, dtype=dtype, recipe=recipe)
-    write.to_folder(base, output, changed=changed, dtype=dtype, recipe=recipe)
-    return [output]
+def joining(config: Config) -> dict[str, Any]:
+    """How updates are joined, as `merging.concatenate` takes it."""
+    return dict(approximate=config.rank is not None, method=config.method, density=config.density, seed=config.seed)
 
 
 def check_flags(config: Config) -> None:
@@ -286,14 +160,16 @@ def run(config: Config) -> Result:
     inputs = [{"file": item.source, "weight": w, **lora.summary(item)} for item, w in loras]
     if config.base:
         with console.timed("bake_s"):
-            count, outputs = bake(config, loras, output)
+            base = config.open_base()
+            how = dict(dtype=DTYPES[config.precision], allow_partial=config.allow_partial, **joining(config))
+            count, outputs = merging.bake(base, loras, output, **how)
         metrics: dict[str, Any] = {"modules": count, "inputs": inputs}
         command = f'fastdiff sample --base {shlex.quote(str(output))} --prompt "a red apple"'
     else:
         with console.timed("merge_s"):
-            merged, energy = concatenate(loras, config), {}
+            merged, energy = merging.concatenate(loras, **joining(config)), {}
             if config.rank or config.method != "sum":
-                merged, energy = reduced(merged, config.rank, config.energy, ranks_of(agreed(loras)[1]))
+                merged, energy = merging.reduced(merged, config.rank, config.energy, merging.ranks_of(merging.agreed(loras)[1]))
             lora.save(merged, output, dtype=DTYPES[config.precision], format=config.format)
         outputs = [output]
         ranks = [update.rank for update in merged.modules.values() if isinstance(update, Factors)]
@@ -301,7 +177,7 @@ def run(config: Config) -> Result:
         if energy:
             metrics["energy"] = energy
         if config.format == "kohya" and config.method == "sum":
-            metrics["max_error"] = largest_error(lora.load(output, layers=merged.layers), agreed(loras)[1])
+            metrics["max_error"] = merging.largest_error(lora.load(output, layers=merged.layers), merging.agreed(loras)[1])
         base = f"--base {merged.family} " if merged.family else ""
         command = f'fastdiff sample {base}--lora {shlex.quote(str(output))} --prompt "a red apple"'
     if config.check:

@@ -1,8 +1,6 @@
 """The `sample` command: prompts to PNGs, with the settings that the weights' own recipe asks for."""
 
 import itertools
-import json
-import math
 import os
 import statistics
 import sys
@@ -12,16 +10,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 
 from fastdiff.checkpoints.checkpoint import BaseConfig
-from fastdiff.checkpoints.family import SHIPPED, Family
+from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import control
 from fastdiff.data.prompts import read_prompts
 from fastdiff.data.teacher import cache_folder
 from fastdiff.diffusion.solvers import SOLVERS
-from fastdiff.models import text
 from fastdiff.models.denoiser import Cond
 from fastdiff.quality import emoji as judge
 from fastdiff.runtime import console
@@ -29,9 +27,9 @@ from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling import openvino
-from fastdiff.sampling.assemble import Assembled, assemble, load_loras, pick_device, pick_dtype, recipe_of
-from fastdiff.sampling.pictures import contact_sheet
-from fastdiff.sampling.sampler import Sampler, Settings
+from fastdiff.sampling.assemble import pick_device, pick_dtype
+from fastdiff.sampling.pictures import portrait, tiled, write_picture
+from fastdiff.sampling.sampler import Sampler, Settings, asked
 
 CONTROLS = ("controlnet", "control_image", "control", "control_scale")
 EXAMPLES = """fastdiff sample --prompt "a red apple"
@@ -98,34 +96,25 @@ def wanted(config: Config) -> list[str]:
     return prompts
 
 
-def settings(config: Config, recipe: Recipe, family: Family) -> Settings:
-    """Given flags first, then the recipe; a flag that contradicts the recipe is obeyed and warned of."""
-    given = {k: getattr(config, k) for k in ("scheduler", "num_steps", "guidance", "spacing", "eta")}
-    for name in ("scheduler", "guidance"):
-        asked, told = getattr(recipe, name), given[name]
-        unguided = name == "guidance" and None not in (asked, told) and max(asked, told) <= 1
-        if asked is not None and told is not None and asked != told and not unguided:
-            console.warn(f"--{name} {told}: the weights were distilled for {name} {asked}")
-    steps = given["num_steps"]
-    if recipe.timesteps and steps and steps != recipe.num_steps:
-        console.warn(f"--num-steps {steps}: the weights know only timesteps {', '.join(map(str, recipe.timesteps))}")
-    elif recipe.fixed and steps and steps != recipe.num_steps:
-        console.warn(f"--num-steps {steps}: the weights were distilled for {recipe.num_steps} steps, and for those alone")
-    elif recipe.num_steps and steps and steps > 2 * recipe.num_steps:
-        console.warn(f"--num-steps {steps}: the weights were distilled for {recipe.num_steps}; more steps do not help")
-    if recipe.family and recipe.family != family.name:
-        raise UsageError(f"--lora: distilled from {recipe.family}, but --base is {family}", f"use --base {recipe.family}")
-    return Settings.of(recipe, Settings.usual(family), **given)
+def given(config: Config) -> dict[str, Any]:
+    """What was asked for by flags, against the recipe's."""
+    return {name: getattr(config, name) for name in ("scheduler", "num_steps", "guidance", "spacing", "eta")}
 
 
-def open_sampler(config: Config, device: torch.device) -> tuple[Assembled, Settings]:
-    """The base with its LoRAs folded in, in the precision asked for, and how to walk."""
-    base = config.open_base(pick_dtype(config.precision, device))
-    how = dict(allow_partial=config.allow_partial)
-    loras = load_loras(base, config.lora, remap=config.remap, allow_pickle=config.allow_pickle, **how)
-    chosen = settings(config, recipe_of(base, loras), base.family)  # a mismatch is told before anything heavy loads
-    how |= dict(controlnet=config.controlnet, strength=config.control_scale, vae=config.vae)
-    return assemble(base, loras, device=device, folded=True, compile=config.compile, **how), chosen
+def open_sampler(config: Config, device: torch.device) -> Sampler:
+    """The base with its LoRAs folded in, in the precision asked for."""
+    return Sampler(
+        config.open_base(pick_dtype(config.precision, device)),
+        loras=config.lora,
+        vae=config.vae,
+        controlnet=config.controlnet,
+        control_scale=config.control_scale,
+        device=device,
+        compile=config.compile,
+        allow_partial=config.allow_partial,
+        allow_pickle=config.allow_pickle,
+        remap=config.remap,
+    )
 
 
 def run(config: Config) -> Result:
@@ -136,20 +125,20 @@ def run(config: Config) -> Result:
     if config.control and not config.control_image:
         raise UsageError("--control: takes the control out of --control-image, and there is none", "give --control-image too")
     prompts, device = wanted(config), pick_device(config.device)
+    Settings.of(Recipe(), Settings(), **given(config))  # a wrong value is told before anything heavy loads
     if config.compile == "openvino":
         openvino.check(device, config.precision)
     elif config.compile != "off":  # where compiled kernels are kept from one run to the next
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     with console.timed("load_s"):
-        opened, chosen = open_sampler(config, device)
-        sampler, base = opened.sampler, opened.sampler.base
-        resolution_px = config.resolution or base.resolution_px
-        encode = text.Prompts(base, device=device)
-        uncond = encode([config.negative]) if config.negative else encode.unconditional()
-        cond = encode([p for p in prompts for _ in range(config.num_images)])
+        sampler = open_sampler(config, device)
+        base, chosen = sampler.base, asked(sampler.recipe, Settings.usual(sampler.base.family), **given(config))
+        resolution_px, shown = config.resolution or base.resolution_px, None
         if config.control_image:
-            shown = control.read(Path(config.control_image), resolution_px, config.control and control.extractor(config.control))
-            cond = cond.with_control(shown.to(device).expand(len(cond), -1, -1, -1))
+            how = control.extractor(config.control) if config.control else None
+            shown = control.read(Path(config.control_image), resolution_px, how)
+        lines = [p for p in prompts for _ in range(config.num_images)]
+        cond, uncond = sampler.conds(lines, negative=config.negative, control=shown)
     if config.negative and not chosen.guided:
         console.warn("--negative has no effect at guidance 1 or less")
     seeds = [config.seed + i for _ in prompts for i in range(config.num_images)]
@@ -158,27 +147,24 @@ def run(config: Config) -> Result:
         few = cond[: config.batch_size]
         return real_time(config, sampler, chosen, few, uncond, resolution_px, folder / names[0], prompts[0])
     parts = [slice(i, i + config.batch_size) for i in range(0, len(seeds), config.batch_size)]
-    stream = sampler.stream(((cond[rows], uncond, seeds[rows]) for rows in parts), chosen, resolution_px)
-    written, images = [], []
+    stream = sampler.stream_batches(((cond[rows], uncond, seeds[rows]) for rows in parts), chosen, resolution_px)
+    written, drawn = [], []
     # PNG is packed beside the drawing of the next batch; it takes longer than one step of a small network.
     with console.timed("sampling_s"), console.progress(len(seeds), "sampling") as bar, ThreadPoolExecutor(1) as packer:
         for rows, batch in zip(parts, stream, strict=True):
-            images.append(batch)
             for pixels, k in zip(batch, range(len(seeds))[rows], strict=True):
-                told = facts(config, chosen, prompts[k // config.num_images], seeds[k])
-                written.append(packer.submit(write_png, folder / names[k], pixels, told))
+                image = portrait(pixels, facts(config, chosen, lines[k], seeds[k]))
+                drawn.append(image)
+                written.append(packer.submit(write_picture, image, folder / names[k]))
             bar.update(len(batch))
     outputs = [item.result() for item in written]
-    stack = torch.cat(images).permute(0, 3, 1, 2) / 127.5 - 1
     if config.grid and len(seeds) > 1:
-        columns = config.num_images if config.num_images > 1 else math.ceil(len(seeds) ** 0.5)
-        blank = torch.ones(-len(stack) % columns, *stack.shape[1:])
-        padded = torch.cat([stack, blank])
         outputs.append(folder / "grid.png")
-        contact_sheet([padded[c::columns] for c in range(columns)]).save(outputs[-1])
-    metrics = {"images": len(seeds), "calls": chosen.calls, "settings": asdict(chosen), "loras": opened.coverage}
+        tiled(drawn, config.num_images).save(outputs[-1])
+    metrics = {"images": len(seeds), "calls": chosen.calls, "settings": asdict(chosen), "loras": sampler.coverage}
     if base.family.judge_ships:
-        metrics["style"] = judge.style_distance(stack, [p for p in prompts for _ in range(config.num_images)])
+        stack = torch.stack([torch.from_numpy(np.array(image)) for image in drawn]).permute(0, 3, 1, 2) / 127.5 - 1
+        metrics["style"] = judge.style_distance(stack, lines)
     return Result(outputs, metrics)
 
 
@@ -188,7 +174,7 @@ def real_time(
     """Draw for `--fps` seconds, seed after seed, and tell images a second; the last one is written."""
     n, seeds = len(cond), itertools.count(config.seed)
     batches = ((cond, uncond, list(itertools.islice(seeds, n))) for _ in itertools.count())
-    stream = sampler.stream(batches, chosen, resolution_px)
+    stream = sampler.stream_batches(batches, chosen, resolution_px)
     with console.timed("first_s"):
         batch = next(stream)
     marks = [time.perf_counter()]
@@ -198,7 +184,7 @@ def real_time(
     gaps = [b - a for a, b in itertools.pairwise(marks)]
     rate = n / statistics.median(gaps)
     console.info(f"{rate:.1f} images/s ({n} at once, median of {len(gaps)} batches)")
-    write_png(path, batch[0], facts(config, chosen, prompt, config.seed + n * len(gaps)))
+    write_picture(portrait(batch[0], facts(config, chosen, prompt, config.seed + n * len(gaps))), path)
     metrics = {"images_per_s": rate, "images": n * len(marks), "batch_size": n, "calls": chosen.calls}
     return Result([path], {**metrics, "settings": asdict(chosen)})
 
@@ -226,18 +212,6 @@ def facts(config: Config, chosen: Settings, prompt: str, seed: int) -> dict[str,
         **({k: getattr(config, k) for k in CONTROLS} if config.controlnet else {}),
         **asdict(chosen),
     }
-
-
-def write_png(path: Path, pixels: torch.Tensor, told: dict[str, Any]) -> Path:
-    """pixels (H, W, 3), uint8."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_text("prompt", told["prompt"])
-    info.add_text("fastdiff", json.dumps(told))
-    Image.fromarray(pixels.numpy()).save(path, pnginfo=info)
-    return path
 
 
 COMMAND = Runnable(Config, run, examples=EXAMPLES)

@@ -103,7 +103,7 @@ class Shards:
         """Made where something is missing: a network to draw with, beside the one that will be trained."""
         net = unet_of(self.base, device=self.device)
         denoiser = Denoiser(net, self.base.schedule(), self.base.prediction_type)
-        return Sampler(self.base, denoiser, self.base.vae, device=self.device)
+        return Sampler.of_networks(self.base, denoiser, self.base.vae, device=self.device)
 
     def first(self, n: int) -> tuple[Tensor, Tensor]:
         """Noise and latents (n, C, h, w), fp16; those that are not there yet are sampled."""

@@ -107,17 +107,18 @@ def tcd(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
 
 @dataclass(frozen=True)
 class Solver:
-    """A sampler and the grid that its diffusers scheduler is best used with."""
+    """A sampler, the diffusers scheduler that it equals, and the grid that this one is best used with."""
 
     run: Callable[[Denoise, Tensor, Grid, Noise], Tensor]
+    stock: str
     spacing: str
     stochastic: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
-    "ddim": Solver(ddim, "trailing"),
-    "euler": Solver(euler, "trailing"),
-    "dpm++": Solver(dpmpp_2m, "trailing"),
-    "lcm": Solver(lcm, "lcm", stochastic=True),
-    "tcd": Solver(tcd, "lcm", stochastic=True),
+    "ddim": Solver(ddim, "DDIMScheduler", "trailing"),
+    "euler": Solver(euler, "EulerDiscreteScheduler", "trailing"),
+    "dpm++": Solver(dpmpp_2m, "DPMSolverMultistepScheduler", "trailing"),
+    "lcm": Solver(lcm, "LCMScheduler", "lcm", stochastic=True),
+    "tcd": Solver(tcd, "TCDScheduler", "lcm", stochastic=True),
 }

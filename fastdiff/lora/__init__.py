@@ -1,9 +1,11 @@
-"""LoRA files: every layout in, exact sums out. The names below are looked up on first use."""
+"""LoRAs: files of every layout in, exact sums out, adapters that train. The names below are looked up on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdiff.lora.adapters import attach as attach
+    from fastdiff.lora.adapters import save_adapter as save_adapter
     from fastdiff.lora.file import Lora as Lora
     from fastdiff.lora.file import from_peft as from_peft
     from fastdiff.lora.file import layers_told as layers_told
@@ -11,10 +13,18 @@ if TYPE_CHECKING:
     from fastdiff.lora.file import parse as parse
     from fastdiff.lora.file import parse_spec as parse_spec
     from fastdiff.lora.file import save as save
+    from fastdiff.lora.file import summary as summary
+    from fastdiff.lora.merging import bake as bake
+    from fastdiff.lora.merging import merge as merge
 
-PUBLIC = dict.fromkeys(
-    ("Lora", "from_peft", "header", "layers_told", "load", "parse", "parse_spec", "save", "summary"), "fastdiff.lora.file"
-)
+# No module of this package may have the name of one of these: importing it would put it in the name's place.
+PUBLIC = {
+    **dict.fromkeys(
+        ("Lora", "from_peft", "header", "layers_told", "load", "parse", "parse_spec", "save", "summary"), "fastdiff.lora.file"
+    ),
+    **dict.fromkeys(("merge", "bake"), "fastdiff.lora.merging"),
+    **dict.fromkeys(("attach", "save_adapter"), "fastdiff.lora.adapters"),
+}
 
 
 # A module's hook of Python for names that it has not yet: these are imported when they are asked for.

@@ -3,14 +3,16 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.lora import apply
-from fastdiff.lora.file import Factors, Lora, from_peft
+from fastdiff.lora.file import Factors, Lora, from_peft, layers_told
 from fastdiff.lora.kinds import Dense, low_rank_of
 from fastdiff.runtime.errors import UsageError
 
@@ -186,3 +188,20 @@ def factors(unet: nn.Module, alpha: float, name: str = "student") -> dict[str, F
     from peft import get_peft_model_state_dict
 
     return from_peft(get_peft_model_state_dict(unet, adapter_name=name), alpha)
+
+
+def save_adapter(
+    role: Any, path: str | Path, *, recipe: Recipe | None = None, alpha: float | None = None, adapter: str | None = None
+) -> Path:
+    """Write the adapter that a role wears as a LoRA, in the layout that every program loads, with its recipe in the header.
+
+    `role`: a `Denoiser`; or a UNet, with the name of the `adapter` ("student" unless given). `alpha` is the adapter's own unless
+    given. `Sampler(base, loras={path: 1.0})` then obeys the recipe.
+    """
+    net = role if is_adapted(role) else getattr(role, "net", role)
+    name = adapter or getattr(role, "adapter", None) or "student"
+    if not is_adapted(net) or name not in net.peft_config:
+        raise UsageError(f"`adapter={name}`: the network has no adapter of that name", "put one on with `fastdiff.lora.attach`")
+    modules = factors(net, net.peft_config[name].lora_alpha if alpha is None else alpha, name)
+    told = {**(recipe or Recipe()).to_metadata(), **layers_told(net.config)}
+    return Lora(modules, told).save(path)

@@ -6,7 +6,7 @@ W' = W + sum_i s_i Delta_i(W)         every update acts on the base's own weight
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,9 +29,9 @@ Format = Literal["kohya", "diffusers", "peft"]
 ABSURD_RANK, ABSURD_SCALE = 16_384, 10_000.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Lora:
-    """Modules by canonical name, and the header of the file."""
+    """Modules by canonical name, and the header of the file; one equals itself alone, so that it can be a key."""
 
     modules: dict[str, Update]
     metadata: dict[str, str] = field(default_factory=dict)
@@ -66,6 +66,11 @@ class Lora:
     def of_unet(self) -> "Lora":
         """Without what it does to text encoders."""
         return replace(self, modules={k: v for k, v in self.modules.items() if k.startswith("lora_unet_")})
+
+    def save(self, path: str | Path, *, dtype: torch.dtype = torch.float16, format: Format = "kohya") -> Path:
+        """Write it as a file of the layout that every program loads, or of another; see `save`."""
+        save(self, Path(path).expanduser(), dtype=dtype, format=format)
+        return Path(path).expanduser()
 
     def factors(self, doing: str) -> dict[str, Factors]:
         """The modules as low-rank factors, or InputRefused naming what is not; `doing` says what for."""
@@ -317,3 +322,34 @@ def parse_spec(spec: str, default: float) -> tuple[Path, float]:
     if not math.isfinite(strength):
         raise UsageError(f"{spec}: the weight must be a finite number")
     return Path(head or spec).expanduser(), strength
+
+
+Weighted = Mapping[Any, float] | Sequence[Any] | str | Path | Lora | None
+
+
+def with_weights(loras: Weighted, default: float = 1.0) -> list[tuple[Path | Lora, float]]:
+    """Several LoRAs as they are given in Python: {FILE: WEIGHT}, or a list of FILE, FILE=WEIGHT and (FILE, WEIGHT).
+
+    A `Lora` may stand for each FILE, and one alone for a list of one.
+    """
+    if isinstance(loras, Mapping):
+        pairs: list[Any] = list(loras.items())
+    else:
+        pairs = [loras] if isinstance(loras, str | Path | Lora) else list(loras or ())
+    found: list[tuple[Path | Lora, float]] = []
+    for pair in pairs:
+        if isinstance(pair, str):
+            found.append(parse_spec(pair, default))
+            continue
+        item, weight = (pair, default) if isinstance(pair, Path | Lora) else pair
+        if not math.isfinite(weight):
+            raise UsageError(
+                f"{as_field('lora', item.source if isinstance(item, Lora) else item)}: the weight must be a finite number"
+            )
+        found.append((item if isinstance(item, Lora) else Path(item).expanduser(), float(weight)))
+    return found
+
+
+def opened(item: Path | Lora, **how: Any) -> Lora:
+    """A LoRA out of its file, or as it is; `how` is `load`'s."""
+    return item if isinstance(item, Lora) else load(item, **how)

@@ -222,7 +222,7 @@ class Rows:
         cond = self.cond[:n]
         if controls is not None:
             cond = cond.with_control((controls[:n].float() / 255).expand(-1, 3, -1, -1))
-        sampler, seeds = Sampler(self.base, who, self.vae, device=self.device), list(range(len(cond)))
+        sampler, seeds = Sampler.of_networks(self.base, who, self.vae, device=self.device), list(range(len(cond)))
         settings = Settings.usual(self.base.family) if who is method.teacher else method.settings()
         return sampler.pixels(cond, self.uncond, seeds, settings, resolution_px=self.px, batch=8)
 

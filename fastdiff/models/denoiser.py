@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction, PredictionType
 from fastdiff.lora import adapters
 from fastdiff.models.sharding import is_split
@@ -86,6 +87,14 @@ class Denoiser(nn.Module):
             raise ValueError("a zero-terminal-SNR schedule needs v_prediction or sample; this checkpoint predicts epsilon")
         self.net, self.schedule, self.kind, self.adapter = net, schedule, kind, adapter
         self.controlnet, self.strength = controlnet, strength
+
+    @classmethod
+    def of(cls, base: Checkpoint, adapter: str | None = None) -> "Denoiser":
+        """The base's network with its schedule and prediction type, wearing an adapter of that name, or bare.
+
+        All roles of one base share its network, so that a teacher and a LoRA student cost the memory of one.
+        """
+        return cls(base.unet, base.schedule(), base.prediction_type, adapter)
 
     def networks(self) -> list[nn.Module]:
         """What it calls: the UNet, and the ControlNet where it has one."""

@@ -57,7 +57,7 @@ class Drift:
 
     def of(self, net: Denoiser, settings: Settings) -> Tensor:
         """The departures of what a network draws."""
-        sampler = Sampler(self.base, net, self.base.vae, device=self.device)
+        sampler = Sampler.of_networks(self.base, net, self.base.vae, device=self.device)
         n = at_once(self.resolution_px // autoencoder.factor(sampler.vae))
         parts = [
             sampler.pictures(self.cond[i : i + n], self.uncond, self.seeds[i : i + n], settings, self.resolution_px)

@@ -26,7 +26,7 @@ from fastdiff.quality.metrics import Against, Metric, Row, judging, measured, to
 from fastdiff.quality.samples import Samples
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError
-from fastdiff.sampling.assemble import Assembled, assemble, pick_device
+from fastdiff.sampling.assemble import pick_device
 from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler, Settings
 
@@ -38,7 +38,7 @@ class Model:
     """Something to judge: `open(further LoRAs, ControlNet)` when its turn comes, sampled by each settings of `ladder`."""
 
     name: str
-    open: Callable[[Sequence[str], str | None], Assembled]
+    open: Callable[[Sequence[str], str | None], Sampler]
     ladder: list[Settings]
 
 
@@ -195,11 +195,11 @@ class Evaluation:
         some `moments` may be known. `baseline`: also judge the teacher in as many network calls as each student.
         """
         made, guided = teacher.open([], None), teacher.ladder[0]
-        best = self.samples.row(teacher.name, made.sampler, guided, identity=made.identity)
+        best = self.samples.row(teacher.name, made, guided, identity=made.identity)
         self.against = self.references(made, best, reference, moments or {})
         warn_of_few(best, self.against)
-        latency_ms = {best: self.samples.latency_ms(made.sampler, guided)}
-        family = made.sampler.base.family
+        latency_ms = {best: self.samples.latency_ms(made, guided)}
+        family = made.base.family
         for calls in sorted({settings.calls for model in students for settings in model.ladder}) if baseline else []:
             for settings in undistilled_ways(family, calls):
                 self.undistilled.append(self.timed(teacher.name, made, settings, latency_ms))
@@ -216,19 +216,19 @@ class Evaluation:
         found = {"samples": len(self.samples), "reference": str(reference), "rows": rows, "gap_closed": gaps}
         return Report(found, order, [latency_ms[row] for row in order], self.samples.lines)
 
-    def timed(self, model: str, made: Assembled, settings: Settings, latency_ms: dict[Row, float]) -> Row:
-        row = self.row(model, made.sampler, settings, identity=made.identity)
-        latency_ms[row] = self.samples.latency_ms(made.sampler, settings)
+    def timed(self, model: str, made: Sampler, settings: Settings, latency_ms: dict[Row, float]) -> Row:
+        row = self.row(model, made, settings, identity=made.identity)
+        latency_ms[row] = self.samples.latency_ms(made, settings)
         return row
 
-    def references(self, made: Assembled, best: Row, reference: Path | str, moments: dict[str, Moments]) -> Against:
+    def references(self, made: Sampler, best: Row, reference: Path | str, moments: dict[str, Moments]) -> Against:
         """The folder's pictures, or the teacher's of other seeds."""
         if isinstance(reference, Path):
             return Against(self.samples.of_folder(reference), best)
         if len(self.samples.extractors) <= len(moments):
             return Against({}, best, moments)
         offset, identity = REFERENCE_SEED, made.identity
-        other = self.samples.row("reference", made.sampler, best.settings, identity=identity, offset=offset)
+        other = self.samples.row("reference", made, best.settings, identity=identity, offset=offset)
         return Against(other.features, best, moments)
 
 
@@ -305,14 +305,13 @@ def evaluate(
     judge the teacher in as many network calls as the student. `device`: where the teacher draws; by default where the student
     does. UsageError where student and teacher are of two families.
     """
-    made = student if hasattr(student, "recipe") else Assembled(student, student.base.recipe, [])
-    family, where = teacher.family, made.sampler.device if device is None else pick_device(device)
-    if made.sampler.base.family != family:
-        raise UsageError(f"`student`: of {made.sampler.base.family}, but `teacher` is {family}", "give its own base")
+    family, where = teacher.family, student.device if device is None else pick_device(device)
+    if student.base.family != family:
+        raise UsageError(f"`student`: of {student.base.family}, but `teacher` is {family}", "give its own base")
     if num_images < 2:
         raise UsageError(f"`num_images={num_images}`: at least 2")
     px, lines = resolution_px or teacher.resolution_px, prompts_of(family, prompts, num_images)
-    ladder = ladder_of(made.recipe, family, (num_steps,) if isinstance(num_steps, int) else num_steps)
+    ladder = ladder_of(student.recipe, family, (num_steps,) if isinstance(num_steps, int) else num_steps)
     guided = replace(Settings.usual(family), num_steps=teacher_steps)
     evaluation = Evaluation(
         lines,
@@ -323,10 +322,10 @@ def evaluate(
         first_seed=seed,
         batch=batch_size,
     )
-    opened = lambda loras, controlnet: assemble(copy(teacher), device=where, folded=True, identified=True)
+    opened = lambda loras, controlnet: Sampler(copy(teacher), device=where, compile="off", identified=True)
     return evaluation.compare(
         Model("teacher", opened, [guided]),
-        [Model("student", lambda loras, controlnet: made, ladder)],
+        [Model("student", lambda loras, controlnet: student, ladder)],
         reference=f"teacher:{teacher_steps}" if reference is None else Path(reference),
         moments=known_moments(family, guided, prompts),
         baseline=baseline,

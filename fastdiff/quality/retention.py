@@ -27,7 +27,7 @@ def style(evaluation: Evaluation, loras: Sequence[str], teacher: Model, students
     """
     samples, plain = evaluation.samples, evaluation.teacher
     n, made = min(len(samples), IMAGES), teacher.open(loras, None)
-    wearing = samples.row("teacher", made.sampler, teacher.ladder[0], identity=made.identity, n=n)
+    wearing = samples.row("teacher", made, teacher.ladder[0], identity=made.identity, n=n)
     del made
     metrics: dict[str, Any] = {"loras": list(loras), "samples": n}
     name = next((f for f in FEATURES if f in wearing.features), None)
@@ -41,7 +41,7 @@ def style(evaluation: Evaluation, loras: Sequence[str], teacher: Model, students
         made = model.open(loras, None)
         for settings in model.ladder:
             before = evaluation.row_of(model.name, settings)
-            after = samples.row(model.name, made.sampler, settings, identity=made.identity, n=n)
+            after = samples.row(model.name, made, settings, identity=made.identity, n=n)
             gap = gap_closed(after, before, wearing, away)
             figures = {"kept": gap["gap_closed"], "low": gap["low"], "high": gap["high"], **styles_of(after, n)}
             figures |= {"plain": styles_of(before, n), "away": gap["student"], "away_plain": gap["teacher"]}
@@ -80,7 +80,7 @@ def controlled(
     samples, extractor, guided = evaluation.samples, control.extractor(how), teacher.ladder[0]
     made = teacher.open([], nets[0])
     n = min(len(samples), IMAGES, samples.paired)
-    source = samples.row("teacher", made.sampler, guided, identity=made.identity, offset=REFERENCE_SEED, n=n)
+    source = samples.row("teacher", made, guided, identity=made.identity, offset=REFERENCE_SEED, n=n)
     controls = control.extract(source.pictures[:n], extractor)
 
     def agreement(row: Row) -> Tensor:
@@ -90,7 +90,7 @@ def controlled(
         return 1 - (drawn.float() - controls.float()).abs().mean((1, 2, 3)) / 255
 
     def figures_of(made: Any, model: str, settings: Settings) -> dict[str, Any]:
-        drawn = samples.row(model, made.sampler, settings, identity=made.identity, n=n, controls=controls)
+        drawn = samples.row(model, made, settings, identity=made.identity, n=n, controls=controls)
         f = agreement(drawn)
         return {"agreement": f.mean().item(), "band": band(f, lambda x, i: x[i].mean().item())}
 

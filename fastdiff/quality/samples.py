@@ -161,7 +161,7 @@ class Samples:
         times_ms, began = [], time.perf_counter()
         while len(times_ms) <= TIMED[0] or (time.perf_counter() - began < TIMED_S and len(times_ms) <= TIMED[1]):
             start = time.perf_counter()
-            list(sampler.stream([(cond, uncond, [len(times_ms)])], settings, self.resolution_px))
+            list(sampler.stream_batches([(cond, uncond, [len(times_ms)])], settings, self.resolution_px))
             times_ms.append(1e3 * (time.perf_counter() - start))
         return statistics.median(times_ms[1:])  # the first one warms up
 

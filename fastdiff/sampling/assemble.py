@@ -1,40 +1,28 @@
-"""What is sampled, put together from files: a base, the LoRAs folded into it, another VAE, a ControlNet."""
+"""What a sampler is put together from: a device, LoRAs and the checkpoint that wears them, another VAE, a ControlNet."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy, deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdiff import lora
-from fastdiff.checkpoints import single_file, tensors
-from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
+from fastdiff.checkpoints import checkpoint, single_file, tensors
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.lora import apply
+from fastdiff.diffusion.solvers import SOLVERS
+from fastdiff.lora.file import Weighted, opened, with_weights
 from fastdiff.models import autoencoder
 from fastdiff.models import controlnet as controlnets
-from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.fast.decoder import decoder_of
-from fastdiff.models.fast.unet import unet_of
 from fastdiff.models.remap import is_pruned, remapped
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
-from fastdiff.sampling.engine import Compile
-from fastdiff.sampling.sampler import Sampler, decoding
 
 
-@dataclass
-class Assembled:
-    """A sampler, how its weights want to be sampled, and how much of each LoRA was applied."""
-
-    sampler: Sampler
-    recipe: Recipe
-    coverage: list[dict[str, Any]]
-    identity: tuple[str, ...] = ()  # hashes of the networks' weights, where they were asked for
-
-
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str | torch.device) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("`device=cuda`: no CUDA device on this machine")
     if name != "auto":
@@ -57,13 +45,13 @@ def is_lora(path: str | Path) -> bool:
 
 
 def load_loras(
-    base: Checkpoint, specs: Sequence[str], *, remap: bool = False, allow_partial: bool = False, allow_pickle: bool = False
+    base: Checkpoint, loras: Weighted, *, remap: bool = False, allow_partial: bool = False, allow_pickle: bool = False
 ) -> list[tuple[lora.Lora, float]]:
-    """FILE[=WEIGHT] of each, for this base; `remap`: they are of the network that it was pruned from."""
+    """LoRAs with their weights, for this base; `remap`: they are of the network that it was pruned from."""
     layers = 2 if remap else base.unet_config.get("layers_per_block", 2)
     how = dict(layers=layers if isinstance(layers, int) else 2, allow_partial=allow_partial, allow_pickle=allow_pickle)
-    found = [(lora.load(path, **how), weight) for path, weight in (lora.parse_spec(spec, 1.0) for spec in specs)]
-    if is_pruned(base):
+    found = [(opened(item, **how), weight) for item, weight in with_weights(loras)]
+    if found and is_pruned(base):
         return [(remapped(base, item, wanted=remap), weight) for item, weight in found]
     if remap:
         console.warn(f"`remap`: {base.ref} has all layers of its family; nothing to move")
@@ -75,38 +63,65 @@ def recipe_of(base: Checkpoint, loras: Sequence[tuple[lora.Lora, float]]) -> Rec
     return next((item.recipe for item, _ in loras if item.recipe.scheduler), base.recipe)
 
 
-def assemble(
-    base: Checkpoint,
-    loras: Sequence[tuple[lora.Lora, float]] = (),
-    *,
-    vae: str | None = None,
-    controlnet: str | None = None,
-    strength: float = 1.0,
-    allow_partial: bool = False,
-    device: torch.device | str = "cpu",
-    folded: bool = False,
-    identified: bool = False,
-    compile: Compile = "off",
-) -> Assembled:
-    """Fold the LoRAs in and open the rest; InputRefused where a part does not belong to the base.
+def open_base(base: Checkpoint | str | Path, precision: str, device: torch.device, *, allow_pickle: bool = False) -> Checkpoint:
+    """The checkpoint behind a reference; one that is open keeps its precision unless another is asked for."""
+    if not isinstance(base, Checkpoint):
+        return checkpoint.load(str(base), dtype=pick_dtype(precision, device), allow_pickle=allow_pickle)
+    if precision == "auto" or pick_dtype(precision, device) == base.dtype:
+        return base
+    if "unet" in base.__dict__:
+        hint = "give `precision=auto`, or open the checkpoint anew"
+        raise UsageError(f"`precision={precision}`: the base's network is in memory in {base.dtype}", hint)
+    return replace(base, dtype=pick_dtype(precision, device))
 
-    `folded`: to draw with and nothing else, by networks that are faster and cannot be trained; `compile` is the sampler's.
-    `identified`: with the hashes of all weights, for what is kept by content.
-    """
-    recipe = recipe_of(base, loras)
-    applied = apply.apply(base, list(loras), allow_partial=allow_partial)
-    guide = controlnets.load(controlnet, base.unet_config).to(base.dtype) if controlnet else None
-    other = autoencoder.load(vae, latent_channels=base.unet_config["in_channels"]) if vae else None
-    if other is not None and autoencoder.factor(other) != base.pixels_per_latent:
-        own = autoencoder.factor(other)
-        raise InputRefused(f"{as_field('vae', vae)}: {own} px a latent, the base has {base.pixels_per_latent}")
-    nets = [base.unet, other or base.vae, *([guide] if guide else [])] if identified else []
-    identity = tuple(fingerprint(net) for net in nets)
-    net = unet_of(base, device=device) if folded else base.unet
-    denoiser = Denoiser(net, base.schedule(), recipe.predicts(base.prediction_type), controlnet=guide, strength=strength)
-    if not folded:
-        return Assembled(Sampler(base, denoiser, other or base.vae, device=device), recipe, applied.coverage, identity)
-    base.release("unet")  # where it was loaded for LoRAs, its weights are the folded network's now
-    decoder = decoder_of(base, other, dtype=decoding(base.dtype), device=device)
-    sampler = Sampler(base, denoiser, decoder, device=device, compile=compile)
-    return Assembled(sampler, recipe, applied.coverage, identity)
+
+def separate(base: Checkpoint, *parts: str) -> Checkpoint:
+    """A copy of the checkpoint whose networks of those names are its own, also where the checkpoint has them in memory."""
+    own = copy(base)
+    own.__dict__ |= {part: deepcopy(base.__dict__[part]) for part in parts if part in base.__dict__}
+    return own
+
+
+def open_vae(base: Checkpoint, vae: str | Path | nn.Module | None) -> nn.Module | None:
+    """Another VAE for the base; InputRefused where its latents are others."""
+    if vae is None or isinstance(vae, nn.Module):
+        return vae
+    other = autoencoder.load(str(vae), latent_channels=base.unet_config["in_channels"])
+    if autoencoder.factor(other) != base.pixels_per_latent:
+        raise InputRefused(
+            f"{as_field('vae', vae)}: {autoencoder.factor(other)} px a latent, the base has {base.pixels_per_latent}"
+        )
+    return other
+
+
+def open_controlnet(base: Checkpoint, controlnet: str | Path | nn.Module | None) -> nn.Module | None:
+    """A ControlNet of the base, in its precision."""
+    if controlnet is None or isinstance(controlnet, nn.Module):
+        return controlnet
+    return controlnets.load(str(controlnet), base.unet_config).to(base.dtype)
+
+
+def stock_scheduler(name: str, config: dict[str, Any], *, spacing: str | None, kind: str) -> Any:
+    """The scheduler of diffusers that equals one of ours, on the checkpoint's schedule, for a network that outputs `kind`."""
+    import diffusers
+
+    spacing, wanted = spacing or SOLVERS[name].spacing, {"prediction_type": kind}
+    if spacing != "lcm":  # which is LCM's and TCD's own
+        wanted["timestep_spacing"] = spacing
+    if name == "dpm++":
+        wanted["final_sigmas_type"] = "zero"
+    kept = {k: v for k, v in config.items() if k not in {"_class_name", "_diffusers_version"}}
+    return getattr(diffusers, SOLVERS[name].stock).from_config({**kept, **wanted})
+
+
+def stock_pipeline(base: Checkpoint, scheduler: Any, *, vae: nn.Module | None = None, controlnet: nn.Module | None = None) -> Any:
+    """The stock diffusers pipeline over a checkpoint's networks, in its precision."""
+    import diffusers
+
+    pipe = base.pipeline()
+    if vae is not None:
+        pipe.vae = deepcopy(vae)
+    if controlnet is not None:
+        pipe = diffusers.AutoPipelineForText2Image.from_pipe(pipe, controlnet=deepcopy(controlnet))
+    pipe.scheduler = scheduler
+    return pipe if base.dtype == torch.float32 else pipe.to(base.dtype)

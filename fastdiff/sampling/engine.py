@@ -270,3 +270,26 @@ class Engine:
                 self.captured.pop(next(iter(self.captured)))
             self.captured[key] = Captured(draw, told, self.compile, self.backend)
         return self.captured[key](told)
+
+
+class Copy:
+    """A tensor on its way from the device; `wait` returns it."""
+
+    def __init__(self, source: Tensor) -> None:
+        self.event = None
+        if source.is_cuda:
+            self.host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            self.host.copy_(source, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.host = source.cpu().clone()  # the engine may write there again
+
+    def wait(self) -> Tensor:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host
+
+
+def on_cuda(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"

@@ -1,4 +1,4 @@
-"""The sampling engine: conditions + seeds -> images, for `sample`, previews, evaluation and teacher data alike.
+"""Prompts or conditions + seeds -> images, for users, `sample`, previews, evaluation and teacher data alike.
 
 Image i depends on seed i alone, never on its place in a batch: each has its own CPU generator for the start noise and for
 every later draw.
@@ -6,25 +6,31 @@ every later draw.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.diffusion.schedule import Prediction
 from fastdiff.diffusion.solvers import SOLVERS, Grid
+from fastdiff.lora import apply
+from fastdiff.lora.file import Weighted, with_weights
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.decoder import Decoder, decoder_of
 from fastdiff.models.fast.unet import unet_of
-from fastdiff.runtime import stop
-from fastdiff.runtime.errors import as_field
-from fastdiff.sampling import solver_table
-from fastdiff.sampling.engine import Compile, Engine, Inputs, Walk
+from fastdiff.runtime import console, stop
+from fastdiff.runtime.errors import UsageError, as_field
+from fastdiff.sampling import assemble, pictures, solver_table
+from fastdiff.sampling.engine import Compile, Copy, Engine, Inputs, Walk, on_cuda
+from fastdiff.sampling.pictures import Pictures
 from fastdiff.sampling.solver_table import Table
 
 
@@ -82,6 +88,25 @@ class Settings:
         return Grid(schedule, t, final, start_scale=spacing in {"trailing", "linspace"}, eta=self.eta)
 
 
+def asked(recipe: Recipe, default: Settings, **given: Any) -> Settings:
+    """Given values first, then the recipe's; one that contradicts the recipe is obeyed and warned of."""
+    for name in ("scheduler", "guidance"):
+        wants, value = getattr(recipe, name), given.get(name)
+        unguided = name == "guidance" and None not in (wants, value) and max(wants, value) <= 1
+        if wants is not None and value is not None and wants != value and not unguided:
+            console.warn(f"{as_field(name, value)}: the weights were distilled for {name} {wants}")
+    steps = given.get("num_steps")
+    if recipe.timesteps and steps and steps != recipe.num_steps:
+        console.warn(f"{as_field('num_steps', steps)}: the weights know only timesteps {', '.join(map(str, recipe.timesteps))}")
+    elif recipe.fixed and steps and steps != recipe.num_steps:
+        console.warn(
+            f"{as_field('num_steps', steps)}: the weights were distilled for {recipe.num_steps} steps, and for those alone"
+        )
+    elif recipe.num_steps and steps and steps > 2 * recipe.num_steps:
+        console.warn(f"{as_field('num_steps', steps)}: the weights were distilled for {recipe.num_steps}; more steps do not help")
+    return Settings.of(recipe, default, **given)
+
+
 class SeededNoise:
     """Standard normals (B, C, h, w), row i from seed i's own generator."""
 
@@ -94,36 +119,197 @@ class SeededNoise:
 
 
 class Sampler:
-    """A denoiser and a VAE of one checkpoint.
+    """Draws pictures with a checkpoint and the LoRAs that it wears, as their own recipe asks for.
+
+        fast = Sampler("sdxl", loras={"lcm.safetensors": 1.0})
+        fast("a red apple", seeds=range(4)).save("apples.png")
+
+    `base`: a `Checkpoint`, alias, hub id, folder or single file. `loras`: {FILE or Lora: WEIGHT}, or a list of FILE or
+    FILE=WEIGHT. `vae`, `controlnet`: another VAE, and a ControlNet, which acts `control_scale` strong: each a diffusers folder, a
+    hub id or a network. `device`: auto, cpu, cuda or mps. `precision`: auto (bf16 on CUDA, else fp32; an open checkpoint keeps
+    its own), fp32, bf16 or fp16. `allow_partial` applies what fits of a LoRA that does not fit whole, `remap` moves LoRAs of the
+    network that the base was pruned from, `allow_pickle` reads .ckpt, .pt and .bin files. `identified` also hashes all weights.
 
     `compile` is what happens on a GPU: a graph of the whole walk with the decoder, and its compiled form when that is ready
     (auto) or before the first picture (max); off for networks that are still trained, since a graph keeps their adapters.
     On the CPU `openvino` has network and decoder compiled by it at the first batch of each shape.
+
+    What is given stays as it is: with LoRAs `Sampler.base` is a copy of the checkpoint that has them in its text encoders, and
+    the network that draws is `denoiser`. UsageError or InputRefused where a part does not belong to the base.
     """
 
     def __init__(
         self,
+        base: Checkpoint | str | Path,
+        *,
+        loras: Weighted = None,
+        vae: str | Path | nn.Module | None = None,
+        controlnet: str | Path | nn.Module | None = None,
+        control_scale: float = 1.0,
+        device: torch.device | str = "auto",
+        precision: str = "auto",
+        compile: Compile = "auto",
+        allow_partial: bool = False,
+        allow_pickle: bool = False,
+        remap: bool = False,
+        identified: bool = False,
+    ) -> None:
+        device = assemble.pick_device(device)
+        self.source = assemble.open_base(base, precision, device, allow_pickle=allow_pickle)
+        self.worn = with_weights(loras)
+        self.lora_options = dict(remap=remap, allow_partial=allow_partial, allow_pickle=allow_pickle)
+        ready = assemble.load_loras(self.source, self.worn, **self.lora_options)
+        self.recipe = assemble.recipe_of(self.source, ready)
+        self.same_family()
+        alone = not ready and not identified
+        self.base = own = self.source if alone else assemble.separate(self.source, "unet", "text_encoders")
+        self.coverage = apply.apply(own, ready, allow_partial=allow_partial).coverage
+        self.controlnet, self.other_vae = assemble.open_controlnet(own, controlnet), assemble.open_vae(own, vae)
+        nets = [own.unet, self.other_vae or own.vae, *([self.controlnet] if self.controlnet else [])] if identified else []
+        self.identity = tuple(fingerprint(net) for net in nets)
+        net, kind = unet_of(own, device=device), self.recipe.predicts(own.prediction_type)
+        if not alone:
+            own.release("unet")  # it was loaded for LoRAs or hashes; its weights are the folded network's now
+        denoiser = Denoiser(net, own.schedule(), kind, controlnet=self.controlnet, strength=control_scale)
+        self.connect(denoiser, decoder_of(own, self.other_vae, dtype=decoding(own.dtype), device=device), device, compile)
+
+    @classmethod
+    def of_networks(
+        cls,
         base: Checkpoint,
         denoiser: Denoiser,
         vae: nn.Module | Decoder,
         *,
         device: torch.device | str = "cpu",
         compile: Compile = "off",
-    ) -> None:
-        self.base, self.denoiser, self.device = base, denoiser.to(device), device
+        recipe: Recipe | None = None,
+    ) -> "Sampler":
+        """Draws with a denoiser and a VAE as they are, also while they train; the rest is the checkpoint's."""
+        self = cls.__new__(cls)
+        self.base, self.source, self.recipe = base, None, recipe or Recipe()
+        self.coverage, self.identity = [], ()
+        self.connect(denoiser, vae, device, compile)
+        return self
+
+    def connect(self, denoiser: Denoiser, vae: nn.Module | Decoder, device: torch.device | str, compile: Compile) -> None:
+        """Put the networks on the device, and the engine over them."""
+        self.denoiser, self.device = denoiser.to(device), device
         self.vae = vae if isinstance(vae, Decoder) else vae.to(device)
         self.engine = Engine(self.denoiser, lambda latents: autoencoder.decode(self.vae, latents), device, compile=compile)
         self.tables: dict[Settings, Table] = {}
         self.told: tuple[tuple[Any, ...], Inputs] | None = None
 
-    @classmethod
-    def opened(
-        cls, base: Checkpoint, *, device: torch.device | str = "cpu", compile: Compile = "auto", vae: nn.Module | None = None
-    ) -> "Sampler":
-        """To draw with and nothing else: the checkpoint's networks folded, on that device, in the checkpoint's precision."""
-        denoiser = Denoiser(unet_of(base, device=device), base.schedule(), base.prediction_type)
-        decoder = decoder_of(base, vae, dtype=decoding(base.dtype), device=device)
-        return cls(base, denoiser, decoder, device=device, compile=compile)
+    def same_family(self) -> None:
+        """UsageError where the recipe is of another family than the base, before anything heavy loads."""
+        wants, family = self.recipe.family, self.source.family
+        if wants and wants != family.name:
+            raise UsageError(f"`lora`: distilled from {wants}, but `base` is {family}", f"use {as_field('base', wants)}")
+
+    @property
+    def settings(self) -> Settings:
+        """What the recipe asks for, and where it says nothing the family's usual settings."""
+        return Settings.of(self.recipe, Settings.usual(self.base.family))
+
+    # ---- prompts to pictures
+
+    @cached_property
+    def prompts(self) -> text.Prompts:
+        """The text encoders, opened at the first prompt; they remember prompts."""
+        return text.Prompts(self.base, device=self.device)
+
+    def __call__(self, prompts: str | Sequence[str], *, seeds: int | Iterable[int] = (0,), **how: Any) -> Pictures:
+        """Pictures of each prompt from every seed, prompt after prompt; the options are `stream`'s.
+
+        The pixels are those of `fastdiff sample`. `Pictures` is a list of PIL pictures with a `save(path)`.
+        """
+        seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+        lines = [prompts] if isinstance(prompts, str) else list(prompts)
+        names = [f"{k:04d}-seed{seed}.png" for k in range(len(lines)) for seed in seeds]
+        return Pictures(self.stream(lines, seeds=seeds, **how), names=names, columns=len(seeds))
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seeds: int | Iterable[int] = (0,),
+        negative: str = "",
+        num_steps: int | None = None,
+        scheduler: str | None = None,
+        guidance: float | None = None,
+        spacing: str | None = None,
+        eta: float | None = None,
+        resolution_px: int | None = None,
+        control_image: Any = None,
+        batch_size: int = 4,
+    ) -> Iterator[Any]:
+        """PIL pictures one by one, each prompt from every seed; the next batch is drawn while the caller has this one.
+
+        Of one prompt the seeds may go on for ever (`itertools.count()`). Steps, scheduler (ddim, euler, dpm++, lcm, tcd),
+        guidance (u + w (c - u); 1 or less = none), spacing of the timesteps and eta (TCD's gamma) are the recipe's unless given.
+        `negative` is what to avoid. `resolution_px`: pixels a side, the family's own unless given. `control_image`: what a
+        ControlNet is shown, a path, a PIL picture or pixels (3, H, W) in [0, 1]. `batch_size` pictures are drawn at once.
+        """
+        given = dict(scheduler=scheduler, num_steps=num_steps, guidance=guidance, spacing=spacing, eta=eta)
+        settings = asked(self.recipe, Settings.usual(self.base.family), **given)
+        if negative and not settings.guided:
+            console.warn("`negative` has no effect at guidance 1 or less")
+        if (control_image is None) != (self.denoiser.controlnet is None):
+            raise UsageError("`controlnet` and `control_image` go together", "give both, or none")
+        lines = [prompts] if isinstance(prompts, str) else list(prompts)
+        seeds = [seeds] if isinstance(seeds, int) else seeds if len(lines) == 1 else list(seeds)
+        px = resolution_px or self.base.resolution_px
+        control = None if control_image is None else pictures.control_of(control_image, px)
+        cond, uncond = self.conds(lines, negative=negative, control=control)
+        jobs = ((k, int(seed)) for k in range(len(lines)) for seed in seeds)
+        facts = lambda k, seed: {"prompt": lines[k], "negative": negative, "seed": seed, **self.facts, **asdict(settings)}
+        return self.portraits(cond, uncond, jobs, facts, settings, px, batch_size)
+
+    def portraits(
+        self, cond: Cond, uncond: Cond, jobs: Iterable[tuple[int, int]], facts: Any, settings: Settings, px: int, batch_size: int
+    ) -> Iterator[Any]:
+        """A PIL picture of each job (row of cond, seed), with its facts."""
+        kept: deque[list[tuple[int, int]]] = deque()
+        waiting = iter(jobs)
+
+        def batches() -> Iterator[tuple[Cond, Cond, list[int]]]:
+            rows, part = None, cond
+            while batch := list(islice(waiting, batch_size)):
+                kept.append(batch)
+                if rows != (rows := [k for k, _ in batch]):
+                    part = cond[rows]
+                yield part, uncond, [seed for _, seed in batch]
+
+        for batch in self.stream_batches(batches(), settings, px):
+            for pixels, job in zip(batch, kept.popleft(), strict=True):
+                yield pictures.portrait(pixels, facts(*job))
+
+    def conds(self, lines: Sequence[str], *, negative: str = "", control: Tensor | None = None) -> tuple[Cond, Cond]:
+        """Conditions of the prompts, one row each, and of the negative prompt; `control` (3, H, W) in [0, 1] is one for all."""
+        cond = self.prompts(list(lines))
+        if control is not None:
+            cond = cond.with_control(control.to(self.device).contiguous().expand(len(cond), -1, -1, -1))
+        return cond, self.prompts([negative]) if negative else self.prompts.unconditional()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a picture is told to be drawn with; names of files alone."""
+        return {"base": Path(self.base.ref).name, "lora": [f"{Path(c['file']).name}={c['weight']:g}" for c in self.coverage]}
+
+    def pipeline(self) -> Any:
+        """The stock diffusers pipeline with the LoRAs folded in and the recipe's scheduler, on the same device.
+
+        Its networks are its own. Steps, guidance, a control picture and its scale are arguments of its call.
+        """
+        if self.source is None:
+            raise UsageError("pipeline(): only of a sampler that was opened from a checkpoint, not of networks in memory")
+        own = assemble.separate(self.source, "unet", "vae", "text_encoders")
+        ready = assemble.load_loras(own, self.worn, **self.lora_options)
+        apply.apply(own, ready, allow_partial=self.lora_options["allow_partial"])
+        settings, kind = self.settings, self.denoiser.kind
+        scheduler = assemble.stock_scheduler(settings.scheduler, own.scheduler_config, spacing=settings.spacing, kind=kind)
+        return assemble.stock_pipeline(own, scheduler, vae=self.other_vae, controlnet=self.controlnet).to(self.device)
+
+    # ---- conditions to tensors
 
     def table(self, settings: Settings) -> Table:
         if settings not in self.tables:
@@ -203,7 +389,7 @@ class Sampler:
             found.append(self.pictures(cond[rows], negative, seeds[rows], settings, resolution_px)[1])
         return torch.cat(found)
 
-    def stream(
+    def stream_batches(
         self, batches: Iterable[tuple[Cond, Cond, Sequence[int]]], settings: Settings, resolution_px: int
     ) -> Iterator[Tensor]:
         """Images (B, H, W, 3), uint8, on the CPU, of each (prompts, unconditional, seeds).
@@ -219,29 +405,6 @@ class Sampler:
             if len(waiting) > 1:
                 yield waiting.popleft().wait()
         yield from (copy.wait() for copy in waiting)
-
-
-class Copy:
-    """A tensor on its way from the device; `wait` returns it."""
-
-    def __init__(self, source: Tensor) -> None:
-        self.event = None
-        if source.is_cuda:
-            self.host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-            self.host.copy_(source, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.host = source.cpu().clone()  # the engine may write there again
-
-    def wait(self) -> Tensor:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.host
-
-
-def on_cuda(device: torch.device | str) -> bool:
-    return torch.device(device).type == "cuda"
 
 
 def decoding(dtype: torch.dtype) -> torch.dtype:

@@ -14,12 +14,10 @@ class Exhibit:
     """
 
     def __init__(self, scene: Scene, config: Any) -> None:
-        base, device = scene.base, scene.device
-        self.config = config
-        self.preview = Preview(base, config, scene.resolution_px, device)
-        judged = base.family.judge_ships and config.proof > 0
-        self.judged = Judged(base, config.proof, device) if judged else None
-        self.measured = Measured(base, config, scene.resolution_px, device) if config.eval_every else None
+        self.config, self.preview = config, Preview(scene)
+        judged = scene.base.family.judge_ships and config.proof > 0
+        self.judged = Judged(scene, config.proof) if judged else None
+        self.measured = Measured(scene) if config.eval_every else None
 
     @property
     def prompt(self) -> str:

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from fastdiff import lora
 from fastdiff.checkpoints import checkpoint, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
@@ -287,8 +286,7 @@ class Method(ABC):
             write.to_folder(base.with_unet(student.net, student.kind), path, recipe=recipe)
         else:
             path = run.folder / f"{name or recipe.method}.safetensors"
-            modules = adapters.factors(student.net, self.config.lora_alpha, student.adapter)
-            lora.save(lora.Lora(modules, {**recipe.to_metadata(), **lora.layers_told(student.net.config)}), path)
+            adapters.save_adapter(student, path, recipe=recipe, alpha=self.config.lora_alpha)
         run.wrote(path)
 
 

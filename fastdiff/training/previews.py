@@ -1,20 +1,16 @@
 """What a training run shows for itself: contact sheets, and on `emoji` the closing table, of what was written and read back."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data.prompts import default_prompts, read_prompts
-from fastdiff.models import autoencoder, text
+from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.quality import report
 from fastdiff.quality.drift import Drift
@@ -22,10 +18,10 @@ from fastdiff.quality.emoji import shipped
 from fastdiff.quality.evaluation import STEPS, Evaluation
 from fastdiff.quality.metrics import Row, judging, present
 from fastdiff.runtime import console
-from fastdiff.sampling.assemble import assemble
 from fastdiff.sampling.pictures import contact_sheet
 from fastdiff.sampling.sampler import Sampler, Settings
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.scene import Scene
 
 if TYPE_CHECKING:
     from fastdiff.training.method import Method
@@ -37,26 +33,22 @@ EMOJI_PREVIEW = ("red apple on blue", "panda on yellow", "rocket on purple", "su
 class Preview:
     """The same prompts and seeds: teacher at 25 steps | what the student is to be better than | student."""
 
-    def __init__(self, base: Checkpoint, config: TrainConfig, resolution_px: int, device: torch.device) -> None:
-        if base.family.judge_ships:
-            self.prompts = list(EMOJI_PREVIEW)
-        elif config.prompts:
-            self.prompts = read_prompts(Path(config.prompts))[:4]
-        else:
-            self.prompts = default_prompts(base.family)[:4]
+    def __init__(self, scene: Scene) -> None:
+        base, device = scene.base, scene.device
+        self.prompts = list(EMOJI_PREVIEW) if base.family.judge_ships else scene.prompts[:4]
         self.cond, self.uncond = text.encode(base, self.prompts, device=device), text.unconditional(base, device=device)
-        self.base, self.vae, self.resolution_px, self.device = base, vae_of(base, config), resolution_px, device
-        self.seeds = [config.seed + i for i in range(len(self.prompts))]
+        self.base, self.vae, self.resolution_px, self.device = base, scene.vae, scene.resolution_px, device
+        self.seeds = [scene.seed + i for i in range(len(self.prompts))]
         self.columns: dict[Settings | str, Any] = {}  # that stay as they are
 
     def begin(self, method: "Method") -> None:
         """Before the first step: draw what cannot be drawn later."""
-        if starts_from_student(method):
-            self.columns["before"] = self.draw(method.student, settings_of(method)(method.recipe.num_steps))
+        if method.baseline == "student":
+            self.columns["before"] = self.draw(method.student, method.settings())
 
     def sheet(self, method: "Method") -> Any:
         """The columns as one PIL picture; those that stay are drawn once."""
-        student = settings_of(method)(method.recipe.num_steps)
+        student = method.settings()
         plain: list[Settings | str] = [Settings.usual(self.base.family)]
         plain.append("before" if "before" in self.columns else undistilled(self.base, student.calls))
         for settings in plain:
@@ -67,19 +59,12 @@ class Preview:
         return contact_sheet(sheet, scale=scale)
 
     def draw(self, net: Denoiser, settings: Settings) -> Any:
-        sampler = Sampler(self.base, net, self.vae, device=self.device)
+        sampler = Sampler.of_networks(self.base, net, self.vae, device=self.device)
         return sampler.pixels(self.cond, self.uncond, self.seeds, settings, resolution_px=self.resolution_px, batch=4)
 
 
-def watched(base: Checkpoint, config: TrainConfig) -> list[str]:
-    """Sixteen prompts for the drift; 64 where a picture costs next to nothing."""
-    lines = read_prompts(Path(config.prompts)) if config.prompts else default_prompts(base.family)
-    n = base.family.drift_prompts
-    return [lines[i % len(lines)] for i in range(n)]
-
-
 class Measured:
-    """What --eval-every measures: the drift of a few pictures, and on `emoji` the Frechet distance of a few hundred.
+    """What `eval_every` measures: the drift of a few pictures, and on `emoji` the Frechet distance of a few hundred.
 
     `score` decides which weights are the best: the drift, and how much further the pictures are from the teacher's than other
     samples of the teacher, as a part of that distance.
@@ -87,32 +72,24 @@ class Measured:
 
     JUDGED = 200
 
-    def __init__(self, base: Checkpoint, config: TrainConfig, resolution_px: int, device: torch.device) -> None:
-        self.base, self.device, self.guided = base, device, config.teacher_sampling(base.family)
-        self.drift = Drift(base, watched(base, config), resolution_px, device)
+    def __init__(self, scene: Scene) -> None:
+        base, lines = scene.base, scene.prompts
+        self.base, self.device, self.guided = base, scene.device, scene.teacher
+        watched = [lines[i % len(lines)] for i in range(base.family.drift_prompts)]
+        self.drift = Drift(base, watched, scene.resolution_px, scene.device)
         judged = base.family.judge_ships
-        self.evaluation = Evaluation.shipped(base, self.JUDGED, device=device, quick=True) if judged else None
+        self.evaluation = Evaluation.shipped(base, self.JUDGED, device=scene.device, quick=True) if judged else None
 
     def measure(self, method: "Method") -> dict[str, float]:
-        settings = settings_of(method)(method.recipe.num_steps)
+        settings = method.settings()
         found = self.drift.measure((method.teacher, self.guided), (method.student, settings))
         if self.evaluation is None:
             return {"score": found["drift"], **found}
-        sampler = Sampler(self.base, method.student, self.base.vae, device=self.device)
+        sampler = Sampler.of_networks(self.base, method.student, self.base.vae, device=self.device)
         row = self.evaluation.row("student", sampler, settings)
         student, teacher = (self.evaluation.figures(r, bands=False) for r in (row, self.evaluation.teacher))
         excess = student["frechet"] / teacher["frechet"] - 1
         return {"score": found["drift"] + excess, **found, "frechet": student["frechet"], "retrieval": student["retrieval"]}
-
-
-def settings_of(method: "Method") -> Callable[[int], Settings]:
-    """The student's sampling settings at a number of steps, by its own recipe."""
-    return lambda num_steps: Settings.of(method.recipe, Settings.usual(method.base_model.family), num_steps=num_steps)
-
-
-def starts_from_student(method: "Method") -> bool:
-    """Whether the figures tell what the student gained in training, and not what it gained over the teacher in as many calls."""
-    return getattr(method, "baseline", "teacher") == "student"
 
 
 def undistilled(base: Checkpoint, calls: int) -> Settings:
@@ -123,24 +100,19 @@ def undistilled(base: Checkpoint, calls: int) -> Settings:
     return replace(guided, num_steps=calls // 2) if calls > 1 else replace(guided, num_steps=1, guidance=1.0)
 
 
-def vae_of(base: Checkpoint, config: TrainConfig) -> nn.Module:
-    """What turns latents into pictures: the base's VAE, or another that the method was given."""
-    other = getattr(config, "vae", None)
-    return autoencoder.load(other, latent_channels=base.unet_config["in_channels"]) if other else base.vae
-
-
 class Judged:
     """The closing table: prompts are encoded before training frees the text encoder."""
 
-    def __init__(self, base: Checkpoint, n: int, device: torch.device) -> None:
-        self.base, self.evaluation, self.device = base, Evaluation.shipped(base, n, device=device), device
+    def __init__(self, scene: Scene, n: int) -> None:
+        self.base, self.device = scene.base, scene.device
+        self.evaluation = Evaluation.shipped(scene.base, n, device=scene.device)
         self.before: Row | None = None
 
     def begin(self, method: "Method") -> None:
         """Judge the student as it is before training, for methods that repair a damage."""
-        if starts_from_student(method):
-            sampler = Sampler(self.base, method.student, self.base.vae, device=self.device)
-            self.before = self.evaluation.row("before", sampler, settings_of(method)(method.recipe.num_steps))
+        if method.baseline == "student":
+            sampler = Sampler.of_networks(self.base, method.student, self.base.vae, device=self.device)
+            self.before = self.evaluation.row("before", sampler, method.settings())
 
     def prove(self, students: list[Path], config: TrainConfig) -> dict[str, Any]:
         """What was written, read back and judged: {samples, rows, gap_closed}, of several files also {file: gap_closed}."""
@@ -155,7 +127,8 @@ class Judged:
 
     def table(self, path: Path, config: TrainConfig, name: str) -> dict[str, Any]:
         """The rows of one file, and the gap that it closes or what training won back."""
-        sampler, recipe = reopened(path, config, self.device)
+        sampler = reopened(path, config, self.device)
+        recipe = sampler.recipe
         if self.before:
             student = self.evaluation.row(name, sampler, self.before.settings)
             table = self.rows([self.evaluation.teacher, self.before, student])
@@ -182,10 +155,9 @@ class Judged:
         return {"samples": len(self.evaluation.samples), "rows": rows}
 
 
-def reopened(path: Path, config: TrainConfig, device: torch.device) -> tuple[Sampler, Recipe]:
+def reopened(path: Path, config: TrainConfig, device: torch.device) -> Sampler:
     """Weights of a run as anybody opens them."""
     alone = path.is_dir()
     base = checkpoint.load(str(path)) if alone else config.open_student(torch.float32)
     worn = [] if alone else [(lora.load(path), 1.0)]
-    made = assemble(base, worn, vae=getattr(config, "vae", None), device=device)
-    return made.sampler, made.recipe
+    return Sampler(base, loras=worn, vae=config.vae, device=device, compile="off")

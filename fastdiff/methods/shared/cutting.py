@@ -214,7 +214,7 @@ def probes_of(base: Checkpoint, device: torch.device | str) -> list[Probe]:
     if base.family.size_conditioned:
         cond, uncond = (with_size(c, base.resolution_px) for c in (cond, uncond))
     schedule, side = base.schedule(), base.resolution_px // base.pixels_per_latent
-    sampler = Sampler(base, Denoiser(base.unet, schedule, base.prediction_type), base.vae, device=device)
+    sampler = Sampler.of_networks(base, Denoiser(base.unet, schedule, base.prediction_type), base.vae, device=device)
     quick, generator, found = replace(Settings.usual(base.family), num_steps=10), torch.Generator().manual_seed(0), []
     for i in range(len(prompts)):
         x0 = sampler.latents(cond[i : i + 1], uncond, [i], quick, (side, side))
