@@ -28,6 +28,7 @@ from fastdiff.diffusion.losses import Noised
 from fastdiff.lora import adapters
 from fastdiff.methods import dmd, lightning
 from fastdiff.models.denoiser import Cond, Denoiser, trainable_copy
+from fastdiff.training.method import Now
 
 GUIDANCE = 3.0
 
@@ -68,12 +69,13 @@ class OneNetwork:
         self.method = dmd.DMD(base, dmd.Config(**names, batch_size=n, lambda_reg=0.0, guidance=GUIDANCE))
         self.schedule = self.method.schedule
         self.networks = [self.method.teacher.net, self.method.student.net, self.method.fake.net]
-        self.players = {k: list(net.parameters()) for k, net in self.method.players.items()}
+        (self.phase,) = self.method.phases()
+        self.players = {k: one.params for k, one in self.method.players(self.phase).items()}
         if names.get("gradient_checkpointing"):
             self.method.student.net.train()
 
     def turns(self, batch: Batch):
-        (turn,) = self.method.losses(batch, 0)
+        (turn,) = self.method.losses(batch, Now(0, self.phase, 0, 0.0))
         while turn:
             who, terms = turn.popitem()
             yield who, sum(terms.values())
@@ -119,15 +121,15 @@ class LightningOnOne:
             stages="8:4", phases="cond", lora_only=True, d_warmup=0, discriminator=self.discriminator, batch_size=n, steps=9
         )
         self.method = lightning.Lightning(base, lightning.Config(**names, **told, guidance=1.0))
-        self.method.enter(self.method.phases[0])
+        self.phase = self.method.phases()[0]
+        self.players = {k: one.params for k, one in self.method.players(self.phase).items()}
         self.schedule = self.method.schedule
         self.networks = [self.method.student.net, self.method.discriminator]
-        self.players = {k: list(net.parameters()) for k, net in self.method.players.items()}
         if names.get("gradient_checkpointing"):
             base.unet.train()
 
     def turns(self, batch: Batch):
-        for turn in self.method.losses(batch, 0):
+        for turn in self.method.losses(batch, Now(0, self.phase, 0, 0.0)):
             while turn:
                 who, terms = turn.popitem()
                 yield who, sum(terms.values())

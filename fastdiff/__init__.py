@@ -7,26 +7,32 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastdiff import lora as lora
-    from fastdiff.checkpoints.checkpoint import load as load
     from fastdiff.checkpoints.recipe import Recipe as Recipe
     from fastdiff.diffusion import losses as losses
     from fastdiff.diffusion.schedule import NoiseSchedule as NoiseSchedule
+    from fastdiff.commands.train import train as train
+    from fastdiff.data.open import open_data as open_data
+    from fastdiff.models.base import load as load
     from fastdiff.models.denoiser import Denoiser as Denoiser
     from fastdiff.models.ema import EMA as EMA
     from fastdiff.quality.evaluation import evaluate as evaluate
     from fastdiff.sampling.sampler import Sampler as Sampler
+    from fastdiff.training.method import Method as Method
     from fastdiff.training.trainer import Trainer as Trainer
 
 # Looked up on first use: `fastdiff --help` and the command line's errors must not wait for torch.
 PUBLIC = {
-    "load": "fastdiff.checkpoints.checkpoint",
+    "load": "fastdiff.models.base",
     "Denoiser": "fastdiff.models.denoiser",
     "EMA": "fastdiff.models.ema",
+    "Method": "fastdiff.training.method",
     "NoiseSchedule": "fastdiff.diffusion.schedule",
     "Recipe": "fastdiff.checkpoints.recipe",
     "Sampler": "fastdiff.sampling.sampler",
     "Trainer": "fastdiff.training.trainer",
     "evaluate": "fastdiff.quality.evaluation",
+    "open_data": "fastdiff.data.open",
+    "train": "fastdiff.commands.train",
     "lora": "fastdiff",
     "losses": "fastdiff.diffusion",
 }
@@ -34,6 +40,7 @@ MODULES = {"lora", "losses"}
 __all__ = [
     "EMA",
     "Denoiser",
+    "Method",
     "NoiseSchedule",
     "Recipe",
     "Sampler",
@@ -43,6 +50,8 @@ __all__ = [
     "load",
     "lora",
     "losses",
+    "open_data",
+    "train",
 ]
 
 

@@ -10,6 +10,10 @@ import torch
 
 torch.set_num_threads(1)
 
+def pytest_addoption(parser):
+    parser.addoption("--write-golden", action="store_true", help="write the files of tests/golden anew")
+
+
 UNET = dict(
     sample_size=8,
     block_out_channels=(16, 32, 32, 32),

@@ -480,15 +480,17 @@ def test_a_run_on_buckets_starts_again_without_encoding(tiny_sdxl, tmp_path, enc
 def test_the_teachers_samples_serve_another_method(tiny_sd, tmp_path, monkeypatch):
     from fastdiff.data import teacher
     from fastdiff.methods import dmd, lcm, lightning
+    from fastdiff.training.scene import Scene
     from fastdiff.training.session import data_of
 
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     sampled, real = [], teacher.Sampler.latents
     monkeypatch.setattr(teacher.Sampler, "latents", lambda self, *a: (sampled.append(a[2]), real(self, *a))[1])
     given = dict(base=str(tiny_sd), data="teacher", prompts=str(tmp_path / "prompts.txt"), pairs=3, teacher_steps=2)
-    found = [
-        data_of(checkpoint.load(str(tiny_sd)), method.Config(**given, teacher_guidance=3.0), torch.device("cpu"))
-        for method in (lcm, dmd, lightning)
-    ]
+    found = []
+    for method in (lcm.LCM, dmd.DMD, lightning.Lightning):
+        config = method.Config(**given, teacher_guidance=3.0)
+        scene = Scene.of(config, checkpoint.load(str(tiny_sd)), torch.device("cpu"))
+        found.append(data_of(scene, config, method.needs(config), []))
     assert sampled == [[0, 1, 2]]
     assert all(torch.equal(found[0].moments, other.moments) for other in found[1:])

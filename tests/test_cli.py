@@ -16,6 +16,7 @@ import typer
 from fastdiff import cli
 from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.runtime import config, console
+from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import DoesNotFit, GateFailed, InputRefused, Result, Stopped, UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -42,12 +43,24 @@ class Config(Base):
     note: str | None = "kept"
 
 
+class Fake(ModuleType):
+    """A command's module, whose parts a test may change."""
+
+    Config, PRESETS, EXAMPLES = Config, {}, ""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.seen = []
+
+    @property
+    def COMMAND(self):  # noqa: N802
+        return Runnable(self.Config, lambda config: self.run(config), self.PRESETS, self.EXAMPLES)
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """`fastdiff fake`: what `module.run` does is up to the test."""
-    module = ModuleType("fake_command")
-    module.Config = Config
-    module.seen = []
+    module = Fake("fake_command")
     module.run = lambda config: module.seen.append(config) or Result()
     monkeypatch.setitem(sys.modules, "fake_command", module)
     monkeypatch.setattr(cli, "COMMANDS", [cli.Command("fake", "fake_command", "A made-up command.", "Use"), *cli.COMMANDS])

@@ -1,7 +1,6 @@
 """What every command promises, over the command table: a new one is picked up by its line there."""
 
 import json
-from importlib import import_module
 
 import pytest
 
@@ -12,7 +11,7 @@ NAMES = [c.name for c in cli.COMMANDS]
 
 
 def module_of(name):
-    return import_module(next(c.module for c in cli.COMMANDS if c.name == name))
+    return next(c for c in cli.COMMANDS if c.name == name).load()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -24,7 +23,7 @@ def test_help_shows_every_option_its_text_and_examples(name, capsys, monkeypatch
     for option in options(module.Config):
         assert option.help, f"{option.name} has no help text"
         assert (option.name.upper() if option.argument else option.flag) in page
-    first, *_ = module.EXAMPLES.splitlines()
+    first, *_ = module.examples.splitlines()
     assert first in page
     assert "--json" in page
 

@@ -202,6 +202,7 @@ def test_metrics_become_strict_json(value, expected):
 NOISY = """
 import ctypes, os, sys
 from dataclasses import dataclass
+from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import Result, UsageError
 print("at import")
 libc = ctypes.CDLL(None)
@@ -220,6 +221,7 @@ def run(config):
     if config.fail:
         raise UsageError("no", "do this")
     return Result(metrics={"x": float("nan")})
+COMMAND = Runnable(Config, run)
 """
 DRIVER = """
 import sys, fastdiff.cli as cli

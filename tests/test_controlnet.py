@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import controlnet_of
+from playing import entered, now, play, trained
 
 from fastdiff.checkpoints import checkpoint, locate, write
 from fastdiff.checkpoints.family import FAMILIES
@@ -32,9 +33,7 @@ def method(path, edges, **changes):
     torch.manual_seed(0)
     config = distil.Config(base=str(path), controlnet=str(edges), guidance=3.0, lora_rank=4, lora_alpha=4, **changes)
     m = distil.DistilControlNet(base, config)
-    if phases := getattr(m, "phases", None):
-        m.enter(phases[-1])
-    return m, base
+    return entered(m, list(m.phases())[-1].name), base
 
 
 # ---- worn
@@ -154,15 +153,15 @@ def test_every_sample_is_controlled_by_its_own_picture():
 
 def test_a_copy_of_the_teacher_loses_nothing(tiny_sd, tiny_controlnet):
     m, _ = method(tiny_sd, tiny_controlnet)
-    terms = next(m.losses(batch_for(), 0))["student"]
+    terms = next(play(m, batch_for(), 0))["student"]
     assert set(terms) == {"out", "feat"}
     assert sum(terms.values()) < 1e-9
 
 
 def test_only_the_small_controlnet_trains_and_it_has_no_part_that_the_unet_lacks(tiny_sd, tiny_pruned, tiny_controlnet, tmp_path):
     m, _ = method(tiny_sd, tiny_controlnet, init=str(tiny_pruned))
-    terms = next(m.losses(batch_for(), 0))["student"]
-    params = list(m.players["student"].parameters())
+    terms = next(play(m, batch_for(), 0))["student"]
+    params = trained(m, "student")
     grads = torch.autograd.grad(sum(terms.values()), params, allow_unused=True)
     assert sum(g.abs().sum() for g in grads if g is not None) > 0
     for net in (m.student.net, m.teacher.net, m.controlnet):
@@ -203,13 +202,13 @@ def test_in_one_step_both_scores_wear_the_original_and_the_student_the_small_one
     real = m.controlnet.forward
     monkeypatch.setattr(m.controlnet, "forward", lambda *a, **k: (seen.append(a[3]), real(*a, **k))[1])
     batch = batch_for()
-    turn = next(m.losses(batch, 0))
+    turn = next(play(m, batch, 0))
     assert set(turn) == {"student", "fake"}
     assert set(turn["student"]) == {"features", "matching"}
     assert [len(x) for x in seen] == [3, 6]  # the online model, and both halves of the teacher's guidance
     assert all(torch.equal(part, batch.cond.control) for x in seen for part in x.split(3))
     for who in ("student", "fake"):
-        params = list(m.players[who].parameters())
+        params = trained(m, who)
         grads = torch.autograd.grad(sum(turn[who].values()), params, allow_unused=True)
         assert sum(g.abs().sum() for g in grads if g is not None) > 0
 
@@ -229,8 +228,8 @@ def test_a_share_of_the_noise_is_drawn_anew(tiny_sd, tiny_pruned, tiny_controlne
     real = m.student.forward
     monkeypatch.setattr(m.student, "forward", lambda x_t, t, c: (seen.update(x_t=x_t), real(x_t, t, c))[1])
     batch = batch_for(n=8)
-    next(m.losses(batch, 0))
-    kept = (seen["x_t"] == batch.noise).all(1)[: m.pairs(batch)].float().mean()
+    next(play(m, batch, 0))
+    kept = (seen["x_t"] == batch.noise).all(1)[: m._pairs(batch, now(m))].float().mean()
     assert kept == pytest.approx(1 - share, abs=0.12)
 
 

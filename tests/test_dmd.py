@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from playing import play, trained, trainees
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.data.batch import Batch
@@ -192,7 +193,7 @@ def test_both_scores_see_the_same_noised_sample_at_levels_in_range(tiny_sd, monk
     spy = lambda real: lambda x_t, t, *a: (seen.append((x_t, t)), real(x_t, t, *a))[1]
     monkeypatch.setattr(m.teacher, "guided", spy(m.teacher.guided))
     monkeypatch.setattr(m.fake, "forward", spy(m.fake.forward))
-    next(m.losses(batch, 0))
+    next(play(m, batch, 0))
     (a, t_a), (b, t_b) = seen
     assert torch.equal(a, b)
     assert torch.equal(t_a, t_b)
@@ -219,11 +220,11 @@ def test_gradients_reach_the_student_though_the_fake_score_was_worn_after_it(fam
             net.train()  # diffusers checkpoints whenever gradients are on; dropout is 0
         disturb(m)
         torch.manual_seed(5)
-        (turn,) = m.losses(batch_for(base), 0)
+        (turn,) = play(m, batch_for(base), 0)
         assert set(turn) == {"student", "fake"}
         for who, terms in turn.items():
-            sum(terms.values()).backward(inputs=list(m.players[who].parameters()))
-        grads = {k: [p.grad for p in net.parameters()] for k, net in m.players.items()}
+            sum(terms.values()).backward(inputs=trained(m, who))
+        grads = {k: [p.grad for p in net] for k, net in trainees(m).items()}
         assert all(g is not None and g.isfinite().all() for gs in grads.values() for g in gs)
         assert all(sum(g.norm() for g in gs) > 0 for gs in grads.values())
         found.append(grads)
@@ -240,7 +241,7 @@ def test_pefts_own_switch_is_the_trap_that_wearing_avoids(tiny_sd):
     x = m.student(batch.latents, torch.tensor(500), batch.cond).x0
     m.base_model.unet.set_adapter("fake")
     x.square().mean().backward()
-    assert all(p.grad is None for p in m.players["student"].parameters())
+    assert all(p.grad is None for p in trained(m, "student"))
 
 
 def test_wearing_equals_pefts_own_switch(tiny_sd):
@@ -274,21 +275,21 @@ def test_memory_designs_hold_one_to_three_networks_and_a_turn_moves_its_own_play
     m, base = method(tiny_sd, student=student, fake=fake, gan_weight=1e-3)
     nets = {id(role.net) for role in (m.teacher, m.student, m.fake)}
     assert len(nets) == 1 + (student == "full") + (fake == "full")
-    mine = {k: {id(p) for p in net.parameters()} for k, net in m.players.items()}
+    mine = {k: {id(p) for p in net} for k, net in trainees(m).items()}
     assert not mine["student"] & mine["fake"]
-    optimizers = {k: torch.optim.SGD(net.parameters(), lr=0.1) for k, net in m.players.items()}
-    copies = lambda: {k: [p.detach().clone() for p in net.parameters()] for k, net in m.players.items()}
+    optimizers = {k: torch.optim.SGD(net, lr=0.1) for k, net in trainees(m).items()}
+    copies = lambda: {k: [p.detach().clone() for p in net] for k, net in trainees(m).items()}
     frozen = [p for p in base.unet.parameters() if not p.requires_grad]
     stock = [p.detach().clone() for p in frozen]
     batch = batch_for(base)
-    (turn,) = m.losses(batch, 0)
+    (turn,) = play(m, batch, 0)
     for who, terms in turn.items():
-        sum(terms.values()).backward(inputs=list(m.players[who].parameters()))
+        sum(terms.values()).backward(inputs=trained(m, who))
     for who in turn:
         before = copies()
         optimizers[who].step()
         for k, old in before.items():
-            same = [torch.equal(a, b) for a, b in zip(old, m.players[k].parameters(), strict=True)]
+            same = [torch.equal(a, b) for a, b in zip(old, trainees(m)[k], strict=True)]
             assert all(same) if k != who else not all(same)
     assert all(torch.equal(a, b) for a, b in zip(stock, frozen, strict=True))
 
@@ -346,7 +347,7 @@ def test_a_start_that_does_not_fit_is_named(tiny_sd, tiny_sdxl, tmp_path):
 
 def test_the_fake_score_is_trained_r_times_for_each_update_of_the_student(tiny_sd):
     m, base = method(tiny_sd, fake_steps_per_gen=5)
-    turns = [set(next(m.losses(batch_for(base), step))) for step in range(12)]
+    turns = [set(next(play(m, batch_for(base), step))) for step in range(12)]
     assert turns == [{"student", "fake"} if step % 5 == 0 else {"fake"} for step in range(12)]
     assert sum("fake" in t for t in turns[:10]) == 5 * sum("student" in t for t in turns[:10])
 
@@ -357,7 +358,7 @@ def test_the_student_learns_from_the_fake_score_as_it_was_before_this_step(tiny_
     disturb(m)
     calls, real = [], m.fake.forward
     m.fake.forward = lambda *a: (calls.append(1), real(*a))[1]
-    (turn,) = m.losses(batch_for(base), 0)
+    (turn,) = play(m, batch_for(base), 0)
     assert len(calls) == 1
     assert set(turn) == {"student", "fake"}
 
@@ -416,11 +417,11 @@ def test_backward_simulation_visits_its_own_timesteps_alone(tiny_sd, monkeypatch
     assert m.timesteps.tolist() == expected == list(m.recipe.timesteps)
     seen, real = [], m.student.forward
     monkeypatch.setattr(m.student, "forward", lambda x, t, c: (seen.append(t.unique().tolist()), real(x, t, c))[1])
-    steps = {m.step_index(step): step for step in range(100)}  # one for each of the student's
+    steps = {m._step_index(step): step for step in range(100)}  # one for each of the student's
     assert set(steps) == set(range(n))
     for k, step in steps.items():
         seen.clear()
-        next(m.losses(batch_for(base), step))
+        next(play(m, batch_for(base), step))
         assert seen == [[t] for t in expected[: k + 1]]
 
 
@@ -430,7 +431,7 @@ def test_every_process_takes_the_same_step_of_the_student(tiny_sd):
     ks = []
     for rank in range(2):
         torch.manual_seed(rank)
-        ks.append([m.step_index(step) for step in range(30)])
+        ks.append([m._step_index(step) for step in range(30)])
     assert ks[0] == ks[1]
 
 
@@ -451,17 +452,17 @@ def test_simulation_is_the_lcm_sampler_of_diffusers_up_to_that_step():
 def test_regression_rows_start_from_their_pairs_noise_and_the_others_from_fresh(tiny_sd):
     m, base = method(tiny_sd, lambda_reg=0.25, batch_size=4)
     batch = batch_for(base)
-    x = m.start(batch, 0, m.pairs(batch))
+    x = m.start(batch, 0, m._pairs(batch))
     assert torch.equal(x[:2], batch.noise[:2])
     assert not torch.equal(x[2:], batch.noise[2:])
-    assert set(next(m.losses(batch, 0))["student"]) == {"matching", "regression"}
+    assert set(next(play(m, batch, 0))["student"]) == {"matching", "regression"}
 
 
 def test_regression_alone_first_then_without_it(tiny_sd):
     """DMD2's start of SDXL in one step."""
     m, base = method(tiny_sd, recipe="dmd2", t_gen=399, reg_steps=3, fake_steps_per_gen=2)
     assert m.timesteps.tolist() == [399]
-    turns = [{who: set(terms) for who, terms in next(m.losses(batch_for(base), step)).items()} for step in range(6)]
+    turns = [{who: set(terms) for who, terms in next(play(m, batch_for(base), step)).items()} for step in range(6)]
     assert turns[:3] == [{"student": {"regression"}}] * 3
     assert turns[3] == {"fake": {"denoising"}}
     assert turns[4] == {"student": {"matching"}, "fake": {"denoising"}}
@@ -492,16 +493,16 @@ def test_heads_end_in_one_logit_whatever_the_side(side, convolutions):
 def test_gan_gradients_stay_with_their_player(tiny_sd, features):
     m, base = method(tiny_sd, gan_weight=1e-3, gan_features=features)
     batch = batch_for(base)
-    (turn,) = m.losses(batch, 0)
-    grads = torch.autograd.grad(turn["student"]["gan"], list(m.players["student"].parameters()), allow_unused=True)
+    (turn,) = play(m, batch, 0)
+    grads = torch.autograd.grad(turn["student"]["gan"], trained(m, "student"), allow_unused=True)
     assert sum(g.abs().sum() for g in grads if g is not None) > 0
-    fakes = list(m.players["fake"].parameters())
+    fakes = trained(m, "fake")
     grads = torch.autograd.grad(turn["fake"]["gan"], fakes, allow_unused=True)
     n_head = len(list(m.head.parameters()))
     assert all(g is not None for g in grads[-n_head:])
     reached = sum(g.abs().sum() for g in grads[:-n_head] if g is not None)
     assert reached > 0 if features == "fake" else reached == 0
-    assert {"d_fake", "d_real"} <= set(m.figures)
+    assert {"d_fake", "d_real"} <= set(m.logged())
 
 
 def test_the_discriminator_stops_the_network_at_its_bottleneck(tiny_sd, tmp_path):
@@ -560,10 +561,10 @@ def test_steps_are_even_below_the_first(tiny_sd, given, timesteps):
 def test_regression_of_several_steps_is_at_the_first(tiny_sd):
     """Only there does a pair's noise lead to the teacher's picture."""
     m, base = method(tiny_sd, lambda_reg=0.25, num_steps=4)
-    first = {m.step_index(step): step for step in range(40)}
+    first = {m._step_index(step): step for step in range(40)}
     assert set(first) == {0, 1, 2, 3}
     for k, step in first.items():
-        terms = set(next(m.losses(batch_for(base), step))["student"])
+        terms = set(next(play(m, batch_for(base), step))["student"])
         assert terms == ({"matching", "regression"} if k == 0 else {"matching"})
 
 

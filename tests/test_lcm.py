@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from playing import play
 
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
@@ -42,19 +43,19 @@ class Oracle(LCM):
         self.student, self.teacher, self.schedule, self.target = student, teacher, student.schedule, None
         self.grid = distillation_grid(self.schedule, self.config)
 
-    def loss(self, n=512):
+    def _loss(self, n=512):
         torch.manual_seed(0)
         x0 = Gaussian.mean + Gaussian.std * torch.randn(n, 1, 4, 4)
         cond = Cond(torch.zeros(n, 1, 1))
-        (turn,) = self.losses(Batch(x0, cond, cond), 0)
+        (turn,) = self.losses(Batch(x0, cond, cond), None)
         return turn["student"]["consistency"].item()
 
 
 def test_a_perfect_consistency_function_has_zero_loss():
     """Up to the one-step error of DDIM, which goes with the square of the step; a denoiser is no consistency function."""
     schedule = NoiseSchedule.from_config(SD)
-    perfect = {n: Oracle(Gaussian(schedule, solved=True), Gaussian(schedule), grid_steps=n, loss="l2").loss() for n in (50, 200)}
-    denoiser = Oracle(Gaussian(schedule), Gaussian(schedule), grid_steps=50, loss="l2").loss()
+    perfect = {n: Oracle(Gaussian(schedule, solved=True), Gaussian(schedule), grid_steps=n, loss="l2")._loss() for n in (50, 200)}
+    denoiser = Oracle(Gaussian(schedule), Gaussian(schedule), grid_steps=50, loss="l2")._loss()
     assert perfect[50] < 1e-4
     assert perfect[200] < perfect[50] / 8
     assert denoiser > 10 * perfect[50]
@@ -69,7 +70,7 @@ def test_an_exact_ode_jump_has_zero_loss_for_pcm_and_tcd(target):
         mean, std = 0.0, 1.0
 
     exact = Unit(schedule)
-    assert Oracle(exact, exact, target=target, grid_steps=200, loss="l2").loss() < 1e-3
+    assert Oracle(exact, exact, target=target, grid_steps=200, loss="l2")._loss() < 1e-3
 
 
 @pytest.mark.parametrize("skip", [1, 5])
@@ -190,7 +191,7 @@ def test_guidance_is_one_draw_a_sample_within_its_range(tiny_sd, monkeypatch):
     monkeypatch.setattr(m, "ode_step", lambda x, t, u, batch, w: (seen.append(w), x)[1])
     torch.manual_seed(0)
     for _ in range(20):
-        next(m.losses(batch_for(base), 0))
+        next(play(m, batch_for(base), 0))
     w = torch.cat(seen)
     assert w.min() >= 3
     assert w.max() <= 9
@@ -210,7 +211,7 @@ def test_the_teacher_is_the_base_and_gradients_flow_with_checkpointing(tiny_sd, 
     with torch.no_grad():
         found = m.teacher(batch.latents, t, batch.cond).eps
         torch.testing.assert_close(found, stock(batch.latents, t, batch.cond.tokens).sample)
-    next(m.losses(batch, 0))["student"]["consistency"].backward()
+    next(play(m, batch, 0))["student"]["consistency"].backward()
     trained = [p for p in m.student.net.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
     assert all(p.grad is None for p in m.student.net.parameters() if not p.requires_grad)
@@ -279,6 +280,6 @@ def test_the_averaged_target_of_full_training_moves_by_its_decay(tiny_sd):
     with torch.no_grad():
         for p in m.target.parameters:
             p.add_(1.0)
-    m.updated(0)
+    m.after_update(None)
     for old, new in zip(before, m.target.shadow, strict=True):
         torch.testing.assert_close(new, old + 0.05, atol=1e-5, rtol=1e-5)

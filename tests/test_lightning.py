@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from playing import entered, phases_of, play, trainees
 from test_dmd import batch_for, disturb
 
 from fastdiff import lora
@@ -18,6 +19,7 @@ from fastdiff.methods.shared.stages import plan, timesteps
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.errors import UsageError
 from fastdiff.training.config import seconds
+from fastdiff.training.method import Now
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator
 from fastdiff.training.trainer import Trainer
@@ -33,10 +35,10 @@ def config(**given):
 def method(path, part=0, **given):
     """The method in one phase, by number or name, with all before it entered in order."""
     m = Lightning(checkpoint.load(str(path)), config(**given))
-    names = [p.name for p in m.phases]
+    names = list(phases_of(m))
     torch.manual_seed(0)
-    for p in m.phases[: (names.index(part) if isinstance(part, str) else part) + 1]:
-        m.enter(p)
+    for name in names[: (names.index(part) if isinstance(part, str) else part) + 1]:
+        entered(m, name)
     return m
 
 
@@ -163,8 +165,8 @@ def test_the_teachers_way_is_ddim_steps_of_stock_diffusers(tiny_sd, stages, guid
     batch = batch_for(m.base_model, 8)
     a, b = (int(n) for n in stages.split(":"))
     with torch.no_grad():
-        x_t, place = m.start(batch)
-        found = m.way(x_t, place, batch)
+        x_t, place = m.start(batch, m.current[0])
+        found = m.way(x_t, place, batch, m.current[0])
     scheduler = DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
     scheduler.set_timesteps(a)
     assert len(set(place.tolist())) > 1 or b == 1
@@ -186,8 +188,8 @@ def test_on_an_uneven_grid_the_way_is_stock_eulers(tiny_sd):
     m = method(tiny_sd, stages="128:32", guidance=6.0)
     batch = batch_for(m.base_model, 8)
     with torch.no_grad():
-        x_t, place = m.start(batch)
-        found = m.way(x_t, place, batch)
+        x_t, place = m.start(batch, m.current[0])
+        found = m.way(x_t, place, batch, m.current[0])
     scheduler = EulerDiscreteScheduler(**SD, timestep_spacing="trailing")
     for i in range(len(x_t)):
         scheduler.set_timesteps(128)
@@ -211,7 +213,7 @@ def test_at_the_last_timestep_the_student_meets_pure_noise_to_the_bit(tiny_sd, m
     batch = batch_for(m.base_model, 64)
     real, drawn = torch.randn_like, []
     monkeypatch.setattr(torch, "randn_like", lambda x: drawn.append(real(x)) or drawn[-1])
-    x_t, place = m.start(batch)
+    x_t, place = m.start(batch, m.current[0])
     (eps,) = drawn
     last = place == 1
     assert 0 < last.sum() < 64
@@ -226,9 +228,9 @@ def test_at_the_last_timestep_the_student_meets_pure_noise_to_the_bit(tiny_sd, m
 def test_where_students_train(tiny_sd, part, places):
     """Of four steps and fewer at four places, also where the sampler of fewer never calls them; no step ends below clean."""
     m = method(tiny_sd, part, stages="8:4,4:2,2:1")
-    _, place = m.start(batch_for(m.base_model, 128))
+    _, place = m.start(batch_for(m.base_model, 128), m.current[0])
     assert set(place.tolist()) == places
-    assert timesteps(m.schedule, place - 1 / m.part.b).min() == -1
+    assert timesteps(m.schedule, place - 1 / m.current[0].b).min() == -1
 
 
 # ---- teachers
@@ -242,8 +244,8 @@ def outputs(net, batch, t=500):
 def test_the_teacher_of_a_stage_is_the_student_of_the_last(tiny_sd):
     m = Lightning(checkpoint.load(str(tiny_sd)), config(stages="8:4,4:2,2:1", guidance=4.0))
     batch, seen = batch_for(m.base_model), {}
-    for p in m.phases:
-        m.enter(p)
+    for p in m.phases():
+        entered(m, p.name)
         net, steps, guidance = m.sources
         seen[p.name] = (outputs(net, batch), steps, guidance)
         if p.name == "1-cond":
@@ -281,7 +283,7 @@ def test_a_chain_starts_from_a_lora(tiny_sd, tmp_path):
         torch.testing.assert_close(outputs(net, batch), outputs(first.student, batch), atol=5e-4, rtol=1e-3)
     assert m.sources[1:] == (8, 1.0)
     assert not torch.allclose(outputs(m.teacher, batch), outputs(m.student, batch), atol=1e-3)
-    m.enter(next(p for p in m.phases if p.name == "2-uncond"))
+    entered(m, "2-uncond")
     assert m.sources[1:] == (8, 1.0)
 
 
@@ -313,9 +315,9 @@ def test_a_discriminator_is_the_base_again_at_every_stage(tiny_sd, kind):
     t = torch.full((4,), 500)
     features = lambda: m.discriminator.watched.bottleneck(batch.latents, t, batch.cond)
     with torch.no_grad():
-        for p in m.phases:
+        for p in m.phases():
             before = m.discriminator
-            m.enter(p)
+            entered(m, p.name)
             fresh = p.kind != "full"
             assert (m.discriminator is before) != fresh
             if fresh:
@@ -349,18 +351,18 @@ def test_clean_latents_of_few_steps_are_shown_noised_alike(tiny_sd):
     real, fake = torch.randn(2, 4000, 1, 2, 2)
     s = torch.full((4000,), -1)
     for done, share in ((9, 1 / 4), (10, 5 / 8)):
-        at, show = m.shown(s, done, real)
+        at, show = m.presented(s, Now(0, m.current[0], done, 0.0), real)
         assert set(at.tolist()) == set(SHOWN)
         assert (at == SHOWN[0]).float().mean() == pytest.approx(share, abs=0.03)
         alpha, _ = m.schedule.coefficients(at, real)
         torch.testing.assert_close(show(real) - show(fake), alpha * (real - fake), atol=1e-5, rtol=1e-4)
     m = method(tiny_sd, "4-cond", stages="8:4")
-    at, show = m.shown(s, 0, real)
+    at, show = m.presented(s, Now(0, m.current[0], 0, 0.0), real)
     assert torch.equal(at, s)
     assert torch.equal(show(real), real)
     m = method(tiny_sd, "2-cond", stages="4:2")
     s[::2] = 499
-    at, show = m.shown(s, 0, real)
+    at, show = m.presented(s, Now(0, m.current[0], 0, 0.0), real)
     assert torch.equal(at[::2], s[::2])
     assert torch.equal(show(real)[::2], real[::2])
     assert set(at[1::2].tolist()) == set(SHOWN)
@@ -384,13 +386,13 @@ def test_the_switch_teaches_x0_of_the_network_before(tiny_sd, tmp_path):
     trainer = trainer_of(tiny_sd, tmp_path, stages="2:1", steps=120, lr=2e-2, lora_rank=16, max_grad_norm=1e9)
     m = trainer.method
     assert trainer.phase.name == "1-switch"
-    assert set(m.players) == {"student"}
+    assert set(trainees(m)) == {"student"}
     batch = data_for(m.base_model).batch(64, torch.Generator().manual_seed(0))
 
     def distance():
         torch.manual_seed(0)
         with torch.no_grad():
-            (turn,) = m.losses(batch, 0)
+            (turn,) = play(m, batch, 0)
         return turn["student"]["switch"].item()
 
     before = distance()
@@ -400,7 +402,7 @@ def test_the_switch_teaches_x0_of_the_network_before(tiny_sd, tmp_path):
     assert distance() < 0.97 * before  # random weights cannot say more: the last layer, which has no adapter, is small
     with torch.no_grad():
         torch.manual_seed(0)
-        x_t, place = m.start(batch)
+        x_t, place = m.start(batch, m.current[0])
         t = timesteps(m.schedule, place)
         expected = (m.student(x_t, t, batch.cond).x0 - m.teacher(x_t, t, batch.cond).x0).square().mean()
     assert distance() == pytest.approx(expected.item(), rel=1e-4)
@@ -432,14 +434,14 @@ def test_in_every_phase_both_train_and_nothing_else_moves(tiny_sd, tmp_path, kin
 def test_the_discriminators_turn_comes_first_and_may_come_more_often(tiny_sd):
     m = method(tiny_sd, "4-cond", stages="8:4", d_steps_per_gen=3, d_warmup=4, r1=100.0)
     batch = batch_for(m.base_model)
-    turns = [[who for turn in m.losses(batch, step) for who in turn] for step in range(7)]
+    turns = [[who for turn in play(m, batch, step) for who in turn] for step in range(7)]
     both, alone = ["discriminator", "student"], ["discriminator"]
     assert turns == [alone, alone, alone, alone, alone, alone, both]
-    first = next(m.losses(batch, 0))["discriminator"]
+    first = next(play(m, batch, 0))["discriminator"]
     assert set(first) == {"gan", "r1"}
     assert first["r1"] > 0
     m = method(tiny_sd, "4-full", stages="8:4", d_warmup=4)  # its discriminator is trained already
-    assert [who for turn in m.losses(batch, m.part.start) for who in turn] == both
+    assert [who for turn in play(m, batch, m.current[1]) for who in turn] == both
 
 
 def test_the_losses_of_both_pairs(tiny_sd):
@@ -452,7 +454,7 @@ def test_the_losses_of_both_pairs(tiny_sd):
         logits = iter([real, fake])
         found = m.discriminator_losses(lambda x, logits=logits: next(logits), None, None)["gan"]
         torch.testing.assert_close(found, expected)
-        assert m.figures["d_right"] == 0.0
+        assert m.logged()["d_right"] == 0.0
 
 
 @pytest.mark.parametrize("kind", ["plain", "paired"])
@@ -464,7 +466,7 @@ def test_the_students_loss_falls_when_its_latents_look_more_real(tiny_sd, kind, 
     for shift in (0.0, 1.0):
         monkeypatch.setattr(m, "move", lambda *a, shift=shift: move(m, *a) + shift)
         torch.manual_seed(0)
-        found.append(list(m.losses(batch, 0))[1]["student"]["gan"].item())
+        found.append(list(play(m, batch, 0))[1]["student"]["gan"].item())
     assert found[1] < found[0]
 
 
@@ -586,12 +588,12 @@ def test_a_time_budget_is_shared_out_and_left_over_time_is_used(tiny_sd, tmp_pat
 
     trainer.train_step = step
     trainer.fit()
-    assert [p.steps for p in trainer.phases] == [50, 25]
+    assert trainer.lengths == [50, 25]
     assert trainer.elapsed_s == 100
     assert "--max-time 100s: 25 steps 4-uncond" in capsys.readouterr().err
     again = trainer_of(tiny_sd, tmp_path, stages="8:4", phases="cond,uncond", lora_only=True, steps=200, max_time="100s")
     again.restore(again.run.load_state())
-    assert [p.steps for p in again.phases] == [50, 25]
+    assert again.lengths == [50, 25]
     assert again.step == 75
 
 

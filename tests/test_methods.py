@@ -43,7 +43,7 @@ def data(tmp_path_factory):
 
 def trainer_of(command, data, folder, **changes):
     cls = METHODS[command]
-    preset = {k: v for k, v in cls.presets["emoji"].items() if k not in SMALL}
+    preset = {k: v for k, v in cls.presets.get("emoji", {}).items() if k not in SMALL}
     config = cls.Config(**{**preset, **SMALL, **CHAIN.get(command, {}), **changes})
     base, run = checkpoint.load("emoji"), Run(folder, command)
     torch.manual_seed(config.seed)
@@ -160,15 +160,15 @@ def test_accumulation_equals_one_large_batch(command, data, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("command", METHODS)
-def test_golden_losses(command, data, tmp_path):
-    """A refactor must not change the first losses. `FASTDIFF_GOLDEN=write pytest -k golden` writes them anew."""
+def test_golden_losses(command, data, tmp_path, request):
+    """A refactor must not change the first losses. `pytest -k golden --write-golden` writes them anew."""
     trainer, _ = trainer_of(command, data, tmp_path)
     found = []
     for _ in range(3):
         found.append(trainer.train_step()["loss"])
         trainer.step += 1
     path = GOLDEN / f"{command}.txt"
-    if os.environ.get("FASTDIFF_GOLDEN") == "write":
+    if request.config.getoption("--write-golden"):
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(f"{x:.6f}\n" for x in found))
     expected = [float(x) for x in path.read_text().split()]

@@ -1,7 +1,6 @@
 """`fastdiff plan`: what a run would take, what fits, and exit 4 where nothing does."""
 
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
@@ -63,9 +62,9 @@ def test_a_probe_measures_the_commands_own_steps(fastdiff, tiny_sd, tmp_path):
 @pytest.mark.parametrize("command", cli.PLANNED)
 def test_every_method_can_be_probed(command):
     """In this process: all its phases, on the embedded checkpoint."""
-    module = import_module(next(c.module for c in cli.COMMANDS if c.name == command))
-    config = module.Config(**module.PRESETS["emoji"] | {"batch_size": 2, "device": "cpu", "output": "nowhere"})
-    found = probe.steps(module.__name__, config, False)
+    method = next(c for c in cli.COMMANDS if c.name == command).load().method
+    config = method.Config(**method.presets["emoji"] | {"batch_size": 2, "device": "cpu", "output": "nowhere"})
+    found = probe.steps(method, config, False)
     assert found.training_s > 0
     assert found.state_bytes >= 2 * found.trained_bytes > 0
     assert sum(n for n, _ in found.phases.values()) == config.steps
@@ -111,12 +110,12 @@ def test_what_does_not_fit_when_probed_is_not_proposed(tiny_sd, monkeypatch):
     config = lcm.Config(base=str(tiny_sd), resolution=64, batch_size=4, grad_accum=1, device="cpu", lora_rank=8, lora_alpha=8)
     tried = []
 
-    def measured(module, config, *, pictures):
+    def measured(method, config, *, pictures):
         tried.append(config.batch_size)
         return None if config.batch_size > 1 else probe.Measured(2**30, {"all": (1000, 0.5)}, 0.1, 0.0, 100, 10)
 
     monkeypatch.setattr(plan, "measure", measured)
-    result = plan.run("train-lcm-lora", lcm, config, probe=True, typed="fastdiff train-lcm-lora")
+    result = plan.run(lcm.LCM, config, probe=True, typed="fastdiff train-lcm-lora")
     assert tried == [4, 2, 1]
     assert result.metrics["proposal"]["batch_size"] == 1
     assert result.metrics["training_h"] == pytest.approx(1000 * 0.5 / 3600)
@@ -124,8 +123,8 @@ def test_what_does_not_fit_when_probed_is_not_proposed(tiny_sd, monkeypatch):
 
 
 def test_methods_without_arithmetic_are_only_measured():
-    methods = {c.name for c in cli.COMMANDS if hasattr(import_module(c.module), "METHOD")}
-    assert methods - {"distill-vae"} == set(plan.LOADS)
+    methods = [c.load().method for c in cli.COMMANDS if c.name in cli.PLANNED]
+    assert [method.name for method in methods if "load" not in vars(method)] == ["distill-vae"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from playing import play, trained
 
 from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.checkpoints.family import FAMILIES
@@ -284,7 +285,7 @@ class Batch(SimpleNamespace):
 def losses_of(method, batch=None):
     torch.manual_seed(0)
     x, _, cond = probe(seed=5)
-    (turn,) = method.losses(batch or Batch(latents=x, cond=cond, uncond=cond), 0)
+    (turn,) = play(method, batch or Batch(latents=x, cond=cond, uncond=cond), 0)
     return turn["student"]
 
 
@@ -328,11 +329,11 @@ def test_the_task_is_the_denoising_loss_and_terms_can_be_left_out():
 def test_training_brings_the_student_nearer():
     data = open_data(checkpoint.load("emoji"), "emoji", prompts=None, resolution_px=64, pairs=0, seed=0, device="cpu")
     method = prune()
-    optimizer = torch.optim.AdamW(method.players["student"].parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(trained(method, "student"), lr=1e-3)
     seen = data.batch(6, torch.Generator().manual_seed(99))
     before = losses_of(method, seen)
     for step in range(5):
-        (turn,) = method.losses(data.batch(6, torch.Generator().manual_seed(step)), step)
+        (turn,) = play(method, data.batch(6, torch.Generator().manual_seed(step)), step)
         sum(turn["student"].values()).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from playing import entered, play, trained
 
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
@@ -16,6 +17,8 @@ from fastdiff.methods import dmd, sdxs
 from fastdiff.models import feature_matching
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime.errors import InputRefused, UsageError
+from fastdiff.training import session
+from fastdiff.training.scene import Scene
 
 SMALL = dict(lora_rank=4, lora_alpha=4, guidance=3.0, match_steps=0, steps=10, t_gen=749, seed=0)
 
@@ -24,14 +27,7 @@ def method(path, **changes):
     base = checkpoint.load(str(path))
     torch.manual_seed(0)
     m = sdxs.SDXS(base, sdxs.Config(base=str(path), **{**SMALL, **changes}))
-    enter(m, m.phases[0].name)
-    return m, base
-
-
-def enter(m, name):
-    for phase in m.phases:
-        phase.start = sum(p.steps for p in m.phases[: m.phases.index(phase)])
-    m.enter(next(p for p in m.phases if p.name == name))
+    return entered(m), base
 
 
 def batch_for(base, n=4):
@@ -163,8 +159,8 @@ def test_with_alpha_one_and_lambda_zero_the_students_gradient_is_that_of_dmd(tin
         for name in ("student", "fake"):
             shaken(adapters.parameters(net, name))
         torch.manual_seed(3)
-        turn = next(one.losses(batch_for(base), 0))
-        params = list(one.players["student"].parameters())
+        turn = next(play(one, batch_for(base), 0))
+        params = trained(one, "student")
         loss = sum(turn["student"].values())
         found.append((loss, torch.autograd.grad(loss, params), turn["fake"]["denoising"]))
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-6, rtol=1e-6)
@@ -178,14 +174,14 @@ def test_with_alpha_one_and_lambda_zero_the_students_gradient_is_that_of_dmd(tin
 def test_alpha_and_lambda_fall_over_the_phase_and_t_stays_in_its_segment(tiny_sd, monkeypatch, step, alpha, weight):
     changes = dict(alpha_start=0.9, alpha_end=0.5, lambda_fm_start=1.0, lambda_fm_end=0.1, match_steps=2, gan_steps=1)
     m, base = method(tiny_sd, student="lora", **changes)
-    enter(m, "distill")
+    entered(m, "distill")
     assert m.scheduled(step) == pytest.approx((alpha, weight))
     seen = []
     real = m.teacher.guided
     monkeypatch.setattr(m.teacher, "guided", lambda x_t, t, *a: (seen.append(t), real(x_t, t, *a))[1])
     for i in range(4):
         torch.manual_seed(i)
-        next(m.losses(batch_for(base, n=16), step))
+        next(play(m, batch_for(base, n=16), step))
     levels = torch.cat(seen)
     assert levels.min() >= 20
     assert levels.max() <= round(alpha * 1000)
@@ -197,7 +193,7 @@ def test_the_warm_up_is_feature_matching_alone_and_compares_each_sample_with_its
     batch, seen = batch_for(base), {}
     real = m.student.forward
     monkeypatch.setattr(m.student, "forward", lambda x_t, t, c: (seen.update(x_t=x_t, t=t), real(x_t, t, c))[1])
-    turn = next(m.losses(batch, 0))
+    turn = next(play(m, batch, 0))
     assert {who: list(terms) for who, terms in turn.items()} == {"student": ["features"]}
     assert torch.equal(seen["x_t"], batch.noise)
     assert (seen["t"] == 749).all()
@@ -209,7 +205,7 @@ def test_the_perfect_student_loses_nothing_in_the_warm_up(tiny_sd):
     with torch.no_grad():
         x = m.student(batch.noise, torch.full((4,), 749), batch.cond).x0
     perfect = Batch(x, batch.cond, batch.uncond, batch.noise)
-    assert next(m.losses(perfect, 0))["student"]["features"] < 1e-5
+    assert next(play(m, perfect, 0))["student"]["features"] < 1e-5
 
 
 def test_three_networks_of_three_shapes(tiny_sd, tmp_path):
@@ -219,9 +215,9 @@ def test_three_networks_of_three_shapes(tiny_sd, tmp_path):
     sizes = {sum(p.numel() for p in net.parameters()) for net in (m.student.net, m.teacher.net)}
     assert len(sizes) == 2
     assert m.fake.net is not m.teacher.net
-    turn = next(m.losses(batch_for(base), 0))
+    turn = next(play(m, batch_for(base), 0))
     for who in ("student", "fake"):
-        grads = torch.autograd.grad(sum(turn[who].values()), list(m.players[who].parameters()), allow_unused=True)
+        grads = torch.autograd.grad(sum(turn[who].values()), trained(m, who), allow_unused=True)
         assert sum(g.abs().sum() for g in grads if g is not None) > 0
     assert not any(p.requires_grad for p in m.teacher.net.parameters())
 
@@ -287,8 +283,6 @@ def test_the_teacher_wears_the_style_and_the_online_model_never_does(tiny_sd, tm
 def test_a_full_online_model_has_no_style_and_what_a_style_does_to_texts_is_left_out(tiny_sd, tmp_path, monkeypatch, capfd):
     from safetensors.torch import load_file, save_file
 
-    from fastdiff.training import session
-
     path = style_file(tmp_path, checkpoint.load(str(tiny_sd)))
     tensors = load_file(path)
     layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
@@ -300,8 +294,12 @@ def test_a_full_online_model_has_no_style_and_what_a_style_does_to_texts_is_left
     assert "1 modules of text encoders are left out" in capfd.readouterr().err
     names = {name for name, _ in m.fake.net.named_parameters()}
     assert names == {name for name, _ in checkpoint.load(str(tiny_sd)).unet.named_parameters()}
-    found = session.data_of(base, m.config, torch.device("cpu"))
-    plain = session.data_of(base, replace(m.config, style_pairs=False), torch.device("cpu"))
+
+    def data_of(config):
+        scene = Scene.of(config, base, torch.device("cpu"))
+        return session.data_of(scene, config, "pairs", sdxs.SDXS.teacher_loras(config))
+
+    found, plain = data_of(m.config), data_of(replace(m.config, style_pairs=False))
     assert torch.equal(found.texts.tokens, plain.texts.tokens)
     assert not torch.equal(found.latents, plain.latents)
     assert torch.equal(found.noise, plain.noise)
@@ -312,17 +310,17 @@ def test_a_full_online_model_has_no_style_and_what_a_style_does_to_texts_is_left
 
 def test_the_finish_trains_a_low_rank_adapter_and_heads_alone_and_is_folded_in(tiny_sd, tmp_path):
     m, base = method(tiny_sd, steps=4, match_steps=2, gan_steps=1)
-    enter(m, "gan")
-    shaken(m.players["student"].parameters(), 0.05)
+    entered(m, "gan")
+    shaken(trained(m, "student"), 0.05)
     batch = batch_for(base)
-    turns = m.losses(batch, 3)
+    turns = play(m, batch, 3)
     heads = next(turns)["discriminator"]
     student = next(turns)["student"]
     for who, terms in (("discriminator", heads), ("student", student)):
-        params = list(m.players[who].parameters())
+        params = trained(m, who)
         grads = torch.autograd.grad(sum(terms.values()), params, allow_unused=True, retain_graph=True)
         assert sum(g.abs().sum() for g in grads if g is not None) > 0
-    mine = {id(p) for p in m.players["student"].parameters()}
+    mine = {id(p) for p in trained(m, "student")}
     assert mine == {id(p) for p in adapters.parameters(m.student.net, "finish")}
     assert not any(p.requires_grad for p in m.student.net.parameters() if id(p) not in mine)
 

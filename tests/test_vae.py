@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from playing import play, trained, trainees
 from torch import nn
 
 from fastdiff.checkpoints import checkpoint
@@ -24,7 +25,7 @@ def emoji():
 
 def tiny(**changes):
     torch.manual_seed(0)
-    return TinyVAE(checkpoint.load("emoji"), Config(**dict(width=8, device="cpu", lpips_weights="embedded") | changes), None)
+    return TinyVAE(checkpoint.load("emoji"), Config(**dict(width=8, device="cpu", lpips_weights="embedded") | changes))
 
 
 def latents(n=3, side=8, seed=0):
@@ -98,21 +99,21 @@ def test_decoders_cost_what_was_counted(emoji):
 # ---- the losses
 
 
-def turns(made, step=0, z=None):
+def turns_of(made, step=0, z=None):
     torch.manual_seed(1)
-    return list(made.losses(SimpleNamespace(latents=latents() if z is None else z, pixels=None), step))
+    return list(play(made, SimpleNamespace(latents=latents() if z is None else z, pixels=None), step))
 
 
 def test_the_loss_is_l1_at_an_eighth_and_what_was_asked_for():
     made = tiny(lambda_gan=0)
-    ((only,),) = (turn.values() for turn in turns(made))
+    ((only,),) = (turn.values() for turn in turns_of(made))
     a, b = (autoencoder.pixels(net, latents()) for net in (made.student, made.teacher))
     mean = lambda p: p.unflatten(-1, (8, 8)).unflatten(-3, (8, 8)).mean((-1, -3))
     torch.testing.assert_close(only["l1"], (mean(a) - mean(b.clamp(-1, 1))).abs().mean())
     assert set(only) == {"l1"}
     made = tiny(lambda_gan=0.3, lambda_pixel=0.5, lambda_lpips=2.0, encoder=True)
     made.distance = lambda a, b: (a - b).square().flatten(1).mean(1)
-    judged, both = turns(made)
+    judged, both = turns_of(made)
     assert set(judged) == {"discriminator"}
     assert set(both["decoder"]) == {"l1", "gan", "pixel", "lpips"}
     assert set(both["encoder"]) == {"latents"}
@@ -124,12 +125,12 @@ def test_the_loss_is_l1_at_an_eighth_and_what_was_asked_for():
 
 def test_each_player_is_moved_by_its_own_terms_alone():
     made = tiny(encoder=True)
-    for turn in made.losses(SimpleNamespace(latents=latents(), pixels=None), 0):
+    for turn in play(made, SimpleNamespace(latents=latents(), pixels=None), 0):
         for who, terms in turn.items():
-            mine = list(made.players[who].parameters())
+            mine = trained(made, who)
             sum(terms.values()).backward(inputs=mine)
             assert sum(p.grad.abs().sum() for p in mine) > 0
-            others = [p for k, net in made.players.items() if k != who for p in net.parameters()]
+            others = [p for k, net in trainees(made).items() if k != who for p in net.parameters()]
             assert all(p.grad is None for p in (*others, *made.teacher.parameters()))
             for p in mine:
                 p.grad = None
@@ -137,10 +138,10 @@ def test_each_player_is_moved_by_its_own_terms_alone():
 
 def test_the_discriminator_begins_before_the_decoder_hears_of_it():
     made = tiny(gan_from=10)
-    assert [sorted(turn) for turn in turns(made, 4)] == [["decoder"]]
-    assert [sorted(turn) for turn in turns(made, 5)] == [["discriminator"], ["decoder"]]
-    assert "gan" not in turns(made, 9)[-1]["decoder"]
-    assert "gan" in turns(made, 10)[-1]["decoder"]
+    assert [sorted(turn) for turn in turns_of(made, 4)] == [["decoder"]]
+    assert [sorted(turn) for turn in turns_of(made, 5)] == [["discriminator"], ["decoder"]]
+    assert "gan" not in turns_of(made, 9)[-1]["decoder"]
+    assert "gan" in turns_of(made, 10)[-1]["decoder"]
 
 
 def test_only_the_conditional_discriminator_sees_the_latents():
@@ -157,11 +158,11 @@ def test_windows_of_latents_and_pictures_are_the_same_place():
     made = tiny(crop=32)
     z = latents(2, 16)
     places = torch.arange(16 * 16).reshape(1, 1, 16, 16).repeat_interleave(8, -1).repeat_interleave(8, -2).expand(2, 3, -1, -1)
-    part, pixels = made.window(SimpleNamespace(latents=z, pixels=places.float()))
+    part, pixels = made._window(SimpleNamespace(latents=z, pixels=places.float()))
     assert (part.shape, pixels.shape) == ((2, 4, 4, 4), (2, 3, 32, 32))
     flat = z.flatten(2)[..., pixels[0, 0, ::8, ::8].long().flatten()]
     assert torch.equal(part.flatten(2), flat)
-    whole, decoded = tiny(crop=256).window(SimpleNamespace(latents=z, pixels=None))
+    whole, decoded = tiny(crop=256)._window(SimpleNamespace(latents=z, pixels=None))
     assert torch.equal(whole, z)
     assert torch.equal(decoded, autoencoder.decode(made.teacher, z))
 

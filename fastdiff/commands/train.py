@@ -1,13 +1,62 @@
-"""Any Method as a command: its config to a run, and the command to type next."""
+"""Any Method as a command, and as a function: its options to a run, and the command to type next."""
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
+from fastdiff import methods
+from fastdiff.checkpoints import locate
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.runtime.command import Runnable
-from fastdiff.runtime.errors import Result
+from fastdiff.runtime.config import resolve, suggestion
+from fastdiff.runtime.errors import Result, UsageError, as_field
+from fastdiff.training import session
 from fastdiff.training.method import Method
-from fastdiff.training.session import train
+from fastdiff.training.session import Trained
+
+
+def train(method: type[Method] | str, base: Checkpoint | str = locate.DEFAULT_BASE, **options: Any) -> Trained:
+    """Distil `base` by a method, as its command does; returns the run, whose `weights` are a LoRA file or a checkpoint folder.
+
+        run = fastdiff.train("lcm", fastdiff.load("sdxl"), steps=1000, lora_rank=64)
+
+    `method`: a class, its file in fastdiff/methods (lcm, dmd, ...) or its command. `options` are the fields of the method's
+    Config; those that are not given are the preset's for the family of the base. The base that is given stays as it is.
+    """
+    if isinstance(method, str):
+        method = named(method)
+    source = {"base": base}
+    if isinstance(base, Checkpoint):
+        kept = dict(base_config=base.config and str(base.config), prediction_type=base.prediction, allow_pickle=base.allow_pickle)
+        kept = kept if base.path.is_file() else {k: v for k, v in kept.items() if k != "base_config"}
+        source = {"base": base.ref, **{k: v for k, v in kept.items() if v}}
+    unknown = [name for name in options if name not in method.Config.__dataclass_fields__]
+    if unknown:
+        known = list(method.Config.__dataclass_fields__)
+        raise UsageError(f"{as_field(unknown[0])}: not an option of {method.name}", suggestion(unknown[0], known))
+    family = lambda values: locate.family_of(values["base"], allow_pickle=values.get("allow_pickle", False)).name
+    config = resolve(method.Config, {**source, **options}, presets=method.presets, family_of=family, environ={})
+    return session.train(method, config)
+
+
+def named(name: str) -> type[Method]:
+    """The method of that file or command."""
+    found = {key: method for method in shipped() for key in (method.name, method.__module__.rpartition(".")[2])}
+    if name not in found:
+        raise UsageError(f"{as_field('method', name)}: not a method", suggestion(name, list(found)) or f"one of {', '.join(found)}")
+    return found[name]
+
+
+def shipped() -> Iterator[type[Method]]:
+    """Every method with a file in fastdiff/methods."""
+    for info in iter_modules(methods.__path__):
+        if not info.ispkg:
+            module = import_module(f"{methods.__name__}.{info.name}")
+            own = (value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__)
+            yield from (value for value in own if issubclass(value, Method))
 
 
 def runnable(method: type[Method]) -> Runnable:
@@ -17,12 +66,11 @@ def runnable(method: type[Method]) -> Runnable:
 
 def run(method: type[Method], config: Any) -> Result:
     """Train, and say how to draw with the result."""
-    trained = train(method, config)
+    trained = session.train(method, config)
     return replace(trained.result, next_command=sample_command(trained.options) if trained.options else None)
 
 
 def sample_command(options: dict[str, str]) -> str:
     """`fastdiff sample` with these options; the prompt comes last, in double quotes."""
-    prompt = options.pop("prompt", "a red apple")
-    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
-    return " ".join(["fastdiff sample", *map(shlex.quote, words), f'--prompt "{prompt}"'])
+    words = [word for name, value in options.items() if name != "prompt" for word in (f"--{name.replace('_', '-')}", value)]
+    return " ".join(["fastdiff sample", *map(shlex.quote, words), f'--prompt "{options.get("prompt", "a red apple")}"'])

@@ -24,25 +24,26 @@ STREAMED = 10_000  # images of a stream, whose end nobody knows
 
 def open_data(
     base: Checkpoint,
-    spec: str | None,
+    spec: str | None = None,
     *,
-    prompts: str | None,
-    resolution_px: int,
-    pairs: int,
-    seed: int,
-    device: torch.device | str,
+    prompts: str | None = None,
+    resolution_px: int | None = None,
+    pairs: int = 256,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
     sampling: Settings | None = None,
     needs: Needs = "latents",
     framing: Framing | None = None,
     max_images: int | None = None,
 ) -> Data:
-    """Encode once; afterwards the VAE and the text encoders may go. None: the family's own data.
+    """What a method trains on, encoded once; afterwards the VAE and the text encoders may go. Its `batch(n, generator)` draws.
 
-    `framing` (default: squares of the resolution) and `max_images` are of pictures that are read. The teacher makes `pairs`
+    `spec`: as `--data` has it; None: the family's own. `prompts`: a file with one a line, for the teacher's samples.
+    `resolution_px`: pixels a side, the base's own unless given. `framing` (default: squares of the resolution) and `max_images` are of pictures that are read. The teacher makes `pairs`
     samples with `sampling` (default: the family's), and none where only prompts are wanted.
     Pairs of noise and sample come from the teacher alone.
     """
-    spec = spec or base.family.default_data
+    spec, resolution_px = spec or base.family.default_data, resolution_px or base.resolution_px
     if needs == "pairs" and spec != "teacher":
         hint = "use `data=teacher`, or `lambda_reg=0`"
         raise UsageError(f"{as_field('data', spec)}: regression needs pairs of noise and picture", hint)

@@ -1,0 +1,96 @@
+"""A stranger's method is one file and one row: two unlike ones, put into a copy of the package, get everything else."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = {"score-identity": ("score_identity", "ScoreIdentity"), "segments": ("segments", "Segments")}  # one phase; several
+TESTS = ("conftest.py", "tiny.py", "playing.py", "test_methods.py")
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A copy of package and tests with a new file and a new row for each method; runs a command in it."""
+    folder = tmp_path_factory.mktemp("house")
+    package = folder / "fastdiff"
+    shutil.copytree(ROOT / "fastdiff", package, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    (package / "assets").symlink_to(ROOT / "fastdiff" / "assets")
+    (folder / "tests").mkdir()
+    for name in TESTS:
+        shutil.copy(ROOT / "tests" / name, folder / "tests")
+    rows = ""
+    for name, (file, cls) in FILES.items():
+        shutil.copy(ROOT / "examples" / "methods" / f"{file}.py", package / "methods")
+        rows += f'    Command("{name}", ".methods.{file}:{cls}", "A method of one file.", "Train"),\n'
+    cli = package / "cli.py"
+    first = cli.read_text().index("COMMANDS = [\n") + len("COMMANDS = [\n")
+    cli.write_text(cli.read_text()[:first] + rows + cli.read_text()[first:])
+
+    def run(*args, code=0):
+        env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "FASTDIFF_CACHE": str(folder / "cache")}
+        done = subprocess.run([sys.executable, *map(str, args)], cwd=folder, env=env, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+def test_the_contract_and_golden_losses_pick_them_up(house):
+    """Written by the tests' own option, then compared like everybody's."""
+    both = " or ".join(FILES)
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_methods.py"]
+    house(*tests, "-k", f"golden and ({both})", "--write-golden")
+    assert "10 passed" in house(*tests, "-k", both)
+
+
+SCRIPT = """
+import json, sys
+from fastdiff import cli
+from fastdiff.commands import train
+name = sys.argv[1]
+assert train.named(name).name == name
+def told(*args, code=0):
+    import io, contextlib
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.main([*args, "--json"]) == code, (args, out.getvalue())
+    return json.loads(out.getvalue())
+assert cli.main([name, "--help"]) == 0
+small = ["--steps", "4", "--batch-size", "2", "--lora-rank", "4", "--lora-alpha", "4", "--proof", "20", "-o", "run-" + name]
+plan = told("plan", name, *small, "--no-probe")["metrics"]
+run = told(name, *small)
+again = told(name, *small)
+weights = next(o["path"] for o in reversed(run["outputs"]) if o["path"].endswith(".safetensors"))
+drawn = told("sample", "--lora", weights, "--prompt", "a panda", "-o", "drawn-" + name)
+judged = told("evaluate", "--student", weights, "--num-images", "8", "--no-baseline", "-o", "judged-" + name)
+print(json.dumps(dict(plan=plan, run=run, again=again, drawn=drawn, judged=judged, card=open(f"run-{name}/README.md").read())))
+"""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_help_plan_run_resume_card_sample_and_evaluate_pick_it_up(name, house):
+    page, _, last = house("-c", SCRIPT, name).rpartition("\n{")
+    found = json.loads("{" + last)
+    assert "--lora-rank" in page
+    assert f"fastdiff {name}" in page
+    ranks = [row["lora_rank"] for row in found["plan"]["settings"]]
+    assert ranks[0] == 4
+    assert len({(row["batch_size"], row["gradient_checkpointing"]) for row in found["plan"]["settings"]}) > 1
+    assert found["run"]["metrics"]["steps"] == found["again"]["metrics"]["steps"] == 4
+    assert {o["path"]: o["sha256"] for o in found["run"]["outputs"]} == {o["path"]: o["sha256"] for o in found["again"]["outputs"]}
+    assert found["run"]["metrics"]["rows"]
+    assert found["run"]["next_command"].startswith("fastdiff sample --base emoji --lora run-")
+    scheduler, steps = {"score-identity": ("lcm", 1), "segments": ("ddim", 1)}[name]
+    assert (found["drawn"]["metrics"]["settings"]["scheduler"], found["drawn"]["metrics"]["settings"]["num_steps"]) == (scheduler, steps)
+    assert any(row["model"] != "teacher" for row in found["judged"]["metrics"]["rows"])
+    assert {"lcm": "LCMScheduler", "ddim": "DDIMScheduler"}[scheduler] in found["card"]
+    if name == "segments":
+        assert [Path(o["path"]).name for o in found["run"]["outputs"] if "safetensors" in o["path"]] == [
+            "segments-2.safetensors",
+            "segments-1.safetensors",
+        ]
