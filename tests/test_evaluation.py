@@ -143,18 +143,17 @@ def test_student_and_teacher_are_of_one_family(tiny_sd):
 
 
 def test_what_eval_every_measures_is_the_closing_row_of_fewer_pictures(untrained, monkeypatch):
-    from fastdiff.checkpoints.recipe import Recipe
     from fastdiff.training import previews
-    from fastdiff.training.config import TrainConfig
+    from fastdiff.training.scene import Scene
 
     monkeypatch.setattr(previews.Measured, "JUDGED", 30)
-    config = TrainConfig(teacher_steps=2)
+    scene = Scene(untrained.base, torch.device("cpu"), 64, ["fox on red"], Settings("ddim", 2, 3.0), 0)
 
     class Trained:
-        base_model, recipe = untrained.base, Recipe(scheduler="ddim", num_steps=1, guidance=1.0)
         student = teacher = untrained.denoiser
+        settings = staticmethod(lambda: Settings("ddim", 1, 1.0))
 
-    found = previews.Measured(untrained.base, config, 64, torch.device("cpu")).measure(Trained())
+    found = previews.Measured(scene).measure(Trained())
     evaluation = Evaluation.shipped(untrained.base, 30, device="cpu", quick=True)
     row = evaluation.figures(evaluation.row("student", untrained, Settings("ddim", 1, 1.0)))
     teacher = evaluation.figures(evaluation.teacher)
