@@ -171,12 +171,12 @@ class Evaluation:
 
     def recovered(self, before: Row, student: Row) -> dict[str, dict[str, Any]]:
         """{metric: (before - now) / (before - teacher)}: what training won back of what a repair started from."""
-        found = {}
+        figures = {}
         for metric in judging(student, self.against):
             gap = self.gap(metric, student, before)
-            found[metric.name] = {"recovered": gap["gap_closed"], "low": gap["low"], "high": gap["high"]}
-            found[metric.name] |= {"before": gap["teacher"], "student": gap["student"], "teacher": gap["teacher_50"]}
-        return found
+            figures[metric.name] = {"recovered": gap["gap_closed"], "low": gap["low"], "high": gap["high"]}
+            figures[metric.name] |= {"before": gap["teacher"], "student": gap["student"], "teacher": gap["teacher_50"]}
+        return figures
 
     # ---- an evaluation from end to end
 
@@ -213,8 +213,8 @@ class Evaluation:
         with console.timed("figures_s"):
             rows = [self.figures(row) for row in order]
             gaps = {f"{row.model} {row.settings.num_steps}": self.gaps(row, row.calls) for row in self.students}
-        found = {"samples": len(self.samples), "reference": str(reference), "rows": rows, "gap_closed": gaps}
-        return Report(found, order, [latency_ms[row] for row in order], self.samples.lines)
+        measurements = {"samples": len(self.samples), "reference": str(reference), "rows": rows, "gap_closed": gaps}
+        return Report(measurements, order, [latency_ms[row] for row in order], self.samples.lines)
 
     def timed(self, model: str, made: Sampler, settings: Settings, latency_ms: dict[Row, float]) -> Row:
         row = self.row(model, made, settings, identity=made.identity)

@@ -186,8 +186,8 @@ def measured(row: Row, against: Against, *, bands: bool = True) -> dict[str, Any
     ends: dict[str, list[float]] = {}
     for metric in (m for m in METRICS if m.known(row, against)):
         figures[metric.name] = metric.value(row, against)
-        if bands and (found := metric.band(row, against)) is not None:
-            ends[metric.name] = found
+        if bands and (low_high := metric.band(row, against)) is not None:
+            ends[metric.name] = low_high
         if metric.parts is not None:
             figures |= metric.parts(row, against)
     return {**figures, "band": ends} if bands else figures

@@ -112,8 +112,8 @@ class Samples:
         """Features of all pictures, and the first of them."""
         n, parts, first = len(cond), [], []
         size = self.batch or at_once(self.resolution_px // autoencoder.factor(sampler.vae))
-        shown = nullcontext() if self.silent else console.progress(n, title(model, settings))
-        with shown as bar, torch.no_grad():
+        progress = nullcontext() if self.silent else console.progress(n, title(model, settings))
+        with progress as bar, torch.no_grad():
             for i in range(0, n, size):
                 rows = slice(i, min(i + size, n))
                 seeds = [self.first_seed + offset + k for k in range(rows.start, rows.stop)]
