@@ -1,6 +1,6 @@
 """Latent consistency distillation without the Trainer: a loop of your own, as in a notebook.
 
-    python examples/loop.py --steps 300 --output lcm.safetensors
+python examples/loop.py --steps 300 --output lcm.safetensors
 """
 
 import argparse

@@ -8,10 +8,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fastdiff import lora as lora
     from fastdiff.checkpoints.recipe import Recipe as Recipe
-    from fastdiff.diffusion import losses as losses
-    from fastdiff.diffusion.schedule import NoiseSchedule as NoiseSchedule
     from fastdiff.commands.train import train as train
     from fastdiff.data.open import open_data as open_data
+    from fastdiff.diffusion import losses as losses
+    from fastdiff.diffusion.schedule import NoiseSchedule as NoiseSchedule
     from fastdiff.models.base import load as load
     from fastdiff.models.denoiser import Denoiser as Denoiser
     from fastdiff.models.ema import EMA as EMA

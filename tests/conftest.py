@@ -10,6 +10,7 @@ import torch
 
 torch.set_num_threads(1)
 
+
 def pytest_addoption(parser):
     parser.addoption("--write-golden", action="store_true", help="write the files of tests/golden anew")
 

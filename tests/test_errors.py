@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from fastdiff.runtime.errors import FIELD, UsageError, as_field, quoted, with_fl
 from fastdiff.sampling.sampler import Settings
 
 PACKAGE = Path(__file__).parent.parent / "fastdiff"
-PENDING = ("training", "methods", "quality", "cost")  # rooms whose messages still name flags
 SPEAKERS = {"warn", "info", "error", "UsageError", "InputRefused", "Failed", "DoesNotFit", "GateFailed", "Stopped"}
 COMMAND = re.compile(r"`fastdiff [^`]*`")  # a command line in a message is one
 
@@ -74,7 +74,7 @@ def messages(tree):
     yield from {(part.lineno, text) for part in said for text in words(part)}
 
 
-def spoken(package=PACKAGE, *, besides=("commands", *PENDING)):
+def spoken(package=PACKAGE, *, besides=("commands",)):
     """(place, text) of all messages outside the command line."""
     for path in sorted(package.rglob("*.py")):
         place = path.relative_to(package)
@@ -208,7 +208,7 @@ def test_hints_and_warnings_on_the_command_line(capfd, monkeypatch):
         warnings.warn("`torch_dtype` is deprecated", FutureWarning, stacklevel=1)
         raise UsageError("`keep=best`: nothing is measured", "give `eval_every` too; `fastdiff plan dmd --steps 4` tells more")
 
-    monkeypatch.setattr(inspect, "run", run)
+    monkeypatch.setattr(inspect, "COMMAND", replace(inspect.COMMAND, run=run))
     assert cli.main(["inspect", "file", "--json"]) == 2
     told, err = capfd.readouterr()
     told = json.loads(told)
@@ -226,7 +226,7 @@ def test_the_command_to_go_on_with_is_left_as_it_was_typed(capfd, monkeypatch):
         stop.request.command = "fastdiff sample --prompt 'a `cat` and `base=x`'"
         raise stop.stopped()
 
-    monkeypatch.setattr(inspect, "run", run)
+    monkeypatch.setattr(inspect, "COMMAND", replace(inspect.COMMAND, run=run))
     assert cli.main(["inspect", "file", "--json"]) == 75
     stop.request.forget()
     told = json.loads(capfd.readouterr().out)

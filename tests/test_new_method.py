@@ -82,11 +82,13 @@ def test_help_plan_run_resume_card_sample_and_evaluate_pick_it_up(name, house):
     assert ranks[0] == 4
     assert len({(row["batch_size"], row["gradient_checkpointing"]) for row in found["plan"]["settings"]}) > 1
     assert found["run"]["metrics"]["steps"] == found["again"]["metrics"]["steps"] == 4
-    assert {o["path"]: o["sha256"] for o in found["run"]["outputs"]} == {o["path"]: o["sha256"] for o in found["again"]["outputs"]}
+    hashes = [{o["path"]: o["sha256"] for o in found[run]["outputs"]} for run in ("run", "again")]
+    assert hashes[0] == hashes[1]
     assert found["run"]["metrics"]["rows"]
     assert found["run"]["next_command"].startswith("fastdiff sample --base emoji --lora run-")
     scheduler, steps = {"score-identity": ("lcm", 1), "segments": ("ddim", 1)}[name]
-    assert (found["drawn"]["metrics"]["settings"]["scheduler"], found["drawn"]["metrics"]["settings"]["num_steps"]) == (scheduler, steps)
+    settings = found["drawn"]["metrics"]["settings"]
+    assert (settings["scheduler"], settings["num_steps"]) == (scheduler, steps)
     assert any(row["model"] != "teacher" for row in found["judged"]["metrics"]["rows"])
     assert {"lcm": "LCMScheduler", "ddim": "DDIMScheduler"}[scheduler] in found["card"]
     if name == "segments":

@@ -1,10 +1,10 @@
 """Score identity distillation of one step (Zhou et al. 2024, SiD), as a LoRA; no pictures are needed, only prompts.
 
-    x     = G(z, T)                                    the student's x0 of pure noise
-    x_t   = alpha_t x + sigma_t eps
-    f, g  = teacher(x_t).x0, fake(x_t).x0              teacher guided; fake score trained on the student's samples
-    student:  (1 - a) |f - g|^2 + (f - g) (g - x),     divided by the mean of |x - f|, gradients through all three
-    fake:     its own denoising loss on x
+x     = G(z, T)                                    the student's x0 of pure noise
+x_t   = alpha_t x + sigma_t eps
+f, g  = teacher(x_t).x0, fake(x_t).x0              teacher guided; fake score trained on the student's samples
+student:  (1 - a) |f - g|^2 + (f - g) (g - x),     divided by the mean of |x - f|, gradients through all three
+fake:     its own denoising loss on x
 """
 
 from dataclasses import dataclass, replace

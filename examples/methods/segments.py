@@ -1,8 +1,8 @@
 """Trajectory-segmented consistency in stages (Ren et al. 2024, Hyper-SD, section 3.1): 8 segments, then 4, 2 and 1.
 
-    in each stage T is cut into n segments; a sample at t in one of them, and a guided DDIM step of the teacher to u < t
-    loss = | jump(student(x_t, t), s) - jump(student(x_u, u), s) |,    s the lower end of the segment
-    one LoRA goes through all stages; each stage writes it as it is then, sampled by DDIM in as many steps as segments
+in each stage T is cut into n segments; a sample at t in one of them, and a guided DDIM step of the teacher to u < t
+loss = | jump(student(x_t, t), s) - jump(student(x_u, u), s) |,    s the lower end of the segment
+one LoRA goes through all stages; each stage writes it as it is then, sampled by DDIM in as many steps as segments
 """
 
 from dataclasses import dataclass, replace

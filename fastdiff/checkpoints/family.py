@@ -67,6 +67,10 @@ class Family:
     def __str__(self) -> str:
         return self.name
 
+    def has_name(self, name: str | None) -> bool:
+        """Whether a file's header that names a family means this one; a header that names none may."""
+        return name is None or name == self.name
+
     @property
     def home(self) -> Path:
         """The folder with what ships of it."""

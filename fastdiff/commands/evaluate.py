@@ -175,7 +175,7 @@ def students(config: Config, family: Family, dtype: torch.dtype, device: torch.d
         else:
             base = checkpoint.load(path, allow_pickle=config.allow_pickle)
             recipe, own_family, opener = base.recipe, base.family.name, whole(config, path, dtype, device)
-        if own_family != family.name:
+        if not family.has_name(own_family):
             flag = "--lora" if config.lora else "--student"
             raise UsageError(f"{flag} {path}: of {own_family}, but --base is {family}", "give its base")
         name, alike = name_of(path), sum(m.name.split(" #")[0] == name_of(path) for m in models)

@@ -10,6 +10,7 @@ from typing import Any
 from fastdiff import methods
 from fastdiff.checkpoints import locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import DEFAULT_BASE
 from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.config import resolve, suggestion
 from fastdiff.runtime.errors import Result, UsageError, as_field
@@ -18,7 +19,7 @@ from fastdiff.training.method import Method
 from fastdiff.training.session import Trained
 
 
-def train(method: type[Method] | str, base: Checkpoint | str = locate.DEFAULT_BASE, **options: Any) -> Trained:
+def train(method: type[Method] | str, base: Checkpoint | str = DEFAULT_BASE, **options: Any) -> Trained:
     """Distil `base` by a method, as its command does; returns the run, whose `weights` are a LoRA file or a checkpoint folder.
 
         run = fastdiff.train("lcm", fastdiff.load("sdxl"), steps=1000, lora_rank=64)
@@ -46,7 +47,8 @@ def named(name: str) -> type[Method]:
     """The method of that file or command."""
     found = {key: method for method in shipped() for key in (method.name, method.__module__.rpartition(".")[2])}
     if name not in found:
-        raise UsageError(f"{as_field('method', name)}: not a method", suggestion(name, list(found)) or f"one of {', '.join(found)}")
+        known = suggestion(name, list(found)) or f"one of {', '.join(found)}"
+        raise UsageError(f"{as_field('method', name)}: not a method", known)
     return found[name]
 
 

@@ -39,9 +39,9 @@ def open_data(
     """What a method trains on, encoded once; afterwards the VAE and the text encoders may go. Its `batch(n, generator)` draws.
 
     `spec`: as `--data` has it; None: the family's own. `prompts`: a file with one a line, for the teacher's samples.
-    `resolution_px`: pixels a side, the base's own unless given. `framing` (default: squares of the resolution) and `max_images` are of pictures that are read. The teacher makes `pairs`
-    samples with `sampling` (default: the family's), and none where only prompts are wanted.
-    Pairs of noise and sample come from the teacher alone.
+    `resolution_px`: pixels a side, the base's own unless given. `framing` (default: squares of the resolution) and `max_images`
+    are of pictures that are read. The teacher makes `pairs` samples with `sampling` (default: the family's), and none where only
+    prompts are wanted. Pairs of noise and sample come from the teacher alone.
     """
     spec, resolution_px = spec or base.family.default_data, resolution_px or base.resolution_px
     if needs == "pairs" and spec != "teacher":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.family import Presets
+from fastdiff.checkpoints.family import SHIPPED, Presets
 from fastdiff.data import control
 from fastdiff.data.batch import Batch, Data, Encoded
 from fastdiff.data.open import Needs
@@ -42,7 +42,7 @@ from fastdiff.training.scene import Scene
 
 CARD = dict(segmented.CARD, match_steps=0)
 PRESETS = Presets(
-    emoji=dict(segmented.EMOJI, controlnet="emoji", lr=5e-4, steps=300, match_steps=0),
+    emoji=dict(segmented.EMOJI, controlnet=SHIPPED.name, lr=5e-4, steps=300, match_steps=0),
     sd15=dict(**CARD, guidance=7.5),
     sd21=dict(**CARD, guidance=7.5),
     sdxl=dict(CARD, batch_size=1, grad_accum=32, guidance=7.5),

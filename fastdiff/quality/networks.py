@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints import tensors
 from fastdiff.runtime.download import weight_file
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, as_field, quoted
 
 EXTRA = 'pip install "fastdiff[eval]"'
 CLIP = "ViT-L-14-336-quickgelu:openai"  # what CMMD is defined with (Jayasumana 2024, section 4)
@@ -26,7 +26,7 @@ class Inception(nn.Module):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
         except ImportError as error:
-            raise UsageError("--metrics fid: torch-fidelity is not installed", EXTRA) from error
+            raise UsageError("`metrics=fid`: torch-fidelity is not installed", EXTRA) from error
         path = weight_file(weights, URL_INCEPTION_V3, option="inception_weights", what="FID", instead="or leave fid and kid out")
         file = tensors.open_file(path, allow_pickle=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -37,7 +37,8 @@ class Inception(nn.Module):
                 self.net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(safe))
             except RuntimeError as error:
                 told = str(error).splitlines()[0]
-                raise UsageError(f"--inception-weights {path}: not torch-fidelity's Inception-v3 ({told})") from error
+                what = f"{as_field('inception_weights', path)}: not torch-fidelity's Inception-v3 ({quoted(told)})"
+                raise UsageError(what) from error
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.net(pictures)[0]
@@ -71,20 +72,21 @@ class Clip(nn.Module):
         try:
             import open_clip
         except ImportError as error:
-            raise UsageError("--metrics clip: open-clip-torch is not installed", EXTRA) from error
+            raise UsageError("`metrics=clip`: open-clip-torch is not installed", EXTRA) from error
         name, _, weights = spec.partition(":")
         if name not in open_clip.list_models() or not weights:
-            raise UsageError(f"--clip {spec}: MODEL:TAG or MODEL:FILE, MODEL one of open_clip's", f"as {CLIP}")
+            raise UsageError(f"{as_field('clip', spec)}: MODEL:TAG or MODEL:FILE, MODEL one of open_clip's", f"as {CLIP}")
         known = open_clip.list_pretrained_tags_by_model(name)
         if not Path(weights).is_file() and weights not in known:
-            raise UsageError(f"--clip {spec}: neither a file nor a tag of {name}", f"tags: {', '.join(known[:6]) or 'none'}")
+            tags = f"tags: {', '.join(known[:6]) or 'none'}"
+            raise UsageError(f"{as_field('clip', spec)}: neither a file nor a tag of {name}", tags)
         try:
             self.net = open_clip.create_model(name, pretrained=weights, require_pretrained=True).eval().requires_grad_(False)
         except Exception as error:  # the hub's, urllib's and pickle's many kinds; each means that there are no weights
             told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError(
-                f"--clip {spec}: its weights cannot be read or downloaded ({told})",
-                f"(1) run once with network access, (2) --clip {name}:FILE, open_clip's file for {name}, or leave clip out",
+                f"{as_field('clip', spec)}: its weights cannot be read or downloaded ({quoted(told)})",
+                f"(1) run once with network access, (2) `clip={name}:FILE`, open_clip's file for {name}, or leave clip out",
             ) from error
         self.spec, self.tokenizer = spec, open_clip.get_tokenizer(name)
         self.side_px: int = open_clip.get_model_preprocess_cfg(self.net)["size"]

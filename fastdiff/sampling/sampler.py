@@ -202,7 +202,7 @@ class Sampler:
     def same_family(self) -> None:
         """UsageError where the recipe is of another family than the base, before anything heavy loads."""
         wants, family = self.recipe.family, self.source.family
-        if wants and wants != family.name:
+        if not family.has_name(wants):
             raise UsageError(f"`lora`: distilled from {wants}, but `base` is {family}", f"use {as_field('base', wants)}")
 
     @property
