@@ -236,7 +236,7 @@ def test_a_share_of_the_noise_is_drawn_anew(tiny_sd, tiny_pruned, tiny_controlne
 def test_one_step_wants_a_student_of_one_step(tiny_sd, tiny_pruned, tiny_controlnet):
     with pytest.raises(UsageError, match="does not draw in one step"):
         method(tiny_sd, tiny_controlnet, init=str(tiny_pruned), one_step=True)
-    with pytest.raises(UsageError, match="--one-step"):
+    with pytest.raises(UsageError, match="`one_step`"):
         distil.Config(one_step=True)
 
 

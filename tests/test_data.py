@@ -245,7 +245,7 @@ def test_batches_carry_the_noise_of_their_latents(teacher_data):
 
 def test_prompts_alone_cost_no_sampling_and_their_latents_cannot_be_used_unnoticed(teacher_data):
     data, sampled = teacher_data
-    found = data(3, wants="prompts")
+    found = data(3, needs="prompts")
     batch = found.batch(4, torch.Generator().manual_seed(0))
     assert not sampled
     assert batch.latents.shape == (4, 4, 8, 8)
@@ -255,7 +255,7 @@ def test_prompts_alone_cost_no_sampling_and_their_latents_cannot_be_used_unnotic
 
 def test_pairs_come_from_the_teacher_alone(tmp_path):
     with pytest.raises(UsageError, match="needs pairs of noise and picture") as error:
-        open_data(checkpoint.load("emoji"), "emoji", **OPEN, wants="pairs")
+        open_data(checkpoint.load("emoji"), "emoji", **OPEN, needs="pairs")
     assert "`data=teacher`" in error.value.hint
 
 

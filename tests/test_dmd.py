@@ -534,14 +534,14 @@ def test_a_network_without_mid_block_is_tapped_after_its_last_down_block(tmp_pat
 
 
 def test_what_is_wanted_of_the_data():
-    assert Config().wants == "pairs"
-    assert Config(lambda_reg=0.0).wants == "prompts"
-    assert Config(lambda_reg=0.0, gan_weight=1e-3).wants == "latents"
-    assert Config(lambda_reg=0.0, reg_steps=5).wants == "pairs"
+    assert DMD.needs(Config()) == "pairs"
+    assert DMD.needs(Config(lambda_reg=0.0)) == "prompts"
+    assert DMD.needs(Config(lambda_reg=0.0, gan_weight=1e-3)) == "latents"
+    assert DMD.needs(Config(lambda_reg=0.0, reg_steps=5)) == "pairs"
 
 
 def test_a_part_of_the_timesteps_that_ends_before_it_begins_is_refused():
-    with pytest.raises(UsageError, match="--t-min 0.9"):
+    with pytest.raises(UsageError, match="`t_min=0.9`"):
         Config(t_min=0.9, t_max=0.5)
 
 
@@ -583,5 +583,5 @@ def test_recipes_are_rows_over_their_family(family):
 
 @pytest.mark.parametrize("given", [dict(t_gen=1000), dict(t_gen=2, num_steps=4)])
 def test_t_gen_without_room_for_the_steps_is_refused(tiny_sd, given):
-    with pytest.raises(UsageError, match=f"--t-gen {given['t_gen']}: must be"):
+    with pytest.raises(UsageError, match=f"`t_gen={given['t_gen']}`: must be"):
         method(tiny_sd, **given)

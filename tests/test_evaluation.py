@@ -136,7 +136,7 @@ def test_few_pictures_are_no_matter_without_a_distance_of_distributions(tiny_sd,
 
 def test_student_and_teacher_are_of_one_family(tiny_sd):
     fast = Sampler(checkpoint.load(str(tiny_sd)), device="cpu", compile="off")
-    with pytest.raises(UsageError, match="of sd15, but `teacher` is emoji"):
+    with pytest.raises(UsageError, match="of sd15, but the teacher is of emoji"):
         evaluate(fast, teacher=checkpoint.load("emoji"))
     with pytest.raises(UsageError, match="num_images=1"):
         evaluate(fast, teacher=fast.base, num_images=1)

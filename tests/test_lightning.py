@@ -1,5 +1,6 @@
 """Progressive adversarial distillation: its steps against stock schedulers, its stages, players and files."""
 
+import re
 import shutil
 from contextlib import suppress
 from itertools import pairwise
@@ -17,7 +18,7 @@ from fastdiff.lora import adapters, apply
 from fastdiff.methods.lightning import SHOWN, Config, Lightning
 from fastdiff.methods.shared.stages import plan, timesteps
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, with_flags
 from fastdiff.training.config import seconds
 from fastdiff.training.method import Now
 from fastdiff.training.run import Run
@@ -128,8 +129,9 @@ def test_steps_are_shared_out_as_told():
     ],
 )
 def test_a_chain_that_is_none_is_refused(given, told):
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError) as error:
         Config(**given)
+    assert told in with_flags(str(error.value))
 
 
 # ---- steps
@@ -590,7 +592,7 @@ def test_a_time_budget_is_shared_out_and_left_over_time_is_used(tiny_sd, tmp_pat
     trainer.fit()
     assert trainer.lengths == [50, 25]
     assert trainer.elapsed_s == 100
-    assert "--max-time 100s: 25 steps 4-uncond" in capsys.readouterr().err
+    assert "`max_time=100s`: 25 steps 4-uncond" in capsys.readouterr().err
     again = trainer_of(tiny_sd, tmp_path, stages="8:4", phases="cond,uncond", lora_only=True, steps=200, max_time="100s")
     again.restore(again.run.load_state())
     assert again.lengths == [50, 25]
@@ -599,10 +601,10 @@ def test_a_time_budget_is_shared_out_and_left_over_time_is_used(tiny_sd, tmp_pat
 
 @pytest.mark.parametrize(("text", "told"), [("10", 10), ("90s", 90), ("25m", 1500), ("1.5h", 5400)])
 def test_a_time_in_seconds(text, told):
-    assert seconds("--max-time", text) == told
+    assert seconds("max_time", text) == told
 
 
 @pytest.mark.parametrize("text", ["soon", "-5m", "0s", "1d"])
 def test_a_time_is_a_duration(text):
-    with pytest.raises(UsageError, match=f"--max-time {text}: not a duration"):
-        seconds("--max-time", text)
+    with pytest.raises(UsageError, match=f"`max_time={re.escape(text)}`: not a duration"):
+        seconds("max_time", text)

@@ -241,10 +241,10 @@ def batch(self, size, generator, shared=None):  # the halves of one batch: of tw
     object.__setattr__(found, "key", 10 * number + part)
     return found
 
-def same_noise(self, batch):
+def same_noise(self, batch, part):
     torch.manual_seed(batch.key)
-    seen.append(start(self, batch)[0])
-    return seen[-1], start(self, batch)[1]
+    seen.append(start(self, batch, part)[0])
+    return seen[-1], start(self, batch, part)[1]
 
 from fastdiff.data.batch import Batch
 move = Batch.to

@@ -196,9 +196,9 @@ def test_a_pass_on_shapes_is_a_pass_on_values(tiny_sdxl):
 
 def test_the_ladder_keeps_the_batch():
     config = lcm.Config(batch_size=6, grad_accum=2, lora_rank=16, lora_alpha=32, gradient_checkpointing=True)
-    found = plan.settings(config)
+    found = plan.settings(config, True)
     assert found[0] == config
     assert all(c.batch_size * c.grad_accum == 12 for c in found)
     assert [c.batch_size for c in found[:4]] == [6, 4, 3, 2]
     assert (found[-1].lora_rank, found[-1].lora_alpha) == (4, 8)
-    assert [c.lora_rank for c in plan.settings(replace(config, full=True))] == [16] * 5
+    assert [c.lora_rank for c in plan.settings(replace(config, full=True), False)] == [16] * 5

@@ -361,11 +361,11 @@ def test_auto_cuts_what_costs_most_for_what_it_is_worth(monkeypatch, tiny_sd):
 def test_a_speed_that_no_cut_reaches_is_refused(monkeypatch, tiny_sd):
     monkeypatch.setattr(cutting, "latency_s", lambda net, device: 1.0)
     monkeypatch.setattr(cutting, "candidates", lambda config: iter([("the middle", unet.without_middle)]))
-    with pytest.raises(UsageError, match=r"--target-speed 2x: with everything gone that can go it is 1x"):
+    with pytest.raises(UsageError, match=r"`target_speed=2x`: with everything gone that can go it is 1x"):
         cutting.choose(checkpoint.load(str(tiny_sd)), 2.0, "cpu")
 
 
 @pytest.mark.parametrize("told", ["0.5x", "1", "fast", "nan", "inf"])
 def test_a_target_speed_that_is_none_is_refused(told):
-    with pytest.raises(UsageError, match=f"--target-speed {told}"):
+    with pytest.raises(UsageError, match=f"`target_speed={told}"):
         Config(target_speed=told)

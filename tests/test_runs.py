@@ -274,8 +274,8 @@ def test_another_config_is_refused_with_its_keys(tmp_path):
     assert find(steps=9, save_every=5, keep_states=1, max_bad_steps=3)["step"] == 3
     with pytest.raises(UsageError) as told:
         find(lr=1e-3, batch_size=8)
-    assert "begun with --batch-size 4 (now 8), --lr 0.01 (now 0.001)" in str(told.value)
-    assert f"--resume {tmp_path}" in told.value.hint
+    assert "begun with `batch_size=4` (now 8), `lr=0.01` (now 0.001)" in str(told.value)
+    assert f"`resume={tmp_path}`" in told.value.hint
     assert find(lr=1e-3, resume=str(tmp_path))["step"] == 3  # asked for
     assert find(lr=1e-3, resume="never") is None
     with pytest.raises(UsageError, match="is a run of toy"):

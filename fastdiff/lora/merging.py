@@ -87,7 +87,7 @@ def concatenate(
             (one, first), (other, second), *_ = shapes.items()
             raise InputRefused(f"{key} is {one} in {first} but {other} in {second}: they are for different bases")
         modules[key] = joined([(item.modules[key], strength) for item, strength in parts], method, density)
-    recipe = replace(loras[0][0].recipe, family=family)
+    recipe = replace(loras[0][0].recipe, family=family and family.name)
     merged_from = json.dumps([{"name": Path(item.source).name, "weight": strength} for item, strength in loras])
     told = {**recipe.to_metadata(), "fastdiff.merged_from": merged_from}
     if (layers := loras[0][0].layers) != 2:
@@ -147,7 +147,7 @@ def bake(
     base = checkpoint.load(base) if isinstance(base, str) else base
     ready = [(opened(item, allow_pickle=base.allow_pickle), weight) for item, weight in with_weights(loras)]
     family, ready = agreed(ready)
-    if family and family != base.family:
+    if family and not base.family.has_name(family.name):
         message = f"{as_field('base', base.ref)} is {base.family}, but the LoRAs are for {family}"
         raise InputRefused(message, f"give a base of family {family}")
     prefixes = apply.prefixes(len(base.text_parts))
@@ -163,7 +163,7 @@ def bake(
     for part, prefix in prefixes.items():
         changed[part], touched = apply.baked(base.weights(part, shapes[part]), prefix, ready)
         count += touched
-    recipe = replace(ready[0][0].recipe, family=base.family)
+    recipe = replace(ready[0][0].recipe, family=base.family.name)
     return count, write_checkpoint(base, Path(path).expanduser(), changed, dtype, recipe)
 
 

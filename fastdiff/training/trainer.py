@@ -52,8 +52,9 @@ class Trainer:
         self.enter(0)
         if missing := lacking(method):
             raise TypeError(f"{type(method).__name__}: {', '.join(missing)} not set; a method sets it before the first step")
-        torch.manual_seed(config.seed)
-        method.prepare(data.batch(self.PREPARED, torch.Generator().manual_seed(config.seed)).to(self.device))
+        if type(method).prepare is not Method.prepare:  # else nobody looks at the data, which a stream would read for nothing
+            torch.manual_seed(config.seed)
+            method.prepare(data.batch(self.PREPARED, torch.Generator().manual_seed(config.seed)).to(self.device))
 
     def enter(self, index: int) -> None:
         """Begin a phase: fresh optimisers and averages over what trains in it."""
