@@ -22,7 +22,8 @@ from fastdiff.quality.evaluation import Evaluation
 from fastdiff.runtime import console
 from fastdiff.sampling.assemble import pick_device, pick_dtype
 from fastdiff.sampling.pictures import contact_sheet
-from fastdiff.sampling.sampler import Sampler, Settings
+from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import Settings
 from fastdiff.training.previews import EMOJI_PREVIEW
 
 

@@ -140,7 +140,7 @@ def _few_teacher_steps(monkeypatch):
     """Contact sheets show the teacher of tiny checkpoints too: of 4 steps, not 25, which would be a fifth of the suite's time."""
     from dataclasses import replace
 
-    from fastdiff.sampling.sampler import Settings
+    from fastdiff.sampling.settings import Settings
 
     usual = Settings.usual
     few = lambda family: usual(family) if family.ships_weights else replace(usual(family), num_steps=4)

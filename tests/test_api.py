@@ -220,3 +220,71 @@ def test_a_saved_adapter_is_what_the_role_did(few_step):
     ours = fast.pixels(cond, uncond, [1], fast.settings, resolution_px=64)
     torch.testing.assert_close(draw(student), ours, atol=1e-2, rtol=0)  # the file is fp16
     assert (draw(teacher) - ours).abs().max() > 0.02
+
+
+# ---- the whole
+
+
+def test_the_fifteen_lines(tmp_path, monkeypatch):
+    """What the README promises, on the embedded checkpoint and in few steps."""
+    monkeypatch.chdir(tmp_path)
+    base = fd.load("emoji")
+    run = fd.train("lcm", base, steps=2, lora_rank=4, lora_alpha=4, batch_size=2, proof=0, device="cpu")
+    fast = fd.Sampler(base, loras={run.weights: 1.0}, **CPU)
+    fast("a red apple", seeds=range(4)).save("apples.png")
+    fd.lora.merge({run.weights: 1.0, STYLE: 0.8}).save("fast-anime.safetensors")
+    table = fd.evaluate(fast, teacher=base, num_steps=[1, 2], num_images=8, teacher_steps=2, baseline=False).table
+    assert run.weights.as_posix() == "runs/train-lcm-lora-emoji/lcm.safetensors"
+    assert Image.open("apples.png").size == (4 * 68 - 4, 64)
+    assert fd.lora.load("fast-anime.safetensors").recipe.scheduler == "lcm"
+    assert "student" in table
+    assert not any(".lora_" in name for name, _ in base.unet.named_parameters())  # the base that was given stays as it is
+    assert (tmp_path / "runs/train-lcm-lora-emoji/README.md").exists()
+
+
+def test_training_takes_a_class_a_file_or_a_command_and_names_what_it_does_not_know():
+    from fastdiff.commands import train as training
+    from fastdiff.methods.lcm import LCM
+
+    assert training.named("lcm") is training.named("train-lcm-lora") is LCM
+    with pytest.raises(UsageError, match="`method=lmc`: not a method") as error:
+        fd.train("lmc", "emoji")
+    assert error.value.hint == "did you mean lcm?"
+    with pytest.raises(UsageError, match="`lora_rnk`: not an option of train-lcm-lora") as error:
+        fd.train(LCM, "emoji", lora_rnk=4)
+    assert error.value.hint == "did you mean lora_rank?"
+    with pytest.raises(UsageError, match="`steps=0`: must be at least 1"):
+        fd.train("lcm", "emoji", steps=0)
+    with pytest.raises(UsageError, match="`base=nothing-here`: not an alias"):
+        fd.load("nothing-here")
+
+
+def test_a_loop_of_ones_own_makes_a_file_that_the_sampler_obeys(tmp_path):
+    """examples/loop.py: 30 lines, no Trainer."""
+    import importlib.util
+    import inspect
+
+    from fastdiff.checkpoints.locate import EMOJI as folder
+
+    spec = importlib.util.spec_from_file_location("loop", folder.parents[2] / "examples" / "loop.py")
+    loop = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loop)
+    torch.manual_seed(0)
+    path = loop.distil(fd.load("emoji"), 2, str(tmp_path / "own.safetensors"), rank=4, batch_size=2)
+    fast = fd.Sampler("emoji", loras={path: 1.0}, **CPU)
+    assert (fast.settings.scheduler, fast.settings.num_steps, fast.settings.guidance) == ("lcm", 4, 1.0)
+    plain = fd.Sampler("emoji", **CPU)("fox", scheduler="lcm", num_steps=4, guidance=1.0)[0]
+    assert not same(fast("fox")[0], plain)
+    assert len([line for line in inspect.getsource(loop.distil).splitlines() if line.strip()]) <= 30
+
+
+def test_a_base_answers_in_roles():
+    base = fd.load("emoji")
+    student = student_of(base)
+    teacher, worn = base.denoiser(), base.denoiser("student")
+    assert teacher.net is worn.net is student.net
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor(500)
+    cond = fd.open_data(base).texts[:1]
+    with torch.no_grad():
+        assert torch.equal(worn(x, t, cond).x0, student(x, t, cond).x0)
+        assert not torch.equal(worn(x, t, cond).x0, teacher(x, t, cond).x0)

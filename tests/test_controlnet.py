@@ -17,7 +17,8 @@ from fastdiff.methods import controlnet as distil
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.runtime.errors import InputRefused, UsageError
-from fastdiff.sampling.sampler import Sampler, Settings
+from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import Settings
 
 
 def batch_for(n=3, width=32):

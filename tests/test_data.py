@@ -16,7 +16,7 @@ from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.runtime import disk
 from fastdiff.runtime.errors import DoesNotFit, InputRefused, UsageError
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.settings import Settings
 
 
 @pytest.fixture(autouse=True)

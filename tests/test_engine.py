@@ -19,7 +19,8 @@ from fastdiff.runtime import stop
 from fastdiff.runtime.errors import Stopped, UsageError
 from fastdiff.sampling import engine, openvino
 from fastdiff.sampling.pictures import uint8
-from fastdiff.sampling.sampler import Sampler, Settings
+from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import Settings
 
 LCM, GUIDED = Settings("lcm", 2, 1.0), Settings("dpm++", 3, 4.0)
 

@@ -17,7 +17,7 @@ from fastdiff.diffusion.schedule import NoiseSchedule
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.config import from_toml, options, resolve
 from fastdiff.runtime.errors import FIELD, UsageError, as_field, quoted, with_flags
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.settings import Settings
 
 PACKAGE = Path(__file__).parent.parent / "fastdiff"
 SPEAKERS = {"warn", "info", "error", "UsageError", "InputRefused", "Failed", "DoesNotFit", "GateFailed", "Stopped"}

@@ -18,7 +18,7 @@ from fastdiff.data import emoji
 from fastdiff.lora import adapters
 from fastdiff.quality import features, networks, samples
 from fastdiff.quality.distances import Moments, band, cmmd, frechet, gap_closed, kid
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.settings import Settings
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,8 @@ from fastdiff.quality.metrics import Metric
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling.pictures import uint8
-from fastdiff.sampling.sampler import Sampler, Settings
+from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import Settings
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from fastdiff.checkpoints.family import DEFAULT_BASE, FAMILIES, SHIPPED, Presets
 from fastdiff.models.unet import LAYOUTS
 from fastdiff.runtime.config import options, preset
 from fastdiff.runtime.errors import UsageError
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.settings import Settings
 
 PACKAGE = Path(__file__).parent.parent / "fastdiff"
 TABLE = PACKAGE / "checkpoints" / "family.py"

@@ -17,7 +17,8 @@ from fastdiff.models.fast.layers import Unknown
 from fastdiff.models.fast.text import TextEncoder
 from fastdiff.models.fast.unet import FoldedUNet, unet_of
 from fastdiff.models.unet import LAYOUTS, student_config
-from fastdiff.sampling.sampler import Sampler, Settings
+from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.solver_table import table
 
 SMALL = dict(UNET, cross_attention_dim=32)

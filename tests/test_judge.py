@@ -16,7 +16,7 @@ from fastdiff.quality.distances import Moments, frechet, gap_closed
 from fastdiff.quality.drift import Drift
 from fastdiff.quality.emoji import Prompts, Shipped, embed, recognised
 from fastdiff.quality.metrics import Row
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.settings import Settings
 
 
 @pytest.fixture(scope="module")

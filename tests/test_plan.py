@@ -13,7 +13,7 @@ from fastdiff.cost import footprint, probe
 from fastdiff.lora import adapters
 from fastdiff.methods import lcm
 from fastdiff.runtime import disk
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.settings import Settings
 
 SMALL = ["--resolution", 64, "--batch-size", 4, "--grad-accum", 2, "--lora-rank", 16, "--no-gradient-checkpointing", "--no-probe"]
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff import cli, lora
+from fastdiff import cli
 from fastdiff.checkpoints.locate import EMOJI
-from fastdiff.checkpoints.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -68,14 +67,26 @@ def test_train_merge_and_sample_as_the_readme_tells(capfd, tmp_path, monkeypatch
 
 
 def test_the_python_example_runs(tmp_path, monkeypatch):
+    """As it stands, with fewer steps and pictures."""
     monkeypatch.chdir(tmp_path)
-    recipe = Recipe(method="lcm", family="emoji", scheduler="lcm", num_steps=2, guidance=1.0)
-    style = lora.load(EMOJI / "style.safetensors")
-    lora.save(style, Path("anime.safetensors"))
-    lora.save(lora.Lora(style.modules, recipe.to_metadata()), Path("lcm.safetensors"))
+    (text,) = (block for block in fenced("python") if "import fastdiff as fd" in block)
+    for whole, small in (
+        ("steps=200, lora_rank=32", 'steps=2, lora_rank=4, lora_alpha=4, batch_size=2, proof=0, device="cpu"'),
+        ("num_steps=[1, 2, 4]", "num_steps=[1], num_images=4, teacher_steps=2, baseline=False"),
+    ):
+        assert whole in text
+        text = text.replace(whole, small)
+    shutil.copy(EMOJI / "style.safetensors", "anime.safetensors")
     scope = {}
-    for block in fenced("python"):
-        exec(block, scope)
+    exec(text, scope)
     assert scope["picture"].size == (64, 64)
     assert type(scope["pipe"].scheduler).__name__ == "LCMScheduler"
     assert {"apples.png", "fast-anime.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_method_that_is_shown_is_the_file_that_is_tested_and_the_row_is_one():
+    (shown,) = (block for block in fenced("python") if block.startswith("class "))
+    assert (ROOT / "examples" / "methods" / "score_identity.py").read_text().endswith(shown)
+    (row,) = (block for block in fenced("python") if block.startswith("Command("))
+    command = eval(row.strip().rstrip(","), {"Command": cli.Command})
+    assert (ROOT / "examples" / f"{command.place[1:].partition(':')[0].replace('.', '/')}.py").exists()

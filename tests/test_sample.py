@@ -17,7 +17,8 @@ from fastdiff.lora.file import Factors, Lora
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling.pictures import uint8
-from fastdiff.sampling.sampler import Sampler, SeededNoise, Settings
+from fastdiff.sampling.sampler import Sampler, SeededNoise
+from fastdiff.sampling.settings import Settings
 
 
 def command(capfd, *args):

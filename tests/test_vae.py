@@ -11,6 +11,7 @@ from torch import nn
 from fastdiff.checkpoints import checkpoint
 from fastdiff.diffusion import losses
 from fastdiff.methods import vae as method
+from fastdiff.methods.shared.decoded import decode_once
 from fastdiff.methods.vae import Config, TinyVAE
 from fastdiff.models import autoencoder
 from fastdiff.models.discriminator import PatchDiscriminator
@@ -187,11 +188,11 @@ def test_latents_that_do_not_change_are_decoded_once(emoji):
     texts = Cond(torch.zeros(1, 2, 3))
     fixed = torch.cat([latents(5), torch.zeros(5, 4, 8, 8)], 1)
     data = Encoded(fixed, texts, torch.zeros(5, 1, dtype=torch.long), torch.ones(1), texts)
-    method.decode_once(emoji, data, torch.device("cpu"))
+    decode_once(emoji, data, torch.device("cpu"))
     batch = data.batch(3, torch.Generator().manual_seed(0)).to("cpu")
     assert (batch.pixels - autoencoder.decode(emoji.vae, batch.latents)).abs().max() <= 0.5 / 127.5 + 1e-5
     drawn = Encoded(fixed + 0.1, texts, torch.zeros(5, 1, dtype=torch.long), torch.ones(1), texts)
-    method.decode_once(emoji, drawn, torch.device("cpu"))
+    decode_once(emoji, drawn, torch.device("cpu"))
     assert drawn.pixels is None
 
 

@@ -86,12 +86,12 @@ class Config(TrainConfig):
     width: int = 16
 
 
-def trainer_of(folder, bad=None, data=None, **changes):
+def trainer_of(folder, bad=None, data=None, method=None, **changes):
     """A fresh trainer of the toy in that run folder."""
     config = Config(**{"steps": 12, "batch_size": 4, "device": "cpu", "ema": 0.9, "lr": 1e-2, "save_every": 1, **changes})
     torch.manual_seed(config.seed), random.seed(config.seed), np.random.seed(config.seed)
     run = Run(Path(folder), "toy")
-    return Trainer(Toy(config, bad), data or Data(), run, config, open_accelerator(config, run))
+    return Trainer((method or Toy)(config, bad), data or Data(), run, config, open_accelerator(config, run))
 
 
 def go_on(trainer):

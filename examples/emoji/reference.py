@@ -25,7 +25,8 @@ from fastdiff.quality.emoji import REFERENCE, Prompts
 from fastdiff.quality.evaluation import Evaluation
 from fastdiff.quality.features import EmbeddedFeatures
 from fastdiff.quality.metrics import Against, Row
-from fastdiff.sampling.sampler import Sampler, Settings
+from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import Settings
 
 LADDER = 500  # samples of each rung
 KEPT = 500  # of the teacher's pictures, as latents: what students are compared with one by one

@@ -34,7 +34,8 @@ from fastdiff.runtime.errors import GateFailed, Result, UsageError
 from fastdiff.sampling import openvino
 from fastdiff.sampling.assemble import pick_device
 from fastdiff.sampling.engine import WORTH_COMPILING, Engine
-from fastdiff.sampling.sampler import Sampler, Settings, with_size
+from fastdiff.sampling.sampler import Sampler, with_size
+from fastdiff.sampling.settings import Settings
 
 EXAMPLES = """fastdiff bench sample
 fastdiff bench sample --base sd15 --random-weights --device cuda --assert-ratio 3

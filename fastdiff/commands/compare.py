@@ -8,7 +8,8 @@ from fastdiff.checkpoints import locate
 from fastdiff.data.prompts import default_prompts
 from fastdiff.lora.file import Lora
 from fastdiff.sampling.pictures import contact_sheet, uint8
-from fastdiff.sampling.sampler import Sampler, Settings
+from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import Settings
 
 SEEDS = (0, 1, 2, 3)
 

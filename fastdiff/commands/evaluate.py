@@ -23,7 +23,8 @@ from fastdiff.runtime.config import Range
 from fastdiff.runtime.disk import write_atomic
 from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling.assemble import is_lora, pick_device, pick_dtype
-from fastdiff.sampling.sampler import Sampler, Settings
+from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import Settings
 
 EXAMPLES = """fastdiff evaluate --lora lcm.safetensors
 fastdiff evaluate --student lcm.safetensors --student runs/dmd-emoji/dmd.safetensors --num-images 2000

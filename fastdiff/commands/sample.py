@@ -29,7 +29,8 @@ from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling import openvino
 from fastdiff.sampling.assemble import pick_device, pick_dtype
 from fastdiff.sampling.pictures import portrait, tiled, write_picture
-from fastdiff.sampling.sampler import Sampler, Settings, asked
+from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import Settings, asked
 
 CONTROLS = ("controlnet", "control_image", "control", "control_scale")
 EXAMPLES = """fastdiff sample --prompt "a red apple"

@@ -13,7 +13,8 @@ from fastdiff.diffusion.schedule import Prediction
 from fastdiff.lora.adapters import TARGETS
 from fastdiff.models import text
 from fastdiff.models.denoiser import Cond
-from fastdiff.sampling.sampler import SeededNoise, Settings, with_size
+from fastdiff.sampling.sampler import SeededNoise, with_size
+from fastdiff.sampling.settings import Settings
 
 # A first picture as the libraries' documentation has it; arguments: folder, steps, guidance, seed, output.
 FIRST_PICTURE = """

@@ -13,7 +13,7 @@ from fastdiff.data.batch import Batch, Buckets, Data, Encoded
 from fastdiff.data.images import Framing
 from fastdiff.data.prompts import default_prompts, read_prompts
 from fastdiff.runtime.errors import UsageError, as_field
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.settings import Settings
 
 __all__ = ["Batch", "Buckets", "Data", "Encoded", "Framing", "Needs", "open_data"]
 

@@ -21,7 +21,8 @@ from fastdiff.models.fast.unet import unet_of
 from fastdiff.runtime import console, disk, stop
 from fastdiff.runtime.disk import cache_folder
 from fastdiff.runtime.errors import InputRefused, Stopped
-from fastdiff.sampling.sampler import Sampler, SeededNoise, Settings, at_once, with_size
+from fastdiff.sampling.sampler import Sampler, SeededNoise, at_once, with_size
+from fastdiff.sampling.settings import Settings
 
 
 def encode(

@@ -9,7 +9,8 @@ from torch import Tensor
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.sampling.sampler import Sampler, Settings, at_once
+from fastdiff.sampling.sampler import Sampler, at_once
+from fastdiff.sampling.settings import Settings
 
 REFERENCE_SEED = 1_000_000  # the drift's and the reference's samples; judged rows start at 0: they never share noise
 

@@ -21,7 +21,7 @@ from fastdiff.data import emoji
 from fastdiff.models.feature_net import FeatureNet
 from fastdiff.quality.distances import Moments
 from fastdiff.quality.metrics import Row
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.settings import Settings
 
 REFERENCE = EMOJI / "reference"
 

@@ -28,7 +28,8 @@ from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling.assemble import pick_device
 from fastdiff.sampling.pictures import uint8
-from fastdiff.sampling.sampler import Sampler, Settings
+from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import Settings
 
 STEPS = (1, 2, 4, 8)  # of a student whose recipe leaves them open
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff.quality.distances import BOOTSTRAPS, Moments, band_of, cmmd, frechet, kid, redrawn
 from fastdiff.quality.drift import drift
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.settings import Settings
 
 Features = dict[str, Tensor]  # each (N, ...)
 COSTLY_DRAWS, COSTLY_PICTURES = 20, 10_000  # where a figure takes seconds: fewer bootstraps, above that many pictures none

@@ -12,7 +12,7 @@ from fastdiff.quality.drift import REFERENCE_SEED
 from fastdiff.quality.evaluation import Evaluation, Model
 from fastdiff.quality.metrics import Row
 from fastdiff.runtime import console
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.settings import Settings
 
 IMAGES = 240  # of a row that wears something
 FEATURES = ("embedded", "inception", "clip")  # the first that is there tells how far two sets of pictures are apart

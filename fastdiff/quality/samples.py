@@ -28,7 +28,8 @@ from fastdiff.quality.metrics import Features, Row, title
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import InputRefused
 from fastdiff.sampling.pictures import uint8
-from fastdiff.sampling.sampler import Sampler, Settings, at_once
+from fastdiff.sampling.sampler import Sampler, at_once
+from fastdiff.sampling.settings import Settings
 
 DIVERSE = (16, 4)  # prompts, and pictures of each
 DIVERSE_SEED = 2 * REFERENCE_SEED

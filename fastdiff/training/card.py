@@ -14,7 +14,7 @@ from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.diffusion.solvers import SOLVERS
 from fastdiff.runtime.console import fmt
 from fastdiff.runtime.disk import sha256, write_atomic
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.settings import Settings
 from fastdiff.training.run import Run
 
 # What stock diffusers calls each sampler that a recipe may name, and what ComfyUI and A1111 call it.

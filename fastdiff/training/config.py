@@ -9,7 +9,7 @@ from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.settings import Settings
 
 
 @dataclass

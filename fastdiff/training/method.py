@@ -23,7 +23,7 @@ from fastdiff.data.open import Needs
 from fastdiff.lora import adapters
 from fastdiff.models.denoiser import Denoiser, trainable_copy
 from fastdiff.runtime.errors import Result
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.settings import Settings
 from fastdiff.training.card import Usage, usage_of_recipe
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.exhibit import Exhibit

@@ -19,7 +19,8 @@ from fastdiff.quality.evaluation import STEPS, Evaluation
 from fastdiff.quality.metrics import Row, judging, present
 from fastdiff.runtime import console
 from fastdiff.sampling.pictures import contact_sheet
-from fastdiff.sampling.sampler import Sampler, Settings
+from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import Settings
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.scene import Scene
 

@@ -11,7 +11,7 @@ from torch import nn
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.prompts import default_prompts, read_prompts
 from fastdiff.models import autoencoder
-from fastdiff.sampling.sampler import Settings
+from fastdiff.sampling.settings import Settings
 from fastdiff.training.config import TrainConfig
 
 

@@ -22,7 +22,8 @@ from fastdiff.models import controlnet, text, unet
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.errors import Result, UsageError
-from fastdiff.sampling.sampler import Sampler, Settings, with_size
+from fastdiff.sampling.sampler import Sampler, with_size
+from fastdiff.sampling.settings import Settings
 
 PROBES, LEVELS, ROUNDS = 8, (99, 299, 499, 699, 899), 5
 

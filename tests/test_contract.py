@@ -1,0 +1,186 @@
+"""What a method may say, what it is refused for, and what the trainer alone decides."""
+
+import ast
+import random
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy
+from torch import nn
+
+from fastdiff.runtime import rng
+from fastdiff.training.method import Method, Phase, Trains, equation
+from fastdiff.training.session import train
+
+METHODS = Path(__file__).parent.parent / "fastdiff" / "methods"
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("extra_state", ""),
+        ("states", "did you mean state"),
+        ("prepared", "did you mean prepare"),
+        ("player", "did you mean players"),
+    ],
+)
+def test_a_public_name_that_is_no_part_of_a_method_is_refused_when_the_class_is_read(name, hint):
+    with pytest.raises(TypeError, match=rf"Misspelt\.{name}: no part of a method.*{hint}"):
+        type("Misspelt", (Method,), {name: lambda self: {}})
+
+
+def test_own_functions_are_equations_or_private_and_a_subclass_may_override_them():
+    class Own(Method):
+        @equation("A paper, equation 1")
+        def distance(self, a, b):
+            """How far."""
+
+        def _helper(self): ...
+
+    class Further(Own):
+        def distance(self, a, b): ...
+
+    assert Own.distance.__doc__ == "How far. [A paper, equation 1]"
+
+
+def test_what_a_method_lacks_is_named_before_anything_is_loaded():
+    class Unfinished(Method):
+        def players(self, phase):
+            return {}
+
+    with pytest.raises(TypeError, match="Unfinished: says no losses, name"):
+        train(Unfinished, None)
+
+
+def test_what_an_object_lacks_is_named_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.delattr(toy.Toy, "recipe")
+    with pytest.raises(TypeError, match="Toy: recipe not set"):
+        toy.trainer_of(tmp_path)
+
+
+def test_no_method_yields_inside_a_with():
+    """Autocast and no_grad would leak out of the generator."""
+    files = [*METHODS.rglob("*.py"), *(METHODS.parents[1] / "examples" / "methods").glob("*.py")]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            manager = any(isinstance(d, ast.Name) and d.id == "contextmanager" for d in getattr(node, "decorator_list", []))
+            if isinstance(node, ast.FunctionDef) and not manager:
+                blocks = [inner for inner in ast.walk(node) if isinstance(inner, ast.With)]
+                leaks = [w for w in blocks for y in ast.walk(w) if isinstance(y, ast.Yield | ast.YieldFrom)]
+                assert not leaks, f"{path.name}:{leaks[0].lineno}"
+
+
+# ---- progress
+
+
+def test_phases_and_what_a_step_is_told_cannot_be_changed(tmp_path):
+    trainer = toy.trainer_of(tmp_path)
+    for value, name in ((trainer.phase, "steps"), (trainer.now, "fraction"), (Trains([]), "lr")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(value, name, 7)
+
+
+def test_a_time_budget_shortens_a_schedule_without_a_jump(tmp_path):
+    """fraction goes on from where it was to 1 at the new end."""
+    trainer = toy.trainer_of(tmp_path, steps=101)
+    fractions = []
+    for step in range(51):
+        trainer.step = step
+        if step == 20:
+            trainer.shorten(51)
+        fractions.append(trainer.now.fraction)
+    steps = np.diff(fractions)
+    assert fractions[:21] == [step / 100 for step in range(21)]
+    assert fractions[-1] == pytest.approx(1)
+    np.testing.assert_allclose(steps[:20], 0.01)
+    np.testing.assert_allclose(steps[20:], 0.8 / 30)
+    assert trainer.phase.steps == 101  # the plan stays
+
+
+def test_a_resumed_schedule_goes_on_as_it_was_also_with_another_length(tmp_path):
+    first = toy.trainer_of(tmp_path, steps=41, save_every=99)
+    first.shorten(31)
+    for _ in range(10):
+        first.train_step()
+        first.step += 1
+    first.save()
+    same = toy.trainer_of(tmp_path, steps=41)
+    toy.go_on(same)
+    assert same.now.fraction == pytest.approx(first.now.fraction)
+    longer = toy.trainer_of(tmp_path, steps=61)
+    toy.go_on(longer)
+    assert longer.now.fraction == pytest.approx(first.now.fraction)
+    longer.step = 60
+    assert longer.now.fraction == pytest.approx(1)
+
+
+# ---- random numbers
+
+
+def test_numbers_of_a_micro_batch_do_not_depend_on_how_many_there_are(tmp_path):
+    """Python's, NumPy's and torch's, in both turns of each micro-batch."""
+
+    class Drawing(toy.Toy):
+        def losses(self, batch, now):
+            for who, net in (("judge", self.judge), ("student", self.student)):
+                self.seen.append((who, batch.items, torch.rand(2).tolist(), random.random(), np.random.rand()))
+                yield {who: {"x": net(batch.latents).square().mean()}}
+
+    drawn = {}
+    for n in (1, 2, 4):
+        trainer = toy.trainer_of(tmp_path / str(n), grad_accum=n, batch_size=2)
+        trainer.method.__class__ = Drawing
+        trainer.train_step()
+        turns = trainer.method.seen
+        drawn[n] = [[turns[turn * n + part] for turn in range(2)] for part in range(n)]  # by micro-batch, its turns
+    assert drawn[1] == drawn[2][:1] == drawn[4][:1]
+    assert drawn[2] == drawn[4][:2]
+    numbers = [number for part in drawn[4] for _, _, row, *others in part for number in (*row, *others)]
+    assert len(set(numbers)) == len(numbers)
+
+
+@pytest.mark.parametrize("seed", [0, 2**31 - 1])
+def test_any_seed_that_the_option_takes_seeds_the_generators(seed):
+    rng.reseed(rng.seed_for(seed, 7, 10**6))
+    rng.streams(rng.seed_for(seed, 7, 10**6), 3)
+
+
+# ---- what is averaged, split and kept
+
+
+def test_a_player_without_a_rate_has_the_configs(tmp_path):
+    class Rates(toy.Toy):
+        def players(self, phase):
+            return {
+                k: Trains(v.params, lr, (0.5, 0.9))
+                for (k, v), lr in zip(super().players(phase).items(), (0.3, None), strict=True)
+            }
+
+    trainer = toy.trainer_of(tmp_path, method=Rates, lr=0.02)
+    assert {k: p.optimizer.param_groups[0]["lr"] for k, p in trainer.players.items()} == {"student": 0.3, "judge": 0.02}
+    assert trainer.players["judge"].optimizer.param_groups[0]["betas"] == (0.5, 0.9)
+    assert all(player.ema is None for player in trainer.players.values())  # nobody asked for an average
+
+
+def test_phases_have_players_of_their_own(tmp_path):
+    class Phased(toy.Toy):
+        _phases = [Phase("a", 2, exports=False), Phase("b", 3)]
+
+        def players(self, phase):
+            both = super().players(phase)
+            return both if phase.name == "b" else {"student": both["student"]}
+
+        def losses(self, batch, now):
+            self.noise.append((now.phase.name, now.step, now.done, now.fraction))
+            yield {"student": {"x": self.student(batch.latents).square().mean()}}
+
+    trainer = toy.trainer_of(tmp_path, method=Phased)
+    trainer.fit()
+    assert trainer.method.noise == [("a", 0, 0, 0.0), ("a", 1, 1, 1.0), ("b", 2, 0, 0.0), ("b", 3, 1, 0.5), ("b", 4, 2, 1.0)]
+    assert isinstance(trainer.method.student, nn.Module)
