@@ -60,6 +60,7 @@ def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
     room = PUBLIC[name]
+    # getattr: a name of the table
     value = import_module(f"{room}.{name}") if name in MODULES else getattr(import_module(room), name)
     globals()[name] = value
     return value

@@ -257,13 +257,13 @@ def explain(error: BaseException) -> Failure:
         hint = error.hint if isinstance(error, Stopped) else with_flags(error.hint)  # that of a stop is a command to type
         return Failure(error.exit_code, error.kind, with_flags(str(error)), hint, error.result)
     if isinstance(error, PARSER_ERROR):
-        near = list(getattr(error, "possibilities", None) or [])
+        near = list(vars(error).get("possibilities") or [])
         message = error.format_message().split(" (Possible options")[0]
         return Failure(2, "usage", message, suggestion(error.option_name, near) if near else "")
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return Failure(130, "stopped", "interrupted")
     if isinstance(error, typer.Exit | SystemExit):
-        code = getattr(error, "exit_code", None) or getattr(error, "code", None)
+        code = error.code if isinstance(error, SystemExit) else error.exit_code
         return Failure(code if isinstance(code, int) else 1, "failure", f"the command ended early ({code})")
     name = type(error).__name__
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
@@ -308,7 +308,7 @@ def perform(call: Call) -> tuple[Result, str]:
     with console.stdout_guard(), console.collecting_warnings():
         config = configure(call)
         if call.dry_run:
-            values = {o.name: getattr(config, o.name) for o in options(type(config))}
+            values = {o.name: vars(config)[o.name] for o in options(type(config))}
             return Result(metrics={"config": values}), to_toml(config).rstrip("\n")
         if call.plan:
             from fastdiff.commands import plan

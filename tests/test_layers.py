@@ -57,3 +57,22 @@ def test_methods_do_not_import_each_other_and_no_landfills():
     for path in (PACKAGE / "methods").glob("*.py"):
         others = [n for n in imported(path) if n.startswith("methods.") and not n.startswith("methods.shared.")]
         assert not others, f"{path.name} imports {others}"
+
+
+def test_every_look_up_of_a_name_has_its_reason():
+    """getattr and hasattr stand for a missing protocol, unless a comment on the line or the line before says for what."""
+    bare = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        lines = path.read_text().splitlines()
+        for i, line in enumerate(lines):
+            used = "getattr" in line or "hasattr" in line
+            if used and "#" not in line and not lines[i - 1].lstrip().startswith("#"):
+                bare.append(f"{path.relative_to(PACKAGE)}:{i + 1}")
+    assert not bare
+
+
+def test_schedule_maths_is_in_one_room():
+    """alpha and sigma are combined by the schedule's own functions: (x_t - sigma eps) / alpha anywhere else is a bug."""
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "diffusion":
+            assert ".sigma[" not in path.read_text(), path.relative_to(PACKAGE)

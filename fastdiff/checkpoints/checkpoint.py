@@ -329,7 +329,7 @@ class Checkpoint:
         """The stock diffusers pipeline over these components."""
         import diffusers
 
-        # getattr: the class that the folder names
+        # the class that the folder names
         scheduler = getattr(diffusers, self.scheduler_config.get("_class_name", "DDIMScheduler"))
         parts: dict[str, Any] = {"unet": self.unet, "vae": self.vae, "scheduler": scheduler.from_config(self.scheduler_config)}
         for i, (encoder, tokenizer) in enumerate(zip(self.text_encoders, self.tokenizers, strict=True)):
@@ -339,7 +339,7 @@ class Checkpoint:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         else:
             parts |= {"force_zeros_for_empty_prompt": self.zeros_for_empty_prompt, "add_watermarker": False}
-        return getattr(diffusers, self.family.pipeline)(**parts)
+        return getattr(diffusers, self.family.pipeline)(**parts)  # the class that the row names
 
 
 def load(

@@ -133,7 +133,7 @@ def made(part: str, config: dict[str, Any], kind: str = "") -> nn.Module:
     if part.startswith("text_encoder"):
         import transformers
 
-        cls = getattr(transformers, kind)
+        cls = getattr(transformers, kind)  # the class that model_index.json names
         return cls(cls.config_class.from_dict(config)).eval().requires_grad_(False)
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -387,7 +387,7 @@ def merge(config: Config, device: torch.device) -> dict[str, Any]:
         file = "unet/diffusion_pytorch_model.safetensors"
         a, b = (load_file(folder / way / file) for way in ways)
         parity = max(nearness(key, a[key], value, torch.float32) for key, value in b.items())
-    wall, peak = (getattr(used["stock"], k) / getattr(used["ours"], k) for k in ("wall_s", "peak_mib"))
+    wall, peak = (vars(used["stock"])[k] / vars(used["ours"])[k] for k in ("wall_s", "peak_mib"))
     runs = {way: asdict(found) for way, found in used.items()}
     return {"ratio": wall, "parity": parity, "runs": runs, "peak_ratio": 1 / peak, "rounds": max(1, config.rounds)}
 

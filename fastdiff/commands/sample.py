@@ -99,7 +99,7 @@ def wanted(config: Config) -> list[str]:
 
 def given(config: Config) -> dict[str, Any]:
     """What was asked for by flags, against the recipe's."""
-    return {name: getattr(config, name) for name in ("scheduler", "num_steps", "guidance", "spacing", "eta")}
+    return {name: vars(config)[name] for name in ("scheduler", "num_steps", "guidance", "spacing", "eta")}
 
 
 def open_sampler(config: Config, device: torch.device) -> Sampler:
@@ -210,7 +210,7 @@ def facts(config: Config, chosen: Settings, prompt: str, seed: int) -> dict[str,
         "seed": seed,
         "base": config.base,
         "lora": config.lora,
-        **({k: getattr(config, k) for k in CONTROLS} if config.controlnet else {}),
+        **({k: vars(config)[k] for k in CONTROLS} if config.controlnet else {}),
         **asdict(chosen),
     }
 

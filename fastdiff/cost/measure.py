@@ -79,7 +79,7 @@ def processes(ways: Mapping[str, Sequence[str]], rounds: int) -> dict[str, Proce
     for _ in range(rounds):
         for name, command in ways.items():
             found[name].append(process(command))
-    middle = lambda rows, key: statistics.median(getattr(row, key) for row in rows)
+    middle = lambda rows, key: statistics.median(vars(row)[key] for row in rows)
     return {name: Process(*(middle(rows, k) for k in ("wall_s", "cpu_s", "peak_mib"))) for name, rows in found.items()}
 
 

@@ -58,7 +58,7 @@ class Pipeline:
         if vae is not None:
             self.pipe.vae = vae.to(device)
         self.pipe.vae.to(self.pipe.unet.dtype)
-        for encoder in (self.pipe.text_encoder, getattr(self.pipe, "text_encoder_2", None)):
+        for encoder in (self.pipe.components.get(part) for part in ("text_encoder", "text_encoder_2")):
             if encoder is not None:
                 encoder.to(self.pipe.unet.dtype)
         told = {**base.scheduler_config, "timestep_spacing": "trailing"}

@@ -58,7 +58,7 @@ class Encoded:
     def rows(self, items: slice) -> "Encoded":
         """A part of the items, with the texts of all."""
         own = ("moments", "captions", "time_ids", "noise", "pixels", "controls", "names")
-        there = {k: v for k in own if (v := getattr(self, k)) is not None}  # a loop over fields
+        there = {k: v for k, v in vars(self).items() if k in own and v is not None}
         return replace(self, **{k: v.rows(items) if isinstance(v, Stored) else v[items] for k, v in there.items()})
 
     def split(self, n: int) -> tuple["Encoded", "Encoded"]:

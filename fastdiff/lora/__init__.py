@@ -31,5 +31,5 @@ PUBLIC = {
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module 'fastdiff.lora' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(PUBLIC[name]), name)
+    value = globals()[name] = getattr(import_module(PUBLIC[name]), name)  # a name of the table
     return value

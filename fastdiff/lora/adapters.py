@@ -198,8 +198,9 @@ def save_adapter(
     `role`: a `Denoiser`; or a UNet, with the name of the `adapter` ("student" unless given). `alpha` is the adapter's own unless
     given. `Sampler(base, loras={path: 1.0})` then obeys the recipe.
     """
-    net = role if is_adapted(role) else getattr(role, "net", role)
-    name = adapter or getattr(role, "adapter", None) or "student"
+    held = dict(role.named_children()).get("net")  # a Denoiser's network; a UNet has no part of that name
+    net, worn_name = (role, None) if held is None else (held, role.adapter)
+    name = adapter or worn_name or "student"
     if not is_adapted(net) or name not in net.peft_config:
         raise UsageError(f"`adapter={name}`: the network has no adapter of that name", "put one on with `fastdiff.lora.attach`")
     modules = factors(net, net.peft_config[name].lora_alpha if alpha is None else alpha, name)

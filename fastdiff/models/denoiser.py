@@ -27,7 +27,7 @@ class Cond:
 
     def map(self, f) -> "Cond":
         """`f` applied to every tensor that is there."""
-        found = {x.name: getattr(self, x.name) for x in fields(self)}  # getattr: a loop over fields
+        found = vars(self)
         return Cond(**{k: f(v) if v is not None else None for k, v in found.items()})
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class Cond:
 
     @staticmethod
     def cat(parts: list["Cond"]) -> "Cond":
-        columns = {x.name: [getattr(p, x.name) for p in parts] for x in fields(Cond)}  # getattr: a loop over fields
+        columns = {x.name: [vars(p)[x.name] for p in parts] for x in fields(Cond)}
         return Cond(**{k: torch.cat(v) if all(x is not None for x in v) else None for k, v in columns.items()})
 
     def with_guidance(self, w: Tensor | None) -> "Cond":

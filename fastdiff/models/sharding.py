@@ -18,7 +18,7 @@ BLOCKS = ("down_blocks", "up_blocks", "transformer_blocks", "resnets")  # lists 
 
 def is_split(value: Any) -> bool:
     """Whether it is a DTensor; asked without importing that class."""
-    return hasattr(value, "to_local")
+    return hasattr(value, "to_local")  # importing that class takes seconds, and most runs split nothing
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:

@@ -177,8 +177,7 @@ def from_toml(cls: type, text: str, *, source: str = "config") -> dict[str, Any]
 
 def to_toml(config: Any) -> str:
     """All fields of a config, one a line; `from_toml` reads back the same values."""
-    # getattr: a loop over fields
-    return "".join(f"{o.name} = {_literal(getattr(config, o.name))}\n" for o in options(type(config)))
+    return "".join(f"{o.name} = {_literal(vars(config)[o.name])}\n" for o in options(type(config)))
 
 
 def _literal(value: Any) -> str:

@@ -111,6 +111,7 @@ def stock_scheduler(name: str, config: dict[str, Any], *, spacing: str | None, k
     if name == "dpm++":
         wanted["final_sigmas_type"] = "zero"
     kept = {k: v for k, v in config.items() if k not in {"_class_name", "_diffusers_version"}}
+    # getattr: the class that the solver's row names
     return getattr(diffusers, SOLVERS[name].stock).from_config({**kept, **wanted})
 
 

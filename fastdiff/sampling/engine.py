@@ -11,7 +11,6 @@ be handed to another library, each as one function of a call (`intel`).
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import fields
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -38,8 +37,7 @@ class Caller:
         self.folded = isinstance(denoiser.net, FoldedUNet)
 
     def inputs(self, t: Tensor, cond: Cond) -> Inputs:
-        # getattr: a loop over fields
-        told = {f.name: v for f in fields(cond) if (v := getattr(cond, f.name)) is not None}
+        told = {name: v for name, v in vars(cond).items() if v is not None}
         if not self.folded:
             return {**told, "t": t}
         w = None

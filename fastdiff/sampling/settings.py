@@ -38,8 +38,7 @@ class Settings:
     def of(cls, recipe: Recipe, default: "Settings", **given: Any) -> "Settings":
         """Given values first, then the recipe's, then the default's."""
         names = ("scheduler", "num_steps", "guidance", "spacing", "eta", "timesteps")
-        # getattr: a loop over fields that both have
-        from_recipe = {k: getattr(recipe, k) for k in names if getattr(recipe, k) is not None}
+        from_recipe = {k: v for k, v in vars(recipe).items() if k in names and v is not None}
         chosen = from_recipe | {k: v for k, v in given.items() if v is not None}
         if "scheduler" in chosen and "spacing" not in chosen:
             chosen["spacing"] = None  # a spacing belongs to the scheduler it came with
@@ -69,7 +68,7 @@ class Settings:
 def asked(recipe: Recipe, default: Settings, **given: Any) -> Settings:
     """Given values first, then the recipe's; one that contradicts the recipe is obeyed and warned of."""
     for name in ("scheduler", "guidance"):
-        wants, value = getattr(recipe, name), given.get(name)
+        wants, value = vars(recipe)[name], given.get(name)
         unguided = name == "guidance" and None not in (wants, value) and max(wants, value) <= 1
         if wants is not None and value is not None and wants != value and not unguided:
             console.warn(f"{as_field(name, value)}: the weights were distilled for {name} {wants}")

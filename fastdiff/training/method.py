@@ -294,5 +294,5 @@ def lacking(method: type[Method] | Method) -> list[str]:
     """What a method still has to say, by name; empty where it is complete."""
     if isinstance(method, type):
         return sorted(method.__abstractmethods__) + ([] if method.name else ["name"])
-    # `student` may be set in __init__, in `players` or by a property, so only the object itself can answer.
+    # hasattr: `student` may be set in __init__, in `players` or by a property, so only the object itself can answer.
     return [name for name in ("student", "recipe") if not hasattr(method, name)]

@@ -21,7 +21,7 @@ FREE = {
 
 def values_of(config: Any) -> dict[str, Any]:
     """The options of a config by name, as JSON keeps them."""
-    return console.jsonable({o.name: getattr(config, o.name) for o in options(type(config))})
+    return console.jsonable({o.name: vars(config)[o.name] for o in options(type(config))})
 
 
 def find(run: Run, config: Any) -> dict[str, Any] | None:
@@ -119,6 +119,8 @@ def save(trainer: Any) -> None:
 def restore(trainer: Any, state: dict[str, Any]) -> None:
     """Put a fresh trainer where the state was; InputRefused where it is of another network."""
     method, run = trainer.method, trainer.run
+    if "length" not in state:
+        raise InputRefused(f"{run.folder}: a state of an earlier fastdiff", "start again with `resume=never`")
     if state["parent"] != method.parent:
         raise InputRefused(f"{run.folder}: its state is of another base", "give the same `base`, or `resume=never`")
     for i, steps in enumerate(state["lengths"]):
