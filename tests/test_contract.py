@@ -12,6 +12,7 @@ import toy
 from torch import nn
 
 from fastdiff.runtime import rng
+from fastdiff.runtime.errors import UsageError
 from fastdiff.training.method import Method, Phase, Trains, equation
 from fastdiff.training.session import train
 
@@ -58,10 +59,39 @@ def test_what_a_method_lacks_is_named_before_anything_is_loaded():
         train(Unfinished, None)
 
 
-def test_what_an_object_lacks_is_named_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.delattr(toy.Toy, "recipe")
-    with pytest.raises(TypeError, match="Toy: recipe not set"):
-        toy.trainer_of(tmp_path)
+@pytest.mark.parametrize("name", ["student", "recipe"])
+def test_a_role_that_was_never_made_is_named(name, tmp_path):
+    class Without(toy.Toy):
+        def players(self, phase):
+            both = super().players(phase)
+            vars(self).pop(name, None)
+            return both
+
+        if name == "recipe":
+            recipe = property(lambda self: (_ for _ in ()).throw(AttributeError("recipe")))
+
+        def networks(self):
+            return [self.student]
+
+    with pytest.raises(TypeError, match=f"Without: {name} not set"):
+        toy.trainer_of(tmp_path, method=Without)
+
+
+def test_a_loss_of_nobody_who_trains_is_named(tmp_path):
+    class Stray(toy.Toy):
+        def losses(self, batch, now):
+            yield {"studnet": {"x": self.student(batch.latents).square().mean()}}
+
+    with pytest.raises(TypeError, match="Stray.losses yields 'studnet', but what trains now is student, judge"):
+        toy.trainer_of(tmp_path, method=Stray).train_step()
+
+
+def test_phases_without_steps_are_refused(tmp_path):
+    class Hasty(toy.Toy):
+        _phases = [Phase("a", 1), Phase("b", 0)]
+
+    with pytest.raises(UsageError, match="`steps=1`: too few for 2 phases"):
+        toy.trainer_of(tmp_path, method=Hasty, steps=1)
 
 
 def test_no_method_yields_inside_a_with():

@@ -35,7 +35,7 @@ KEPT = 500  # of the teacher's pictures, as latents: what students are compared 
 def candidates(calls: int, guidances: list[float]) -> list[Settings]:
     """Stock ways to spend that many network calls: unguided with all of them, guided with half the steps.
 
-    Euler's step is DDIM's (fastdiff/solvers.py), so it is not tried twice.
+    Euler's step is DDIM's (fastdiff/diffusion/solvers.py), so it is not tried twice.
     """
     found = []
     for solver, spacing in (

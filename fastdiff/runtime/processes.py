@@ -1,5 +1,6 @@
 """What the processes of one run tell each other. Alone, each of these answers at once."""
 
+import gc
 import os
 import socket
 import time
@@ -41,6 +42,7 @@ def join(backend: str, timeout: timedelta) -> None:
 def leave() -> None:
     """Part from the others, at an end that all come to: threads of a group that is still there can abort an ending process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # split networks and their optimisers hold the group in cycles
         torch.distributed.destroy_process_group()
 
 

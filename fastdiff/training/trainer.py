@@ -13,7 +13,7 @@ from fastdiff.data.batch import Batch, Data
 from fastdiff.models import sharding
 from fastdiff.models.ema import EMA, swapped
 from fastdiff.runtime import console, processes, rng, stop
-from fastdiff.runtime.errors import Failed, Stopped
+from fastdiff.runtime.errors import Failed, Stopped, UsageError
 from fastdiff.training import resume
 from fastdiff.training.config import TrainConfig, seconds
 from fastdiff.training.method import Method, Now, Phase, Trains, lacking
@@ -49,9 +49,9 @@ class Trainer:
         self.bend = (0, 0.0)  # steps and fraction of the current phase when its length last changed
         self.budget_s = seconds("max_time", config.max_time)
         self.elapsed_s, self.entered_s = 0.0, 0.0
+        if min(self.lengths, default=0) < 1:
+            raise UsageError(f"`steps={config.steps}`: too few for {len(self.phases)} phases", "give more")
         self.enter(0)
-        if missing := lacking(method):
-            raise TypeError(f"{type(method).__name__}: {', '.join(missing)} not set; a method sets it before the first step")
         if type(method).prepare is not Method.prepare:  # else nobody looks at the data, which a stream would read for nothing
             torch.manual_seed(config.seed)
             method.prepare(data.batch(self.PREPARED, torch.Generator().manual_seed(config.seed)).to(self.device))
@@ -62,6 +62,8 @@ class Trainer:
         self.index, self.phase, self.bend = index, self.phases[index], (0, 0.0)
         torch.manual_seed(rng.seed_for(config.seed, 7_919, index))  # new networks are the same on every process
         trains = method.players(self.phase)
+        if missing := lacking(method):
+            raise TypeError(f"{type(method).__name__}: {', '.join(missing)} not set; a method sets it before the first step")
         for net in method.networks():
             net.to(self.device)
         moved = self.shard(trains)
@@ -245,6 +247,9 @@ class Trainer:
                 with stream.current(), self.accelerator.autocast():
                     players = next(turn, {})
                 moved = list(players)
+                if unknown := [who for who in moved if who not in self.players]:
+                    who, there = unknown[0], ", ".join(self.players)
+                    raise TypeError(f"{type(self.method).__name__}.losses yields {who!r}, but what trains now is {there}")
                 for who in moved:
                     player, terms = self.players[who], players.pop(who)  # nothing may hold a graph longer than it is needed
                     loss = sum(terms.values()) / n
