@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import control, emoji
 from fastdiff.data.open import open_data
 from fastdiff.diffusion import losses
@@ -22,6 +21,7 @@ from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling.pictures import uint8
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.method import Method, Trains
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator
 from fastdiff.training.trainer import Trainer
@@ -32,30 +32,30 @@ class Config(TrainConfig):
     pass
 
 
-class ControlNet:
+class ControlNet(Method):
     """E |eps_theta(x_t, t, c, control) - eps|^2, weighted like the teacher's own training: min(1 / alpha^2, 30)."""
+
+    name, Config = "controlnet", Config
 
     def __init__(self, base, config):
         from diffusers import ControlNetModel
 
-        base.unet.requires_grad_(False)
+        super().__init__(base, config)
         net = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8, 16, 32, 64)).train()
         # Zero at both ends (Zhang 2023) learns nothing of the picture for thousands of small batches: one end is enough.
         torch.nn.init.kaiming_normal_(net.controlnet_cond_embedding.conv_out.weight)
-        self.student = Denoiser(base.unet, base.schedule(), base.prediction_type, controlnet=net)
-        self.teacher = Denoiser(base.unet, base.schedule(), base.prediction_type)
-        self.players = {"controlnet": net}
-        self.recipe, self.config = Recipe(family=base.family.name), config
+        self.student = Denoiser(base.unet, self.schedule, base.prediction_type, controlnet=net)
 
-    def losses(self, batch, step):
-        t = torch.randint(len(self.student.schedule), (len(batch.latents),))
+    def players(self, phase):
+        net = self.student.controlnet
+        return {"controlnet": Trains(list(net.parameters()), averaged=True, net=net)}
+
+    def losses(self, batch, now):
+        t = torch.randint(len(self.schedule), (len(batch.latents),))
         eps = torch.randn_like(batch.latents)
-        out = self.student(self.student.schedule.add_noise(batch.latents, eps, t), t, batch.cond).eps
-        weight = (1 / self.student.schedule.alpha[t]).clamp(max=30**0.5)[:, None, None, None]
+        out = self.student(self.schedule.add_noise(batch.latents, eps, t), t, batch.cond).eps
+        weight = (1 / self.schedule.alpha[t]).clamp(max=30**0.5)[:, None, None, None]
         yield {"controlnet": {"denoising": losses.squared(weight * out, weight * eps)}}
-
-    def updated(self, step):
-        pass
 
     def export(self, run):
         self.student.controlnet.half().save_pretrained(run.folder / "controlnet")
@@ -102,7 +102,6 @@ def main() -> None:
     torch.manual_seed(config.seed)
     add_moved(base, data, variants=3)
     method = ControlNet(base, config)
-    method.student.to(accelerator.device)
     trainer = Trainer(method, data, run, config, accelerator)
     if state := run.load_state():
         trainer.restore(state)

@@ -2,8 +2,7 @@
 
     python examples/emoji/style_lora.py --style fluent --output runs/style
 
-The plain denoising loss on the same emoji drawn in another style. It is also what a new method looks like:
-a Config, a class with `losses` and `export`, and the shared trainer does the rest.
+The plain denoising loss on the same emoji drawn in another style.
 """
 
 import argparse
@@ -12,14 +11,12 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.open import open_data
 from fastdiff.diffusion import losses
-from fastdiff.lora import adapters
-from fastdiff.models.denoiser import Denoiser
 from fastdiff.training.config import TrainConfig
+from fastdiff.training.method import Method, Trains
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator
 from fastdiff.training.trainer import Trainer
@@ -28,31 +25,31 @@ from fastdiff.training.trainer import Trainer
 @dataclass
 class Config(TrainConfig):
     lora_rank: int = 16
+    lora_alpha: float = 16
 
 
-class StyleLora:
+class StyleLora(Method):
     """E |eps_theta(x_t, t, c) - eps|^2, weighted like the teacher's own training: min(1 / alpha^2, 30)."""
 
-    def __init__(self, base, config):
-        trained = adapters.attach(base.unet, config.lora_rank, config.lora_rank, "style")
-        self.student = Denoiser(base.unet, base.schedule(), base.prediction_type, "style")
-        self.teacher = Denoiser(base.unet, base.schedule(), base.prediction_type)
-        self.players = {"style": torch.nn.ParameterList(trained)}
-        self.recipe, self.config = Recipe(family=base.family.name), config
+    name, Config = "style", Config
 
-    def losses(self, batch, step):
-        t = torch.randint(len(self.student.schedule), (len(batch.latents),))
+    def __init__(self, base, config):
+        super().__init__(base, config)
+        self.student, self.params = self.trained("style")
+        self.recipe = Recipe(family=base.family.name)  # sampled like the base
+
+    def players(self, phase):
+        return {"style": Trains(self.params, averaged=True)}
+
+    def losses(self, batch, now):
+        t = torch.randint(len(self.schedule), (len(batch.latents),))
         eps = torch.randn_like(batch.latents)
-        out = self.student(self.student.schedule.add_noise(batch.latents, eps, t), t, batch.cond).eps
-        weight = (1 / self.student.schedule.alpha[t]).clamp(max=30**0.5)[:, None, None, None]
+        out = self.student(self.schedule.add_noise(batch.latents, eps, t), t, batch.cond).eps
+        weight = (1 / self.schedule.alpha[t]).clamp(max=30**0.5)[:, None, None, None]
         yield {"style": {"denoising": losses.squared(weight * out, weight * eps)}}
 
-    def updated(self, step):
-        pass
-
     def export(self, run):
-        modules = adapters.factors(self.student.net, self.config.lora_rank, "style")
-        lora.save(lora.Lora(modules, self.recipe.to_metadata()), run.folder / "style.safetensors")
+        self.save_student(run, "style")
 
 
 def main() -> None:
@@ -68,7 +65,6 @@ def main() -> None:
     data = open_data(base, f"emoji:{args.style}", prompts=None, resolution_px=64, pairs=0, seed=0, device=accelerator.device)
     data.empty_prompts = config.empty_prompts
     method = StyleLora(base, config)
-    method.student.to(accelerator.device)
     trainer = Trainer(method, data, run, config, accelerator)
     if state := run.load_state():
         trainer.restore(state)
