@@ -263,10 +263,9 @@ def test_a_loop_of_ones_own_makes_a_file_that_the_sampler_obeys(tmp_path):
     """examples/loop.py: 30 lines, no Trainer."""
     import importlib.util
     import inspect
+    from pathlib import Path
 
-    from fastdiff.checkpoints.locate import EMOJI as folder
-
-    spec = importlib.util.spec_from_file_location("loop", folder.parents[2] / "examples" / "loop.py")
+    spec = importlib.util.spec_from_file_location("loop", Path(__file__).parent.parent / "examples" / "loop.py")
     loop = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loop)
     torch.manual_seed(0)

@@ -12,9 +12,10 @@ import toy
 from torch import nn
 
 from fastdiff.runtime import rng
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import Failed, UsageError
 from fastdiff.training.method import Method, Phase, Trains, equation
-from fastdiff.training.session import train
+from fastdiff.training.run import Run
+from fastdiff.training.session import train, written_weights
 
 METHODS = Path(__file__).parent.parent / "fastdiff" / "methods"
 
@@ -182,6 +183,18 @@ def test_any_seed_that_the_option_takes_seeds_the_generators(seed):
 
 
 # ---- what is averaged, split and kept
+
+
+def test_what_a_run_made_is_its_last_weights_or_its_own_network(tmp_path):
+    run = Run(tmp_path, "toy")
+    run.wrote(tmp_path / "previews" / "final.png")
+    with pytest.raises(Failed, match="the method's export named nothing that it wrote"):
+        written_weights(run)
+    run.wrote(tmp_path / "tiny-vae")
+    assert written_weights(run) == tmp_path / "tiny-vae"
+    run.wrote(tmp_path / "a.safetensors")
+    run.wrote(tmp_path / "b.safetensors")
+    assert written_weights(run) == tmp_path / "b.safetensors"
 
 
 def test_a_player_without_a_rate_has_the_configs(tmp_path):

@@ -19,7 +19,7 @@ from fastdiff.models import sharding
 from fastdiff.runtime import console, disk, processes
 from fastdiff.runtime.config import to_toml
 from fastdiff.runtime.disk import write_atomic
-from fastdiff.runtime.errors import DoesNotFit, Result, UsageError
+from fastdiff.runtime.errors import DoesNotFit, Failed, Result, UsageError
 from fastdiff.training import resume
 from fastdiff.training.card import write_card
 from fastdiff.training.config import TrainConfig, seconds
@@ -215,12 +215,8 @@ class Trained:
 
     result: Result
     run: Run
-    options: dict[str, str]  # of `sample`, to draw with it
-
-    @property
-    def weights(self) -> Path:
-        """The LoRA file or checkpoint folder; of several the last."""
-        return self.run.weights()[-1]
+    weights: Path  # the LoRA file, or the folder of a checkpoint or another network; of several the last
+    options: dict[str, str]  # of `sample`, to draw with it; empty on all but the first process
 
 
 def train(method_class: type[Method], config: Any) -> Trained:
@@ -229,9 +225,8 @@ def train(method_class: type[Method], config: Any) -> Trained:
         raise TypeError(f"{method_class.__name__}: says no {', '.join(missing)}; see fastdiff.Method")
     config = method_class.check(config)
     if quick := method_class.shortcut(config):
-        return Trained(
-            quick, Run(quick.outputs[-1].parent, method_class.name, list(quick.outputs)), {"base": str(quick.outputs[0])}
-        )
+        made = quick.outputs[0]
+        return Trained(quick, Run(made.parent, method_class.name, list(quick.outputs)), made, {"base": str(made)})
     session = Session.open(method_class.name, config)
     scene, run = session.scene, session.run
     base = scene.base
@@ -248,18 +243,26 @@ def train(method_class: type[Method], config: Any) -> Trained:
         exhibit.begin(method)
     trainer = session.fit(method, data, exhibit)
     if not session.accelerator.is_main_process:
-        return Trained(Result(), run, {})
+        return Trained(Result(), run, run.folder, {})
     metrics: dict[str, Any] = {"steps": trainer.step, **method.facts()}
     if trainer.kept:
         metrics["best"] = next(iter(trainer.kept.values())) if alone(trainer) else trainer.kept
     with console.timed("proof_s"):
         metrics |= exhibit.figures(method, run)
-    weights = run.weights()[-1] if run.weights() else run.outputs[0]
+    weights = written_weights(run)
     parent = config.open_student() if weights.suffix == ".safetensors" else base
     options = method.sample_options(weights, parent)
     facts = training_facts(method, config, trainer.step, parent)
     write_card(run, method.usage(weights, parent), parent, metrics, facts, method.recipe)
-    return Trained(Result(run.outputs, metrics), run, {**options, "prompt": exhibit.prompt})
+    return Trained(Result(run.outputs, metrics), run, weights, {**options, "prompt": exhibit.prompt})
+
+
+def written_weights(run: Run) -> Path:
+    """What the method exported last: a LoRA or checkpoint, else the first thing that is no picture."""
+    others = [path for path in run.outputs if path.suffix != ".png"]
+    if not others:
+        raise Failed(f"{run.folder}: the method's export named nothing that it wrote (run.wrote)", run.states.kept())
+    return run.weights()[-1] if run.weights() else others[0]
 
 
 def training_facts(method: Method, config: TrainConfig, steps: int, parent: Checkpoint) -> dict[str, str]:
