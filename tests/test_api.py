@@ -254,7 +254,7 @@ def test_training_takes_a_class_a_file_or_a_command_and_names_what_it_does_not_k
         fd.train(LCM, "emoji", lora_rnk=4)
     assert error.value.hint == "did you mean lora_rank?"
     with pytest.raises(UsageError, match="`steps=0`: must be at least 1"):
-        fd.train("lcm", "emoji", steps=0)
+        fd.train("lcm", EMOJI, steps=0, output=EMOJI)  # paths are taken as text
     with pytest.raises(UsageError, match="`base=nothing-here`: not an alias"):
         fd.load("nothing-here")
 

@@ -87,6 +87,19 @@ def test_a_loss_of_nobody_who_trains_is_named(tmp_path):
         toy.trainer_of(tmp_path, method=Stray).train_step()
 
 
+def test_micro_batches_that_yield_for_others_are_refused(tmp_path):
+    """Else the step would end before its update, without a word."""
+
+    class Moody(toy.Toy):
+        def losses(self, batch, now):
+            self.noise.append(1)
+            if len(self.noise) % 2:
+                yield {"student": {"x": self.student(batch.latents).square().mean()}}
+
+    with pytest.raises(TypeError, match="Moody.losses yields other players for one micro-batch"):
+        toy.trainer_of(tmp_path, method=Moody, grad_accum=2).train_step()
+
+
 def test_phases_without_steps_are_refused(tmp_path):
     class Hasty(toy.Toy):
         _phases = [Phase("a", 1), Phase("b", 0)]

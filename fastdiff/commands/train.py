@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
+from os import PathLike
 from pkgutil import iter_modules
 from typing import Any
 
@@ -19,7 +20,7 @@ from fastdiff.training.method import Method
 from fastdiff.training.session import Trained
 
 
-def train(method: type[Method] | str, base: Checkpoint | str = DEFAULT_BASE, **options: Any) -> Trained:
+def train(method: type[Method] | str, base: Checkpoint | str | PathLike[str] = DEFAULT_BASE, **options: Any) -> Trained:
     """Distil `base` by a method, as its command does; returns the run, whose `weights` are a LoRA file or a checkpoint folder.
 
         run = fastdiff.train("lcm", fastdiff.load("sdxl"), steps=1000, lora_rank=64)
@@ -29,6 +30,8 @@ def train(method: type[Method] | str, base: Checkpoint | str = DEFAULT_BASE, **o
     """
     if isinstance(method, str):
         method = named(method)
+    base = str(base) if isinstance(base, PathLike) else base
+    options = {name: str(value) if isinstance(value, PathLike) else value for name, value in options.items()}
     source = {"base": base}
     if isinstance(base, Checkpoint):
         kept = dict(base_config=base.config and str(base.config), prediction_type=base.prediction, allow_pickle=base.allow_pickle)

@@ -241,11 +241,15 @@ class Trainer:
         row: dict[str, float] = {"step": self.step, "loss": 0.0}
         bad: dict[str, str] = {}
         while True:
-            moved: list[str] = []
+            moved: list[str] | None = None
             sums: dict[str, float] = {}
             for turn, stream in zip(turns, streams, strict=True):
                 with stream.current(), self.accelerator.autocast():
                     players = next(turn, {})
+                if moved is not None and moved != list(players):
+                    raise TypeError(
+                        f"{type(self.method).__name__}.losses yields other players for one micro-batch than for another"
+                    )
                 moved = list(players)
                 if unknown := [who for who in moved if who not in self.players]:
                     who, there = unknown[0], ", ".join(self.players)
