@@ -36,6 +36,7 @@ from fastdiff.sampling.assemble import pick_device
 from fastdiff.sampling.engine import WORTH_COMPILING, Engine
 from fastdiff.sampling.sampler import Sampler, with_size
 from fastdiff.sampling.settings import Settings
+from fastdiff.training.method import Now
 
 EXAMPLES = """fastdiff bench sample
 fastdiff bench sample --base sd15 --random-weights --device cuda --assert-ratio 3
@@ -288,11 +289,12 @@ class OurStep:
         base.unet.to(device)
         self.method, self.batch, self.config = lcm.LCM(base, config), batch.to(device), config
         self.method.schedule.to(device)
-        self.trained = list(self.method.players["student"].parameters())
+        self.phase = self.method.phases()[0]
+        self.trained = self.method.players(self.phase)["student"].params
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.lr, fused=True)
 
     def loss(self) -> Tensor:
-        (turn,) = self.method.losses(self.batch, 0)
+        (turn,) = self.method.losses(self.batch, Now(0, self.phase, 0, 0.0))
         return sum(turn["student"].values())
 
     def step(self) -> None:
@@ -351,7 +353,7 @@ def train(config: Config, device: torch.device) -> dict[str, Any]:
 
 PEAK = """
 import json, sys, torch
-from fastdiff import bench
+from fastdiff.commands import bench
 config = bench.Config(**json.loads(sys.argv[2]))
 _, step, _ = bench.step_of(sys.argv[1], config, torch.device("cpu"))
 for _ in range(3):

@@ -114,6 +114,7 @@ def make_folder(run: Run, config: TrainConfig, resumed: bool) -> None:
 def open_accelerator(config: TrainConfig, run: Run) -> Any:
     """accelerate's Accelerator on the config's device, in its precision, with its tracker."""
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState, PartialState
 
     cpu = config.device == "cpu" or (
         config.device == "auto" and not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -132,6 +133,9 @@ def open_accelerator(config: TrainConfig, run: Run) -> Any:
         processes.join("nccl", PATIENCE)
     elif cpu:
         processes.join("gloo", PATIENCE)
+    if PartialState._shared_state and PartialState().num_processes == 1:
+        # accelerate keeps the device of the first run of a process; a later run may be on another one.
+        AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if precision == "fp32" else precision,
