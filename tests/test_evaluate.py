@@ -296,7 +296,7 @@ def test_protocols_set_what_they_say(tmp_path, tiny_sdxl, monkeypatch):
         (["--num-steps", "4,x"], 2, "--num-steps 4,x"),
         (["--lora", "a", "--student", "b"], 2, "--student and --lora"),
         (["--student-controlnet", "emoji"], 2, "--with-controlnet"),
-        (["--protocol", "coco30k-dmd"], 2, "--reference FOLDER"),
+        (["--protocol", "coco30k-dmd"], 2, "give a folder as --reference"),
         (["--student", "emoji"], 2, "of emoji, but --base is sd15"),
     ],
 )
