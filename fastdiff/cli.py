@@ -16,7 +16,7 @@ from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import typer
 from typer.core import TyperGroup
@@ -326,9 +326,10 @@ def explain(error: BaseException) -> Failure:
         hint = error.hint if isinstance(error, Stopped) else with_flags(error.hint)  # that of a stop is a command to type
         return Failure(error.exit_code, error.kind, with_flags(str(error)), hint, error.result)
     if isinstance(error, PARSER_ERROR):
+        parsing = cast(Any, error)  # of typer's own copy of click
         near = list(vars(error).get("possibilities") or [])
-        message = error.format_message().split(" (Possible options")[0]
-        return Failure(2, "usage", message, suggestion(error.option_name, near) if near else "")
+        message = parsing.format_message().split(" (Possible options")[0]
+        return Failure(2, "usage", message, suggestion(parsing.option_name, near) if near else "")
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return Failure(130, "stopped", "interrupted")
     if isinstance(error, typer.Exit | SystemExit):

@@ -20,11 +20,11 @@ class BaseConfig:
     base: Annotated[str, f"{base_names()}, a hub id, a diffusers folder or a single file"] = field(
         default=DEFAULT_BASE, metadata={"flags": ["-b"]}
     )
-    base_config: Annotated[str | None, "folder or hub id with the configs of an unusual single file"] = None
+    base_config: Annotated[str | None, "folder or hub id with the configs for an unusual single file"] = None
     prediction_type: Annotated[
-        Literal["epsilon", "v_prediction"] | None, "what the base's network predicts; default: what its files tell"
+        Literal["epsilon", "v_prediction"] | None, "what the network of --base predicts; default: read from its files"
     ] = None
-    allow_pickle: Annotated[bool, "read .ckpt, .pt and .bin files too: their tensors, and nothing that could run"] = False
+    allow_pickle: Annotated[bool, "also read the tensors of .ckpt, .pt and .bin files; code in them is never run"] = False
 
     def open_base(self, dtype: "torch.dtype | None" = None) -> "Checkpoint":
         """The base model; its networks load on first use, in `dtype` (default: float32)."""

@@ -41,11 +41,11 @@ class Config(SegmentedConfig):
     )
 
     controlnet: Annotated[str | None, "ControlNet of the base: a diffusers folder, a hub id, or emoji"] = None
-    control: Annotated[str, "what takes control pictures out of pictures: canny, or MODULE:FUNCTION"] = "canny"
-    one_step: Annotated[bool, "for an --init that draws in one step; its UNet stays as it is"] = False
-    lambda_feat: Annotated[float, "several steps: weight of the decoders' features; 0 = none", Range(0)] = 1.0
-    redraw: Annotated[float, "one step: share of the noise that is drawn anew", Range(0, 1)] = 0.0
-    proof: Annotated[int, "items kept out of training for the closing figures, at most a quarter", Range(1, 2000)] = 128
+    control: Annotated[str, "extractor that makes control pictures: canny, or MODULE:FUNCTION"] = "canny"
+    one_step: Annotated[bool, "train for a one-step --init, whose UNet stays as it is"] = False
+    lambda_feat: Annotated[float, "without --one-step: weight of the decoder features; 0 = none", Range(0)] = 1.0
+    redraw: Annotated[float, "with --one-step: share of the noise that is replaced by new noise", Range(0, 1)] = 0.0
+    proof: Annotated[int, "pictures kept out of training for the closing figures, at most a quarter of all", Range(1, 2000)] = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -62,40 +62,48 @@ class Config(TrainConfig):
     VARIANT: ClassVar[str] = "recipe"  # its value picks a second row of PRESETS
 
     recipe: Annotated[Literal["dmd", "dmd2"], "dmd: one step, with regression; dmd2: few steps, two time scales, GAN"] = "dmd"
-    student: Annotated[Literal["lora", "full"], "what becomes the few-step model"] = "lora"
-    fake: Annotated[Literal["lora", "full"], "what learns the student's distribution"] = "lora"
+    student: Annotated[Literal["lora", "full"], "what trains into the few-step model: a LoRA, or all weights"] = "lora"
+    fake: Annotated[Literal["lora", "full"], "what learns the student's distribution (fake score): a LoRA, or all weights"] = (
+        "lora"
+    )
     init: Annotated[str | None, "a few-step LoRA of the same base that the student starts from"] = None
     lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64
-    lora_alpha: Annotated[float, "their scale is alpha / rank", Range(above=0)] = 64
-    lora_layers: Annotated[Literal["all", "attention"], "where they act; attention is faster and smaller"] = "all"
+    lora_alpha: Annotated[float, "scale of the adapters is alpha / rank", Range(above=0)] = 64
+    lora_layers: Annotated[Literal["all", "attention"], "layers that get an adapter; attention is faster and smaller"] = "all"
     num_steps: Annotated[int, "sampling steps of the student", Range(1, 8)] = 1
     t_gen: Annotated[
         int | None,
-        "timestep of the first step, the others evenly below; default the last; 399 for one step of SDXL (DMD2)",
+        "timestep of the first sampling step, the others lie evenly below; default: the last; DMD2 uses 399 for one step of SDXL",
         Range(0),
     ] = None
-    guidance: Annotated[float, "of the teacher, in its scores and its samples: u + w (c - u)", Range(1)] = 3.0
+    guidance: Annotated[float, "guidance w of the teacher, u + w (c - u), in scores and samples", Range(1)] = 3.0
     score_guidance: Annotated[
-        Literal["constant", "fitted"], "in the scores: --guidance, or at each noise level what fits the teacher's samples"
+        Literal["constant", "fitted"],
+        "guidance of the scores: --guidance everywhere, or fitted to the teacher's samples at each noise level",
     ] = "constant"
-    t_min: Annotated[float, "scores are compared from this part of the timesteps ...", Range(0, 1)] = 0.02
-    t_max: Annotated[float, "... to this", Range(0, 1)] = 0.98
+    t_min: Annotated[float, "lowest noise level of the scores, as a part of the timesteps", Range(0, 1)] = 0.02
+    t_max: Annotated[float, "highest noise level of the scores", Range(0, 1)] = 0.98
     weighting: Annotated[
-        Literal["dmd", "eq8", "none", "sigma2"], "of the gradient: algorithm 2, equation 8, Diff-Instruct, SDS"
+        Literal["dmd", "eq8", "none", "sigma2"],
+        "weighting of the gradient: DMD's algorithm 2, DMD's equation 8, Diff-Instruct, SDS",
     ] = "dmd"
-    fake_steps_per_gen: Annotated[int, "updates of the fake score for each of the student's; --steps counts them", Range(1)] = 1
+    fake_steps_per_gen: Annotated[
+        int, "updates of the fake score per update of the student; --steps counts the former", Range(1)
+    ] = 1
     fake_lr: Annotated[float | None, "learning rate of the fake score; default --lr", Range(above=0)] = None
-    lambda_reg: Annotated[float, "weight of the regression to the teacher's pictures of the same noise; 0 = none", Range(0)] = (
+    lambda_reg: Annotated[float, "weight of the regression to the teacher's picture from the same noise; 0 = none", Range(0)] = (
         0.25
     )
-    reg_batch: Annotated[int | None, "pairs a step in the regression, of the batch; default half of it", Range(1)] = None
-    reg_steps: Annotated[int, "first steps with the regression alone", Range(0)] = 0
-    reg_crop: Annotated[int, "latent positions a side that it decodes: memory", Range(4)] = 64
+    reg_batch: Annotated[int | None, "pairs of a batch in the regression; default: half the batch", Range(1)] = None
+    reg_steps: Annotated[int, "steps at the start with the regression alone", Range(0)] = 0
+    reg_crop: Annotated[
+        int, "side of the crop that the regression decodes, in latent pixels; less takes less memory", Range(4)
+    ] = 64
     lpips_weights: Annotated[str | None, "torchvision's VGG-16 for LPIPS, or embedded (the default for emoji)"] = None
     gan_weight: Annotated[float, "weight of the GAN term for the student; 0 = none", Range(0)] = 0.0
     gan_weight_fake: Annotated[float, "weight of the GAN term for the discriminator", Range(0)] = 1e-2
-    gan_features: Annotated[Literal["fake", "teacher"], "whose bottleneck the discriminator sees"] = "fake"
-    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none", Range(0, 2000)] = 500
+    gan_features: Annotated[Literal["fake", "teacher"], "network whose bottleneck the discriminator sees"] = "fake"
+    proof: Annotated[int, "pictures per row of the closing table (emoji only); 0 = no table", Range(0, 2000)] = 500
 
     def __post_init__(self) -> None:
         if self.t_min > self.t_max:

@@ -45,35 +45,41 @@ class Config(BaseConfig):
     )
     VARIANT: ClassVar[str] = "protocol"
 
-    student: Annotated[list[str], "a LoRA, a checkpoint folder or a file that is judged; repeat it for more"] = field(
+    student: Annotated[list[str], "model to judge: a LoRA, a checkpoint folder or a file; repeatable"] = field(
         default_factory=list
     )
-    lora: Annotated[list[str], "FILE[=WEIGHT]: the student is the base with these; repeat it for more"] = field(
-        default_factory=list
-    )
-    vae: Annotated[str | None, "VAE of the students, as a tiny decoder; default: their own"] = None
-    num_steps: Annotated[str | None, "steps of the students, as 1,2,4,8; default: their recipe's, or these"] = None
-    reference: Annotated[str, "teacher:STEPS, or a folder of pictures: what distributions are compared with"] = "teacher:25"
-    baseline: Annotated[bool, "also judge the teacher in as many network calls as each student"] = True
+    lora: Annotated[list[str], "judge the base with this LoRA, FILE[=WEIGHT]; repeatable"] = field(default_factory=list)
+    vae: Annotated[str | None, "VAE of the students, for example a tiny decoder; default: their own"] = None
+    num_steps: Annotated[
+        str | None, "sampling steps of the students, as 1,2,4,8; default: those of their recipe, else 1,2,4,8"
+    ] = None
+    reference: Annotated[str, "what distributions are compared with: teacher:STEPS, or a folder of pictures"] = "teacher:25"
+    baseline: Annotated[bool, "also judge the teacher at as many network calls as each student"] = True
     prompts: Annotated[str | None, "a file of prompts, one a line; default: those that ship with the family"] = None
-    num_images: Annotated[int, "pictures a row, of the prompts in turn", Range(2)] = 500
-    metrics: Annotated[str, "auto, or of fid, patch, clip, lpips: those that need a network besides the base"] = "auto"
-    protocol: Annotated[Literal["coco30k-dmd", "coco10k-lightning", "coco5k-sdxs"] | None, "of a paper: sets what it says"] = None
-    fid_px: Annotated[int | None, "pictures are resized to this before FID, by Lanczos; default: not", Range(8)] = None
+    num_images: Annotated[int, "pictures per row of the table; prompts take turns", Range(2)] = 500
+    metrics: Annotated[str, "auto, or some of fid, patch, clip, lpips: metrics that need a network of their own"] = "auto"
+    protocol: Annotated[Literal["coco30k-dmd", "coco10k-lightning", "coco5k-sdxs"] | None, "settings of a published protocol"] = (
+        None
+    )
+    fid_px: Annotated[
+        int | None, "side in pixels that pictures are resized to before FID (Lanczos); default: no resizing", Range(8)
+    ] = None
     inception_weights: Annotated[str | None, "torch-fidelity's Inception-v3 file; default: downloaded (91 MB)"] = None
     clip: Annotated[str, "open_clip's MODEL:TAG, downloaded, or MODEL:FILE; CMMD is defined for the default's"] = CLIP
     lpips_weights: Annotated[str | None, "torchvision's VGG-16 file, or embedded; default: downloaded (528 MB)"] = None
-    with_lora: Annotated[list[str], "FILE[=WEIGHT]: how much of this style the student keeps; repeat it for more"] = field(
-        default_factory=list
-    )
-    with_controlnet: Annotated[str | None, "how much of this ControlNet's control the student keeps"] = None
-    student_controlnet: Annotated[str | None, "the student's own ControlNet, where it has one"] = None
-    control: Annotated[str, "takes controls out of the teacher's pictures: canny, or MODULE:FUNCTION"] = "canny"
-    teacher_steps: Annotated[int | None, "of the teacher where the reference is a folder; default 25", Range(1)] = None
-    teacher_guidance: Annotated[float | None, "u + w (c - u); default: the family's own", Range(0)] = None
-    resolution: Annotated[int | None, "pixels a side; default: the family's own", Range(8, multiple_of=8)] = None
-    batch_size: Annotated[int | None, "pictures at once; default: as many as a modest card takes", Range(1)] = None
-    seed: Annotated[int, "of the first picture", Range(0, 2**31)] = 0
+    with_lora: Annotated[
+        list[str], "style LoRA as FILE[=WEIGHT]: measure how much of the style the student keeps; repeatable"
+    ] = field(default_factory=list)
+    with_controlnet: Annotated[str | None, "ControlNet of the base: measure how much of its control the student keeps"] = None
+    student_controlnet: Annotated[str | None, "ControlNet of the student, if it has its own"] = None
+    control: Annotated[str, "extractor for control pictures: canny, or MODULE:FUNCTION"] = "canny"
+    teacher_steps: Annotated[int | None, "sampling steps of the teacher if --reference is a folder; default 25", Range(1)] = None
+    teacher_guidance: Annotated[
+        float | None, "guidance w of the teacher, u + w (c - u); default: as the family is usually sampled", Range(0)
+    ] = None
+    resolution: Annotated[int | None, "width and height in pixels; default: the size of the base", Range(8, multiple_of=8)] = None
+    batch_size: Annotated[int | None, "pictures at once; default: fits a small card", Range(1)] = None
+    seed: Annotated[int, "seed of the first picture", Range(0, 2**31)] = 0
     save_images: Annotated[bool, "keep every picture, in images/ROW/"] = False
     output: Annotated[str | None, "a folder; default runs/evaluate-<base>"] = field(default=None, metadata={"flags": ["-o"]})
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to sample"] = "auto"

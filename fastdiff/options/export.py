@@ -23,9 +23,11 @@ class Config(BaseConfig):
         "force",
     )
 
-    single_file: Annotated[bool, "one LDM-layout file, for ComfyUI, A1111 and Forge, instead of a diffusers folder"] = False
-    force: Annotated[bool, "write a single file of a shape that no other program is known to read"] = False
+    single_file: Annotated[bool, "write one LDM-layout file for ComfyUI, A1111 and Forge instead of a diffusers folder"] = False
+    force: Annotated[bool, "write a single file even if no other program is known to read such a network"] = False
     lora: Annotated[str | None, "write this LoRA in --format instead of a checkpoint"] = None
-    format: Annotated[Literal["kohya", "diffusers", "peft"], "layout of a LoRA; kohya loads everywhere"] = "kohya"
+    format: Annotated[Literal["kohya", "diffusers", "peft"], "key layout of the LoRA; kohya loads in all programs"] = "kohya"
     output: Annotated[str | None, "a folder, or NAME.safetensors for one file"] = field(default=None, metadata={"flags": ["-o"]})
-    precision: Annotated[Literal["stored", "fp16", "bf16", "fp32"], "of UNet and text encoders; the VAE keeps its own"] = "stored"
+    precision: Annotated[
+        Literal["stored", "fp16", "bf16", "fp32"], "precision of UNet and text encoders; the VAE keeps its own"
+    ] = "stored"

@@ -1,6 +1,6 @@
 """The options of `inspect`."""
 
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 EXAMPLES = """fastdiff inspect model.safetensors
@@ -13,9 +13,7 @@ class Config:
         "file",
         "base",
     )
-    file: Annotated[str, "a .safetensors file, a pickle or a diffusers folder"] = field(
-        default=MISSING, metadata={"argument": True}
-    )  # type: ignore[arg-type]
-    base: Annotated[str | None, "how much of a LoRA would land on this checkpoint"] = field(
+    file: Annotated[str, "a .safetensors file, a pickle or a diffusers folder"] = field(metadata={"argument": True})
+    base: Annotated[str | None, "count how many modules of a LoRA fit this checkpoint"] = field(
         default=None, metadata={"flags": ["-b"]}
     )

@@ -44,23 +44,26 @@ class Config(TrainConfig):
     )
 
     lora_rank: Annotated[int, "rank of the adapter", Range(1)] = 64
-    lora_alpha: Annotated[float, "its scale is alpha / rank", Range(above=0)] = 64
+    lora_alpha: Annotated[float, "scale of the adapter is alpha / rank", Range(above=0)] = 64
     full: Annotated[bool, "train all weights, with a guidance embedding and an averaged target"] = False
-    finetune: Annotated[bool, "consistency fine-tuning: no teacher, data with noise instead (LCF)"] = False
-    target: Annotated[Literal["zero", "edge", "random"], "where the student jumps to: LCM, PCM, TCD"] = "zero"
-    phases: Annotated[int | None, "phases of --target edge; default: --num-steps, the steps it is sampled with", Range(1)] = None
-    guidance_min: Annotated[float, "teacher guidance u + w (c - u) is drawn from here ...", Range(0)] = 6.0
-    guidance_max: Annotated[float, "... to here, one a sample", Range(0)] = 16.0
+    finetune: Annotated[bool, "consistency fine-tuning (LCF): noised data instead of a teacher"] = False
+    target: Annotated[
+        Literal["zero", "edge", "random"],
+        "where the student jumps to: zero noise (LCM), the edge of the phase (PCM), a random level (TCD)",
+    ] = "zero"
+    phases: Annotated[int | None, "number of phases for --target edge; default: --num-steps", Range(1)] = None
+    guidance_min: Annotated[float, "lowest teacher guidance w, u + w (c - u)", Range(0)] = 6.0
+    guidance_max: Annotated[float, "highest teacher guidance; each sample draws its own", Range(0)] = 16.0
     grid_steps: Annotated[int, "DDIM steps of the distillation grid", Range(1, 1000)] = 50
-    skip: Annotated[int, "grid points that one teacher step crosses; more learns faster, from coarser steps", Range(1)] = 1
+    skip: Annotated[int, "grid points that one teacher step crosses; more learns faster but from coarser steps", Range(1)] = 1
     loss: Annotated[Literal["huber", "l2"], "distance between the two jumps"] = "huber"
-    huber_c: Annotated[float, "where Huber turns from square to linear", Range(above=0)] = 0.001
+    huber_c: Annotated[float, "distance at which the Huber loss turns from square to linear", Range(above=0)] = 0.001
     weighting: Annotated[
-        Literal["none", "inverse-step"], "inverse-step: weigh a pair by 1 / its step in noise scale, for detail (iCT)"
+        Literal["none", "inverse-step"], "inverse-step: weigh each pair by 1 / (its step in noise scale), for detail (iCT)"
     ] = "none"
     target_ema: Annotated[float, "decay of the averaged target of --full", Range(0, below=1)] = 0.95
-    num_steps: Annotated[int, "sampling steps that the recipe in the file names", Range(1, 50)] = 4
-    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none", Range(0, 2000)] = 500
+    num_steps: Annotated[int, "sampling steps that the file's recipe asks for", Range(1, 50)] = 4
+    proof: Annotated[int, "pictures per row of the closing table (emoji only); 0 = no table", Range(0, 2000)] = 500
 
     def __post_init__(self) -> None:
         if self.guidance_min > self.guidance_max:

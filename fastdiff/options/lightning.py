@@ -51,32 +51,45 @@ class Config(TrainConfig):
         "max_time",
     )
 
-    stages: Annotated[
-        str, "steps of teacher:student, each from the one before; a third number is its share of --steps, else 1"
-    ] = "128:32,32:8,8:4,4:2,2:1"
-    phases: Annotated[str, "of an adversarial stage, as mse,cond:2,uncond:2,full; a number is its share of the stage, else 1"] = (
+    stages: Annotated[str, "chain of teacher:student sampling steps; a third number weighs the stage's share of --steps"] = (
+        "128:32,32:8,8:4,4:2,2:1"
+    )
+    phases: Annotated[str, "phases of an adversarial stage, as mse,cond:2,uncond:2,full; a number weighs the phase's share"] = (
         "cond,uncond,full"
     )
-    lora_only: Annotated[bool, "no full phase: for cards that do not hold a second network that trains"] = False
-    adversarial_below: Annotated[int, "stages to fewer steps are adversarial, the others mse; 1 = none is", Range(1)] = 32
-    init: Annotated[str | None, "a LoRA of the same base that samples well in the first stage's teacher steps"] = None
-    guidance: Annotated[float, "of the first stage's teacher, u + w (c - u); with --init it has none", Range(1)] = 6.0
+    lora_only: Annotated[bool, "leave out the full phase, which trains a second whole network"] = False
+    adversarial_below: Annotated[
+        int, "stages to fewer steps than this are adversarial, the others use mse; 1 = all use mse", Range(1)
+    ] = 32
+    init: Annotated[str | None, "a LoRA of the same base that already samples well in the first teacher's steps"] = None
+    guidance: Annotated[float, "guidance w of the first teacher, u + w (c - u); not used with --init", Range(1)] = 6.0
     lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64
-    lora_alpha: Annotated[float, "their scale is alpha / rank", Range(above=0)] = 64
-    adversarial_lr: Annotated[float, "learning rate of student and discriminator against each other", Range(above=0)] = 1e-6
+    lora_alpha: Annotated[float, "scale of the adapters is alpha / rank", Range(above=0)] = 64
+    adversarial_lr: Annotated[float, "learning rate of student and discriminator in adversarial phases", Range(above=0)] = 1e-6
     d_lr: Annotated[float | None, "learning rate of the discriminator; default the student's", Range(above=0)] = None
-    full_lr: Annotated[float, "the same in the full phase", Range(above=0)] = 5e-7
-    discriminator: Annotated[Literal["full", "lora"], "what trains below its head: all of it, or an adapter on the base"] = "lora"
-    d_features: Annotated[Literal["mid", "every"], "where it has heads: after the mid block, or after every block"] = "mid"
-    d_steps_per_gen: Annotated[int, "updates of the discriminator for each of the student's; --steps counts them", Range(1)] = 1
-    d_warmup: Annotated[int, "first steps of a new discriminator without the student", Range(0)] = 0
+    full_lr: Annotated[float, "learning rate of the full phase", Range(above=0)] = 5e-7
+    discriminator: Annotated[
+        Literal["full", "lora"], "what trains of the discriminator below its head: all weights, or an adapter on the base"
+    ] = "lora"
+    d_features: Annotated[
+        Literal["mid", "every"], "where the discriminator has heads: after the mid block, or after every block"
+    ] = "mid"
+    d_steps_per_gen: Annotated[
+        int, "updates of the discriminator per update of the student; --steps counts the former", Range(1)
+    ] = 1
+    d_warmup: Annotated[int, "steps in which a new discriminator trains alone", Range(0)] = 0
     gan: Annotated[
-        Literal["plain", "paired"], "plain: real and fake by themselves (paper); paired: against each other, for small batches"
+        Literal["plain", "paired"],
+        "plain: real and fake are judged separately (paper); paired: against each other, for small batches",
     ] = "plain"
-    r1: Annotated[float, "weight of the discriminator's smoothness on real latents; 0 = none", Range(0)] = 0.0
-    skip_teacher: Annotated[bool, "unconditional phases of 2 steps and 1: the teacher of a stage further back"] = True
-    late_detail_at: Annotated[int, "step of an adversarial phase of one step from which it looks at detail", Range(0)] = 1000
-    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none", Range(0, 2000)] = 500
+    r1: Annotated[float, "weight of the R1 gradient penalty on real latents; 0 = none", Range(0)] = 0.0
+    skip_teacher: Annotated[bool, "in unconditional phases of 2 steps and 1, learn from the teacher one stage further back"] = (
+        True
+    )
+    late_detail_at: Annotated[
+        int, "in one-step adversarial phases, the step from which low noise levels weigh more", Range(0)
+    ] = 1000
+    proof: Annotated[int, "pictures per row of the closing table (emoji only); 0 = no table", Range(0, 2000)] = 500
 
     def __post_init__(self) -> None:
         read_chain(self)

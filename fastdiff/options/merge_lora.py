@@ -29,25 +29,33 @@ class Config(BaseConfig):
         "tuned",
     )
 
-    accel: Annotated[str | None, "the few-step LoRA, FILE[=WEIGHT], weight 1 unless given; its recipe is kept"] = None
-    style: Annotated[list[str], "FILE[=WEIGHT], weight 0.8 unless given; repeat for more"] = field(default_factory=list)
-    base: Annotated[str | None, "bake into this checkpoint: a folder, or with --output NAME.safetensors one file"] = field(  # type: ignore[assignment]
-        default=None, metadata={"flags": ["-b"]}
+    accel: Annotated[str | None, "few-step LoRA as FILE[=WEIGHT], default weight 1; its recipe is kept"] = None
+    style: Annotated[list[str], "style LoRA as FILE[=WEIGHT], default weight 0.8; repeatable"] = field(default_factory=list)
+    base: Annotated[str | None, "merge into this checkpoint and write a folder, or one file with --output NAME.safetensors"] = (
+        field(  # type: ignore[assignment]
+            default=None, metadata={"flags": ["-b"]}
+        )
     )
     output: Annotated[str | None, "default <accel>-<style>.safetensors; with --base a folder <accel>-<style>"] = field(
         default=None, metadata={"flags": ["-o"]}
     )
-    rank: Annotated[str | None, "of the written LoRA: a number (the best approximation) or auto; default: exact"] = None
-    energy: Annotated[float, "share of sum sigma^2 that --rank auto keeps in every module", Range(above=0, high=1)] = 0.95
-    method: Annotated[Literal["sum", "ties", "dare-ties", "dare-linear"], "how the updates are joined"] = "sum"
+    rank: Annotated[str | None, "rank of the written LoRA: a number, or auto; default: exact, without approximation"] = None
+    energy: Annotated[
+        float, "share of the squared singular values that --rank auto keeps in every module", Range(above=0, high=1)
+    ] = 0.95
+    method: Annotated[Literal["sum", "ties", "dare-ties", "dare-linear"], "how the LoRAs are combined"] = "sum"
     density: Annotated[float, "share of entries that ties and dare keep", Range(above=0, high=1)] = 0.5
-    seed: Annotated[int, "of dare's masks", Range(0, 2**31 - 1)] = 0
+    seed: Annotated[int, "seed of the random masks of dare", Range(0, 2**31 - 1)] = 0
     block_weights: Annotated[str | None, "12, 17, 20 or 26 numbers (BASE,IN..,M00,OUT..) that scale every --style"] = None
-    format: Annotated[Literal["kohya", "diffusers", "peft"], "layout of the written LoRA; kohya loads everywhere"] = "kohya"
-    precision: Annotated[Literal["fp16", "bf16", "fp32"], "of the written tensors; the sum itself is always fp32"] = "fp16"
-    remap: Annotated[str | None, "a pruned checkpoint: the LoRAs are of its parent, and move to the layers that it kept"] = None
-    allow_partial: Annotated[bool, "merge what fits of a LoRA that does not fit whole"] = False
+    format: Annotated[Literal["kohya", "diffusers", "peft"], "key layout of the written LoRA; kohya loads in all programs"] = (
+        "kohya"
+    )
+    precision: Annotated[Literal["fp16", "bf16", "fp32"], "precision of the written tensors; sums are always fp32"] = "fp16"
+    remap: Annotated[str | None, "a pruned checkpoint: move LoRAs of its unpruned parent to the layers that it kept"] = None
+    allow_partial: Annotated[bool, "merge the fitting modules of a LoRA that does not fit completely"] = False
     extract: Annotated[bool, "write the LoRA between --base and --tuned"] = False
-    tuned: Annotated[str | None, "a checkpoint: with --extract its LoRA; with --reference, base + (tuned - reference)"] = None
-    reference: Annotated[str | None, "what --tuned was trained from; its difference is added to --base"] = None
-    check: Annotated[str | None, "sample before and after on this base, and compare"] = None
+    tuned: Annotated[str | None, "fine-tuned checkpoint, for --extract, or with --reference for base + (tuned - reference)"] = (
+        None
+    )
+    reference: Annotated[str | None, "checkpoint that --tuned was trained from; the difference of both is added to --base"] = None
+    check: Annotated[str | None, "draw with the LoRAs before and after the merge on this base, and compare"] = None

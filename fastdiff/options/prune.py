@@ -49,18 +49,18 @@ class Config(TrainConfig):
     )
 
     layout: Annotated[str, f"{', '.join(LAYOUTS)}, or FILE.json, the config of a UNet"] = "bk-base"
-    steps: Annotated[int, "optimiser steps; 0 = only cut, nothing is trained", Range(0)] = 1000
-    lambda_feat: Annotated[float, "weight of the features' distance; 0 = none", Range(0)] = 1.0
+    steps: Annotated[int, "optimiser steps; 0 = cut without training", Range(0)] = 1000
+    lambda_feat: Annotated[float, "weight of the distance between features; 0 = none", Range(0)] = 1.0
     lambda_task: Annotated[float, "weight of the denoising loss; SDXS 0, BK-SDM 1", Range(0)] = 0.0
     feat_norm: Annotated[Literal["variance", "none"], "none: BK-SDM's raw sum, in which the widest block outweighs all"] = (
         "variance"
     )
-    auto: Annotated[bool, "choose the blocks by what they cost and what they are worth, measured here; no --layout"] = False
-    target_speed: Annotated[str, "with --auto: how many times as fast as the base the network is to be"] = "2x"
-    controlnet: Annotated[list[str], "folder of a ControlNet of the base, to be cut alike; repeat it for more"] = field(
+    auto: Annotated[bool, "choose the blocks by measured cost and worth instead of a --layout"] = False
+    target_speed: Annotated[str, "with --auto: how many times faster than the base"] = "2x"
+    controlnet: Annotated[list[str], "folder of a ControlNet of the base that is cut the same way; repeatable"] = field(
         default_factory=list
     )
-    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none", Range(0, 2000)] = 500
+    proof: Annotated[int, "pictures per row of the closing table (emoji only); 0 = no table", Range(0, 2000)] = 500
 
     def __post_init__(self) -> None:
         speed(self.target_speed)

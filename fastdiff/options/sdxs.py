@@ -38,13 +38,15 @@ class Config(SegmentedConfig):
         "max_time",
     )
 
-    student: Annotated[Literal["full", "lora"], "what trains of it"] = "full"
-    style_lora: Annotated[str | None, "FILE[=WEIGHT] the teacher wears: its style becomes a LoRA of the one-step --init"] = None
-    style_pairs: Annotated[bool, "the pairs' pictures wear the style too; without it lower --lambda-fm-start"] = True
-    gan_steps: Annotated[int, "last steps against a discriminator, with a LoRA of --gan-rank", Range(0)] = 0
+    student: Annotated[Literal["full", "lora"], "what trains of the student: all weights, or a LoRA"] = "full"
+    style_lora: Annotated[
+        str | None, "FILE[=WEIGHT]: a style LoRA of the teacher; the style becomes a LoRA of the one-step --init"
+    ] = None
+    style_pairs: Annotated[bool, "also sample the pairs with the style; without it use a lower --lambda-fm-start"] = True
+    gan_steps: Annotated[int, "steps at the end against a discriminator, with a LoRA of --gan-rank", Range(0)] = 0
     gan_rank: Annotated[int, "rank of that LoRA, which is folded into full weights", Range(1)] = 4
-    gan_lr: Annotated[float | None, "learning rate of these steps; default --lr", Range(above=0)] = None
-    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none", Range(0, 2000)] = 500
+    gan_lr: Annotated[float | None, "learning rate of the discriminator steps; default --lr", Range(above=0)] = None
+    proof: Annotated[int, "pictures per row of the closing table (emoji only); 0 = no table", Range(0, 2000)] = 500
 
     def __post_init__(self) -> None:
         super().__post_init__()

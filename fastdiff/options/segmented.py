@@ -24,32 +24,44 @@ EMOJI = dict(
 
 @dataclass
 class SegmentedConfig(TrainConfig):
-    """What methods with this loss take."""
+    """The options that `sdxs` and `distill-controlnet` share."""
 
     PANEL: ClassVar[str] = "Features and scores"
 
-    init: Annotated[str | None, "checkpoint the student starts from: pruned, or of one step already; default: the base"] = None
-    t_gen: Annotated[int | None, "timestep at which the student is called; default: --init's own, else the last", Range(0)] = None
-    match_steps: Annotated[int, "first steps with feature matching alone", Range(0)] = 1000
-    data: Annotated[str | None, "teacher: pairs of noise and picture come from nowhere else"] = "teacher"
+    init: Annotated[str | None, "checkpoint that the student starts from, pruned or already one-step; default: the base"] = None
+    t_gen: Annotated[
+        int | None, "timestep at which the student is called; default: as --init was trained, else the last", Range(0)
+    ] = None
+    match_steps: Annotated[int, "steps at the start with feature matching alone", Range(0)] = 1000
+    data: Annotated[str | None, "always teacher: only the teacher gives pairs of noise and picture"] = "teacher"
     fake: Annotated[Literal["lora", "full"], "the online model, which learns the student's distribution"] = "lora"
     lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64
-    lora_alpha: Annotated[float, "their scale is alpha / rank", Range(above=0)] = 64
-    lora_layers: Annotated[Literal["all", "attention"], "where they act; attention is faster and smaller"] = "all"
-    guidance: Annotated[float, "of the teacher, in its scores and its samples: u + w (c - u)", Range(1)] = 7.5
-    t_min: Annotated[float, "scores are compared from this part of the timesteps ...", Range(0, 1)] = 0.02
-    alpha_start: Annotated[float, "... to this at first ...", Range(0, 1)] = 0.98
-    alpha_end: Annotated[float, "... and to this at the end", Range(0, 1)] = 0.5
-    lambda_fm_start: Annotated[float, "weight of feature matching beside the scores at first ...", Range(0)] = 10.0
-    lambda_fm_end: Annotated[float, "... and at the end", Range(0)] = 1.0
-    fm_encoder: Annotated[Literal["unet", "vgg", "dinov2", "embedded"], "whose features: unet needs no decoder"] = "unet"
+    lora_alpha: Annotated[float, "scale of the adapters is alpha / rank", Range(above=0)] = 64
+    lora_layers: Annotated[Literal["all", "attention"], "layers that get an adapter; attention is faster and smaller"] = "all"
+    guidance: Annotated[float, "guidance w of the teacher, u + w (c - u), in scores and samples", Range(1)] = 7.5
+    t_min: Annotated[float, "lowest noise level of the scores, as a part of the timesteps", Range(0, 1)] = 0.02
+    alpha_start: Annotated[float, "highest noise level of the scores at the start", Range(0, 1)] = 0.98
+    alpha_end: Annotated[float, "highest noise level of the scores at the end", Range(0, 1)] = 0.5
+    lambda_fm_start: Annotated[float, "weight of feature matching beside the scores at the start", Range(0)] = 10.0
+    lambda_fm_end: Annotated[float, "weight of feature matching at the end", Range(0)] = 1.0
+    fm_encoder: Annotated[
+        Literal["unet", "vgg", "dinov2", "embedded"], "network whose features are matched; unet needs no decoder"
+    ] = "unet"
     fm_weights: Annotated[str | None, "vgg: torchvision's VGG-16 file; dinov2: a folder or hub id"] = None
-    fm_t_max: Annotated[float, "unet: with noise up to this part of the timesteps", Range(0, 1)] = 0.25
-    fm_crop: Annotated[int, "vgg, dinov2: latent positions a side that are decoded: memory", Range(4)] = 64
-    fm_batch: Annotated[int | None, "pairs a step in it beside the scores, of the batch; default half of it", Range(1)] = None
-    weighting: Annotated[Literal["dmd", "eq8", "none", "sigma2"], "of g; none is Diff-Instruct's"] = "dmd"
+    fm_t_max: Annotated[float, "for unet: highest noise level of the pictures, as a part of the timesteps", Range(0, 1)] = 0.25
+    fm_crop: Annotated[int, "for vgg and dinov2: side of the decoded crop in latent pixels; less takes less memory", Range(4)] = (
+        64
+    )
+    fm_batch: Annotated[
+        int | None, "pairs of a batch in feature matching beside the scores; default: half the batch", Range(1)
+    ] = None
+    weighting: Annotated[
+        Literal["dmd", "eq8", "none", "sigma2"], "weighting of the score difference; none is Diff-Instruct's"
+    ] = "dmd"
     fake_lr: Annotated[float | None, "learning rate of the online model; default --lr", Range(above=0)] = None
-    vae: Annotated[str | None, "VAE of previews and closing figures, as a tiny decoder; also decodes for vgg and dinov2"] = None
+    vae: Annotated[
+        str | None, "VAE for previews and closing figures, for example a tiny decoder; also decodes for vgg and dinov2"
+    ] = None
 
     def __post_init__(self) -> None:
         if self.t_min > min(self.alpha_start, self.alpha_end):
@@ -66,7 +78,7 @@ class SegmentedConfig(TrainConfig):
         return checkpoint.load(self.init, dtype=dtype or torch.float32, allow_pickle=self.allow_pickle)
 
     def start(self, base: "Checkpoint") -> "Checkpoint":
-        """The checkpoint that the student starts from; InputRefused where it is of another family, or cannot be called so."""
+        """The checkpoint that the student starts from. InputRefused if its UNet takes other inputs than the base's."""
         if self.t_gen is not None and self.t_gen >= len(base.schedule()):
             raise UsageError(f"`t_gen={self.t_gen}`: must be below {len(base.schedule())}")
         if not self.init:
@@ -76,7 +88,7 @@ class SegmentedConfig(TrainConfig):
             other_value, base_value = other.unet_config.get(key), base.unet_config.get(key)
             if other_value != base_value:
                 raise InputRefused(
-                    f"`init={self.init}`: its UNet has {key} {other_value}, the base {base_value}",
+                    f"`init={self.init}`: the UNet has {key} {other_value}, the base {base_value}",
                     "it must be of the base's family",
                 )
         return other

@@ -46,9 +46,9 @@ class Config(TrainConfig):
     )
 
     width: Annotated[int, "channels of every layer; 64 is TAESD's", Range(4)] = 64
-    blocks: Annotated[str, "residual blocks at each resolution, from the latents' to the picture's"] = "3,3,3,1"
+    blocks: Annotated[str, "residual blocks at each of the four resolutions, from latent to picture"] = "3,3,3,1"
     encoder: Annotated[bool, "train an encoder too, for image-to-image"] = False
-    lambda_gan: Annotated[float, "weight of the discriminator's judgement; 0 = none", Range(0)] = 0.1
+    lambda_gan: Annotated[float, "weight of the discriminator; 0 = none", Range(0)] = 0.1
     lambda_pixel: Annotated[float, "weight of the distance at full resolution; SDXS 0", Range(0)] = 0.0
     lambda_lpips: Annotated[float, "weight of the perceptual distance; SDXS 0", Range(0)] = 0.0
     lpips_weights: Annotated[str | None, "torchvision's VGG-16 file, or embedded; default: the model zoo's"] = None
@@ -56,12 +56,10 @@ class Config(TrainConfig):
     d_width: Annotated[int, "channels of the discriminator's first layer", Range(8)] = 64
     d_lr: Annotated[float | None, "learning rate of the discriminator; default the decoder's", Range(above=0)] = None
     gan_from: Annotated[
-        int, "first step at which the decoder is judged; the discriminator learns from half of that", Range(0)
+        int, "step from which the discriminator acts on the decoder; it trains from half of that on", Range(0)
     ] = 0
-    crop: Annotated[int, "pixels a side of the crops that it trains on", Range(16, multiple_of=8)] = 256
-    proof: Annotated[int, "pictures that are kept out of training for the closing figures, at most a quarter", Range(1, 2000)] = (
-        256
-    )
+    crop: Annotated[int, "side of the training crops in pixels", Range(16, multiple_of=8)] = 256
+    proof: Annotated[int, "pictures kept out of training for the closing figures, at most a quarter of all", Range(1, 2000)] = 256
 
     def __post_init__(self) -> None:
         stages(self)
