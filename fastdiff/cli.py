@@ -440,8 +440,8 @@ def answer(args: list[str]) -> int:
             traceback.print_exc()
         console.error(failure.message, failure.hint)
         if as_json:
-            told = {"kind": failure.kind, "message": console.one_line(failure.message), "hint": failure.hint or None}
-            text = console.json_object(name, failure.result, told)
+            details = {"kind": failure.kind, "message": console.one_line(failure.message), "hint": failure.hint or None}
+            text = console.json_object(name, failure.result, details)
     emit(text)
     if (failure is None or failure.kind == "stopped") and (loaded := sys.modules.get("fastdiff.runtime.processes")):
         loaded.leave()

@@ -4,8 +4,9 @@
     python examples/gpu/run.py --only "emoji" --minutes 3          # rows whose name contains the text
     python examples/gpu/run.py --rehearse --only "emoji lcm"       # the same rows on the CPU
 
-Rows of one group run side by side, groups run in turn; group 0 runs beside all but the last, which measures speed alone. Results are written after every row, so that a run that is cut off keeps
-what it has, and a second run with the same --output repeats only the rows that failed or are missing.
+Rows of one group run side by side, groups run in turn. Group 0 runs beside all but the last group, which measures speed alone. Results
+are written after every row: a run that is cut off keeps them, and a second run with the same --output repeats only the rows that
+failed or are missing.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-SHORT = "--steps 20 --save-every 10 --pairs 16".split()
+SHORT = ["--steps", "20", "--save-every", "10", "--pairs", "16"]
 
 
 class Row(NamedTuple):
@@ -49,6 +50,7 @@ def full_size(name: str, words: str, memory_gib: float) -> Row:
     return Row(name, 3, f"{words} -o OUT/{name.replace(' ', '-')}", limit_s=150, memory_gib=memory_gib)
 
 
+# fmt: off
 ROWS = [
     Row("tests", 0, f"nice {sys.executable} -m pytest -q -n 6 -p no:cacheprovider", 250, program=True),
     emoji("lcm", "train-lcm-lora --proof 48 --eval-every 10 --preview-every 10"),
@@ -69,12 +71,21 @@ ROWS = [
     emoji("vae fp16", "distill-vae --precision fp16"),
     Row("sdxl weights", 1, f"{sys.executable} {HERE / 'run.py'} --weights sdxl --output OUT", program=True),
     Row("sd15 weights", 1, f"{sys.executable} {HERE / 'run.py'} --weights sd15 --output OUT", program=True),
-    Row("emoji killed", 2, "train-lcm-lora --steps 4000 --save-every 10 --proof 0 -o OUT/killed", exit_code=75, stop_after_rows=3),
+    Row(
+        "emoji killed", 2,
+        "train-lcm-lora --steps 4000 --save-every 10 --proof 0 -o OUT/killed", exit_code=75, stop_after_rows=3,
+    ),
     emoji("sdxs", "sdxs --init OUT/prune/model --match-steps 8 --gan-steps 4 --proof 0", group=2),
     emoji("controlnet", "distill-controlnet --init OUT/prune/model --controlnet emoji", group=2),
     Row("emoji sample", 2, "sample --prompt apple --lora OUT/lcm/lcm.safetensors --num-images 40 -o OUT/pictures"),
-    Row("emoji sample uncompiled", 2, "sample --prompt apple --lora OUT/lcm/lcm.safetensors --num-images 8 --compile off -o OUT/pictures-off"),
-    Row("emoji sample fp16", 2, "sample --prompt apple --base OUT/prune/model --precision fp16 --num-images 8 -o OUT/pictures-fp16"),
+    Row(
+        "emoji sample uncompiled", 2,
+        "sample --prompt apple --lora OUT/lcm/lcm.safetensors --num-images 8 --compile off -o OUT/pictures-off",
+    ),
+    Row(
+        "emoji sample fp16", 2,
+        "sample --prompt apple --base OUT/prune/model --precision fp16 --num-images 8 -o OUT/pictures-fp16",
+    ),
     Row("emoji evaluate", 2, "evaluate --student OUT/lcm/lcm.safetensors --num-images 48 -o OUT/report"),
     Row("emoji merge", 2, "merge-lora --accel OUT/lcm/lcm.safetensors --base emoji -o OUT/baked"),
     Row("emoji bench sample", 2, "bench sample --calls 5"),
@@ -87,9 +98,16 @@ ROWS = [
     full_size("sdxl dmd2", "dmd --recipe dmd2", 24),
     full_size("sd15 dmd", "dmd", 16),
     full_size("sd15 sdxs", "sdxs --match-steps 2 --gan-steps 2", 24),
-    Row("sdxl sample", 3, "sample --base OUT/sdxl --prompt apple --num-steps 4 --num-images 2 -o OUT/sdxl-pictures", memory_gib=16),
-    Row("speed", 4, f"{sys.executable} {HERE.parent / 'bench_gpu.py'} --minutes MINUTES --output OUT/speed.json", 600, program=True),
-]  # fmt: skip
+    Row(
+        "sdxl sample", 3,
+        "sample --base OUT/sdxl --prompt apple --num-steps 4 --num-images 2 -o OUT/sdxl-pictures", memory_gib=16,
+    ),
+    Row(
+        "speed", 4,
+        f"{sys.executable} {HERE.parent / 'bench_gpu.py'} --minutes MINUTES --output OUT/speed.json", 600, program=True,
+    ),
+]
+# fmt: on
 
 
 # ---- one row, in its own process
@@ -193,7 +211,12 @@ class Runs:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown."""
-    lines = [f"Card: {card()}", "", "| row | result | seconds | GiB reserved | GiB allocated |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        f"Card: {card()}",
+        "",
+        "| row | result | seconds | GiB reserved | GiB allocated |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name, row in results.items():
         cells = [name, "ok" if row["ok"] else row["why"]]
         cells += [str(row.get(key, "")) for key in ("seconds", "reserved_gib", "allocated_gib")]

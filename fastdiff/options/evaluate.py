@@ -113,12 +113,12 @@ class Config(BaseConfig):
         if self.num_steps is None:
             return None
         try:
-            found = tuple(int(n) for n in self.num_steps.split(","))
+            numbers = tuple(int(n) for n in self.num_steps.split(","))
         except ValueError:
-            found = ()
-        if not found or min(found) < 1:
+            numbers = ()
+        if not numbers or min(numbers) < 1:
             raise UsageError(f"{as_field('num_steps', self.num_steps)}: whole numbers with commas, as 1,2,4,8")
-        return found
+        return numbers
 
     @property
     def reference_folder(self) -> Path | None:

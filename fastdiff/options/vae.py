@@ -70,9 +70,9 @@ class Config(TrainConfig):
 
 def stages(config: Config) -> tuple[int, ...]:
     try:
-        found = tuple(int(n) for n in config.blocks.split(","))
+        numbers = tuple(int(n) for n in config.blocks.split(","))
     except ValueError:
-        found = ()
-    if len(found) != 4 or min(found) < 0:
+        numbers = ()
+    if len(numbers) != 4 or min(numbers) < 0:
         raise UsageError(f"`blocks={config.blocks}`: not four numbers, one of each resolution", "as in 3,3,3,1")
-    return found
+    return numbers

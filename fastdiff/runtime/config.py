@@ -128,13 +128,13 @@ def _scalar(option: Option, value: Any, where: str, text: bool) -> Any:
             return choice
     if option.choices:
         _bad_choice(option, value, where)
-    found = _typed(option.kind, value, text)
-    if found is None or (isinstance(found, float) and math.isnan(found)):
+    number = _typed(option.kind, value, text)
+    if number is None or (isinstance(number, float) and math.isnan(number)):
         raise UsageError(f"{where}: {value!r} is not {EXPECTED[option.kind]}")
-    if option.kind in {int, float} and found not in option.range:
-        number = as_field(option.name, value) if where == as_field(option.name) else f"{where} {value}"
-        raise UsageError(f"{number}: must be {option.range}")
-    return found
+    if option.kind in {int, float} and number not in option.range:
+        subject = as_field(option.name, value) if where == as_field(option.name) else f"{where} {value}"
+        raise UsageError(f"{subject}: must be {option.range}")
+    return number
 
 
 def _typed(kind: type, value: Any, text: bool) -> Any:
