@@ -54,7 +54,7 @@ class Detection:
     certain: bool = True  # the file states the prediction type; False: guessed from weights, or the family's default
 
 
-def refuse(path: Path, what: str, key: str = "") -> InputRefused:
+def refusal(path: Path, what: str, key: str = "") -> InputRefused:
     """The error for an unsupported file: `what` it is, and the tensor name `key` by which that was seen."""
     reason = f" ({key})" if key else ""
     return InputRefused(f"{path}: {what}{reason}", f"{titles()} text-to-image checkpoints are supported")
@@ -63,8 +63,8 @@ def refuse(path: Path, what: str, key: str = "") -> InputRefused:
 def sidecar(path: Path) -> str:
     """The text of the file NAME.yaml beside `path`, the configuration that A1111 and Forge read; empty where there is none."""
     for suffix in (".yaml", ".yml"):
-        if (beside := path.with_suffix(suffix)).exists():
-            return beside.read_text(errors="replace")
+        if (yaml_path := path.with_suffix(suffix)).exists():
+            return yaml_path.read_text(errors="replace")
     return ""
 
 
@@ -73,26 +73,26 @@ def detect(file: TensorFile) -> Detection:
     shapes, path = file.shapes, file.path
     for pattern, what in OTHERS[:5]:
         if key := next((k for k in shapes if re.search(pattern, k)), None):
-            raise refuse(path, what, key)
+            raise refusal(path, what, key)
     if f"{UNET}input_blocks.0.0.weight" not in shapes:
         for pattern, what in OTHERS[5:]:
             if key := next((k for k in shapes if re.search(pattern, k)), None):
-                raise refuse(path, what, key)
-        raise refuse(path, "not a Stable Diffusion checkpoint: no model.diffusion_model.input_blocks in it")
+                raise refusal(path, what, key)
+        raise refusal(path, "not a Stable Diffusion checkpoint: no model.diffusion_model.input_blocks in it")
     channels, first = shapes[f"{UNET}input_blocks.0.0.weight"][1], f"{UNET}input_blocks.0.0.weight"
     if channels != 4:
-        raise refuse(path, INPUTS.get(channels, f"a checkpoint of {channels} input channels"), first)
+        raise refusal(path, INPUTS.get(channels, f"a checkpoint of {channels} input channels"), first)
     if (out := shapes.get(f"{UNET}out.2.weight", (4,))[0]) != 4:
-        raise refuse(path, f"a checkpoint of {out} output channels", f"{UNET}out.2.weight")
+        raise refusal(path, f"a checkpoint of {out} output channels", f"{UNET}out.2.weight")
     cross = next((k for k in shapes if k.startswith(UNET) and k.endswith("attn2.to_k.weight")), "")
     if not cross:
-        raise refuse(path, "a UNet without cross-attention")
+        raise refusal(path, "a UNet without cross-attention")
     family = of_width(width := shapes[cross][1])
     label = shapes.get(f"{UNET}label_emb.0.0.weight")
     if width == 1280:
-        raise refuse(path, "an SDXL refiner", cross)
+        raise refusal(path, "an SDXL refiner", cross)
     if label and not (family and family.size_conditioned):
-        raise refuse(path, "an unCLIP checkpoint", f"{UNET}label_emb.0.0.weight")
+        raise refusal(path, "an unCLIP checkpoint", f"{UNET}label_emb.0.0.weight")
     if family is None:
         what = f"{path}: a checkpoint with cross-attention of width {width} ({cross})"
         raise InputRefused(what, "for a network of unusual shape give a folder with its configs: `base_config=FOLDER`")
@@ -113,21 +113,18 @@ def detect_prediction(file: TensorFile, family: Family) -> Detection:
         return Detection(family, "v_prediction", zero_snr, "its key v_pred")
     header = file.metadata.get("fastdiff.prediction_type") or file.metadata.get("modelspec.prediction_type", "")
     if "flow" in header or "flow" in file.metadata.get("modelspec.architecture", ""):
-        raise refuse(file.path, "a flow checkpoint, by its header")
+        raise refusal(file.path, "a flow checkpoint, by its header")
     if header:
         return Detection(family, kind(header), zero_snr, "its header")
     architecture = file.metadata.get("modelspec.architecture", "")
     if family.predicts_either and architecture.startswith(family.architecture_stem):
-        return Detection(
-            family, "v_prediction" if architecture.split("/")[0].endswith("-v") else "epsilon", zero_snr, "its header"
-        )
+        predicts_v = architecture.split("/")[0].endswith("-v")
+        return Detection(family, "v_prediction" if predicts_v else "epsilon", zero_snr, "its header")
     key = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
     if family.predicts_either and key in file:
         # ComfyUI's rule where nothing else tells: the values of this bias spread wider in a network that predicts v.
-        wide = file[key].float().std().item() > 0.09
-        return Detection(
-            family, "v_prediction" if wide else "epsilon", zero_snr, "the spread of a bias; no yaml, no header", False
-        )
+        guess = "v_prediction" if file[key].float().std().item() > 0.09 else "epsilon"
+        return Detection(family, guess, zero_snr, "the spread of a bias; no yaml, no header", False)
     return Detection(family, family.prediction_type, zero_snr, "its family's default", False)
 
 
@@ -176,9 +173,9 @@ def infer_unet(file: TensorFile, config: Mapping[str, Any]) -> dict[str, Any]:
         inferred["transformer_layers_per_block"] = [d or 1 for d in depths[:-1]] + [middle or depths[-1] or 1]
     if isinstance(config.get("attention_head_dim"), list):  # heads of 64 channels
         inferred["attention_head_dim"] = [width // 64 for width in widths]
-    text = config["cross_attention_dim"]
+    text_width = config["cross_attention_dim"]
     keys = (f"input_blocks.{i * (layers + 1) + 1}.1.transformer_blocks.0.attn1.to_k.weight" for i in range(levels))
-    crossed = [key in shapes and shapes[key][1] == text != width for key, width in zip(keys, widths, strict=True)]
+    crossed = [key in shapes and shapes[key][1] == text_width != width for key, width in zip(keys, widths, strict=True)]
     if any(crossed):
         inferred["only_cross_attention"] = crossed
     return inferred

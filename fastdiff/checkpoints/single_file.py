@@ -252,11 +252,11 @@ def stack_parts(weights: Weights, slot: Slot, dtype: torch.dtype) -> Tensor:
 def entries(weights: Weights, wanted: Iterable[Slot], dtype: torch.dtype | None) -> Iterator[Entry]:
     """The tensors to write for a component, each made just before it is written. `dtype` None keeps the stored dtypes."""
     for slot in wanted:
-        kind = dtype or weights.dtypes[slot.parts[0]]
+        slot_dtype = dtype or weights.dtypes[slot.parts[0]]
         first = weights.shapes[slot.parts[0]]
         shape = first[::-1] if slot.form == "transposed" else (first[0] * len(slot.parts), *first[1:])
         shape = (*shape, 1, 1) if slot.form == "conv" else tuple(shape)
-        yield Entry(slot.name, kind, shape, partial(stack_parts, weights, slot, kind))
+        yield Entry(slot.name, slot_dtype, shape, partial(stack_parts, weights, slot, slot_dtype))
 
 
 # ---- flat names, as LoRA files have them: underscores instead of dots

@@ -24,7 +24,7 @@ from fastdiff.checkpoints.tensors import Entry
 from fastdiff.runtime.console import info
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 
-if TYPE_CHECKING:  # networks of diffusers are cast to it: torch types every attribute of a module as a tensor or a module
+if TYPE_CHECKING:  # networks are cast to these: torch types every attribute of a module as a tensor or a module
     from diffusers.models.modeling_utils import ModelMixin
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -53,7 +53,7 @@ def weights_of(base: Checkpoint, part: str) -> Weights:
 
 
 def config_of(base: Checkpoint, part: str) -> dict[str, Any]:
-    """The config of a component. A UNet in memory decides itself, because a method may have changed its shape."""
+    """The config of a component. A UNet in memory has its own, because a method may have changed its shape."""
     net = loaded(base, part)
     if part == "unet" and net is not None:
         return json.loads(cast("UNet2DConditionModel", net).to_json_string())
@@ -94,9 +94,9 @@ def to_folder(
     try:
         for part, weights in sources.items():
             stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-            kind = None if part == "vae" else dtype
+            part_dtype = None if part == "vae" else dtype
             rows = [
-                Entry(name, kind or weights.dtypes[name], shape, partial(weights.__getitem__, name))
+                Entry(name, part_dtype or weights.dtypes[name], shape, partial(weights.__getitem__, name))
                 for name, shape in weights.shapes.items()
             ]
             tensors.write(staged / part / f"{stem}.safetensors", rows, {"format": "pt"})
@@ -175,9 +175,9 @@ def extras(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype 
             name = row.name.replace(f".resblocks.{layers - 1}.", f".resblocks.{layers}.")
             yield Entry(name, row.dtype, row.shape, row.read)
         width = weights.shapes["text_model.final_layer_norm.weight"][0]
-        kind = dtype or weights.dtypes["text_model.final_layer_norm.weight"]
-        yield Entry(f"{prefix}text_projection", kind, (width, width), lambda: torch.eye(width))
-        yield Entry(f"{prefix}logit_scale", kind, (), lambda: torch.tensor(1.0))
+        norm_dtype = dtype or weights.dtypes["text_model.final_layer_norm.weight"]
+        yield Entry(f"{prefix}text_projection", norm_dtype, (width, width), lambda: torch.eye(width))
+        yield Entry(f"{prefix}logit_scale", norm_dtype, (), lambda: torch.tensor(1.0))
     empty = lambda: torch.empty(0)
     if base.family.marks_v and base.prediction_type == "v_prediction":
         yield Entry("v_pred", torch.float32, (0,), empty)
@@ -212,18 +212,18 @@ def to_file(
 ) -> list[Path]:
     """Write `base` as a single file in the LDM layout, for ComfyUI, A1111 and Forge; returns the paths written.
 
-    A yaml is written beside the file where those programs need one.     `changed` and `dtype` are as in `to_folder`. The file
-    is read back and compared tensor by tensor; GateFailed where it differs. InputRefused for a UNet with uneven layers, and
-    without `force` for one that no other program reads as a single file.
+    A yaml is written beside the file where those programs need one. `changed` and `dtype` are as in `to_folder`. The file is
+    read back and compared tensor by tensor; GateFailed where it differs. InputRefused for a UNet with uneven layers, and without
+    `force` for one that no other program reads as a single file.
     """
     changed = changed or {}
     refuse_unreadable(base, force=force)
     digests = tensors.write(path, rows_of(base, changed, dtype), metadata_of(base, path.stem, recipe))
     written = [path]
     if needs_yaml(base):
-        beside = path.with_suffix(".yaml")
-        beside.write_text(yaml_of(base))
-        written.append(beside)
+        yaml_path = path.with_suffix(".yaml")
+        yaml_path.write_text(yaml_of(base))
+        written.append(yaml_path)
     tensors.verify(path, digests)
     return written
 
@@ -333,7 +333,7 @@ def refuse_unreadable(base: Checkpoint, *, force: bool) -> None:
     if not known_elsewhere(base.family, config):
         if not force:
             raise InputRefused(
-                f"{as_field('base', base.ref)}: ComfyUI, A1111 and Forge know no single file of a UNet of this shape",
+                f"{as_field('base', base.ref)}: ComfyUI, A1111 and Forge cannot read a UNet of this shape from a single file",
                 "export it as a folder, which diffusers loads; `force=True` writes the file for fastdiff and diffusers "
                 "(from_single_file with config=FOLDER)",
             )

@@ -56,10 +56,10 @@ def attach(
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # type: ignore[arg-type]
         cast("UNet2DConditionModel", unet).add_adapter(config, adapter_name=name)
     cast_training_params(unet, torch.float32)
-    mine = [p for p in unet.parameters() if p.requires_grad]
+    added = [p for p in unet.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(True)
-    return mine
+    return added
 
 
 @torch.no_grad()
@@ -75,19 +75,19 @@ def start_from(unet: nn.Module, start: Lora, name: str) -> None:
     weights = {key: base_weight(module) for key, module in modules.items()}
     shapes = {f"{layer}.weight": tuple(weights[key].shape) for key, layer in apply.names(unet).items()}
     (fitted,) = apply.fit([(start, 1.0)], apply.places(shapes, "lora_unet_"))
-    homeless = [key for key in fitted.modules if key not in adapted]
-    if homeless:
+    unadapted = [key for key in fitted.modules if key not in adapted]
+    if unadapted:
         raise UsageError(
-            f"{start.source}: {len(homeless)} of its layers have no adapter here ({homeless[0]})", "`lora_layers=all`"
+            f"{start.source}: {len(unadapted)} of its layers have no adapter here ({unadapted[0]})", "give `lora_layers=all`"
         )
     for key, update in fitted.modules.items():
         layer = adapted[key]
         if update.needs_weight:
             update = Dense(update.delta(weights[key].float().cpu()))
         down, up = weight_pair(layer, name)
-        near, _, _ = low_rank_of(update, len(down))
-        down[: near.rank].copy_(near.down.reshape(near.rank, *down.shape[1:]))
-        up[:, : near.rank].copy_(near.up.reshape(len(up), near.rank, *up.shape[2:]) / layer.scaling[name])
+        best, _, _ = low_rank_of(update, len(down))
+        down[: best.rank].copy_(best.down.reshape(best.rank, *down.shape[1:]))
+        up[:, : best.rank].copy_(best.up.reshape(len(up), best.rank, *up.shape[2:]) / layer.scaling[name])
 
 
 def base_weight(module: nn.Module) -> Tensor:

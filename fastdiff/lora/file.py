@@ -26,7 +26,7 @@ from fastdiff.runtime.errors import InputRefused, UsageError, as_field, quoted
 # Header entries that describe the tensors of the file they were read from, so a new file must not copy them.
 STALE = {"lora_adapter_metadata", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "ss_network_args", "format"}
 Format = Literal["kohya", "diffusers", "peft"]
-ABSURD_RANK, ABSURD_SCALE = 16_384, 10_000.0  # larger ones are signs of a damaged file
+MAX_RANK, MAX_SCALE = 16_384, 10_000.0  # larger ones are signs of a damaged file
 
 
 @dataclass(eq=False)
@@ -135,7 +135,7 @@ def load(path: str | Path, *, layers: int = 2, allow_partial: bool = False, allo
                 alpha = peft_alpha(configs[part.component], part.name, rank)
                 modules[part.key].setdefault("alpha", torch.tensor(float(alpha)))
     except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise InputRefused(f"{path}: what its header or adapter_config.json says is broken ({quoted(error)})") from error
+        raise InputRefused(f"{path}: the header or adapter_config.json is malformed ({quoted(error)})") from error
     updates = {
         key: checked(build(plain_magnitude(sides), f"{path}: {key}"), sides, f"{path}: {key}") for key, sides in modules.items()
     }
@@ -169,8 +169,8 @@ def checked(update: Update, sides: Mapping[str, Tensor], where: str) -> Update:
     """Return the update, or raise InputRefused for a rank or scale so large that the file must be damaged or hostile."""
     rank = update.rank if isinstance(update, Factors) else 1
     alpha = sides["alpha"].float().item() if "alpha" in sides else rank
-    if rank > ABSURD_RANK or alpha / rank > ABSURD_SCALE:
-        raise InputRefused(f"{where}: rank {rank} with alpha {alpha:g} is absurd; the file is damaged")
+    if rank > MAX_RANK or alpha / rank > MAX_SCALE:
+        raise InputRefused(f"{where}: rank {rank} with alpha {alpha:g} is far too large; the file is damaged")
     return update
 
 
@@ -181,9 +181,9 @@ def peft_configs(path: Path, metadata: Mapping[str, str], parts: Iterable[Part])
     for key, value in header.items():
         configs.setdefault(key.split(".")[0], {})[key.partition(".")[2]] = value
     if any(part.name and not part.component for part in parts):
-        beside = path.parent / "adapter_config.json"
-        if beside.exists():
-            configs[""] = json.loads(beside.read_text())
+        config_path = path.parent / "adapter_config.json"
+        if config_path.exists():
+            configs[""] = json.loads(config_path.read_text())
         else:
             warn(f"{path}: no adapter_config.json beside it, so its scale is unknown; alpha = rank is assumed")
     return configs
@@ -203,7 +203,7 @@ def with_first_encoder(lora: Lora, prefix: str) -> Lora:
     """
     renamed = {re.sub(r"^lora_te1?_", prefix, key): update for key, update in lora.modules.items()}
     if len(renamed) < len(lora.modules):
-        raise InputRefused(f"{lora.source}: the first text encoder is there as lora_te_ and as lora_te1_")
+        raise InputRefused(f"{lora.source}: the first text encoder has modules under both lora_te_ and lora_te1_")
     return replace(lora, modules=renamed)
 
 
@@ -228,10 +228,10 @@ def from_peft(state: dict[str, Tensor], alpha: float | dict, prefix: str = "lora
 
 
 def balanced(factors: Factors, scale: float) -> tuple[Tensor, Tensor]:
-    """Factors down and up of `scale` B A whose largest values are about equal in size, component by component.
+    """The factors down and up of `scale` B A, with the largest value of each row of down near that of the column of up.
 
-    Without this, a scale such as 1 / 64 would make `up` too small for fp16's normal range. Only powers of two move between the
-    two, so the product stays exact.
+    Without this, a scale such as 1 / 64 would make `up` too small for fp16's normal range. Both change by powers of two alone,
+    so that the product stays exact.
     """
     down, up = factors.down.flatten(1), factors.up.flatten(1) * scale  # (r, in kh kw), (out, r)
     power = ((up.abs().amax(0) / down.abs().amax(1)).log2() / 2).round()
@@ -378,6 +378,6 @@ def with_weights(loras: Weighted, default: float = 1.0) -> list[tuple[Path | Lor
     return result
 
 
-def opened(item: Path | Lora, **how: Any) -> Lora:
-    """The LoRA itself, or the one that is read from a path; `how` goes to `load`."""
-    return item if isinstance(item, Lora) else load(item, **how)
+def opened(item: Path | Lora, **options: Any) -> Lora:
+    """The LoRA itself, or the one that is read from a path; `options` go to `load`."""
+    return item if isinstance(item, Lora) else load(item, **options)

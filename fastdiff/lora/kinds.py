@@ -205,9 +205,9 @@ def build(sides: Mapping[str, Tensor], where: str) -> Update:
         update = assemble(tensors, alpha.item(), on_input, where) if tensors else None
     except (RuntimeError, KeyError) as error:  # shapes that cannot be multiplied, a factor without its other half
         shapes = ", ".join(f"{side} {tuple(t.shape)}" for side, t in tensors.items())
-        raise InputRefused(f"{where}: these make no update, or their shapes do not fit together: {shapes}") from error
+        raise InputRefused(f"{where}: tensors are missing or their shapes do not fit together: {shapes}") from error
     if update is None:
-        raise InputRefused(f"{where}: {' and '.join(sides)} alone make no update")
+        raise InputRefused(f"{where}: {' and '.join(sides)} alone cannot be applied")
     if magnitude is None:
         return update
     if update.shape is None or len(update.shape) < 2:
@@ -242,7 +242,7 @@ def assemble(tensors: dict[str, Tensor], alpha: float, on_input: bool, where: st
     missing = {"down", "up"} - have
     if len(missing) == 1:
         raise InputRefused(f"{where}: {missing.pop()} missing")
-    raise InputRefused(f"{where}: {', '.join(sorted(have)) or 'alpha alone'} make no update that is known")
+    raise InputRefused(f"{where}: no known kind of LoRA has these tensors: {', '.join(sorted(have)) or 'alpha alone'}")
 
 
 def low_rank(tensors: Mapping[str, Tensor], alpha: float, where: str) -> Factors:

@@ -154,12 +154,12 @@ def bake(
     *,
     dtype: torch.dtype = torch.float16,
     allow_partial: bool = False,
-    **how: Any,
+    **options: Any,
 ) -> tuple[int, list[Path]]:
     """Write a checkpoint of `base` with LoRAs added; returns the number of modules changed and the paths written.
 
     `loras` are as in `merge`, `path` is NAME.safetensors or a folder. Weights are added in fp32, tensor by tensor, and cast to
-    `dtype` once. `how` goes to `concatenate`, for methods other than the sum. InputRefused where a LoRA does not fit the base;
+    `dtype` once. `options` go to `concatenate`, for methods other than the sum. InputRefused where a LoRA does not fit the base;
     `allow_partial` leaves out the modules that do not.
     """
     base = checkpoint.load(base) if isinstance(base, str) else base
@@ -174,8 +174,8 @@ def bake(
     table = {key: place for part, prefix in prefixes.items() for key, place in apply.places(shapes[part], prefix).items()}
     fitted = apply.fit(ready, table, allow_partial=allow_partial, family=base.family)
     ready = [(item, strength) for item, (_, strength) in zip(fitted, ready, strict=True)]
-    if how.get("method", "sum") != "sum":
-        ready = [(concatenate(ready, **how), 1.0)]
+    if options.get("method", "sum") != "sum":
+        ready = [(concatenate(ready, **options), 1.0)]
     changed: dict[str, Weights] = {}
     count = 0
     for part, prefix in prefixes.items():
