@@ -1,6 +1,7 @@
 """The command line. A command is one line of COMMANDS: a module with a `COMMAND` (runtime/command.py), or MODULE:METHOD.
 
-The module is imported only when its command is named: `fastdiff --help` loads no torch.
+A module of the same name in fastdiff/options holds the command's options and loads no torch. The module of the command itself is
+imported only to run it, so help pages, completion, `--dry-run` and usage errors answer at once.
 """
 
 import inspect
@@ -8,10 +9,12 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -20,7 +23,7 @@ from typer.core import TyperGroup
 
 from fastdiff import __version__
 from fastdiff.runtime import console
-from fastdiff.runtime.command import Runnable
+from fastdiff.runtime.command import Description, Runnable
 from fastdiff.runtime.config import Option, options, preset, resolve, suggestion, to_toml
 from fastdiff.runtime.errors import Result, Stopped, UsageError, with_flags
 
@@ -33,8 +36,17 @@ class Command(NamedTuple):
     help: str
     panel: str
 
+    def describe(self) -> Description:
+        """The options, presets and examples: from fastdiff/options, or from the module itself where that has its own."""
+        options_module = f"fastdiff.options.{self.place.partition(':')[0].rpartition('.')[2]}"
+        if find_spec(options_module):
+            module = vars(import_module(options_module))
+            return Description(module["Config"], module.get("PRESETS", {}), module["EXAMPLES"])
+        work = self.load()
+        return Description(work.Config, work.presets, work.examples)
+
     def load(self) -> Runnable:
-        """Import it."""
+        """Import the code that runs the command."""
         module, _, method = self.place.partition(":")
         loaded = import_module(module, __package__)
         if not method:
@@ -65,6 +77,16 @@ PLAN = Command("plan", ".commands.plan", "Tell memory, disk and hours of a train
 PLANNED = [c.name for c in COMMANDS if c.panel == "Train"]
 
 PACKAGE = Path(__file__).parent
+HELP_ALL = "--help-all"
+START = " ".join(
+    (
+        "Turn a Stable Diffusion checkpoint into a fast few-step model.\n\n[bold]Start here:[/bold]",
+        "[cyan]fastdiff train-lcm-lora[/cyan] distils the small checkpoint that ships with fastdiff: no GPU, no download.",
+        "With [cyan]--base model.safetensors[/cyan] it distils your own;",
+        "[cyan]fastdiff plan train-lcm-lora --base model.safetensors[/cyan] first says whether that fits this machine.",
+        "[cyan]fastdiff sample --lora FILE[/cyan] draws with the result.",
+    )
+)
 SOURCES = "Every option is also a variable (FASTDIFF_STEPS) and a key of --config FILE.toml; flags win."
 # typer carries its own copy of click, or depends on it: either way its parser's errors are these.
 PARSER_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -75,7 +97,7 @@ class Call:
     """A parsed command line, ready to run."""
 
     command: Command
-    work: Runnable
+    description: Description
     flags: dict[str, Any]  # of the config; None = not given
     json: bool = False
     config: Path | None = None
@@ -86,6 +108,11 @@ class Call:
     line: str = ""  # as it was typed, but for --json
     plan: bool = False  # tell what it would take, and do not run it
     probe: bool = True
+
+    @cached_property
+    def work(self) -> Runnable:
+        """The code of the command; loads torch."""
+        return self.command.load()
 
 
 class Group(TyperGroup):
@@ -103,8 +130,12 @@ class Group(TyperGroup):
         console.quiet_libraries(offline="--offline" in rest)
         command = next(c for c in COMMANDS if c.name == name)
         with console.stdout_guard(), console.collecting_warnings():
-            work = command.load()
-        return f"{PLAN.name} {name}" if planned else name, build_command(command, work, planned=planned), rest
+            description = command.describe()
+        essentials = ("--help" in rest or "-h" in rest) and HELP_ALL not in rest
+        page = {*rest} <= {"--help", "-h", HELP_ALL}  # nothing is parsed: a switch needs no second flag
+        rest = ["--help" if word == HELP_ALL else word for word in rest]
+        built = build_command(command, description, planned=planned, essentials=essentials, page=page)
+        return f"{PLAN.name} {name}" if planned else name, built, rest
 
 
 def version(value: bool) -> None:
@@ -117,7 +148,7 @@ def build_group() -> Any:
     """The top level: --help, --version, shell completion and a stub for each command."""
     app = typer.Typer(cls=Group, rich_markup_mode="rich", context_settings={"help_option_names": ["--help", "-h"]})
 
-    @app.callback(help="Turn a Stable Diffusion checkpoint into a fast few-step model.", epilog=SOURCES)
+    @app.callback(help=START, epilog=SOURCES)
     def top(
         version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")] = False,
     ) -> None: ...
@@ -135,29 +166,63 @@ def build_group() -> Any:
     return typer.main.get_command(app)
 
 
-def build_command(command: Command, work: Runnable, *, planned: bool = False) -> Any:
-    """The typer command of a Config; invoking it returns a Call. `planned`: one that only tells what it would take."""
+def build_command(
+    command: Command, description: Description, *, planned: bool = False, essentials: bool = False, page: bool = False
+) -> Any:
+    """The typer command of a Config; invoking it returns a Call.
+
+    `planned`: the command only says what a run would take. `essentials`: the help page lists the most used options alone.
+    `page`: only a help page is wanted, which shows `--flag` and leaves out `--no-flag`.
+    """
 
     def call(**values: Any) -> Call:
         own = {k.removeprefix("cli_"): values.pop(k) for k in list(values) if k.startswith("cli_")}
-        return Call(command, work, values, plan=planned, **own)
+        own.pop("help_all")
+        return Call(command, description, values, plan=planned, **own)
 
-    listed = options(work.Config)
-    # The command's own options come first on the help page, the inherited ones after them.
-    own_panel = vars(work.Config).get("PANEL") or "Options"
-    ordered = sorted(listed, key=lambda o: o.panel != own_panel)
-    rows = family_rows(work, listed)
-    parameters = [parameter(o, {family: row[o.name] for family, row in rows.items() if o.name in row}) for o in ordered]
-    call.__signature__ = inspect.Signature([*parameters, *general(planned)])  # typer reads a command's options from here
+    listed, first = options(description.Config), essential_names(description.Config)
+    # The essential options come first on the help page, then the command's own, then the inherited ones.
+    own_panel = vars(description.Config).get("PANEL") or "Options"
+    place = lambda o: (first.index(o.name) if o.name in first else len(first), o.panel != own_panel)
+    rows = family_rows(description, listed)
+    parameters = [
+        parameter(
+            o,
+            {family: row[o.name] for family, row in rows.items() if o.name in row},
+            panel="Essentials" if o.name in first else o.panel,
+            hidden=essentials and o.name not in first,
+            page=page,
+        )
+        for o in sorted(listed, key=place)
+    ]
+    # typer reads a command's options from the signature
+    vars(call)["__signature__"] = inspect.Signature([*parameters, *general(planned, hidden=essentials)])
     app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-    # Rich joins lines within a paragraph: each example is its own.
-    epilog = escape(work.examples.strip()).replace("\n", "\n\n") or None
-    app.command(command.name, help=command.help, epilog=epilog, context_settings={"help_option_names": ["--help", "-h"]})(call)
+    more = f"{HELP_ALL} lists all {len(listed)} options." if essentials and len(listed) > len(first) else ""
+    if any(o.kind is bool for o in listed if not essentials or o.name in first):
+        more += " --no-FLAG turns a switch off."
+    text = "\n\n".join([command.help, *example_paragraphs(description.examples)])
+    app.command(command.name, help=text, epilog=more.strip() or None, context_settings={"help_option_names": ["--help", "-h"]})(
+        call
+    )
     return typer.main.get_command(app)
 
 
-def family_rows(work: Runnable, listed: list[Option]) -> dict[str, dict[str, Any]]:
-    table = work.presets if any(o.name == "base" for o in listed) else {}
+def example_paragraphs(examples: str) -> list[str]:
+    """The examples of a help page as one paragraph, whose lines typer leaves as they are after a backspace."""
+    lines = [f"[cyan]{escape(line)}[/cyan]" for line in examples.strip().splitlines()]
+    return ["\b\n" + "\n".join(["[bold]Examples[/bold]", *lines])] if lines else []
+
+
+def essential_names(config: type) -> tuple[str, ...]:
+    """The options that a short help page lists: at most ten, named by the class attribute ESSENTIALS, else the first ten."""
+    named = [name for cls in config.__mro__ for name in vars(cls).get("ESSENTIALS", ())]  # a class's own come first
+    known = [o.name for o in options(config)]
+    return tuple(dict.fromkeys(name for name in named or known if name in known))[:10]
+
+
+def family_rows(description: Description, listed: list[Option]) -> dict[str, dict[str, Any]]:
+    table = description.presets if any(o.name == "base" for o in listed) else {}
     return {family: preset(listed, table, family) for family in table}
 
 
@@ -167,8 +232,8 @@ def escape(text: str) -> str:
     return escape(text)
 
 
-def parameter(option: Option, presets: dict[str, Any]) -> inspect.Parameter:
-    """A field as a typer option. Its default is None (= not given), so the help text tells the real one.
+def parameter(option: Option, presets: dict[str, Any], *, panel: str, hidden: bool, page: bool) -> inspect.Parameter:
+    """A field as a typer option. Its default is None (= not given), so the help text names the real one.
 
     Values arrive as text and are read by `config.coerce`, as those of variables are: one wording of errors for all.
     """
@@ -176,11 +241,11 @@ def parameter(option: Option, presets: dict[str, Any]) -> inspect.Parameter:
     values = {k: v for k, v in values.items() if v is not MISSING and v is not None and v != [] and v != ""}
     if option.default is MISSING:
         values = {"required": "", **values}
-    words = [f"{k}: {shown(v)}" if v != "" else k for k, v in values.items()]
+    words = [f"{k}: {format_value(v)}" if v != "" else k for k, v in values.items()]
     note = f" [dim]{escape('[' + '; '.join(words) + ']')}[/dim]" if words else ""
     kind: Any = bool if option.kind is bool else list[str] if option.repeated else str
     name = option.flag.removeprefix("--")
-    flags = [f"--{name}/--no-{name}" if kind is bool else f"--{name}", *option.flags]
+    flags = [f"--{name}/--no-{name}" if kind is bool and not page else f"--{name}", *option.flags]
     extra: dict[str, Any] = {}
     if kind is not bool:
         extra["metavar"] = "|".join(map(str, option.choices)) or f"<{option.kind.__name__}>"
@@ -188,21 +253,19 @@ def parameter(option: Option, presets: dict[str, Any]) -> inspect.Parameter:
         extra["autocompletion"] = lambda incomplete: [str(c) for c in option.choices if str(c).startswith(incomplete)]
     if option.argument:
         extra["metavar"] = option.name.upper()
-    told = dict(help=escape(option.help) + note, show_default=False, **extra)
-    info: Any = typer.Argument(**told) if option.argument else typer.Option(*flags, rich_help_panel=panel(option), **told)
+    extra |= dict(help=escape(option.help) + note, show_default=False, hidden=hidden)
+    heading = None if panel == "Options" else panel
+    info: Any = typer.Argument(**extra) if option.argument else typer.Option(*flags, rich_help_panel=heading, **extra)
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
 
 
-def panel(option: Option) -> str | None:
-    return None if option.panel == "Options" else option.panel
-
-
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """A default as a help page writes it."""
     return ("on" if value else "off") if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def general(planned: bool = False) -> list[inspect.Parameter]:
-    """What every command takes besides its config."""
+def general(planned: bool = False, *, hidden: bool = False) -> list[inspect.Parameter]:
+    """What every command takes besides its config; `hidden`: the help page leaves these options out."""
     rows = [
         ("json", bool, ["--json"], "one JSON object on stdout, also on failure"),
         ("config", Path, ["--config"], "read options from a TOML file; a run's own config.toml repeats it"),
@@ -210,6 +273,7 @@ def general(planned: bool = False) -> list[inspect.Parameter]:
         ("offline", bool, ["--offline"], "never use the network"),
         ("quiet", bool, ["--quiet", "-q"], "only results, warnings and errors"),
         ("debug", bool, ["--debug"], "show the traceback of an error"),
+        ("help_all", bool, [HELP_ALL], "show all options and exit"),
     ]
     if planned:
         rows.append(
@@ -218,7 +282,7 @@ def general(planned: bool = False) -> list[inspect.Parameter]:
     made = []
     for name, kind, flags, text in rows:
         extra: dict[str, Any] = {"metavar": "FILE.toml"} if kind is Path else {}
-        info = typer.Option(*flags, help=text, show_default=False, rich_help_panel="General", **extra)
+        info = typer.Option(*flags, help=text, show_default=False, rich_help_panel="General", hidden=hidden, **extra)
         default, hint = (None, Path | None) if kind is Path else (name == "probe", bool)
         made.append(
             inspect.Parameter(f"cli_{name}", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info])
@@ -228,16 +292,21 @@ def general(planned: bool = False) -> list[inspect.Parameter]:
 
 def configure(call: Call) -> Any:
     """The resolved config of a call."""
-    table, family_of = call.work.presets, None
-    if table and any(f.name == "base" for f in fields(call.work.Config)):
-        from fastdiff.checkpoints import locate
+    table, config = call.description.presets, call.description.Config
+    has_base = any(f.name == "base" for f in fields(config))
+    return resolve(config, call.flags, file=call.config, presets=table, family_of=family_name if table and has_base else None)
 
-        family_of = lambda values: (
-            locate.family_of(
-                values["base"], config=values.get("base_config"), allow_pickle=values.get("allow_pickle", False)
-            ).name
-        )
-    return resolve(call.work.Config, call.flags, file=call.config, presets=table, family_of=family_of)
+
+def family_name(values: Mapping[str, Any]) -> str:
+    """The family of the base that the options name; a file is opened only where the name is no alias."""
+    from fastdiff.checkpoints import family
+
+    if known := family.named(values["base"]):
+        return known.name
+    from fastdiff.checkpoints import locate
+
+    pickle = values.get("allow_pickle", False)
+    return locate.family_of(values["base"], config=values.get("base_config"), allow_pickle=pickle).name
 
 
 @dataclass
@@ -293,7 +362,7 @@ def stoppable(call: Call) -> AbstractContextManager[None]:
 def typed(call: Call) -> str:
     """The command line of a call, without the general flags."""
     words = ["fastdiff", call.command.name, *(["--config", str(call.config)] if call.config else [])]
-    for o in options(call.work.Config):
+    for o in options(call.description.Config):
         value = call.flags.get(o.name)
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, bool):

@@ -16,6 +16,7 @@ import typer
 from fastdiff import cli
 from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.runtime import config, console
+from fastdiff.runtime import config as configuration
 from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import DoesNotFit, GateFailed, InputRefused, Result, Stopped, UsageError
 
@@ -114,20 +115,64 @@ def test_command_help_shows_panels_defaults_presets_examples(fake, capsys, monke
     monkeypatch.setenv("COLUMNS", "160")
     fake.PRESETS = {"emoji": {"steps": 7}}
     fake.EXAMPLES = "fastdiff fake -b x\nfastdiff fake --full"
-    assert cli.main(["fake", "--help"]) == 0
+    assert cli.main(["fake", "--help-all"]) == 0
     out = capsys.readouterr().out
     for text in (
+        "Examples",
         "A made-up command.",
         "how many [steps] [default: 1000; emoji: 7]",
         "--full",
-        "--no-full",
+        "--no-FLAG",
         "zero|edge",
         "-b",
     ):
         assert text in out, text
-    assert out.index("Fake things") < out.index("Training") < out.index("General")
-    assert "fastdiff fake -b x" in out.splitlines()[-4].strip() or "\n fastdiff fake -b x " in out
+    assert out.index("fastdiff fake -b x") < out.index("Essentials") < out.index("General")
     assert not fake.seen
+
+
+@pytest.mark.parametrize("command", [[c.name] for c in cli.COMMANDS] + [["plan", "dmd"]], ids=" ".join)
+def test_a_help_page_shows_examples_and_ten_options_and_help_all_the_rest(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    config = next(c for c in cli.COMMANDS if c.name == command[-1]).describe().Config
+    assert cli.main([*command, "--help"]) == 0
+    short = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main([*command, "--help-all"]) == 0
+    whole = capsys.readouterr().out
+    for o in configuration.options(config):
+        row = f"│   {o.name.upper()} " if o.argument else f"│ {o.flag} "
+        assert row in whole, o.name
+        assert (row in short) == (o.name in config.ESSENTIALS), o.name
+    assert short.index("Examples") < short.index("Essentials")
+    assert len(short.splitlines()) < 70
+    assert "--help-all" in short or len(configuration.options(config)) <= 10
+
+
+def test_the_top_page_says_where_to_start(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("Start here") < out.index("Commands" if "Commands" in out else "Train")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["train-lcm-lora", "--help"],
+        ["evaluate", "--help-all"],
+        ["dmd", "--base", "sdxl", "--dry-run"],
+        ["sample", "--stesp", "3"],
+        ["lightning", "--stages", "3:2"],
+        ["plan", "prune", "--help"],
+        ["plan", "nonsense"],
+    ],
+    ids=" ".join,
+)
+def test_help_dry_run_and_usage_errors_load_no_torch(args):
+    code = f"import sys; from fastdiff.cli import main; code = main({args}); sys.exit(9 if 'torch' in sys.modules else code)"
+    expected = 0 if {"--help", "--help-all", "--dry-run"} & set(args) else 2
+    assert python("-c", code).returncode == expected
 
 
 def test_shell_completion(fake, capsys, monkeypatch):

@@ -275,8 +275,8 @@ def test_protocols_set_what_they_say(tmp_path, tiny_sdxl, monkeypatch):
     given = dict(protocol="coco10k-lightning", reference=str(tmp_path), prompts=str(tmp_path / "p.txt"))
     made = resolve(evaluate.Config, given, presets=evaluate.PRESETS, family_of=lambda v: "sdxl")
     assert (made.num_images, made.fid_px, made.resolution, made.metrics) == (10_000, 299, 1024, "fid,patch,clip")
-    assert made.teacher_settings(FAMILIES["sdxl"]).num_steps == 32
-    assert made.teacher_settings(FAMILIES["sdxl"]).guidance == 6
+    assert evaluate.teacher_settings(made, FAMILIES["sdxl"]).num_steps == 32
+    assert evaluate.teacher_settings(made, FAMILIES["sdxl"]).guidance == 6
     made = resolve(evaluate.Config, dict(given, protocol="coco30k-dmd"), presets=evaluate.PRESETS, family_of=lambda v: "sd15")
     assert (made.num_images, made.fid_px, made.resolution) == (30_000, 256, 512)
 
@@ -296,7 +296,7 @@ def test_protocols_set_what_they_say(tmp_path, tiny_sdxl, monkeypatch):
         (["--num-steps", "4,x"], 2, "--num-steps 4,x"),
         (["--lora", "a", "--student", "b"], 2, "--student and --lora"),
         (["--student-controlnet", "emoji"], 2, "--with-controlnet"),
-        (["--protocol", "coco30k-dmd"], 2, "--reference FOLDER"),
+        (["--protocol", "coco30k-dmd"], 2, "give a folder as --reference"),
         (["--student", "emoji"], 2, "of emoji, but --base is sd15"),
     ],
 )

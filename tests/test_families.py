@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fastdiff.checkpoints import family
-from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.checkpoints.family import DEFAULT_BASE, FAMILIES, SHIPPED, Presets
 from fastdiff.models.unet import LAYOUTS
+from fastdiff.options.base import BaseConfig
 from fastdiff.runtime.config import options, preset
 from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling.settings import Settings
@@ -19,7 +19,7 @@ TABLE = PACKAGE / "checkpoints" / "family.py"
 NAMES = {*FAMILIES, *family.aliases()}
 # What still has dictionaries by name.
 # The word of another vocabulary: a layout of UNet blocks is called after the model that has it.
-ALLOWED = {("models/unet.py", name) for name in LAYOUTS if name in NAMES}
+ALLOWED = {(place, name) for place in ("models/unet.py", "options/prune.py") for name in LAYOUTS if name in NAMES}
 
 
 def names_a_family(node):

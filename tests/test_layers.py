@@ -1,12 +1,20 @@
 """The law of the house: a room imports only rooms to its left."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from fastdiff.cli import COMMANDS
+from fastdiff.runtime.config import options
+
 PACKAGE = Path(__file__).parent.parent / "fastdiff"
-LAW = "runtime < diffusion < checkpoints < lora < models < sampling < data < quality < training < methods < cost < commands < cli"
+LAW = (
+    "runtime < diffusion < checkpoints < options < lora < models < sampling < data < quality < training < methods < cost "
+    "< commands < cli"
+)
 ORDER = {room: i for i, room in enumerate(LAW.split(" < "))}
 
 
@@ -35,6 +43,32 @@ def upward(package=PACKAGE):
 
 def test_a_room_imports_only_rooms_to_its_left():
     assert not list(upward())
+
+
+def test_options_load_no_heavy_library():
+    """Help pages, completion, dry runs and usage errors wait for nothing."""
+    script = "import sys; from fastdiff.cli import COMMANDS; [c.describe() for c in COMMANDS]; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "diffusers", "transformers", "PIL", "safetensors"} & set(modules)
+    assert len([name for name in modules if name.startswith("fastdiff.options.")]) >= len(COMMANDS)
+
+
+def test_every_command_has_a_module_of_options_with_ten_essentials_at_most():
+    for command in COMMANDS:
+        config = command.describe().Config
+        assert config.__module__ == f"fastdiff.options.{command.place.split(':')[0].split('.')[-1]}"
+        names = {o.name for o in options(config)}
+        assert set(vars(config)["ESSENTIALS"]) <= names
+        assert 1 <= len(vars(config)["ESSENTIALS"]) <= 10
+
+
+def test_names_that_options_repeat_are_those_of_the_code():
+    from fastdiff.diffusion.solvers import SOLVERS
+    from fastdiff.models import unet
+    from fastdiff.options import prune, sample
+
+    assert tuple(SOLVERS) == sample.SCHEDULERS
+    assert tuple(unet.LAYOUTS) == prune.LAYOUTS
 
 
 def test_every_file_is_in_a_room():

@@ -18,8 +18,8 @@ from fastdiff.lora import adapters, apply
 from fastdiff.methods.lightning import SHOWN, Config, Lightning
 from fastdiff.methods.shared.stages import plan, timesteps
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.options.train import seconds
 from fastdiff.runtime.errors import UsageError, with_flags
-from fastdiff.training.config import seconds
 from fastdiff.training.method import Now
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator

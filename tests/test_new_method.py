@@ -60,7 +60,7 @@ def told(*args, code=0):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert cli.main([*args, "--json"]) == code, (args, out.getvalue())
     return json.loads(out.getvalue())
-assert cli.main([name, "--help"]) == 0
+assert cli.main([name, "--help-all"]) == 0
 small = ["--steps", "4", "--batch-size", "2", "--lora-rank", "4", "--lora-alpha", "4", "--proof", "20", "-o", "run-" + name]
 plan = told("plan", name, *small, "--no-probe")["metrics"]
 run = told(name, *small)

@@ -147,12 +147,12 @@ def test_help_is_the_commands_own(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["plan", "--help"]) == 0
     assert "train-lcm-lora" in capsys.readouterr().out
-    assert cli.main(["plan", "dmd", "--help"]) == 0
+    assert cli.main(["plan", "dmd", "--help-all"]) == 0
     page = capsys.readouterr().out
-    assert "--no-probe" in page
+    assert "--probe" in page
     assert "--lambda-reg" in page
-    assert cli.main(["dmd", "--help"]) == 0
-    assert "--no-probe" not in capsys.readouterr().out
+    assert cli.main(["dmd", "--help-all"]) == 0
+    assert "--probe" not in capsys.readouterr().out
 
 
 def test_an_alias_without_weights_is_counted_by_the_published_shapes():

@@ -16,7 +16,7 @@ from torch import nn
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.batch import Batch
 from fastdiff.models.denoiser import Cond
-from fastdiff.training.config import TrainConfig
+from fastdiff.options.train import TrainConfig
 from fastdiff.training.method import Method, Trains
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator

@@ -19,8 +19,8 @@ from fastdiff.data.open import open_data
 from fastdiff.diffusion import losses
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.options.train import TrainConfig
 from fastdiff.sampling.pictures import uint8
-from fastdiff.training.config import TrainConfig
 from fastdiff.training.method import Method, Trains
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator

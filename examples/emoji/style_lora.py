@@ -15,7 +15,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.open import open_data
 from fastdiff.diffusion import losses
-from fastdiff.training.config import TrainConfig
+from fastdiff.options.train import TrainConfig
 from fastdiff.training.method import Method, Trains
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator

@@ -13,8 +13,8 @@ from typing import Annotated, ClassVar
 import torch
 
 from fastdiff.diffusion import losses
+from fastdiff.options.train import TrainConfig
 from fastdiff.runtime.config import Range
-from fastdiff.training.config import TrainConfig
 from fastdiff.training.method import Load, Method, Trains, equation
 
 

@@ -12,8 +12,8 @@ import torch
 
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.solvers import jump
+from fastdiff.options.train import TrainConfig
 from fastdiff.runtime.config import Range
-from fastdiff.training.config import TrainConfig
 from fastdiff.training.method import Load, Method, Phase, Trains, equation
 
 

@@ -11,14 +11,14 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints import single_file, tensors
 from fastdiff.checkpoints.detect import Detection, detect, detect_prediction, infer_unet
-from fastdiff.checkpoints.family import DEFAULT_BASE, Family, base_names
+from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.locate import clip_vocabulary, family_of, locate, shape_tables
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Slot, Weights
@@ -26,28 +26,6 @@ from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdiff.runtime.console import info
 from fastdiff.runtime.errors import InputRefused, as_field
-
-
-@dataclass
-class BaseConfig:
-    """Where the base model comes from: the options that every command with a base has."""
-
-    PANEL: ClassVar[str] = "Base model"
-
-    base: Annotated[str, f"{base_names()}, a hub id, a diffusers folder or a single file"] = field(
-        default=DEFAULT_BASE, metadata={"flags": ["-b"]}
-    )
-    base_config: Annotated[str | None, "folder or hub id with the configs of an unusual single file"] = None
-    prediction_type: Annotated[
-        Literal["epsilon", "v_prediction"] | None, "what the base's network predicts; default: what its files tell"
-    ] = None
-    allow_pickle: Annotated[bool, "read .ckpt, .pt and .bin files too: their tensors, and nothing that could run"] = False
-
-    def open_base(self, dtype: torch.dtype = torch.float32) -> "Checkpoint":
-        assert self.base is not None
-        return load(
-            self.base, dtype=dtype, config=self.base_config, prediction=self.prediction_type, allow_pickle=self.allow_pickle
-        )
 
 
 def plain_name(part: str, name: str) -> str:

@@ -8,16 +8,16 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff import lora
 from fastdiff.checkpoints import locate, write
-from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.cost import measure, stock
 from fastdiff.data.batch import Batch
@@ -27,9 +27,9 @@ from fastdiff.methods import lcm
 from fastdiff.models import autoencoder, text, unet
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.unet import FoldedUNet
+from fastdiff.options.bench import EXAMPLES, Config
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
-from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import GateFailed, Result, UsageError
 from fastdiff.sampling import openvino
 from fastdiff.sampling.assemble import pick_device
@@ -38,46 +38,8 @@ from fastdiff.sampling.sampler import Sampler, with_size
 from fastdiff.sampling.settings import Settings
 from fastdiff.training.method import Now
 
-EXAMPLES = """fastdiff bench sample
-fastdiff bench sample --base sd15 --random-weights --device cuda --assert-ratio 3
-fastdiff bench sample --base sd21 --random-weights --layout sdxs-512 --widths 96,192,384 --resolution 256 --decoder tiny
-fastdiff bench sample --against openvino
-fastdiff bench train
-fastdiff bench merge --rounds 3"""
 PROMPT = "a red apple"
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.999, torch.float16: 0.999}  # largest difference; for halves, the cosine
-
-
-@dataclass(kw_only=True)
-class Config(BaseConfig):
-    PANEL: ClassVar[str] = "Bench"
-
-    work: Annotated[
-        Literal["sample", "train", "merge"], "sample (pictures), train (LCM-LoRA steps) or merge (LoRA into base)"
-    ] = field(default=MISSING, metadata={"argument": True})  # type: ignore[assignment]
-    random_weights: Annotated[bool, "the base's network sizes with random weights: nothing is downloaded"] = False
-    layout: Annotated[str | None, "with --random-weights: a smaller UNet, one of prune's layouts"] = None
-    widths: Annotated[str | None, "with --random-weights: channels of its resolutions, as 96,192,384"] = None
-    against: Annotated[
-        Literal["eager", "compiled", "openvino"],
-        "diffusers as it comes, or by its recipe for speed: minutes to compile; or its networks by OpenVINO, in a bare loop",
-    ] = "eager"
-    decoder: Annotated[Literal["kl", "tiny"], "what fastdiff decodes with; tiny: a TAESD of random weights"] = "kl"
-    stock_decoder: Annotated[Literal["kl", "tiny"], "what diffusers decodes with"] = "kl"
-    stock_embeds: Annotated[bool, "hand diffusers its prompt encoded, as fastdiff has it from the second call on"] = False
-    null: Annotated[bool, "networks that answer zeros at once: what remains is the host's part"] = False
-    compile: Annotated[Literal["auto", "off", "max", "openvino"], "as of `sample`; timed when it is there"] = "auto"
-    num_steps: Annotated[int, "sampling steps", Range(1, 1000)] = 4
-    guidance: Annotated[float, "1 or less = none", Range(0)] = 1.0
-    resolution: Annotated[int | None, "pixels a side; default: the family's own", Range(8, multiple_of=8)] = None
-    batch_size: Annotated[int | None, "pictures at once; default 1, of train the preset's", Range(1)] = None
-    calls: Annotated[int, "timed calls of each way", Range(1)] = 20
-    rounds: Annotated[int, "cold starts of each way, and of merge whole runs; 0 = none", Range(0)] = 1
-    assert_ratio: Annotated[float | None, "end with exit code 5 unless fastdiff is that many times as fast", Range(above=0)] = (
-        None
-    )
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to measure"] = "auto"
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
 
 
 def run(config: Config) -> Result:
@@ -338,7 +300,8 @@ def train(config: Config, device: torch.device) -> dict[str, Any]:
         torch.manual_seed(0)
         batch = ours.batch
         theirs.uncond = batch.uncond
-        losses.append(ours.loss() if way == "ours" else theirs.loss(batch.latents, batch.cond))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):  # as both steps compute it
+            losses.append(ours.loss() if way == "ours" else theirs.loss(batch.latents, batch.cond))
     near = (losses[0] / losses[1]).detach()  # losses are small numbers: their ratio is compared
     parity = nearness("losses", near, torch.ones_like(near), torch.float32 if device.type == "cpu" else torch.bfloat16)
     del losses

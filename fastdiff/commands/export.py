@@ -1,35 +1,18 @@
 """The `export` command: a checkpoint as a diffusers folder or as one file for other programs; a LoRA in another layout."""
 
 import shlex
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from fastdiff import lora
 from fastdiff.checkpoints import write
-from fastdiff.checkpoints.checkpoint import BaseConfig
+from fastdiff.options.export import EXAMPLES, Config
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import Result, UsageError
 
-EXAMPLES = """fastdiff export --base runs/model --single-file -o model.safetensors
-fastdiff export --base model.safetensors -o folder
-fastdiff export --lora lcm.safetensors --format diffusers -o lcm-diffusers.safetensors"""
 DTYPES = {"stored": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass
-class Config(BaseConfig):
-    PANEL: ClassVar[str] = "Export"
-
-    single_file: Annotated[bool, "one LDM-layout file, for ComfyUI, A1111 and Forge, instead of a diffusers folder"] = False
-    force: Annotated[bool, "write a single file of a shape that no other program is known to read"] = False
-    lora: Annotated[str | None, "write this LoRA in --format instead of a checkpoint"] = None
-    format: Annotated[Literal["kohya", "diffusers", "peft"], "layout of a LoRA; kohya loads everywhere"] = "kohya"
-    output: Annotated[str | None, "a folder, or NAME.safetensors for one file"] = field(default=None, metadata={"flags": ["-o"]})
-    precision: Annotated[Literal["stored", "fp16", "bf16", "fp32"], "of UNet and text encoders; the VAE keeps its own"] = "stored"
 
 
 def destination(config: Config) -> Path:

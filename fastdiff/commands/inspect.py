@@ -3,9 +3,9 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint, single_file, tensors
@@ -15,26 +15,15 @@ from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.lora import apply, layouts
 from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Factors, Update
+from fastdiff.options.inspect import EXAMPLES, Config
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import InputRefused, Result, UsageError
 
-EXAMPLES = """fastdiff inspect model.safetensors
-fastdiff inspect style.safetensors --base sdxl --json"""
 KINDS = (  # a side that tells the kind of an update; the first that is there decides
     ("magnitude", "dora"), ("magnitude_out", "dora"), ("blocks", "oft"), ("a1", "glora"), ("vector", "ia3"),
     ("diff", "full"), ("kron1", "lokr"), ("kron1_a", "lokr"), ("w1_a", "loha"), ("down", "lora"),
 )  # fmt: skip
-
-
-@dataclass
-class Config:
-    file: Annotated[str, "a .safetensors file, a pickle or a diffusers folder"] = field(
-        default=MISSING, metadata={"argument": True}
-    )  # type: ignore[arg-type]
-    base: Annotated[str | None, "how much of a LoRA would land on this checkpoint"] = field(
-        default=None, metadata={"flags": ["-b"]}
-    )
 
 
 def of_lora(file: TensorFile) -> dict[str, Any]:

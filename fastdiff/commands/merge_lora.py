@@ -2,30 +2,24 @@
 
 import re
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
 
 from fastdiff import lora
 from fastdiff.checkpoints import single_file
-from fastdiff.checkpoints.checkpoint import BaseConfig
 from fastdiff.commands import compare
 from fastdiff.lora import difference, merging
 from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Dense, Factors, Update
 from fastdiff.models.remap import remapped
+from fastdiff.options.merge_lora import EXAMPLES, Config
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
-from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import InputRefused, Result, UsageError
 
-EXAMPLES = """fastdiff merge-lora --accel lcm.safetensors --style anime.safetensors
-fastdiff merge-lora --accel lcm.safetensors --style a.safetensors=0.6 --style b.safetensors=0.4 --rank 64 -o fast.safetensors
-fastdiff merge-lora --accel lcm.safetensors --style anime.safetensors --base model.safetensors -o fast-model.safetensors
-fastdiff merge-lora --extract --base sdxl --tuned lightning.safetensors --rank 64 -o lightning-lora.safetensors
-fastdiff merge-lora --base custom.safetensors --tuned fast-folder --reference sdxl -o custom-fast.safetensors"""
 ACCEL_WEIGHT, STYLE_WEIGHT = 1.0, 0.8  # a few-step LoRA was distilled at 1; a style at 1 beside it overdraws
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BLOCKS = {  # how many numbers, and of which blocks: the lists of the LoRA block weight extension
@@ -34,34 +28,6 @@ BLOCKS = {  # how many numbers, and of which blocks: the lists of the LoRA block
     12: ["BASE", *(f"IN{i:02}" for i in (4, 5, 7, 8)), "M00", *(f"OUT{i:02}" for i in range(6))],
     20: ["BASE", *(f"IN{i:02}" for i in range(9)), "M00", *(f"OUT{i:02}" for i in range(9))],
 }
-
-
-@dataclass
-class Config(BaseConfig):
-    PANEL: ClassVar[str] = "Merge"
-
-    accel: Annotated[str | None, "the few-step LoRA, FILE[=WEIGHT], weight 1 unless given; its recipe is kept"] = None
-    style: Annotated[list[str], "FILE[=WEIGHT], weight 0.8 unless given; repeat for more"] = field(default_factory=list)
-    base: Annotated[str | None, "bake into this checkpoint: a folder, or with --output NAME.safetensors one file"] = field(  # type: ignore[assignment]
-        default=None, metadata={"flags": ["-b"]}
-    )
-    output: Annotated[str | None, "default <accel>-<style>.safetensors; with --base a folder <accel>-<style>"] = field(
-        default=None, metadata={"flags": ["-o"]}
-    )
-    rank: Annotated[str | None, "of the written LoRA: a number (the best approximation) or auto; default: exact"] = None
-    energy: Annotated[float, "share of sum sigma^2 that --rank auto keeps in every module", Range(above=0, high=1)] = 0.95
-    method: Annotated[Literal["sum", "ties", "dare-ties", "dare-linear"], "how the updates are joined"] = "sum"
-    density: Annotated[float, "share of entries that ties and dare keep", Range(above=0, high=1)] = 0.5
-    seed: Annotated[int, "of dare's masks", Range(0, 2**31 - 1)] = 0
-    block_weights: Annotated[str | None, "12, 17, 20 or 26 numbers (BASE,IN..,M00,OUT..) that scale every --style"] = None
-    format: Annotated[Literal["kohya", "diffusers", "peft"], "layout of the written LoRA; kohya loads everywhere"] = "kohya"
-    precision: Annotated[Literal["fp16", "bf16", "fp32"], "of the written tensors; the sum itself is always fp32"] = "fp16"
-    remap: Annotated[str | None, "a pruned checkpoint: the LoRAs are of its parent, and move to the layers that it kept"] = None
-    allow_partial: Annotated[bool, "merge what fits of a LoRA that does not fit whole"] = False
-    extract: Annotated[bool, "write the LoRA between --base and --tuned"] = False
-    tuned: Annotated[str | None, "a checkpoint: with --extract its LoRA; with --reference, base + (tuned - reference)"] = None
-    reference: Annotated[str | None, "what --tuned was trained from; its difference is added to --base"] = None
-    check: Annotated[str | None, "sample before and after on this base, and compare"] = None
 
 
 def block_of(key: str, layers: int = 2) -> str:

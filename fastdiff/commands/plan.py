@@ -20,12 +20,12 @@ from fastdiff.cost import footprint
 from fastdiff.cost.estimate import Estimate, data_plan, estimate
 from fastdiff.cost.probe import Measured, measure
 from fastdiff.lora import adapters
+from fastdiff.options.train import TrainConfig, seconds
 from fastdiff.runtime import console, disk
 from fastdiff.runtime.config import options
 from fastdiff.runtime.disk import cache_folder
 from fastdiff.runtime.errors import DoesNotFit, Result, UsageError
 from fastdiff.sampling.assemble import pick_device
-from fastdiff.training.config import TrainConfig, seconds
 from fastdiff.training.method import Method
 from fastdiff.training.session import default_folder
 

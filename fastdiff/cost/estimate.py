@@ -12,8 +12,9 @@ from fastdiff.cost import footprint
 from fastdiff.cost.footprint import Footprint
 from fastdiff.data.folder import Folder
 from fastdiff.data.open import STREAMED, Needs
-from fastdiff.training.config import TrainConfig
+from fastdiff.options.train import TrainConfig
 from fastdiff.training.method import Load
+from fastdiff.training.scene import teacher_sampling
 
 OPTIMISER = 16  # bytes of a parameter that trains: itself, its gradient and two moments in fp32
 RECOMPUTED = 1.33  # time of a training step with gradient checkpointing
@@ -66,7 +67,7 @@ def data_plan(base: Checkpoint, config: TrainConfig, needs: Needs) -> DataPlan:
     if spec == "teacher":
         n = 0 if needs == "prompts" else config.pairs
         told = f"{n} samples of the teacher" if n else "prompts alone"
-        return DataPlan(told, n * 2 * latent, n * config.teacher_sampling(base.family).calls)
+        return DataPlan(told, n * 2 * latent, n * teacher_sampling(config, base.family).calls)
     cond = footprint.condition(base, 1)
     text = 2 * (cond.tokens.numel() + (0 if cond.pooled is None else cond.pooled.numel()))
     n = len(Folder(Path(spec)).images) if Path(spec).is_dir() else STREAMED

@@ -17,9 +17,9 @@ from fastdiff.cost.footprint import condition
 from fastdiff.data.batch import Encoded
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.options.train import TrainConfig
 from fastdiff.runtime import console
 from fastdiff.sampling.sampler import at_once
-from fastdiff.training.config import TrainConfig
 from fastdiff.training.method import Method
 from fastdiff.training.run import Run
 from fastdiff.training.scene import open_vae

@@ -11,76 +11,27 @@ Control pictures are taken out of the teacher's own decoded samples by a library
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
 
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.family import SHIPPED, Presets
 from fastdiff.data import control
 from fastdiff.data.batch import Batch, Data
 from fastdiff.data.open import Needs
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
-from fastdiff.methods.shared import segmented
 from fastdiff.methods.shared.edges import Edges
-from fastdiff.methods.shared.segmented import Segmented, SegmentedConfig, planned
+from fastdiff.methods.shared.segmented import Segmented, planned
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.runtime.config import Range
-from fastdiff.runtime.errors import UsageError
+from fastdiff.options.controlnet import EXAMPLES, PRESETS, Config
 from fastdiff.training.card import Usage, opened
 from fastdiff.training.method import Load, Now, Phase, Trains, Turn, relative_size
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
-
-CARD = dict(segmented.CARD, match_steps=0)
-PRESETS = Presets(
-    emoji=dict(segmented.EMOJI, controlnet=SHIPPED.name, lr=5e-4, steps=300, match_steps=0),
-    sd15=dict(**CARD, guidance=7.5),
-    sd21=dict(**CARD, guidance=7.5),
-    sdxl=dict(CARD, batch_size=1, grad_accum=32, guidance=7.5),
-)
-EXAMPLES = """fastdiff distill-controlnet --init runs/prune-emoji/model
-fastdiff distill-controlnet --base sd21 --controlnet owner/canny --init runs/prune-sd21/model --prompts prompts.txt
-fastdiff distill-controlnet --base sd21 --controlnet owner/canny --init runs/sdxs-sd21/model --one-step"""
-
-
-@dataclass
-class Config(SegmentedConfig):
-    PANEL: ClassVar[str] = "ControlNet"
-
-    controlnet: Annotated[str | None, "ControlNet of the base: a diffusers folder, a hub id, or emoji"] = None
-    control: Annotated[str, "what takes control pictures out of pictures: canny, or MODULE:FUNCTION"] = "canny"
-    one_step: Annotated[bool, "for an --init that draws in one step; its UNet stays as it is"] = False
-    lambda_feat: Annotated[float, "several steps: weight of the decoders' features; 0 = none", Range(0)] = 1.0
-    redraw: Annotated[float, "one step: share of the noise that is drawn anew", Range(0, 1)] = 0.0
-    proof: Annotated[int, "items kept out of training for the closing figures, at most a quarter", Range(1, 2000)] = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.eval_every:
-            raise UsageError("`eval_every`: has no use for a ControlNet", "`preview_every` shows how it gets on")
-        if self.buckets:
-            raise UsageError("`buckets`: has no use for a ControlNet here", "control pictures are squares of `resolution`")
-        if self.one_step and not self.init:
-            raise UsageError("`one_step`: needs the checkpoint that draws in one step", "give it as `init`")
-        if self.one_step and self.match_steps > self.steps:
-            raise UsageError(f"`match_steps={self.match_steps}`: more than `steps={self.steps}`")
-        if self.redraw and not self.one_step:
-            raise UsageError(f"`redraw={self.redraw:g}`: is of `one_step`", "several steps start from noised pictures")
-        if not self.controlnet:
-            raise UsageError("`controlnet`: which one of the base?", "a diffusers folder or a hub id")
-
-    def start(self, base: Checkpoint) -> Checkpoint:
-        first = super().start(base)
-        if self.one_step and first.recipe.num_steps != 1:
-            raise UsageError(f"`one_step`: {self.init} does not draw in one step", "`fastdiff sdxs` makes one that does")
-        return first
 
 
 class DistilControlNet(Segmented):

@@ -15,16 +15,14 @@ teacher is the one of a stage further back. One LoRA goes through all stages, so
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff import lora
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.family import Presets
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.schedule import per_sample
@@ -33,71 +31,12 @@ from fastdiff.lora import adapters
 from fastdiff.methods.shared.stages import Part, plan, timesteps
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Discriminator
-from fastdiff.runtime.config import Range
-from fastdiff.training.config import TrainConfig
+from fastdiff.options.lightning import EXAMPLES, PRESETS, Config
 from fastdiff.training.method import Load, Method, Now, Stateful, Trains, Turn, equation
 from fastdiff.training.run import Run
 
-# Paper: 1e-5 for mse, 1e-6 with LoRA, 5e-7 full, 512 images a step. Ours for one card: larger, for far smaller batches.
-# A distance first and the paired loss are what small batches took on `emoji`.
-# fmt: off
-CARD = dict(
-    lr=1e-4, adversarial_lr=1e-5, full_lr=1e-6, phases="mse,cond,uncond,full", gan="paired", gradient_checkpointing=True,
-    lora_only=True, warmup=20,
-)
-PRESETS = Presets(
-    # Measured (examples/emoji/README.md): distance does most here, and a discriminator has something to see in one step only.
-    emoji=dict(
-        stages="32:8:8,8:4:2,4:2:2.4,2:1:9.6", phases="switch:1,mse:7,cond:1,uncond:2,full:1", lora_rank=32, lora_alpha=32,
-        lr=2e-3, adversarial_lr=1e-4, full_lr=5e-5, discriminator="full", d_lr=3e-4, d_warmup=10, d_features="every",
-        gan="paired", late_detail_at=0, lr_schedule="cosine", warmup=10, ema=0.98, batch_size=24, steps=1100, guidance=3.75,
-        adversarial_below=8, eval_every=100,
-    ),
-    sd15=dict(**CARD, batch_size=4, grad_accum=4, steps=10_000, guidance=7.5),
-    sd21=dict(**CARD, batch_size=4, grad_accum=4, steps=10_000, guidance=7.5),
-    sdxl=dict(**CARD, batch_size=1, grad_accum=16, steps=10_000, guidance=6.0),  # guidance: section 3.6
-)
-# fmt: on
-EXAMPLES = """fastdiff lightning
-fastdiff lightning --base sdxl --prompts prompts.txt --max-time 20h
-fastdiff lightning --base sdxl --stages 8:4 --init lightning-8step.safetensors --phases cond"""
 SHOWN = (9, 249, 499, 749)  # noise levels at which clean latents are judged
 DETAIL = (5.0, 1.0, 1.0, 1.0)  # their weights once training is stable
-
-
-@dataclass
-class Config(TrainConfig):
-    PANEL: ClassVar[str] = "Progressive adversarial distillation"
-
-    stages: Annotated[
-        str, "steps of teacher:student, each from the one before; a third number is its share of --steps, else 1"
-    ] = "128:32,32:8,8:4,4:2,2:1"
-    phases: Annotated[str, "of an adversarial stage, as mse,cond:2,uncond:2,full; a number is its share of the stage, else 1"] = (
-        "cond,uncond,full"
-    )
-    lora_only: Annotated[bool, "no full phase: for cards that do not hold a second network that trains"] = False
-    adversarial_below: Annotated[int, "stages to fewer steps are adversarial, the others mse; 1 = none is", Range(1)] = 32
-    init: Annotated[str | None, "a LoRA of the same base that samples well in the first stage's teacher steps"] = None
-    guidance: Annotated[float, "of the first stage's teacher, u + w (c - u); with --init it has none", Range(1)] = 6.0
-    lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64
-    lora_alpha: Annotated[float, "their scale is alpha / rank", Range(above=0)] = 64
-    adversarial_lr: Annotated[float, "learning rate of student and discriminator against each other", Range(above=0)] = 1e-6
-    d_lr: Annotated[float | None, "learning rate of the discriminator; default the student's", Range(above=0)] = None
-    full_lr: Annotated[float, "the same in the full phase", Range(above=0)] = 5e-7
-    discriminator: Annotated[Literal["full", "lora"], "what trains below its head: all of it, or an adapter on the base"] = "lora"
-    d_features: Annotated[Literal["mid", "every"], "where it has heads: after the mid block, or after every block"] = "mid"
-    d_steps_per_gen: Annotated[int, "updates of the discriminator for each of the student's; --steps counts them", Range(1)] = 1
-    d_warmup: Annotated[int, "first steps of a new discriminator without the student", Range(0)] = 0
-    gan: Annotated[
-        Literal["plain", "paired"], "plain: real and fake by themselves (paper); paired: against each other, for small batches"
-    ] = "plain"
-    r1: Annotated[float, "weight of the discriminator's smoothness on real latents; 0 = none", Range(0)] = 0.0
-    skip_teacher: Annotated[bool, "unconditional phases of 2 steps and 1: the teacher of a stage further back"] = True
-    late_detail_at: Annotated[int, "step of an adversarial phase of one step from which it looks at detail", Range(0)] = 1000
-    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none", Range(0, 2000)] = 500
-
-    def __post_init__(self) -> None:
-        plan(self)
 
 
 class Lightning(Method):

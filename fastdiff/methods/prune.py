@@ -12,14 +12,13 @@ A pruned checkpoint is sampled and trained like its parent: any `--base` takes i
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.family import Presets
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
@@ -27,55 +26,14 @@ from fastdiff.lora import adapters
 from fastdiff.methods.shared import cutting
 from fastdiff.models import unet
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.runtime.config import Range
+from fastdiff.options.prune import EXAMPLES, PRESETS, Config, speed
 from fastdiff.runtime.disk import write_atomic
 from fastdiff.runtime.errors import Result
 from fastdiff.sampling.assemble import pick_device
 from fastdiff.training.card import Usage, usage_like_base
-from fastdiff.training.config import TrainConfig
 from fastdiff.training.method import Load, Method, Now, Phase, Trains, Turn, relative_size
 from fastdiff.training.run import Run
 from fastdiff.training.session import default_folder
-
-# Paper: AdamW 5e-5, 256 images a step, 50,000 steps. Ours for one card: smaller batches, a cosine, an average.
-# fmt: off
-CARD = dict(lr=5e-5, lr_schedule="cosine", warmup=100, ema=0.999, steps=20_000, empty_prompts=0.1, gradient_checkpointing=True)
-PRESETS = Presets(
-    emoji=dict(
-        layout="bk-base", lr=1e-3, lr_schedule="cosine", warmup=20, ema=0.98, batch_size=24, steps=300, empty_prompts=0.1,
-        weight_decay=0.0,
-    ),
-    sd15=dict(**CARD, layout="sdxs-512", batch_size=8, grad_accum=4),
-    sd21=dict(**CARD, layout="sdxs-512", batch_size=8, grad_accum=4),
-    sdxl=dict(**CARD, layout="vega", batch_size=1, grad_accum=16),
-)
-# fmt: on
-EXAMPLES = """fastdiff prune --layout bk-tiny
-fastdiff prune --base sd21 --layout sdxs-512 --prompts prompts.txt
-fastdiff prune --base sdxl --layout vega --steps 0
-fastdiff prune --base my.safetensors --auto --target-speed 2x"""
-
-
-@dataclass
-class Config(TrainConfig):
-    PANEL: ClassVar[str] = "Pruning"
-
-    layout: Annotated[str, f"{', '.join(unet.LAYOUTS)}, or FILE.json, the config of a UNet"] = "bk-base"
-    steps: Annotated[int, "optimiser steps; 0 = only cut, nothing is trained", Range(0)] = 1000
-    lambda_feat: Annotated[float, "weight of the features' distance; 0 = none", Range(0)] = 1.0
-    lambda_task: Annotated[float, "weight of the denoising loss; SDXS 0, BK-SDM 1", Range(0)] = 0.0
-    feat_norm: Annotated[Literal["variance", "none"], "none: BK-SDM's raw sum, in which the widest block outweighs all"] = (
-        "variance"
-    )
-    auto: Annotated[bool, "choose the blocks by what they cost and what they are worth, measured here; no --layout"] = False
-    target_speed: Annotated[str, "with --auto: how many times as fast as the base the network is to be"] = "2x"
-    controlnet: Annotated[list[str], "folder of a ControlNet of the base, to be cut alike; repeat it for more"] = field(
-        default_factory=list
-    )
-    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none", Range(0, 2000)] = 500
-
-    def __post_init__(self) -> None:
-        cutting.speed(self.target_speed)
 
 
 class Prune(Method):
@@ -174,6 +132,6 @@ def chosen(config: Config) -> Config:
     """With --auto: measure, and go on with the layout that was chosen, which the run folder keeps for a resumed run."""
     path = Path(config.output or default_folder("prune", config)) / "auto.json"
     if not path.exists() or config.resume == "never":
-        layout = cutting.choose(config.open_base(), cutting.speed(config.target_speed), pick_device(config.device))
+        layout = cutting.choose(config.open_base(), speed(config.target_speed), pick_device(config.device))
         write_atomic(path, json.dumps(layout, indent=2) + "\n")
     return replace(config, auto=False, layout=str(path))

@@ -10,6 +10,7 @@ from fastdiff.checkpoints.checkpoint import fingerprint
 from fastdiff.checkpoints.family import Family
 from fastdiff.data import emoji
 from fastdiff.models import perceptual
+from fastdiff.options.evaluate import METRIC_NETWORKS
 from fastdiff.quality import emoji as judge
 from fastdiff.quality import networks
 from fastdiff.quality.metrics import Features
@@ -18,7 +19,6 @@ from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError
 
 # FID and KID; FID of the centre; CLIP score and CMMD; distances to the teacher's picture, and between seeds.
-GROUPS = ("fid", "patch", "clip", "lpips")
 
 
 class FeatureExtractor(Protocol):
@@ -107,13 +107,13 @@ def open_extractors(
     inception_weights: str | None = None,
     clip: str = networks.CLIP,
 ) -> list[FeatureExtractor]:
-    """Those of `asked`, names of GROUPS; of none asked those whose weights can be had, with a warning for each of the others.
+    """The extractors that `asked` names; if it names none, those whose weights are here, with a warning for each other one.
 
     `emoji` always has its own network, and no others unless they are asked for.
     """
     shipped = family.judge_ships
     extractors: list[FeatureExtractor] = [EmbeddedFeatures(lines, styles=styles)] if shipped else []
-    wanted = asked or ([] if shipped else list(GROUPS))
+    wanted = asked or ([] if shipped else list(METRIC_NETWORKS))
     try:
         if {"fid", "patch"} & set(wanted):
             net = Inception(inception_weights)

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.checkpoints import tensors
+from fastdiff.options.evaluate import CLIP
 from fastdiff.runtime.download import weight_file
 from fastdiff.runtime.errors import UsageError, as_field, quoted
 
 EXTRA = 'pip install "fastdiff[eval]"'
-CLIP = "ViT-L-14-336-quickgelu:openai"  # what CMMD is defined with (Jayasumana 2024, section 4)
 PATCH_PX = 299  # side of Inception's input: a centre crop of that size is seen at native resolution
 
 

@@ -22,10 +22,10 @@ from fastdiff.data.batch import Batch, Data
 from fastdiff.data.open import Needs
 from fastdiff.lora import adapters
 from fastdiff.models.denoiser import Denoiser, trainable_copy
+from fastdiff.options.train import TrainConfig
 from fastdiff.runtime.errors import Result
 from fastdiff.sampling.settings import Settings
 from fastdiff.training.card import Usage, usage_of_recipe
-from fastdiff.training.config import TrainConfig
 from fastdiff.training.exhibit import Exhibit
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene

@@ -12,6 +12,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.options.train import TrainConfig
 from fastdiff.quality import report
 from fastdiff.quality.drift import Drift
 from fastdiff.quality.emoji import shipped
@@ -21,7 +22,6 @@ from fastdiff.runtime import console
 from fastdiff.sampling.pictures import contact_sheet
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
-from fastdiff.training.config import TrainConfig
 from fastdiff.training.scene import Scene
 
 if TYPE_CHECKING:

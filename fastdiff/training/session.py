@@ -16,13 +16,13 @@ from fastdiff.data.images import Framing
 from fastdiff.data.open import Needs, open_data
 from fastdiff.lora import apply
 from fastdiff.models import sharding
+from fastdiff.options.train import TrainConfig, seconds
 from fastdiff.runtime import console, disk, processes
 from fastdiff.runtime.config import to_toml
 from fastdiff.runtime.disk import write_atomic
 from fastdiff.runtime.errors import DoesNotFit, Failed, Result, UsageError
 from fastdiff.training import resume
 from fastdiff.training.card import write_card
-from fastdiff.training.config import TrainConfig, seconds
 from fastdiff.training.exhibit import Exhibit
 from fastdiff.training.method import Method, Phase, lacking
 from fastdiff.training.run import Run

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from fastdiff.data.batch import Batch, Data
 from fastdiff.models import sharding
 from fastdiff.models.ema import EMA, swapped
+from fastdiff.options.train import TrainConfig, seconds
 from fastdiff.runtime import console, processes, rng, stop
 from fastdiff.runtime.errors import Failed, Stopped, UsageError
 from fastdiff.training import resume
-from fastdiff.training.config import TrainConfig, seconds
 from fastdiff.training.method import Method, Now, Phase, Trains, lacking
 from fastdiff.training.player import Player
 from fastdiff.training.run import Run

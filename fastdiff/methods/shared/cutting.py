@@ -28,17 +28,6 @@ from fastdiff.sampling.settings import Settings
 PROBES, LEVELS, ROUNDS = 8, (99, 299, 499, 699, 899), 5
 
 
-def speed(told: str) -> float:
-    """2x, 1.5x or a plain number above 1."""
-    try:
-        found = float(told.removesuffix("x"))
-    except ValueError:
-        found = 0.0
-    if not 1 < found < math.inf:
-        raise UsageError(f"`target_speed={told}`: not how many times as fast", "write 1.5x, 2x or 3x")
-    return found
-
-
 def layout_of(base: Checkpoint, layout: str) -> dict[str, Any]:
     """The student's config, a layout's or a file's; the map of its layers is told."""
     config = unet.student_config(base.unet_config, layout, base.family)

@@ -1,15 +1,16 @@
 """The options that every training command takes."""
 
-from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
-
-from fastdiff.checkpoints.checkpoint import BaseConfig, Checkpoint
-from fastdiff.checkpoints.family import Family
+from fastdiff.options.base import BaseConfig
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError
-from fastdiff.sampling.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastdiff.checkpoints.checkpoint import Checkpoint
 
 
 @dataclass
@@ -17,6 +18,16 @@ class TrainConfig(BaseConfig):
     """What every training command takes."""
 
     PANEL: ClassVar[str] = "Training"
+    ESSENTIALS: ClassVar[tuple[str, ...]] = (
+        "base",
+        "data",
+        "prompts",
+        "output",
+        "steps",
+        "batch_size",
+        "max_time",
+        "resolution",
+    )
 
     data: Annotated[str | None, "emoji, emoji:STYLE, teacher, a folder of images and captions, wds:SHARDS or hf:ID[:SPLIT]"] = (
         None
@@ -65,14 +76,9 @@ class TrainConfig(BaseConfig):
     vae = None
     proof = 0
 
-    def open_student(self, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    def open_student(self, dtype: "torch.dtype | None" = None) -> "Checkpoint":
         """The checkpoint that an exported LoRA is of: the base, unless a method trains another network."""
         return self.open_base(dtype)
-
-    def teacher_sampling(self, family: Family) -> Settings:
-        """How the teacher makes its samples: the family's way, at the method's guidance where it has one."""
-        given = {"num_steps": self.teacher_steps, "guidance": self.teacher_guidance or self.guidance}
-        return replace(Settings.usual(family), **{k: v for k, v in given.items() if v is not None})
 
 
 def seconds(field_name: str, text: str | None) -> float | None:

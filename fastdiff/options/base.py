@@ -1,0 +1,39 @@
+"""The options of every command with a base model."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from fastdiff.checkpoints.family import DEFAULT_BASE, base_names
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastdiff.checkpoints.checkpoint import Checkpoint
+
+
+@dataclass
+class BaseConfig:
+    """Where the base model comes from: the options that every command with a base has."""
+
+    PANEL: ClassVar[str] = "Base model"
+
+    base: Annotated[str, f"{base_names()}, a hub id, a diffusers folder or a single file"] = field(
+        default=DEFAULT_BASE, metadata={"flags": ["-b"]}
+    )
+    base_config: Annotated[str | None, "folder or hub id with the configs of an unusual single file"] = None
+    prediction_type: Annotated[
+        Literal["epsilon", "v_prediction"] | None, "what the base's network predicts; default: what its files tell"
+    ] = None
+    allow_pickle: Annotated[bool, "read .ckpt, .pt and .bin files too: their tensors, and nothing that could run"] = False
+
+    def open_base(self, dtype: "torch.dtype | None" = None) -> "Checkpoint":
+        """The base model; its networks load on first use, in `dtype` (default: float32)."""
+        import torch
+
+        from fastdiff.checkpoints import checkpoint
+
+        assert self.base is not None
+        dtype = dtype or torch.float32
+        return checkpoint.load(
+            self.base, dtype=dtype, config=self.base_config, prediction=self.prediction_type, allow_pickle=self.allow_pickle
+        )

@@ -1,0 +1,106 @@
+"""The options of `dmd`, and their presets."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from fastdiff.checkpoints.family import Presets
+from fastdiff.options.train import TrainConfig
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.errors import UsageError
+
+# Rows are families; a row family:recipe lies over its family's.
+# fmt: off
+DMD2 = dict(lambda_reg=0.0, fake_steps_per_gen=5, num_steps=4)  # DMD2 sections 4.2, 4.5
+PAPER = dict(weight_decay=0.01, max_grad_norm=10.0, warmup=500)  # DMD appendix B, DMD2 scripts
+CARD = dict(lr=5e-5, batch_size=2, grad_accum=4, gradient_checkpointing=True, steps=4000)  # lr: DMD2's LoRA; ours: for one card
+WATCHED = dict(eval_every=200, keep="best", patience=5)  # over-saturation after some hundreds of steps is the known failure
+PRESETS = Presets(
+    # Measured (examples/emoji/README.md). At t = 749 an error of eps is multiplied by 4, not by 14.6 as at 999, and training
+    # is steady; above 0.6 the guided scores over-saturate; attention alone makes the step cheaper than three networks.
+    emoji=dict(
+        data="teacher", pairs=2160, teacher_steps=8, t_gen=749, t_max=0.6, lambda_reg=1.0, reg_batch=8, lora_layers="attention",
+        lora_rank=16, lora_alpha=16, lr=7e-4, fake_lr=1e-3, lr_schedule="cosine", warmup=20, ema=0.98, batch_size=24, steps=400,
+        guidance=3.0, max_grad_norm=10.0, eval_every=100,
+    ),
+    sd15=dict(**PAPER, **CARD, **WATCHED, guidance=3.0, pairs=2048),  # guidance: DMD section 4.3
+    sd21=dict(**PAPER, **CARD, **WATCHED, guidance=3.0, pairs=2048),
+    sdxl=dict(PAPER, **{**CARD, **WATCHED, "batch_size": 1, "grad_accum": 8}, recipe="dmd2", guidance=8.0, pairs=1024),
+    variants={
+        "dmd2": Presets(
+            # Its bottleneck is one latent position: a discriminator stays at a half there, so no GAN and no samples for one.
+            emoji=dict(DMD2, t_gen=None, guidance=2.0, fake_steps_per_gen=2, lr=3e-4, steps=300),
+            sd15=dict(DMD2, fake_steps_per_gen=10, gan_weight=1e-3),  # its 1.75 gives the best FID, and poor pictures
+            sd21=dict(DMD2, fake_steps_per_gen=10, gan_weight=1e-3),
+            sdxl=dict(DMD2, gan_weight=5e-3),
+        ),
+    },
+)
+# fmt: on
+# fmt: on
+EXAMPLES = """fastdiff dmd
+fastdiff dmd --base sd15 --prompts prompts.txt
+fastdiff dmd --base sdxl --recipe dmd2 --num-steps 4 --data pictures/
+fastdiff dmd --base sdxl --recipe dmd2 --init lcm.safetensors
+fastdiff dmd --base sdxl --recipe dmd2 --num-steps 1 --t-gen 399 --reg-steps 2000"""
+
+
+@dataclass
+class Config(TrainConfig):
+    PANEL: ClassVar[str] = "Distribution matching"
+    ESSENTIALS: ClassVar[tuple[str, ...]] = (
+        "base",
+        "recipe",
+        "num_steps",
+        "data",
+        "prompts",
+        "output",
+        "steps",
+        "init",
+        "batch_size",
+        "max_time",
+    )
+    VARIANT: ClassVar[str] = "recipe"  # its value picks a second row of PRESETS
+
+    recipe: Annotated[Literal["dmd", "dmd2"], "dmd: one step, with regression; dmd2: few steps, two time scales, GAN"] = "dmd"
+    student: Annotated[Literal["lora", "full"], "what becomes the few-step model"] = "lora"
+    fake: Annotated[Literal["lora", "full"], "what learns the student's distribution"] = "lora"
+    init: Annotated[str | None, "a few-step LoRA of the same base that the student starts from"] = None
+    lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64
+    lora_alpha: Annotated[float, "their scale is alpha / rank", Range(above=0)] = 64
+    lora_layers: Annotated[Literal["all", "attention"], "where they act; attention is faster and smaller"] = "all"
+    num_steps: Annotated[int, "sampling steps of the student", Range(1, 8)] = 1
+    t_gen: Annotated[
+        int | None,
+        "timestep of the first step, the others evenly below; default the last; 399 for one step of SDXL (DMD2)",
+        Range(0),
+    ] = None
+    guidance: Annotated[float, "of the teacher, in its scores and its samples: u + w (c - u)", Range(1)] = 3.0
+    score_guidance: Annotated[
+        Literal["constant", "fitted"], "in the scores: --guidance, or at each noise level what fits the teacher's samples"
+    ] = "constant"
+    t_min: Annotated[float, "scores are compared from this part of the timesteps ...", Range(0, 1)] = 0.02
+    t_max: Annotated[float, "... to this", Range(0, 1)] = 0.98
+    weighting: Annotated[
+        Literal["dmd", "eq8", "none", "sigma2"], "of the gradient: algorithm 2, equation 8, Diff-Instruct, SDS"
+    ] = "dmd"
+    fake_steps_per_gen: Annotated[int, "updates of the fake score for each of the student's; --steps counts them", Range(1)] = 1
+    fake_lr: Annotated[float | None, "learning rate of the fake score; default --lr", Range(above=0)] = None
+    lambda_reg: Annotated[float, "weight of the regression to the teacher's pictures of the same noise; 0 = none", Range(0)] = (
+        0.25
+    )
+    reg_batch: Annotated[int | None, "pairs a step in the regression, of the batch; default half of it", Range(1)] = None
+    reg_steps: Annotated[int, "first steps with the regression alone", Range(0)] = 0
+    reg_crop: Annotated[int, "latent positions a side that it decodes: memory", Range(4)] = 64
+    lpips_weights: Annotated[str | None, "torchvision's VGG-16 for LPIPS, or embedded (the default for emoji)"] = None
+    gan_weight: Annotated[float, "weight of the GAN term for the student; 0 = none", Range(0)] = 0.0
+    gan_weight_fake: Annotated[float, "weight of the GAN term for the discriminator", Range(0)] = 1e-2
+    gan_features: Annotated[Literal["fake", "teacher"], "whose bottleneck the discriminator sees"] = "fake"
+    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none", Range(0, 2000)] = 500
+
+    def __post_init__(self) -> None:
+        if self.t_min > self.t_max:
+            raise UsageError(f"`t_min={self.t_min:g}`: must be at most `t_max={self.t_max:g}`")
+
+    @property
+    def regresses(self) -> bool:
+        return self.lambda_reg > 0 or self.reg_steps > 0

@@ -1,0 +1,31 @@
+"""The options of `export`."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from fastdiff.options.base import BaseConfig
+
+EXAMPLES = """fastdiff export --base runs/model --single-file -o model.safetensors
+fastdiff export --base model.safetensors -o folder
+fastdiff export --lora lcm.safetensors --format diffusers -o lcm-diffusers.safetensors"""
+
+
+@dataclass
+class Config(BaseConfig):
+    PANEL: ClassVar[str] = "Export"
+    ESSENTIALS: ClassVar[tuple[str, ...]] = (
+        "base",
+        "lora",
+        "single_file",
+        "format",
+        "precision",
+        "output",
+        "force",
+    )
+
+    single_file: Annotated[bool, "one LDM-layout file, for ComfyUI, A1111 and Forge, instead of a diffusers folder"] = False
+    force: Annotated[bool, "write a single file of a shape that no other program is known to read"] = False
+    lora: Annotated[str | None, "write this LoRA in --format instead of a checkpoint"] = None
+    format: Annotated[Literal["kohya", "diffusers", "peft"], "layout of a LoRA; kohya loads everywhere"] = "kohya"
+    output: Annotated[str | None, "a folder, or NAME.safetensors for one file"] = field(default=None, metadata={"flags": ["-o"]})
+    precision: Annotated[Literal["stored", "fp16", "bf16", "fp32"], "of UNet and text encoders; the VAE keeps its own"] = "stored"

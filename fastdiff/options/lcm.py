@@ -1,0 +1,69 @@
+"""The options of `train-lcm-lora`, and their presets."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from fastdiff.checkpoints.family import Presets
+from fastdiff.options.train import TrainConfig
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.errors import UsageError
+
+# guidance is w of u + w (c - u), so the official scripts' w of [5, 15] and [3, 15] is one more here.
+# fmt: off
+PRESETS = Presets(
+    # Measured: its best guidance is 3, and in so few steps a teacher step of five grid points teaches most.
+    emoji=dict(
+        lora_rank=32, lora_alpha=32, lr=1e-3, lr_schedule="cosine", warmup=20, ema=0.98, batch_size=24, steps=450,
+        guidance_min=3.0, guidance_max=3.0, skip=5,
+    ),
+    # lr, guidance and 12 images a step: diffusers' LCM scripts and READMEs; here in parts, for small cards.
+    sd15=dict(lr=1e-4, batch_size=4, grad_accum=3, gradient_checkpointing=True, guidance_min=6.0, guidance_max=16.0),
+    sd21=dict(lr=1e-4, batch_size=4, grad_accum=3, gradient_checkpointing=True, guidance_min=6.0, guidance_max=16.0),
+    sdxl=dict(lr=1e-4, batch_size=2, grad_accum=6, gradient_checkpointing=True, guidance_min=4.0, guidance_max=16.0),
+)
+# fmt: on
+EXAMPLES = """fastdiff train-lcm-lora
+fastdiff train-lcm-lora --base sdxl
+fastdiff train-lcm-lora --base my.safetensors --base-config folder --data pictures/"""
+
+
+@dataclass
+class Config(TrainConfig):
+    PANEL: ClassVar[str] = "Consistency distillation"
+    ESSENTIALS: ClassVar[tuple[str, ...]] = (
+        "base",
+        "data",
+        "prompts",
+        "output",
+        "steps",
+        "num_steps",
+        "lora_rank",
+        "batch_size",
+        "max_time",
+        "resolution",
+    )
+
+    lora_rank: Annotated[int, "rank of the adapter", Range(1)] = 64
+    lora_alpha: Annotated[float, "its scale is alpha / rank", Range(above=0)] = 64
+    full: Annotated[bool, "train all weights, with a guidance embedding and an averaged target"] = False
+    finetune: Annotated[bool, "consistency fine-tuning: no teacher, data with noise instead (LCF)"] = False
+    target: Annotated[Literal["zero", "edge", "random"], "where the student jumps to: LCM, PCM, TCD"] = "zero"
+    phases: Annotated[int | None, "phases of --target edge; default: --num-steps, the steps it is sampled with", Range(1)] = None
+    guidance_min: Annotated[float, "teacher guidance u + w (c - u) is drawn from here ...", Range(0)] = 6.0
+    guidance_max: Annotated[float, "... to here, one a sample", Range(0)] = 16.0
+    grid_steps: Annotated[int, "DDIM steps of the distillation grid", Range(1, 1000)] = 50
+    skip: Annotated[int, "grid points that one teacher step crosses; more learns faster, from coarser steps", Range(1)] = 1
+    loss: Annotated[Literal["huber", "l2"], "distance between the two jumps"] = "huber"
+    huber_c: Annotated[float, "where Huber turns from square to linear", Range(above=0)] = 0.001
+    weighting: Annotated[
+        Literal["none", "inverse-step"], "inverse-step: weigh a pair by 1 / its step in noise scale, for detail (iCT)"
+    ] = "none"
+    target_ema: Annotated[float, "decay of the averaged target of --full", Range(0, below=1)] = 0.95
+    num_steps: Annotated[int, "sampling steps that the recipe in the file names", Range(1, 50)] = 4
+    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none", Range(0, 2000)] = 500
+
+    def __post_init__(self) -> None:
+        if self.guidance_min > self.guidance_max:
+            raise UsageError(f"`guidance_min={self.guidance_min:g}`: must be at most `guidance_max={self.guidance_max:g}`")
+        if self.skip > self.grid_steps:
+            raise UsageError(f"`skip={self.skip}`: must be at most `grid_steps={self.grid_steps}`")

@@ -1,0 +1,77 @@
+"""The options of `prune`, and their presets."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from fastdiff.checkpoints.family import Presets
+from fastdiff.options.train import TrainConfig
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.errors import UsageError
+
+# Paper: AdamW 5e-5, 256 images a step, 50,000 steps. Ours for one card: smaller batches, a cosine, an average.
+LAYOUTS = (  # the names in models/unet.py
+    "bk-base", "bk-small", "bk-tiny", "sdxs-512", "sdxs-512-xattn", "ssd-1b", "vega", "koala-1b", "koala-700m",
+)  # fmt: skip
+# fmt: off
+CARD = dict(lr=5e-5, lr_schedule="cosine", warmup=100, ema=0.999, steps=20_000, empty_prompts=0.1, gradient_checkpointing=True)
+PRESETS = Presets(
+    emoji=dict(
+        layout="bk-base", lr=1e-3, lr_schedule="cosine", warmup=20, ema=0.98, batch_size=24, steps=300, empty_prompts=0.1,
+        weight_decay=0.0,
+    ),
+    sd15=dict(**CARD, layout="sdxs-512", batch_size=8, grad_accum=4),
+    sd21=dict(**CARD, layout="sdxs-512", batch_size=8, grad_accum=4),
+    sdxl=dict(**CARD, layout="vega", batch_size=1, grad_accum=16),
+)
+# fmt: on
+# fmt: on
+EXAMPLES = """fastdiff prune --layout bk-tiny
+fastdiff prune --base sd21 --layout sdxs-512 --prompts prompts.txt
+fastdiff prune --base sdxl --layout vega --steps 0
+fastdiff prune --base my.safetensors --auto --target-speed 2x"""
+
+
+@dataclass
+class Config(TrainConfig):
+    PANEL: ClassVar[str] = "Pruning"
+    ESSENTIALS: ClassVar[tuple[str, ...]] = (
+        "base",
+        "layout",
+        "auto",
+        "target_speed",
+        "data",
+        "prompts",
+        "output",
+        "steps",
+        "batch_size",
+        "max_time",
+    )
+
+    layout: Annotated[str, f"{', '.join(LAYOUTS)}, or FILE.json, the config of a UNet"] = "bk-base"
+    steps: Annotated[int, "optimiser steps; 0 = only cut, nothing is trained", Range(0)] = 1000
+    lambda_feat: Annotated[float, "weight of the features' distance; 0 = none", Range(0)] = 1.0
+    lambda_task: Annotated[float, "weight of the denoising loss; SDXS 0, BK-SDM 1", Range(0)] = 0.0
+    feat_norm: Annotated[Literal["variance", "none"], "none: BK-SDM's raw sum, in which the widest block outweighs all"] = (
+        "variance"
+    )
+    auto: Annotated[bool, "choose the blocks by what they cost and what they are worth, measured here; no --layout"] = False
+    target_speed: Annotated[str, "with --auto: how many times as fast as the base the network is to be"] = "2x"
+    controlnet: Annotated[list[str], "folder of a ControlNet of the base, to be cut alike; repeat it for more"] = field(
+        default_factory=list
+    )
+    proof: Annotated[int, "samples a row of the closing table (emoji only); 0 = none", Range(0, 2000)] = 500
+
+    def __post_init__(self) -> None:
+        speed(self.target_speed)
+
+
+def speed(text: str) -> float:
+    """How many times as fast, out of 2x, 1.5x or a plain number above 1; UsageError for anything else."""
+    try:
+        ratio = float(text.removesuffix("x"))
+    except ValueError:
+        ratio = 0.0
+    if not 1 < ratio < math.inf:
+        raise UsageError(f"`target_speed={text}`: not how many times as fast", "write 1.5x, 2x or 3x")
+    return ratio

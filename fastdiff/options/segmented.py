@@ -1,0 +1,82 @@
+"""The options that `sdxs` and `distill-controlnet` share, and the rows that their presets begin with."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from fastdiff.options.train import TrainConfig
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.errors import InputRefused, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastdiff.checkpoints.checkpoint import Checkpoint
+
+# Presets of these methods begin with these rows. Paper: batches of 1024 to 2048, no schedules told; ours, for one card.
+# fmt: off
+CARD = dict(lr=1e-5, batch_size=4, grad_accum=8, warmup=100, gradient_checkpointing=True, steps=10_000, pairs=4096, ema=0.999)
+EMOJI = dict(
+    pairs=2160, teacher_steps=8, fake_lr=1e-3, lr_schedule="cosine", warmup=20, ema=0.98, batch_size=24, alpha_start=0.6,
+    alpha_end=0.6, lora_layers="attention", lora_rank=16, lora_alpha=16, guidance=3.0, max_grad_norm=10.0,
+)
+# fmt: on
+
+
+@dataclass
+class SegmentedConfig(TrainConfig):
+    """What methods with this loss take."""
+
+    PANEL: ClassVar[str] = "Features and scores"
+
+    init: Annotated[str | None, "checkpoint the student starts from: pruned, or of one step already; default: the base"] = None
+    t_gen: Annotated[int | None, "timestep at which the student is called; default: --init's own, else the last", Range(0)] = None
+    match_steps: Annotated[int, "first steps with feature matching alone", Range(0)] = 1000
+    data: Annotated[str | None, "teacher: pairs of noise and picture come from nowhere else"] = "teacher"
+    fake: Annotated[Literal["lora", "full"], "the online model, which learns the student's distribution"] = "lora"
+    lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64
+    lora_alpha: Annotated[float, "their scale is alpha / rank", Range(above=0)] = 64
+    lora_layers: Annotated[Literal["all", "attention"], "where they act; attention is faster and smaller"] = "all"
+    guidance: Annotated[float, "of the teacher, in its scores and its samples: u + w (c - u)", Range(1)] = 7.5
+    t_min: Annotated[float, "scores are compared from this part of the timesteps ...", Range(0, 1)] = 0.02
+    alpha_start: Annotated[float, "... to this at first ...", Range(0, 1)] = 0.98
+    alpha_end: Annotated[float, "... and to this at the end", Range(0, 1)] = 0.5
+    lambda_fm_start: Annotated[float, "weight of feature matching beside the scores at first ...", Range(0)] = 10.0
+    lambda_fm_end: Annotated[float, "... and at the end", Range(0)] = 1.0
+    fm_encoder: Annotated[Literal["unet", "vgg", "dinov2", "embedded"], "whose features: unet needs no decoder"] = "unet"
+    fm_weights: Annotated[str | None, "vgg: torchvision's VGG-16 file; dinov2: a folder or hub id"] = None
+    fm_t_max: Annotated[float, "unet: with noise up to this part of the timesteps", Range(0, 1)] = 0.25
+    fm_crop: Annotated[int, "vgg, dinov2: latent positions a side that are decoded: memory", Range(4)] = 64
+    fm_batch: Annotated[int | None, "pairs a step in it beside the scores, of the batch; default half of it", Range(1)] = None
+    weighting: Annotated[Literal["dmd", "eq8", "none", "sigma2"], "of g; none is Diff-Instruct's"] = "dmd"
+    fake_lr: Annotated[float | None, "learning rate of the online model; default --lr", Range(above=0)] = None
+    vae: Annotated[str | None, "VAE of previews and closing figures, as a tiny decoder; also decodes for vgg and dinov2"] = None
+
+    def __post_init__(self) -> None:
+        if self.t_min > min(self.alpha_start, self.alpha_end):
+            raise UsageError(f"`t_min={self.t_min:g}`: must be at most `alpha_start` and `alpha_end`")
+
+    def open_student(self, dtype: "torch.dtype | None" = None) -> "Checkpoint":
+        """The checkpoint of `init`, else the base."""
+        import torch
+
+        from fastdiff.checkpoints import checkpoint
+
+        if not self.init:
+            return self.open_base(dtype)
+        return checkpoint.load(self.init, dtype=dtype or torch.float32, allow_pickle=self.allow_pickle)
+
+    def start(self, base: "Checkpoint") -> "Checkpoint":
+        """The checkpoint that the student starts from; InputRefused where it is of another family, or cannot be called so."""
+        if self.t_gen is not None and self.t_gen >= len(base.schedule()):
+            raise UsageError(f"`t_gen={self.t_gen}`: must be below {len(base.schedule())}")
+        if not self.init:
+            return base
+        other = self.open_student(base.dtype)
+        for key in ("in_channels", "cross_attention_dim", "addition_embed_type"):
+            other_value, base_value = other.unet_config.get(key), base.unet_config.get(key)
+            if other_value != base_value:
+                raise InputRefused(
+                    f"`init={self.init}`: its UNet has {key} {other_value}, the base {base_value}",
+                    "it must be of the base's family",
+                )
+        return other

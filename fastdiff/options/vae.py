@@ -1,0 +1,80 @@
+"""The options of `distill-vae`, and their presets."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from fastdiff.checkpoints.family import Presets
+from fastdiff.options.train import TrainConfig
+from fastdiff.runtime.config import Range
+from fastdiff.runtime.errors import UsageError
+
+# TAESD: Adam 3e-4, batches of 16. SDXS names no weights: ours.
+# fmt: off
+CARD = dict(lr=3e-4, lr_schedule="cosine", warmup=100, ema=0.999, batch_size=8, steps=30_000, pairs=1024, data="teacher")
+PRESETS = Presets(
+    # Its own decoder costs 1/68 of SD's a pixel, and a fifteenth of that leaves 12 channels (examples/emoji/README.md).
+    emoji=dict(
+        data="teacher", pairs=2160, teacher_steps=8, width=12, blocks="3,2,2,0", lambda_pixel=1.0, lambda_gan=0.004,
+        gan_from=200, cond_disc=True, lr=3e-3, lr_schedule="cosine", warmup=20, ema=0.99, batch_size=32, steps=1500, d_width=16,
+        d_lr=1e-3,
+    ),
+    sd15=CARD,
+    sd21=CARD,
+    sdxl=CARD,
+)
+# fmt: on
+# fmt: on
+EXAMPLES = """fastdiff distill-vae
+fastdiff distill-vae --base sdxl --prompts prompts.txt --encoder
+fastdiff sample --base sdxl --vae runs/distill-vae-sdxl/tiny-vae --prompt "a red apple\""""
+
+
+@dataclass
+class Config(TrainConfig):
+    PANEL: ClassVar[str] = "Tiny decoder"
+    ESSENTIALS: ClassVar[tuple[str, ...]] = (
+        "base",
+        "data",
+        "prompts",
+        "output",
+        "encoder",
+        "width",
+        "steps",
+        "crop",
+        "batch_size",
+        "max_time",
+    )
+
+    width: Annotated[int, "channels of every layer; 64 is TAESD's", Range(4)] = 64
+    blocks: Annotated[str, "residual blocks at each resolution, from the latents' to the picture's"] = "3,3,3,1"
+    encoder: Annotated[bool, "train an encoder too, for image-to-image"] = False
+    lambda_gan: Annotated[float, "weight of the discriminator's judgement; 0 = none", Range(0)] = 0.1
+    lambda_pixel: Annotated[float, "weight of the distance at full resolution; SDXS 0", Range(0)] = 0.0
+    lambda_lpips: Annotated[float, "weight of the perceptual distance; SDXS 0", Range(0)] = 0.0
+    lpips_weights: Annotated[str | None, "torchvision's VGG-16 file, or embedded; default: the model zoo's"] = None
+    cond_disc: Annotated[bool, "the discriminator also sees the latents"] = False
+    d_width: Annotated[int, "channels of the discriminator's first layer", Range(8)] = 64
+    d_lr: Annotated[float | None, "learning rate of the discriminator; default the decoder's", Range(above=0)] = None
+    gan_from: Annotated[
+        int, "first step at which the decoder is judged; the discriminator learns from half of that", Range(0)
+    ] = 0
+    crop: Annotated[int, "pixels a side of the crops that it trains on", Range(16, multiple_of=8)] = 256
+    proof: Annotated[int, "pictures that are kept out of training for the closing figures, at most a quarter", Range(1, 2000)] = (
+        256
+    )
+
+    def __post_init__(self) -> None:
+        stages(self)
+        if self.eval_every or self.gradient_checkpointing:
+            option = "eval_every" if self.eval_every else "gradient_checkpointing"
+            raise UsageError(f"`{option}`: has no use for a decoder", "`preview_every` shows how it gets on; `crop` saves memory")
+
+
+def stages(config: Config) -> tuple[int, ...]:
+    try:
+        found = tuple(int(n) for n in config.blocks.split(","))
+    except ValueError:
+        found = ()
+    if len(found) != 4 or min(found) < 0:
+        raise UsageError(f"`blocks={config.blocks}`: not four numbers, one of each resolution", "as in 3,3,3,1")
+    return found
