@@ -53,7 +53,9 @@ class Layout(NamedTuple):
 class TensorFile(Mapping[str, Tensor]):
     """The tensors of a file by name. Indexing reads the bytes of that tensor alone; InputRefused where the file is cut short."""
 
-    def __init__(self, path: Path, layouts: dict[str, Layout], metadata: dict[str, str], loaded: dict[str, Tensor] | None = None):
+    def __init__(
+        self, path: Path, layouts: dict[str, Layout], metadata: dict[str, str], loaded: dict[str, Tensor] | None = None
+    ) -> None:
         self.path, self.layouts, self.metadata, self.loaded = path, layouts, metadata, loaded
         self.lock = threading.Lock()  # threads share one position in the file
 
@@ -162,7 +164,7 @@ def open_pickle(path: Path, head: bytes) -> TensorFile:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
     except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)|[Tt]rying to load unsupported GLOBAL (\S+)", str(error))
+        name = re.search(r"GLOBAL (\S+)", str(error))
         raise InputRefused(f"{path}: a pickle that holds more than tensors" + (f" ({name[1]})" if name else ""), hint) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise InputRefused(

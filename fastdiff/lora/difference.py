@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from fastdiff.checkpoints.single_file import Weights
 from fastdiff.lora import apply
 from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
+from fastdiff.options.merge_lora import Config
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import InputRefused, Result, UsageError, as_field
 
@@ -29,8 +29,9 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 UNCHANGED = 1e-7  # |difference| / |weight|: a layer with less was not trained
 
 
-def opened(ref: str, config: Any) -> Checkpoint:
+def opened(ref: str | None, config: Config) -> Checkpoint:
     """Open a checkpoint with the command's options for base models."""
+    assert ref is not None, "the command checks that its checkpoints are given"
     return checkpoint.load(ref, config=config.base_config, prediction=config.prediction_type, allow_pickle=config.allow_pickle)
 
 
@@ -49,7 +50,7 @@ def pairs(one: Checkpoint, other: Checkpoint, part: str) -> tuple[Weights, Weigh
     return a, b
 
 
-def extract(config: Any, output: Path) -> Result:
+def extract(config: Config, output: Path) -> Result:
     """Write the difference between `config.tuned` and `config.base` as a LoRA of every linear and convolution layer that differs.
 
     Biases, norms and embeddings that differ cannot be part of a LoRA; they are counted in a warning. UsageError where nothing
@@ -98,11 +99,11 @@ def extract(config: Any, output: Path) -> Result:
     return Result(
         [output],
         metrics,
-        f'fastdiff sample --base {shlex.quote(config.base)} --lora {shlex.quote(str(output))} --prompt "a red apple"',
+        f'fastdiff sample --base {shlex.quote(base.ref)} --lora {shlex.quote(str(output))} --prompt "a red apple"',
     )
 
 
-def transfer(config: Any, output: Path) -> Result:
+def transfer(config: Config, output: Path) -> Result:
     """Write a checkpoint with the weights `base` + (`tuned` - `reference`) of UNet and text encoders, computed tensor by tensor.
 
     InputRefused where the three checkpoints differ in family or in the shape of a layer.
