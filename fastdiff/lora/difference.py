@@ -44,9 +44,9 @@ def same_kind(one: Checkpoint, other: Checkpoint) -> None:
 def pairs(one: Checkpoint, other: Checkpoint, part: str) -> tuple[Weights, Weights]:
     """The weights of component `part` in two checkpoints; InputRefused where any layer differs in shape."""
     a, b = one.weights(part), other.weights(part)
-    odd = [name for name in a.shapes.keys() | b.shapes.keys() if a.shapes.get(name) != b.shapes.get(name)]
-    if odd:
-        raise InputRefused(f"{other.ref}: {part} differs from {one.ref} in shape: {', '.join(sorted(odd)[:3])}")
+    differing = [name for name in a.shapes.keys() | b.shapes.keys() if a.shapes.get(name) != b.shapes.get(name)]
+    if differing:
+        raise InputRefused(f"{other.ref}: {part} differs from {one.ref} in shape: {', '.join(sorted(differing)[:3])}")
     return a, b
 
 
@@ -62,7 +62,7 @@ def extract(config: Config, output: Path) -> Result:
     rank = None if config.rank == "auto" else int(config.rank or DEFAULT_RANK)
     modules: dict[str, Update] = {}
     left_out: list[str] = []
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, tuple[float, float]] = {}
     for part, prefix in prefixes.items():
         a, b = pairs(base, tuned, part)
         places = apply.places(a.shapes, prefix)
@@ -77,8 +77,8 @@ def extract(config: Config, output: Path) -> Result:
                     left_out.append(place.name)
                     continue
                 modules[key], kept, whole = low_rank_of(Dense(delta), rank, config.energy)
-                before_sums = sums.setdefault(part, [0.0, 0.0])
-                sums[part] = [before_sums[0] + kept, before_sums[1] + whole]
+                kept_so_far, whole_so_far = sums.get(part, (0.0, 0.0))
+                sums[part] = (kept_so_far + kept, whole_so_far + whole)
     if not modules:
         tuned_field, base_field = as_field("tuned", config.tuned), as_field("base", config.base)
         raise UsageError(f"{tuned_field}: no layer differs from {base_field}; there is nothing to extract")

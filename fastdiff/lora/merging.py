@@ -116,10 +116,10 @@ def reduced(item: Lora, rank: str | None, energy: float, full: dict[str, int]) -
     modules: dict[str, Update] = {}
     sums: dict[str, tuple[float, float]] = {}
     for key, update in item.modules.items():
-        asked = full.get(key) if rank is None else None if rank == "auto" else int(rank)
-        modules[key], kept, whole = low_rank_of(update, asked, energy)
-        before = sums.get(part := split(key)[0], (0.0, 0.0))
-        sums[part] = (before[0] + kept, before[1] + whole)
+        target = full.get(key) if rank is None else None if rank == "auto" else int(rank)
+        modules[key], kept, whole = low_rank_of(update, target, energy)
+        kept_so_far, whole_so_far = sums.get(part := split(key)[0], (0.0, 0.0))
+        sums[part] = (kept_so_far + kept, whole_so_far + whole)
     return replace(item, modules=modules), {part: kept / whole if whole else 1.0 for part, (kept, whole) in sums.items()}
 
 
@@ -142,8 +142,8 @@ def largest_error(stored: Lora, loras: Iterable[tuple[Lora, float]]) -> float:
         deltas = (strength * item.modules[key].delta() for item, strength in loras if key in item.modules)
         exact = sum(deltas, torch.zeros(()))
         norm = torch.linalg.vector_norm(exact).item()
-        off = torch.linalg.vector_norm(update.delta() - exact).item()
-        worst = max(worst, off / norm if norm else off)
+        error = torch.linalg.vector_norm(update.delta() - exact).item()
+        worst = max(worst, error / norm if norm else error)
     return worst
 
 
