@@ -94,17 +94,17 @@ def test_families_by_shape(tmp_path, name):
     found = detect.detect(header(tmp_path, like(name)))
     assert found.family is FAMILIES[name]
     assert found.prediction_type == ("v_prediction" if name == "sd21" else "epsilon")
-    assert not found.told
+    assert not found.certain
 
 
 def test_prediction_type_is_what_the_file_says(tmp_path):
     says = lambda name, metadata=None, **keys: detect.detect(header(tmp_path, like(name, **keys), metadata))
     xl = says("sdxl", v_pred=(0,), ztsnr=(0,))
-    assert (xl.prediction_type, xl.zero_snr, xl.told, xl.why) == ("v_prediction", True, True, "its key v_pred")
+    assert (xl.prediction_type, xl.zero_snr, xl.certain, xl.why) == ("v_prediction", True, True, "its key v_pred")
     assert says("sdxl", {"modelspec.prediction_type": "v"}).prediction_type == "v_prediction"
-    assert says("sd15", {"modelspec.prediction_type": "epsilon"}).told
+    assert says("sd15", {"modelspec.prediction_type": "epsilon"}).certain
     assert says("sd21", {"modelspec.architecture": "stable-diffusion-v2-512"}).prediction_type == "epsilon"
-    assert says("sd21", {"modelspec.architecture": "stable-diffusion-v2-768-v"}).told
+    assert says("sd21", {"modelspec.architecture": "stable-diffusion-v2-768-v"}).certain
     (tmp_path / "model.yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
     told = says("sd15", {"modelspec.prediction_type": "epsilon"})
     assert (told.prediction_type, told.why) == ("v_prediction", "the yaml beside it")
@@ -115,7 +115,7 @@ def test_sd2_that_says_nothing_is_told_by_a_bias(tmp_path, spread, kind):
     key = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
     bias = torch.randn(320, generator=torch.Generator().manual_seed(0)) * spread
     found = detect.detect(header(tmp_path, like("sd21", **{key: (320,)}), values={key: bias}))
-    assert (found.prediction_type, found.told) == (kind, False)
+    assert (found.prediction_type, found.certain) == (kind, False)
 
 
 NOT_OURS = {

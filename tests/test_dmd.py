@@ -263,11 +263,11 @@ def test_wearing_equals_pefts_own_switch(tiny_sd):
 
 def test_wearing_puts_back_what_was_on(tiny_sd):
     m, _ = method(tiny_sd)
-    with adapters.wearing(m.base_model.unet, "student"):
-        with suppress(RuntimeError), adapters.wearing(m.base_model.unet, None):
-            assert adapters.worn(m.base_model.unet) is None
+    with adapters.using(m.base_model.unet, "student"):
+        with suppress(RuntimeError), adapters.using(m.base_model.unet, None):
+            assert adapters.active_adapter(m.base_model.unet) is None
             raise RuntimeError
-        assert adapters.worn(m.base_model.unet) == "student"
+        assert adapters.active_adapter(m.base_model.unet) == "student"
 
 
 @pytest.mark.parametrize(("student", "fake"), [("lora", "lora"), ("full", "lora"), ("lora", "full"), ("full", "full")])

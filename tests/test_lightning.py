@@ -377,7 +377,7 @@ def test_the_one_step_student_outputs_x0(tiny_sd):
     m = method(tiny_sd, "1-cond", stages="2:1")
     batch = batch_for(m.base_model)
     assert (m.student.kind, m.teacher.kind, m.recipe.prediction_type) == ("sample", "epsilon", "sample")
-    with torch.no_grad(), adapters.wearing(m.base_model.unet, "student"):
+    with torch.no_grad(), adapters.using(m.base_model.unet, "student"):
         out = m.base_model.unet(batch.latents, torch.full((4,), 999), batch.cond.tokens).sample
         assert torch.equal(m.student(batch.latents, torch.tensor(999), batch.cond).x0, out)
         t, s = torch.full((4,), 999), torch.full((4,), -1)

@@ -291,14 +291,14 @@ FOREIGN = {
     "a motion LoRA": {"down_blocks.0.motion_modules.0.to_q.lora_A.weight": torch.ones(4, 5)},
 }
 HALVES = {  # of another module, beside a whole one: none may pass for a plain LoRA or be left out
-    "magnitude alone make": {f"{KCONV}.dora_scale": torch.ones(6, 1)},
-    "w1_a make": {f"{KCONV}.hada_w1_a": torch.ones(6, 2)},
+    "magnitude alone cannot": {f"{KCONV}.dora_scale": torch.ones(6, 1)},
+    "these tensors: w1_a": {f"{KCONV}.hada_w1_a": torch.ones(6, 2)},
     "kron1 .2, 2., kron2_a": {f"{KCONV}.lokr_w1": torch.ones(2, 2), f"{KCONV}.lokr_w2_a": torch.ones(2, 2)},
     "Tucker core": {**kohya(KCONV, *factors(1, kernel=1)), f"{KCONV}.lora_mid.weight": torch.ones(3, 4, 3, 3)},
-    "on_input alone make": {f"{KCONV}.on_input": torch.ones(1)},
+    "on_input alone cannot": {f"{KCONV}.on_input": torch.ones(1)},
     "DoRA magnitude .7, 1. for a weight": {**kohya(KCONV, *factors(1)), f"{KCONV}.dora_scale": torch.ones(7, 1)},
-    "magnitude alone make ": {f"unet.{CONV}.lora_magnitude_vector.weight": torch.ones(6)},
-    "absurd": kohya(KCONV, *factors(1), 1e6),
+    "magnitude alone cannot ": {f"unet.{CONV}.lora_magnitude_vector.weight": torch.ones(6)},
+    "far too large": kohya(KCONV, *factors(1), 1e6),
     "down is empty": kohya(KCONV, torch.ones(0, 5), torch.ones(6, 0)),
 }
 

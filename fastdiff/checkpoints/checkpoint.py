@@ -1,4 +1,7 @@
-"""A checkpoint: alias, hub id, diffusers folder or single file in. Components load on demand, every layer or none."""
+"""Open a base model: an alias, a hub id, a diffusers folder or a single file.
+
+Its components load on first use. A component with a layer missing or too many is refused as a whole.
+"""
 
 import hashlib
 import json
@@ -6,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints import single_file, tensors
-from fastdiff.checkpoints.detect import Found, detect, infer_unet
-from fastdiff.checkpoints.detect import prediction as prediction_told
+from fastdiff.checkpoints.detect import Detection, detect, detect_prediction, infer_unet
 from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.locate import clip_vocabulary, family_of, locate, shape_tables
 from fastdiff.checkpoints.recipe import Recipe
@@ -27,7 +29,10 @@ from fastdiff.runtime.errors import InputRefused, as_field
 
 
 def plain_name(part: str, name: str) -> str:
-    """A stored parameter's name as we say it: `text_model.` in front (transformers 5.6 drops it), today's VAE attention."""
+    """The name that we use for the stored parameter `name` of component `part`.
+
+    Text encoders get the prefix `text_model.`, which transformers 5.6 dropped; old names of VAE attention become today's.
+    """
     if part.startswith("text_encoder"):
         return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
     if part == "vae" and (old := re.search(r"\.attentions\.0\.(query|key|value|proj_attn)\.", name)):
@@ -38,32 +43,33 @@ def plain_name(part: str, name: str) -> str:
 
 @dataclass
 class Checkpoint:
-    """A base model; `unet`, `vae`, `text_encoders` and `tokenizers` load when first touched, in `dtype`."""
+    """A base model. `unet`, `vae`, `text_encoders` and `tokenizers` load when first used, the UNet in `dtype`."""
 
-    ref: str
-    path: Path
+    ref: str  # the alias, hub id or path that the user gave
+    path: Path  # of the folder or single file
     family: Family
     dtype: torch.dtype = torch.float32
     config: Path | None = None  # a diffusers folder of configs and tokenizers, for single files
-    found: Found | None = None  # what a single file is
-    prediction: str | None = None  # overrides what the files tell
+    detected: Detection | None = None  # what a single file turned out to be
+    prediction: str | None = None  # overrides the prediction type that the files state
     allow_pickle: bool = False
-    configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # of components that are to be of another shape
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # of components that get another shape than the files'
 
     # ---- configs
 
     @property
     def folder(self) -> Path:
-        """Where model_index.json, the configs and the tokenizers are."""
+        """The folder with model_index.json, the configs and the tokenizers."""
         return self.config if self.path.is_file() and self.config else self.path
 
     @property
     def own_config(self) -> bool:
-        """A single file on the configs that we ship, not on a folder that was given for it."""
+        """Whether this is a single file that uses the configs that ship with fastdiff, not a folder given as `base_config`."""
         return self.path.is_file() and self.folder == self.family.home
 
     @cached_property
     def index(self) -> dict[str, Any]:
+        """The content of model_index.json; InputRefused where it is missing."""
         file = self.folder / "model_index.json"
         if not file.exists():
             raise InputRefused(f"{self.folder}: model_index.json is missing; it is not a diffusers folder")
@@ -71,15 +77,17 @@ class Checkpoint:
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
+        """The diffusers scheduler config, with the prediction type that a single file or the user states."""
         config = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
-        if self.found and (self.own_config or self.found.told):
-            config["prediction_type"] = self.found.prediction_type
-            if self.found.zero_snr:
+        if self.detected and (self.own_config or self.detected.certain):
+            config["prediction_type"] = self.detected.prediction_type
+            if self.detected.zero_snr:
                 config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return config | ({"prediction_type": self.prediction} if self.prediction else {})
 
     @property
     def prediction_type(self) -> str:
+        """What the UNet outputs: epsilon, v_prediction or sample."""
         return self.scheduler_config.get("prediction_type", "epsilon")
 
     @cached_property
@@ -87,7 +95,7 @@ class Checkpoint:
         return self.config_of("unet")
 
     def config_of(self, part: str) -> dict[str, Any]:
-        """The config of a component; a single file's UNet has the blocks that are in the file."""
+        """The config of a component; the UNet of a single file has the blocks of the file. InputRefused where it is missing."""
         if part in self.configs:
             return self.configs[part]
         path = self.folder / part / "config.json"
@@ -102,27 +110,28 @@ class Checkpoint:
 
     @property
     def resolution_px(self) -> int:
-        """Pixels a side that the network was trained at."""
+        """Side in px of the pictures that the network was trained on."""
         size = self.unet_config.get("sample_size") or 64
         return (size if isinstance(size, int) else size[0]) * self.pixels_per_latent
 
     @property
     def pixels_per_latent(self) -> int:
-        """A side of the picture over a side of its latent."""
+        """Side of a picture in px divided by the side of its latent."""
         return 2 ** (len(self.config_of("vae")["block_out_channels"]) - 1)
 
     def schedule(self) -> NoiseSchedule:
+        """The noise schedule of the scheduler config; ValueError where it is not supported."""
         return NoiseSchedule.from_config(self.scheduler_config)
 
     def with_unet(self, net: nn.Module, kind: PredictionType) -> "Checkpoint":
-        """The same checkpoint around another UNet, which outputs `kind`."""
-        other, told = copy(self), self.scheduler_config
+        """A copy of this checkpoint with `net` as the UNet, which outputs `kind`. Other components are shared."""
+        other, settings = copy(self), self.scheduler_config
         changed = kind != self.prediction_type
-        other.__dict__ |= {"unet": net, "scheduler_config": told | ({"prediction_type": kind} if changed else {})}
+        other.__dict__ |= {"unet": net, "scheduler_config": settings | ({"prediction_type": kind} if changed else {})}
         return other
 
     def shaped(self, part: str, config: dict[str, Any]) -> "Checkpoint":
-        """The same checkpoint with a component of another shape, none of it loaded; its weights are the caller's to give."""
+        """A copy of this checkpoint whose component `part` has another config. The caller provides the weights for it."""
         other = copy(self)
         other.__dict__ = {k: v for k, v in self.__dict__.items() if k not in {part, f"{part}_config"}}
         other.configs = {**self.configs, part: config}
@@ -130,12 +139,12 @@ class Checkpoint:
 
     @property
     def zeros_for_empty_prompt(self) -> bool:
-        """The unconditional branch of SDXL: zero embeddings instead of the encoded empty prompt."""
+        """Whether the unconditional prediction takes zero embeddings instead of the encoded empty prompt, as SDXL does."""
         return self.family.zeros_for_empty_prompt and self.index.get("force_zeros_for_empty_prompt", True)
 
     @property
     def recipe(self) -> Recipe:
-        """How a distilled checkpoint wants to be sampled."""
+        """The sampling settings of a distilled checkpoint; empty for any other."""
         file = self.folder / "fastdiff.json"
         if self.path.is_file():
             return Recipe.from_metadata(self.file.metadata)
@@ -145,19 +154,21 @@ class Checkpoint:
 
     @property
     def text_parts(self) -> list[str]:
-        """text_encoder and for SDXL text_encoder_2."""
+        """The names of the text encoders: text_encoder, and for SDXL text_encoder_2 too."""
         return [part for part, row in self.index.items() if part.startswith("text_encoder") and row[1]]
 
     @property
     def parts(self) -> list[str]:
+        """The names of the components that have weights."""
         return ["unet", "vae", *self.text_parts]
 
     @cached_property
     def file(self) -> TensorFile:
+        """The single file, opened."""
         return tensors.open_file(self.path, allow_pickle=self.allow_pickle)
 
     def skeleton(self, part: str) -> nn.Module:
-        """A component without weights, all parameters on the meta device."""
+        """A component as a network without weights: its parameters are on the meta device."""
         from accelerate import init_empty_weights
 
         config = self.config_of(part)
@@ -172,9 +183,10 @@ class Checkpoint:
             return (UNet2DConditionModel if part == "unet" else AutoencoderKL).from_config(config)
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
-        """What the component needs: parameter -> shape; out of a table where the network is a family's own.
+        """The shape of every parameter that the component needs, by name.
 
-        Building it, on the meta device, would import diffusers and transformers, which takes longer than reading a file.
+        The shapes of published networks come from a table: building the network would import diffusers and transformers, which
+        takes longer than reading a file.
         """
         home, stock = self.family.home, self.family.published and self.folder == self.family.home
         if stock and self.config_of(part) == json.loads((home / part / "config.json").read_text()):
@@ -182,35 +194,42 @@ class Checkpoint:
         return {plain_name(part, k): tuple(v.shape) for k, v in self.skeleton(part).state_dict().items()}
 
     def slots(self, part: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
-        """What a single file calls the component's parameters."""
+        """The tensors of a single file that hold the component's parameters, given as name -> shape."""
         return single_file.slots(self.family, part, self.config_of(part), shapes)
 
     def weights(self, part: str, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Weights:
-        """The stored tensors of a component, read one by one; a layer that is missing or left over is refused by name."""
+        """The stored tensors of a component, each read on access.
+
+        InputRefused names layers that are missing, that have no place in the model, or that have another shape than its.
+        """
         shapes = shapes or self.shapes(part)
         if self.path.is_file():
             wanted = self.slots(part, shapes)
-            gone = single_file.missing(self.file, wanted)
+            missing = single_file.missing(self.file, wanted)
             prefix = self.family.prefixes[part]
-            left = single_file.unknown(self.file, wanted, [prefix])
-            if len(gone) == len(wanted) and self.config and not self.own_config and self.stored(part, self.config):
+            unknown = single_file.unknown(self.file, wanted, [prefix])
+            if len(missing) == len(wanted) and self.config and not self.own_config and self.stored(part, self.config):
                 info(f"{self.path}: has no {part}; taken from {self.config}")
                 return self.from_folder(part, shapes, self.config)
-            if len(gone) == len(wanted):
+            if len(missing) == len(wanted):
                 hint = f"give a whole diffusers folder of its family: `base_config=FOLDER`, whose {part} is then used"
                 raise InputRefused(f"{self.path}: has no {part} ({prefix}*)", hint)
-            self.complete(part, gone, left, self.path)
+            self.require_complete(part, missing, unknown, self.path)
             return single_file.read(self.file, wanted, shapes)
         return self.from_folder(part, shapes, self.path)
 
-    def complete(self, part: str, gone: list[str], left: list[str], where: Path) -> None:
-        for what, names in (("are missing", gone), ("have no place in the model", left)):
+    def require_complete(self, part: str, missing: list[str], unknown: list[str], where: Path) -> None:
+        """Raise InputRefused if layers of a component are missing or unknown; `where` is the file or folder, for messages."""
+        for problem, names in (("are missing", missing), ("have no place in the model", unknown)):
             if names:
-                told = f"{where}: {part}: {len(names)} layers {what}: {', '.join(names[:3])}"
-                raise InputRefused(told, "the file is damaged or another model; for unusual networks give `base_config`")
+                message = f"{where}: {part}: {len(names)} layers {problem}: {', '.join(names[:3])}"
+                raise InputRefused(message, "the file is damaged or another model; for unusual networks give `base_config`")
 
     def stored(self, part: str, folder: Path) -> list[Path]:
-        """The weight files of a component in a diffusers folder: full precision first, shards, then the fp16 variant."""
+        """The weight files of a component in a diffusers folder, shards included; empty where there are none.
+
+        Full precision is preferred to the fp16 variant, and safetensors to pickles, which count only with `allow_pickle`.
+        """
         home = folder / part
         for stem in ("diffusion_pytorch_model", "model"):
             for variant in ("", ".fp16"):
@@ -226,6 +245,7 @@ class Checkpoint:
         return []
 
     def from_folder(self, part: str, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> Weights:
+        """The tensors of a component of a diffusers folder, each read on access; InputRefused as in `weights`."""
         files = [tensors.open_file(path, allow_pickle=self.allow_pickle) for path in self.stored(part, folder)]
         if not files:
             raise InputRefused(
@@ -234,24 +254,24 @@ class Checkpoint:
             )
         readers: dict[str, Callable[[], Tensor]] = {}
         dtypes: dict[str, torch.dtype] = {}
-        left = []
+        unknown = []
         for file in files:
             for key in file:
                 name = plain_name(part, key)
                 if name not in shapes:
-                    left += [] if re.search(r"position_ids$|logit_scale$|text_projection", name) else [key]
+                    unknown += [] if re.search(r"position_ids$|logit_scale$|text_projection", name) else [key]
                     continue
                 if single_file.strip(file.layouts[key].shape) != single_file.strip(shapes[name]):
                     raise InputRefused(f"{file.path}: {key} is {file.layouts[key].shape}, the model has {shapes[name]}")
-                readers[name] = lambda file=file, key=key, shape=shapes[name]: file[key].reshape(shape)
+                readers[name] = partial(single_file.read_reshaped, file, key, shapes[name])
                 dtypes[name] = file.layouts[key].dtype
-        self.complete(part, [name for name in shapes if name not in readers], left, folder / part)
+        self.require_complete(part, [name for name in shapes if name not in readers], unknown, folder / part)
         return Weights(readers, shapes, dtypes)
 
     # ---- networks
 
     def network(self, part: str, dtype: torch.dtype) -> nn.Module:
-        """A component in `dtype`, frozen; nothing on the meta device, everything finite."""
+        """Load a component in `dtype` and freeze it. InputRefused as in `weights`, and for values that are NaN or infinite."""
         net = self.skeleton(part)
         names = {key: plain_name(part, key) for key in net.state_dict()}
         weights = self.weights(part, {names[k]: tuple(v.shape) for k, v in net.state_dict().items()})
@@ -269,42 +289,44 @@ class Checkpoint:
 
     @cached_property
     def unet(self) -> nn.Module:
+        """The UNet in `dtype`, frozen."""
         return self.network("unet", self.dtype)
 
     @cached_property
     def vae(self) -> nn.Module:
-        """Always fp32: SDXL's overflows in fp16."""
+        """The VAE, frozen. It is always fp32, because SDXL's overflows in fp16."""
         return self.network("vae", torch.float32)
 
     @cached_property
     def text_encoders(self) -> list[nn.Module]:
+        """The text encoders in fp32, frozen."""
         return [self.network(part, torch.float32) for part in self.text_parts]
 
     @cached_property
     def tokenizers(self) -> list[Any]:
-        """The folder's own, else CLIP's vocabulary, which is one for all families and ships with us."""
+        """The tokenizers: the folder's own, or else CLIP's vocabulary, which all families share and which ships with fastdiff."""
         from transformers import CLIPTokenizer
 
-        found = []
+        tokenizers = []
         for part in [k for k, v in self.index.items() if k.startswith("tokenizer") and v[1]]:
             home = self.folder / part
             if (home / "vocab.json").exists() or (home / "tokenizer.json").exists():
-                found.append(CLIPTokenizer.from_pretrained(home, local_files_only=True))
+                tokenizers.append(CLIPTokenizer.from_pretrained(home, local_files_only=True))
             else:
                 vocab, merges = clip_vocabulary()
-                told = json.loads((home / "tokenizer_config.json").read_text())
-                found.append(
-                    CLIPTokenizer(vocab=vocab, merges=merges, **{k: v for k, v in told.items() if k != "tokenizer_class"})
-                )
-        return found
+                settings = json.loads((home / "tokenizer_config.json").read_text())
+                settings.pop("tokenizer_class", None)
+                # transformers annotates `merges` as strings and takes pairs too, as its tokenizer files have them.
+                tokenizers.append(CLIPTokenizer(vocab=vocab, merges=merges, **settings))  # type: ignore[arg-type]
+        return tokenizers
 
     def release(self, *names: str) -> None:
-        """Drop loaded components, so that their memory is free for the next one."""
+        """Drop loaded components by name (unet, vae, text_encoders, tokenizers), which frees their memory."""
         for name in names:
             self.__dict__.pop(name, None)
 
     def pipeline(self) -> Any:
-        """The stock diffusers pipeline over these components."""
+        """The diffusers pipeline of the family with these components, which all load now."""
         import diffusers
 
         # the class that the folder names
@@ -317,7 +339,7 @@ class Checkpoint:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         else:
             parts |= {"force_zeros_for_empty_prompt": self.zeros_for_empty_prompt, "add_watermarker": False}
-        return getattr(diffusers, self.family.pipeline)(**parts)  # the class that the row names
+        return getattr(diffusers, self.family.pipeline)(**parts)  # the class that the family names
 
 
 def load(
@@ -328,10 +350,11 @@ def load(
     prediction: str | None = None,
     allow_pickle: bool = False,
 ) -> Checkpoint:
-    """Open a checkpoint; nothing heavy is read yet.
+    """Open the checkpoint that `ref` names: an alias, a hub id, a diffusers folder or a single file. Weights are read later.
 
-    A single file needs no more than itself: configs and CLIP's vocabulary ship with us. `config`, a diffusers folder or hub
-    id, is for networks of unusual shape. `prediction` (epsilon, v_prediction) overrides what the files tell.
+    `config`, a diffusers folder or hub id, provides the configs of a single file of unusual shape; others need none.
+    `prediction` (epsilon, v_prediction) overrides the prediction type that the files state. UsageError where `ref` cannot be
+    found, InputRefused where it is no supported checkpoint.
     """
     path = locate(ref)
     if not path.is_file():
@@ -339,17 +362,17 @@ def load(
     file = tensors.open_file(path, allow_pickle=allow_pickle)
     if config:
         folder = locate(config, configs_only=True)
-        found = prediction_told(file, family_of(str(folder)))
+        detected = detect_prediction(file, family_of(str(folder)))
     else:
-        found = detect(file)
-        folder = found.family.home
-    opened = Checkpoint(ref, path, found.family, dtype, folder, found, prediction, allow_pickle)
+        detected = detect(file)
+        folder = detected.family.home
+    opened = Checkpoint(ref, path, detected.family, dtype, folder, detected, prediction, allow_pickle)
     opened.__dict__["file"] = file
     return opened
 
 
 def fingerprint(net: nn.Module) -> str:
-    """sha256 over names and fp32 values of a network's weights: the `parent` of what is distilled from it."""
+    """sha256 of the names and fp32 values of a network's weights, by which recipes name their `parent`."""
     digest = hashlib.sha256()
     state: dict[str, Tensor] = net.state_dict()
     for key in sorted(state):

@@ -1,4 +1,4 @@
-"""A network of its own besides the base: a VAE or a ControlNet, in a diffusers folder or on the hub."""
+"""A single network that is loaded beside the base model: a VAE or a ControlNet, in a diffusers folder or on the hub."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,11 @@ FILES = ["config.json", "diffusion_pytorch_model.safetensors", "fastdiff.json"]
 
 
 def locate(ref: str, option: str, what: str) -> Path:
-    """The folder behind a reference, which `option` was given; UsageError where there is none."""
+    """The folder of the network that `ref` names, a path or a hub id; the hub is asked only where no such path exists.
+
+    `option` is the option that `ref` was given with and `what` the kind of network, both for messages. UsageError where there
+    is no such folder or the hub cannot be reached.
+    """
     folder = Path(ref).expanduser()
     if folder.exists():
         return folder
@@ -32,26 +36,26 @@ def locate(ref: str, option: str, what: str) -> Path:
 
 
 def config_of(folder: Path, option: str, ref: str, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Its config; InputRefused where it is of none of these classes."""
-    told = folder / "config.json"
-    config = json.loads(told.read_text()) if told.is_file() else {}
+    """The config.json of the network in `folder`; InputRefused where there is none, or its class is not one of `classes`."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
     if config.get("_class_name") not in classes:
-        found = config.get("_class_name") or "no config.json there"
-        raise InputRefused(f"{as_field(option, ref)}: {found}", f"a diffusers folder of {' or '.join(classes)}")
+        problem = config.get("_class_name") or "no config.json there"
+        raise InputRefused(f"{as_field(option, ref)}: {problem}", f"a diffusers folder of {' or '.join(classes)}")
     return config
 
 
 def load(folder: Path, option: str, ref: str, config: dict[str, Any]) -> nn.Module:
-    """The network in fp32, frozen; InputRefused where its weights cannot be read whole."""
+    """Load the network in fp32 and freeze it; InputRefused where weights are missing or cannot be read."""
     import diffusers
 
-    kind = getattr(diffusers, config["_class_name"])  # one of the classes that were asked for
+    kind = getattr(diffusers, config["_class_name"])  # one of the classes that `config_of` allows
     try:
-        net, told = kind.from_pretrained(
+        net, report = kind.from_pretrained(
             folder, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputRefused(f"{as_field(option, ref)}: its weights cannot be read ({quoted(error).splitlines()[0]})") from error
-    if missing := sorted(told["missing_keys"]):
+    if missing := sorted(report["missing_keys"]):
         raise InputRefused(f"{as_field(option, ref)}: {len(missing)} of its layers have no weights ({missing[0]})")
     return net.eval().requires_grad_(False)

@@ -1,4 +1,7 @@
-"""What a checkpoint file is: family, prediction type, and what is refused by name; from keys, shapes and the header."""
+"""Detect what a single checkpoint file is, from its tensors' names and shapes and its header.
+
+The result is the family and the prediction type. Files of other kinds are refused with a message that says what they are.
+"""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +14,7 @@ from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.runtime.errors import InputRefused
 
 UNET = "model.diffusion_model."
-OTHERS = (  # a key that tells what the file is, when it is nothing that we read
+OTHERS = (  # pattern of a tensor name, and what an unsupported file with such a name is
     (r"\.joint_blocks\.|^joint_blocks\.", "a Stable Diffusion 3 checkpoint (a flow model)"),
     (r"double_blocks\.|single_transformer_blocks\.", "a Flux checkpoint (a flow model)"),
     (r"^edm_(mean|std)$|^edm_vpred\.", "an EDM checkpoint (Playground v2.5, CosXL)"),
@@ -31,7 +34,7 @@ OTHERS = (  # a key that tells what the file is, when it is nothing that we read
         "a text encoder alone, not a base model",
     ),
 )
-INPUTS = {  # channels that the first convolution takes
+INPUTS = {  # input channels of the first convolution, and what an unsupported file with that many is
     5: "a depth-to-image checkpoint",
     7: "an upscaler checkpoint",
     8: "an InstructPix2Pix checkpoint",
@@ -41,88 +44,94 @@ INPUTS = {  # channels that the first convolution takes
 
 
 @dataclass(frozen=True)
-class Found:
-    """A Stable Diffusion checkpoint that we read."""
+class Detection:
+    """What a Stable Diffusion checkpoint file turned out to be."""
 
     family: Family
     prediction_type: str  # epsilon, v_prediction
-    zero_snr: bool = False
-    why: str = ""  # what tells the prediction type
-    told: bool = True  # the file says it; False: guessed from weights, or the family's default
+    zero_snr: bool = False  # its noise schedule ends in pure noise
+    why: str = ""  # what the prediction type was read from, for messages
+    certain: bool = True  # the file states the prediction type; False: guessed from weights, or the family's default
 
 
-def refuse(path: Path, what: str, key: str = "") -> InputRefused:
-    told = f" ({key})" if key else ""
-    return InputRefused(f"{path}: {what}{told}", f"{titles()} text-to-image checkpoints are supported")
+def refusal(path: Path, what: str, key: str = "") -> InputRefused:
+    """The error for an unsupported file: `what` it is, and the tensor name `key` by which that was seen."""
+    reason = f" ({key})" if key else ""
+    return InputRefused(f"{path}: {what}{reason}", f"{titles()} text-to-image checkpoints are supported")
 
 
 def sidecar(path: Path) -> str:
-    """The text of NAME.yaml beside a file, where A1111 and Forge look for its configuration."""
+    """The text of the file NAME.yaml beside `path`, the configuration that A1111 and Forge read; empty where there is none."""
     for suffix in (".yaml", ".yml"):
-        if (beside := path.with_suffix(suffix)).exists():
-            return beside.read_text(errors="replace")
+        if (yaml_path := path.with_suffix(suffix)).exists():
+            return yaml_path.read_text(errors="replace")
     return ""
 
 
-def detect(file: TensorFile) -> Found:
-    """Family and prediction type of an LDM-layout file; anything else is refused by name (InputRefused)."""
+def detect(file: TensorFile) -> Detection:
+    """Detect family and prediction type of a file in the LDM layout; InputRefused says what any other file is."""
     shapes, path = file.shapes, file.path
     for pattern, what in OTHERS[:5]:
         if key := next((k for k in shapes if re.search(pattern, k)), None):
-            raise refuse(path, what, key)
+            raise refusal(path, what, key)
     if f"{UNET}input_blocks.0.0.weight" not in shapes:
         for pattern, what in OTHERS[5:]:
             if key := next((k for k in shapes if re.search(pattern, k)), None):
-                raise refuse(path, what, key)
-        raise refuse(path, "not a Stable Diffusion checkpoint: no model.diffusion_model.input_blocks in it")
+                raise refusal(path, what, key)
+        raise refusal(path, "not a Stable Diffusion checkpoint: no model.diffusion_model.input_blocks in it")
     channels, first = shapes[f"{UNET}input_blocks.0.0.weight"][1], f"{UNET}input_blocks.0.0.weight"
     if channels != 4:
-        raise refuse(path, INPUTS.get(channels, f"a checkpoint of {channels} input channels"), first)
+        raise refusal(path, INPUTS.get(channels, f"a checkpoint of {channels} input channels"), first)
     if (out := shapes.get(f"{UNET}out.2.weight", (4,))[0]) != 4:
-        raise refuse(path, f"a checkpoint of {out} output channels", f"{UNET}out.2.weight")
+        raise refusal(path, f"a checkpoint of {out} output channels", f"{UNET}out.2.weight")
     cross = next((k for k in shapes if k.startswith(UNET) and k.endswith("attn2.to_k.weight")), "")
     if not cross:
-        raise refuse(path, "a UNet without cross-attention")
+        raise refusal(path, "a UNet without cross-attention")
     family = of_width(width := shapes[cross][1])
     label = shapes.get(f"{UNET}label_emb.0.0.weight")
     if width == 1280:
-        raise refuse(path, "an SDXL refiner", cross)
+        raise refusal(path, "an SDXL refiner", cross)
     if label and not (family and family.size_conditioned):
-        raise refuse(path, "an unCLIP checkpoint", f"{UNET}label_emb.0.0.weight")
+        raise refusal(path, "an unCLIP checkpoint", f"{UNET}label_emb.0.0.weight")
     if family is None:
         what = f"{path}: a checkpoint with cross-attention of width {width} ({cross})"
         raise InputRefused(what, "for a network of unusual shape give a folder with its configs: `base_config=FOLDER`")
-    return prediction(file, family)
+    return detect_prediction(file, family)
 
 
-def prediction(file: TensorFile, family: Family) -> Found:
-    """The family with epsilon or v_prediction, as the yaml beside the file, marker keys, the header, or its weights tell."""
+def detect_prediction(file: TensorFile, family: Family) -> Detection:
+    """Detect whether a file of this family predicts epsilon or v; InputRefused for a flow model.
+
+    The first of these that says so decides: the yaml beside the file, a marker tensor, the header, the spread of a bias. Where
+    none does, it is the family's default.
+    """
     kind = lambda text: "v_prediction" if text.startswith("v") else "epsilon"
     zero_snr = "ztsnr" in file
-    if told := re.search(r"parameterization\s*:\s*[\"']?(\w+)", sidecar(file.path)):
-        return Found(family, kind(told[1]), zero_snr, "the yaml beside it")
+    if match := re.search(r"parameterization\s*:\s*[\"']?(\w+)", sidecar(file.path)):
+        return Detection(family, kind(match[1]), zero_snr, "the yaml beside it")
     if "v_pred" in file:
-        return Found(family, "v_prediction", zero_snr, "its key v_pred")
+        return Detection(family, "v_prediction", zero_snr, "its key v_pred")
     header = file.metadata.get("fastdiff.prediction_type") or file.metadata.get("modelspec.prediction_type", "")
     if "flow" in header or "flow" in file.metadata.get("modelspec.architecture", ""):
-        raise refuse(file.path, "a flow checkpoint, by its header")
+        raise refusal(file.path, "a flow checkpoint, by its header")
     if header:
-        return Found(family, kind(header), zero_snr, "its header")
+        return Detection(family, kind(header), zero_snr, "its header")
     architecture = file.metadata.get("modelspec.architecture", "")
     if family.predicts_either and architecture.startswith(family.architecture_stem):
-        return Found(family, "v_prediction" if architecture.split("/")[0].endswith("-v") else "epsilon", zero_snr, "its header")
+        predicts_v = architecture.split("/")[0].endswith("-v")
+        return Detection(family, "v_prediction" if predicts_v else "epsilon", zero_snr, "its header")
     key = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
     if family.predicts_either and key in file:
-        # Where nothing else tells, ComfyUI's rule: this bias spreads wider in the network that predicts v.
-        wide = file[key].float().std().item() > 0.09
-        return Found(family, "v_prediction" if wide else "epsilon", zero_snr, "the spread of a bias; no yaml, no header", False)
-    return Found(family, family.prediction_type, zero_snr, "its family's default", False)
+        # ComfyUI's rule where nothing else tells: the values of this bias spread wider in a network that predicts v.
+        guess = "v_prediction" if file[key].float().std().item() > 0.09 else "epsilon"
+        return Detection(family, guess, zero_snr, "the spread of a bias; no yaml, no header", False)
+    return Detection(family, family.prediction_type, zero_snr, "its family's default", False)
 
 
 def infer_unet(file: TensorFile, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The family's UNet config, its blocks changed to those that are in the file: pruned networks have fewer.
+    """The UNet config of a file: the family's `config` with the blocks that the file has, since pruned networks have fewer.
 
-    A network whose layers differ within a level cannot be told from names alone: InputRefused asks for `base_config`.
+    InputRefused where the layers differ within a level, because names alone cannot describe such a network.
     """
     shapes = {k.removeprefix(UNET): v for k, v in file.shapes.items() if k.startswith(UNET)}
     count = lambda side: 1 + max(int(m[1]) for k in shapes if (m := re.match(rf"{side}\.(\d+)\.", k)))
@@ -136,19 +145,19 @@ def infer_unet(file: TensorFile, config: Mapping[str, Any]) -> dict[str, Any]:
     middle = depth("middle_block") if "middle_block.0.in_layers.0.weight" in shapes else None
     across = list(zip(down, reversed(up), strict=True)) if len(down) == len(up) else []
     even = blocks == count("output_blocks") == levels * (layers + 1)
-    even &= all(not 0 < row.count(0) < len(row) for row in (*down, *up))  # attention in all layers of a block or in none
+    even &= all(not 0 < row.count(0) < len(row) for row in (*down, *up))  # within a block, all layers have attention or none has
     widths = [shapes.get(f"input_blocks.{i * (layers + 1) + 1}.0.in_layers.2.weight", (0,))[0] for i in range(levels)]
-    seen = [{depth for row in rows for depth in row} - {0} for rows in across]
-    whole = all(len(found) <= 1 for found in seen)
-    depths: list[Any] = [max(found, default=0) for found in seen]
-    known = {depths[-1], config_depth(config)} if whole else set()
+    level_depths = [{depth for row in rows for depth in row} - {0} for rows in across]
+    uniform = all(len(depths) <= 1 for depths in level_depths)  # every level has one depth throughout
+    depths: list[Any] = [max(depths, default=0) for depths in level_depths]
+    known = {depths[-1], config_depth(config)} if uniform else set()
     if not even or (middle and middle not in known):
         raise InputRefused(
             f"{file.path}: a pruned UNet whose layers differ within a level or from one half to the other",
             "give the folder with its configs: `base_config=FOLDER`",
         )
     kinds = {None: None, 0: "UNetMidBlock2D"}
-    found = {
+    inferred = {
         **config,
         "block_out_channels": widths,
         "layers_per_block": layers,
@@ -156,22 +165,23 @@ def infer_unet(file: TensorFile, config: Mapping[str, Any]) -> dict[str, Any]:
         "up_block_types": ["CrossAttnUpBlock2D" if row[0] else "UpBlock2D" for row in up],
         "mid_block_type": kinds.get(middle, "UNetMidBlock2DCrossAttn"),
     }
-    if not whole:  # a list of every layer's, down and, from the innermost, up
+    if not uniform:  # depths layer by layer: of the down blocks, and of the up blocks from the innermost on
         flat = lambda row: row if any(row) else 1
-        found["transformer_layers_per_block"] = [flat(row) for row in down]
-        found["reverse_transformer_layers_per_block"] = [flat(row) for row in up]
+        inferred["transformer_layers_per_block"] = [flat(row) for row in down]
+        inferred["reverse_transformer_layers_per_block"] = [flat(row) for row in up]
     elif isinstance(config.get("transformer_layers_per_block"), list):
-        found["transformer_layers_per_block"] = [d or 1 for d in depths[:-1]] + [middle or depths[-1] or 1]
+        inferred["transformer_layers_per_block"] = [d or 1 for d in depths[:-1]] + [middle or depths[-1] or 1]
     if isinstance(config.get("attention_head_dim"), list):  # heads of 64 channels
-        found["attention_head_dim"] = [width // 64 for width in widths]
-    text = config["cross_attention_dim"]
+        inferred["attention_head_dim"] = [width // 64 for width in widths]
+    text_width = config["cross_attention_dim"]
     keys = (f"input_blocks.{i * (layers + 1) + 1}.1.transformer_blocks.0.attn1.to_k.weight" for i in range(levels))
-    crossed = [key in shapes and shapes[key][1] == text != width for key, width in zip(keys, widths, strict=True)]
+    crossed = [key in shapes and shapes[key][1] == text_width != width for key, width in zip(keys, widths, strict=True)]
     if any(crossed):
-        found["only_cross_attention"] = crossed
-    return found
+        inferred["only_cross_attention"] = crossed
+    return inferred
 
 
 def config_depth(config: Mapping[str, Any]) -> int:
+    """The number of transformers a layer has at the innermost level, as a UNet's config says."""
     depth = config.get("transformer_layers_per_block", 1)
     return depth[-1] if isinstance(depth, list) else depth

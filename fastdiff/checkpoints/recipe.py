@@ -1,44 +1,45 @@
-"""How a few-step model wants to be sampled: carried in the header of its weights, obeyed by `sample`."""
+"""The sampling settings of a few-step model, stored in the header of its weights file and used by `sample`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 PREFIX = "fastdiff."
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sampling settings of a distilled model; None where the file says nothing."""
+    """Sampling settings of a distilled model; None where the file does not say."""
 
     method: str | None = None  # lcm, pcm, tcd, dmd, ...
     family: str | None = None  # the name of the checkpoints' family
     scheduler: str | None = None  # a name in solvers.SOLVERS
     spacing: str | None = None  # trailing, leading, linspace, lcm
     num_steps: int | None = None
-    timesteps: tuple[int, ...] | None = None  # where the network is called, descending; None: the spacing's
-    guidance: float | None = None  # u + w (c - u); 1 = the conditional network alone
-    eta: float | None = None  # TCD's gamma: 0 deterministic, 1 = LCM
+    timesteps: tuple[int, ...] | None = None  # descending, at which the network is called; None: those of the spacing
+    guidance: float | None = None  # w of u + w (c - u); 1: the conditional prediction alone
+    eta: float | None = None  # TCD's gamma: 0 is deterministic, 1 is LCM
     prediction_type: str | None = None  # epsilon, v_prediction, sample
     parent: str | None = None  # sha256 of the base UNet's weights
 
     @property
     def fixed(self) -> bool:
-        """The weights know one number of steps, and not any."""
+        """Whether the weights work with one number of steps only."""
         return self.timesteps is not None or self.scheduler == "euler"
 
     def predicts(self, base: str) -> str:
-        """What the network outputs with these weights, on a base that outputs `base`: only x0 is a change."""
+        """The prediction type of the network with these weights: sample if the recipe says so, else that of the `base`."""
         return "sample" if self.prediction_type == "sample" else base
 
     def to_metadata(self) -> dict[str, str]:
-        """Safetensors header entries `fastdiff.<field>`; all strings, as the format wants."""
+        """The recipe as entries `fastdiff.<field>` of a safetensors header, whose values must be strings."""
         text = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v)  # noqa: E731
         return {PREFIX + k: text(v) for k, v in asdict(self).items() if v is not None}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None) -> "Recipe":
-        """Read `to_metadata`'s entries back; unknown ones are left alone, broken numbers raise ValueError."""
+        """Read a recipe from the entries of a file's header. Other entries are ignored; a malformed number raises ValueError."""
         numbers = lambda text: tuple(int(x) for x in text.split(","))  # noqa: E731
-        readers = {"num_steps": int, "guidance": float, "eta": float, "timesteps": numbers}
-        found = {f.name: (metadata or {}).get(PREFIX + f.name) for f in fields(cls)}
-        return cls(**{k: readers.get(k, str)(v) for k, v in found.items() if v is not None})
+        readers: dict[str, Callable[[str], Any]] = {"num_steps": int, "guidance": float, "eta": float, "timesteps": numbers}
+        texts = {f.name: (metadata or {}).get(PREFIX + f.name) for f in fields(cls)}
+        return cls(**{name: readers.get(name, str)(text) for name, text in texts.items() if text is not None})

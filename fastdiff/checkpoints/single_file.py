@@ -1,13 +1,17 @@
-"""The LDM layout of single files (ComfyUI, A1111, Forge, model sites) against diffusers' names: one table, both ways.
+"""Translate between diffusers' parameter names and the LDM layout of single files (ComfyUI, A1111, Forge, model sites).
 
-With n layers a block, down block i, layer j:  resnet input_blocks.{i(n+1)+j+1}.0, attention ...1; its downsampler
-input_blocks.{(i+1)(n+1)}.0.op; up block i: output_blocks.{i(n+1)+j}.0 and .1, upsampler after the last of them.
-Text encoders of transformers are kept by name with the level `text_model.`; those of open_clip stack q, k and v.
+With n layers a block, the LDM names of layer j are:
+    down block i    resnet input_blocks.{i(n+1)+j+1}.0, attention input_blocks.{i(n+1)+j+1}.1
+    its downsampler input_blocks.{(i+1)(n+1)}.0.op
+    up block i      resnet output_blocks.{i(n+1)+j}.0, attention output_blocks.{i(n+1)+j}.1
+    its upsampler   output_blocks.{i(n+1)+n}, after resnet and attention
+Text encoders of transformers keep their names, with `text_model.` in front; those of open_clip stack q, k and v.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +21,7 @@ from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.tensors import Entry, TensorFile
 from fastdiff.runtime.errors import InputRefused
 
-FIXED = {  # UNet modules outside the blocks
+FIXED = {  # diffusers -> LDM: UNet modules outside the blocks
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -26,7 +30,7 @@ FIXED = {  # UNet modules outside the blocks
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-RESNET = {
+RESNET = {  # diffusers -> LDM: layers of a resnet
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -34,7 +38,7 @@ RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-VAE = (  # regular expression, replacement; {top} is the number of levels less one
+VAE = (  # regular expression for diffusers' name, replacement
     (r"^(encoder)\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r"\1.down.\2.block.\3."),
     (r"^(encoder)\.down_blocks\.(\d+)\.downsamplers\.0\.", r"\1.down.\2.downsample."),
     (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
@@ -45,7 +49,7 @@ VAE = (  # regular expression, replacement; {top} is the number of levels less o
     (r"\.conv_shortcut\.", ".nin_shortcut."),
     (r"\.conv_norm_out\.", ".norm_out."),
 )
-OPEN_CLIP = (
+OPEN_CLIP = (  # regular expression for transformers' name, replacement
     (r"^text_model\.embeddings\.token_embedding\.weight$", "token_embedding.weight"),
     (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
     (r"^text_model\.final_layer_norm\.", "ln_final."),
@@ -56,7 +60,7 @@ OPEN_CLIP = (
     (r"^text_model\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.", r"transformer.resblocks.\1.attn.out_proj."),
     (r"^text_model\.encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)$", r"transformer.resblocks.\1.attn.in_proj_\2"),
 )
-# In files, of no use to us: buffers, averaged weights, open_clip's unused ends, what training leaves behind.
+# Tensors that we do not need: buffers, averaged weights, unused layers of open_clip, and what training leaves in a file.
 IGNORED = re.compile(
     r"position_ids$|\.logit_scale$|^cond_stage_model\.model\.text_projection$|^model_ema\.|"
     r"^(alphas|betas|sqrt|log_one|posterior|logvar|lvlb|denoiser|loss|optimizer|global_step|embedding_manager)|"
@@ -66,15 +70,15 @@ IGNORED = re.compile(
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of an LDM file: its diffusers parts stacked along the first axis."""
+    """One tensor of an LDM file, made of one or more diffusers parameters stacked along the first axis."""
 
-    name: str
-    parts: tuple[str, ...]
-    form: str = "plain"  # plain; conv: (o, i) kept as (o, i, 1, 1); transposed
+    name: str  # in the file
+    parts: tuple[str, ...]  # diffusers' names
+    form: str = "plain"  # plain, transposed, or conv: a linear layer (out, in) stored as (out, in, 1, 1)
 
 
 def unet_paths(levels: int, layers: int, up_attention: Iterable[int]) -> dict[str, str]:
-    """Diffusers block path -> LDM path of a UNet; `up_attention`: the up blocks that have attention."""
+    """The LDM path of every diffusers module path of a UNet. `up_attention` lists the up blocks that have attention."""
     paths, n = dict(FIXED), layers + 1
     for i in range(levels):
         for j in range(layers):
@@ -91,7 +95,7 @@ def unet_paths(levels: int, layers: int, up_attention: Iterable[int]) -> dict[st
 
 
 def config_paths(config: Mapping[str, Any]) -> dict[str, str]:
-    """`unet_paths` of a UNet's config; uneven networks have no LDM layout (InputRefused)."""
+    """`unet_paths` for a UNet's config; InputRefused for an uneven network, which has no LDM layout."""
     layers = config.get("layers_per_block", 2)
     if not isinstance(layers, int) or isinstance(layers, bool):
         raise InputRefused(f"layers_per_block {layers}: an uneven UNet has no single-file layout", "keep the diffusers folder")
@@ -100,7 +104,7 @@ def config_paths(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def unet_name(name: str, paths: Mapping[str, str]) -> str:
-    """A diffusers UNet parameter in LDM words."""
+    """The LDM name of a diffusers UNet parameter, by the table `paths` of `unet_paths`; InputRefused where it has none."""
     pieces = name.split(".")
     for cut in range(len(pieces) - 1, 0, -1):
         if path := paths.get(".".join(pieces[:cut])):
@@ -112,7 +116,7 @@ def unet_name(name: str, paths: Mapping[str, str]) -> str:
 
 
 def vae_name(name: str, levels: int) -> str:
-    """A diffusers AutoencoderKL parameter in LDM words; the decoder's levels are counted from the other end."""
+    """The LDM name of a diffusers AutoencoderKL parameter. LDM numbers the decoder's levels in the opposite order."""
     up = re.match(r"^decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.(.*)", name)
     if up:
         inner = f"block.{up[2]}" if up[2] else "upsample"
@@ -123,7 +127,10 @@ def vae_name(name: str, levels: int) -> str:
 
 
 def slots(family: Family, part: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
-    """What an LDM file of the family calls the parameters of a component, given as diffusers name -> shape."""
+    """The tensors of an LDM file that hold the component `part`, whose parameters are given as diffusers name -> shape.
+
+    InputRefused where a parameter has no place in the LDM layout.
+    """
     prefix = family.prefixes[part]
     if part == "unet":
         paths = config_paths(config)
@@ -134,31 +141,31 @@ def slots(family: Family, part: str, config: Mapping[str, Any], shapes: Mapping[
         return [Slot(prefix + vae_name(name, levels), (name,), "conv" if flat(name) else "plain") for name in shapes]
     if part not in family.open_clip:
         return [Slot(prefix + name, (name,)) for name in shapes]
-    found = []
+    result = []
     for name in shapes:
         if re.search(r"\.self_attn\.[kv]_proj\.", name):
-            continue  # stacked under q
+            continue  # part of the slot of q
         new = next((re.sub(pattern, text, name) for pattern, text in OPEN_CLIP if re.search(pattern, name)), None)
         if new is None:
             raise InputRefused(f"{name}: this text encoder layer has no place in the single-file layout")
         stacked = tuple(name.replace(".q_proj.", f".{x}_proj.") for x in "qkv") if ".q_proj." in name else (name,)
-        found.append(Slot(prefix + new, stacked, "transposed" if new == "text_projection" else "plain"))
-    return found
+        result.append(Slot(prefix + new, stacked, "transposed" if new == "text_projection" else "plain"))
+    return result
 
 
 class Weights(Mapping[str, Tensor]):
-    """A component's tensors by diffusers name; each is read when asked for."""
+    """The tensors of a component by diffusers name, each read on access. `shapes` are the model's, `dtypes` those stored."""
 
     def __init__(
         self, readers: dict[str, Callable[[], Tensor]], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
     ) -> None:
         self.readers, self.shapes = readers, {name: tuple(shapes[name]) for name in readers}
-        self.dtypes = dtypes  # as stored
+        self.dtypes = dtypes
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Weights":
-        """Of tensors at hand."""
-        readers = {name: (lambda t=t: t) for name, t in tensors.items()}
+        """Wrap tensors that are already in memory."""
+        readers: dict[str, Callable[[], Tensor]] = {name: partial(tensors.__getitem__, name) for name in tensors}
         return cls(readers, {k: tuple(t.shape) for k, t in tensors.items()}, {k: t.dtype for k, t in tensors.items()})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -167,28 +174,32 @@ class Weights(Mapping[str, Tensor]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.readers)
 
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+    def __contains__(self, name: object) -> bool:  # the method of Mapping would read the tensor
         return name in self.readers
 
     def __len__(self) -> int:
         return len(self.readers)
 
 
-def repaired(name: str, file: Mapping[str, Any]) -> str:
-    """The file's own name of a tensor: some (NovelAI's, and ours of transformers 5.6) lack the level `text_model.`."""
+def name_in_file(name: str, file: Mapping[str, Any]) -> str:
+    """The name that `file` has for the tensor `name`.
+
+    Some files lack the level `text_model.`: NovelAI's, and those that fastdiff wrote with transformers 5.6.
+    """
     flat = name.replace(".text_model.", ".", 1)
     return flat if name not in file and flat in file else name
 
 
 def missing(file: Mapping[str, Any], wanted: Iterable[Slot]) -> list[str]:
-    return [slot.name for slot in wanted if repaired(slot.name, file) not in file]
+    """The names of the wanted tensors that are not in the file."""
+    return [slot.name for slot in wanted if name_in_file(slot.name, file) not in file]
 
 
 def unknown(file: Mapping[str, Any], wanted: Iterable[Slot], prefixes: Iterable[str]) -> list[str]:
-    """Tensors under these prefixes that no slot stands for: layers that would be lost."""
+    """The names of tensors with one of these prefixes that are in no slot, so that reading would lose them."""
     known = {slot.name for slot in wanted}
     known |= {name.replace(".text_model.", ".", 1) for name in known}
-    # SD2 takes what open_clip's last layer but one says: files hold that layer, and networks do not.
+    # SD2 uses the output of open_clip's second to last layer. Files still hold the last layer; networks lack it.
     layers = {int(m[2]): m[1] for k in known if (m := re.match(r"(cond_stage_model\.model\.transformer\.resblocks\.)(\d+)\.", k))}
     if layers:
         known |= {k for k in file if k.startswith(f"{layers[0]}{max(layers) + 1}.")}
@@ -196,62 +207,76 @@ def unknown(file: Mapping[str, Any], wanted: Iterable[Slot], prefixes: Iterable[
 
 
 def read(file: TensorFile, wanted: Iterable[Slot], shapes: Mapping[str, tuple[int, ...]]) -> Weights:
-    """A component out of an LDM file, in the shapes of the model. Shapes that do not fit are refused by name."""
+    """Read a component from an LDM file, in the `shapes` of the model. InputRefused names a tensor of another shape."""
     readers: dict[str, Callable[[], Tensor]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for slot in wanted:
-        name = repaired(slot.name, file)
+        name = name_in_file(slot.name, file)
         stored = file.layouts[name].shape
         first = shapes[slot.parts[0]]
         model = first[::-1] if slot.form == "transposed" else (first[0] * len(slot.parts), *first[1:])
         if strip(stored) != strip(model):
             raise InputRefused(f"{file.path}: {name} is {stored}, the model has {tuple(model)}")
         for i, part in enumerate(slot.parts):
-            readers[part] = lambda name=name, i=i, slot=slot, shape=shapes[part]: taken(file[name], slot, i).reshape(shape)
+            readers[part] = partial(read_part, file, name, slot, i, shapes[part])
             dtypes[part] = file.layouts[name].dtype
     return Weights(readers, shapes, dtypes)
 
 
 def strip(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1 x 1 convolution is a linear layer."""
+    """The shape without the trailing 1 x 1 of a convolution, which then equals the shape of a linear layer."""
     return tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
 
 
-def taken(tensor: Tensor, slot: Slot, i: int) -> Tensor:
-    """Part i of a stored tensor."""
-    return tensor.T if slot.form == "transposed" else tensor.chunk(len(slot.parts))[i]
+def read_part(file: TensorFile, name: str, slot: Slot, i: int, shape: tuple[int, ...]) -> Tensor:
+    """Read part `i` of the stored tensor `name`, in the model's shape."""
+    tensor = file[name]
+    part = tensor.T if slot.form == "transposed" else tensor.chunk(len(slot.parts))[i]
+    return part.reshape(shape)
 
 
-def stored(tensors: list[Tensor], slot: Slot) -> Tensor:
-    """A slot's tensor as LDM files keep it."""
+def read_reshaped(file: TensorFile, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Read a whole stored tensor, in the model's shape."""
+    return file[name].reshape(shape)
+
+
+def stack_parts(weights: Weights, slot: Slot, dtype: torch.dtype) -> Tensor:
+    """The tensor of a slot as an LDM file stores it."""
+    tensors = [weights[part] for part in slot.parts]
     tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     if slot.form == "transposed":
-        return tensor.T.contiguous()
-    return tensor[..., None, None] if slot.form == "conv" else tensor
+        return tensor.T.contiguous().to(dtype)
+    return (tensor[..., None, None] if slot.form == "conv" else tensor).to(dtype)
 
 
 def entries(weights: Weights, wanted: Iterable[Slot], dtype: torch.dtype | None) -> Iterator[Entry]:
-    """A component as tensors to write, each made when its turn has come; `dtype` None keeps the stored ones."""
+    """The tensors to write for a component, each made just before it is written. `dtype` None keeps the stored dtypes."""
     for slot in wanted:
-        kind = dtype or weights.dtypes[slot.parts[0]]
+        slot_dtype = dtype or weights.dtypes[slot.parts[0]]
         first = weights.shapes[slot.parts[0]]
         shape = first[::-1] if slot.form == "transposed" else (first[0] * len(slot.parts), *first[1:])
         shape = (*shape, 1, 1) if slot.form == "conv" else tuple(shape)
-        yield Entry(slot.name, kind, shape, lambda slot=slot, kind=kind: stored([weights[p] for p in slot.parts], slot).to(kind))
+        yield Entry(slot.name, slot_dtype, shape, partial(stack_parts, weights, slot, slot_dtype))
 
 
-# ---- names of LoRA files, whose dots are underscores
+# ---- flat names, as LoRA files have them: underscores instead of dots
 
 
 def flat_table(layers: int = 2) -> dict[str, str]:
-    """Flattened LDM block path -> flattened diffusers path, whatever has attention; longest first."""
+    """The flat diffusers path of every flat LDM path, whichever blocks have attention; the longest LDM paths come first.
+
+    `layers` is the number of layers in a block of the base UNet.
+    """
     rows = [*unet_paths(4, layers, ()).items(), *unet_paths(4, layers, range(4)).items()]
     table = {ldm.replace(".", "_"): ours.replace(".", "_") for ours, ldm in rows}
     return dict(sorted(table.items(), key=lambda row: -len(row[0])))
 
 
 def from_flat(name: str, table: Mapping[str, str]) -> str | None:
-    """`input_blocks_1_0_in_layers_2` -> `down_blocks_0_resnets_0_conv1`; None where it is no LDM name."""
+    """Turn a flat LDM name into diffusers', as input_blocks_1_0_in_layers_2 into down_blocks_0_resnets_0_conv1.
+
+    None where it is no LDM name. `table` is that of `flat_table`.
+    """
     for ldm, ours in table.items():
         if name == ldm:
             return ours
@@ -263,7 +288,7 @@ def from_flat(name: str, table: Mapping[str, str]) -> str | None:
 
 
 def to_flat(name: str, layers: int = 2) -> str:
-    """The reverse, for SDXL, where every up block with an upsampler has attention."""
+    """Turn a flat diffusers name into LDM's. This works for SDXL alone, where every up block with an upsampler has attention."""
     for ours, ldm in sorted(unet_paths(4, layers, range(4)).items(), key=lambda row: -len(row[0])):
         flat = ours.replace(".", "_")
         if name == flat or name.startswith(flat + "_"):

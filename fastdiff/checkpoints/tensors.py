@@ -1,6 +1,6 @@
-"""Tensor files, safely: what a file is by its first bytes, a checked header, tensors read one by one and written so.
+"""Read and write tensor files safely: detect the format by the first bytes, check the header, handle one tensor at a time.
 
-Nothing that a file says is run. A pickle is opened only when allowed, by torch's unpickler that builds tensors alone.
+No code from a file is ever run. A pickle is opened only where that is allowed, by torch's unpickler for tensors alone.
 """
 
 import hashlib
@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -29,19 +30,19 @@ DTYPES = {
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PICKLE = rb"PK\x03\x04|\x80[\x02-\x05][^\0]"
-OTHER_FILES = (  # how they begin, what they are, what to do
+OTHER_FILES = (  # first bytes, what such a file is, what to do
     (PICKLE, "a pickle (.ckpt, .pt, .bin), which can run code", "convert it to safetensors; `allow_pickle` reads tensors alone"),
     (rb"version https://git-lfs", "a git-lfs pointer, not the weights", "run: git lfs pull"),
     (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page, not the weights", "download the file again"),
     (rb"GGUF", "a GGUF file", "give the safetensors file that it was made from"),
     (rb"", "not a safetensors file, or corrupt, empty or cut short", "download or copy the file again"),
 )  # fmt: skip
-AHEAD = 4  # tensors made before the first of them is on its way to the disk
+AHEAD = 4  # tensors that may wait in memory to be written
 STRANGE_NAME = re.compile(r"[/\\\x00-\x1f]|^\.|\.\.")
 
 
 class Layout(NamedTuple):
-    """One tensor of a file: torch dtype, shape, and where its bytes are."""
+    """Dtype and shape of one tensor of a file, and the range of bytes that it takes there."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -50,11 +51,13 @@ class Layout(NamedTuple):
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a file by name. Indexing reads that tensor's bytes and no others."""
+    """The tensors of a file by name. Indexing reads the bytes of that tensor alone; InputRefused where the file is cut short."""
 
-    def __init__(self, path: Path, layouts: dict[str, Layout], metadata: dict[str, str], loaded: dict[str, Tensor] | None = None):
+    def __init__(
+        self, path: Path, layouts: dict[str, Layout], metadata: dict[str, str], loaded: dict[str, Tensor] | None = None
+    ) -> None:
         self.path, self.layouts, self.metadata, self.loaded = path, layouts, metadata, loaded
-        self.lock = threading.Lock()  # one place in the file at a time
+        self.lock = threading.Lock()  # threads share one position in the file
 
     def __getitem__(self, name: str) -> Tensor:
         if self.loaded is not None:
@@ -65,19 +68,19 @@ class TensorFile(Mapping[str, Tensor]):
         buffer = torch.empty(end - start, dtype=torch.uint8)
         with self.lock:
             self.handle.seek(start)
-            if self.handle.readinto(memoryview(buffer.numpy())) != len(buffer):
+            if self.handle.readinto(buffer.numpy().data) != len(buffer):
                 raise InputRefused(f"{self.path}: cut short while it was read ({name})")
         return buffer.view(dtype).reshape(shape)
 
     @cached_property
-    def handle(self) -> Any:
-        """Open until the object goes; opening it for each tensor would cost as much as reading."""
+    def handle(self) -> BufferedReader:
+        """The open file, kept until this object is deleted: opening it for each tensor would take as long as reading."""
         return self.path.open("rb")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layouts)
 
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+    def __contains__(self, name: object) -> bool:  # the method of Mapping would read the tensor
         return name in self.layouts
 
     def __len__(self) -> int:
@@ -89,7 +92,10 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def open_file(path: str | Path, *, allow_pickle: bool = False) -> TensorFile:
-    """A .safetensors file, or a pickle where that is allowed; InputRefused says what anything else is."""
+    """Open a .safetensors file, or with `allow_pickle` a pickle of tensors too. No tensor of a .safetensors file is read yet.
+
+    UsageError where there is no file; InputRefused, naming what the file is, where it is of another kind, corrupt or unsafe.
+    """
     path = Path(path).expanduser()
     if not path.exists():
         raise UsageError(f"{path}: no such file")
@@ -104,7 +110,10 @@ def open_file(path: str | Path, *, allow_pickle: bool = False) -> TensorFile:
 
 
 def open_safetensors(path: Path, head: bytes) -> TensorFile:
-    """The library checks the header; we refuse besides what it lets pass: a name twice, a name that is a path."""
+    """Open a safetensors file whose first bytes are `head`; InputRefused where it is corrupt or strange.
+
+    The library checks the header. Names that occur twice or look like a path pass there, so they are refused here.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -116,7 +125,7 @@ def open_safetensors(path: Path, head: bytes) -> TensorFile:
     size = int.from_bytes(head[:8], "little")
     with path.open("rb") as file:
         file.seek(8)
-        pairs = json.loads(file.read(size), object_pairs_hook=lambda found: found)
+        pairs = json.loads(file.read(size), object_pairs_hook=lambda pairs: pairs)  # keeps names that occur twice
     metadata: dict[str, str] = {}
     layouts: dict[str, Layout] = {}
     for name, entry in pairs:
@@ -127,42 +136,42 @@ def open_safetensors(path: Path, head: bytes) -> TensorFile:
             raise InputRefused(f"{path}: the tensor {name!r} is in it twice")
         if STRANGE_NAME.search(name):
             raise InputRefused(f"{path}: the tensor name {name[:80]!r} looks like a path")
-        told = dict(entry)
-        if told["dtype"] not in DTYPES:
-            raise InputRefused(f"{path}: {name} is stored as {told['dtype']}, which is not supported")
-        start, end = told["data_offsets"]
-        layouts[name] = Layout(DTYPES[told["dtype"]], tuple(told["shape"]), 8 + size + start, 8 + size + end)
-    assert len(layouts) == count, "the library counts tensors otherwise"
+        fields = dict(entry)
+        if fields["dtype"] not in DTYPES:
+            raise InputRefused(f"{path}: {name} is stored as {fields['dtype']}, which is not supported")
+        start, end = fields["data_offsets"]
+        layouts[name] = Layout(DTYPES[fields["dtype"]], tuple(fields["shape"]), 8 + size + start, 8 + size + end)
+    assert len(layouts) == count, "the library counts another number of tensors"
     return TensorFile(path, layouts, metadata)
 
 
 def unsafe_globals(path: Path) -> list[str]:
-    """What a pickle would import beyond tensors; found without running it."""
+    """Names of the functions and classes beyond tensors that a pickle would import. They are read without running anything."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (ValueError, RuntimeError, OSError):  # no whole zip archive: only the guarded unpickler itself can tell
+    except (ValueError, RuntimeError, OSError):  # no complete zip archive: the guarded unpickler refuses what is unsafe
         return []
 
 
 def open_pickle(path: Path, head: bytes) -> TensorFile:
-    """Tensors of a torch.save file, built by the unpickler that can build nothing else."""
+    """Open a torch.save file with the unpickler for tensors alone; InputRefused where it is corrupt or holds anything else."""
     import pickle
 
-    told = unsafe_globals(path)
+    unsafe = unsafe_globals(path)
     hint = "it was not opened; convert it to safetensors where you trust it"
-    if told:
-        raise InputRefused(f"{path}: a pickle that wants to run {', '.join(told[:3])}", hint)
+    if unsafe:
+        raise InputRefused(f"{path}: a pickle that wants to run {', '.join(unsafe[:3])}", hint)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
     except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)|[Tt]rying to load unsupported GLOBAL (\S+)", str(error))
+        name = re.search(r"GLOBAL (\S+)", str(error))
         raise InputRefused(f"{path}: a pickle that holds more than tensors" + (f" ({name[1]})" if name else ""), hint) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise InputRefused(
             f"{path}: a corrupt pickle ({quoted(error).splitlines()[0][:100]})", "download the file again"
         ) from error
-    found = found.get("state_dict", found) if isinstance(found, dict) else {}
-    tensors = {str(k): v.detach() for k, v in found.items() if isinstance(v, Tensor)}
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {str(k): v.detach() for k, v in state.items() if isinstance(v, Tensor)}
     if not tensors:
         raise InputRefused(f"{path}: a pickle without tensors")
     layouts = {k: Layout(v.dtype, tuple(v.shape), 0, v.nbytes) for k, v in tensors.items()}
@@ -171,7 +180,7 @@ def open_pickle(path: Path, head: bytes) -> TensorFile:
 
 @dataclass
 class Entry:
-    """One tensor to write; `read` is called when its turn has come, and its result freed after."""
+    """One tensor to write. `read` makes it just before it is written, and it is freed afterwards."""
 
     name: str
     dtype: torch.dtype
@@ -184,32 +193,32 @@ class Entry:
 
 
 def entries(tensors: Mapping[str, Tensor]) -> list[Entry]:
-    """Tensors at hand as entries."""
-    return [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
+    """Entries that write tensors which are already in memory."""
+    return [Entry(name, t.dtype, tuple(t.shape), partial(tensors.__getitem__, name)) for name, t in tensors.items()]
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """A contiguous CPU tensor's bytes."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def write(path: str | Path, wanted: Iterable[Entry], metadata: Mapping[str, str]) -> dict[str, bytes]:
-    """A safetensors file, staged beside `path`, synced and renamed; a handful of tensors are in memory.
+    """Write a safetensors file and return the sha256 of each tensor's bytes by name, for `verify`.
 
-    Returns a digest of each tensor's bytes, for `verify`.
-
-    The same bytes for the same content: metadata is sorted (the library's order differs from process to process), tensors
-    lie by size of their dtype and name, as the library lays them. DoesNotFit where the disk is too full.
+    The file is written under another name in the same folder, synced and then renamed; only a handful of tensors are in memory
+    at a time. DoesNotFit where the disk has too little space.
     """
     path = Path(path)
+    # Equal content gives equal bytes: tensors lie by dtype size and name, as the library lays them, and metadata is sorted,
+    # since the library's own order changes from process to process.
     rows = sorted(wanted, key=lambda row: (-row.dtype.itemsize, row.name))
-    told: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    head: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for row in rows:
-        assert row.name not in told, f"{row.name} twice"
-        told[row.name] = {"dtype": CODES[row.dtype], "shape": list(row.shape), "data_offsets": [offset, offset + row.nbytes]}
+        assert row.name not in head, f"{row.name} twice"
+        head[row.name] = {"dtype": CODES[row.dtype], "shape": list(row.shape), "data_offsets": [offset, offset + row.nbytes]}
         offset += row.nbytes
-    text = json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
@@ -229,7 +238,10 @@ def write(path: str | Path, wanted: Iterable[Entry], metadata: Mapping[str, str]
 
 
 def stream(file: BinaryIO, rows: Iterable[Entry]) -> dict[str, bytes]:
-    """Make a tensor while the one before it is written and hashed: the three take about as long as each other."""
+    """Write the tensors to the end of `file` and return the sha256 of each by name.
+
+    A tensor is made while the one before it is written and hashed, since the three take about the same time.
+    """
     waiting: deque[tuple[str, Future[Any], Future[bytes]]] = deque()
     digests: dict[str, bytes] = {}
     with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as hasher:
@@ -246,8 +258,9 @@ def stream(file: BinaryIO, rows: Iterable[Entry]) -> dict[str, bytes]:
 
 
 def finish(waiting: deque[tuple[str, "Future[Any]", "Future[bytes]"]], digests: dict[str, bytes]) -> None:
+    """Wait for the oldest waiting tensor and note its digest; raises OSError where it could not be written."""
     name, written, hashed = waiting.popleft()
-    written.result()  # raises what the disk raised
+    written.result()
     digests[name] = hashed.result()
 
 
@@ -256,7 +269,7 @@ def digest(data: memoryview) -> bytes:
 
 
 def verify(path: Path, digests: Mapping[str, bytes]) -> None:
-    """Read a written file back and compare every tensor; GateFailed names the first that differs."""
+    """Read a written file back and compare it with the digests from `write`; GateFailed names the first tensor that differs."""
     file = open_file(path)
     same = lambda name: name in file and digest(raw(file[name])) == digests[name]
     with ThreadPoolExecutor(2) as pool:

@@ -1,11 +1,15 @@
-"""Checkpoints out: a diffusers folder, or one LDM-layout file; tensor by tensor, staged, checked, renamed."""
+"""Write checkpoints: a diffusers folder, or a single file in the LDM layout.
+
+Tensors are made and written one by one, under a temporary name that is changed to the right one at the end.
+"""
 
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -20,9 +24,13 @@ from fastdiff.checkpoints.tensors import Entry
 from fastdiff.runtime.console import info
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 
+if TYPE_CHECKING:  # networks are cast to these: torch types every attribute of a module as a tensor or a module
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
 
 def loaded(base: Checkpoint, part: str) -> nn.Module | None:
-    """The component's network if it is in memory: it may have been changed there."""
+    """The component's network if it is in memory, where it may have been changed; None if it is not."""
     if part.startswith("text_encoder"):
         nets = base.__dict__.get("text_encoders")
         return nets[base.text_parts.index(part)] if nets else None
@@ -30,7 +38,10 @@ def loaded(base: Checkpoint, part: str) -> nn.Module | None:
 
 
 def weights_of(base: Checkpoint, part: str) -> Weights:
-    """A component's tensors: of the network in memory, else as they are stored."""
+    """The tensors of a component: of the network in memory if there is one, else as stored.
+
+    ValueError where the network still carries adapters.
+    """
     net = loaded(base, part)
     if net is None:
         return base.weights(part)
@@ -42,19 +53,19 @@ def weights_of(base: Checkpoint, part: str) -> Weights:
 
 
 def config_of(base: Checkpoint, part: str) -> dict[str, Any]:
-    """The component's config: the network's own where it is in memory (a method may have changed its shape)."""
+    """The config of a component. A UNet in memory has its own, because a method may have changed its shape."""
     net = loaded(base, part)
     if part == "unet" and net is not None:
-        return json.loads(net.to_json_string())
+        return json.loads(cast("UNet2DConditionModel", net).to_json_string())
     return base.config_of(part)
 
 
 def network_to_folder(net: nn.Module, folder: Path, recipe: Recipe | None = None) -> None:
-    """A network of its own (a VAE, a ControlNet) as diffusers saves it, without where it came from; staged and renamed."""
+    """Save a single network (a VAE, a ControlNet) as diffusers does, but without the path it came from; replaces `folder`."""
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    net.save_pretrained(staged)
-    told = json.loads((staged / "config.json").read_text())
-    write_json(staged / "config.json", {k: v for k, v in told.items() if k != "_name_or_path"})
+    cast("ModelMixin", net).save_pretrained(staged)
+    config = json.loads((staged / "config.json").read_text())
+    write_json(staged / "config.json", {k: v for k, v in config.items() if k != "_name_or_path"})
     if recipe:
         write_json(staged / "fastdiff.json", recipe.to_metadata())
     shutil.rmtree(folder, ignore_errors=True)
@@ -69,10 +80,11 @@ def to_folder(
     dtype: torch.dtype | None = None,
     recipe: Recipe | None = None,
 ) -> None:
-    """Write a diffusers folder, staged beside it and renamed, so that a half-written one is never seen.
+    """Write `base` as a diffusers folder. It gets its name when it is complete, so no program sees a half-written one.
 
-    `changed`: components with other weights than the base's. `dtype` for UNet and text encoders; the VAE keeps its own,
-    because SDXL's overflows in fp16. Text encoders get the level `text_model.` that every version of transformers reads.
+    `changed` holds the components whose weights differ from the base's. `dtype` is for the UNet and the text encoders; the VAE
+    keeps its own, because SDXL's overflows in fp16. Text encoders get the prefix `text_model.`, which every version of
+    transformers reads. UsageError where `folder` exists and is not a checkpoint.
     """
     changed = changed or {}
     if folder.exists() and not (folder / "model_index.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -82,9 +94,9 @@ def to_folder(
     try:
         for part, weights in sources.items():
             stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-            kind = None if part == "vae" else dtype
+            part_dtype = None if part == "vae" else dtype
             rows = [
-                Entry(name, kind or weights.dtypes[name], shape, lambda name=name, weights=weights: weights[name])
+                Entry(name, part_dtype or weights.dtypes[name], shape, partial(weights.__getitem__, name))
                 for name, shape in weights.shapes.items()
             ]
             tensors.write(staged / part / f"{stem}.safetensors", rows, {"format": "pt"})
@@ -103,23 +115,24 @@ def to_folder(
 
 
 def index_of(base: Checkpoint) -> dict[str, Any]:
-    """model_index.json without a safety checker and what belongs to it."""
-    found = dict(base.index)
-    if "scheduler" in found:
-        found["scheduler"] = ["diffusers", base.scheduler_config.get("_class_name", found["scheduler"][1])]
+    """The content of model_index.json, without a safety checker and the components that serve it."""
+    index = dict(base.index)
+    if "scheduler" in index:
+        index["scheduler"] = ["diffusers", base.scheduler_config.get("_class_name", index["scheduler"][1])]
     if base.family.safety_checker:
-        found |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-        found.pop("image_encoder", None)
-    return found
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        index.pop("image_encoder", None)
+    return index
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file, in a folder that is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def write_tokenizer(source: Path, target: Path) -> None:
-    """The source's own files, or CLIP's vocabulary in the form that every version of transformers reads."""
+    """Copy the tokenizer in `source`. One without a vocabulary gets CLIP's, in files that every version of transformers reads."""
     if (source / "vocab.json").exists() or (source / "tokenizer.json").exists():
         shutil.copytree(source, target)
         return
@@ -135,11 +148,12 @@ def write_tokenizer(source: Path, target: Path) -> None:
 
 
 def slots_of(base: Checkpoint, part: str, weights: Weights) -> list[Slot]:
+    """The tensors of the single file that hold a component."""
     return single_file.slots(base.family, part, config_of(base, part), weights.shapes)
 
 
 def rows_of(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype | None) -> Iterator[Entry]:
-    """Every tensor of the single file; each is made when its turn has come."""
+    """Every tensor of the single file, each made just before it is written."""
     for part in base.parts:
         weights = changed.get(part) or weights_of(base, part)
         yield from single_file.entries(weights, slots_of(base, part, weights), None if part == "vae" else dtype)
@@ -147,7 +161,7 @@ def rows_of(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype
 
 
 def extras(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype | None) -> Iterator[Entry]:
-    """What other programs want besides: position ids, markers of v-prediction, the 24th layer that SD2's encoder has there."""
+    """Tensors that other programs expect in the file: position ids, v-prediction markers, layer 24 of SD2's text encoder."""
     prefix = base.family.prefixes["text_encoder"]
     if "text_encoder" not in base.family.open_clip:
         length = base.config_of("text_encoder")["max_position_embeddings"]
@@ -157,13 +171,13 @@ def extras(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype 
         weights = changed.get("text_encoder") or weights_of(base, "text_encoder")
         layers = 1 + max(int(name.split(".")[3]) for name in weights.shapes if ".layers." in name)
         last = [s for s in slots_of(base, "text_encoder", weights) if f".resblocks.{layers - 1}." in s.name]
-        for row in single_file.entries(weights, last, dtype):  # never used: CLIP's last layer but one is
+        for row in single_file.entries(weights, last, dtype):  # the copy is never used: the layer before it is
             name = row.name.replace(f".resblocks.{layers - 1}.", f".resblocks.{layers}.")
             yield Entry(name, row.dtype, row.shape, row.read)
         width = weights.shapes["text_model.final_layer_norm.weight"][0]
-        kind = dtype or weights.dtypes["text_model.final_layer_norm.weight"]
-        yield Entry(f"{prefix}text_projection", kind, (width, width), lambda: torch.eye(width))
-        yield Entry(f"{prefix}logit_scale", kind, (), lambda: torch.tensor(1.0))
+        norm_dtype = dtype or weights.dtypes["text_model.final_layer_norm.weight"]
+        yield Entry(f"{prefix}text_projection", norm_dtype, (width, width), lambda: torch.eye(width))
+        yield Entry(f"{prefix}logit_scale", norm_dtype, (), lambda: torch.tensor(1.0))
     empty = lambda: torch.empty(0)
     if base.family.marks_v and base.prediction_type == "v_prediction":
         yield Entry("v_pred", torch.float32, (0,), empty)
@@ -172,8 +186,9 @@ def extras(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype 
 
 
 def metadata_of(base: Checkpoint, title: str, recipe: Recipe | None) -> dict[str, str]:
+    """The header of the single file: entries of modelspec and of the recipe."""
     v = base.prediction_type == "v_prediction"
-    told = {
+    metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "https://github.com/Stability-AI/stablediffusion",
@@ -183,7 +198,7 @@ def metadata_of(base: Checkpoint, title: str, recipe: Recipe | None) -> dict[str
         "modelspec.resolution": f"{base.resolution_px}x{base.resolution_px}",
         "fastdiff.prediction_type": base.prediction_type,
     }
-    return told | (recipe.to_metadata() if recipe else {})
+    return metadata | (recipe.to_metadata() if recipe else {})
 
 
 def to_file(
@@ -195,30 +210,31 @@ def to_file(
     recipe: Recipe | None = None,
     force: bool = False,
 ) -> list[Path]:
-    """Write one file in the LDM layout, for ComfyUI, A1111 and Forge; returns it and the yaml beside it if one is needed.
+    """Write `base` as a single file in the LDM layout, for ComfyUI, A1111 and Forge; returns the paths written.
 
-    A UNet with uneven layers is refused, and without `force` one that no other program reads as a single file. The file is
-    read back and compared tensor by tensor before this returns (GateFailed). At most one tensor is in memory.
+    A yaml is written beside the file where those programs need one. `changed` and `dtype` are as in `to_folder`. The file is
+    read back and compared tensor by tensor; GateFailed where it differs. InputRefused for a UNet with uneven layers, and without
+    `force` for one that no other program reads as a single file.
     """
     changed = changed or {}
     refuse_unreadable(base, force=force)
     digests = tensors.write(path, rows_of(base, changed, dtype), metadata_of(base, path.stem, recipe))
     written = [path]
     if needs_yaml(base):
-        beside = path.with_suffix(".yaml")
-        beside.write_text(yaml_of(base))
-        written.append(beside)
+        yaml_path = path.with_suffix(".yaml")
+        yaml_path.write_text(yaml_of(base))
+        written.append(yaml_path)
     tensors.verify(path, digests)
     return written
 
 
 def needs_yaml(base: Checkpoint) -> bool:
-    """A1111 and Forge take a v-predicting SD1 for an epsilon one and guess with SD2; the file beside it tells them."""
+    """Whether the single file needs a yaml beside it: without one, A1111 and Forge take SD1 for epsilon and guess for SD2."""
     return not base.family.marks_v and (base.family.predicts_either or base.prediction_type == "v_prediction")
 
 
 def yaml_of(base: Checkpoint) -> str:
-    """The LDM configuration of an SD1 or SD2 checkpoint, as A1111 and Forge read it."""
+    """The text of the LDM configuration of an SD1 or SD2 checkpoint, as A1111 and Forge read it."""
     unet, vae = base.unet_config, base.config_of("vae")
     widths = unet["block_out_channels"]
     attention = [2**i for i, kind in enumerate(unet["down_block_types"]) if "CrossAttn" in kind]
@@ -286,7 +302,7 @@ def yaml_of(base: Checkpoint) -> str:
 
 
 def known_elsewhere(family: Family, config: Mapping[str, Any]) -> bool:
-    """Whether a program that is neither this nor diffusers reads the UNet from a single file."""
+    """Whether any program besides fastdiff and diffusers reads a UNet of this config from a single file."""
     crossed = config.get("only_cross_attention")
     if any(crossed) if isinstance(crossed, list | tuple) else crossed:
         return False
@@ -296,28 +312,28 @@ def known_elsewhere(family: Family, config: Mapping[str, Any]) -> bool:
     rows = depths if isinstance(depths, list | tuple) else [depths] * len(config["block_out_channels"])
     layers = config["layers_per_block"]
     attended = ["CrossAttn" in kind for kind in config["down_block_types"]]
-    told = [
+    layer_depths = [
         (row if isinstance(row, list | tuple) else [row] * layers) if a else [0] * layers
         for row, a in zip(rows, attended, strict=True)
     ]
-    return tuple(depth for row in told for depth in row) in family.known_depths
+    return tuple(depth for row in layer_depths for depth in row) in family.known_depths
 
 
 def blocks_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What pruning changes."""
+    """The entries of a UNet's config that pruning changes."""
     names = ("down_block_types", "layers_per_block", "mid_block_type", "transformer_layers_per_block")
     return {name: config.get(name) or (1 if name == "transformer_layers_per_block" else None) for name in names}
 
 
 def refuse_unreadable(base: Checkpoint, *, force: bool) -> None:
-    """InputRefused before anything is written, for a UNet that has no single-file layout, or one that nobody else knows."""
+    """Raise InputRefused for a UNet without a single-file layout, and without `force` for one that other programs do not know."""
     config = config_of(base, "unet")
     if not isinstance(config.get("layers_per_block"), int):
         raise InputRefused(f"{as_field('base', base.ref)}: an uneven UNet has no single-file layout", "export it as a folder")
     if not known_elsewhere(base.family, config):
         if not force:
             raise InputRefused(
-                f"{as_field('base', base.ref)}: ComfyUI, A1111 and Forge know no single file of a UNet of this shape",
+                f"{as_field('base', base.ref)}: ComfyUI, A1111 and Forge cannot read a UNet of this shape from a single file",
                 "export it as a folder, which diffusers loads; `force=True` writes the file for fastdiff and diffusers "
                 "(from_single_file with config=FOLDER)",
             )

@@ -1,4 +1,7 @@
-"""Losses, each a scalar from tensors; fp32 inside. Shapes: B batch, C channels, h w latent."""
+"""Loss functions and the terms they are made of, computed in fp32.
+
+Shapes: B batch, C channels, H W pixels, h w latent.
+"""
 
 from typing import Literal, NamedTuple
 
@@ -12,26 +15,35 @@ Weighting = Literal["dmd", "eq8", "none", "sigma2"]
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float = 0.001, weight: Tensor | float = 1.0) -> Tensor:
-    """Mean of weight (sqrt(d^2 + c^2) - c) over all elements (Song & Dhariwal 2023, eq. 15; elementwise, as LCM trains)."""
+    """Pseudo-Huber loss: the mean over all elements of weight (sqrt(d^2 + c^2) - c), where d = a - b.
+
+    `a`, `b` and `weight` have any shapes that broadcast together; the result is a scalar. Song & Dhariwal 2023, eq. 15, but
+    for each element instead of each sample, as LCM's training code has it.
+    """
     d = a.float() - b.float()
     return (weight * ((d.square() + c * c).sqrt() - c)).mean()
 
 
 def squared(a: Tensor, b: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """Mean of weight d^2 over all elements."""
+    """Weighted squared error: the mean over all elements of weight (a - b)^2, a scalar. The shapes must broadcast."""
     return (weight * (a.float() - b.float()).square()).mean()
 
 
+# The distances between two predictions that consistency methods train with, by the name of the option.
 CONSISTENCY = {"huber": pseudo_huber, "l2": lambda a, b, c, weight: squared(a, b, weight)}
 
 
 def denoising(schedule: NoiseSchedule, kind: PredictionType, p: Prediction, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """Mean squared error in what the network itself predicts (Ho 2020, eq. 14): the loss that it was trained with."""
+    """Mean squared error of a prediction `p`, in the quantity (eps, v or x0) that a network of this `kind` outputs.
+
+    This is the loss that diffusion models are pretrained with (Ho 2020, eq. 14). `x0` and `eps`, both (B, C, h, w), are the true
+    sample and noise at timesteps `t` (B,).
+    """
     return squared(schedule.output(p, t, kind), schedule.output(Prediction(x0, eps), t, kind))
 
 
 class Noised(NamedTuple):
-    """Samples x (B, C, h, w) at noise levels t (B,): x_t = alpha_t x + sigma_t eps."""
+    """Samples `x` and what noise makes of them, x_t = alpha_t x + sigma_t eps. All are (B, C, h, w), but t is (B,)."""
 
     x: Tensor
     eps: Tensor
@@ -43,16 +55,17 @@ class Noised(NamedTuple):
 def score_difference(
     schedule: NoiseSchedule, seen: Noised, real: Prediction, fake: Prediction, weighting: Weighting = "dmd"
 ) -> Tensor:
-    """The direction g (B, C, h, w) in which samples x are too much like the fake and too little like the real distribution,
+    """Distribution matching gradient g (B, C, h, w): subtracting it from samples x makes them more like the real distribution.
 
-    from what any two denoisers say of the same x_t and t; no gradients.
+    `real` and `fake` are the predictions of two denoisers, one of each distribution, for the same x_t and t. The result
+    carries no autograd graph. `weighting` chooses the form:
 
         dmd     (m_fake - m_real) / mean|x - m_real|    per sample, m = x0 prediction (Yin 2023, algorithm 2)
-        eq8     alpha_t times that                      the paper's equation 8
+        eq8     alpha_t times that                      Yin 2023, equation 8
         none    m_fake - m_real                         Diff-Instruct (Luo 2023)
-        sigma2  sigma_t^2 (eps_real - eps_fake)         score distillation's weight (Wang 2023)
+        sigma2  sigma_t^2 (eps_real - eps_fake)         the weight of score distillation (Wang 2023)
 
-    m_fake - m_real = sigma_t / alpha_t (eps_real - eps_fake): the difference of scores, up to weight.
+    All are the difference of the two scores times a weight, since m_fake - m_real = sigma_t / alpha_t (eps_real - eps_fake).
     """
     alpha, sigma = schedule.coefficients(seen.t, seen.x)
     if weighting == "sigma2":
@@ -66,24 +79,31 @@ def score_difference(
 
 
 def along(x: Tensor, g: Tensor) -> Tensor:
-    """A loss whose gradient at x is g / numel(x): 1/2 mean (x - stop(x - g))^2 (Yin 2023, algorithm 2). Its value says little."""
+    """A loss whose gradient with respect to `x` is g / numel(x), for `x` and `g` of the same shape.
+
+    It is 1/2 mean (x - stop(x - g))^2 (Yin 2023, algorithm 2). The value, 1/2 mean g^2, is no measure of quality.
+    """
     return 0.5 * squared(x, (x.float() - g).detach())
 
 
 def gan_fake(logits: Tensor) -> Tensor:
-    """softplus(D): what a discriminator loses on generated samples (Goodfellow 2014, non-saturating pair)."""
+    """Discriminator loss on generated samples: the mean of softplus(D) (Goodfellow 2014). `logits` have any shape."""
     return F.softplus(logits.float()).mean()
 
 
 def gan_real(logits: Tensor) -> Tensor:
-    """softplus(-D): what a discriminator loses on real samples, and a generator on its own."""
+    """Discriminator loss on real samples: the mean of softplus(-D). `logits` have any shape.
+
+    On generated samples it is the generator's non-saturating loss (Goodfellow 2014).
+    """
     return F.softplus(-logits.float()).mean()
 
 
 def ssim(a: Tensor, b: Tensor, *, span: float = 1.0, window: int = 11, spread: float = 1.5) -> Tensor:
-    """Structural similarity (B,) of (B, C, H, W), mean over channels and places (Wang 2004, eq. 13); values lie within `span`.
+    """Structural similarity (B,) of two images (B, C, H, W), averaged over channels and positions (Wang 2004, eq. 13).
 
-    Gaussian window of 11 places and 1.5 spread, over the places where it lies inside; on smaller maps the largest that does.
+    `span` is the range of the values (maximum less minimum), `window` the side of the Gaussian window in px and `spread` its
+    standard deviation in px. The window never leaves the image; on an image smaller than the window, it shrinks to fit.
     """
     side = min(window, *a.shape[-2:])
     g = torch.exp(-((torch.arange(side, device=a.device) - (side - 1) / 2) ** 2) / (2 * spread**2))
@@ -96,28 +116,37 @@ def ssim(a: Tensor, b: Tensor, *, span: float = 1.0, window: int = 11, spread: f
     m_a, m_b = mean(a), mean(b)
     v_a, v_b, v_ab = mean(a * a) - m_a * m_a, mean(b * b) - m_b * m_b, mean(a * b) - m_a * m_b
     c_1, c_2 = (0.01 * span) ** 2, (0.03 * span) ** 2
-    found = (2 * m_a * m_b + c_1) * (2 * v_ab + c_2) / ((m_a**2 + m_b**2 + c_1) * (v_a + v_b + c_2))
-    return found.reshape(len(a), -1).mean(1)
+    similarity = (2 * m_a * m_b + c_1) * (2 * v_ab + c_2) / ((m_a**2 + m_b**2 + c_1) * (v_a + v_b + c_2))
+    return similarity.reshape(len(a), -1).mean(1)
 
 
 def features(mine: list[Tensor], goals: list[Tensor], *, normalised: bool = True) -> Tensor:
-    """Sum over feature maps of the mean squared distance (Kim 2023, BK-SDM, eq. 3).
+    """Feature distillation loss: the sum over feature maps of the mean squared error (Kim 2023, BK-SDM, eq. 3), a scalar.
 
-    [Ours.] In units of the goal's variance every map counts alike; in the raw sum the widest outweighs all.
+    `mine` and `goals` are lists of maps of pairwise equal shapes; ValueError where their lengths differ. [Ours.] With
+    `normalised`, each error is divided by the variance of the goal. In the raw sum, the map with the largest values outweighs
+    all others.
     """
-    unit = (lambda goal: goal.float().var().clamp(min=1e-6)) if normalised else lambda goal: 1.0
-    return sum(squared(f, goal) / unit(goal) for f, goal in zip(mine, goals, strict=True))
+
+    def distance(mine: Tensor, goal: Tensor) -> Tensor:
+        error = squared(mine, goal)
+        return error / goal.float().var().clamp(min=1e-6) if normalised else error
+
+    return sum((distance(f, goal) for f, goal in zip(mine, goals, strict=True)), torch.zeros(()))
 
 
 def structure(a: Tensor, b: Tensor, c: float = 1e-6) -> Tensor:
-    """How alike feature maps (B, C, H, W) are, (B,): SSIM over whole maps, mean over channels (Ding 2020, DISTS, eq. 3 and 4).
+    """Similarity (B,) of two feature maps (B, C, H, W), averaged over channels (Ding 2020, DISTS, eq. 3 and 4).
 
-        (2 m_a m_b + c) / (m_a^2 + m_b^2 + c)    and    (2 cov + c) / (v_a + v_b + c),    half each
+    It is SSIM with one window as large as the map; per channel, half of each of these two terms, of means m and variances v:
 
-    1 where a is b; finite, with its gradient, on constant maps. Moments are central: E[xy] - E[x]E[y] cancels too much.
+        (2 m_a m_b + c) / (m_a^2 + m_b^2 + c)    and    (2 cov + c) / (v_a + v_b + c)
+
+    The result is 1 where a equals b. Value and gradient are finite on constant maps.
     """
     a, b = a.float(), b.float()
     m_a, m_b = a.mean((2, 3)), b.mean((2, 3))
+    # Variances from centred values: E[xy] - E[x]E[y] would lose too many digits.
     d_a, d_b = a - m_a[..., None, None], b - m_b[..., None, None]
     v_a, v_b, cov = (x.mean((2, 3)) for x in (d_a.square(), d_b.square(), d_a * d_b))
     luminance = (2 * m_a * m_b + c) / (m_a.square() + m_b.square() + c)

@@ -1,7 +1,7 @@
 """The noise schedule: x_t = alpha_t x0 + sigma_t eps, and every conversion between x0, eps and v.
 
 Shapes: B batch, C channels, h w latent. Timesteps are integer indices 0..T-1, never floats.
-All of it runs in fp32: at t = 999 of Stable Diffusion's schedule an error of eps is multiplied by 14.6 in x0.
+Everything is computed in fp32: at t = 999 of Stable Diffusion's schedule an error in eps becomes 14.6 times as large in x0.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -13,27 +13,31 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 class Prediction(NamedTuple):
-    """One network answer in both coordinates; each (B, C, h, w), fp32."""
+    """A network's prediction, expressed both as the clean sample x0 and as the noise eps; each (B, C, h, w) in fp32."""
 
     x0: Tensor
     eps: Tensor
 
     def guide(self, uncond: "Prediction", guidance: float | Tensor) -> "Prediction":
-        """Classifier-free guidance u + w (c - u) (Ho & Salimans 2022, eq. 6, with their w + 1 as w).
+        """Classifier-free guidance u + w (c - u), where this prediction is c and `guidance`, a scalar or (B,), is w.
 
-        x0 is linear in eps at a fixed (x_t, t), so both coordinates are guided alike and stay consistent.
+        Ho & Salimans 2022, eq. 6, whose w is ours less 1. At a fixed (x_t, t) x0 is linear in eps, so guiding both alike keeps
+        them consistent.
         """
         w = per_sample(torch.as_tensor(guidance, device=self.x0.device), self.x0)
         return Prediction(uncond.x0 + w * (self.x0 - uncond.x0), uncond.eps + w * (self.eps - uncond.eps))
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """A scalar or (B,) value, shaped to multiply `like` (B, ...)."""
+    """Reshape a scalar or (B,) `value` so that it broadcasts over `like` (B, ...)."""
     return value.reshape(-1, *(1,) * (like.ndim - 1)) if value.ndim else value
 
 
 class NoiseSchedule(nn.Module):
-    """alpha_t and sigma_t as (T,) fp32 buffers; alpha^2 + sigma^2 = 1, but for `karras`."""
+    """The noise levels alpha_t and sigma_t of T timesteps, as fp32 buffers (T,); x_t = alpha_t x0 + sigma_t eps.
+
+    alpha^2 + sigma^2 = 1, except for schedules made by `karras`. `alphas_cumprod` (T,) holds alpha^2.
+    """
 
     alpha: Tensor
     sigma: Tensor
@@ -45,9 +49,9 @@ class NoiseSchedule(nn.Module):
 
     @classmethod
     def karras(cls, steps: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> "NoiseSchedule":
-        """Variance-exploding levels, alpha = 1 and sigma rising from sigma_min to sigma_max (Karras 2022, eq. 5).
+        """A variance-exploding schedule: alpha = 1, and sigma rises from `sigma_min` to `sigma_max` (Karras 2022, eq. 5).
 
-        For models in pixels, whose timestep is an index into these; checkpoints have none.
+        It serves pixel models of your own, which take the index of a level as the timestep. Stable Diffusion never uses it.
         """
         ramp, low, high = torch.linspace(0, 1, steps, dtype=torch.float64), sigma_min ** (1 / rho), sigma_max ** (1 / rho)
         schedule = cls(torch.ones(steps))
@@ -56,9 +60,10 @@ class NoiseSchedule(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
-        """From a diffusers scheduler config; sigma-space (EDM) and flow schedules raise ValueError.
+        """Build the schedule that a diffusers scheduler config describes.
 
-        `rescale_betas_zero_snr` applies Lin et al. 2024, algorithm 1.
+        `rescale_betas_zero_snr` applies Lin et al. 2024, algorithm 1. ValueError for EDM and flow matching schedulers, and for
+        beta schedules other than linear and scaled_linear.
         """
         name = config.get("_class_name", "")
         if "Flow" in name or "EDM" in name or config.get("sigma_data") is not None:
@@ -85,22 +90,24 @@ class NoiseSchedule(nn.Module):
 
     @property
     def zero_terminal_snr(self) -> bool:
+        """Whether the last timestep is pure noise (alpha = 0)."""
         return self.alpha[-1].item() == 0
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t, shaped to multiply `like`; t is a scalar or (B,)."""
+        """alpha_t and sigma_t at timesteps `t` (scalar or (B,)), shaped to broadcast over `like` (B, ...)."""
         t = t.to(self.alpha.device)
         return per_sample(self.alpha[t], like), per_sample(self.sigma[t], like)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t = alpha_t x0 + sigma_t eps, fp32."""
+        """The noised sample x_t = alpha_t x0 + sigma_t eps in fp32; `x0` and `eps` are (B, C, h, w), `t` is a scalar or (B,)."""
         alpha, sigma = self.coefficients(t, x0)
         return alpha * x0.float() + sigma * eps.float()
 
     def predict(self, out: Tensor, x_t: Tensor, t: Tensor, kind: PredictionType) -> Prediction:
-        """Read a network's raw output (B, C, h, w) as x0 and eps.
+        """Convert a network's raw output `out` (B, C, h, w) at `x_t` and `t` into x0 and eps.
 
-        epsilon: eps = out; v (Salimans & Ho 2022): v = alpha eps - sigma x0; sample: x0 = out.
+        `kind` says what the network outputs: epsilon is eps, sample is x0, v_prediction is v = alpha eps - sigma x0
+        (Salimans & Ho 2022). ValueError for any other.
         """
         out, x_t = out.float(), x_t.float()
         alpha, sigma = self.coefficients(t, x_t)
@@ -113,7 +120,10 @@ class NoiseSchedule(nn.Module):
         raise ValueError(f"prediction type {kind!r} is not supported: epsilon, v_prediction or sample")
 
     def output(self, p: Prediction, t: Tensor, kind: PredictionType) -> Tensor:
-        """What a network of that kind says where it means p: the inverse of `predict`, and its training target; fp32."""
+        """The raw output (B, C, h, w), in fp32, by which a network of this `kind` expresses prediction `p`: `predict` reversed.
+
+        For the true x0 and eps, it is the network's training target. ValueError for an unknown kind.
+        """
         if kind == "epsilon":
             return p.eps.float()
         if kind == "sample":
@@ -124,34 +134,38 @@ class NoiseSchedule(nn.Module):
         return alpha * p.eps.float() - sigma * p.x0.float()
 
     def snr(self, t: Tensor) -> Tensor:
-        """Signal to noise alpha^2 / sigma^2."""
+        """Signal-to-noise ratio alpha^2 / sigma^2 at timesteps `t`, in the shape of `t`."""
         t = t.to(self.alpha.device)
         return (self.alpha[t] / self.sigma[t]).square()
 
     def noise_scale(self, t: Tensor) -> Tensor:
-        """sigma / alpha: the noise on x0 as variance-exploding models count it (Karras 2022); infinite where alpha = 0."""
+        """Noise level sigma / alpha at timesteps `t`, in the unit of Karras 2022; infinite where alpha = 0."""
         t = t.to(self.alpha.device)
         return self.sigma[t] / self.alpha[t]
 
     def boundary(self, t: Tensor, like: Tensor, sigma_data: float = 0.5, scaling: float = 10.0) -> tuple[Tensor, Tensor]:
-        """(c_skip, c_out) of the consistency function f = c_skip x_t + c_out x0 (Luo 2023, sec. 4.1; LCMScheduler's form)."""
+        """Coefficients (c_skip, c_out) of the consistency function f = c_skip x_t + c_out x0, shaped to broadcast over `like`.
+
+        Luo 2023, section 4.1, computed as diffusers' LCMScheduler does. At t = 0 they are (1, 0), so that f is x_t itself.
+        """
         tau = scaling * t.to(like.device).float()
         c_skip = sigma_data**2 / (tau**2 + sigma_data**2)
         c_out = tau / (tau**2 + sigma_data**2).sqrt()
         return per_sample(c_skip, like), per_sample(c_out, like)
 
     def ddim_grid(self, n: int = 50) -> Tensor:
-        """Ascending (n,) timesteps k - 1, 2k - 1, ..., T - 1 with k = T // n: the distillation grid of LCM."""
+        """LCM's distillation grid: ascending timesteps (n,) k - 1, 2k - 1, ..., nk - 1 with k = T // n."""
         skip = len(self) // n
         return torch.arange(1, n + 1) * skip - 1
 
     def grid(
         self, num_steps: int, spacing: Literal["trailing", "leading", "linspace", "lcm"] = "trailing", offset: int = 1
     ) -> Tensor:
-        """Descending (num_steps,) sampling timesteps, as diffusers' schedulers of that spacing compute them.
+        """Descending sampling timesteps (num_steps,), as diffusers' schedulers compute them for the `spacing`.
 
-        `offset` is the scheduler's `steps_offset` (leading only). "lcm" takes evenly spread members of the
-        50-step distillation grid, the only timesteps a consistency model was trained on; more than 50 raise ValueError.
+        `offset` is the scheduler's `steps_offset`, used by "leading" alone. "lcm" takes evenly spread members of the 50-step
+        distillation grid, because a consistency model was trained on no other timesteps. ValueError for an unknown spacing, for
+        `num_steps` outside 1..T, and above 50 with "lcm".
         """
         total = len(self)
         if not 1 <= num_steps <= total:

@@ -1,7 +1,8 @@
-"""Samplers as plain functions of a denoiser: (denoise, x, grid, noise) -> x0.
+"""Samplers as plain functions: (denoise, x, grid, noise) -> x0.
 
-A denoiser is any callable (x_t, t) -> Prediction. `noise()` draws a fresh (B, C, h, w) standard normal; only the
-stochastic samplers call it. Each sampler equals the diffusers scheduler it names (tests/test_solvers.py).
+`denoise(x_t, t)` is any callable that returns a Prediction. `x` is the initial noise (B, C, h, w). `noise()` draws fresh
+standard normal noise of that shape; only the stochastic samplers call it. The result is the sample x0 (B, C, h, w).
+Each sampler gives the same result as the diffusers scheduler that it names (tests/test_solvers.py checks this).
 """
 
 from collections.abc import Callable
@@ -18,20 +19,23 @@ Noise = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Grid:
-    """The timesteps of one run, with what the checkpoint's scheduler config says about its ends."""
+    """The timesteps of one sampling run, and the settings of the checkpoint's scheduler that affect its first and last step."""
 
     schedule: NoiseSchedule
     t: Tensor  # (n,) descending
-    final_index: int | None = 0  # the last DDIM step lands on this index (set_alpha_to_one false), or on x0 (None)
-    start_scale: bool = False  # EulerDiscreteScheduler starts from sigma_T noise on trailing and linspace grids
-    eta: float = 0.0  # TCD's gamma
+    final_index: int | None = 0  # timestep where the last DDIM step ends (set_alpha_to_one=False); None: on x0
+    start_scale: bool = False  # whether Euler scales the first noise, as its scheduler does on trailing and linspace grids
+    eta: float = 0.0  # TCD's gamma: 0 is deterministic, 1 is LCM
 
     def __len__(self) -> int:
         return len(self.t)
 
 
 def jump(schedule: NoiseSchedule, p: Prediction, s: Tensor | int | None) -> Tensor:
-    """x_s = alpha_s x0 + sigma_s eps: the DDIM step (Song 2020, eq. 12, eta 0) from any t; s None or -1 lands on x0."""
+    """The deterministic DDIM step to timestep `s`: x_s = alpha_s x0 + sigma_s eps (Song 2020, eq. 12, eta 0).
+
+    `s` is a scalar or (B,). Where it is None or negative, the result is x0. Returns (B, C, h, w).
+    """
     if s is None:
         return p.x0
     s = torch.as_tensor(s, device=p.x0.device)
@@ -39,7 +43,7 @@ def jump(schedule: NoiseSchedule, p: Prediction, s: Tensor | int | None) -> Tens
 
 
 def ddim(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
-    """DDIMScheduler, eta 0. It steps by T // n, which on uneven grids is not quite the next timestep."""
+    """DDIMScheduler with eta 0. Like diffusers, it steps by T // n, which on uneven grids may miss the grid's next timestep."""
     skip = len(grid.schedule) // len(grid)
     for t in grid.t:
         s = int(t) - skip
@@ -48,7 +52,10 @@ def ddim(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
 
 
 def euler(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
-    """EulerDiscreteScheduler: Euler in x / alpha over sigma / alpha is the DDIM step to the next timestep; ends on x0."""
+    """EulerDiscreteScheduler, which ends on x0.
+
+    An Euler step of x / alpha over sigma / alpha is the same as a DDIM step to the next timestep of the grid.
+    """
     if grid.start_scale:
         x = x * grid.schedule.sigma[grid.t[0]]
     for t, s in zip(grid.t, [*grid.t[1:], None], strict=True):
@@ -57,23 +64,23 @@ def euler(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
 
 
 def dpmpp_2m(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
-    """DPMSolverMultistepScheduler, "dpmsolver++" of order 2, midpoint (Lu 2022, alg. 2); the last step is first order."""
+    """DPMSolverMultistepScheduler: "dpmsolver++", order 2, midpoint (Lu 2022, algorithm 2). The last step is first order."""
     schedule = grid.schedule
     log_snr = (schedule.alpha.double().log() - schedule.sigma.double().log()).float()
-    last_x0, last_h = None, None
+    last: tuple[Tensor, Tensor] | None = None  # x0 and h of the step before
     for t, s in zip(grid.t, [*grid.t[1:], None], strict=True):
         x0 = denoise(x, t).x0
         if s is None:
             return x0
         h = log_snr[s] - log_snr[t]
-        d = x0 if last_x0 is None else x0 + 0.5 * (h / last_h) * (x0 - last_x0)
+        d = x0 if last is None else x0 + 0.5 * (h / last[1]) * (x0 - last[0])
         x = schedule.sigma[s] / schedule.sigma[t] * x - schedule.alpha[s] * torch.expm1(-h) * d
-        last_x0, last_h = x0, h
+        last = x0, h
     return x
 
 
 def lcm(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
-    """LCMScheduler: the consistency function, then fresh noise to the next timestep (Luo 2023, alg. 3)."""
+    """LCMScheduler: apply the consistency function, then add fresh noise up to the next timestep (Luo 2023, algorithm 3)."""
     for t, s in zip(grid.t, [*grid.t[1:], None], strict=True):
         c_skip, c_out = grid.schedule.boundary(t, x)
         x0 = c_skip * x + c_out * denoise(x, t).x0
@@ -83,9 +90,10 @@ def lcm(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
 
 @torch.no_grad()
 def simulate(denoise: Denoise, noise: Tensor, schedule: NoiseSchedule, timesteps: Tensor, k: int) -> Tensor:
-    """What a few-step generator meets at timesteps[k] when it samples: from pure noise through its own first k steps, each
+    """Run the first `k` steps of a few-step generator and return its input (B, C, h, w) at timesteps[k].
 
-    x0 noised afresh to the next timestep (Yin 2024, DMD2 section 4.5).
+    It starts from pure `noise` (B, C, h, w); each predicted x0 gets fresh noise up to the next of the descending `timesteps`
+    (n,). Training on these inputs matches what the generator meets when it samples (Yin 2024, DMD2, section 4.5).
     """
     x = noise
     for t, s in zip(timesteps[:k], timesteps[1 : k + 1], strict=True):
@@ -94,7 +102,10 @@ def simulate(denoise: Denoise, noise: Tensor, schedule: NoiseSchedule, timesteps
 
 
 def tcd(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
-    """TCDScheduler (Zheng 2024, alg. 4): jump to (1 - gamma) s, re-noise from there to s; the last lands on index 0."""
+    """TCDScheduler: jump to timestep (1 - gamma) s, then add noise from there up to s (Zheng 2024, algorithm 4).
+
+    gamma is `grid.eta`. The last step ends on timestep 0, not on x0.
+    """
     schedule = grid.schedule
     for t, s in zip(grid.t, [*grid.t[1:], None], strict=True):
         target = int((1 - grid.eta) * (0 if s is None else int(s)))
@@ -107,12 +118,12 @@ def tcd(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
 
 @dataclass(frozen=True)
 class Solver:
-    """A sampler, the diffusers scheduler that it equals, and the grid that this one is best used with."""
+    """A sampler, and the names that go with it."""
 
     run: Callable[[Denoise, Tensor, Grid, Noise], Tensor]
-    stock: str
-    spacing: str
-    stochastic: bool = False
+    stock: str  # the diffusers scheduler that gives the same result
+    spacing: str  # the timestep spacing that it works best with, as in NoiseSchedule.grid
+    stochastic: bool = False  # whether it draws noise between steps
 
 
 SOLVERS: dict[str, Solver] = {

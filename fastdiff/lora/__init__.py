@@ -1,4 +1,4 @@
-"""LoRAs: files of every layout in, exact sums out, adapters that train. The names below are looked up on first use."""
+"""Read LoRA files of every layout, merge them exactly, write them, and train them as adapters of a network."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastdiff.lora.merging import bake as bake
     from fastdiff.lora.merging import merge as merge
 
-# No module of this package may have the name of one of these: importing it would put it in the name's place.
+# Public name -> module. No module here may have one of these names: importing it would replace the function.
 PUBLIC = {
     **dict.fromkeys(
         ("Lora", "from_peft", "header", "layers_told", "load", "parse", "parse_spec", "save", "summary"), "fastdiff.lora.file"
@@ -27,9 +27,9 @@ PUBLIC = {
 }
 
 
-# A module's hook of Python for names that it has not yet: these are imported when they are asked for.
+# Python calls this for a name that the module does not have yet. The modules import torch, so they load on first use.
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module 'fastdiff.lora' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(PUBLIC[name]), name)  # a name of the table
+    value = globals()[name] = getattr(import_module(PUBLIC[name]), name)  # a name of PUBLIC
     return value

@@ -1,20 +1,29 @@
-"""LoRA on a UNet through peft: several on one base, each worn only by the role it belongs to, and the factors back out."""
+"""Trainable LoRA adapters on a UNet, through peft.
+
+One UNet may carry several adapters. `using` switches one of them on for a while, and `factors` reads one out as a LoRA.
+"""
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.lora import apply
 from fastdiff.lora.file import Factors, Lora, from_peft, layers_told
 from fastdiff.lora.kinds import Dense, low_rank_of
 from fastdiff.runtime.errors import UsageError
+
+if TYPE_CHECKING:  # networks are cast to these: torch types every attribute of a module as a tensor or a module
+    from diffusers.configuration_utils import ConfigMixin
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from peft.tuners.lora import LoraLayer
 
 # The layers of the published LCM- and DMD2-LoRAs: rank 64 on these is 67,252,224 parameters on SD1.5, 196,751,360 on SDXL.
 # fmt: off
@@ -24,15 +33,16 @@ TARGETS = (
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )
 # fmt: on
-LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()  # that have adapters, of each network
+LAYERS: WeakKeyDictionary[nn.Module, "list[LoraLayer]"] = WeakKeyDictionary()  # network -> its layers that have adapters
 
 
 def attach(
     unet: nn.Module, rank: int, alpha: float, name: str = "student", targets: Sequence[str] = TARGETS
 ) -> list[nn.Parameter]:
-    """Freeze the UNet and put a fresh adapter on it beside those that it has; returns its trainable factors, in fp32
+    """Freeze the UNet, add a new adapter to it and return the parameters of the adapter, which are trainable and in fp32.
 
-    whatever the base is stored in. It starts as zero.
+    Adapters that the UNet already has stay, and those that trained still do. The new one starts as no change at all. It acts
+    on the layers whose names end in one of `targets`.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
@@ -41,116 +51,137 @@ def attach(
     LAYERS.pop(unet, None)
     unet.requires_grad_(False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), adapter_name=name)
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is intended
+        # peft annotates lora_alpha as int and takes any number
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # type: ignore[arg-type]
+        cast("UNet2DConditionModel", unet).add_adapter(config, adapter_name=name)
     cast_training_params(unet, torch.float32)
-    mine = [p for p in unet.parameters() if p.requires_grad]
+    added = [p for p in unet.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(True)
-    return mine
+    return added
 
 
 @torch.no_grad()
 def start_from(unet: nn.Module, start: Lora, name: str) -> None:
-    """Give a fresh adapter what a LoRA of the same base does, or the nearest of its own rank.
+    """Set a new adapter to the LoRA `start` of the same base, or to the best approximation that the adapter's rank allows.
 
-    UsageError where the LoRA does not fit or changes a layer that the adapter does not.
+    InputRefused where the LoRA does not fit the UNet; UsageError where it changes a layer that has no adapter.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.lora import LoraLayer
 
     modules = {key: unet.get_submodule(layer) for key, layer in apply.names(unet).items()}
-    adapted = {key: m for key, m in modules.items() if isinstance(m, BaseTunerLayer)}
-    weights = {key: adapted[key].base_layer.weight if key in adapted else m.weight for key, m in modules.items()}
-    bare = {f"{layer}.weight": tuple(weights[key].shape) for key, layer in apply.names(unet).items()}
-    (fitted,) = apply.fit([(start, 1.0)], apply.places(bare, "lora_unet_"))
-    homeless = [key for key in fitted.modules if key not in adapted]
-    if homeless:
+    adapted = {key: module for key, module in modules.items() if isinstance(module, LoraLayer)}
+    weights = {key: base_weight(module) for key, module in modules.items()}
+    shapes = {f"{layer}.weight": tuple(weights[key].shape) for key, layer in apply.names(unet).items()}
+    (fitted,) = apply.fit([(start, 1.0)], apply.places(shapes, "lora_unet_"))
+    unadapted = [key for key in fitted.modules if key not in adapted]
+    if unadapted:
         raise UsageError(
-            f"{start.source}: {len(homeless)} of its layers have no adapter here ({homeless[0]})", "`lora_layers=all`"
+            f"{start.source}: {len(unadapted)} of its layers have no adapter here ({unadapted[0]})", "give `lora_layers=all`"
         )
     for key, update in fitted.modules.items():
         layer = adapted[key]
         if update.needs_weight:
-            update = Dense(update.delta(layer.base_layer.weight.float().cpu()))
-        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-        near, _, _ = low_rank_of(update, len(down))
-        down[: near.rank].copy_(near.down.reshape(near.rank, *down.shape[1:]))
-        up[:, : near.rank].copy_(near.up.reshape(len(up), near.rank, *up.shape[2:]) / layer.scaling[name])
+            update = Dense(update.delta(weights[key].float().cpu()))
+        down, up = weight_pair(layer, name)
+        best, _, _ = low_rank_of(update, len(down))
+        down[: best.rank].copy_(best.down.reshape(best.rank, *down.shape[1:]))
+        up[:, : best.rank].copy_(best.up.reshape(len(up), best.rank, *up.shape[2:]) / layer.scaling[name])
+
+
+def base_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear or convolution layer, without the adapters that it may have."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    return layer.weight
+
+
+def weight_pair(layer: "LoraLayer", name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """The weights of the adapter `name` on a layer: down (r, in[, kh, kw]) and up (out, r[, 1, 1])."""
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    assert isinstance(down.weight, nn.Parameter)
+    assert isinstance(up.weight, nn.Parameter)
+    return down.weight, up.weight
 
 
 def encoder_layers(unet: nn.Module) -> list[str]:
-    """The names of the layers that an adapter of the down and mid blocks alone acts on."""
+    """The names of the layers in the down and mid blocks that an adapter can act on."""
     ends = tuple(f".{name}" for name in TARGETS)
     names = (name.replace(".base_layer", "") for name, _ in unet.named_modules() if ".lora_" not in name)
     return list(dict.fromkeys(n for n in names if n.startswith(("down_blocks.", "mid_block.")) and n.endswith(ends)))
 
 
-def adapted_layers(net: nn.Module) -> list[Any]:
-    """The layers that have an adapter, looked for once: a walk over the network takes as long as a block of it."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def adapted_layers(net: nn.Module) -> "list[LoraLayer]":
+    """The layers of a network that have adapters. The result is kept, because a search takes as long as running a block."""
+    from peft.tuners.lora import LoraLayer
 
     if net not in LAYERS:
-        LAYERS[net] = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
+        LAYERS[net] = [m for m in net.modules() if isinstance(m, LoraLayer)]
     return LAYERS[net]
 
 
-def layers_with(unet: nn.Module, name: str) -> Iterator[Any]:
-    """The layers that have that adapter."""
+def layers_with(unet: nn.Module, name: str) -> "Iterator[LoraLayer]":
+    """The layers that have the adapter `name`."""
     return (layer for layer in adapted_layers(unet) if name in layer.lora_A)
 
 
 def parameters(unet: nn.Module, name: str) -> list[nn.Parameter]:
-    return [p for layer in layers_with(unet, name) for p in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
+    """The parameters of an adapter, down and up of one layer after the other."""
+    return [parameter for layer in layers_with(unet, name) for parameter in weight_pair(layer, name)]
 
 
 @torch.no_grad()
-def imitate(unet: nn.Module, source: str, name: str) -> None:
-    """Give one adapter the factors of another of its shape."""
-    for mine, its in zip(parameters(unet, name), parameters(unet, source), strict=True):
-        mine.copy_(its)
+def copy_adapter(unet: nn.Module, source: str, name: str) -> None:
+    """Overwrite the adapter `name` with the values of the adapter `source`, which has the same layers and rank."""
+    for target, value in zip(parameters(unet, name), parameters(unet, source), strict=True):
+        target.copy_(value)
 
 
 def reset(unet: nn.Module, name: str) -> None:
-    """A fresh start: zero again."""
+    """Initialise an adapter again, so that it changes nothing."""
     for layer in layers_with(unet, name):
         layer.reset_lora_parameters(name, init_lora_weights=True)
 
 
 @torch.no_grad()
-def plain(unet: nn.Module, worn: Lora | None = None) -> nn.Module:
-    """A trainable fp32 copy without adapters, with a LoRA folded in."""
+def plain(unet: nn.Module, lora: Lora | None = None) -> nn.Module:
+    """A trainable fp32 copy of a UNet without adapters, with `lora` added to the weights where one is given."""
     state = {k.replace(".base_layer.", "."): v.float() for k, v in unet.state_dict().items() if ".lora_" not in k}
     with torch.device("meta"):
-        copy = type(unet).from_config(unet.config)
+        configured = cast("ConfigMixin", unet)
+        copy = cast(nn.Module, type(configured).from_config(configured.config))
     copy.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
-    if worn:
-        apply.fold(copy, [(worn, 1.0)])
+    if lora:
+        apply.fold(copy, [(lora, 1.0)])
     return copy.train().requires_grad_(True)
 
 
 def encoder(unet: nn.Module) -> nn.Module:
-    """A trainable fp32 copy that ends with the mid block, without adapters."""
+    """A trainable fp32 copy of a UNet without adapters, which ends with the mid block."""
     copy = plain(unet)
     copy.up_blocks = nn.ModuleList()
-    copy.conv_norm_out = copy.conv_out = None
+    copy.register_module("conv_norm_out", None)
+    copy.register_module("conv_out", None)
     return copy
 
 
 def is_adapted(net: nn.Module) -> bool:
-    return getattr(net, "_hf_peft_config_loaded", False)  # a mark of diffusers; other networks wear no adapters
+    """Whether a network has adapters."""
+    return getattr(net, "_hf_peft_config_loaded", False)  # set by diffusers; other networks have no adapters
 
 
 @contextmanager
-def wearing(net: nn.Module, name: str | None) -> Iterator[None]:
-    """That adapter alone is on inside, or with None the bare base; afterwards what was on before.
-
-    peft's own setters also turn requires_grad off on the other adapters, and a backward pass after that leaves gradients of
-    exactly zero with no word. Here requires_grad is left alone, so the active list is written directly.
-    """
+def using(net: nn.Module, name: str | None) -> Iterator[None]:
+    """Context manager in which the adapter `name` alone is active, or no adapter for None. It restores the active ones after."""
     if not is_adapted(net):
         yield
         return
     layers = adapted_layers(net)
+    # peft's own setters also turn off requires_grad of all other adapters. A backward pass after that gives them gradients of
+    # exactly zero, and no warning. So the list of active adapters is written directly, and requires_grad stays as it is.
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
         layer._active_adapter = [name] if name else []
@@ -161,30 +192,34 @@ def wearing(net: nn.Module, name: str | None) -> Iterator[None]:
             layer._active_adapter = kept
 
 
-def worn(net: nn.Module) -> str | None:
-    """The adapter that is on."""
+def active_adapter(net: nn.Module) -> str | None:
+    """The name of the active adapter; None where none is active."""
     layer = next(iter(adapted_layers(net)), None)
     return layer.active_adapters[0] if layer is not None and layer.active_adapters else None
 
 
 def checkpoint_gradients(net: nn.Module) -> None:
-    """Gradient checkpointing that recomputes a block with the adapter of its forward pass, whichever is on at backward."""
+    """Switch on gradient checkpointing that respects adapters.
+
+    The backward pass recomputes each block with the adapter that was active in the forward pass, even if another is active by
+    then.
+    """
     from torch.utils.checkpoint import checkpoint
 
     def run(block: nn.Module, *args: Any) -> Any:
-        name = worn(net)
+        name = active_adapter(net)
 
-        def again(*args: Any) -> Any:
-            with wearing(net, name):
+        def forward(*args: Any) -> Any:
+            with using(net, name):
                 return block(*args)
 
-        return checkpoint(again, *args, use_reentrant=False)
+        return checkpoint(forward, *args, use_reentrant=False)
 
-    net.enable_gradient_checkpointing(run)
+    cast("ModelMixin", net).enable_gradient_checkpointing(run)
 
 
 def factors(unet: nn.Module, alpha: float, name: str = "student") -> dict[str, Factors]:
-    """The adapter as canonical LoRA modules, its scale folded in."""
+    """The adapter `name` as LoRA modules by canonical name; the scale alpha / r is multiplied in."""
     from peft import get_peft_model_state_dict
 
     return from_peft(get_peft_model_state_dict(unet, adapter_name=name), alpha)
@@ -193,16 +228,17 @@ def factors(unet: nn.Module, alpha: float, name: str = "student") -> dict[str, F
 def save_adapter(
     role: Any, path: str | Path, *, recipe: Recipe | None = None, alpha: float | None = None, adapter: str | None = None
 ) -> Path:
-    """Write the adapter that a role wears as a LoRA, in the layout that every program loads, with its recipe in the header.
+    """Write an adapter to a LoRA file in kohya's layout, which every program loads, and return the path.
 
-    `role`: a `Denoiser`; or a UNet, with the name of the `adapter` ("student" unless given). `alpha` is the adapter's own unless
-    given. `Sampler(base, loras={path: 1.0})` then obeys the recipe.
+    `role` is a `Denoiser`, whose adapter is written, or a UNet; `adapter` names another one ("student" for a UNet unless given).
+    `recipe` goes into the header, where `Sampler(base, loras={path: 1.0})` finds its settings. `alpha` is the adapter's own
+    unless given. UsageError where the network has no such adapter.
     """
-    held = dict(role.named_children()).get("net")  # a Denoiser's network; a UNet has no part of that name
-    net, worn_name = (role, None) if held is None else (held, role.adapter)
-    name = adapter or worn_name or "student"
+    inner = dict(role.named_children()).get("net")  # a Denoiser's network; a UNet has no part of that name
+    net, own_name = (role, None) if inner is None else (inner, role.adapter)
+    name = adapter or own_name or "student"
     if not is_adapted(net) or name not in net.peft_config:
         raise UsageError(f"`adapter={name}`: the network has no adapter of that name", "put one on with `fastdiff.lora.attach`")
     modules = factors(net, net.peft_config[name].lora_alpha if alpha is None else alpha, name)
-    told = {**(recipe or Recipe()).to_metadata(), **layers_told(net.config)}
-    return Lora(modules, told).save(path)
+    metadata = {**(recipe or Recipe()).to_metadata(), **layers_told(net.config)}
+    return Lora({**modules}, metadata).save(path)

@@ -1,10 +1,11 @@
-"""LoRAs onto a base: which module goes where, whether all fit, and the new weights.
+"""Add LoRAs to a base model: match the modules of a LoRA with the layers of the base, and compute the new weights.
 
 W' = W + sum_i s_i Delta_i(W)         every update acts on the base's own weight, so that the order does not matter
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,22 +16,25 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.single_file import Weights
 from fastdiff.lora.file import Lora, with_first_encoder
-from fastdiff.lora.kinds import Factors, Update
+from fastdiff.lora.kinds import Factors, Rescaled, Rotated, Update
 from fastdiff.lora.layouts import canonical
 from fastdiff.runtime.console import info, warn
 from fastdiff.runtime.errors import InputRefused
 
 
 class Place(NamedTuple):
-    """A parameter that an update can act on."""
+    """A parameter of a network that an update can change."""
 
     name: str
     shape: tuple[int, ...]
 
 
 def places(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, Place]:
-    """Canonical key -> parameter, of a network given as parameter name -> shape; peft's wrappers are seen through."""
-    found: dict[str, Place] = {}
+    """The parameters of a network by canonical LoRA key, from a mapping of parameter name to shape.
+
+    `prefix` is the component's, as lora_unet_. Names that peft has wrapped are understood.
+    """
+    result: dict[str, Place] = {}
     for name, shape in shapes.items():
         if ".lora_" in name:
             continue
@@ -38,29 +42,30 @@ def places(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, Plac
         if not module or kind not in {"weight", "bias"}:
             continue
         key = canonical(prefix, module) + (".bias" if kind == "bias" else "")
-        assert key not in found, f"{name} and {found[key].name} flatten to the same {key}"
-        found[key] = Place(name, tuple(shape))
-    return found
+        assert key not in result, f"{name} and {result[key].name} flatten to the same {key}"
+        result[key] = Place(name, tuple(shape))
+    return result
 
 
 def fits(update: Update, shape: tuple[int, ...]) -> bool:
-    """Whether the update is for a parameter of that shape; a 1 x 1 convolution is a linear layer."""
+    """Whether the update is for a parameter of this shape. A 1 x 1 convolution counts as a linear layer."""
     if update.shape is not None:
         return single_file.strip(update.shape) == single_file.strip(shape)
-    if update.kind == "ia3":
-        return len(shape) > 1 and update.vector.numel() == shape[1 if update.on_input else 0]  # type: ignore[attr-defined]
-    return update.blocks.shape[-3:-1].numel() == shape[0]  # type: ignore[attr-defined]
+    if isinstance(update, Rescaled):
+        return len(shape) > 1 and update.vector.numel() == shape[1 if update.on_input else 0]
+    assert isinstance(update, Rotated), f"{update.kind} has no shape"
+    return update.blocks.shape[-3:-1].numel() == shape[0]
 
 
 def fit(
     loras: list[tuple[Lora, float]], table: Mapping[str, Place], *, allow_partial: bool = False, family: Family | None = None
 ) -> list[Lora]:
-    """The LoRAs, each with the modules that have a place in the table.
+    """Check that every module of the LoRAs fits a parameter in `table` (from `places`), and return the LoRAs.
 
-    All have one, or InputRefused names those that have not; with `allow_partial` they are left out with a warning. None at
-    all is an error in any case, which names both families.
+    InputRefused names the modules that do not fit. With `allow_partial` those are left out with a warning, and only a LoRA of
+    which nothing fits is refused. `family` is the base's, for messages.
     """
-    found = []
+    fitted = []
     for lora, _ in loras:
         wrong = [f"{key} (no such layer)" for key in lora.modules if key not in table]
         for key in lora.modules.keys() & table.keys():
@@ -70,21 +75,21 @@ def fit(
         good = {key: update for key, update in lora.modules.items() if key not in bad}
         if wrong:
             fitting = f"only {len(good)} of {len(lora.modules)} modules fit this model"
-            told = f"{lora.source}: {fitting}; not: {', '.join(sorted(wrong)[:3])}"
+            message = f"{lora.source}: {fitting}; not: {', '.join(sorted(wrong)[:3])}"
             if not good:
                 names = f"{lora.source} is for {lora.family or 'another family'}, the base is {family or 'another model'}"
                 raise InputRefused(
                     f"{names}: none of its {len(lora.modules)} modules fits ({sorted(wrong)[0]})", "it is for another base"
                 )
             if not allow_partial:
-                raise InputRefused(told, "it is for another base; `allow_partial=True` applies the rest")
-            warn(told)
-        found.append(replace(lora, modules=good, total=len(lora.modules)))
-    return found
+                raise InputRefused(message, "it is for another base; `allow_partial=True` applies the rest")
+            warn(message)
+        fitted.append(replace(lora, modules=good, total=len(lora.modules)))
+    return fitted
 
 
 def updated(weight: Tensor, parts: list[tuple[Update, float]]) -> Tensor:
-    """W + sum_i s_i Delta_i(W) in fp32."""
+    """The new weight W + sum_i s_i Delta_i(W) in fp32, for `parts` of update Delta_i and strength s_i."""
     base = total = weight.float()
     for update, strength in parts:
         if isinstance(update, Factors):  # the product and the sum in one pass over memory
@@ -97,18 +102,21 @@ def updated(weight: Tensor, parts: list[tuple[Update, float]]) -> Tensor:
 
 
 def names(model: nn.Module, prefix: str = "lora_unet_") -> dict[str, str]:
-    """Canonical key -> dotted name of every Linear and Conv2d; one wrapped by peft goes by its outer name."""
-    found = {}
+    """The dotted name of every Linear and Conv2d by canonical key. A layer that peft has wrapped has the name of the wrapper."""
+    result = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name:
             outer = name.removesuffix(".base_layer")
-            found[canonical(prefix, outer.removeprefix("base_model.model."))] = outer
-    return found
+            result[canonical(prefix, outer.removeprefix("base_model.model."))] = outer
+    return result
 
 
 @torch.no_grad()
 def fold(model: nn.Module, loras: list[tuple[Lora, float]], prefix: str = "lora_unet_", *, allow_partial: bool = False) -> int:
-    """Change a network's own weights, summed in fp32, cast once; returns the number of modules changed."""
+    """Add the LoRAs to a network's weights in place and return the number of modules changed.
+
+    Sums are in fp32 and cast once. Modules whose key lacks the `prefix` are for other components. InputRefused as in `fit`.
+    """
     own = [(replace(lora, modules={k: v for k, v in lora.modules.items() if k.startswith(prefix)}), s) for lora, s in loras]
     own = [(lora, s) for lora, s in own if lora.modules]
     parameters = dict(model.named_parameters())
@@ -124,30 +132,33 @@ def fold(model: nn.Module, loras: list[tuple[Lora, float]], prefix: str = "lora_
 
 
 def encoders(loras: list[tuple[Lora, float]], count: int) -> list[tuple[Lora, float]]:
-    """The LoRAs with their first text encoder called as a base of `count` encoders calls it."""
+    """The LoRAs, with their first text encoder renamed to fit a base of `count` text encoders."""
     first = "lora_te1_" if count > 1 else "lora_te_"
     return [(with_first_encoder(lora, first), strength) for lora, strength in loras]
 
 
 def prefixes(count: int) -> dict[str, str]:
-    """Component -> prefix for a base of `count` text encoders."""
-    found = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if count > 1 else "lora_te_"}
-    return found | ({"text_encoder_2": "lora_te2_"} if count > 1 else {})
+    """The prefix of canonical keys for every component of a base with `count` text encoders."""
+    table = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if count > 1 else "lora_te_"}
+    return table | ({"text_encoder_2": "lora_te2_"} if count > 1 else {})
 
 
 class Applied(NamedTuple):
-    """How many layers of a base changed, and each LoRA's share: file, weight, applied, total."""
+    """The number of layers of a base that changed, and for each LoRA: file, weight, modules applied, modules in total."""
 
     changed: int
     coverage: list[dict[str, Any]]
 
 
 def apply(base: Checkpoint, loras: list[tuple[Lora, float]], *, allow_partial: bool = False) -> Applied:
-    """Change the `unet` and `text_encoders` of a checkpoint; all modules find their place, or none is touched."""
+    """Add the LoRAs to the `unet` and `text_encoders` of a checkpoint in place.
+
+    InputRefused as in `fit`, and then no weight has changed.
+    """
     if not loras:
         return Applied(0, [])
     nets: dict[str, nn.Module] = {"lora_unet_": base.unet}
-    if any(key.startswith("lora_te") for lora, _ in loras for key in lora.modules):  # else they need not be read
+    if any(key.startswith("lora_te") for lora, _ in loras for key in lora.modules):  # otherwise the encoders need not load
         loras = encoders(loras, len(base.text_encoders))
         texts = list(prefixes(len(base.text_encoders)).values())[1:]
         nets |= dict(zip(texts, base.text_encoders, strict=True))
@@ -168,12 +179,17 @@ def apply(base: Checkpoint, loras: list[tuple[Lora, float]], *, allow_partial: b
 
 
 def baked(weights: Weights, prefix: str, loras: list[tuple[Lora, float]]) -> tuple[Weights, int]:
-    """A component's weights with the LoRAs in them, each made when it is asked for, and how many modules change."""
+    """The weights of a component with the LoRAs added, each computed on access, and the number of modules that change."""
     table = places(weights.shapes, prefix)
     readers = dict(weights.readers)
     changed = 0
     for key, place in table.items():
         if parts := [(lora.modules[key], s) for lora, s in loras if key in lora.modules]:
-            readers[place.name] = lambda name=place.name, parts=parts: updated(weights[name], parts)
+            readers[place.name] = partial(read_updated, weights, place.name, parts)
             changed += 1
     return Weights(readers, weights.shapes, weights.dtypes), changed
+
+
+def read_updated(weights: Weights, name: str, parts: list[tuple[Update, float]]) -> Tensor:
+    """Read one weight and add the updates."""
+    return updated(weights[name], parts)

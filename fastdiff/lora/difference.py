@@ -1,13 +1,14 @@
-"""Two checkpoints subtracted: the LoRA between them, or one's acceleration added to a third.
+"""Subtract two checkpoints: extract the difference as a LoRA, or add it to a third checkpoint.
 
 extract    Delta = tuned - base, its best rank R          the LoRA of a fully trained model (Eckart & Young 1936)
 transfer   W = base + (tuned - reference)                 exact, in fp32, one cast
 """
 
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,41 +20,49 @@ from fastdiff.checkpoints.single_file import Weights
 from fastdiff.lora import apply
 from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
+from fastdiff.options.merge_lora import Config
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import InputRefused, Result, UsageError, as_field
 
 DEFAULT_RANK = 64
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-UNCHANGED = 1e-7  # relative: below it a layer was not trained
+UNCHANGED = 1e-7  # |difference| / |weight|: a layer with less was not trained
 
 
-def opened(ref: str, config: Any) -> Checkpoint:
+def opened(ref: str | None, config: Config) -> Checkpoint:
+    """Open a checkpoint with the command's options for base models."""
+    assert ref is not None, "the command checks that its checkpoints are given"
     return checkpoint.load(ref, config=config.base_config, prediction=config.prediction_type, allow_pickle=config.allow_pickle)
 
 
 def same_kind(one: Checkpoint, other: Checkpoint) -> None:
+    """Raise InputRefused if two checkpoints are of different families."""
     if one.family != other.family:
         raise InputRefused(f"{other.ref} is {other.family}, {one.ref} is {one.family}: their weights cannot be subtracted")
 
 
 def pairs(one: Checkpoint, other: Checkpoint, part: str) -> tuple[Weights, Weights]:
-    """The same component of two checkpoints, layer by layer alike."""
+    """The weights of component `part` in two checkpoints; InputRefused where any layer differs in shape."""
     a, b = one.weights(part), other.weights(part)
-    odd = [name for name in a.shapes.keys() | b.shapes.keys() if a.shapes.get(name) != b.shapes.get(name)]
-    if odd:
-        raise InputRefused(f"{other.ref}: {part} differs from {one.ref} in shape: {', '.join(sorted(odd)[:3])}")
+    differing = [name for name in a.shapes.keys() | b.shapes.keys() if a.shapes.get(name) != b.shapes.get(name)]
+    if differing:
+        raise InputRefused(f"{other.ref}: {part} differs from {one.ref} in shape: {', '.join(sorted(differing)[:3])}")
     return a, b
 
 
-def extract(config: Any, output: Path) -> Result:
-    """LoRA of every linear and convolution layer that differs; biases and norms have no low rank and are reported."""
+def extract(config: Config, output: Path) -> Result:
+    """Write the difference between `config.tuned` and `config.base` as a LoRA of every linear and convolution layer that differs.
+
+    Biases, norms and embeddings that differ cannot be part of a LoRA; they are counted in a warning. UsageError where nothing
+    differs, InputRefused where the checkpoints do not match.
+    """
     base, tuned = opened(config.base, config), opened(config.tuned, config)
     same_kind(base, tuned)
     prefixes = apply.prefixes(len(base.text_parts))
     rank = None if config.rank == "auto" else int(config.rank or DEFAULT_RANK)
     modules: dict[str, Update] = {}
-    left: list[str] = []
-    sums: dict[str, list[float]] = {}
+    left_out: list[str] = []
+    sums: dict[str, tuple[float, float]] = {}
     for part, prefix in prefixes.items():
         a, b = pairs(base, tuned, part)
         places = apply.places(a.shapes, prefix)
@@ -65,16 +74,17 @@ def extract(config: Any, output: Path) -> Result:
                 if torch.linalg.vector_norm(delta) <= UNCHANGED * torch.linalg.vector_norm(before):
                     continue
                 if delta.ndim < 2 or "embedding.weight" in place.name and part != "unet":
-                    left.append(place.name)
+                    left_out.append(place.name)
                     continue
                 modules[key], kept, whole = low_rank_of(Dense(delta), rank, config.energy)
-                mine = sums.setdefault(part, [0.0, 0.0])
-                sums[part] = [mine[0] + kept, mine[1] + whole]
+                kept_so_far, whole_so_far = sums.get(part, (0.0, 0.0))
+                sums[part] = (kept_so_far + kept, whole_so_far + whole)
     if not modules:
-        names = as_field("tuned", config.tuned), as_field("base", config.base)
-        raise UsageError(f"{names[0]}: no layer differs from {names[1]}; there is nothing to extract")
-    if left:
-        console.warn(f"{len(left)} biases, norms and embeddings differ too and are no part of a LoRA: {', '.join(left[:3])}")
+        tuned_field, base_field = as_field("tuned", config.tuned), as_field("base", config.base)
+        raise UsageError(f"{tuned_field}: no layer differs from {base_field}; there is nothing to extract")
+    if left_out:
+        names = ", ".join(left_out[:3])
+        console.warn(f"{len(left_out)} biases, norms and embeddings differ too and are no part of a LoRA: {names}")
     recipe = replace(tuned.recipe, family=base.family.name)
     made = Lora(modules, {**recipe.to_metadata(), **lora.layers_told(base.unet_config)}, "the extracted LoRA")
     lora.save(made, output, dtype=DTYPES[config.precision], format=config.format)
@@ -84,17 +94,20 @@ def extract(config: Any, output: Path) -> Result:
         "rank_min": min(ranks),
         "rank_max": max(ranks),
         "energy": {part: kept / whole for part, (kept, whole) in sums.items()},
-        "left_out": len(left),
+        "left_out": len(left_out),
     }
     return Result(
         [output],
         metrics,
-        f'fastdiff sample --base {shlex.quote(config.base)} --lora {shlex.quote(str(output))} --prompt "a red apple"',
+        f'fastdiff sample --base {shlex.quote(base.ref)} --lora {shlex.quote(str(output))} --prompt "a red apple"',
     )
 
 
-def transfer(config: Any, output: Path) -> Result:
-    """`base` + (`tuned` - `reference`), UNet and text encoders, tensor by tensor."""
+def transfer(config: Config, output: Path) -> Result:
+    """Write a checkpoint with the weights `base` + (`tuned` - `reference`) of UNet and text encoders, computed tensor by tensor.
+
+    InputRefused where the three checkpoints differ in family or in the shape of a layer.
+    """
     base, tuned, reference = (opened(ref, config) for ref in (config.base, config.tuned, config.reference))
     same_kind(reference, tuned)
     same_kind(base, reference)
@@ -102,7 +115,7 @@ def transfer(config: Any, output: Path) -> Result:
     for part in ["unet", *base.text_parts]:
         a, b = pairs(reference, tuned, part)
         own, _ = pairs(base, reference, part)
-        readers = {name: lambda name=name, a=a, b=b, own=own: moved(own[name], b[name], a[name]) for name in own}
+        readers: dict[str, Callable[[], Tensor]] = {name: partial(moved, name, own, tuned=b, reference=a) for name in own}
         changed[part] = Weights(readers, own.shapes, own.dtypes)
     recipe, dtype = replace(tuned.recipe, family=base.family.name), DTYPES[config.precision]
     if output.suffix == ".safetensors":
@@ -114,5 +127,6 @@ def transfer(config: Any, output: Path) -> Result:
     return Result(outputs, metrics, f'fastdiff sample --base {shlex.quote(str(output))} --prompt "a red apple"')
 
 
-def moved(own: Tensor, tuned: Tensor, reference: Tensor) -> Tensor:
-    return own.float() + (tuned.float() - reference.float())
+def moved(name: str, own: Weights, tuned: Weights, reference: Weights) -> Tensor:
+    """One weight of the base plus the difference of the other two, in fp32."""
+    return own[name].float() + (tuned[name].float() - reference[name].float())

@@ -1,4 +1,4 @@
-"""What the tensors of one adapted module mean: its update of the weight, W' = W + s Delta(W), in fp32.
+"""The kinds of LoRA: what the tensors of one module do to a weight, W' = W + s Delta(W), computed in fp32.
 
     lora    (alpha / r) B A                                   Hu et al. 2021, eq. 3; with a core t (r, r, kh, kw): LoCon-Tucker
     loha    (alpha / r) (A1 B1) * (A2 B2)                     Hadamard product: FedPara, Hyeon-Woo et al. 2021, eq. 1
@@ -9,7 +9,7 @@
     oft     (R - I) W, R = (I + Q)(I - Q)^-1 in blocks        Qiu et al. 2023, eq. 4; butterfly factors: BOFT, Liu et al. 2023
     dora    m (W + Delta) / |W + Delta| - W                   Liu et al. 2024, eq. 5
 
-The last four need the weight that they change: they can be baked into a checkpoint, never added to another LoRA.
+The last four need the weight that they change, so they can be baked into a checkpoint but not merged with other LoRAs.
 Shapes: r rank; weights (out, in[, kh, kw]).
 """
 
@@ -25,24 +25,24 @@ from fastdiff.runtime.errors import InputRefused
 
 
 class Update(ABC):
-    """An update of one parameter."""
+    """A change of one parameter."""
 
     kind = "update"
-    needs_weight = False
+    needs_weight = False  # whether Delta depends on W
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """Of the parameter; None where any shape will do."""
+        """The shape of the parameter; None where the update does not determine it."""
         return None
 
     @abstractmethod
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """Delta(W) in fp32, in the parameter's shape; `weight` is W in fp32 where `needs_weight`."""
+        """Delta(W) in fp32, in the parameter's shape. `weight` is W in fp32, required where `needs_weight`."""
 
 
 @dataclass
 class Factors(Update):
-    """Low rank: down (r, in[, kh, kw]), up (out, r[, 1, 1]), fp32; alpha / r is already part of `up`."""
+    """A low-rank update: down (r, in[, kh, kw]) and up (out, r[, 1, 1]) in fp32. alpha / r is already multiplied into `up`."""
 
     down: Tensor
     up: Tensor
@@ -50,6 +50,7 @@ class Factors(Update):
 
     @property
     def rank(self) -> int:
+        """r, the number of rows of `down`."""
         return self.down.shape[0]
 
     @property
@@ -60,12 +61,13 @@ class Factors(Update):
         return (self.up.flatten(1).float() @ self.down.flatten(1).float()).reshape(self.shape)
 
     def scaled(self, strength: float) -> "Factors":
+        """The update times `strength`."""
         return Factors(strength * self.down, self.up)
 
 
 @dataclass
 class Dense(Update):
-    """The difference itself: full differences, and what LoHa and LoKr multiply out to."""
+    """A full difference of the weights; LoHa and LoKr are multiplied out to one."""
 
     value: Tensor
     kind: str = "full"
@@ -80,7 +82,7 @@ class Dense(Update):
 
 @dataclass
 class Rescaled(Update):
-    """IA3: v (out,) or (in,)."""
+    """IA3: Delta(W) = W v, where v has a factor for every output (out,), or with `on_input` for every input (in,)."""
 
     vector: Tensor
     on_input: bool
@@ -97,7 +99,7 @@ class Rescaled(Update):
 
 @dataclass
 class Generalised(Update):
-    """GLoRA: a1 (in, r), a2 (r, in), and B's own factors; the scale is part of `scale` and of `bias_free`."""
+    """GLoRA: `scale` W a1 a2 plus the low-rank update `b`, with a1 (in, r) and a2 (r, in). `b` holds its own scale already."""
 
     a1: Tensor
     a2: Tensor
@@ -118,16 +120,17 @@ class Generalised(Update):
 
 @dataclass
 class Rotated(Update):
-    """OFT blocks (n, b, b) or BOFT factors (m, n, b, b), Cayley's form; `rescale` (out, 1[, 1, 1]) or None."""
+    """OFT with `blocks` (n, b, b), or BOFT with (m, n, b, b). Rotations come from the Cayley transform of the blocks."""
 
     blocks: Tensor
-    constraint: float  # of |Q|, times the outputs; 0 = none
-    rescale: Tensor | None
+    constraint: float  # largest |Q|, divided by the number of outputs; 0: no limit
+    rescale: Tensor | None  # (out, 1[, 1, 1]), a factor for every output after the rotation
     kind = "oft"
     needs_weight = True
 
     def rotations(self, out: int) -> Tensor:
-        q = (self.blocks - self.blocks.transpose(-1, -2)).double()  # the inverse loses digits
+        """The rotation matrices (I + Q)(I - Q)^-1 in the shape of `blocks`, for a weight of `out` outputs."""
+        q = (self.blocks - self.blocks.transpose(-1, -2)).double()  # in fp32 the inverse would lose digits
         limit = self.constraint * out
         norm = torch.linalg.vector_norm(q) + 1e-8
         if 0 < limit < norm:
@@ -156,10 +159,10 @@ class Rotated(Update):
 
 @dataclass
 class Decomposed(Update):
-    """DoRA over another update: magnitude along the outputs, or the inputs (kohya with wd_on_out=False)."""
+    """DoRA: another update `inner`, then a new norm for every output, or input (kohya with wd_on_out=False)."""
 
     inner: Update
-    magnitude: Tensor  # flat
+    magnitude: Tensor  # (out,) or (in,)
     on_input: bool
     kind = "dora"
     needs_weight = True
@@ -179,12 +182,12 @@ class Decomposed(Update):
 
 
 def build(sides: Mapping[str, Tensor], where: str) -> Update:
-    """A module's checked update, by which tensors it has; `where` begins every message.
+    """Build the update of a module from the tensors in its file, by `side` (as "down"); they determine its kind.
 
-    No alpha, or 0, means alpha = r (kohya). Values that are not finite, ranks that disagree and shapes that are no
-    linear or convolution pair raise InputRefused.
+    No alpha, or alpha 0, means alpha = r as in kohya. InputRefused, whose message begins with `where`, for values that are not
+    finite, ranks that disagree, shapes that do not fit a linear or convolution layer, and tensors that make no known update.
     """
-    held = {}
+    tensors = {}
     for side, tensor in sides.items():
         if not tensor.is_floating_point() and side not in {"alpha", "on_input"}:
             raise InputRefused(f"{where}: {side} is {tensor.dtype}, not floating point")
@@ -192,60 +195,61 @@ def build(sides: Mapping[str, Tensor], where: str) -> Update:
             raise InputRefused(f"{where}: {side} has NaN or infinite values")
         if not tensor.numel():
             raise InputRefused(f"{where}: {side} is empty, shape {tuple(tensor.shape)}")
-        held[side] = tensor.detach().to("cpu", torch.float32, copy=True)
-    alpha = held.pop("alpha", torch.tensor(0.0))
+        tensors[side] = tensor.detach().to("cpu", torch.float32, copy=True)
+    alpha = tensors.pop("alpha", torch.tensor(0.0))
     if alpha.numel() != 1 or alpha.item() < 0:
         raise InputRefused(f"{where}: alpha must be one number above 0, not {alpha.tolist()}")
-    magnitude = held.pop("magnitude", None)
-    on_input = bool(held.pop("on_input", torch.tensor(0.0)).item()) if "on_input" in held else False
+    magnitude = tensors.pop("magnitude", None)
+    on_input = bool(tensors.pop("on_input", torch.tensor(0.0)).item())
     try:
-        made = assemble(held, alpha.item(), on_input, where) if held else None
+        update = assemble(tensors, alpha.item(), on_input, where) if tensors else None
     except (RuntimeError, KeyError) as error:  # shapes that cannot be multiplied, a factor without its other half
-        told = ", ".join(f"{side} {tuple(t.shape)}" for side, t in held.items())
-        raise InputRefused(f"{where}: these make no update, or their shapes do not fit together: {told}") from error
-    if made is None:
-        raise InputRefused(f"{where}: {' and '.join(sides)} alone make no update")
+        shapes = ", ".join(f"{side} {tuple(t.shape)}" for side, t in tensors.items())
+        raise InputRefused(f"{where}: tensors are missing or their shapes do not fit together: {shapes}") from error
+    if update is None:
+        raise InputRefused(f"{where}: {' and '.join(sides)} alone cannot be applied")
     if magnitude is None:
-        return made
-    if made.shape is None or len(made.shape) < 2:
+        return update
+    if update.shape is None or len(update.shape) < 2:
         raise InputRefused(f"{where}: a DoRA magnitude without a LoRA")
-    by_input = magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] == made.shape[1]
-    if magnitude.numel() != made.shape[1 if by_input else 0]:
-        raise InputRefused(f"{where}: DoRA magnitude {tuple(magnitude.shape)} for a weight {made.shape}")
-    return Decomposed(made, magnitude.flatten(), by_input)
+    by_input = magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] == update.shape[1]
+    if magnitude.numel() != update.shape[1 if by_input else 0]:
+        raise InputRefused(f"{where}: DoRA magnitude {tuple(magnitude.shape)} for a weight {update.shape}")
+    return Decomposed(update, magnitude.flatten(), by_input)
 
 
-def assemble(held: dict[str, Tensor], alpha: float, on_input: bool, where: str) -> Update:
-    have = set(held)
+def assemble(tensors: dict[str, Tensor], alpha: float, on_input: bool, where: str) -> Update:
+    """The update that a set of tensors makes. RuntimeError or KeyError where shapes do not fit, InputRefused for other sets."""
+    have = set(tensors)
     scale = lambda rank: (alpha or rank) / rank
     if have == {"down", "up"} or have == {"down", "up", "mid"}:
-        return low_rank(held, alpha, where)
+        return low_rank(tensors, alpha, where)
     if have == {"w1_a", "w1_b", "w2_a", "w2_b"} or have == {"w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"}:
-        halves = [core(held[f"w{i}_a"], held[f"w{i}_b"], held.get(f"t{i}")) for i in (1, 2)]
-        return Dense(halves[0] * halves[1] * scale(held["w1_b"].shape[0]), "loha")
+        halves = [core(tensors[f"w{i}_a"], tensors[f"w{i}_b"], tensors.get(f"t{i}")) for i in (1, 2)]
+        return Dense(halves[0] * halves[1] * scale(tensors["w1_b"].shape[0]), "loha")
     if have & {"kron1", "kron1_a"} and have <= {"kron1", "kron1_a", "kron1_b", "kron2", "kron2_a", "kron2_b", "kron_t2"}:
-        return kronecker(held, alpha)
+        return kronecker(tensors, alpha)
     if have == {"diff"}:
-        return Dense(held["diff"])
+        return Dense(tensors["diff"])
     if have == {"vector"}:
-        return Rescaled(held["vector"].flatten(), on_input)
+        return Rescaled(tensors["vector"].flatten(), on_input)
     if have == {"a1", "a2", "b1", "b2"} or have == {"a1", "a2", "b1", "b2", "bm"}:
-        b = {"up": held["b1"], "down": held["b2"], **({"mid": held["bm"]} if "bm" in held else {})}
-        rank = held["a2"].shape[0]
-        return Generalised(held["a1"].flatten(1), held["a2"].flatten(1), low_rank(b, alpha, where), scale(rank))
-    if "blocks" in have and have <= {"blocks", "rescale"} and held["blocks"].ndim in {3, 4}:
-        return Rotated(held["blocks"], alpha, held.get("rescale"))
+        b = {"up": tensors["b1"], "down": tensors["b2"], **({"mid": tensors["bm"]} if "bm" in tensors else {})}
+        rank = tensors["a2"].shape[0]
+        return Generalised(tensors["a1"].flatten(1), tensors["a2"].flatten(1), low_rank(b, alpha, where), scale(rank))
+    if "blocks" in have and have <= {"blocks", "rescale"} and tensors["blocks"].ndim in {3, 4}:
+        return Rotated(tensors["blocks"], alpha, tensors.get("rescale"))
     missing = {"down", "up"} - have
     if len(missing) == 1:
         raise InputRefused(f"{where}: {missing.pop()} missing")
-    raise InputRefused(f"{where}: {', '.join(sorted(have)) or 'alpha alone'} make no update that is known")
+    raise InputRefused(f"{where}: no known kind of LoRA has these tensors: {', '.join(sorted(have)) or 'alpha alone'}")
 
 
-def low_rank(held: Mapping[str, Tensor], alpha: float, where: str) -> Factors:
-    """LoRA and LoCon; a Tucker core is multiplied into `down`, which keeps the rank."""
-    down, up = held["down"], held["up"]
-    if "mid" in held:
-        core = held["mid"]
+def low_rank(tensors: Mapping[str, Tensor], alpha: float, where: str) -> Factors:
+    """LoRA and LoCon. A Tucker core is multiplied into `down`. InputRefused for shapes and ranks that do not fit."""
+    down, up = tensors["down"], tensors["up"]
+    if "mid" in tensors:
+        core = tensors["mid"]
         if core.ndim != 4 or core.shape[0] != up.shape[1] or core.shape[1] != down.shape[0]:
             raise InputRefused(f"{where}: Tucker core {tuple(core.shape)} for ranks {up.shape[1]} and {down.shape[0]}")
         down = torch.einsum("pqhw,qi->pihw", core, down.flatten(1))
@@ -261,33 +265,33 @@ def low_rank(held: Mapping[str, Tensor], alpha: float, where: str) -> Factors:
 
 
 def core(a: Tensor, b: Tensor, t: Tensor | None) -> Tensor:
-    """A B, or with a Tucker core t (r, r, kh, kw): a (r, out), b (r, in)."""
+    """A B of a (out, r) and b (r, in); with a Tucker core t (r, r, kh, kw), of a (r, out) and b (r, in)."""
     return a @ b if t is None else torch.einsum("ij...,ip,jr->pr...", t, a, b)
 
 
-def kronecker(held: Mapping[str, Tensor], alpha: float) -> Dense:
-    """LoKr; the scale is 1 where both factors are full, whatever alpha says (LyCORIS)."""
-    first = held["kron1"] if "kron1" in held else held["kron1_a"] @ held["kron1_b"]
-    rank = None if "kron1" in held else held["kron1_b"].shape[0]
-    if "kron2" in held:
-        second = held["kron2"]
+def kronecker(tensors: Mapping[str, Tensor], alpha: float) -> Dense:
+    """LoKr. As in LyCORIS, alpha has no effect where both factors are full matrices."""
+    first = tensors["kron1"] if "kron1" in tensors else tensors["kron1_a"] @ tensors["kron1_b"]
+    rank = None if "kron1" in tensors else tensors["kron1_b"].shape[0]
+    if "kron2" in tensors:
+        second = tensors["kron2"]
     else:
-        a, b, rank = held["kron2_a"], held["kron2_b"], held["kron2_b"].shape[0]
-        plain = "kron_t2" not in held
-        second = (a @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:]) if plain else core(a, b, held["kron_t2"])
+        a, b, rank = tensors["kron2_a"], tensors["kron2_b"], tensors["kron2_b"].shape[0]
+        plain = "kron_t2" not in tensors
+        second = (a @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:]) if plain else core(a, b, tensors["kron_t2"])
     first = first.reshape(*first.shape, *[1] * (second.ndim - first.ndim))
     return Dense(torch.kron(first, second.contiguous()) * (1.0 if rank is None else (alpha or rank) / rank), "lokr")
 
 
 def low_rank_of(update: Update, rank: int | None = None, energy: float = 1.0) -> tuple[Factors, float, float]:
-    """The best factors of `rank` (None: the fewest that keep `energy` of sum sigma^2), the sum that they keep, the whole sum.
+    """The best low-rank approximation of an update (Eckart & Young 1936), the energy that it keeps and the whole energy.
 
-    For factors a QR of each side first, so that the SVD is r x r (exact, and a thousand times less work).
+    `rank` None takes the smallest rank that keeps the share `energy`. The energy is the sum of squared singular values.
     """
     shape = update.shape
     assert shape is not None
     assert not update.needs_weight
-    if isinstance(update, Factors):
+    if isinstance(update, Factors):  # QR of each side, then an SVD of r x r: exact, and a thousand times less work
         q_up, r_up = torch.linalg.qr(update.up.flatten(1).float())
         q_down, r_down = torch.linalg.qr(update.down.flatten(1).float().T)
         u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
@@ -305,7 +309,7 @@ def low_rank_of(update: Update, rank: int | None = None, energy: float = 1.0) ->
 
 
 def describe(updates: Mapping[str, Update]) -> dict[str, Any]:
-    """How many modules of each kind, and the ranks."""
+    """The number of modules of each kind, and the smallest and largest rank (None without low-rank modules)."""
     kinds: dict[str, int] = {}
     for update in updates.values():
         kinds[update.kind] = kinds.get(update.kind, 0) + 1

@@ -1,8 +1,8 @@
-"""How LoRA files name things: every key of every layout to (module, side), and modules back to names.
+"""The layouts of LoRA files: read a key of any layout as (module, side), and turn modules back into names.
 
-A module is called by its kohya name without suffix: `lora_unet_` + the diffusers dotted name with _ for dots; text
-encoders are `lora_te_` (SD1, SD2), or `lora_te1_` and `lora_te2_` (SDXL). A bias is its module's name + `.bias`.
-Flattening a dotted name is always possible; the reverse holds because diffusers' words are few and known.
+The canonical name of a module is kohya's without suffix: `lora_unet_` + diffusers' dotted name with _ instead of dots. Text
+encoders have the prefix `lora_te_` (SD1, SD2), or `lora_te1_` and `lora_te2_` (SDXL). A bias has its module's name + `.bias`.
+A canonical name can be turned back into dots because the words of diffusers with _ inside are known (WORDS).
 """
 
 import re
@@ -12,11 +12,11 @@ from typing import NamedTuple
 from fastdiff.checkpoints import single_file
 
 COMPONENTS = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
-ROOTS = {  # how names begin inside a component, for files that do not say which one it is
+ROOTS = {  # how dotted names begin in each component, for files that do not name the component
     "unet": ("down_blocks.", "mid_block.", "up_blocks.", "conv_", "time_embedding.", "add_embedding."),
     "text_encoder": ("text_model.", "encoder.layers."),
 }
-SIDES = {  # suffix of a flat key -> what it is in `updates.build`
+SIDES = {  # suffix of a flat key -> the side that it is in `kinds.build`
     "lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "mid", "alpha": "alpha", "dora_scale": "magnitude",
     "hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b", "hada_t1": "t1", "hada_t2": "t2",
     "lokr_w1": "kron1", "lokr_w1_a": "kron1_a", "lokr_w1_b": "kron1_b",
@@ -26,7 +26,7 @@ SIDES = {  # suffix of a flat key -> what it is in `updates.build`
     "oft_blocks": "blocks", "rescale": "rescale",
 }  # fmt: skip
 FLAT = re.compile(r"(lora_unet_|lora_te_|lora_te1_|lora_te2_|lycoris_)([^.]+)\.(.+)")
-OTHERS = (  # refused by name: what was trained for something else
+OTHERS = (  # pattern of a key, and what an unsupported file with such a key is
     (r"^(lora_)?transformer[._]|^lora_unet_(double|single|joint)_blocks", "a LoRA of a transformer (SD3, Flux)"),
     (r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", "a whole checkpoint (give it as `base`)"),
     (r"string_to_param|^emb_params$|^clip_[lg]$", "a textual inversion embedding"),
@@ -42,38 +42,41 @@ WORD = re.compile("|".join(sorted(WORDS, key=len, reverse=True)) + "|[^_]+")
 
 
 class Part(NamedTuple):
-    """What one tensor of a file is."""
+    """What one tensor of a LoRA file is."""
 
-    key: str  # canonical module
-    side: str  # as in `updates.build`
-    component: str = ""  # whose header entries apply; "" = the file does not say
-    name: str = ""  # dotted, inside the component; "" = the layout is flat and holds its own alphas
+    key: str  # canonical name of the module
+    side: str  # as in `kinds.build`
+    component: str = ""  # whose entries in the header apply; "": the file does not name it
+    name: str = ""  # dotted name inside the component; "": a flat layout, which has its own alphas
 
 
 def canonical(prefix: str, name: str) -> str:
-    """`prefix` + the flattened name; transformers 5.6 dropped the level `text_model.` that every program expects."""
+    """The canonical name of the module `name` in the component of `prefix`.
+
+    Text encoders get back the level `text_model.`, which transformers 5.6 dropped and every program expects.
+    """
     flat = name.replace(".", "_")
     outside = prefix == "lora_unet_" or flat.startswith(("text_model_", "text_projection"))
     return prefix + (flat if outside else "text_model_" + flat)
 
 
 def dotted(flat: str) -> str:
-    """`down_blocks_0_attentions_1_proj_in` -> `down_blocks.0.attentions.1.proj_in`."""
+    """Turn a flat name into a dotted one, as down_blocks_0_attentions_1_proj_in into down_blocks.0.attentions.1.proj_in."""
     return ".".join(WORD.findall(flat))
 
 
 def split(key: str) -> tuple[str, str]:
-    """Canonical module -> component of a pipeline, dotted name: ("text_encoder_2", "text_model.encoder...")."""
+    """The component and the dotted name of a canonical module name, as ("text_encoder_2", "text_model.encoder...")."""
     prefixes = {**{v: k for k, v in COMPONENTS.items()}, "lora_te1_": "text_encoder"}
     prefix = next(p for p in prefixes if key.startswith(p))
     return prefixes[prefix], dotted(key.removeprefix(prefix))
 
 
 def read_flat(key: str, table: Mapping[str, str]) -> Part | None:
-    """`lora_unet_<flat>.<suffix>`: kohya with diffusers' names or LDM's, LyCORIS, SimpleTuner."""
-    if not (found := FLAT.fullmatch(key)) or found[3] not in SIDES:
+    """Read a key `lora_unet_<flat>.<suffix>`: kohya with diffusers' or LDM's names, LyCORIS, SimpleTuner; None for others."""
+    if not (match := FLAT.fullmatch(key)) or match[3] not in SIDES:
         return None
-    prefix, flat, side = found[1], found[2], SIDES[found[3]]
+    prefix, flat, side = match[1], match[2], SIDES[match[3]]
     if prefix == "lycoris_":
         prefix = "lora_te_" if flat.startswith("text_model") else "lora_unet_"
     if prefix == "lora_unet_":
@@ -83,31 +86,31 @@ def read_flat(key: str, table: Mapping[str, str]) -> Part | None:
 
 
 def read_peft(key: str, _: Mapping[str, str]) -> Part | None:
-    """`unet.<dotted>.lora_A.weight` (diffusers now), `base_model.model.<dotted>.lora_A[.<adapter>].weight` (peft)."""
-    if found := re.fullmatch(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", key):
-        return of_path(found[1], {"A": "down", "B": "up"}[found[2]])
-    found = re.fullmatch(r"(.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?", key)
-    return of_path(found[1], "magnitude_out") if found else None
+    """Read `unet.<dotted>.lora_A.weight` (diffusers now) or `base_model.model.<dotted>.lora_A[.<adapter>].weight` (peft)."""
+    if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", key):
+        return of_path(match[1], {"A": "down", "B": "up"}[match[2]])
+    match = re.fullmatch(r"(.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?", key)
+    return of_path(match[1], "magnitude_out") if match else None
 
 
 def read_processor(key: str, _: Mapping[str, str]) -> Part | None:
-    """`unet.<dotted>.processor.to_q_lora.down.weight`, `text_encoder.<dotted>.to_q_lora...` (diffusers before 0.18)."""
-    found = re.fullmatch(r"(.+?)(\.processor)?\.to_(q|k|v|out)_lora\.(?:(down|up)\.weight|alpha)", key)
-    if not found:
+    """Read `unet.<dotted>.processor.to_q_lora.down.weight` or `text_encoder.<dotted>.to_q_lora...` (diffusers before 0.18)."""
+    match = re.fullmatch(r"(.+?)(\.processor)?\.to_(q|k|v|out)_lora\.(?:(down|up)\.weight|alpha)", key)
+    if not match:
         return None
-    text = found[1].startswith("text_encoder") or ".self_attn" in found[1]
-    last = f"{found[3]}_proj" if text else {"out": "to_out.0"}.get(found[3], f"to_{found[3]}")
-    return of_path(f"{found[1]}.{last}", found[4] or "alpha")
+    text = match[1].startswith("text_encoder") or ".self_attn" in match[1]
+    last = f"{match[3]}_proj" if text else {"out": "to_out.0"}.get(match[3], f"to_{match[3]}")
+    return of_path(f"{match[1]}.{last}", match[4] or "alpha")
 
 
 def read_diffusers(key: str, _: Mapping[str, str]) -> Part | None:
-    """`unet.<dotted>.lora.down.weight`, `text_encoder.<dotted>.lora_linear_layer.down.weight` (diffusers 0.18 on)."""
-    found = re.fullmatch(r"(.+)\.(?:lora(?:_linear_layer)?\.(down|up)\.weight|alpha)", key)
-    return of_path(found[1], found[2] or "alpha") if found else None
+    """Read `unet.<dotted>.lora.down.weight` or `text_encoder.<dotted>.lora_linear_layer.down.weight` (diffusers from 0.18)."""
+    match = re.fullmatch(r"(.+)\.(?:lora(?:_linear_layer)?\.(down|up)\.weight|alpha)", key)
+    return of_path(match[1], match[2] or "alpha") if match else None
 
 
 READERS: tuple[Callable[[str, Mapping[str, str]], Part | None], ...] = (read_flat, read_peft, read_processor, read_diffusers)
-LAYOUTS = {
+LAYOUTS = {  # reader -> name of its layout in reports
     "read_flat": "kohya",
     "read_peft": "peft",
     "read_processor": "diffusers before 0.18",
@@ -116,24 +119,27 @@ LAYOUTS = {
 
 
 def of_path(path: str, side: str) -> Part | None:
-    """A dotted module path with or without its component and peft's wrapper in front."""
+    """The part for `side` of a module's dotted path, which may begin with its component and peft's wrapper.
+
+    None where the path belongs to no known component.
+    """
     component, _, name = path.partition(".")
     if component not in COMPONENTS:
         component, name = "", path
-    told = "" if name.startswith("base_model.model.") else component
+    stated = "" if name.startswith("base_model.model.") else component
     name = name.removeprefix("base_model.model.")
     component = component or next((c for c, roots in ROOTS.items() if name.startswith(roots)), "")
-    return Part(canonical(COMPONENTS[component], name), side, told, name) if component else None
+    return Part(canonical(COMPONENTS[component], name), side, stated, name) if component else None
 
 
 def layout_of(key: str, table: Mapping[str, str]) -> str:
-    """What people call the layout of a key."""
+    """The common name of the layout that a key belongs to; "unknown" where there is none."""
     for reader in READERS:
         if reader(key, table):
             name = LAYOUTS[reader.__name__]
             if name == "kohya" and key.startswith("lycoris_"):
                 return "LyCORIS"
-            if name == "kohya" and (found := FLAT.fullmatch(key)) and single_file.from_flat(found[2], table):
+            if name == "kohya" and (match := FLAT.fullmatch(key)) and single_file.from_flat(match[2], table):
                 return "kohya, LDM names"
             if name == "peft" and key.startswith(tuple(f"{c}." for c in COMPONENTS)):
                 return "diffusers"

@@ -1,4 +1,4 @@
-"""LoRAs to one LoRA, exactly or to a rank, and into a checkpoint.
+"""Merge LoRAs into one LoRA, exactly or at a chosen rank, or into a checkpoint.
 
 sum_i w_i B_i A_i = [B_1 .. B_n] [w_1 A_1; ..; w_n A_n]    of rank sum_i r_i, exact for any ranks and module sets
 rank R: QR of both sides, SVD of the r x r core            the best approximation (Eckart & Young 1936)
@@ -15,6 +15,8 @@ import torch
 
 from fastdiff.checkpoints import checkpoint, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import Family
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Weights
 from fastdiff.lora import apply
 from fastdiff.lora.file import Lora, Weighted, opened, with_weights
@@ -28,10 +30,11 @@ Method = Literal["sum", "ties", "dare-ties", "dare-linear"]
 def merge(
     loras: Weighted, *, rank: int | Literal["auto"] | None = None, energy: float = 0.95, allow_pickle: bool = False
 ) -> Lora:
-    """Several LoRAs as one: {FILE or Lora: WEIGHT}, or a list of FILE or FILE=WEIGHT. The first one's recipe is kept.
+    """Merge several LoRAs, {FILE or Lora: WEIGHT} or a list of FILE or FILE=WEIGHT, into one that keeps the first one's recipe.
 
-    Exact, of the sum of the ranks, unless `rank` asks for the best approximation: a number, or auto for the smallest that keeps
-    `energy` of sum sigma^2 in every module. InputRefused where families or shapes differ, or where an update has no low rank.
+    The result is exact, and its rank is the sum of the ranks. With `rank` it is the best approximation of that rank; "auto" is
+    the smallest rank that keeps the share `energy` of the sum of squared singular values in every module. InputRefused where
+    families or shapes differ, or where an update has no low rank.
     """
     ready = [(opened(item, allow_pickle=allow_pickle), weight) for item, weight in with_weights(loras)]
     assert ready, "no LoRAs to merge"
@@ -39,38 +42,47 @@ def merge(
     return merged if rank is None else reduced(merged, str(rank), energy, {})[0]
 
 
-def agreed(loras: list[tuple[Lora, float]]) -> tuple[str | None, list[tuple[Lora, float]]]:
-    """The family as far as the LoRAs tell one, and the LoRAs with their first text encoder called alike."""
-    told = {item.family: item.source for item, _ in reversed(loras) if item.family}
-    if len(told) > 1:
-        (one, first), (other, second), *_ = told.items()
+def agreed(loras: list[tuple[Lora, float]]) -> tuple[Family | None, list[tuple[Lora, float]]]:
+    """The common family of the LoRAs, if any of them states one, and the LoRAs with equal names for the first text encoder.
+
+    InputRefused where they are for different families.
+    """
+    sources = {item.family: item.source for item, _ in reversed(loras) if item.family}
+    if len(sources) > 1:
+        (one, first), (other, second), *_ = sources.items()
         raise InputRefused(f"{second} is for {other}, {first} for {one}: LoRAs of different families cannot be merged")
-    family = next(iter(told), None)
+    family = next(iter(sources), None)
     return family, apply.encoders(loras, family.text_encoders if family else 1)
 
 
 def joined(parts: list[tuple[Update, float]], method: Method, density: float) -> Update:
-    """One module's updates as one: side by side where all are factors, else, and for ties and dare, their products."""
-    if method == "sum" and all(isinstance(update, Factors) for update, _ in parts):
-        down = torch.cat([strength * update.down for update, strength in parts], 0)  # type: ignore[attr-defined]
-        return Factors(down, torch.cat([update.up for update, _ in parts], 1))  # type: ignore[attr-defined]
+    """Merge the updates of one module, given with their strengths.
+
+    A sum of low-rank factors stays low rank: the factors are concatenated. In all other cases the full differences are merged.
+    """
+    factors = [(update, strength) for update, strength in parts if isinstance(update, Factors)]
+    if method == "sum" and len(factors) == len(parts):
+        down = torch.cat([strength * update.down for update, strength in factors], 0)
+        return Factors(down, torch.cat([update.up for update, _ in factors], 1))
     deltas = [update.delta() for update, _ in parts]
     weights = torch.tensor([strength for _, strength in parts])
     if method == "sum" or len(parts) == 1:
-        return Dense(sum(w * delta for w, delta in zip(weights, deltas, strict=True)))  # type: ignore[arg-type]
+        return Dense(sum((w * delta for w, delta in zip(weights, deltas, strict=True)), torch.zeros(())))
     from peft.utils import merge_utils
 
-    how = {"ties": merge_utils.ties, "dare-ties": merge_utils.dare_ties, "dare-linear": merge_utils.dare_linear}
-    return Dense(how[method](deltas, weights, density))
+    merges = {"ties": merge_utils.ties, "dare-ties": merge_utils.dare_ties, "dare-linear": merge_utils.dare_linear}
+    return Dense(merges[method](deltas, weights, density))
 
 
 def concatenate(
     loras: list[tuple[Lora, float]], *, approximate: bool = False, method: Method = "sum", density: float = 0.5, seed: int = 0
 ) -> Lora:
-    """The weighted sum as one LoRA, fp32; the first one's recipe is kept. Exact, of rank sum r_i, for LoRAs of factors.
+    """The weighted sum of the LoRAs as one LoRA in fp32, with the recipe of the first one.
 
-    Families or shapes that differ raise InputRefused naming both files; so do updates that depend on the base's weight
-    (DoRA, IA3, OFT), and unless it is `approximate` what is no product of factors (LoHa, LoKr, full differences).
+    For low-rank LoRAs it is exact and its rank is the sum of the ranks. InputRefused names both files where families or shapes
+    differ. It also refuses updates that depend on the base's weight (DoRA, IA3, OFT, GLoRA). A sum that is not `approximate`
+    refuses all that is no product of factors too (LoHa, LoKr, full differences). `density`, the share of values that TIES and
+    DARE keep, and `seed` are for those methods.
     """
     family, loras = agreed(loras)
     for item, _ in loras:
@@ -87,46 +99,51 @@ def concatenate(
             (one, first), (other, second), *_ = shapes.items()
             raise InputRefused(f"{key} is {one} in {first} but {other} in {second}: they are for different bases")
         modules[key] = joined([(item.modules[key], strength) for item, strength in parts], method, density)
-    recipe = replace(loras[0][0].recipe, family=family and family.name)
+    recipe = replace(loras[0][0].recipe, family=family.name if family else None)
     merged_from = json.dumps([{"name": Path(item.source).name, "weight": strength} for item, strength in loras])
-    told = {**recipe.to_metadata(), "fastdiff.merged_from": merged_from}
+    metadata = {**recipe.to_metadata(), "fastdiff.merged_from": merged_from}
     if (layers := loras[0][0].layers) != 2:
-        told["fastdiff.layers_per_block"] = str(layers)
-    return Lora(modules, told, "the merged LoRA")
+        metadata["fastdiff.layers_per_block"] = str(layers)
+    return Lora(modules, metadata, "the merged LoRA")
 
 
 def reduced(item: Lora, rank: str | None, energy: float, full: dict[str, int]) -> tuple[Lora, dict[str, float]]:
-    """The best LoRA of a rank (a number, or auto: what keeps `energy`; None: `full`, by module), and the energy kept.
+    """The best approximation of a LoRA at a lower rank, and the share of energy that it keeps, by component.
 
-    The energy is sum sigma^2 kept over the whole, by component.
+    `rank` is a number, or "auto" for the smallest that keeps `energy`, or None for the module's own in `full`. The energy is the
+    sum of squared singular values (Eckart & Young 1936).
     """
     modules: dict[str, Update] = {}
     sums: dict[str, tuple[float, float]] = {}
     for key, update in item.modules.items():
-        asked = full.get(key) if rank is None else None if rank == "auto" else int(rank)
-        modules[key], kept, whole = low_rank_of(update, asked, energy)
-        before = sums.get(part := split(key)[0], (0.0, 0.0))
-        sums[part] = (before[0] + kept, before[1] + whole)
+        target = full.get(key) if rank is None else None if rank == "auto" else int(rank)
+        modules[key], kept, whole = low_rank_of(update, target, energy)
+        kept_so_far, whole_so_far = sums.get(part := split(key)[0], (0.0, 0.0))
+        sums[part] = (kept_so_far + kept, whole_so_far + whole)
     return replace(item, modules=modules), {part: kept / whole if whole else 1.0 for part, (kept, whole) in sums.items()}
 
 
 def ranks_of(loras: list[tuple[Lora, float]]) -> dict[str, int]:
-    """Sum of the ranks by module: what an exact concatenation would have."""
-    found: dict[str, int] = {}
+    """The rank of each module in an exact merge: the sum of the ranks, where an update without a rank counts as 64."""
+    ranks: dict[str, int] = {}
     for item, _ in loras:
         for key, update in item.modules.items():
-            found[key] = found.get(key, 0) + (update.rank if isinstance(update, Factors) else 64)
-    return found
+            ranks[key] = ranks.get(key, 0) + (update.rank if isinstance(update, Factors) else 64)
+    return ranks
 
 
 def largest_error(stored: Lora, loras: Iterable[tuple[Lora, float]]) -> float:
-    """max over modules of |stored - exact| / |exact|, Frobenius; exact is the fp32 sum of the deltas themselves."""
+    """The largest relative error |stored - exact| / |exact| of any module, in the Frobenius norm.
+
+    exact is the fp32 sum of the updates in `loras`, weighted.
+    """
     worst, loras = 0.0, list(loras)
     for key, update in stored.modules.items():
-        exact = sum(strength * item.modules[key].delta() for item, strength in loras if key in item.modules)
-        norm = torch.linalg.vector_norm(exact).item()  # type: ignore[arg-type]
-        off = torch.linalg.vector_norm(update.delta() - exact).item()
-        worst = max(worst, off / norm if norm else off)
+        deltas = (strength * item.modules[key].delta() for item, strength in loras if key in item.modules)
+        exact = sum(deltas, torch.zeros(()))
+        norm = torch.linalg.vector_norm(exact).item()
+        error = torch.linalg.vector_norm(update.delta() - exact).item()
+        worst = max(worst, error / norm if norm else error)
     return worst
 
 
@@ -137,12 +154,13 @@ def bake(
     *,
     dtype: torch.dtype = torch.float16,
     allow_partial: bool = False,
-    **how: Any,
+    **options: Any,
 ) -> tuple[int, list[Path]]:
-    """Write a checkpoint with LoRAs in it; returns the number of modules changed and what was written.
+    """Write a checkpoint of `base` with LoRAs added; returns the number of modules changed and the paths written.
 
-    Added in fp32, cast once, tensor by tensor. `loras` as in `merge`. `path`: NAME.safetensors, or a folder. `how` is
-    `concatenate`'s, where the LoRAs are not simply added. InputRefused where they do not belong to the base.
+    `loras` are as in `merge`, `path` is NAME.safetensors or a folder. Weights are added in fp32, tensor by tensor, and cast to
+    `dtype` once. `options` go to `concatenate`, for methods other than the sum. InputRefused where a LoRA does not fit the base;
+    `allow_partial` leaves out the modules that do not.
     """
     base = checkpoint.load(base) if isinstance(base, str) else base
     ready = [(opened(item, allow_pickle=base.allow_pickle), weight) for item, weight in with_weights(loras)]
@@ -156,8 +174,8 @@ def bake(
     table = {key: place for part, prefix in prefixes.items() for key, place in apply.places(shapes[part], prefix).items()}
     fitted = apply.fit(ready, table, allow_partial=allow_partial, family=base.family)
     ready = [(item, strength) for item, (_, strength) in zip(fitted, ready, strict=True)]
-    if how.get("method", "sum") != "sum":
-        ready = [(concatenate(ready, **how), 1.0)]
+    if options.get("method", "sum") != "sum":
+        ready = [(concatenate(ready, **options), 1.0)]
     changed: dict[str, Weights] = {}
     count = 0
     for part, prefix in prefixes.items():
@@ -167,7 +185,10 @@ def bake(
     return count, write_checkpoint(base, Path(path).expanduser(), changed, dtype, recipe)
 
 
-def write_checkpoint(base: Checkpoint, output: Path, changed: dict[str, Weights], dtype: torch.dtype, recipe: Any) -> list[Path]:
+def write_checkpoint(
+    base: Checkpoint, output: Path, changed: dict[str, Weights], dtype: torch.dtype, recipe: Recipe
+) -> list[Path]:
+    """Write `base` with `changed` components: a single file if `output` ends in .safetensors, else a folder."""
     if output.suffix == ".safetensors":
         return write.to_file(base, output, changed=changed, dtype=dtype, recipe=recipe)
     write.to_folder(base, output, changed=changed, dtype=dtype, recipe=recipe)

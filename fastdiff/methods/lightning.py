@@ -120,7 +120,7 @@ class Lightning(Method):
                 self.adapter(net, name)
             self.kept[name] = nn.ParameterList(adapters.parameters(net, name)).requires_grad_(False)
         for name in reversed(made):
-            adapters.imitate(net, {"skip": "teacher", "teacher": "student"}[name], name)
+            adapters.copy_adapter(net, {"skip": "teacher", "teacher": "student"}[name], name)
 
     def _begin_discriminator(self, *, paired: bool) -> None:
         """A fresh one for each stage and each way of judging; it goes on from uncond to full."""

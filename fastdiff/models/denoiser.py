@@ -113,7 +113,7 @@ class Denoiser(nn.Module):
         """What the network itself puts out (B, C, h, w), in its dtype; t scalar or (B,), on its device."""
         t, dtype, extra = t.expand(len(x_t)), self.net.dtype, self.extra(cond)
         residuals = self.controlled(x_t, t, cond, extra)
-        with adapters.wearing(self.net, self.adapter):
+        with adapters.using(self.net, self.adapter):
             return self.net(x_t.to(dtype), t, cond.tokens.to(dtype), return_dict=False, **extra, **residuals)[0]
 
     def extra(self, cond: Cond) -> dict[str, Any]:
