@@ -79,7 +79,7 @@ class Checkpoint:
         return config | ({"prediction_type": self.prediction} if self.prediction else {})
 
     @property
-    def prediction_type(self) -> str:
+    def prediction_type(self) -> PredictionType:
         return self.scheduler_config.get("prediction_type", "epsilon")
 
     @cached_property

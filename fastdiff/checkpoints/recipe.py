@@ -2,6 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastdiff.diffusion.schedule import PredictionType
 
 PREFIX = "fastdiff."
 
@@ -26,7 +30,7 @@ class Recipe:
         """The weights know one number of steps, and not any."""
         return self.timesteps is not None or self.scheduler == "euler"
 
-    def predicts(self, base: str) -> str:
+    def predicts(self, base: "PredictionType") -> "PredictionType":
         """What the network outputs with these weights, on a base that outputs `base`: only x0 is a change."""
         return "sample" if self.prediction_type == "sample" else base
 

@@ -28,7 +28,7 @@ from fastdiff.methods.shared.segmented import Segmented, planned
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.options.controlnet import EXAMPLES, PRESETS, Config
-from fastdiff.training.card import Usage, opened
+from fastdiff.training.card import Usage, load_expression
 from fastdiff.training.method import Load, Now, Phase, Trains, Turn, relative_size
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
@@ -136,7 +136,7 @@ class DistilControlNet(Segmented):
             sampling=f"{settings.scheduler}, steps: {settings.num_steps}, guidance {settings.guidance}",
             imports=f"ControlNetModel, {kind}",
             code='controlnet = ControlNetModel.from_pretrained("controlnet")\n'
-            f"pipe = {opened(of, kind, ', controlnet=controlnet')}",
+            f"pipe = {load_expression(of, kind, ', controlnet=controlnet')}",
             picture="control, the base with its ControlNet, this one",
             method=f"distilled from {self.config.controlnet} (SDXS)",
             licence="that of the base model and of the ControlNet that it was distilled from",

@@ -25,7 +25,7 @@ from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.options.vae import EXAMPLES, PRESETS, Config, stages
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError
-from fastdiff.training.card import Usage, opened
+from fastdiff.training.card import Usage, load_expression
 from fastdiff.training.method import Method, Now, Phase, Trains, Turn
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
@@ -143,7 +143,7 @@ class TinyVAE(Method):
             tags="vae, AutoencoderTiny",
             sampling="",
             imports="AutoencoderTiny, DiffusionPipeline",
-            code=f'pipe = {opened(base)}\npipe.vae = AutoencoderTiny.from_pretrained("tiny-vae")',
+            code=f'pipe = {load_expression(base)}\npipe.vae = AutoencoderTiny.from_pretrained("tiny-vae")',
             picture="the VAE's own picture, this decoder's, four times their difference",
             method="L1 at an eighth of the size and a discriminator, against the VAE's own pictures (SDXS)",
             rows={"latents": f"those of {base.ref}, scaled; also of every checkpoint that shares its VAE"},

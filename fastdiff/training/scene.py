@@ -1,9 +1,9 @@
-"""What a run works with: base, device, resolution, prompts, VAE and the teacher's way of sampling, resolved once."""
+"""What a run works with, resolved once: base, device, resolution, prompts, VAE, and how the teacher is sampled."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+
 
 import torch
 from torch import nn
@@ -18,35 +18,36 @@ from fastdiff.sampling.settings import Settings
 
 @dataclass
 class Scene:
-    """Resolved from a config by `Scene.of`; whoever needs less than all of it takes those parts."""
+    """Everything that a run resolves from its config before there is a method. Made by `Scene.of`."""
 
     base: Checkpoint
     device: torch.device
     resolution_px: int
-    prompts: list[str]  # those that were given, else those that ship with the family
-    teacher: Settings  # how the teacher samples training data, and is measured
+    prompts: list[str]  # those of the config, or those that ship with the family
+    teacher: Settings  # how the teacher is sampled, for training data and when it is measured
     seed: int
-    vae_ref: str | None = None  # another VAE than the base's, for pictures
+    vae_ref: str | None = None  # a VAE that replaces the base's for drawing pictures
 
     @classmethod
     def of(cls, config: TrainConfig, base: Checkpoint, device: torch.device) -> "Scene":
-        """The config's choices, and the family's where it makes none."""
+        """Resolve a config; what it leaves open follows the family of the base."""
         prompts = read_prompts(Path(config.prompts)) if config.prompts else default_prompts(base.family)
         teacher = teacher_sampling(config, base.family)
         return cls(base, device, config.resolution or base.resolution_px, prompts, teacher, config.seed, config.vae)
 
     @cached_property
     def vae(self) -> nn.Module:
-        """What turns latents into pictures: the base's VAE, or the one that was given."""
+        """The network that turns latents into pictures: the VAE of `vae_ref`, or the base's own."""
         return open_vae(self.base, self.vae_ref)
 
     @property
     def latent_side(self) -> int:
+        """Side of a square latent, in latent positions: h = w."""
         return self.resolution_px // self.base.pixels_per_latent
 
 
-def open_vae(base: Checkpoint, ref: str | None) -> Any:
-    """A VAE of that reference that fits the base; without one the base's own."""
+def open_vae(base: Checkpoint, ref: str | None) -> nn.Module:
+    """Open the VAE of a reference and check that it fits the base's latents; without a reference, the base's own VAE."""
     return autoencoder.load(ref, latent_channels=base.unet_config["in_channels"]) if ref else base.vae
 
 
