@@ -27,6 +27,7 @@ from fastdiff.training.scene import Scene
 
 if TYPE_CHECKING:
     from PIL import Image
+
     from fastdiff.training.method import Method
 
 # Objects that are easy to tell apart, each on a background of another colour than the object usually has.
