@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-SHORT = ["--steps", "20", "--save-every", "10", "--pairs", "16"]
+SHORT = "--steps 20 --save-every 10 --pairs 16".split()
 
 
 class Row(NamedTuple):

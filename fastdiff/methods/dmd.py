@@ -31,6 +31,7 @@ from fastdiff.models import perceptual
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.discriminator import Head
 from fastdiff.options.dmd import EXAMPLES, PRESETS, Config
+from fastdiff.options.dmd import Config as Options
 from fastdiff.runtime.console import info
 from fastdiff.runtime.errors import UsageError
 from fastdiff.runtime.rng import seed_for
@@ -42,7 +43,7 @@ class DMD(Scores):
 
     name, Config, presets, examples = "dmd", Config, PRESETS, EXAMPLES
 
-    def __init__(self, base: Checkpoint, config: Config) -> None:
+    def __init__(self, base: Checkpoint, config: Options) -> None:
         super().__init__(base, config)
         student_net, fake_net = (self.copied() if kind == "full" else None for kind in (config.student, config.fake))
         self.student, students = self.trained("student", student_net)
@@ -76,7 +77,7 @@ class DMD(Scores):
         )
 
     @classmethod
-    def check(cls, config: Config) -> Config:
+    def check(cls, config: Options) -> Options:
         """Read the LoRA of `init` and find the LPIPS weights now, so that a wrong file fails before hours of sampling."""
         if config.init:
             lora.load(config.init, allow_pickle=config.allow_pickle)
@@ -86,19 +87,19 @@ class DMD(Scores):
         return config
 
     @classmethod
-    def needs(cls, config: Config) -> Needs:
+    def needs(cls, config: Options) -> Needs:
         if config.regresses:
             return "pairs"
         return "latents" if config.gan_weight or config.score_guidance == "fitted" else "prompts"
 
     @classmethod
-    def load(cls, config: Config, base: Checkpoint) -> Load:
+    def load(cls, config: Options, base: Checkpoint) -> Load:
         full, turn = (config.student == "full") + (config.fake == "full"), 1 / config.fake_steps_per_gen
         gan = 1.5 if config.gan_weight else 0.0
         return Load(full, 2 - full, 1, 2 + gan / 2, 1 + turn + gan, 2 * turn + (config.num_steps - 1) / 2)
 
     @classmethod
-    def cycle(cls, config: Config) -> int:
+    def cycle(cls, config: Options) -> int:
         return config.fake_steps_per_gen
 
     def players(self, phase: Phase) -> dict[str, Trains]:

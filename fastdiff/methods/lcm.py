@@ -28,6 +28,7 @@ from fastdiff.diffusion.solvers import jump
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.ema import EMA
 from fastdiff.options.lcm import EXAMPLES, PRESETS, Config
+from fastdiff.options.lcm import Config as Options
 from fastdiff.training.method import Load, Method, Now, Phase, Stateful, Trains, Turn, equation
 
 SCHEDULERS = {"zero": "lcm", "edge": "ddim", "random": "tcd"}
@@ -38,7 +39,7 @@ class LCM(Method):
 
     name, Config, presets, examples = "train-lcm-lora", Config, PRESETS, EXAMPLES
 
-    def __init__(self, base: Checkpoint, config: Config) -> None:
+    def __init__(self, base: Checkpoint, config: Options) -> None:
         super().__init__(base, config)
         self.student, self.params = self.trained("student", guidance_embedded(base.unet) if config.full else None)
         self.target = EMA(self.params, config.target_ema, warm=False) if config.full else None
@@ -53,7 +54,7 @@ class LCM(Method):
         )
 
     @classmethod
-    def load(cls, config: Config, base: Checkpoint) -> Load:
+    def load(cls, config: Options, base: Checkpoint) -> Load:
         return Load(full=1, free=3) if config.full else Load(lora=1, free=1 if config.finetune else 3)
 
     def players(self, phase: Phase) -> dict[str, Trains]:
@@ -153,8 +154,10 @@ def guidance_embedded(unet: nn.Module, width: int = 256) -> nn.Module:
 
     The new projection starts at zero, so that the copy at first computes exactly what the teacher does.
     """
+    from diffusers.models import UNet2DConditionModel
+
     assert isinstance(unet, UNet2DConditionModel)
-    copy = UNet2DConditionModel.from_config({**unet.config, "time_cond_proj_dim": width})
+    copy = type(unet).from_config({**unet.config, "time_cond_proj_dim": width})
     missing = copy.load_state_dict(unet.state_dict(), strict=False).missing_keys
     assert missing == ["time_embedding.cond_proj.weight"], missing
     nn.init.zeros_(copy.time_embedding.cond_proj.weight)

@@ -51,6 +51,10 @@ def open_vae(base: Checkpoint, ref: str | None) -> nn.Module:
 
 
 def teacher_sampling(config: TrainConfig, family: Family) -> Settings:
-    """How the teacher makes its samples: as the family is usually sampled, but for the config's own steps and guidance."""
-    chosen = {"num_steps": config.teacher_steps, "guidance": config.teacher_guidance or config.guidance}
-    return replace(Settings.usual(family), **{name: value for name, value in chosen.items() if value is not None})
+    """Return how the teacher is sampled: in the family's usual way, with the config's own steps and guidance if it has them."""
+    usual, guidance = Settings.usual(family), config.teacher_guidance or config.guidance
+    return replace(
+        usual,
+        num_steps=usual.num_steps if config.teacher_steps is None else config.teacher_steps,
+        guidance=usual.guidance if guidance is None else guidance,
+    )

@@ -6,6 +6,8 @@ g    = (fake.x0 - real.x0) / mean|x - real.x0|  at t in [t_min T, alpha T],     
        alpha and lambda fall while the two distributions come to overlap; the online model (fake) learns from every x
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,7 @@ class Segmented(Scores):
     config: SegmentedConfig
 
     @classmethod
-    def needs(cls, config: SegmentedConfig) -> Needs:
+    def needs(cls, config: Any) -> Needs:
         return "pairs"
 
     def _open_matching(self, first: Checkpoint) -> None:
