@@ -56,7 +56,7 @@ def test_what_a_method_lacks_is_named_before_anything_is_loaded():
         def players(self, phase):
             return {}
 
-    with pytest.raises(TypeError, match="Unfinished: says no losses, name"):
+    with pytest.raises(TypeError, match="Unfinished: does not define losses, name"):
         train(Unfinished, None)
 
 
@@ -201,7 +201,7 @@ def test_any_seed_that_the_option_takes_seeds_the_generators(seed):
 def test_what_a_run_made_is_its_last_weights_or_its_own_network(tmp_path):
     run = Run(tmp_path, "toy")
     run.wrote(tmp_path / "previews" / "final.png")
-    with pytest.raises(Failed, match="the method's export named nothing that it wrote"):
+    with pytest.raises(Failed, match="the method's `export` recorded no output"):
         written_weights(run)
     run.wrote(tmp_path / "tiny-vae")
     assert written_weights(run) == tmp_path / "tiny-vae"

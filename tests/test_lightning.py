@@ -168,7 +168,7 @@ def test_the_teachers_way_is_ddim_steps_of_stock_diffusers(tiny_sd, stages, guid
     a, b = (int(n) for n in stages.split(":"))
     with torch.no_grad():
         x_t, place = m.start(batch, m.current[0])
-        found = m.way(x_t, place, batch, m.current[0])
+        found = m.teacher_steps(x_t, place, batch, m.current[0])
     scheduler = DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
     scheduler.set_timesteps(a)
     assert len(set(place.tolist())) > 1 or b == 1
@@ -191,7 +191,7 @@ def test_on_an_uneven_grid_the_way_is_stock_eulers(tiny_sd):
     batch = batch_for(m.base_model, 8)
     with torch.no_grad():
         x_t, place = m.start(batch, m.current[0])
-        found = m.way(x_t, place, batch, m.current[0])
+        found = m.teacher_steps(x_t, place, batch, m.current[0])
     scheduler = EulerDiscreteScheduler(**SD, timestep_spacing="trailing")
     for i in range(len(x_t)):
         scheduler.set_timesteps(128)
@@ -248,7 +248,7 @@ def test_the_teacher_of_a_stage_is_the_student_of_the_last(tiny_sd):
     batch, seen = batch_for(m.base_model), {}
     for p in m.phases():
         entered(m, p.name)
-        net, steps, guidance = m.sources
+        net, steps, guidance = m.source
         seen[p.name] = (outputs(net, batch), steps, guidance)
         if p.name == "1-cond":
             assert torch.equal(outputs(m.role("teacher"), batch), outputs(m.role("student"), batch))
@@ -272,7 +272,7 @@ def test_the_teacher_of_a_stage_is_the_student_of_the_last(tiny_sd):
 
 def test_without_skipping_every_phase_has_the_stages_own_teacher(tiny_sd):
     m = method(tiny_sd, "1-uncond", stages="4:2,2:1", skip_teacher=False)
-    assert m.sources[1:] == (2, 1.0)
+    assert m.source[1:] == (2, 1.0)
 
 
 def test_a_chain_starts_from_a_lora(tiny_sd, tmp_path):
@@ -281,12 +281,12 @@ def test_a_chain_starts_from_a_lora(tiny_sd, tmp_path):
     lora.save(lora.Lora(adapters.factors(first.base_model.unet, 4.0), {}), tmp_path / "few.safetensors")
     m = method(tiny_sd, "4-cond", stages="8:4,4:2", init=str(tmp_path / "few.safetensors"))
     batch = batch_for(m.base_model)
-    for net in (m.sources[0], m.student):
+    for net in (m.source[0], m.student):
         torch.testing.assert_close(outputs(net, batch), outputs(first.student, batch), atol=5e-4, rtol=1e-3)
-    assert m.sources[1:] == (8, 1.0)
+    assert m.source[1:] == (8, 1.0)
     assert not torch.allclose(outputs(m.teacher, batch), outputs(m.student, batch), atol=1e-3)
     entered(m, "2-uncond")
-    assert m.sources[1:] == (8, 1.0)
+    assert m.source[1:] == (8, 1.0)
 
 
 # ---- discriminator
@@ -298,7 +298,7 @@ def test_a_paired_discriminator_sees_what_belongs_together(tiny_sd, kind):
     for part, paired in (("4-cond", True), ("4-uncond", False)):
         m = method(tiny_sd, part, stages="8:4", discriminator=kind)
         batch = batch_for(m.base_model)
-        for p in m.judges:
+        for p in m.discriminator_params:
             torch.nn.init.normal_(p, std=0.05)
         t, s = torch.full((4,), 999), torch.full((4,), 749)
         judge = lambda x_t, x_s=batch.latents, c=batch.cond: m.discriminator(x_s, s, c, x_t, t)  # noqa: B023
@@ -324,7 +324,7 @@ def test_a_discriminator_is_the_base_again_at_every_stage(tiny_sd, kind):
             assert (m.discriminator is before) != fresh
             if fresh:
                 torch.testing.assert_close(features(), m.teacher.bottleneck(batch.latents, t, batch.cond), atol=1e-5, rtol=1e-5)
-            for q in m.judges:
+            for q in m.discriminator_params:
                 q += 0.05
             assert (features() - m.teacher.bottleneck(batch.latents, t, batch.cond)).abs().max() > 1e-2
 

@@ -361,7 +361,7 @@ def test_auto_cuts_what_costs_most_for_what_it_is_worth(monkeypatch, tiny_sd):
 def test_a_speed_that_no_cut_reaches_is_refused(monkeypatch, tiny_sd):
     monkeypatch.setattr(cutting, "latency_s", lambda net, device: 1.0)
     monkeypatch.setattr(cutting, "candidates", lambda config: iter([("the middle", unet.without_middle)]))
-    with pytest.raises(UsageError, match=r"`target_speed=2x`: with everything gone that can go it is 1x"):
+    with pytest.raises(UsageError, match=r"`target_speed=2x`: with all that can be cut, the network is 1x as fast"):
         cutting.choose(checkpoint.load(str(tiny_sd)), 2.0, "cpu")
 
 

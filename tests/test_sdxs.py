@@ -292,7 +292,7 @@ def test_a_full_online_model_has_no_style_and_what_a_style_does_to_texts_is_left
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
     changes = dict(init=str(prune(tiny_sd, tmp_path)), style_lora=str(path), fake="full", prompts=str(tmp_path / "prompts.txt"))
     m, base = method(tiny_sd, **changes, pairs=1, teacher_steps=1, resolution=64)
-    assert "1 modules of text encoders are left out" in capfd.readouterr().err
+    assert "its 1 modules for text encoders are not used" in capfd.readouterr().err
     names = {name for name, _ in m.fake.net.named_parameters()}
     assert names == {name for name, _ in checkpoint.load(str(tiny_sd)).unet.named_parameters()}
 

@@ -86,7 +86,7 @@ class Checkpoint:
         return config | ({"prediction_type": self.prediction} if self.prediction else {})
 
     @property
-    def prediction_type(self) -> str:
+    def prediction_type(self) -> PredictionType:
         """What the UNet outputs: epsilon, v_prediction or sample."""
         return self.scheduler_config.get("prediction_type", "epsilon")
 

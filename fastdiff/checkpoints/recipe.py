@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdiff.diffusion.schedule import PredictionType
 
 PREFIX = "fastdiff."
 
@@ -27,8 +30,8 @@ class Recipe:
         """Whether the weights work with one number of steps only."""
         return self.timesteps is not None or self.scheduler == "euler"
 
-    def predicts(self, base: str) -> str:
-        """The prediction type of the network with these weights: sample if the recipe says so, else that of the `base`."""
+    def predicts(self, base: "PredictionType") -> "PredictionType":
+        """What the network outputs with these weights: "sample" if the recipe says so, else as the base, `base`."""
         return "sample" if self.prediction_type == "sample" else base
 
     def to_metadata(self) -> dict[str, str]:

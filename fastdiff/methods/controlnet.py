@@ -1,13 +1,13 @@
-"""A ControlNet for a small or a one-step UNet, from one of the base (Song et al. 2024, SDXS, sections 3.1 and 3.2).
+"""Distils the base's ControlNet into one for a small or a one-step UNet (Song et al. 2024, SDXS, sections 3.1 and 3.2).
 
     multi-step  teacher: the base with its ControlNet       student: the small UNet, frozen, with a small ControlNet that trains
-        out  = |student - teacher|^2                                      in what the networks put out
+        out  = |student - teacher|^2                                      of the networks' own outputs
         feat = sum over up blocks |f_student - f_teacher|^2 / var         a ControlNet changes no encoder, so decoders alone
     one step    x = G(z, t_gen; control of y),  y the teacher's sample from z: noise, picture and control are a triple
         loss = along(g) + lambda FM, as in `sdxs`, with the base's ControlNet on both scores, frozen
-        --redraw: part of z is drawn anew, so that the control and not the noise must say where things are
+        `redraw` draws a part of z anew, so that the student must learn from the control, not from the noise, where things are
 
-Control pictures are taken out of the teacher's own decoded samples by a library's extractor.
+Control pictures are extracted from the teacher's own decoded samples, by OpenCV's Canny or a function of the user's.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from torch import nn
 from fastdiff.checkpoints import write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data import control
-from fastdiff.data.batch import Batch, Data
+from fastdiff.data.batch import Batch, Data, Encoded
 from fastdiff.data.open import Needs
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
@@ -28,19 +28,28 @@ from fastdiff.methods.shared.segmented import Segmented, planned
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.options.controlnet import EXAMPLES, PRESETS, Config
-from fastdiff.training.card import Usage, opened
+from fastdiff.options.controlnet import Config as Options
+from fastdiff.training.card import Usage, load_expression
 from fastdiff.training.method import Load, Now, Phase, Trains, Turn, relative_size
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
 
 
 class DistilControlNet(Segmented):
-    """Teacher and online model with the base's ControlNet, another UNet with a small one; players: student, fake (one step)."""
+    """ControlNet distillation. Teacher and online model use the base's ControlNet; the student's UNet has a small one.
+
+    Players: `student`, which is the small ControlNet, and with `one_step` in phase `distill` also `fake`, the online model.
+    """
+
+    config: Options
 
     name, Config, presets, examples = "distill-controlnet", Config, PRESETS, EXAMPLES
     writes_checkpoint = False
 
-    def __init__(self, base: Checkpoint, config: Config) -> None:
+    def __init__(self, base: Checkpoint, config: Options) -> None:
+        from diffusers.models import ControlNetModel
+
+        assert config.controlnet is not None, "refused by the config"
         self.controlnet = controlnet.load(config.controlnet, base.unet_config)
         super().__init__(base, config)
         first = config.start(base)
@@ -48,43 +57,47 @@ class DistilControlNet(Segmented):
         net, small = first.unet.requires_grad_(False), controlnet.inheriting(self.controlnet, first.unet_config)
         if config.gradient_checkpointing:
             adapters.checkpoint_gradients(net)
+            assert isinstance(small, ControlNetModel)
             small.enable_gradient_checkpointing()
         kind = self.recipe.predicts(first.prediction_type)
         self.student = Denoiser(net, self.schedule, kind, controlnet=small)
-        self.compared = [pair for pair in unet.feature_pairs(base.unet.config, first.unet_config) if pair[0].startswith("up_")]
+        pairs = unet.feature_pairs(base.unet.config, first.unet_config)  # type: ignore[arg-type]  # diffusers' config is a dict
+        self.compared = [pair for pair in pairs if pair[0].startswith("up_")]
         if config.one_step:
             self.fake_net = self.copied() if config.fake == "full" else None
             self.fake, self.fake_params = self.trained("fake", self.fake_net)
             self._open_matching(first)
 
     @classmethod
-    def check(cls, config: Config) -> Config:
-        """What cannot work is refused before anything is sampled."""
+    def check(cls, config: Options) -> Options:
+        """Check the extractor, the ControlNet and `init` now, so that wrong ones fail before anything is sampled."""
         control.extractor(config.control)
         base = config.open_base()
+        assert config.controlnet is not None, "refused by the config"
         controlnet.load(config.controlnet, base.unet_config)
         config.start(base)
         return config
 
     @classmethod
-    def needs(cls, config: Config) -> Needs:
+    def needs(cls, config: Options) -> Needs:
         return "pairs" if config.one_step else "latents"
 
     @classmethod
-    def exhibit(cls, scene: Scene, config: Config) -> Edges:
+    def exhibit(cls, scene: Scene, config: Options) -> Edges:
         return Edges(scene, config)
 
     @classmethod
-    def arrange(cls, scene: Scene, data: Data, exhibit: Edges, config: Config) -> Data:
-        """Control pictures are taken out of the items' own; some items are held out."""
+    def arrange(cls, scene: Scene, data: Data, exhibit: Edges, config: Options) -> Data:
+        """Extract a control picture from every item, and hold out items for the closing figures."""
+        assert isinstance(data, Encoded), "`buckets` is refused by the config"
         control.of_samples(scene.base.vae.to(scene.device), data, exhibit.how)
         data, held_out = data.split(config.proof)
         exhibit.keep(held_out)
         return data
 
     @classmethod
-    def load(cls, config: Config, base: Checkpoint) -> Load:
-        """The encoder again, with its two small networks; teacher and student are two UNets where there is an `init`."""
+    def load(cls, config: Options, base: Checkpoint) -> Load:
+        """Return the cost of a step: a ControlNet is 0.4 of a UNet, and with `init` the student's UNet is a second one."""
         student = relative_size(base, config.open_student().unet_config) if config.init else 0.0
         return Load(0.4, config.one_step + 0.0, 1.4 + student, (student or 1) + 0.4, (student or 1) + 0.4, 1.4)
 
@@ -105,25 +118,26 @@ class DistilControlNet(Segmented):
         return super().networks() if self.config.one_step else [self.teacher, self.student]
 
     def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
-        """Section 3.2 for one step, section 3.1 for several."""
+        """Compute the losses of section 3.2 for a one-step student, or of section 3.1 for several steps."""
         if self.config.one_step:
             pairs = self._pairs(batch, now)
             yield self.turn(self.generated(batch, pairs, self.config.redraw), batch, now, pairs)
             return
         t = torch.randint(len(self.schedule), (len(batch.latents),), device=batch.latents.device)
         x_t = self.schedule.add_noise(batch.latents, torch.randn_like(batch.latents), t)
-        mine, teachers = zip(*self.compared, strict=True)
-        with torch.no_grad(), self.teacher.tap(teachers) as goals:
+        student_names, teacher_names = [s for s, _ in self.compared], [t for _, t in self.compared]
+        with torch.no_grad(), self.teacher.tap(teacher_names) as teacher_features:
             goal = self.teacher(x_t, t, batch.cond)
-        with self.student.tap(mine) as features:
+        with self.student.tap(student_names) as features:
             p = self.student(x_t, t, batch.cond)
         terms = {"out": losses.squared(*(self.schedule.output(q, t, self.student.kind) for q in (p, goal)))}
         if self.config.lambda_feat:
-            terms["feat"] = self.config.lambda_feat * losses.features([features[k] for k in mine], [goals[k] for k in teachers])
+            both = [features[k] for k in student_names], [teacher_features[k] for k in teacher_names]
+            terms["feat"] = self.config.lambda_feat * losses.features(*both)
         yield {"student": terms}
 
     def export(self, run: Run) -> None:
-        """The folder `controlnet`: stock ControlNetModel."""
+        """Write the folder `controlnet`, a ControlNetModel that stock diffusers loads."""
         write.network_to_folder(self.student.controlnet, run.folder / "controlnet")
         run.wrote(run.folder / "controlnet")
 
@@ -136,7 +150,7 @@ class DistilControlNet(Segmented):
             sampling=f"{settings.scheduler}, steps: {settings.num_steps}, guidance {settings.guidance}",
             imports=f"ControlNetModel, {kind}",
             code='controlnet = ControlNetModel.from_pretrained("controlnet")\n'
-            f"pipe = {opened(of, kind, ', controlnet=controlnet')}",
+            f"pipe = {load_expression(of, kind, ', controlnet=controlnet')}",
             picture="control, the base with its ControlNet, this one",
             method=f"distilled from {self.config.controlnet} (SDXS)",
             licence="that of the base model and of the ControlNet that it was distilled from",

@@ -1,4 +1,4 @@
-"""Latent consistency distillation as a LoRA, or of the full network (Luo et al. 2023; LCM-LoRA report 2023).
+"""Latent consistency distillation, as a LoRA or of the full network (Luo et al. 2023, LCM and the LCM-LoRA report).
 
     t = t_i, u = t_{i-skip}  on the grid  k - 1, 2k - 1, ..., T - 1  with k = T / N;  0 below it
     x_t = alpha_t x0 + sigma_t eps
@@ -9,8 +9,8 @@
                    random  s uniform on the grid below t:  DDIM jump to s      TCD (Zheng 2024)
     loss = d( F_student(x_t, t -> s),  F_target(x_u, u -> s) ),   target = student without gradient, or its average
 
-With a LoRA the teacher is the same network with the adapter off. Fine-tuning (`--finetune`, the LCM paper's LCF) has no
-teacher: x_u is the same noise at the lower level.
+With a LoRA, the teacher is the same network with the adapter off. Fine-tuning (`finetune`, called LCF in the LCM paper) has no
+teacher: x_u is made of the same x0 and eps at the lower noise level.
 """
 
 from collections.abc import Iterator
@@ -28,17 +28,18 @@ from fastdiff.diffusion.solvers import jump
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.ema import EMA
 from fastdiff.options.lcm import EXAMPLES, PRESETS, Config
+from fastdiff.options.lcm import Config as Options
 from fastdiff.training.method import Load, Method, Now, Phase, Stateful, Trains, Turn, equation
 
 SCHEDULERS = {"zero": "lcm", "edge": "ddim", "random": "tcd"}
 
 
 class LCM(Method):
-    """One UNet; players: the student's adapter (or all its weights)."""
+    """Latent consistency distillation. The one player is `student`: an adapter on the base's UNet, or a UNet of its own."""
 
     name, Config, presets, examples = "train-lcm-lora", Config, PRESETS, EXAMPLES
 
-    def __init__(self, base: Checkpoint, config: Config) -> None:
+    def __init__(self, base: Checkpoint, config: Options) -> None:
         super().__init__(base, config)
         self.student, self.params = self.trained("student", guidance_embedded(base.unet) if config.full else None)
         self.target = EMA(self.params, config.target_ema, warm=False) if config.full else None
@@ -53,7 +54,7 @@ class LCM(Method):
         )
 
     @classmethod
-    def load(cls, config: Config, base: Checkpoint) -> Load:
+    def load(cls, config: Options, base: Checkpoint) -> Load:
         return Load(full=1, free=3) if config.full else Load(lora=1, free=1 if config.finetune else 3)
 
     def players(self, phase: Phase) -> dict[str, Trains]:
@@ -63,7 +64,7 @@ class LCM(Method):
         return {"target": self.target} if self.target else {}
 
     def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
-        """One consistency step (LCM, algorithm 1; LCF, algorithm 4)."""
+        """Compute the consistency loss between two points of one trajectory (LCM, algorithm 1; LCF, algorithm 4)."""
         n, device = len(batch.latents), batch.latents.device
         index = torch.randint(len(self.grid), (n,), device=device)
         grid = self.grid.to(device)
@@ -82,12 +83,15 @@ class LCM(Method):
 
     @equation("LCM, equations 13 and 14")
     def ode_step(self, x_t: Tensor, t: Tensor, u: Tensor, batch: Batch, w: Tensor) -> Tensor:
-        """Guided DDIM step t -> u of the teacher."""
+        """Take one guided DDIM step of the teacher from x_t (B, C, h, w) at t to u, both (B,), with guidance w (B,)."""
         return jump(self.schedule, self.teacher.guided(x_t, t, batch.cond, batch.uncond, w), u)
 
     @equation("LCM, equation 9")
     def consistency(self, x: Tensor, t: Tensor, s: Tensor | None, cond: Cond) -> Tensor:
-        """F(x, t -> s): the boundary form to zero, else a DDIM jump that leaves x alone where t = s."""
+        """Evaluate F(x, t -> s) of the student: (B, C, h, w).
+
+        Without `s` it goes to zero by the boundary form; otherwise by a DDIM jump, and x stays as it is where t = s.
+        """
         p = self.student(x, t, cond)
         if s is None:
             c_skip, c_out = self.schedule.boundary(t, x)
@@ -96,9 +100,10 @@ class LCM(Method):
 
     @equation("Song & Dhariwal 2023, equation 6")
     def weight(self, t: Tensor, u: Tensor, like: Tensor) -> Tensor | float:
-        """1 / (sigma_t / alpha_t - sigma_u / alpha_u): with an epsilon network the plain
+        """Return the weight of each pair, 1 / (sigma_t / alpha_t - sigma_u / alpha_u), or 1 without weighting.
 
-        loss on x0 pulls sigma / alpha times as hard, 100 times between the ends, and low noise levels, the detail, decay.
+        The plain loss on x0 pulls an epsilon network sigma / alpha times as hard. That differs by a factor of 100 between the
+        ends, so that the low noise levels, which make the detail, decay.
         """
         if self.config.weighting == "none":
             return 1.0
@@ -106,7 +111,10 @@ class LCM(Method):
 
     @equation("LCM, algorithm 1; PCM, section 3; TCD, section 4")
     def pair(self, index: Tensor, grid: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The lower point u of each sample's pair, and where both jump to: s <= u, None for zero."""
+        """Return the lower timestep u (B,) of each sample's pair, and the timestep s <= u that both jump to.
+
+        `index` (B,) are the upper points' places in `grid`. s is None for jumps to zero.
+        """
         below = lambda i: torch.where(i >= 0, grid[i.clamp(min=0)], 0)
         u = below(index - self.config.skip)
         if self.config.target == "zero":
@@ -114,13 +122,13 @@ class LCM(Method):
         if self.config.target == "edge":
             length = len(grid) // (self.config.phases or self.config.num_steps)
             s = below(index // length * length - 1)
-            return torch.maximum(u, s), s  # a teacher step ends at the edge of its phase
-        points = (index - self.config.skip + 2).clamp(min=1)  # 0 and the grid up to u
+            return torch.maximum(u, s), s  # a teacher step must not cross the edge of its phase
+        points = (index - self.config.skip + 2).clamp(min=1)  # how many timesteps s can be: 0, and the grid up to u
         return u, below((torch.rand(len(index), device=grid.device) * points).long() - 1)
 
     @contextmanager
     def _target_weights(self) -> Iterator[None]:
-        """The averaged target of full training; with a LoRA the target is the student itself (mu = 0)."""
+        """Put the averaged target into the network that trains. With a LoRA the target is the student itself (mu = 0)."""
         with self.target.swapped() if self.target else ExitStack():
             yield
 
@@ -130,9 +138,10 @@ class LCM(Method):
 
 
 def distillation_grid(schedule: NoiseSchedule, config: Config) -> Tensor:
-    """Ascending timesteps to distil on. With phases, each has the same number of points and ends on a step of the sampler,
+    """Return the timesteps to distil on, ascending: (N,).
 
-    T - 1, T - 1 - T / phases, ...: a network asked between two phases would not know which edge to jump to.
+    For `target=edge` every phase has the same number of points and ends on a timestep of the sampler (T - 1, T - 1 - T / phases,
+    ...). A network that were called between two phases would not know which edge to jump to.
     """
     if config.target != "edge":
         return schedule.ddim_grid(config.grid_steps)
@@ -141,7 +150,13 @@ def distillation_grid(schedule: NoiseSchedule, config: Config) -> Tensor:
 
 
 def guidance_embedded(unet: nn.Module, width: int = 256) -> nn.Module:
-    """A trainable fp32 copy with LCM's guidance embedding, whose new projection starts at zero: the teacher exactly."""
+    """Return a trainable fp32 copy of a UNet with LCM's guidance embedding of that width.
+
+    The new projection starts at zero, so that the copy at first computes exactly what the teacher does.
+    """
+    from diffusers.models import UNet2DConditionModel
+
+    assert isinstance(unet, UNet2DConditionModel)
     copy = type(unet).from_config({**unet.config, "time_cond_proj_dim": width})
     missing = copy.load_state_dict(unet.state_dict(), strict=False).missing_keys
     assert missing == ["time_embedding.cond_proj.weight"], missing

@@ -10,6 +10,7 @@ encoder = | E(target) - KL encoder(target) |^2  option, a player of its own
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,70 +18,82 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints import locate, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import Family
 from fastdiff.data.batch import Batch, Data
 from fastdiff.diffusion import losses
 from fastdiff.methods.shared.decoded import Decoded, decode_once
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.options.vae import EXAMPLES, PRESETS, Config, stages
+from fastdiff.options.vae import Config as Options
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError
-from fastdiff.training.card import Usage, opened
+from fastdiff.training.card import Usage, load_expression
 from fastdiff.training.method import Method, Now, Phase, Trains, Turn
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
 
-OFF = "`lambda_lpips=0`"  # how to do without LPIPS
+if TYPE_CHECKING:
+    from diffusers.models import AutoencoderTiny
+
+OFF = "`lambda_lpips=0`"  # the option that switches LPIPS off, for error messages
 
 
 class Autoencoder(nn.Module):
-    """A network in a place of its own, as a Denoiser holds a UNet."""
+    """Holds the student's network as `net`, as a Denoiser holds a UNet."""
 
-    def __init__(self, net: nn.Module) -> None:
+    net: "AutoencoderTiny"
+
+    def __init__(self, net: "AutoencoderTiny") -> None:
         super().__init__()
         self.net = net
 
 
 class TinyVAE(Method):
-    """Players: the decoder, its discriminator, and where wanted the encoder."""
+    """Distils a VAE into a tiny one. Players: `decoder`, and by option its `discriminator` and `encoder`."""
 
     name, Config, presets, examples = "distill-vae", Config, PRESETS, EXAMPLES
     keeps = ("vae",)
     writes_checkpoint = False
 
-    def __init__(self, base: Checkpoint, config: Config) -> None:
+    def __init__(self, base: Checkpoint, config: Options) -> None:
+        from diffusers.models import AutoencoderTiny
+
         super().__init__(base, config)
         self.teacher, self.distance = base.vae, distance_of(config, base.family)
         channels = base.config_of("vae")["latent_channels"]
         if autoencoder.factor(base.vae) != 8:
             raise UsageError(f"`base={base.ref}`: its VAE has {autoencoder.factor(base.vae)} px a latent; tiny ones have 8")
-        self.held = Autoencoder(autoencoder.tiny(config.width, stages(config), channels))
-        self.discriminator = None
+        net = autoencoder.tiny(config.width, stages(config), channels)
+        assert isinstance(net, AutoencoderTiny)
+        self.held = Autoencoder(net)
+        self.discriminator: PatchDiscriminator | None = None
         if config.lambda_gan:
             self.discriminator = PatchDiscriminator(config.d_width, channels if config.cond_disc else 0)
         if not config.encoder:
-            # Nobody trained it: it says nothing rather than noise.
-            nn.init.zeros_(self.student.encoder.layers[-1].weight), nn.init.zeros_(self.student.encoder.layers[-1].bias)
+            # The encoder stays untrained, so its last layer is set to zero: it encodes to zeros instead of noise.
+            for p in self.student.encoder.layers[-1].parameters():
+                nn.init.zeros_(p)
 
     @property
-    def student(self) -> nn.Module:
-        """An AutoencoderTiny."""
+    def student(self) -> "AutoencoderTiny":
+        """The network that trains and is exported."""
         return self.held.net
 
     @classmethod
-    def check(cls, config: Config) -> Config:
-        """Weights that the loss needs are found before anything is sampled."""
+    def check(cls, config: Options) -> Options:
+        """Find the weights of LPIPS now, so that missing ones are an error before anything is sampled."""
         if config.lambda_lpips or config.lpips_weights:
             perceptual.locate(locate.family_of(config.base, allow_pickle=config.allow_pickle), config.lpips_weights, off=OFF)
         return config
 
     @classmethod
-    def exhibit(cls, scene: Scene, config: Config) -> Decoded:
+    def exhibit(cls, scene: Scene, config: Options) -> Decoded:
         return Decoded(scene, config)
 
     @classmethod
-    def arrange(cls, scene: Scene, data: Data, exhibit: Decoded, config: Config) -> Data:
-        """Some items are held out; all others are decoded once."""
+    def arrange(cls, scene: Scene, data: Data, exhibit: Decoded, config: Options) -> Data:
+        """Hold out items for the closing figures, and decode the others once."""
         data, exhibit.held_out = data.split(config.proof)
         scene.base.release("unet", "text_encoders", "tokenizers")
         decode_once(scene.base, data, scene.device)
@@ -97,7 +110,7 @@ class TinyVAE(Method):
         return [self.teacher, self.held, *filter(None, (self.discriminator, self.distance))]
 
     def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
-        """The discriminator first, then the decoder against it (SDXS, equation 5), the encoder beside it."""
+        """Compute the discriminator's loss, then the decoder's against it (SDXS, equation 5) together with the encoder's."""
         (z, target), step, judge = self._window(batch), now.step, self.discriminator
         if judge is not None and 2 * step >= self.config.gan_from:
             with torch.no_grad():
@@ -112,6 +125,7 @@ class TinyVAE(Method):
         if self.config.lambda_pixel:
             terms["pixel"] = self.config.lambda_pixel * (picture - target).abs().mean()
         if self.config.lambda_lpips:
+            assert self.distance is not None
             terms["lpips"] = self.config.lambda_lpips * self.distance(picture, target).mean()
         turn = {"decoder": terms}
         if self.config.encoder:
@@ -122,7 +136,10 @@ class TinyVAE(Method):
 
     @torch.no_grad()
     def _window(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The same window of every latent, and the VAE's picture of it: cut out of the whole picture where that is at hand."""
+        """Crop all latents to one random window, (B, C, h, w), and return it with the VAE's picture of it, (B, 3, 8 h, 8 w).
+
+        The picture is cut out of the batch's decoded pictures, if it has them.
+        """
         z = batch.latents
         h, w = (min(self.config.crop // 8, side) for side in z.shape[-2:])
         y, x = (int(torch.randint(side - n + 1, ())) for side, n in zip(z.shape[-2:], (h, w), strict=True))
@@ -132,7 +149,7 @@ class TinyVAE(Method):
         return part, batch.pixels[..., 8 * y : 8 * (y + h), 8 * x : 8 * (x + w)]
 
     def export(self, run: Run) -> None:
-        """The folder `tiny-vae`, stock AutoencoderTiny; staged and renamed."""
+        """Write the folder `tiny-vae`, an AutoencoderTiny that stock diffusers loads."""
         folder = run.folder / "tiny-vae"
         write.network_to_folder(self.student, folder)
         run.wrote(folder)
@@ -143,7 +160,7 @@ class TinyVAE(Method):
             tags="vae, AutoencoderTiny",
             sampling="",
             imports="AutoencoderTiny, DiffusionPipeline",
-            code=f'pipe = {opened(base)}\npipe.vae = AutoencoderTiny.from_pretrained("tiny-vae")',
+            code=f'pipe = {load_expression(base)}\npipe.vae = AutoencoderTiny.from_pretrained("tiny-vae")',
             picture="the VAE's own picture, this decoder's, four times their difference",
             method="L1 at an eighth of the size and a discriminator, against the VAE's own pictures (SDXS)",
             rows={"latents": f"those of {base.ref}, scaled; also of every checkpoint that shares its VAE"},
@@ -154,12 +171,16 @@ class TinyVAE(Method):
 
 
 def down8(pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) -> an eighth of each side, by averaging."""
+    """Average pixels (B, 3, H, W) over squares of 8 x 8: (B, 3, H / 8, W / 8)."""
     return F.avg_pool2d(pixels, 8)
 
 
-def distance_of(config: Config, family: str) -> nn.Module | None:
-    """LPIPS or its stand-in; where it is only for the closing figures and cannot be had, it is left out with a word."""
+def distance_of(config: Config, family: Family) -> nn.Module | None:
+    """Open LPIPS, or for `emoji` the distance that ships with it.
+
+    Where the weights are missing: UsageError if the options ask for them, otherwise a warning and None, for then only the
+    closing figures lack LPIPS.
+    """
     try:
         return perceptual.open_distance(family, config.lpips_weights, off=OFF)
     except UsageError:

@@ -1,7 +1,10 @@
-"""The model card of a run folder: README.md with everything needed to use the weights, and hashes.json. One template for all."""
+"""Writes the model card of a run folder: README.md, with everything needed to use the weights, and hashes.json.
+
+All methods share this one template.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from fastdiff.runtime.disk import sha256, write_atomic
 from fastdiff.sampling.settings import Settings
 from fastdiff.training.run import Run
 
-# What stock diffusers calls each sampler that a recipe may name, and what ComfyUI and A1111 call it.
+# The name of each sampler of a recipe in stock diffusers, and below in ComfyUI and A1111.
 DIFFUSERS = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -31,22 +34,25 @@ FENCE = "```"
 
 @dataclass
 class Usage:
-    """What a card says of using the weights."""
+    """The parts of a model card that explain how to draw with the weights."""
 
     title: str
     tags: str
     sampling: str
-    imports: str  # from diffusers
-    code: str  # Python in stock diffusers
-    picture: str  # what the preview's columns are
-    elsewhere: str = ""  # other programs; empty: nothing is said of them
-    method: str = ""  # how it was made; empty: the recipe's method
-    rows: dict[str, str] = field(default_factory=dict)  # more lines of the table at the top
+    imports: str  # the names that `code` imports from diffusers
+    code: str  # Python that draws a picture with stock diffusers
+    picture: str  # the columns of the preview, from left to right
+    elsewhere: str = ""  # how to use the weights in other programs; empty leaves the line out
+    method: str = ""  # how the weights were made; empty names the recipe's method
+    rows: dict[str, str] = field(default_factory=dict)  # further lines of the table at the top: {label: text}
     licence: str = "that of the base model: a distilled model is derived from it"
 
 
 def usage_of_recipe(weights: Path, base: Checkpoint, recipe: Recipe) -> Usage:
-    """Of weights that want the sampler, steps and guidance of their recipe; a recipe without a sampler wants the base's."""
+    """Return the usage of weights that are sampled by their recipe: with its sampler, steps and guidance.
+
+    Weights whose recipe names no sampler are described as sampled like the base.
+    """
     if recipe.scheduler is None:
         return usage_like_base(weights, base, f"{weights.stem}: {base.ref}", recipe.method or "", "")
     is_lora, scheduler = weights.suffix == ".safetensors", DIFFUSERS[recipe.scheduler]
@@ -56,16 +62,16 @@ def usage_of_recipe(weights: Path, base: Checkpoint, recipe: Recipe) -> Usage:
     if recipe.eta is not None:
         call += f", eta={recipe.eta}"
     spacing = recipe.spacing or SOLVERS[recipe.scheduler].spacing
-    how = ', timestep_spacing="trailing"' if spacing == "trailing" and not recipe.timesteps else ""
-    how += f', prediction_type="{recipe.prediction_type}"' if recipe.prediction_type != base.prediction_type else ""
-    load = opened(base) if is_lora else f'DiffusionPipeline.from_pretrained("{weights.name}")'
-    load = f"pipe = {load}\npipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{how})\n"
+    arguments = ', timestep_spacing="trailing"' if spacing == "trailing" and not recipe.timesteps else ""
+    arguments += f', prediction_type="{recipe.prediction_type}"' if recipe.prediction_type != base.prediction_type else ""
+    load = load_expression(base) if is_lora else f'DiffusionPipeline.from_pretrained("{weights.name}")'
+    load = f"pipe = {load}\npipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{arguments})\n"
     if is_lora:
         load += f'pipe.load_lora_weights("{weights.name}")\n'
     return Usage(
         title=f"{weights.stem}: {base.ref} in {recipe.num_steps} step{'s' if recipe.num_steps != 1 else ''}",
         tags=f"{recipe.method}, {'lora, ' if is_lora else ''}few-step",
-        sampling=f"{scheduler}{how}, {call}, guidance {recipe.guidance}",
+        sampling=f"{scheduler}{arguments}, {call}, guidance {recipe.guidance}",
         imports=f"DiffusionPipeline, {scheduler}",
         code=f"{load}image = pipe(prompt, {call}, guidance_scale={recipe.guidance}).images[0]",
         picture="teacher, undistilled at the student's calls, student",
@@ -74,11 +80,11 @@ def usage_of_recipe(weights: Path, base: Checkpoint, recipe: Recipe) -> Usage:
 
 
 def usage_like_base(weights: Path, base: Checkpoint, title: str, tags: str, picture: str) -> Usage:
-    """Of weights that are sampled like the base."""
+    """Return the usage of weights that are sampled like the base: with any scheduler, and the base's steps and guidance."""
     usual, is_lora = Settings.usual(base.family), weights.suffix == ".safetensors"
     steps = f"num_inference_steps={usual.num_steps}, guidance_scale={usual.guidance}"
     load = (
-        f'{opened(base)}\npipe.load_lora_weights("{weights.name}")'
+        f'{load_expression(base)}\npipe.load_lora_weights("{weights.name}")'
         if is_lora
         else f'DiffusionPipeline.from_pretrained("{weights.name}")'
     )
@@ -98,7 +104,10 @@ def usage_like_base(weights: Path, base: Checkpoint, title: str, tags: str, pict
 def write_card(
     run: Run, usage: Usage, base: Checkpoint, metrics: Mapping[str, Any], facts: Mapping[str, str], recipe: Recipe
 ) -> None:
-    """README.md of the run folder. `base`: what the weights are used with; `facts`: lines about the training."""
+    """Write README.md and hashes.json into the run folder.
+
+    `base` is the checkpoint that the weights are used with, `facts` are lines about the training ({label: text}).
+    """
     weights = run.weights()
     picture = next((path for path in reversed(run.outputs) if path.suffix == ".png"), None)
     picture_line = f"![same prompts and seeds: {usage.picture}]({picture.relative_to(run.folder).as_posix()})" if picture else ""
@@ -134,18 +143,18 @@ def write_card(
     write_atomic(run.folder / "README.md", "\n".join(sections))
     record: dict[str, Any] = {"files": hashes(run), "recipe": asdict(recipe)}
     if len(weights) > 1:
-        record["recipes"] = {path.name: asdict(own) for path, own in recipes(weights).items()}
+        record["recipes"] = {path.name: asdict(stored) for path, stored in recipes(weights).items()}
     write_atomic(run.folder / "hashes.json", json.dumps(record, indent=2) + "\n")
 
 
-def table(columns: Sequence[str], rows: Any) -> list[str]:
-    """Lines of a Markdown table."""
+def table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """Return the lines of a Markdown table; each row has one cell for each column."""
     line = lambda cells: "| " + " | ".join(cells) + " |"
     return [line(columns), "|" + " --- |" * len(columns), *(line([fmt(cell) for cell in row]) for row in rows)]
 
 
 def files_section(weights: Sequence[Path]) -> list[str]:
-    """What each of several files is sampled with."""
+    """Return the section that lists steps and prediction type of each file; empty for a single file."""
     if len(weights) < 2:
         return []
     rows = [(f"`{path.name}`", recipe.num_steps, recipe.prediction_type) for path, recipe in recipes(weights).items()]
@@ -153,7 +162,7 @@ def files_section(weights: Sequence[Path]) -> list[str]:
 
 
 def measured_section(metrics: Mapping[str, Any]) -> list[str]:
-    """The closing table, or the run's own figures where it has none."""
+    """Return the section with the closing table; for runs without such a table, with their own figures."""
     if "rows" in metrics:
         keys = ("model", "solver", "calls", "retrieval", "frechet", "same_noise")
         return ["", "## Measured", "", *table(keys, [[row[key] for key in keys] for row in metrics["rows"]])]
@@ -162,24 +171,27 @@ def measured_section(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def hashes(run: Run) -> dict[str, str]:
-    """sha256 of every file that was written, those in checkpoint folders too, by place in the run folder."""
+    """Return the sha256 of every file that the run wrote, by path relative to the run folder.
+
+    Files inside checkpoint folders count too.
+    """
     files = [file for path in run.outputs for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
     return {file.relative_to(run.folder).as_posix(): sha256(file) for file in files}
 
 
 def recipes(weights: Sequence[Path]) -> dict[Path, Recipe]:
-    """What each file or folder says of itself."""
+    """Read the recipe that is stored in each LoRA file or checkpoint folder."""
     return {path: checkpoint.load(str(path)).recipe if path.is_dir() else lora.load(path).recipe for path in weights}
 
 
 def embedded(base: Checkpoint) -> bool:
-    """Whether the base ships with us, and is found by our own name for it."""
+    """Whether the base is one that ships with fastdiff and is opened by its fastdiff name."""
     family = named(base.ref)
     return family is not None and family.ships_weights
 
 
-def opened(base: Checkpoint, pipeline: str = "DiffusionPipeline", arguments: str = "") -> str:
-    """The diffusers expression that opens the base."""
+def load_expression(base: Checkpoint, pipeline: str = "DiffusionPipeline", arguments: str = "") -> str:
+    """Return the Python expression that opens the base with diffusers; `arguments` goes before the closing bracket."""
     if embedded(base):
         return f'{pipeline}.from_pretrained(fastdiff.load("{base.ref}").path{arguments})'
     if base.path.is_file():
@@ -189,7 +201,7 @@ def opened(base: Checkpoint, pipeline: str = "DiffusionPipeline", arguments: str
 
 
 def other_programs(recipe: Recipe, is_lora: bool, base: Checkpoint) -> str:
-    """How programs with samplers of their own draw with these weights, or that they cannot."""
+    """Say how ComfyUI, A1111 and Forge draw with these weights, or that their samplers cannot by themselves."""
     where = "put the file among the LoRAs" if is_lora else "make one file of the folder (`fastdiff export --single-file`)"
     settings = f"{recipe.num_steps} step{'s' if recipe.num_steps != 1 else ''}, CFG {max(1.0, recipe.guidance or 1.0)}"
     sampler = ELSEWHERE[recipe.scheduler or "ddim"]

@@ -1,44 +1,52 @@
-"""What a run shows for itself: contact sheets while it trains, measurements, and figures of what was written."""
+"""The pictures and figures of a run: contact sheets while it trains, measurements, and a closing table of what it wrote."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from fastdiff.training.previews import Judged, Measured, Preview
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from fastdiff.training.method import Method
+
 
 class Exhibit:
-    """The usual one: a few prompts by teacher, undistilled teacher and student; a closing table where a judge ships.
+    """Draws a few prompts by teacher, undistilled teacher and student, and measures the student.
 
-    Made before training frees the text encoders. A method whose student draws no pictures by itself has its own.
+    Families that ship a judge (`emoji`) also get a closing table. It is made before training frees the text encoders. A method
+    whose student draws no pictures by itself returns a subclass from `Method.exhibit`.
     """
+
+    prompt: str  # shown in the command to type next
+    judged: Judged | None = None
+    measured: Measured | None = None
 
     def __init__(self, scene: Scene, config: Any) -> None:
         self.config, self.preview = config, Preview(scene)
+        self.prompt = self.preview.prompts[0]
         judged = scene.base.family.judge_ships and config.proof > 0
         self.judged = Judged(scene, config.proof) if judged else None
         self.measured = Measured(scene) if config.eval_every else None
 
-    @property
-    def prompt(self) -> str:
-        """Of the command to type next."""
-        return self.preview.prompts[0]
-
-    def begin(self, method: Any) -> None:
-        """Before the first step: what cannot be drawn later."""
+    def begin(self, method: "Method") -> None:
+        """Draw and measure, before the first step, what can no longer be drawn after it."""
         self.preview.begin(method)
         if self.judged:
             self.judged.begin(method)
 
-    def sheet(self, method: Any) -> Any:
-        """A contact sheet, as a PIL picture."""
+    def sheet(self, method: "Method") -> "Image.Image":
+        """Draw a contact sheet of the student as it is now, beside what it is compared with."""
         return self.preview.sheet(method)
 
-    def measure(self, method: Any) -> dict[str, float]:
-        """Figures of the student as it is now; `score` decides which weights are the best, less is better."""
-        assert self.measured is not None
+    def measure(self, method: "Method") -> dict[str, float]:
+        """Measure the student as it is now. `score` decides which weights are the best: less is better."""
+        assert self.measured is not None, "measured without `eval_every`"
         return self.measured.measure(method)
 
-    def figures(self, method: Any, run: Run) -> dict[str, Any]:
-        """Of the weights that were written, read back."""
+    def figures(self, method: "Method", run: Run) -> dict[str, Any]:
+        """Read back the weights that the run wrote, and measure them for metrics and model card."""
         return self.judged.prove(run.weights(), self.config) if self.judged else {}

@@ -1,13 +1,13 @@
-"""What a method is: who trains in each phase, and a generator of {player: losses}. The trainer does everything else.
+"""Defines a method: who trains in each phase, and a generator of {player: losses}. The trainer does everything else.
 
-A method is one class. Public names are the contract below; a class that defines another public name is refused when Python
-reads it, so that a misspelt hook is an error and not a lost one. A method's own functions are equations of its paper, marked
-with `@equation("source")`, or start with an underscore.
+A method is one class, and its public names are the ones below. A class that defines any other public name raises a TypeError
+when Python reads it, so a misspelt hook is an error and is never silently ignored. A method's own functions are either
+equations of its paper, marked with `@equation("source")`, or start with an underscore.
 """
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +20,7 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.batch import Batch, Data
 from fastdiff.data.open import Needs
+from fastdiff.diffusion.schedule import PredictionType
 from fastdiff.lora import adapters
 from fastdiff.models.denoiser import Denoiser, trainable_copy
 from fastdiff.options.train import TrainConfig
@@ -30,28 +31,28 @@ from fastdiff.training.exhibit import Exhibit
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
 
-Losses = dict[str, Tensor]  # named, already weighted, scalar
-Turn = dict[str, Losses]  # of each player that is updated now; none sees another's update of the same turn
+Losses = dict[str, Tensor]  # {name: weighted scalar loss} of one player
+Turn = dict[str, Losses]  # {player: losses}: these players are updated together, after all of their losses were computed
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A planned part of a run, with players and optimisers of its own. How far it has come, the trainer alone knows."""
+    """A planned part of a run, with its own players and optimisers. It is immutable: the trainer keeps track of progress."""
 
     name: str
-    steps: int
-    exports: bool = True  # at its end there is something to write
+    steps: int  # optimiser steps
+    exports: bool = True  # whether weights are written at its end
 
 
 @dataclass(frozen=True)
 class Now:
-    """What a method knows of the time. `--max-time` may shorten a phase; `fraction` then goes on to 1 without a jump."""
+    """The progress of the run, as a method sees it. `max_time` may shorten a phase; `fraction` still rises to 1 smoothly."""
 
     step: int  # optimiser steps of the run before this one
     phase: Phase
     done: int  # optimiser steps of this phase before this one
-    fraction: float  # of the phase: 0 at its first step, 1 at its last
+    fraction: float  # progress in the phase: 0 at its first step, 1 at its last
 
 
 @dataclass(frozen=True)
@@ -59,42 +60,42 @@ class Trains:
     """One player: the parameters that it trains, and how."""
 
     params: list[nn.Parameter]
-    lr: float | None = None  # None: the config's
-    betas: tuple[float, float] = (0.9, 0.999)  # of Adam
-    averaged: bool = False  # has an average of its weights where the config asks for one
-    net: nn.Module | None = None  # the network all of whose parameters are among these: `--shard` splits it over processes
+    lr: float | None = None  # learning rate; None takes the config's
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
+    averaged: bool = False  # whether `ema` also keeps an average of these parameters
+    net: nn.Module | None = None  # the network that `shard` splits over processes: all its parameters must be in `params`
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a step holds and calls, in units of the base's UNet: what `plan` knows of a method without running it."""
+    """Memory and compute of one step, in units of the base's UNet. `fastdiff plan` estimates a run from it."""
 
     full: float = 0  # networks that train as a whole
     lora: float = 0  # adapters that train
     frozen: float = 1  # networks that do not train
-    graph: float = 1  # passes whose graph is in memory at once
-    grad: float = 1  # passes with gradients a step
-    free: float = 0  # passes without
+    graph: float = 1  # forward passes whose autograd graphs are in memory at once
+    grad: float = 1  # forward passes with gradients in one step
+    free: float = 0  # forward passes without gradients in one step
 
 
 def relative_size(base: Checkpoint, config: dict[str, Any]) -> float:
-    """Parameters of a UNet of that config, in units of the base's."""
+    """Return the number of parameters of a UNet with this config, divided by that of the base's UNet."""
     sizes = [sum(p.numel() for p in shaped.skeleton("unet").parameters()) for shaped in (base.shaped("unet", config), base)]
     return sizes[0] / sizes[1]
 
 
 class Stateful(Protocol):
-    """What a resumed run needs besides its players: a module, an average, ..."""
+    """Anything that is saved and restored with a run besides its players: a module, an average, ..."""
 
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
 
 
 EQUATIONS: set[Any] = set()
 
 
 def equation(source: str) -> Callable[[Function], Function]:
-    """Marks a public function of a method as one of its own equations, from that place of a paper."""
+    """Mark a public function of a method as an equation of its paper; `source` names the place, as "LCM, equation 9"."""
 
     def mark(function: Function) -> Function:
         EQUATIONS.add(function)
@@ -105,24 +106,26 @@ def equation(source: str) -> Callable[[Function], Function]:
 
 
 class Method(ABC):
-    """One paper. `losses` is its algorithm; it moves no devices, saves nothing and knows no optimiser.
+    """One paper. `losses` is its algorithm: it moves nothing between devices, saves nothing and calls no optimiser.
 
-    A subclass says `name`, `Config`, `players` and `losses`; it sets `student` in `__init__` (or in `players`, where that
-    changes from phase to phase), and completes `recipe`, how the result is sampled. Everything else has the default below.
+    A subclass defines `name`, `Config`, `players` and `losses`. It sets `student` in `__init__`, or in `players` where the
+    student changes from phase to phase, and completes `recipe`, which says how the student is sampled. Everything else has
+    the defaults below.
     """
 
     name: ClassVar[str] = ""  # the subcommand
     Config: ClassVar[type[TrainConfig]] = TrainConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # options by the family of the base
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # {family of the base: {option: value}}
     examples: ClassVar[str] = ""  # command lines for the help page
-    baseline: ClassVar[str] = "teacher"  # closing figures: against it in as many calls; "student": as it was before training
+    # What closing figures are compared with: the undistilled teacher at as many calls, or the "student" before training.
+    baseline: ClassVar[str] = "teacher"
     keeps: ClassVar[tuple[str, ...]] = ("unet",)  # components of the base that stay in memory while it trains
 
-    student: Any  # a Denoiser: what is sampled and exported
-    teacher: Any = None  # a Denoiser: the base
+    student: Any  # the Denoiser that is sampled and exported
+    teacher: Any = None  # the Denoiser of the base
     recipe: Recipe  # how the student is sampled
-    controlnet: nn.Module | None = None  # worn by every role
-    parent: str | None = None  # hash of the network that it is distilled from
+    controlnet: nn.Module | None = None  # used by every role
+    parent: str | None = None  # sha256 of the network that the student is distilled from
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -146,112 +149,129 @@ class Method(ABC):
             self.parent = checkpoint.fingerprint(base.unet)  # before there is any adapter
             self.teacher = self.role(None)
 
-    # ---- what a method must say
+    # ---- what every method defines
 
     @abstractmethod
     def players(self, phase: Any) -> dict[str, Trains]:
-        """Begin a phase: who trains in it. The first player is the student's, which is averaged, measured and exported."""
+        """Begin a phase and return who trains in it: {player: its parameters}.
+
+        The first player is the student: it is averaged, measured and exported.
+        """
 
     @abstractmethod
     def losses(self, batch: Batch, now: Any) -> Iterator[Turn]:
-        """The algorithm: yields {player: {name: weighted scalar loss}}; all players of one turn are updated together."""
+        """Run the algorithm on one batch: yield {player: {name: weighted scalar loss}}, once for each update of a step.
 
-    # ---- what it may say
+        All players of one turn are updated together, and the generator goes on after that update.
+        """
+
+    # ---- what a method may define
 
     @classmethod
     def check(cls, config: Any) -> Any:
-        """Before anything is loaded: the config, completed, or an error for options and files that cannot work."""
+        """Check options and files before anything is loaded; return the config, with missing values completed.
+
+        Options that cannot work raise UsageError, files that cannot be used raise InputRefused.
+        """
         return config
 
     @classmethod
     def shortcut(cls, config: Any) -> Result | None:
-        """The whole run, where its options ask for nothing that trains."""
+        """Do the whole run and return its result where the options train nothing; None for a run that trains."""
         return None
 
     @classmethod
     def needs(cls, config: Any) -> Needs:
-        """What of its data it looks at."""
+        """Say which part of the data the losses use: prompts, latents, or pairs of noise and latents."""
         return "latents"
 
     @classmethod
     def teacher_loras(cls, config: Any) -> list[str]:
-        """FILE=WEIGHT of the LoRAs that the teacher wears while it samples training data."""
+        """Return the LoRAs that the teacher uses while it samples training data, each as FILE=WEIGHT."""
         return []
 
     @classmethod
     def exhibit(cls, scene: Scene, config: Any) -> Exhibit:
-        """What the run shows for itself; made before anything is encoded."""
+        """Make what draws the contact sheets and the closing figures of a run. Called before anything is encoded."""
         return Exhibit(scene, config)
 
     @classmethod
     def arrange(cls, scene: Scene, data: Data, exhibit: Any, config: Any) -> Data:
-        """The data to train on; items that the exhibit needs can be held out of it."""
+        """Return the data to train on; a method may hold out items here for its exhibit."""
         return data
 
     @classmethod
     def load(cls, config: Any, base: Checkpoint) -> Load | None:
-        """What a step costs; None where only a probe can tell."""
+        """Return what one step costs, for `fastdiff plan`; None where it has to be measured."""
         return None
 
     @classmethod
     def cycle(cls, config: Any) -> int:
-        """Steps until every player has trained."""
+        """Return the number of steps in which every player trains at least once."""
         return 1
 
     def phases(self) -> Sequence[Phase]:
-        """The run's parts, as planned."""
+        """Return the planned phases of the run, in order."""
         return [Phase("", self.config.steps)]
 
-    def prepare(self, batch: Batch) -> None:  # noqa: B027  (nothing to do, unless a method says so)
-        """Measure something of the data before the first step."""
+    def prepare(self, batch: Batch) -> None:  # noqa: B027  (an optional hook)
+        """Measure something on a batch of the data, before the first step."""
 
-    def after_update(self, now: Any) -> None:  # noqa: B027  (the same)
-        """After every optimiser step."""
+    def after_update(self, now: Any) -> None:  # noqa: B027  (an optional hook)
+        """Called after the update of every turn, with the same `now` that the turn's losses were given."""
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs besides its players, by name; each is a Stateful."""
+    def state(self) -> Mapping[str, Stateful]:
+        """Return, by name, what is saved and restored with the run besides the players."""
         return {}
 
     def networks(self) -> list[nn.Module]:
-        """Every module that the losses call: they are moved to the device, and gathered to be exported where they are split."""
+        """Return every module that the losses call. The trainer moves them to the device, and gathers split ones for export."""
         return [self.teacher, self.student]
 
     def facts(self) -> dict[str, Any]:
-        """Figures for the run's metrics that are known before it trains."""
+        """Return figures for the run's metrics that do not depend on training, as {name: value}."""
         return {}
 
     def usage(self, weights: Path, base: Checkpoint) -> Usage:
-        """What the model card says of drawing with these weights, of that base."""
+        """Return the part of the model card that explains how to draw with these weights of that base."""
         return usage_of_recipe(weights, base, self.recipe)
 
     def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str]:
-        """Options of `fastdiff sample` that draw with the result."""
+        """Return the options of `fastdiff sample` that draw with these weights, as {option: value}."""
         options = {"base": base.ref, "lora": str(weights)} if weights.suffix == ".safetensors" else {"base": str(weights)}
         return options | ({"vae": self.config.vae} if self.config.vae else {})
 
     @property
     def writes_checkpoint(self) -> bool:
-        """Whether the student is written as a whole checkpoint, and not as a LoRA or a network of its own."""
+        """Whether the student is written as a whole checkpoint, rather than as a LoRA or a single network."""
         return self.student.adapter is None
 
     def export(self, run: Run) -> None:
-        """Write the student: a LoRA named after the recipe's method, or the folder `model`."""
+        """Write the student into the run folder: a LoRA named after the recipe's method, or the folder `model`."""
         self.save_student(run)
 
-    # ---- what it can use
+    # ---- tools for methods
 
-    def role(self, adapter: str | None, net: nn.Module | None = None, kind: str | None = None) -> Denoiser:
-        """The base's network, or another, with an adapter or bare; `kind` is what it predicts where that is not the base's."""
+    def role(self, adapter: str | None, net: nn.Module | None = None, kind: PredictionType | None = None) -> Denoiser:
+        """Make a Denoiser of the base's network, or of `net`, with the named adapter switched on, or with none.
+
+        `kind` is what the network predicts, by default what the base predicts.
+        """
         base = self.base_model
         return Denoiser(base.unet if net is None else net, self.schedule, kind or base.prediction_type, adapter, self.controlnet)
 
     def copied(self) -> nn.Module:
-        """All of the base's network, to train; without the adapters that it may have by now."""
+        """Return a trainable fp32 copy of the base's network, without its adapters."""
         net = self.base_model.unet
         return adapters.plain(net) if adapters.is_adapted(net) else trainable_copy(net)
 
-    def trained(self, name: str, net: nn.Module | None = None, kind: str | None = None) -> tuple[Denoiser, list[nn.Parameter]]:
-        """A role with what trains of it: all of a network of its own, or without one an adapter on the shared one."""
+    def trained(
+        self, name: str, net: nn.Module | None = None, kind: PredictionType | None = None
+    ) -> tuple[Denoiser, list[nn.Parameter]]:
+        """Make a Denoiser that trains, and return it with its trainable parameters.
+
+        All of `net` trains; without a `net`, a fresh adapter of that name on the base's network.
+        """
         if net is None:
             return self.role(name, kind=kind), self.adapter(self.base_model.unet, name)
         if self.config.gradient_checkpointing:
@@ -259,27 +279,30 @@ class Method(ABC):
         return self.role(None, net, kind), list(net.parameters())
 
     def adapter(self, net: nn.Module, name: str, layers: Sequence[str] | None = None) -> list[nn.Parameter]:
-        """A fresh adapter on a network, of the config's size."""
+        """Put a fresh LoRA adapter of the config's rank and alpha on a network; return its parameters."""
         if self.config.gradient_checkpointing:
             adapters.checkpoint_gradients(net)
         layers = layers or (adapters.ATTENTION if self.config.lora_layers == "attention" else adapters.TARGETS)
         return adapters.attach(net, self.config.lora_rank, self.config.lora_alpha, name, layers)
 
     def log(self, **figures: Tensor) -> None:
-        """Scalars to log beside the losses, until others of their names come."""
+        """Log scalars beside the losses. Each is repeated in every row of metrics.jsonl until it gets a new value."""
         self._figures |= figures
 
     def logged(self) -> dict[str, float]:
-        """The scalars of the last `log`."""
+        """Return the latest value of every scalar that was logged."""
         return {name: value.item() for name, value in self._figures.items()}
 
     def settings(self, num_steps: int | None = None) -> Settings:
-        """How the student is sampled: by its recipe, in that many steps or the recipe's own."""
+        """Return how the student is sampled: by its recipe, in `num_steps` steps or the recipe's own number."""
         usual = Settings.usual(self.base_model.family)
         return Settings.of(self.recipe, usual, num_steps=num_steps or self.recipe.num_steps)
 
     def save_student(self, run: Run, name: str | None = None) -> None:
-        """A LoRA file in the layout that every program loads, or a diffusers folder; `name` is without suffix."""
+        """Write the student as a LoRA file, or as a diffusers folder where a whole network trained.
+
+        `name` is without suffix, by default the recipe's method for a LoRA and `model` for a folder.
+        """
         recipe, base, student = replace(self.recipe, parent=self.parent), self.base_model, self.student
         if student.adapter is None:
             path = run.folder / (name or "model")
@@ -291,7 +314,7 @@ class Method(ABC):
 
 
 def lacking(method: type[Method] | Method) -> list[str]:
-    """What a method still has to say, by name; empty where it is complete."""
+    """Return the names of required parts that a method class, or a method before its first step, lacks; empty if complete."""
     if isinstance(method, type):
         return sorted(method.__abstractmethods__) + ([] if method.name else ["name"])
     # hasattr: `student` may be set in __init__, in `players` or by a property, so only the object itself can answer.

@@ -1,4 +1,4 @@
-"""What a training run shows for itself: contact sheets, and on `emoji` the closing table, of what was written and read back."""
+"""Contact sheets and measurements of a training run, and for `emoji` the closing table, made of the weights as written."""
 
 import json
 from dataclasses import replace
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
@@ -25,14 +26,20 @@ from fastdiff.sampling.settings import Settings
 from fastdiff.training.scene import Scene
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from fastdiff.training.method import Method
 
-# Pictures that are told apart at a glance, on backgrounds that are not their own colour.
+# Objects that are easy to tell apart, each on a background of another colour than the object usually has.
 EMOJI_PREVIEW = ("red apple on blue", "panda on yellow", "rocket on purple", "sunflower on white", "robot on green", "pizza")
 
 
 class Preview:
-    """The same prompts and seeds: teacher at 25 steps | what the student is to be better than | student."""
+    """Draws contact sheets with three columns, for the same prompts and seeds.
+
+    The columns are the teacher at 25 steps, what the student has to beat (the undistilled teacher at the student's number of
+    calls, or the student before training), and the student.
+    """
 
     def __init__(self, scene: Scene) -> None:
         base, device = scene.base, scene.device
@@ -40,61 +47,71 @@ class Preview:
         self.cond, self.uncond = text.encode(base, self.prompts, device=device), text.unconditional(base, device=device)
         self.base, self.vae, self.resolution_px, self.device = base, scene.vae, scene.resolution_px, device
         self.seeds = [scene.seed + i for i in range(len(self.prompts))]
-        self.columns: dict[Settings | str, Any] = {}  # that stay as they are
+        # Columns that training does not change, each (N, 3, H, W): the teacher's by settings, and the student "before".
+        self.columns: dict[Settings | str, Tensor] = {}
 
     def begin(self, method: "Method") -> None:
-        """Before the first step: draw what cannot be drawn later."""
+        """Draw the student before the first step, for methods whose baseline that is."""
         if method.baseline == "student":
             self.columns["before"] = self.draw(method.student, method.settings())
 
-    def sheet(self, method: "Method") -> Any:
-        """The columns as one PIL picture; those that stay are drawn once."""
+    def sheet(self, method: "Method") -> "Image.Image":
+        """Draw the columns side by side in one picture. Columns that do not change are drawn once."""
         student = method.settings()
-        plain: list[Settings | str] = [Settings.usual(self.base.family)]
-        plain.append("before" if "before" in self.columns else undistilled(self.base, student.calls))
-        for settings in plain:
+        fixed = [Settings.usual(self.base.family)]
+        if "before" not in self.columns:
+            fixed.append(undistilled(self.base, student.calls))
+        for settings in fixed:
             if settings not in self.columns:
                 self.columns[settings] = self.draw(method.teacher, settings)
-        scale = max(1, 128 // self.resolution_px)
-        sheet = [*(self.columns[settings] for settings in plain), self.draw(method.student, student)]
-        return contact_sheet(sheet, scale=scale)
+        columns = [self.columns[settings] for settings in fixed]
+        if "before" in self.columns:
+            columns.append(self.columns["before"])
+        columns.append(self.draw(method.student, student))
+        return contact_sheet(columns, scale=max(1, 128 // self.resolution_px))
 
-    def draw(self, net: Denoiser, settings: Settings) -> Any:
+    def draw(self, net: Denoiser, settings: Settings) -> Tensor:
+        """Draw the prompts with a network: (N, 3, H, W) in [-1, 1], on the CPU."""
         sampler = Sampler.of_networks(self.base, net, self.vae, device=self.device)
         return sampler.pixels(self.cond, self.uncond, self.seeds, settings, resolution_px=self.resolution_px, batch=4)
 
 
 class Measured:
-    """What `eval_every` measures: the drift of a few pictures, and on `emoji` the Frechet distance of a few hundred.
+    """Measures the student for `eval_every`: the drift of a few pictures, and for `emoji` the Frechet distance of 200.
 
-    `score` decides which weights are the best: the drift, and how much further the pictures are from the teacher's than other
-    samples of the teacher, as a part of that distance.
+    `score` decides which weights are the best; less is better. It is the drift, plus for `emoji` the student's Frechet
+    distance divided by the teacher's, minus 1.
     """
 
-    JUDGED = 200
+    JUDGED = 200  # pictures that are compared by Frechet distance
 
     def __init__(self, scene: Scene) -> None:
         base, lines = scene.base, scene.prompts
         self.base, self.device, self.guided = base, scene.device, scene.teacher
-        watched = [lines[i % len(lines)] for i in range(base.family.drift_prompts)]
-        self.drift = Drift(base, watched, scene.resolution_px, scene.device)
+        prompts = [lines[i % len(lines)] for i in range(base.family.drift_prompts)]
+        self.drift = Drift(base, prompts, scene.resolution_px, scene.device)
         judged = base.family.judge_ships
         self.evaluation = Evaluation.shipped(base, self.JUDGED, device=scene.device, quick=True) if judged else None
 
     def measure(self, method: "Method") -> dict[str, float]:
+        """Measure the student as it is now: `score`, the drift and its parts, and for `emoji` `frechet` and `retrieval`."""
         settings = method.settings()
-        found = self.drift.measure((method.teacher, self.guided), (method.student, settings))
+        drift = self.drift.measure((method.teacher, self.guided), (method.student, settings))
         if self.evaluation is None:
-            return {"score": found["drift"], **found}
+            return {"score": drift["drift"], **drift}
         sampler = Sampler.of_networks(self.base, method.student, self.base.vae, device=self.device)
         row = self.evaluation.row("student", sampler, settings)
         student, teacher = (self.evaluation.figures(r, bands=False) for r in (row, self.evaluation.teacher))
         excess = student["frechet"] / teacher["frechet"] - 1
-        return {"score": found["drift"] + excess, **found, "frechet": student["frechet"], "retrieval": student["retrieval"]}
+        return {"score": drift["drift"] + excess, **drift, "frechet": student["frechet"], "retrieval": student["retrieval"]}
 
 
 def undistilled(base: Checkpoint, calls: int) -> Settings:
-    """The best stock solver at that many network calls: measured for `emoji`, guided DPM-Solver++ for others."""
+    """Return the settings that draw best with the undistilled base in that many network calls.
+
+    They were measured for `emoji`. Other families take their usual settings in half as many steps, for a guided step costs two
+    calls; a single call takes one step without guidance.
+    """
     if base.family.judge_ships:
         return shipped().undistilled(shipped().nearest(calls))["retrieval"]
     guided = Settings.usual(base.family)
@@ -102,7 +119,7 @@ def undistilled(base: Checkpoint, calls: int) -> Settings:
 
 
 class Judged:
-    """The closing table: prompts are encoded before training frees the text encoder."""
+    """Makes the closing table of `n` samples a row. Its prompts are encoded before training frees the text encoders."""
 
     def __init__(self, scene: Scene, n: int) -> None:
         self.base, self.device = scene.base, scene.device
@@ -110,13 +127,16 @@ class Judged:
         self.before: Row | None = None
 
     def begin(self, method: "Method") -> None:
-        """Judge the student as it is before training, for methods that repair a damage."""
+        """Judge the student before training, for methods whose baseline that is."""
         if method.baseline == "student":
             sampler = Sampler.of_networks(self.base, method.student, self.base.vae, device=self.device)
             self.before = self.evaluation.row("before", sampler, method.settings())
 
     def prove(self, students: list[Path], config: TrainConfig) -> dict[str, Any]:
-        """What was written, read back and judged: {samples, rows, gap_closed}, of several files also {file: gap_closed}."""
+        """Read back and judge the written weights; print the table and return {samples, rows, gap_closed}.
+
+        `gap_closed` is {file: gaps} for several files. Methods whose baseline is the student return `recovered` instead.
+        """
         tables = {path.name: self.table(path, config, "student" if len(students) == 1 else path.stem) for path in students}
         distinct = {json.dumps(row): row for table in tables.values() for row in table["rows"]}  # a teacher's row once
         rows, first = list(distinct.values()), next(iter(tables.values()))
@@ -127,7 +147,7 @@ class Judged:
         return {"samples": first["samples"], "rows": rows, "gap_closed": gaps}
 
     def table(self, path: Path, config: TrainConfig, name: str) -> dict[str, Any]:
-        """The rows of one file, and the gap that it closes or what training won back."""
+        """Judge one LoRA file or checkpoint folder; return its rows with `gap_closed`, or with `recovered`."""
         sampler = reopened(path, config, self.device)
         recipe = sampler.recipe
         if self.before:
@@ -136,10 +156,10 @@ class Judged:
             return {**table, "recovered": self.evaluation.recovered(self.before, student)}
         rows, judged = [self.evaluation.teacher], judging(self.evaluation.teacher, self.evaluation.against)
         gaps: dict[str, dict[str, Any]] = {metric.name: {} for metric in judged}
-        for num_steps in (recipe.num_steps,) if recipe.fixed else STEPS:
+        for num_steps in (recipe.num_steps,) if recipe.fixed and recipe.num_steps is not None else STEPS:
             settings = Settings.of(recipe, Settings.usual(self.base.family), num_steps=num_steps)
             student = self.evaluation.row(name, sampler, settings)
-            if num_steps <= max(STEPS):  # above, the teacher has no gap to close
+            if num_steps <= max(STEPS):  # in more steps than these the undistilled teacher leaves no gap to close
                 calls = shipped().nearest(num_steps)
                 teachers = [self.evaluation.best_undistilled(metric, calls) for metric in judged]
                 rows += dict.fromkeys(row for row in teachers if row is not None)
@@ -149,7 +169,7 @@ class Judged:
         return {**self.rows(rows), "gap_closed": gaps}
 
     def rows(self, drawn: list[Row]) -> dict[str, Any]:
-        """The measured rows, all with the same keys; None where a row lacks a metric."""
+        """Measure rows and return them as {samples, rows}; all have the same keys, with None for a metric that one lacks."""
         measured = [self.evaluation.figures(row) for row in drawn]
         names = [metric.name for metric in present(measured)]
         rows = [{**row, **{name: None for name in names if name not in row}} for row in measured]
@@ -157,8 +177,8 @@ class Judged:
 
 
 def reopened(path: Path, config: TrainConfig, device: torch.device) -> Sampler:
-    """Weights of a run as anybody opens them."""
-    alone = path.is_dir()
-    base = checkpoint.load(str(path)) if alone else config.open_student(torch.float32)
-    worn = [] if alone else [(lora.load(path), 1.0)]
-    return Sampler(base, loras=worn, vae=config.vae, device=device, compile="off")
+    """Open the weights that a run wrote as a user would: a checkpoint folder, or a LoRA file on the base that it trained on."""
+    is_checkpoint = path.is_dir()
+    base = checkpoint.load(str(path)) if is_checkpoint else config.open_student(torch.float32)
+    loras = [] if is_checkpoint else [(lora.load(path), 1.0)]
+    return Sampler(base, loras=loras, vae=config.vae, device=device, compile="off")

@@ -1,9 +1,9 @@
-"""What a run saves of itself, how it goes on from that, and whether a changed config may."""
+"""Saves the state of a run, resumes from it, and refuses to resume with options that would make it another run."""
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastdiff.models import sharding
 from fastdiff.runtime import console, processes, rng
@@ -12,7 +12,10 @@ from fastdiff.runtime.errors import Failed, InputRefused, UsageError
 from fastdiff.training.run import Run
 from fastdiff.training.states import manifest_of
 
-# What another value of makes no other run: where it writes, how long, how it is watched, on what it runs.
+if TYPE_CHECKING:
+    from fastdiff.training.trainer import Trainer
+
+# Options that may change when a run is resumed: where it writes, how long it trains, how it is watched, what it runs on.
 FREE = {
     *("output", "resume", "save_every", "keep_states", "preview_every", "eval_every", "keep", "patience", "tracker", "proof"),
     *("steps", "max_time", "max_bad_steps", "device", "gradient_checkpointing", "shard", "allow_pickle"),
@@ -20,26 +23,31 @@ FREE = {
 
 
 def values_of(config: Any) -> dict[str, Any]:
-    """The options of a config by name, as JSON keeps them."""
+    """Return the options of a config as {name: value}, with values as they come back from JSON."""
     return console.jsonable({o.name: vars(config)[o.name] for o in options(type(config))})
 
 
 def find(run: Run, config: Any) -> dict[str, Any] | None:
-    """The state that --resume asks for, the same on every process; UsageError where there is none or it is another run's."""
+    """Load the state that `resume` asks for, the same on every process; None where the run starts from its beginning.
+
+    UsageError where another run folder has no state, or where this folder holds a run of another command or other options.
+    InputRefused where the state is damaged, or is not on a disk that all machines share.
+    """
     if config.resume == "never" and not restarted():
         run.states.superseded |= set(run.states.paths())
         return None
     elsewhere = config.resume not in {"auto", "never"}
     source = Run(Path(config.resume)) if elsewhere else run
-    name, error = None, None
-    if processes.first():  # one process reads and checks the hashes
+    name: str | None = None
+    error: UsageError | None = None
+    if processes.first():  # one process checks the hashes for all
         try:
             path = source.states.newest()
             if path and not elsewhere:
                 refuse_changes(run, config, manifest_of(path))
-            name = path and path.name
-        except UsageError as found:
-            error = found
+            name = path.name if path else None
+        except UsageError as problem:
+            error = problem
     name, failed = processes.agreed((name, error and str(error)))
     if failed:
         raise error or Failed(failed)
@@ -56,15 +64,15 @@ def find(run: Run, config: Any) -> dict[str, Any] | None:
 
 
 def restarted() -> bool:
-    """Whether torchrun started these processes again after one failed: the run has begun already.
+    """Whether torchrun restarted these processes after a failure: then the run goes on, even with `resume=never`.
 
-    It counts on each machine for itself, so they ask each other.
+    torchrun counts restarts on each machine separately, so the highest count of all processes decides.
     """
     return processes.highest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0
 
 
 def refuse_changes(run: Run, config: Any, manifest: dict[str, Any]) -> None:
-    """UsageError where the run in this folder is another command's, or was begun with other options."""
+    """Raise UsageError where the run in this folder is of another command, or was begun with other options."""
     if manifest["command"] != run.command:
         raise UsageError(f"{run.folder}: is a run of {manifest['command']}", "give another `output`, or `resume=never`")
     now, then = values_of(config), manifest["config"]
@@ -78,14 +86,18 @@ def refuse_changes(run: Run, config: Any, manifest: dict[str, Any]) -> None:
 
 
 def as_text(value: Any) -> str:
+    """Format an option's value for a message."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def save(trainer: Any) -> None:
-    """Write a trainer's state; every process has a part in it."""
+def save(trainer: "Trainer") -> None:
+    """Write a trainer's state. Every process must call it, for each adds its random state and its place in the data.
+
+    DoesNotFit where the disk is full, Failed on other errors of the disk.
+    """
     method, run = trainer.method, trainer.run
     own = {"rng": rng.state_dict(), "data": trainer.data.state_dict()}
-    state = {
+    state: dict[str, Any] = {
         "step": trainer.step,
         "players": {k: p.state_dict() for k, p in trainer.players.items()},
         "extra": {k: v.state_dict() for k, v in method.state().items()},
@@ -105,19 +117,20 @@ def save(trainer: Any) -> None:
         "parent": method.parent,
         "processes": processes.every(own),
     }
-    state, error = sharding.whole(state), None
+    state = sharding.whole(state)
+    error: UsageError | None = None
     if processes.first():
         try:
             config = values_of(trainer.config)
             run.states.save(state, trainer.config.keep_states, command=run.command, config=config)
-        except UsageError as found:
-            error = found
+        except UsageError as problem:
+            error = problem
     if failed := processes.agreed(error and str(error)):
         raise error or Failed(failed)
 
 
-def restore(trainer: Any, state: dict[str, Any]) -> None:
-    """Put a fresh trainer where the state was; InputRefused where it is of another network."""
+def restore(trainer: "Trainer", state: dict[str, Any]) -> None:
+    """Bring a fresh trainer to where a saved state was. InputRefused where the state is of another base or other networks."""
     method, run = trainer.method, trainer.run
     if "length" not in state:
         raise InputRefused(f"{run.folder}: a state of an earlier fastdiff", "start again with `resume=never`")
@@ -138,7 +151,7 @@ def restore(trainer: Any, state: dict[str, Any]) -> None:
     for name in ("step", "best", "latest", "elapsed_s", "entered_s", "owed"):
         setattr(trainer, name, state[name])
     trainer.kept = state["kept"]
-    # Schedules go on as they were, or where the phase has another length now, from where they were to the new end.
+    # Schedules go on as before. If the phase now has another length, they go from the saved fraction to the new end.
     same = state["length"] == trainer.lengths[trainer.index]
     trainer.bend = tuple(state["bend"]) if same else (trainer.step - trainer.start, state["fraction"])
     if len(state["processes"]) == processes.count():
@@ -146,7 +159,10 @@ def restore(trainer: Any, state: dict[str, Any]) -> None:
         rng.load_state_dict(own["rng"])
         trainer.data.load_state_dict(own["data"])
     else:
-        console.info(f"saved by {len(state['processes'])} processes, now {processes.count()}: other noise from here on")
+        console.info(
+            f"the state was saved by {len(state['processes'])} processes, this run has {processes.count()}: "
+            "from here on it draws other random numbers than the uninterrupted run"
+        )
     run.outputs = [run.folder / name for name in state["outputs"]]
     if processes.first():
         run.drop_log_after(trainer.step, state["rows"])

@@ -1,9 +1,8 @@
-"""What a run works with: base, device, resolution, prompts, VAE and the teacher's way of sampling, resolved once."""
+"""What a run works with, resolved once: base, device, resolution, prompts, VAE, and how the teacher is sampled."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,39 +17,44 @@ from fastdiff.sampling.settings import Settings
 
 @dataclass
 class Scene:
-    """Resolved from a config by `Scene.of`; whoever needs less than all of it takes those parts."""
+    """Everything that a run resolves from its config before there is a method. Made by `Scene.of`."""
 
     base: Checkpoint
     device: torch.device
     resolution_px: int
-    prompts: list[str]  # those that were given, else those that ship with the family
-    teacher: Settings  # how the teacher samples training data, and is measured
+    prompts: list[str]  # those of the config, or those that ship with the family
+    teacher: Settings  # how the teacher is sampled, for training data and when it is measured
     seed: int
-    vae_ref: str | None = None  # another VAE than the base's, for pictures
+    vae_ref: str | None = None  # a VAE that replaces the base's for drawing pictures
 
     @classmethod
     def of(cls, config: TrainConfig, base: Checkpoint, device: torch.device) -> "Scene":
-        """The config's choices, and the family's where it makes none."""
+        """Resolve a config; what it leaves open follows the family of the base."""
         prompts = read_prompts(Path(config.prompts)) if config.prompts else default_prompts(base.family)
         teacher = teacher_sampling(config, base.family)
         return cls(base, device, config.resolution or base.resolution_px, prompts, teacher, config.seed, config.vae)
 
     @cached_property
     def vae(self) -> nn.Module:
-        """What turns latents into pictures: the base's VAE, or the one that was given."""
+        """The network that turns latents into pictures: the VAE of `vae_ref`, or the base's own."""
         return open_vae(self.base, self.vae_ref)
 
     @property
     def latent_side(self) -> int:
+        """Side of a square latent, in latent positions: h = w."""
         return self.resolution_px // self.base.pixels_per_latent
 
 
-def open_vae(base: Checkpoint, ref: str | None) -> Any:
-    """A VAE of that reference that fits the base; without one the base's own."""
+def open_vae(base: Checkpoint, ref: str | None) -> nn.Module:
+    """Open the VAE of a reference and check that it fits the base's latents; without a reference, the base's own VAE."""
     return autoencoder.load(ref, latent_channels=base.unet_config["in_channels"]) if ref else base.vae
 
 
 def teacher_sampling(config: TrainConfig, family: Family) -> Settings:
-    """How the teacher makes its samples: as the family is usually sampled, but for the config's own steps and guidance."""
-    chosen = {"num_steps": config.teacher_steps, "guidance": config.teacher_guidance or config.guidance}
-    return replace(Settings.usual(family), **{name: value for name, value in chosen.items() if value is not None})
+    """Return how the teacher is sampled: in the family's usual way, with the config's own steps and guidance if it has them."""
+    usual, guidance = Settings.usual(family), config.teacher_guidance or config.guidance
+    return replace(
+        usual,
+        num_steps=usual.num_steps if config.teacher_steps is None else config.teacher_steps,
+        guidance=usual.guidance if guidance is None else guidance,
+    )

@@ -29,18 +29,21 @@ from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
 from fastdiff.training.trainer import Trainer
 
-PATIENCE = timedelta(hours=2)  # that processes wait for one that draws a sheet, or samples a longer share of the data
+PATIENCE = timedelta(hours=2)  # how long processes wait for one that draws a contact sheet, or samples more of the data
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPONENTS = ("unet", "vae", "text_encoders", "tokenizers")
 
 
 def data_of(scene: Scene, config: TrainConfig, needs: Needs, teacher_loras: list[str]) -> Data:
-    """What the options ask for, encoded; the teacher wears LoRAs (FILE=WEIGHT) while it samples."""
+    """Open or sample the training data of the options, and encode it.
+
+    `teacher_loras`, each FILE=WEIGHT, are added to the teacher while it samples.
+    """
     base = scene.base
     if teacher_loras:
-        base = config.open_base(base.dtype)  # another one: the method's own stays as it is
-        worn = [lora.parse_spec(spec, 1.0) for spec in teacher_loras]
-        apply.apply(base, [(lora.load(path, allow_pickle=config.allow_pickle).of_unet(), weight) for path, weight in worn])
+        base = config.open_base(base.dtype)  # a second copy: the base that the method trains from must not change
+        specs = [lora.parse_spec(spec, 1.0) for spec in teacher_loras]
+        apply.apply(base, [(lora.load(path, allow_pickle=config.allow_pickle).of_unet(), weight) for path, weight in specs])
     data = open_data(
         base,
         config.data,
@@ -59,12 +62,12 @@ def data_of(scene: Scene, config: TrainConfig, needs: Needs, teacher_loras: list
 
 
 def default_folder(command: str, config: TrainConfig) -> Path:
-    """Where a command writes that is not given a place."""
+    """Return the run folder of a command that is given no `output`: runs/COMMAND-BASE."""
     return Path("runs") / f"{command}-{Path(config.base).stem or config.base}"
 
 
 def open_run(command: str, config: TrainConfig) -> Run:
-    """The run folder; UsageError where the options do not go together."""
+    """Return the run of a config; nothing is created yet. UsageError where options contradict each other."""
     if not config.eval_every and (config.keep == "best" or config.patience):
         option = "`keep=best`" if config.keep == "best" else f"`patience={config.patience}`"
         raise UsageError(f"{option}: nothing is measured", "give `eval_every` too")
@@ -73,7 +76,7 @@ def open_run(command: str, config: TrainConfig) -> Run:
 
 
 def find_state(run: Run, config: TrainConfig) -> dict[str, Any] | None:
-    """The state to go on from; another run's folder is never overwritten by accident."""
+    """Load the state to resume from, or None. UsageError where the folder holds another run, or one with more steps."""
     state = resume.find(run, config)
     if state and state["step"] > config.steps:
         raise UsageError(
@@ -83,7 +86,7 @@ def find_state(run: Run, config: TrainConfig) -> dict[str, Any] | None:
 
 
 def check_room(trainer: Trainer, base: Checkpoint) -> None:
-    """DoesNotFit where the disk cannot take the states and the weights; raised before the first step."""
+    """Raise DoesNotFit, before the first step, where the disk has no room for the states and the weights of the run."""
     student, phases = next(iter(trainer.players.values())), [phase for phase in trainer.phases if phase.exports]
     weights = sum(p.numel() * p.element_size() for p in student.params)
     if trainer.method.writes_checkpoint:
@@ -101,18 +104,21 @@ def check_room(trainer: Trainer, base: Checkpoint) -> None:
 
 
 def make_folder(run: Run, config: TrainConfig, resumed: bool) -> None:
-    """Make the run folder: only now are the base, the data and the room known to be good."""
+    """Create the run folder. This comes late, when base, data and disk space have been checked."""
     if not processes.first():
         return
     (run.folder / "previews").mkdir(parents=True, exist_ok=True)
     if not resumed:
         (run.folder / "metrics.jsonl").unlink(missing_ok=True)
-    # Whoever gives this file again wants to go on, also after a run that began with `resume=never`.
+    # A run that is started with this file should resume, even if it first began with `resume=never`.
     write_atomic(run.folder / "config.toml", to_toml(replace(config, resume="auto")))
 
 
 def open_accelerator(config: TrainConfig, run: Run) -> Any:
-    """accelerate's Accelerator on the config's device, in its precision, with its tracker."""
+    """Make accelerate's Accelerator for the config's device, precision and tracker.
+
+    UsageError where CUDA or the tracker is not there, or where `shard` is combined with fp16.
+    """
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState, PartialState
 
@@ -134,7 +140,7 @@ def open_accelerator(config: TrainConfig, run: Run) -> Any:
     elif cpu:
         processes.join("gloo", PATIENCE)
     if PartialState._shared_state and PartialState().num_processes == 1:
-        # accelerate keeps the device of the first run of a process; a later run may be on another one.
+        # accelerate remembers the device of the first run in this process, but this run may be on another one.
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         cpu=cpu,
@@ -149,23 +155,23 @@ def open_accelerator(config: TrainConfig, run: Run) -> Any:
 
 
 def load_base(config: TrainConfig, accelerator: Any) -> Checkpoint:
-    """The base in the precision that the run computes in."""
+    """Open the base in the precision that the run computes in."""
     return config.open_base(DTYPES[accelerator.mixed_precision])
 
 
 @dataclass
 class Session:
-    """An open run: what there is before there is a method."""
+    """A run that is open but has no method yet."""
 
     config: TrainConfig
     run: Run
-    state: dict[str, Any] | None  # to go on from
+    state: dict[str, Any] | None  # the state to resume from
     accelerator: Any
     scene: Scene
 
     @classmethod
     def open(cls, command: str, config: TrainConfig) -> "Session":
-        """Run folder, devices and base; from here on all processes draw the same initialisations."""
+        """Open run folder, devices and base, and seed torch so that all processes initialise networks alike."""
         run = open_run(command, config)
         accelerator = open_accelerator(config, run)
         state, base = find_state(run, config), load_base(config, accelerator)
@@ -174,13 +180,13 @@ class Session:
         return session
 
     def fit(self, method: Method, data: Data, exhibit: Exhibit) -> Trainer:
-        """Train; every phase that writes leaves weights and a contact sheet."""
+        """Train a method. Every phase with `exports` leaves weights and a contact sheet. Stopped on SIGTERM or Ctrl-C."""
         config, run = self.config, self.run
         trainer = Trainer(method, data, run, config, self.accelerator)
         check_room(trainer, self.scene.base)
         make_folder(run, config, resumed=self.state is not None)
         if self.state:
-            console.info(f"going on from step {self.state['step']} of {config.steps}")
+            console.info(f"resuming from step {self.state['step']} of {config.steps}")
             trainer.restore(self.state)
 
         def draw(name: str) -> Path:
@@ -198,7 +204,10 @@ class Session:
             write(run)
             run.wrote(draw("final" if alone(trainer) else phase.name))
 
-        trainer.preview = lambda step: draw(f"{step:06d}")
+        def preview(step: int) -> None:
+            draw(f"{step:06d}")
+
+        trainer.preview = preview
         trainer.measure = (lambda: exhibit.measure(method)) if config.eval_every else None
         trainer.improved = lambda: write(Run(run.folder / "best", run.command))
         trainer.finished = finished
@@ -209,28 +218,32 @@ class Session:
 
 
 def alone(trainer: Trainer) -> bool:
-    """Whether one phase writes all that the run writes."""
+    """Whether a single phase of the run writes weights."""
     return sum(phase.exports for phase in trainer.phases) == 1
 
 
 @dataclass
 class Trained:
-    """What a training run made."""
+    """The outcome of a training run."""
 
     result: Result
     run: Run
-    weights: Path  # the LoRA file, or the folder of a checkpoint or another network; of several the last
-    options: dict[str, str]  # of `sample`, to draw with it; empty on all but the first process
+    weights: Path  # the LoRA file, or the folder of a checkpoint or single network; the last one if there are several
+    options: dict[str, str]  # options of `fastdiff sample` that draw with it; empty on all but the first process
 
 
 def train(method_class: type[Method], config: Any) -> Trained:
-    """Run a method from its config to its files; what cannot work is refused before anything is loaded."""
+    """Train a method from its config to its files: weights, pictures, metrics and model card.
+
+    Options and files are checked before anything is loaded. TypeError for an incomplete method; otherwise the errors of
+    `fastdiff.runtime.errors`, such as UsageError, InputRefused, DoesNotFit, Failed and Stopped.
+    """
     if missing := lacking(method_class):
-        raise TypeError(f"{method_class.__name__}: says no {', '.join(missing)}; see fastdiff.Method")
+        raise TypeError(f"{method_class.__name__}: does not define {', '.join(missing)}; see fastdiff.Method")
     config = method_class.check(config)
-    if quick := method_class.shortcut(config):
-        made = quick.outputs[0]
-        return Trained(quick, Run(made.parent, method_class.name, list(quick.outputs)), made, {"base": str(made)})
+    if result := method_class.shortcut(config):
+        path = result.outputs[0]
+        return Trained(result, Run(path.parent, method_class.name, list(result.outputs)), path, {"base": str(path)})
     session = Session.open(method_class.name, config)
     scene, run = session.scene, session.run
     base = scene.base
@@ -262,15 +275,18 @@ def train(method_class: type[Method], config: Any) -> Trained:
 
 
 def written_weights(run: Run) -> Path:
-    """What the method exported last: a LoRA or checkpoint, else the first thing that is no picture."""
+    """Return the LoRA or checkpoint that was exported last; without any, the first output that is no picture.
+
+    Failed where the method's `export` recorded no output with `run.wrote`.
+    """
     others = [path for path in run.outputs if path.suffix != ".png"]
     if not others:
-        raise Failed(f"{run.folder}: the method's export named nothing that it wrote (run.wrote)", run.states.kept())
+        raise Failed(f"{run.folder}: the method's `export` recorded no output; call `run.wrote(path)` there", run.states.kept())
     return run.weights()[-1] if run.weights() else others[0]
 
 
 def training_facts(method: Method, config: TrainConfig, steps: int, parent: Checkpoint) -> dict[str, str]:
-    """Lines of the card about the training."""
+    """Return the lines of the model card about the training, as {label: text}."""
     hashed = f", UNet sha256 {method.parent[:16]}" if method.parent else ""
     return {
         "training": f"{steps} steps of {config.batch_size} x {config.grad_accum}",

@@ -1,9 +1,11 @@
-"""The one training loop. A method is a generator of {player: losses}; everything else happens here."""
+"""The one training loop. A method only generates {player: losses}; this module does everything else."""
 
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import reduce
 from typing import Any
 
 import torch
@@ -22,48 +24,49 @@ from fastdiff.training.run import Run
 
 
 class Trainer:
-    """for step: for turn in method.losses(batch, now): for who in turn: backward into who; sync; clip; step; average; log.
+    """Trains a method through all of its phases.
 
-    It alone knows how far the run has come: a phase may be shortened by `max_time` or ended by `patience`, and the method is
-    given a `Now` each step.
+    Each step draws a batch and iterates over `method.losses(batch, now)`. For every player of a turn it computes the
+    gradients, averages them over processes, clips them, and updates parameters and average. The trainer alone tracks
+    progress, because `max_time` may shorten a phase and `patience` may end it; the method gets a `Now` at each step.
     """
 
-    PREPARED = 48  # samples that a method may look at before training
-    PACED = 5  # steps that tell a phase's pace
+    PREPARED = 48  # samples in the batch that `Method.prepare` gets
+    PACED = 5  # steps after which the duration of a phase's steps counts as known
 
     def __init__(self, method: Method, data: Data, run: Run, config: TrainConfig, accelerator: Any) -> None:
         self.method, self.data, self.run, self.config, self.accelerator = method, data, run, config, accelerator
         self.device = accelerator.device
-        self.step, self.owed = 0, False  # owed: preview and measurement of the last step are still to be made
+        self.step, self.owed = 0, False  # owed: preview and measurement of the last step have not been made yet
         self.saved: tuple[int, int] | None = None  # step and phase of the last state
-        self.latest: dict[str, float] = {}  # of every logged figure: not every player trains at every step
-        self.preview: Callable[[int], None] | None = None
-        self.measure: Callable[[], dict[str, float]] | None = None  # has `score`, which decides: less is better
-        self.improved: Callable[[], None] | None = None  # called with the best weights so far in place
-        self.kept: dict[str, dict[str, Any]] = {}  # step and score of the best weights of each phase that is over
-        self.shown: dict[str, Any] = {}  # of the last measurement, beside the loss
-        self.finished: Callable[[Phase], None] | None = None  # called with the weights to export in place
+        self.latest: dict[str, float] = {}  # latest value of every logged figure: not every player trains at every step
+        self.preview: Callable[[int], None] | None = None  # draws a contact sheet of the step
+        self.measure: Callable[[], dict[str, float]] | None = None  # returns figures, among them `score`: less is better
+        self.improved: Callable[[], None] | None = None  # called while the network holds the best weights so far
+        self.kept: dict[str, dict[str, Any]] = {}  # {finished phase: step and score of its best weights}
+        self.progress: dict[str, Any] = {}  # figures of the last measurement, for the progress bar
+        self.finished: Callable[[Phase], None] | None = None  # called while the network holds the weights to export
         self.phases = list(method.phases())
-        self.lengths = [phase.steps for phase in self.phases]  # steps of each, as far as is known now
-        self.settled = [False] * len(self.phases)  # whether the length has been measured, or the phase has ended
+        self.lengths = [phase.steps for phase in self.phases]  # steps of each phase, as currently planned
+        self.settled = [False] * len(self.phases)  # whether `max_time` has fixed the length, or the phase has ended
         self.bend = (0, 0.0)  # steps and fraction of the current phase when its length last changed
         self.budget_s = seconds("max_time", config.max_time)
         self.elapsed_s, self.entered_s = 0.0, 0.0
         if min(self.lengths, default=0) < 1:
             raise UsageError(f"`steps={config.steps}`: too few for {len(self.phases)} phases", "give more")
         self.enter(0)
-        if type(method).prepare is not Method.prepare:  # else nobody looks at the data, which a stream would read for nothing
+        if type(method).prepare is not Method.prepare:  # without the hook, a stream would read data for nothing
             torch.manual_seed(config.seed)
             method.prepare(data.batch(self.PREPARED, torch.Generator().manual_seed(config.seed)).to(self.device))
 
     def enter(self, index: int) -> None:
-        """Begin a phase: fresh optimisers and averages over what trains in it."""
+        """Begin a phase, with fresh optimisers and averages of the parameters that train in it."""
         method, config = self.method, self.config
         self.index, self.phase, self.bend = index, self.phases[index], (0, 0.0)
-        torch.manual_seed(rng.seed_for(config.seed, 7_919, index))  # new networks are the same on every process
+        torch.manual_seed(rng.seed_for(config.seed, 7_919, index))  # so that every process initialises networks alike
         trains = method.players(self.phase)
         if missing := lacking(method):
-            raise TypeError(f"{type(method).__name__}: {', '.join(missing)} not set; a method sets it before the first step")
+            raise TypeError(f"{type(method).__name__}: {', '.join(missing)} not set; set it in `__init__` or in `players`")
         for net in method.networks():
             net.to(self.device)
         moved = self.shard(trains)
@@ -83,7 +86,7 @@ class Trainer:
         self.entered_s = self.elapsed_s
 
     def shard(self, trains: dict[str, Trains]) -> dict[nn.Parameter, nn.Parameter]:
-        """Split what trains whole, where that is wanted and there is anybody to share with: {old parameter: split one}."""
+        """Split networks that train whole over the processes, if `shard` is set; return {old parameter: split parameter}."""
         self.sharded = self.config.shard and processes.count() > 1
         if not self.sharded:
             return {}
@@ -94,44 +97,49 @@ class Trainer:
         self.sharded = bool(moved) or any(sharding.is_split(p) for one in trains.values() for p in one.params)
         if not self.sharded and self.index == 0:
             where = f" in phase {self.phase.name}" if self.phase.name else ""
-            console.warn(f"`shard`: no network trains whole{where}, none is split")
+            console.warn(f"`shard`: no network trains whole{where}, so none is split")
         return moved
 
     @property
     def start(self) -> int:
-        """The current phase's first step."""
+        """First step of the current phase."""
         return sum(self.lengths[: self.index])
 
     @property
     def end(self) -> int:
+        """Step after the last one of the current phase."""
         return self.start + self.lengths[self.index]
 
     @property
     def total(self) -> int:
+        """Steps of all phases, as currently planned."""
         return sum(self.lengths)
 
     @property
     def now(self) -> Now:
-        """What the method is given at this step."""
+        """The progress that the method gets at this step."""
         done, (since, fraction) = self.step - self.start, self.bend
         fraction += (1 - fraction) * (done - since) / max(1, self.lengths[self.index] - 1 - since)
         return Now(self.step, self.phase, done, fraction)
 
     def shorten(self, steps: int) -> None:
-        """The current phase has that many steps from now on; what follows its fraction goes on without a jump."""
+        """Change the current phase to that many steps. `Now.fraction` goes on from its present value without a jump."""
         now = self.now
         self.bend, self.lengths[self.index] = (now.done, now.fraction), steps
 
     @property
     def state_bytes(self) -> int:
-        """Of a state of this phase."""
+        """Size in bytes of a state that is saved in this phase."""
         players = list(self.players.values())
         best = sum(p.numel() * p.element_size() for p in players[0].params) if self.config.keep == "best" else 0
         extra = sum(t.numel() * t.element_size() for part in self.method.state().values() for t in tensors_in(part.state_dict()))
         return sum(player.state_bytes for player in players) + best + extra
 
     def fit(self) -> None:
-        """Train through all phases; on SIGTERM or Ctrl-C save and raise Stopped."""
+        """Train through all phases. On SIGTERM or Ctrl-C it saves a state and raises Stopped.
+
+        Failed where too many steps in a row were not finite, DoesNotFit where the disk is full.
+        """
         with stop.watching(), console.progress(self.total, "training") as bar:
             stop.request.command = self.run.resume_command
             bar.update(self.step)
@@ -143,6 +151,7 @@ class Trainer:
         self.save()
 
     def fit_phase(self, bar: Any) -> None:
+        """Train the current phase to its end, with previews, measurements and states in between."""
         if self.owed:
             self.watch()
             self.halt()
@@ -152,7 +161,7 @@ class Trainer:
             self.step, self.owed = self.step + 1, True
             self.elapsed_s += time.monotonic() - began
             self.fit_budget()
-            bar.update(1, loss=row["loss"], **self.shown)
+            bar.update(1, loss=row["loss"], **self.progress)
             self.latest |= row
             if self.step % 10 == 0 or self.step == self.end:
                 self.log(self.latest)
@@ -162,11 +171,14 @@ class Trainer:
             self.halt()
 
     def watch(self) -> None:
-        """Preview and measurement after a step; what a stop cuts short, the resumed run makes again."""
+        """Draw the preview and measure the student, if they are due at this step.
+
+        If the user stops the run meanwhile, `owed` stays set and the resumed run repeats both.
+        """
         due = lambda every: every and self.step % every == 0
-        if self.preview and due(self.config.preview_every):
+        if (preview := self.preview) and due(self.config.preview_every):
             with self.averaged():
-                if not self.leading(lambda: self.preview(self.step) or True):
+                if not self.leading(lambda: preview(self.step) or True):
                     return
         if due(self.config.eval_every):
             over = self.evaluate()
@@ -177,63 +189,64 @@ class Trainer:
         self.owed = False
 
     def halt(self) -> None:
-        """Where any process was asked to stop, all save and stop."""
+        """Save a state and raise Stopped on all processes if any process was asked to stop."""
         try:
             stop.meet()
         except Stopped:
             if self.saved != (self.step, self.index):
                 self.save()
-            told = f"stopped at step {self.step} of {self.total}; the state is in {self.run.state_folder}"
-            raise stop.stopped(told) from None
+            message = f"stopped at step {self.step} of {self.total}; the state is in {self.run.state_folder}"
+            raise stop.stopped(message) from None
 
     def leading(self, work: Callable[[], Any]) -> Any:
-        """What the first process finds, told to all; None where a stop cut it short.
+        """Do some work on the first process and return its result on all; None where a stop interrupted it.
 
-        A split network needs all to work; then all do so in every phase, that each has drawn what the others have.
+        With `shard` all processes work, because a split network needs them all. They do so in every phase, so that all have
+        the same pictures from earlier work.
         """
-        found, all_work = None, self.config.shard and processes.count() > 1
+        result, all_work = None, self.config.shard and processes.count() > 1
         if all_work or processes.first():
             with suppress(Stopped), stop.together() if all_work else nullcontext():
-                found = work()
-        return processes.agreed(found)
+                result = work()
+        return processes.agreed(result)
 
     def fit_budget(self) -> None:
-        """Once a phase, when its pace is known: as many steps as fit in its part of the time that is left."""
+        """Shorten the current phase to its share of the time that `max_time` leaves; once, when its pace is known."""
         done = self.step - self.start
         if self.budget_s is None or self.settled[self.index] or done < self.PACED:
             return
         planned = self.lengths[self.index]
         left = (self.budget_s - self.entered_s) * planned / sum(self.lengths[self.index :])
-        fits = processes.agreed(int(left / ((self.elapsed_s - self.entered_s) / done)))  # one clock decides for all
+        fits = processes.agreed(int(left / ((self.elapsed_s - self.entered_s) / done)))  # the first process's clock decides
         self.settled[self.index] = True
         if fits < planned:
             self.shorten(max(fits, done))
             console.info(f"`max_time={self.config.max_time}`: {self.lengths[self.index]} steps {self.phase.name}".rstrip())
 
     def leave(self) -> None:
-        """The phase is over: what it made is written, and the next one goes on from that."""
+        """End the phase: measure and write its weights, and let the next phase start from them."""
         with self.exported():
             late = self.config.eval_every and self.step % self.config.eval_every
-            if self.measure and self.phase.exports and late and (found := self.leading(self.measure)):
-                self.log({"step": self.step - 1, **found})
-                console.info(f"{self.phase.name or 'end'}: {told(found)}")
-            if self.finished and self.phase.exports:
-                self.leading(lambda: self.finished(self.phase))
+            if self.measure and self.phase.exports and late and (measured := self.leading(self.measure)):
+                self.log({"step": self.step - 1, **measured})
+                console.info(f"{self.phase.name or 'end'}: {score_text(measured)}")
+            if (finished := self.finished) and self.phase.exports:
+                self.leading(lambda: finished(self.phase))
             if self.best["params"] and self.phase.exports:
                 self.kept[self.phase.name] = {k: self.best[k] for k in ("step", "score")}
             params = next(iter(self.players.values())).params
-            made = [p.detach().clone() for p in params] if self.index + 1 < len(self.phases) else []
+            exported = [p.detach().clone() for p in params] if self.index + 1 < len(self.phases) else []
         self.halt()
         with torch.no_grad():
-            for p, value in zip(params, made, strict=False):
+            for p, value in zip(params, exported, strict=False):
                 p.copy_(value)
         self.settled[self.index] = True
 
     def train_step(self) -> dict[str, float]:
-        """One pass over all turns of the method; returns the logged figures.
+        """Go through all turns of the method once and return the figures to log.
 
-        The generators of the micro-batches advance together, so that a turn's update is made before any micro-batch starts
-        the next turn. Each has random numbers of its own, which the number of micro-batches does not change.
+        The generators of all micro-batches advance together, so that a turn is updated before any micro-batch starts the next
+        one. Each micro-batch has its own random numbers, which do not depend on the number of micro-batches.
         """
         n, now = self.config.grad_accum, self.now
         batches, streams = self.draw(n)
@@ -255,8 +268,8 @@ class Trainer:
                     who, there = unknown[0], ", ".join(self.players)
                     raise TypeError(f"{type(self.method).__name__}.losses yields {who!r}, but what trains now is {there}")
                 for who in moved:
-                    player, terms = self.players[who], players.pop(who)  # nothing may hold a graph longer than it is needed
-                    loss = sum(terms.values()) / n
+                    player, terms = self.players[who], players.pop(who)  # popped, so that its graph is freed after backward
+                    loss: Tensor = reduce(operator.add, terms.values()) / n
                     player.backward(loss, self.players.values())
                     for name, value in terms.items():
                         row[f"{who}/{name}"] = row.get(f"{who}/{name}", 0.0) + value.item() / n
@@ -270,11 +283,11 @@ class Trainer:
                 bad |= {who: problem} if problem else {}
             self.method.after_update(now)
         if bad:
-            self.skipped(bad, batches)
+            self.report_skipped(bad, batches)
         return row
 
     def draw(self, n: int) -> tuple[list[Batch], list[rng.Stream]]:
-        """The micro-batches of this step, and the random numbers of each."""
+        """Draw the `n` micro-batches of this step, and a random stream for each."""
         seed = rng.seed_for(self.config.seed, self.accelerator.process_index, self.step)
         rng.reseed(seed)
         generator = torch.Generator().manual_seed(seed)
@@ -283,12 +296,16 @@ class Trainer:
         return batches, rng.streams(seed, n)
 
     def update(self, player: Player, loss: float) -> tuple[float, str]:
-        """Average gradients over processes, clip, step, unless loss or norm is not finite on any: (norm, what is not)."""
+        """Average a player's gradients over processes, clip them and update; return their norm and what was not finite.
+
+        The update is skipped where the loss or the norm is not finite on any process; the second value then is "loss" or
+        "gradient", and otherwise empty.
+        """
         player.set_rate(self.step - self.start, self.lengths[self.index])
         player.synchronise(self.accelerator)
         norm = player.clip().item()
-        wrong = ("", "gradient", "loss")  # a loss goes before the gradient that it makes
-        problem = wrong[processes.highest(2 if not math.isfinite(loss) else 1 if not math.isfinite(norm) else 0)]
+        problems = ("", "gradient", "loss")  # a bad loss makes a bad gradient, so it is the one to report
+        problem = problems[processes.highest(2 if not math.isfinite(loss) else 1 if not math.isfinite(norm) else 0)]
         if not problem:
             player.step()
         elif problem == "gradient" and player.finding_scale:
@@ -296,8 +313,11 @@ class Trainer:
         player.finish()
         return norm, problem
 
-    def skipped(self, bad: dict[str, str], batches: list[Batch]) -> None:
-        """Tell what was wrong with a step, and on which items; so many in a row end the run."""
+    def report_skipped(self, bad: dict[str, str], batches: list[Batch]) -> None:
+        """Report a skipped step: {player: what was not finite}, and the items of its batch.
+
+        Failed after `max_bad_steps` skipped steps of a player in a row.
+        """
         mine = [name for batch in batches for name in batch.items or ()]
         items = [key for keys in processes.every(mine) for key in keys]
         what = ", ".join(f"{problem} of {who}" for who, problem in bad.items())
@@ -314,34 +334,34 @@ class Trainer:
                 )
 
     def evaluate(self) -> bool | None:
-        """Measure the student as it would be exported and keep it if it is the best so far; True where it is time to end,
+        """Measure the student as it would be exported, and keep its weights if they are the best so far.
 
-        None where a stop cut it short.
+        Returns True where `patience` ends the phase, None where a stop interrupted the measurement, and otherwise False.
         """
         assert self.measure is not None
         player, best = next(iter(self.players.values())), self.best
         with self.averaged():
-            found = self.leading(self.measure)
-            if found is None:
+            measured = self.leading(self.measure)
+            if measured is None:
                 return None
-            if found["score"] < best["score"]:
-                best |= {"step": self.step, "score": found["score"], "worse": 0}
+            if measured["score"] < best["score"]:
+                best |= {"step": self.step, "score": measured["score"], "worse": 0}
                 best["params"] = [sharding.whole(p.detach(), everywhere=True).cpu().clone() for p in player.params]
                 if self.improved and self.phase.exports:
                     self.leading(self.improved)
             else:
                 best["worse"] += 1
-        self.log({"step": self.step - 1, **found})
-        since = f"best at {best['step']}, now worse by {100 * (found['score'] / best['score'] - 1):.0f} %"
-        console.info(f"step {self.step}: {told(found)}; {since if best['worse'] else 'the best so far'}")
-        self.shown = {"score": found["score"], "best_at": best["step"]}
+        self.log({"step": self.step - 1, **measured})
+        since = f"best at {best['step']}, now worse by {100 * (measured['score'] / best['score'] - 1):.0f} %"
+        console.info(f"step {self.step}: {score_text(measured)}; {since if best['worse'] else 'the best so far'}")
+        self.progress = {"score": measured["score"], "best_at": best["step"]}
         if over := 0 < self.config.patience <= best["worse"]:
             console.info(f"stopped at step {self.step}: {best['worse']} measurements without a better one")
         return over
 
     @contextmanager
     def exported(self) -> Iterator[None]:
-        """The weights to export in place: the averaged ones, or the best that were measured."""
+        """Put the weights to export into the networks: the averaged ones, or with `keep=best` the best that were measured."""
         player = next(iter(self.players.values()))
         if self.config.keep == "last" or not self.best["params"]:
             with self.averaged():
@@ -353,7 +373,7 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Every player's averaged weights in place, where there are any."""
+        """Put the averaged weights of every player that has them into the networks."""
         with ExitStack() as stack:
             for player in self.players.values():
                 if player.ema:
@@ -361,29 +381,30 @@ class Trainer:
             yield
 
     def log(self, row: dict[str, float]) -> None:
+        """Write a row, with the method's own figures and the time, to metrics.jsonl and to the tracker."""
         if self.accelerator.is_main_process:
             row = row | self.method.logged()
             self.run.log({**row, "time": round(time.time(), 3)})
             self.accelerator.log(row, step=self.step)
 
     def save(self) -> None:
-        """Write a state, the same whichever process asks."""
+        """Write a state. All processes must call it."""
         resume.save(self)
         self.saved = self.step, self.index
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state; InputRefused where it is of another network."""
+        """Go on from a saved state. InputRefused where it is of another base or other networks."""
         resume.restore(self, state)
 
 
-def told(found: dict[str, float]) -> str:
-    """A measurement in a line: the deciding figure, and what it is made of."""
-    parts = ", ".join(f"{name} {found[name]:.3f}" for name in ("drift", "frechet") if name in found)
-    return f"score {found['score']:.3f}" + (f" ({parts})" if parts else "")
+def score_text(figures: dict[str, float]) -> str:
+    """Format a measurement for one line: the score, with the drift and the Frechet distance that it is made of."""
+    parts = ", ".join(f"{name} {figures[name]:.3f}" for name in ("drift", "frechet") if name in figures)
+    return f"score {figures['score']:.3f}" + (f" ({parts})" if parts else "")
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of a nested state."""
+    """Iterate over the tensors of a nested state."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):

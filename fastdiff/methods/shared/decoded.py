@@ -1,6 +1,6 @@
-"""What training a tiny decoder starts from and shows: pictures decoded once, and the two decoders side by side."""
+"""Decodes the training pictures of a tiny decoder once, and compares the tiny decoder with the VAE's own."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,28 +12,36 @@ from fastdiff.quality import decoders
 from fastdiff.runtime import console, stop
 from fastdiff.sampling.pictures import contact_sheet, uint8
 from fastdiff.sampling.sampler import at_once
+from fastdiff.training.exhibit import Exhibit
+from fastdiff.training.method import Method
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
 
-PICTURES_GIB = 8  # of decoded pictures kept in memory
+if TYPE_CHECKING:
+    from PIL import Image
+
+PICTURES_GIB = 8  # most memory that decoded pictures may take
 
 
-class Decoded:
-    """What the run shows: held-out latents by the VAE's own decoder and the tiny one."""
+class Decoded(Exhibit):
+    """Decodes the latents that were held out of training, with the VAE's own decoder and with the tiny one."""
 
-    def __init__(self, scene: Scene, config: Any) -> None:
+    def __init__(self, scene: Scene, config: Any) -> None:  # nothing of the usual exhibit: a decoder draws no prompts
         self.scene, self.config = scene, config
         self.held_out: Encoded | None = None
         self.prompt = scene.base.family.example_prompt
 
-    def begin(self, method: Any) -> None:
+    def begin(self, method: Method) -> None:
+        """Move the held-out latents to the device."""
         assert self.held_out is not None
         self.latents = self.held_out.latents.to(self.scene.device)
 
-    def sheet(self, method: Any) -> Any:
+    def sheet(self, method: Any) -> "Image.Image":
+        """Draw a contact sheet of the two decoders' pictures and their difference."""
         return sheet(method, self.latents)
 
     def figures(self, method: Any, run: Run) -> dict[str, Any]:
+        """Compare the written decoder with the VAE's own on the held-out latents."""
         student = autoencoder.load(str(run.folder / "tiny-vae")).to(self.scene.device)
         metrics = figures(self.scene, student, self.latents, method.distance, self.config)
         rows = [[name, f"{value:.4g}"] for name, value in metrics.items() if isinstance(value, int | float)]
@@ -42,9 +50,10 @@ class Decoded:
 
 
 def decode_once(base: Checkpoint, data: Data, device: torch.device) -> None:
-    """Decode every latent before training, as bytes, unless they are drawn anew each time or take too much memory.
+    """Decode every latent before training and keep the pictures as bytes, (N, 3, H, W).
 
-    Decoding is most of a step's cost otherwise: six times that of training the tiny decoder at SDXL's size.
+    Decoding in each step would cost six times as much as training the tiny decoder does, at SDXL's size. It is still done there
+    for latents that are drawn anew each time, for several picture sizes, and for pictures that take more than `PICTURES_GIB`.
     """
     if isinstance(data, Buckets) or data.moments[:1].chunk(2, 1)[1].any():
         return
@@ -53,32 +62,34 @@ def decode_once(base: Checkpoint, data: Data, device: torch.device) -> None:
         return
     base.vae.to(device)
     with console.progress(len(mean), "decoding pictures") as bar:
-        found = []
+        pictures = []
         for part in mean.split(at_once(mean.shape[-1])):
             stop.check()
-            found.append(uint8(autoencoder.decode(base.vae, part.float().to(device), chunk=len(part))).cpu())
+            pictures.append(uint8(autoencoder.decode(base.vae, part.float().to(device), chunk=len(part))).cpu())
             bar.update(len(part))
-    data.pixels = torch.cat(found)
+    data.pixels = torch.cat(pictures)
 
 
 def figures(scene: Scene, student: nn.Module, latents: Tensor, distance: nn.Module | None, config: Any) -> dict[str, Any]:
-    """What a user wants to know: how near, how much detail, how much cheaper."""
+    """Measure the tiny decoder against the VAE's own on latents (N, C, h, w): distances, detail, cost and time in ms."""
     base, side = scene.base, scene.latent_side
     cost = [decoders.macs(vae, side) for vae in (base.vae, student)]
     kl_ms, tiny_ms = decoders.latencies_ms([base.vae, student], latents[:1])
-    parameters = [sum(p.numel() for p in vae.decoder.parameters()) for vae in (base.vae, student)]
-    found = decoders.compare(base.vae, student, latents, distance.to(latents.device) if distance is not None else None)
-    found |= {"kl_gmac": cost[0] / 1e9, "tiny_gmac": cost[1] / 1e9, "times_cheaper": cost[0] / cost[1]}
-    found |= {"kl_ms": kl_ms, "tiny_ms": tiny_ms, "times_faster": kl_ms / tiny_ms}
-    found |= {"kl_parameters": parameters[0], "tiny_parameters": parameters[1]}
+    parameters = [sum(p.numel() for p in vae.get_submodule("decoder").parameters()) for vae in (base.vae, student)]
+    metrics: dict[str, Any] = decoders.compare(
+        base.vae, student, latents, distance.to(latents.device) if distance is not None else None
+    )
+    metrics |= {"kl_gmac": cost[0] / 1e9, "tiny_gmac": cost[1] / 1e9, "times_cheaper": cost[0] / cost[1]}
+    metrics |= {"kl_ms": kl_ms, "tiny_ms": tiny_ms, "times_faster": kl_ms / tiny_ms}
+    metrics |= {"kl_parameters": parameters[0], "tiny_parameters": parameters[1]}
     if config.encoder:
         pictures = autoencoder.decode(base.vae, latents)
-        found["encoder_error"] = decoders.encoder_error(base.vae, student, pictures)
-    return found
+        metrics["encoder_error"] = decoders.encoder_error(base.vae, student, pictures)
+    return metrics
 
 
-def sheet(method: Any, latents: Tensor) -> Any:
-    """The VAE's own picture | the tiny decoder's | their difference, four times as strong on grey."""
+def sheet(method: Any, latents: Tensor) -> "Image.Image":
+    """Draw six latents in three columns: the VAE's own picture, the tiny decoder's, and four times their difference."""
     z = latents[:6]
     a, b = (autoencoder.decode(vae, z).cpu() for vae in (method.teacher, method.student))
     return contact_sheet([a, b, (4 * (b - a)).clamp(-1, 1)], scale=max(1, 128 // a.shape[-1]))

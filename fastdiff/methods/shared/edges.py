@@ -1,6 +1,6 @@
-"""What distilling a ControlNet shows: how well held-out control pictures are kept, and whether the control does anything."""
+"""Contact sheets and figures of ControlNet distillation: how well drawn pictures follow control pictures that were held out."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,46 +12,55 @@ from fastdiff.runtime import console
 from fastdiff.sampling.pictures import contact_sheet, uint8
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
+from fastdiff.training.exhibit import Exhibit
+from fastdiff.training.method import Method
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
 
+if TYPE_CHECKING:
+    from PIL import Image
 
-class Edges:
-    """Items that were kept out of training: their texts, seeds and control pictures."""
 
-    def __init__(self, scene: Scene, config: Any) -> None:
+class Edges(Exhibit):
+    """Draws the items that were held out of training, with their texts, seeds and control pictures."""
+
+    controls: Tensor  # (N, 1 or 3, H, W) uint8
+
+    def __init__(self, scene: Scene, config: Any) -> None:  # nothing of the usual exhibit: neither prompts nor judge
         self.prompt = scene.base.family.example_prompt
         self.base, self.vae, self.device, self.px = scene.base, scene.vae, scene.device, scene.resolution_px
         self.how = control.extractor(config.control)
 
     def keep(self, held_out: Encoded) -> None:
-        """These are the items."""
+        """Take the items that were held out of training; all of them have control pictures."""
+        assert held_out.controls is not None
         self.controls, self.uncond = held_out.controls, held_out.uncond
         self.cond = held_out.texts[held_out.captions[:, 0]]
 
-    def begin(self, method: Any) -> None: ...
+    def begin(self, method: Method) -> None:
+        """Nothing has to be drawn before the first step."""
 
-    def draw(self, method: Any, who: Denoiser, controls: Tensor | None, n: int | None = None) -> Tensor:
-        """Pictures (N, 3, H, W) on the CPU, item i from seed i."""
+    def draw(self, method: Method, denoiser: Denoiser, controls: Tensor | None, n: int | None = None) -> Tensor:
+        """Draw the first n items, or all, with a network of the method: (N, 3, H, W) on the CPU. Item i has seed i."""
         cond = self.cond[:n]
         if controls is not None:
             cond = cond.with_control((controls[:n].float() / 255).expand(-1, 3, -1, -1))
-        sampler, seeds = Sampler.of_networks(self.base, who, self.vae, device=self.device), list(range(len(cond)))
-        settings = Settings.usual(self.base.family) if who is method.teacher else method.settings()
+        sampler, seeds = Sampler.of_networks(self.base, denoiser, self.vae, device=self.device), list(range(len(cond)))
+        settings = Settings.usual(self.base.family) if denoiser is method.teacher else method.settings()
         return sampler.pixels(cond, self.uncond, seeds, settings, resolution_px=self.px, batch=8)
 
     def agreement(self, pictures: Tensor, controls: Tensor) -> float:
-        """Mean F1 of the pictures' edges and the control's."""
+        """Return the mean F1 between the edges of pictures (N, 3, H, W) and those of control pictures."""
         return control.agreement(control.extract(uint8(pictures), self.how), controls).mean().item()
 
-    def sheet(self, method: Any) -> Any:
-        """Control | teacher | student, six of them."""
+    def sheet(self, method: Method) -> "Image.Image":
+        """Draw six items in three columns: control, teacher, student."""
         controls = (self.controls[:6].float() / 127.5 - 1).expand(-1, 3, -1, -1)
-        drawn = [self.draw(method, who, self.controls, 6) for who in (method.teacher, method.student)]
+        drawn = [self.draw(method, denoiser, self.controls, 6) for denoiser in (method.teacher, method.student)]
         return contact_sheet([controls, *drawn], scale=max(1, 128 // self.px))
 
-    def figures(self, method: Any, run: Run) -> dict[str, Any]:
-        """How well what was written keeps the control, and whether it does anything: off, and with another item's."""
+    def figures(self, method: Method, run: Run) -> dict[str, Any]:
+        """Measure how well the written ControlNet follows the controls, and what changes without it or with other controls."""
         written = controlnet.load(str(run.folder / "controlnet"), method.student.net.config)
         method.student.controlnet = written.to(self.device)
         others = self.controls.roll(1, 0)

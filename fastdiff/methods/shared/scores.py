@@ -1,11 +1,11 @@
-"""Two scores that say of a student's samples in which direction they are wrong (DMD, Yin 2023; Diff-Instruct, Luo 2023).
+"""Two scores whose difference shows in which direction a student's samples are wrong (DMD, Yin 2023; Diff-Instruct, Luo 2023).
 
     x_t  = alpha_t x + sigma_t eps             one t, one eps, for both
     real = teacher(x_t, t; c, empty; w)        guided, frozen
     fake = fake_score(x_t, t; c)               trained online on the student's samples, not guided
-    g    = weight (fake.x0 - real.x0)          what methods push the student along
+    g    = weight (fake.x0 - real.x0)          the gradient that methods apply to x
 
-The student's network may be another one altogether.
+The student may be another network than the teacher and the fake score.
 """
 
 from typing import Any
@@ -25,17 +25,17 @@ from fastdiff.training.method import Losses, Method, equation
 
 
 class Scores(Method):
-    """What methods of distribution matching have in common; the config names guidance and weighting."""
+    """The common part of methods that match distributions. Their configs have `guidance` and `weighting`."""
 
-    fake: Denoiser
+    fake: Denoiser  # the fake score
 
     def __init__(self, base: Checkpoint, config: Any) -> None:
         super().__init__(base, config)
-        self.guidance: float | Tensor = config.guidance  # or one for each timestep, (T,)
+        self.guidance: float | Tensor = config.guidance  # of the teacher; a Tensor (T,) has one for each timestep
 
     @equation("DMD, section 3.2")
     def noised(self, x: Tensor, low: float, high: float) -> Noised:
-        """Samples at noise levels drawn between these parts of the timesteps, both ends included."""
+        """Add noise to samples x (B, C, h, w), at timesteps drawn between the fractions `low` and `high` of T, both included."""
         first, last = (round(part * len(self.schedule)) for part in (low, high))
         t = torch.randint(first, min(last, len(self.schedule) - 1) + 1, (len(x),), device=x.device)
         eps = torch.randn_like(x)
@@ -43,7 +43,7 @@ class Scores(Method):
 
     @equation("DMD, equation 7 and algorithm 2")
     def gradient(self, seen: Noised, fake: Prediction, batch: Batch) -> Tensor:
-        """g against the guided teacher."""
+        """Compute g (B, C, h, w), with the guided teacher as the real score, and log the statistics of x and both scores."""
         w = self.guidance[seen.t] if isinstance(self.guidance, Tensor) else self.guidance
         with torch.no_grad():
             real = self.teacher.guided(seen.x_t, seen.t, batch.cond, batch.uncond, w)
@@ -54,12 +54,12 @@ class Scores(Method):
 
     @equation("DMD, equation 6")
     def denoising(self, seen: Noised, fake: Prediction) -> Losses:
-        """The fake score's own training loss on the student's samples."""
+        """Compute the fake score's own training loss on the student's samples."""
         return {"denoising": losses.denoising(self.schedule, self.fake.kind, fake, seen.x, seen.eps, seen.t)}
 
 
 def start_from(role: Denoiser, start: Lora) -> None:
-    """Give a role what a LoRA of its network does, in its adapter or folded into its weights."""
+    """Initialise a role with a LoRA: copied into the role's adapter, or folded into its weights if it has no adapter."""
     if role.adapter is None:
         apply.fold(role.net, [(start, 1.0)])
     else:
@@ -68,24 +68,25 @@ def start_from(role: Denoiser, start: Lora) -> None:
 
 @torch.no_grad()
 def fitted_guidance(teacher: Denoiser, batch: Batch, levels: int = 8) -> Tensor:
-    """For each timestep the w with which u + w (c - u) best denoises given samples: E<x0 - u, c - u> / E|c - u|^2; (T,).
+    """Fit a guidance w for each timestep, (T,), with which u + w (c - u) best denoises the samples of a batch. [Ours]
 
-    [Ours.] A guided sampler's pictures are not what its guided network denoises to: at high noise that overshoots them, and a
-    student that is matched to it over-saturates. With this w the distribution that is matched is that of the samples.
+    w = E<x0 - u, c - u> / E|c - u|^2, measured at `levels` timesteps and interpolated. At high noise a guided network overshoots
+    the pictures that its sampler draws, so a student that is matched to it over-saturates. With this w the student is matched to
+    the distribution of the samples.
     """
     total, x0 = len(teacher.schedule), batch.latents
-    at = (torch.linspace(0.1414, 0.99, levels).square() * total).long()  # from 0.02 T to 0.98 T, dense where w changes
-    found = []
+    at = (torch.linspace(0.1414, 0.99, levels).square() * total).long()  # 0.02 T to 0.98 T, denser at low t, where w changes
+    fitted = []
     for t in at:
         x_t = teacher.schedule.add_noise(x0, torch.randn_like(x0), t)
-        both = zip(*(part.split(16) for part in (x_t, torch.arange(len(x0)))), strict=True)
+        chunks = zip(*(part.split(16) for part in (x_t, torch.arange(len(x0)))), strict=True)
         sums = torch.zeros(2, dtype=torch.float64)
-        for noisy, rows in both:
+        for noisy, rows in chunks:
             c, u = (teacher(noisy, t, cond[rows]).x0 for cond in (batch.cond, batch.uncond))
-            apart = c - u
-            sums += torch.stack([((x0[rows] - u) * apart).sum(), apart.square().sum()]).double().cpu()
-        found.append(sums[0] / sums[1])
-    w, every = torch.stack(found).float(), torch.arange(total)
+            difference = c - u
+            sums += torch.stack([((x0[rows] - u) * difference).sum(), difference.square().sum()]).double().cpu()
+        fitted.append(sums[0] / sums[1])
+    w, every = torch.stack(fitted).float(), torch.arange(total)
     right = torch.searchsorted(at, every).clamp(1, levels - 1)
     part = ((every - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
     return torch.lerp(w[right - 1], w[right], part).to(x0.device)

@@ -1,10 +1,12 @@
-"""One step by features and scores, in two segments of the noise levels (Song et al. 2024, SDXS, section 3.2).
+"""One-step students by features and scores, each for a segment of the noise levels (Song et al. 2024, SDXS, section 3.2).
 
 FM   = mean over feature maps of 1 - SSIM(f(x), f(y)),     y the teacher's sample from the noise of x           eq. 10
 g    = (fake.x0 - real.x0) / mean|x - real.x0|  at t in [t_min T, alpha T],        dL/dx = g / numel            eq. 11
-       above alpha T the scores are inaccurate, and FM stands for them:   loss = along(g) + lambda FM         eq. 12
-       alpha and lambda fall as the distributions come to overlap; the online model (fake) learns from every x
+       above alpha T the scores are inaccurate, and FM replaces them:     loss = along(g) + lambda FM         eq. 12
+       alpha and lambda fall while the two distributions come to overlap; the online model (fake) learns from every x
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +23,23 @@ from fastdiff.training.scene import open_vae
 
 
 class Segmented(Scores):
-    """Student, teacher and online model may be three networks; subclasses say who the student is, and what trains of it.
+    """The common part of methods with this loss. Subclasses choose the student's network and what of it trains.
 
-    Phases: `match`, feature matching alone; `distill`, with the scores.
+    Student, teacher and online model may be three networks. Phases: `match`, with feature matching alone, then `distill`, with
+    the scores too.
     """
 
     config: SegmentedConfig
 
     @classmethod
-    def needs(cls, config: SegmentedConfig) -> Needs:
+    def needs(cls, config: Any) -> Needs:
         return "pairs"
 
     def _open_matching(self, first: Checkpoint) -> None:
-        """Open the features, and choose where the student is called: `t_gen`, else where it was called before, else the last."""
+        """Open the feature extractor, and choose the timestep at which the student is called.
+
+        That is `t_gen`, or the timestep in the recipe of `first`, or the last timestep.
+        """
         base, config = self.base_model, self.config
         self.matching = feature_matching.open_matching(
             config.fm_encoder,
@@ -51,16 +57,20 @@ class Segmented(Scores):
 
     @equation("SDXS, section 3.2")
     def generated(self, batch: Batch, pairs: int, fresh: float = 0.0) -> Tensor:
-        """The student's x0 of pure noise; the first rows start from their pair's, but for a share `fresh` of it."""
+        """Generate the student's x0 (B, C, h, w) from pure noise.
+
+        The first `pairs` rows start from the noise of their pair, of which a share `fresh` is drawn anew.
+        """
         noise = torch.randn_like(batch.latents)
         if pairs:
+            assert batch.noise is not None, "pairs without noise"
             kept = torch.rand_like(batch.noise[:pairs, :1]) >= fresh if fresh else torch.tensor(True, device=noise.device)
             noise[:pairs] = torch.where(kept, batch.noise[:pairs], noise[:pairs])
         return self.student(noise, torch.full((len(noise),), self.t_gen, device=noise.device), batch.cond).x0
 
     @equation("SDXS, algorithm 1")
     def turn(self, x: Tensor, batch: Batch, now: Now, pairs: int) -> Turn:
-        """Both players from one x; in the warm-up the student alone."""
+        """Compute the losses of both players on the samples x (B, C, h, w); in phase `match` those of the student alone."""
         alpha, weight = self.scheduled(now)
         student: Losses = {}
         if pairs:
@@ -73,7 +83,7 @@ class Segmented(Scores):
         return {"fake": self.denoising(seen, fake), "student": student}
 
     def _pairs(self, batch: Batch, now: Now) -> int:
-        """How many of the batch's first rows are compared with the teacher's pictures of their noise."""
+        """Return how many of the batch's first rows are compared with the teacher's pictures of the same noise."""
         n = len(batch.latents)
         if now.phase.name == "match":
             return n
@@ -81,7 +91,7 @@ class Segmented(Scores):
 
     @equation("SDXS, equation 12")
     def scheduled(self, now: Now) -> tuple[float, float]:
-        """alpha and lambda: linear over the phase that has them; the warm-up is feature matching at weight 1."""
+        """Return alpha and lambda, both linear in the progress of phase `distill`. Phase `match` has weight 1 and no scores."""
         if now.phase.name == "match":
             return 0.0, 1.0
         done, c = now.fraction, self.config
@@ -90,12 +100,12 @@ class Segmented(Scores):
 
     @equation("SDXS, equation 10")
     def feature_loss(self, x: Tensor, batch: Batch, pairs: int) -> Tensor:
-        """Feature matching, on the first rows."""
+        """Compute the feature-matching loss of the first `pairs` rows: a scalar."""
         rows = slice(pairs)
         return self.matching(x[rows], batch.latents[rows], batch.cond[rows]).mean()
 
 
 def planned(**lengths: int) -> list[Phase]:
-    """The phases that have steps; the last one writes."""
+    """Make phases of these names and lengths in steps, without the empty ones. Only the last one exports weights."""
     names = [name for name, steps in lengths.items() if steps]
     return [Phase(name, lengths[name], exports=name == names[-1]) for name in names]
