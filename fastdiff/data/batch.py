@@ -83,8 +83,8 @@ class Encoded:
             cond = cond.with_control((self.controls[items].float() / 255).expand(-1, 3, -1, -1))
         noise = None if self.noise is None else self.noise[items].float()
         pixels = None if self.pixels is None else self.pixels[items].float() / 127.5 - 1
-        told = [self.names[i] if self.names else str(i) for i in items.tolist()]
-        return Batch(autoencoder.draw(self.moments[items].float(), generator), cond, uncond, noise, pixels, told)
+        names = [self.names[i] if self.names else str(i) for i in items.tolist()]
+        return Batch(autoencoder.draw(self.moments[items].float(), generator), cond, uncond, noise, pixels, names)
 
     def state_dict(self) -> dict[str, int]:
         """Nothing: which items come next depends on the step alone. A stream of its own position would keep that here."""

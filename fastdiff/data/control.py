@@ -39,39 +39,39 @@ def extractor(name: str) -> Extractor:
     if name == "canny":
         opencv()  # told now, not after the pictures have been made
         return canny
-    module, _, function = name.partition(":")
+    module, _, attribute = name.partition(":")
     try:
-        found = getattr(import_module(module), function or "")  # a stranger's function by its name
+        function = getattr(import_module(module), attribute or "")  # a stranger's attribute by its name
     except (ImportError, AttributeError, ValueError) as error:
         hint = "canny, or MODULE:FUNCTION that can be imported"
         raise UsageError(f"{as_field('control', name)}: no such extractor", hint) from error
-    return found
+    return function
 
 
 def extract(pictures: Tensor, how: Extractor) -> Tensor:
     """Pictures (N, 3, H, W) uint8 -> controls (N, 1 or 3, H, W) uint8. UsageError where the extractor answers something else."""
-    found = []
+    controls = []
     for picture in pictures:
-        told = torch.from_numpy(how(picture.permute(1, 2, 0).contiguous().numpy()).copy())
-        made = told[None] if told.ndim == 2 else told.permute(2, 0, 1)
-        if made.dtype != torch.uint8 or made.shape[0] not in (1, 3) or made.shape[1:] != picture.shape[1:]:
+        answer = torch.from_numpy(how(picture.permute(1, 2, 0).contiguous().numpy()).copy())
+        control = answer[None] if answer.ndim == 2 else answer.permute(2, 0, 1)
+        if control.dtype != torch.uint8 or control.shape[0] not in (1, 3) or control.shape[1:] != picture.shape[1:]:
             raise UsageError(
-                f"`control`: the extractor answered {tuple(told.shape)} {told.dtype} for a picture of {tuple(picture.shape[1:])}",
+                f"`control`: the extractor answered {tuple(answer.shape)} {answer.dtype} for a picture of {tuple(picture.shape[1:])}",
                 "(H, W) or (H, W, 3) in bytes, of the picture's size",
             )
-        found.append(made)
-    return torch.stack(found)
+        controls.append(control)
+    return torch.stack(controls)
 
 
 def of_samples(vae: nn.Module, data: Encoded, how: Extractor) -> None:
     """Give every item the control picture of its own decoded latent: noise, picture and control are a triple (SDXS, 3.2)."""
-    z, found = data.latents, []
+    z, controls = data.latents, []
     with console.progress(len(z), "control pictures") as bar:
         for part in z.split(at_once(z.shape[-1])):
             stop.check()
-            found.append(extract(uint8(autoencoder.decode(vae, part.to(vae.device), chunk=len(part))).cpu(), how))
+            controls.append(extract(uint8(autoencoder.decode(vae, part.to(vae.device), chunk=len(part))).cpu(), how))
             bar.update(len(part))
-    data.controls = torch.cat(found)
+    data.controls = torch.cat(controls)
 
 
 def read(path: Path, side_px: int, how: Extractor | None) -> Tensor:

@@ -62,8 +62,8 @@ class Listing:
     @classmethod
     def read(cls, path: Path) -> "Listing | None":
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            return cls(*([tuple(row) for row in told[name]] for name in ("rows", "refused")))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(*([tuple(row) for row in content[name]] for name in ("rows", "refused")))
         except (OSError, ValueError, KeyError):
             return None
 
@@ -135,8 +135,8 @@ class Captions:
             for i in range(0, len(mine), SIZE):
                 stop.check()
                 part = mine[i : i + SIZE]
-                found = text.encode(self.base, part, device=self.device).map(Tensor.half)
-                rows = zip(part, rows_of(found), strict=True)
+                states = text.encode(self.base, part, device=self.device).map(Tensor.half)
+                rows = zip(part, rows_of(states), strict=True)
                 self.store.put({self.key(caption): parts for caption, parts in rows if finite(parts)})
                 bar.update(len(part))
         stop.meet()  # a stop of one process is one of all
@@ -174,10 +174,10 @@ class Pictures:
         """What the source holds, all of it encoded; without reading anything where that was done before."""
         identity = source.identity()
         self.index = self.store.folder / "sets" / f"{hash_of(identity, source.spec, most, self.framing)}.json"
-        found = Listing.read(self.index) if identity else None
-        if self.share.all(found is not None and all(self.there(digest) for _, digest, _ in found.rows)):
-            console.info(f"{len(found.rows)} images of {source.spec}, encoded before; without {self.index} they are read again")
-            return found
+        known = Listing.read(self.index) if identity else None
+        if self.share.all(known is not None and all(self.there(digest) for _, digest, _ in known.rows)):
+            console.info(f"{len(known.rows)} images of {source.spec}, encoded before; without {self.index} they are read again")
+            return known
         listing = Reading(self, source, most).read()
         if self.share.rank == 0:
             listing.write(self.index)
@@ -191,9 +191,9 @@ class Pictures:
     def announce(self, source: Source, samples: int, known: bool) -> None:
         """Tell how much will be written, and refuse what does not fit."""
         size = samples * (self.bytes_each() * len(self.framing.cuts) + self.captions.bytes_each())
-        told = f"{samples} images of {source.spec} to encode" if known else f"up to {samples} images of {source.spec} to encode"
+        amount = f"{samples} images of {source.spec} to encode" if known else f"up to {samples} images of {source.spec} to encode"
         room = f"{disk.shown(disk.free_bytes(self.store.folder))} are free"
-        console.info(f"{told}: about {disk.shown(size)} in {self.store.folder.parent}; {room}")
+        console.info(f"{amount}: about {disk.shown(size)} in {self.store.folder.parent}; {room}")
         hint = "FASTDIFF_CACHE names another folder; `max_images` takes fewer"
         disk.require(self.store.folder, size, f"{samples} encoded images", hint)
 
@@ -201,12 +201,12 @@ class Pictures:
         """Encode samples with their hashes into one file; returns (name, reason) of those that cannot be used."""
         refused, items = [], []  # of these: place in `samples`, key, pixels, size
         with ThreadPoolExecutor() as pool:
-            for i, found in enumerate(pool.map(lambda pair: self.cut(*pair), samples)):
+            for i, cuts in enumerate(pool.map(lambda pair: self.cut(*pair), samples)):
                 sample, digest = samples[i]
-                if isinstance(found, Refused):
-                    refused.append((sample.name, str(found)))
+                if isinstance(cuts, Refused):
+                    refused.append((sample.name, str(cuts)))
                     continue
-                keys = zip(self.framing.keys(digest), found, strict=True)
+                keys = zip(self.framing.keys(digest), cuts, strict=True)
                 items += [(i, key, *item) for key, item in keys if key not in self.store]
         moments = self.moments({key: pixels for _, key, pixels, _ in items})
         bad = {i for i, key, _, _ in items if not moments[key].isfinite().all()}
@@ -216,7 +216,7 @@ class Pictures:
 
     def moments(self, pictures: dict[str, Tensor]) -> dict[str, Tensor]:
         """Pixels (3, H, W) uint8 by key -> moments (2 C, h, w) fp16, those of one size together."""
-        vae, found = self.base.vae.to(self.device), {}
+        vae, moments = self.base.vae.to(self.device), {}
         for shape in {pixels.shape for pixels in pictures.values()}:
             keys = [key for key, pixels in pictures.items() if pixels.shape == shape]
             n = at_once(max(shape[1:]) // autoencoder.factor(vae))
@@ -224,8 +224,8 @@ class Pictures:
                 part = keys[i : i + n]
                 pixels = torch.stack([pictures[key] for key in part]) / 127.5 - 1
                 rows = autoencoder.encode_moments(vae, pixels, chunk=n).half().cpu()
-                found |= {key: row.clone() for key, row in zip(part, rows, strict=True)}
-        return found
+                moments |= {key: row.clone() for key, row in zip(part, rows, strict=True)}
+        return moments
 
     def cut(self, sample: Sample, digest: str) -> list[tuple[Tensor, list[int]]] | Refused:
         try:
@@ -308,11 +308,11 @@ class Reading:
 
     def hashed(self) -> Iterator[tuple[Sample, str]]:
         """Samples that have a picture and a caption, with the hash of the picture's bytes."""
-        found = 0
+        taken = 0
         for sample in self.source.samples():
             stop.check()
-            if found == self.most:
-                console.info(f"{as_field('data', self.source.spec)}: the first {found} images (`max_images`)")
+            if taken == self.most:
+                console.info(f"{as_field('data', self.source.spec)}: the first {taken} images (`max_images`)")
                 return
             why, data = sample.problem, b""
             if not why:
@@ -325,7 +325,7 @@ class Reading:
             if why:
                 self.refuse(sample.name, why)
                 continue
-            found += 1
+            taken += 1
             yield sample, hashlib.sha256(data).hexdigest()
 
     def late(self) -> bool:
@@ -358,10 +358,10 @@ class Reading:
         refused = list(dict.fromkeys(self.share.gather(self.listing.refused)))
         self.share.wait()
         self.pictures.store.scan()
-        told = {name for name, _ in refused}
+        named = {name for name, _ in refused}
         rows = [row for row in self.listing.rows if self.pictures.there(row[1])]
         gone = [row[0] for row in self.listing.rows if not self.pictures.there(row[1])]
-        refused += [(name, "a copy of an image that was skipped") for name in gone if name not in told]
+        refused += [(name, "a copy of an image that was skipped") for name in gone if name not in named]
         if not rows:
             raise hopeless(self.source, Listing(rows, refused))
         return Listing(rows, refused)

@@ -60,9 +60,9 @@ class Folder:
 def table(folder: Path) -> dict[Path, str | None]:
     """The captions of metadata.jsonl; a line that is no such row is refused by number."""
     path = folder / "metadata.jsonl"
-    found: dict[Path, str | None] = {}
+    captions: dict[Path, str | None] = {}
     if not path.exists():
-        return found
+        return captions
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -70,10 +70,10 @@ def table(folder: Path) -> dict[Path, str | None]:
             row = json.loads(line)
             name = row["file_name"]
         except (ValueError, TypeError, KeyError) as error:
-            told = f'each line is {{"file_name": ..., "{CAPTIONS[0]}": ...}}'
-            raise InputRefused(f"{path}: line {number} is no row of JSON with a file_name", told) from error
-        found[folder / name] = caption_in(row)
-    return found
+            hint = f'each line is {{"file_name": ..., "{CAPTIONS[0]}": ...}}'
+            raise InputRefused(f"{path}: line {number} is no row of JSON with a file_name", hint) from error
+        captions[folder / name] = caption_in(row)
+    return captions
 
 
 def square(path: Path, side_px: int) -> tuple[Tensor, list[int]]:

@@ -42,9 +42,9 @@ class Sample:
 
 def caption_in(table: Any) -> str | None:
     """The caption of a JSON object or a row of a data set; of several, the first. None where there is none, or a blank one."""
-    found = next((table[key] for key in CAPTIONS if table.get(key)), None) if isinstance(table, dict) else None
-    found = found[0] if isinstance(found, list) and found else found
-    return found.strip() or None if isinstance(found, str) else None
+    caption = next((table[key] for key in CAPTIONS if table.get(key)), None) if isinstance(table, dict) else None
+    caption = caption[0] if isinstance(caption, list) and caption else caption
+    return caption.strip() or None if isinstance(caption, str) else None
 
 
 def caption_of_json(text: str | bytes) -> str | None:
@@ -64,8 +64,8 @@ def decode(data: bytes) -> Any:
         with Image.open(io.BytesIO(data)) as file:
             return ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:  # a decoder may raise anything over a damaged file
-        told = str(error).partition(" <_io")[0].removesuffix(" file")
-        raise Refused(f"not a readable image ({told})") from error
+        reason = str(error).partition(" <_io")[0].removesuffix(" file")
+        raise Refused(f"not a readable image ({reason})") from error
 
 
 def sizes_near(resolution_px: int, least_px: int) -> list[tuple[int, int]]:
@@ -119,7 +119,7 @@ class Framing:
         scale = max(h / image.height, w / image.width)
         height, width = max(h, round(image.height * scale)), max(w, round(image.width * scale))
         resized = image.resize((width, height), Image.Resampling.LANCZOS)
-        found = []
+        items = []
         for crop, mirrored in self.cuts:
             top, left = (height - h) // 2, (width - w) // 2
             if crop is not None:
@@ -128,8 +128,8 @@ class Framing:
             pixels = torch.from_numpy(np.array(resized.crop((left, top, left + w, top + h)))).permute(2, 0, 1)
             if mirrored:
                 pixels, left = pixels.flip(-1), width - w - left
-            found.append((pixels.contiguous(), [image.height, image.width, top, left, h, w]))
-        return found
+            items.append((pixels.contiguous(), [image.height, image.width, top, left, h, w]))
+        return items
 
 
 def hash_of(*parts: Any) -> str:

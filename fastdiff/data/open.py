@@ -66,8 +66,8 @@ def open_data(
         return teacher.encode(base, lines, resolution_px, chosen, pairs=n, seed=seed, device=device)
     framing = replace(framing, least_px=base.pixels_per_latent)
     if spec.startswith(("wds:", "hf:")):
-        kind, _, told = spec.partition(":")
-        source = streams.WebDataset(told) if kind == "wds" else streams.HuggingFace(told)
+        kind, _, location = spec.partition(":")
+        source = streams.WebDataset(location) if kind == "wds" else streams.HuggingFace(location)
         return encode.encode(base, source, framing, most=max_images or STREAMED, device=device)
     if Path(spec).is_dir():
         return encode.encode(base, folder.Folder(Path(spec)), framing, most=max_images, device=device)

@@ -91,14 +91,14 @@ def members(stream: Any, url: str, problems: list[str]) -> Iterator[dict[str, An
         @classmethod
         def frombuf(cls, buffer: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
             try:
-                found = super().frombuf(buffer, encoding, errors)
+                header = super().frombuf(buffer, encoding, errors)
             except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError):
                 if not cls.lost:
                     problems.append(f"damaged member after {last}")
                 cls.lost = True
                 raise
             cls.lost = False
-            return found
+            return header
 
     try:
         with tarfile.open(fileobj=stream, mode="r|*", ignore_zeros=True, tarinfo=Header) as tar:
@@ -129,13 +129,13 @@ class HuggingFace:
 
     count = None
 
-    def __init__(self, told: str) -> None:
+    def __init__(self, location: str) -> None:
         try:
             import datasets
         except ImportError as error:
             raise UsageError("`data=hf`: datasets is not installed", EXTRA) from error
-        self.spec, self.library = f"hf:{told}", datasets
-        name, *rest = told.split(":")
+        self.spec, self.library = f"hf:{location}", datasets
+        name, *rest = location.split(":")
         files: dict[str, Any] = {}
         if name in BUILDERS:
             if not rest:
@@ -154,16 +154,16 @@ class HuggingFace:
         self.image = self.columns()
 
     def columns(self) -> str:
-        """The image's column; its bytes are left as they are, so that a damaged one can be told by name."""
+        """The image's column; its bytes are left as they are, so that a damaged one can be hint by name."""
         features = self.rows.features or {}
-        found = [k for k, v in features.items() if isinstance(v, self.library.Image)]
-        found += [k for k in features if k.lower() in IMAGES and k not in found]
-        if features and not found:
+        images = [k for k, v in features.items() if isinstance(v, self.library.Image)]
+        images += [k for k in features if k.lower() in IMAGES and k not in images]
+        if features and not images:
             raise UsageError(f"{as_field('data', self.spec)}: no image among its columns: {', '.join(features)}")
         if features and not set(CAPTIONS) & set(features):
-            told = f"captions are looked for as {', '.join(CAPTIONS)}; rename_column of the datasets library gives such a name"
-            raise UsageError(f"{as_field('data', self.spec)}: no captions among its columns: {', '.join(features)}", told)
-        image = found[0] if found else "image"
+            hint = f"captions are looked for as {', '.join(CAPTIONS)}; rename_column of the datasets library gives such a name"
+            raise UsageError(f"{as_field('data', self.spec)}: no captions among its columns: {', '.join(features)}", hint)
+        image = images[0] if images else "image"
         if isinstance(features.get(image), self.library.Image):
             self.rows = self.rows.cast_column(image, self.library.Image(decode=False))
         return image
@@ -173,7 +173,7 @@ class HuggingFace:
         files = self.builder.config.data_files
         if not files:
             return None
-        return hash_of(self.builder.hash, self.builder.config_id, [tuple(found.origin_metadata) for found in files.values()])
+        return hash_of(self.builder.hash, self.builder.config_id, [tuple(entry.origin_metadata) for entry in files.values()])
 
     def samples(self) -> Iterator[Sample]:
         number, rows = 0, iter(self.rows)
@@ -188,19 +188,19 @@ class HuggingFace:
                 return
             number += 1
             caption = caption_in(row)
-            told = row.get(self.image)
-            if isinstance(told, dict) and told.get("path"):
-                name = f"{self.spec} {told['path']}"
-            yield Sample(name, caption, lambda told=told: bytes_of(told), "" if caption else MISSING)
+            cell = row.get(self.image)
+            if isinstance(cell, dict) and cell.get("path"):
+                name = f"{self.spec} {cell['path']}"
+            yield Sample(name, caption, lambda cell=cell: bytes_of(cell), "" if caption else MISSING)
 
 
-def bytes_of(told: Any) -> bytes:
+def bytes_of(cell: Any) -> bytes:
     """An undecoded image of a row: {"bytes", "path"}, one of them None, or the bytes themselves."""
-    if not isinstance(told, dict):
-        return told if isinstance(told, bytes) else b""
-    if told.get("bytes") is not None:
-        return told["bytes"]
+    if not isinstance(cell, dict):
+        return cell if isinstance(cell, bytes) else b""
+    if cell.get("bytes") is not None:
+        return cell["bytes"]
     import fsspec
 
-    with fsspec.open(told["path"], "rb") as file:
+    with fsspec.open(cell["path"], "rb") as file:
         return file.read()

@@ -155,8 +155,8 @@ class Shards:
             self.sampler.latents(self.cond[of[i : i + n]], self.uncond, seeds[i : i + n], self.settings, self.shape[1:]).cpu()
             for i in range(0, len(seeds), n)
         ]
-        found = {"noise": SeededNoise(seeds, self.shape, "cpu")(), "latents": torch.cat(latents)}
-        told = {
+        added = {"noise": SeededNoise(seeds, self.shape, "cpu")(), "latents": torch.cat(latents)}
+        header = {
             "base": self.parent,
             "settings": json.dumps(asdict(self.settings)),
             "first_seed": str(self.seed + k * self.SIZE),
@@ -164,5 +164,5 @@ class Shards:
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         staged = self.path(k).with_suffix(f".{os.getpid()}.tmp")
-        save_file({name: torch.cat([there[name], z.half()]) for name, z in found.items()}, staged, told)
+        save_file({name: torch.cat([there[name], z.half()]) for name, z in added.items()}, staged, header)
         staged.replace(self.path(k))

@@ -32,11 +32,11 @@ def factor(vae: nn.Module | Decoder) -> int:
 @torch.no_grad()
 def encode_moments(vae: nn.Module, pixels: Tensor, *, chunk: int = 16) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> posterior mean and standard deviation of the scaled latents, (B, 2 C, h, w)."""
-    found = []
+    moments = []
     for part in pixels.split(chunk):
         posterior = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
-        found.append(torch.cat([posterior.mean, posterior.std], 1).float() * vae.config.scaling_factor)
-    return torch.cat(found)
+        moments.append(torch.cat([posterior.mean, posterior.std], 1).float() * vae.config.scaling_factor)
+    return torch.cat(moments)
 
 
 def draw(moments: Tensor, generator: torch.Generator | None = None) -> Tensor:

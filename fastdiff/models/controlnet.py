@@ -39,10 +39,10 @@ def student_config(parent: Mapping[str, Any], student: Mapping[str, Any]) -> dic
 
 def residuals(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     """What a ControlNet adds to the UNet, in order: of the first convolution, of each layer, of each downsampler (-1)."""
-    found, n = [(-1, -1)], unet.stages(config)
+    places, n = [(-1, -1)], unet.stages(config)
     for i, layers in enumerate(unet.each(config, "layers_per_block")):
-        found += [(i, j) for j in range(layers)] + ([(i, -1)] if i + 1 < n else [])
-    return found
+        places += [(i, j) for j in range(layers)] + ([(i, -1)] if i + 1 < n else [])
+    return places
 
 
 def inherited(
@@ -66,7 +66,7 @@ def inheriting(parent: nn.Module, unet_config: Mapping[str, Any]) -> nn.Module:
     net = unet.unet_of(config, "ControlNetModel")
     state = parent.state_dict()
     names = inherited(parent.config, config, {k: tuple(v.shape) for k, v in state.items()}, unet.shapes_of(net))
-    net.load_state_dict({mine: state[its].detach().float().clone() for mine, its in names.items()}, assign=True)
+    net.load_state_dict({name: state[parent_name].detach().float().clone() for name, parent_name in names.items()}, assign=True)
     return net.train().requires_grad_(True)
 
 
@@ -89,9 +89,9 @@ def check(config: Mapping[str, Any], unet_config: Mapping[str, Any], where: str)
                 f"{where}: is for a UNet with {key} {config.get(key)}, this one has {unet_config.get(key)}",
                 "it must be of the base's family",
             )
-    mine, its = ([c, residuals(c)] for c in (config, unet_config))
-    if list(mine[0]["block_out_channels"]) != list(its[0]["block_out_channels"]) or mine[1] != its[1]:
+    own, needed = ([c, residuals(c)] for c in (config, unet_config))
+    if list(own[0]["block_out_channels"]) != list(needed[0]["block_out_channels"]) or own[1] != needed[1]:
         raise InputRefused(
-            f"{where}: is for another layout ({len(mine[1])} residuals, the UNet has {len(its[1])})",
+            f"{where}: is for another layout ({len(own[1])} residuals, the UNet has {len(needed[1])})",
             "`fastdiff prune --controlnet` cuts one alike, `fastdiff distill-controlnet` also trains it",
         )

@@ -27,8 +27,8 @@ class Cond:
 
     def map(self, f) -> "Cond":
         """`f` applied to every tensor that is there."""
-        found = vars(self)
-        return Cond(**{k: f(v) if v is not None else None for k, v in found.items()})
+        tensors = vars(self)
+        return Cond(**{k: f(v) if v is not None else None for k, v in tensors.items()})
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -117,16 +117,16 @@ class Denoiser(nn.Module):
             return self.net(x_t.to(dtype), t, cond.tokens.to(dtype), return_dict=False, **extra, **residuals)[0]
 
     def extra(self, cond: Cond) -> dict[str, Any]:
-        """What the network is told besides the prompt's tokens, by diffusers' names."""
-        dtype, told = self.net.dtype, {}
+        """What the network is kwargs besides the prompt's tokens, by diffusers' names."""
+        dtype, kwargs = self.net.dtype, {}
         if cond.pooled is not None:
-            told["added_cond_kwargs"] = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids.to(dtype)}
+            kwargs["added_cond_kwargs"] = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids.to(dtype)}
         if self.guidance_embedded:
             if cond.guidance is None:
                 raise ValueError("this network has a guidance embedding: Cond.guidance must be given")
             width = self.net.config.time_cond_proj_dim
-            told["timestep_cond"] = guidance_embedding(cond.guidance - 1, width).to(dtype)
-        return told
+            kwargs["timestep_cond"] = guidance_embedding(cond.guidance - 1, width).to(dtype)
+        return kwargs
 
     def controlled(self, x_t: Tensor, t: Tensor, cond: Cond, extra: dict[str, Any]) -> dict[str, Any]:
         """What the ControlNet adds to each skip connection and to the middle of the UNet."""
@@ -161,17 +161,17 @@ class Denoiser(nn.Module):
     @contextmanager
     def tap(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         """What the modules of those names put out in passes inside, by name; of blocks that answer several things the first."""
-        found: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
 
         def note(name: str):
             def hook(module: nn.Module, args: tuple, out: Tensor | tuple) -> None:
-                found[name] = out if isinstance(out, Tensor) else out[0]
+                outputs[name] = out if isinstance(out, Tensor) else out[0]
 
             return hook
 
         handles = [self.net.get_submodule(name).register_forward_hook(note(name)) for name in names]
         try:
-            yield found
+            yield outputs
         finally:
             for handle in handles:
                 handle.remove()
@@ -185,15 +185,15 @@ class Denoiser(nn.Module):
 
         The decoder does not run, but where the network is split over processes: its blocks are gathered in turn, to the end.
         """
-        blocks, found = list(self.net.down_blocks), []
+        blocks, maps = list(self.net.down_blocks), []
         split = is_split(next(self.net.parameters()))
 
         def note(module: nn.Module, args: tuple, out: Tensor | tuple) -> None:
             if isinstance(out, Tensor):
-                found.append(out)  # the mid block
+                maps.append(out)  # the mid block
             else:
                 _, states = out
-                found.append(states[-2] if module.downsamplers else states[-1])
+                maps.append(states[-2] if module.downsamplers else states[-1])
             if module is last and not split:
                 raise Reached
 
@@ -206,8 +206,8 @@ class Denoiser(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        assert len(found) == len(handles), "the last block was not reached"
-        return found
+        assert len(maps) == len(handles), "the last block was not reached"
+        return maps
 
 
 def trainable_copy(net: nn.Module) -> nn.Module:

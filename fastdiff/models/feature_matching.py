@@ -102,8 +102,8 @@ class FeatureMatching(nn.Module):
         self.encoder = encoder
 
     def forward(self, a: Tensor, b: Tensor, cond: Cond) -> Tensor:
-        mine, its = self.encoder(a, b, cond)
-        return 1 - torch.stack([structure(x, y) for x, y in zip(mine, its, strict=True)]).mean(0)
+        features_a, features_b = self.encoder(a, b, cond)
+        return 1 - torch.stack([structure(x, y) for x, y in zip(features_a, features_b, strict=True)]).mean(0)
 
 
 def open_matching(
@@ -128,8 +128,8 @@ def open_dinov2(ref: str) -> nn.Module:
     try:
         return Dinov2Model.from_pretrained(str(Path(ref).expanduser()) if Path(ref).expanduser().exists() else ref)
     except (OSError, ValueError) as error:
-        told = quoted(error).splitlines()[0]
+        reason = quoted(error).splitlines()[0]
         raise UsageError(
-            f"`fm_encoder=dinov2`: its weights are not on this machine and cannot be downloaded ({told})",
+            f"`fm_encoder=dinov2`: its weights are not on this machine and cannot be downloaded ({reason})",
             "`fm_weights=FOLDER`, or `fm_encoder=unet`, which needs none",
         ) from error

@@ -47,11 +47,11 @@ class FeatureNet(nn.Module):
         """Feature maps, finest first; pixels of another size are resized to 64 px."""
         if pixels.shape[-2:] != (64, 64):
             pixels = F.interpolate(pixels, (64, 64), mode="bilinear", antialias=True, align_corners=False)
-        found = []
+        maps = []
         for stage in self.stages:
             pixels = stage(pixels)
-            found.append(pixels)
-        return found
+            maps.append(pixels)
+        return maps
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Embedding (B, 128)."""

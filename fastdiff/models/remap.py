@@ -34,12 +34,12 @@ def remapped(base: Checkpoint, item: Lora, *, wanted: bool) -> Lora:
                 "`remap=True` moves it to the layers that were kept",
             )
         return item
-    kept: dict[str, Update] = {key: item.modules[its] for key, its in mine.items() if its in item.modules}
+    kept: dict[str, Update] = {key: item.modules[whole_key] for key, whole_key in mine.items() if whole_key in item.modules}
     texts = {key: update for key, update in item.modules.items() if not key.startswith("lora_unet_")}
-    used = {its for its in mine.values() if its in item.modules}
+    used = {whole_key for whole_key in mine.values() if whole_key in item.modules}
     console.info(f"{item.source}: {len(used)} of {len(item.modules) - len(texts)} UNet modules are of layers that were kept")
-    told = {k: v for k, v in item.metadata.items() if k != "fastdiff.layers_per_block"} | layers_told(config)
-    return replace(item, modules=kept | texts, metadata=told)
+    metadata = {k: v for k, v in item.metadata.items() if k != "fastdiff.layers_per_block"} | layers_told(config)
+    return replace(item, modules=kept | texts, metadata=metadata)
 
 
 def stock_shapes(family: Family) -> dict[str, tuple[int, ...]]:

@@ -81,10 +81,10 @@ class Prompts:
             self.rows |= {p: made[i : i + 1] for i, p in enumerate(new)}
         for p in prompts:
             self.rows.move_to_end(p)
-        found = Cond.cat([self.rows[p] for p in prompts])
+        cond = Cond.cat([self.rows[p] for p in prompts])
         while len(self.rows) > self.KEPT:
             self.rows.popitem(last=False)
-        return found
+        return cond
 
     def encode(self, prompts: list[str], batch: int = 64) -> Cond:
         if not self.encoders:
@@ -92,10 +92,10 @@ class Prompts:
         parts = []
         for i in range(0, len(prompts), batch):
             pairs = zip(self.encoders, self.tokenizers, strict=True)
-            found = [encoder(tokenizer(prompts[i : i + batch])) for encoder, tokenizer in pairs]
+            encoded = [encoder(tokenizer(prompts[i : i + batch])) for encoder, tokenizer in pairs]
             family = self.base.family
-            states = torch.cat([x.last if family.text_layer == -1 else x.before for x in found], -1)
-            parts.append(Cond(states.cpu(), found[-1].pooled.cpu() if family.size_conditioned else None))
+            states = torch.cat([x.last if family.text_layer == -1 else x.before for x in encoded], -1)
+            parts.append(Cond(states.cpu(), encoded[-1].pooled.cpu() if family.size_conditioned else None))
         return Cond.cat(parts)
 
     def unconditional(self) -> Cond:

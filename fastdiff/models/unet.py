@@ -147,20 +147,20 @@ def student_config(parent: Mapping[str, Any], layout: str, family: Family) -> Co
             f"{as_field('layout', layout)}: no such layout or file", f"one of {', '.join(LAYOUTS)}, or a UNet's config.json"
         )
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(told, dict)
+        changes = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(changes, dict)
     except (ValueError, AssertionError) as error:
         raise UsageError(f"{as_field('layout', layout)}: not the config of a UNet (JSON with its fields)") from error
     from diffusers import UNet2DConditionModel
 
     known = {*parent, *inspect.signature(UNet2DConditionModel.__init__).parameters}
-    unknown = sorted(k for k in told if k not in known and not k.startswith("_"))
+    unknown = sorted(k for k in changes if k not in known and not k.startswith("_"))
     if unknown:
         raise UsageError(
             f"{as_field('layout', layout)}: unknown field {unknown[0]}",
             "as in the config.json of diffusers' UNet2DConditionModel",
         )
-    return {**parent, **{k: v for k, v in told.items() if not k.startswith("_")}}
+    return {**parent, **{k: v for k, v in changes.items() if not k.startswith("_")}}
 
 
 # ---- inheritance
@@ -172,34 +172,34 @@ def inherited_layers(parent: Mapping[str, Any], student: Mapping[str, Any]) -> d
     The innermost stages go first, so down blocks keep their number and up blocks count from the end. Of a block's layers
     the first are kept, but the last of an up block is the parent's last: its skip connection comes from another width.
     """
-    offset, found = stages(parent) - stages(student), {}
-    told, whole = each(student, "layers_per_block"), each(parent, "layers_per_block")
+    offset, paths = stages(parent) - stages(student), {}
+    counts, parent_counts = each(student, "layers_per_block"), each(parent, "layers_per_block")
     only_cross, has_attention = [bool(v) for v in each(student, "only_cross_attention")], attended(student)
     for i in range(stages(student)):
         mirror = stages(student) - 1 - i
         for side, n, of, to in (
-            ("down_blocks", told[i], whole[i], i),
-            ("up_blocks", told[mirror] + 1, whole[mirror] + 1, i + offset),
+            ("down_blocks", counts[i], parent_counts[i], i),
+            ("up_blocks", counts[mirror] + 1, parent_counts[mirror] + 1, i + offset),
         ):
             for j in range(n):
                 k = of - 1 if side == "up_blocks" and j == n - 1 else j
-                found[f"{side}.{i}.resnets.{j}"] = f"{side}.{to}.resnets.{k}"
+                paths[f"{side}.{i}.resnets.{j}"] = f"{side}.{to}.resnets.{k}"
                 stage = i if side == "down_blocks" else mirror
                 if not has_attention[stage]:
                     continue
-                found[f"{side}.{i}.attentions.{j}"] = f"{side}.{to}.attentions.{k}"
+                paths[f"{side}.{i}.attentions.{j}"] = f"{side}.{to}.attentions.{k}"
                 if only_cross[stage] and not any(each(parent, "only_cross_attention")):
-                    found |= twice_crossed(f"{side}.{i}.attentions.{j}", f"{side}.{to}.attentions.{k}", depths(student)[stage])
-        found[f"down_blocks.{i}.downsamplers"] = f"down_blocks.{i}.downsamplers"
-        found[f"up_blocks.{i}.upsamplers"] = f"up_blocks.{i + offset}.upsamplers"
-    return found
+                    paths |= twice_crossed(f"{side}.{i}.attentions.{j}", f"{side}.{to}.attentions.{k}", depths(student)[stage])
+        paths[f"down_blocks.{i}.downsamplers"] = f"down_blocks.{i}.downsamplers"
+        paths[f"up_blocks.{i}.upsamplers"] = f"up_blocks.{i + offset}.upsamplers"
+    return paths
 
 
-def twice_crossed(mine: str, its: str, depth: int) -> dict[str, str]:
+def twice_crossed(path: str, parent_path: str, depth: int) -> dict[str, str]:
     """Where self-attention became a look at the text, it starts as the parent's look at the text."""
     pairs = {"attn1": "attn2", "norm1": "norm2"}
     block = "transformer_blocks"
-    return {f"{mine}.{block}.{d}.{a}": f"{its}.{block}.{d}.{b}" for d in range(depth) for a, b in pairs.items()}
+    return {f"{path}.{block}.{d}.{a}": f"{parent_path}.{block}.{d}.{b}" for d in range(depth) for a, b in pairs.items()}
 
 
 def renamed(name: str, layers: Mapping[str, str]) -> str:
@@ -232,18 +232,18 @@ def matched(
     what: str,
 ) -> dict[str, str]:
     """Every parameter -> the parent's of its shape, by the map of layers; UsageError where one has none."""
-    found = {name: renamed(name, layers) for name in student_shapes}
+    origins = {name: renamed(name, layers) for name in student_shapes}
     wrong = [
         f"{name} {student_shapes[name]} from {old} {parent_shapes.get(old, '(none)')}"
-        for name, old in found.items()
+        for name, old in origins.items()
         if parent_shapes.get(old) != tuple(student_shapes[name])
     ]
     if wrong:
         raise UsageError(
-            f"{what} does not fit into the base: {len(wrong)} of {len(found)} parameters have nothing to inherit; {wrong[0]}",
+            f"{what} does not fit into the base: {len(wrong)} of {len(origins)} parameters have nothing to inherit; {wrong[0]}",
             "layers of the base may be left out, none added or widened",
         )
-    return found
+    return origins
 
 
 def unet_of(config: Mapping[str, Any], kind: str = "UNet2DConditionModel") -> nn.Module:
@@ -267,7 +267,7 @@ def inheriting(parent: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     net = unet_of(config)
     state = parent.state_dict()
     names = inherited(parent.config, config, {k: tuple(v.shape) for k, v in state.items()}, shapes_of(net))
-    net.load_state_dict({mine: state[its].detach().float().clone() for mine, its in names.items()}, assign=True)
+    net.load_state_dict({name: state[parent_name].detach().float().clone() for name, parent_name in names.items()}, assign=True)
     return net.train().requires_grad_(True)
 
 

@@ -50,12 +50,12 @@ def load_loras(
     """LoRAs with their weights, for this base; `remap`: they are of the network that it was pruned from."""
     layers = 2 if remap else base.unet_config.get("layers_per_block", 2)
     how = dict(layers=layers if isinstance(layers, int) else 2, allow_partial=allow_partial, allow_pickle=allow_pickle)
-    found = [(opened(item, **how), weight) for item, weight in with_weights(loras)]
-    if found and is_pruned(base):
-        return [(remapped(base, item, wanted=remap), weight) for item, weight in found]
+    items = [(opened(item, **how), weight) for item, weight in with_weights(loras)]
+    if items and is_pruned(base):
+        return [(remapped(base, item, wanted=remap), weight) for item, weight in items]
     if remap:
         console.warn(f"`remap`: {base.ref} has all layers of its family; nothing to move")
-    return found
+    return items
 
 
 def recipe_of(base: Checkpoint, loras: Sequence[tuple[lora.Lora, float]]) -> Recipe:

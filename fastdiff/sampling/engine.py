@@ -37,26 +37,26 @@ class Caller:
         self.folded = isinstance(denoiser.net, FoldedUNet)
 
     def inputs(self, t: Tensor, cond: Cond) -> Inputs:
-        told = {name: v for name, v in vars(cond).items() if v is not None}
+        tensors = {name: v for name, v in vars(cond).items() if v is not None}
         if not self.folded:
-            return {**told, "t": t}
+            return {**tensors, "t": t}
         w = None
         if self.denoiser.guidance_embedded:
             w = guidance_embedding(cond.guidance - 1, self.net.config.time_cond_proj_dim)
         folded = self.net.fold(t, cond.tokens, pooled=cond.pooled, time_ids=cond.time_ids, guidance=w)
-        told = {**told, "t": t} if self.controlled(told) else {}  # else all that they say is in the two folded tensors
-        return {**told, **folded._asdict()}
+        tensors = {**tensors, "t": t} if self.controlled(tensors) else {}  # else all that they say is in the two folded tensors
+        return {**tensors, **folded._asdict()}
 
-    def controlled(self, told: Mapping[str, Tensor]) -> bool:
-        return self.denoiser.controlnet is not None and "control" in told
+    def controlled(self, tensors: Mapping[str, Tensor]) -> bool:
+        return self.denoiser.controlnet is not None and "control" in tensors
 
     def __call__(self, x: Tensor, k: int, inputs: Inputs) -> Tensor:
-        told = {name: v for name, v in inputs.items() if name in Cond.__dataclass_fields__}
+        conditions = {name: v for name, v in inputs.items() if name in Cond.__dataclass_fields__}
         if not self.folded:
-            return self.denoiser.answer(x, inputs["t"][k], Cond(**told))
+            return self.denoiser.answer(x, inputs["t"][k], Cond(**conditions))
         residuals: dict[str, Any] = {}
-        if self.controlled(told):
-            cond, t = Cond(**told), inputs["t"][k].expand(len(x))
+        if self.controlled(conditions):
+            cond, t = Cond(**conditions), inputs["t"][k].expand(len(x))
             residuals = self.denoiser.controlled(x, t, cond, self.denoiser.extra(cond))
         return self.net.step(x, Folded(inputs["kv"], inputs["shift"]), k, residuals)
 
@@ -254,20 +254,19 @@ class Engine:
         between = stop.check if self.backend is None else lambda: None  # a captured walk has no host in it
 
         def draw(noise: Tensor, **inputs: Tensor) -> Tensor:
-            found = latents(self.call, walk._replace(noise=noise, inputs=inputs), between)
-            pixels = self.decode(found)
+            pixels = self.decode(latents(self.call, walk._replace(noise=noise, inputs=inputs), between))
             return to_bytes(pixels).permute(0, 2, 3, 1).contiguous()
 
-        told = {"noise": walk.noise, **walk.inputs}
+        tensors = {"noise": walk.noise, **walk.inputs}
         if self.backend is None:
-            return draw(**told)
+            return draw(**tensors)
         stop.check()
-        key = (id(walk.table), walk.guidance, tuple((k, tuple(v.shape)) for k, v in told.items()))
+        key = (id(walk.table), walk.guidance, tuple((k, tuple(v.shape)) for k, v in tensors.items()))
         if key not in self.captured:
             while len(self.captured) >= self.KEPT:
                 self.captured.pop(next(iter(self.captured)))
-            self.captured[key] = Captured(draw, told, self.compile, self.backend)
-        return self.captured[key](told)
+            self.captured[key] = Captured(draw, tensors, self.compile, self.backend)
+        return self.captured[key](tensors)
 
 
 class Copy:

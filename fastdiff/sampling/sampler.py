@@ -83,9 +83,9 @@ class Sampler:
     ) -> None:
         device = assemble.pick_device(device)
         self.source = assemble.open_base(base, precision, device, allow_pickle=allow_pickle)
-        self.worn = with_weights(loras)
+        self.loras = with_weights(loras)
         self.lora_options = dict(remap=remap, allow_partial=allow_partial, allow_pickle=allow_pickle)
-        ready = assemble.load_loras(self.source, self.worn, **self.lora_options)
+        ready = assemble.load_loras(self.source, self.loras, **self.lora_options)
         self.recipe = assemble.recipe_of(self.source, ready)
         self.same_family()
         alone = not ready and not identified
@@ -124,7 +124,7 @@ class Sampler:
         self.vae = vae if isinstance(vae, Decoder) else vae.to(device)
         self.engine = Engine(self.denoiser, lambda latents: autoencoder.decode(self.vae, latents), device, compile=compile)
         self.tables: dict[Settings, Table] = {}
-        self.told: tuple[tuple[Any, ...], Inputs] | None = None
+        self.latest: tuple[tuple[Any, ...], Inputs] | None = None
 
     def same_family(self) -> None:
         """UsageError where the recipe is of another family than the base, before anything heavy loads."""
@@ -230,7 +230,7 @@ class Sampler:
         if self.source is None:
             raise UsageError("pipeline(): only of a sampler that was opened from a checkpoint, not of networks in memory")
         own = assemble.separate(self.source, "unet", "vae", "text_encoders")
-        ready = assemble.load_loras(own, self.worn, **self.lora_options)
+        ready = assemble.load_loras(own, self.loras, **self.lora_options)
         apply.apply(own, ready, allow_partial=self.lora_options["allow_partial"])
         settings, kind = self.settings, self.denoiser.kind
         scheduler = assemble.stock_scheduler(settings.scheduler, own.scheduler_config, spacing=settings.spacing, kind=kind)
@@ -253,7 +253,7 @@ class Sampler:
     def inputs(self, table: Table, cond: Cond, uncond: Cond | None, settings: Settings, px: int | None = None) -> Inputs:
         """What the network is told of prompts; of the same ones as last time the same tensors, so that nothing is copied."""
         key = (table, cond, uncond, px)
-        if self.told is None or any(a is not b for a, b in zip(self.told[0], key, strict=True)):
+        if self.latest is None or any(a is not b for a, b in zip(self.latest[0], key, strict=True)):
             rows = cond
             if uncond is not None:  # guidance is of the text alone: both halves see the same control
                 uncond = uncond if len(uncond) == len(cond) else uncond.expand(len(cond))
@@ -262,8 +262,8 @@ class Sampler:
                 rows = with_size(rows, px)
             if self.denoiser.guidance_embedded:
                 rows = rows.with_guidance(torch.full((len(rows),), settings.guidance))
-            self.told = key, self.engine.inputs(table, rows.map(lambda v: v.to(self.device)))
-        return self.told[1]
+            self.latest = key, self.engine.inputs(table, rows.map(lambda v: v.to(self.device)))
+        return self.latest[1]
 
     def walk(
         self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int], px: int | None = None
@@ -275,7 +275,7 @@ class Sampler:
 
     def latents(self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int]) -> Tensor:
         """Scaled latents (B, C, h, w) for latent size (h, w); cond has B rows, uncond one or B."""
-        self.told = None  # the network may have been trained since
+        self.latest = None  # the network may have been trained since
         if type(self.denoiser).forward is not Denoiser.forward:
             return self.solved(cond, uncond, seeds, settings, size)
         return self.engine.latents(self.walk(cond, uncond, seeds, settings, size))
@@ -309,12 +309,12 @@ class Sampler:
         self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, *, resolution_px: int, batch: int = 50
     ) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] on the CPU, in batches."""
-        found = []
+        images = []
         for i in range(0, len(seeds), batch):
             rows = slice(i, i + batch)
             negative = uncond if len(uncond) == 1 else uncond[rows]
-            found.append(self.pictures(cond[rows], negative, seeds[rows], settings, resolution_px)[1])
-        return torch.cat(found)
+            images.append(self.pictures(cond[rows], negative, seeds[rows], settings, resolution_px)[1])
+        return torch.cat(images)
 
     def stream_batches(
         self, batches: Iterable[tuple[Cond, Cond, Sequence[int]]], settings: Settings, resolution_px: int
@@ -325,7 +325,7 @@ class Sampler:
         networks must not change meanwhile.
         """
         side, waiting = resolution_px // autoencoder.factor(self.vae), deque()
-        self.told = None
+        self.latest = None
         for cond, uncond, seeds in batches:
             walk = self.walk(cond, uncond, seeds, settings, (side, side), resolution_px)
             waiting.append(Copy(self.engine.bytes(walk)))

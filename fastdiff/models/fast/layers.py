@@ -24,18 +24,18 @@ def tensors_of(base: Checkpoint, part: str) -> dict[str, Tensor]:
     """A component's tensors by plain name: of the network where it is loaded, which may have been changed, else of its files."""
     nets = dict(zip(base.text_parts, base.__dict__.get("text_encoders", ()), strict=False)) | base.__dict__
     if part in nets:
-        found = nets[part].state_dict()
+        state = nets[part].state_dict()
     elif base.path.is_file():
         weights = base.weights(part)
         return {name: weights[name] for name in weights.shapes}
     else:
         files = [tensors.open_file(path, allow_pickle=base.allow_pickle) for path in base.stored(part, base.path)]
-        found = {name: file[name] for file in files for name in file}
-    if not found:
+        state = {name: file[name] for file in files for name in file}
+    if not state:
         raise Unknown(f"{part} has no files")
-    if any(".base_layer." in name for name in found):
+    if any(".base_layer." in name for name in state):
         raise Unknown(f"{part} has adapters")
-    return {plain_name(part, k): v for k, v in found.items() if not re.search(r"position_ids$|logit_scale$", k)}
+    return {plain_name(part, k): v for k, v in state.items() if not re.search(r"position_ids$|logit_scale$", k)}
 
 
 class Stored:
@@ -52,13 +52,13 @@ class Stored:
         """A tensor; Unknown where it is not there, not finite, or not of that shape (None: any)."""
         if name not in self.tensors:
             raise Unknown(f"{name} is missing")
-        found = self.tensors[name]
-        if shape and (len(shape) != found.ndim or any(w not in {None, n} for w, n in zip(shape, found.shape, strict=True))):
-            raise Unknown(f"{name} is {tuple(found.shape)}, not {shape}")
+        tensor = self.tensors[name]
+        if shape and (len(shape) != tensor.ndim or any(w not in {None, n} for w, n in zip(shape, tensor.shape, strict=True))):
+            raise Unknown(f"{name} is {tuple(tensor.shape)}, not {shape}")
         self.asked.add(name)
-        if not found.is_floating_point() or not (found.is_meta or bool(found.isfinite().all())):
+        if not tensor.is_floating_point() or not (tensor.is_meta or bool(tensor.isfinite().all())):
             raise Unknown(f"{name} is not a finite number everywhere")
-        return found.detach().to(self.device, self.dtype)
+        return tensor.detach().to(self.device, self.dtype)
 
     def optional(self, name: str, *shape: int | None) -> Tensor | None:
         return self(name, *shape) if name in self else None
@@ -113,8 +113,8 @@ class Conv:
     def relu(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """relu(conv(x) + plus), in one pass over the answer where oneDNN does it: the same numbers, a tenth sooner."""
         if not fuses(x):
-            found = self(x)
-            return (found if plus is None else found.add_(plus)).relu_()
+            y = self(x)
+            return (y if plus is None else y.add_(plus)).relu_()
         how = self.weight, self.bias, [self.padding] * 2, [self.stride] * 2, [1, 1], 1
         if plus is None:
             return torch.ops.mkldnn._convolution_pointwise(x, *how, "relu", [], None)

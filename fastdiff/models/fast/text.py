@@ -80,11 +80,11 @@ class Tokenizer:
             raise Unknown(f"{folder}: no tokenizer.json")
         from tokenizers import Tokenizer as Fast
 
-        told = json.loads((folder / "tokenizer_config.json").read_text())
-        pad = told.get("pad_token", "<|endoftext|>")
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        pad = config.get("pad_token", "<|endoftext|>")
         pad = pad["content"] if isinstance(pad, dict) else pad
         self.model = Fast.from_file(str(folder / "tokenizer.json"))
-        self.length = told["model_max_length"]
+        self.length = config["model_max_length"]
         self.model.enable_truncation(self.length)
         self.model.enable_padding(length=self.length, pad_id=self.model.token_to_id(pad), pad_token=pad)
 
