@@ -193,12 +193,7 @@ class Runs:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown."""
-    lines = [
-        f"Card: {card()}",
-        "",
-        "| row | result | seconds | GiB reserved | GiB allocated |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    lines = [f"Card: {card()}", "", "| row | result | seconds | GiB reserved | GiB allocated |", "| --- | --- | --- | --- | --- |"]
     for name, row in results.items():
         cells = [name, "ok" if row["ok"] else row["why"]]
         cells += [str(row.get(key, "")) for key in ("seconds", "reserved_gib", "allocated_gib")]
