@@ -167,7 +167,7 @@ class Plain:
 
 
 def backend_of(device: torch.device | str, compile: Compile) -> Backend | None:
-    """Return the CUDA backend on a GPU, unless `off`. Elsewhere return the compiler alone with `max` (it takes minutes), else None."""
+    """Return the CUDA backend on a GPU, unless `off`. Elsewhere `max` gets the compiler alone (it takes minutes), else None."""
     if torch.device(device).type == "cuda" and torch.cuda.is_available():
         return None if compile == "off" else Cuda()
     return Plain() if compile == "max" else None

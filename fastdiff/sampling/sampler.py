@@ -111,7 +111,7 @@ class Sampler:
         compile: Compile = "off",
         recipe: Recipe | None = None,
     ) -> "Sampler":
-        """Make a sampler of a denoiser and VAE in memory, even while they train. `base` encodes prompts and gives the schedule."""
+        """Make a sampler of a denoiser and VAE in memory, even while they train. Everything else comes from `base`."""
         self = cls.__new__(cls)
         self.base, self.source, self.recipe = base, None, recipe or Recipe()
         self.coverage, self.identity = [], ()
@@ -212,7 +212,7 @@ class Sampler:
                 yield pictures.portrait(pixels, facts(*job))
 
     def conds(self, lines: Sequence[str], *, negative: str = "", control: Tensor | None = None) -> tuple[Cond, Cond]:
-        """Encode prompts to a Cond, a row each, and the negative prompt to another. All rows get `control` (3, H, W) in [0, 1]."""
+        """Encode prompts to a Cond, a row each, and the negative prompt to another. All get `control` (3, H, W) in [0, 1]."""
         cond = self.prompts(list(lines))
         if control is not None:
             cond = cond.with_control(control.to(self.device).contiguous().expand(len(cond), -1, -1, -1))
