@@ -119,7 +119,7 @@ class Buckets:
         return Buckets([first, *self.groups[1:]]), kept
 
     def batch(self, size: int, generator: torch.Generator, shared: torch.Generator | None = None) -> Batch:
-        """Draw `size` items of one picture size, chosen by `shared`: if equal on all processes, none waits for larger pictures."""
+        """Draw items of one picture size, chosen by `shared`: if equal on all processes, none waits for larger pictures."""
         lengths = torch.tensor([float(len(group)) for group in self.groups])
         group = self.groups[int(torch.multinomial(lengths, 1, generator=shared or generator))]
         return group.batch(size, generator)
