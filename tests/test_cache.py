@@ -191,7 +191,7 @@ def test_a_damaged_file_of_the_cache_is_made_again(tiny_sd, folder, encoded, tmp
     again = opened(tiny_sd, folder)
     assert encoded.pictures == 12
     assert torch.equal(again.moments[:], wanted)
-    assert "damaged; what it held is made again" in capsys.readouterr().err
+    assert "damaged; its contents are made again" in capsys.readouterr().err
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
@@ -314,9 +314,9 @@ def test_max_images(tiny_sd, folder, encoded):
     assert len(opened(tiny_sd, folder, most=4)) == 4
     assert encoded.pictures == 4
     assert len(opened(tiny_sd, folder)) == 6
-    with pytest.raises(UsageError, match="`max_images`: has no use with `data=emoji`"):
+    with pytest.raises(UsageError, match="`max_images`: has no effect with `data=emoji`"):
         open_data(checkpoint.load("emoji"), "emoji", resolution_px=64, max_images=3, **OPEN)
-    with pytest.raises(UsageError, match="`flip`: has no use with `data=teacher`"):
+    with pytest.raises(UsageError, match="`flip`: has no effect with `data=teacher`"):
         opened("emoji", "teacher", flip=True)
 
 

@@ -119,7 +119,7 @@ def test_extractors_of_others_are_named_by_module_and_function():
     made = control.extract(picture, control.extractor(f"{__name__}:inverted"))
     assert (made == 250).all()
     assert made.shape == (2, 3, 16, 16)
-    with pytest.raises(UsageError, match="the extractor answered"):
+    with pytest.raises(UsageError, match="the extractor returned"):
         control.extract(picture, control.extractor(f"{__name__}:wrong"))
     for name in ("nothing", "no.such:module", f"{__name__}:missing"):
         with pytest.raises(UsageError, match="`control"):

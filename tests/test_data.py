@@ -180,7 +180,7 @@ def test_a_damaged_file_is_sampled_again(teacher_data, tmp_path, capsys):
     (path,) = shards(tmp_path)
     path.write_bytes(path.read_bytes()[:-7])
     assert torch.equal(data().moments, first.moments)
-    assert "damaged; sampled again" in capsys.readouterr().err
+    assert "damaged; its samples are drawn again" in capsys.readouterr().err
 
 
 def test_samples_that_are_not_finite_are_left_out_by_name(teacher_data, monkeypatch, capsys):

@@ -171,7 +171,7 @@ def test_spellings():
 def test_python_speaks_fields(tmp_path):
     with pytest.raises(UsageError, match=re.escape("`base=nothing-here`: not an alias (emoji, sd15")):
         fastdiff.load("nothing-here")
-    with pytest.raises(ValueError, match="`scheduler=nope`: one of "):
+    with pytest.raises(ValueError, match="`scheduler=nope`: use one of "):
         Settings(scheduler="nope")
     with pytest.raises(ValueError, match="`num_steps` must be between 1 and 1000, not 0"):
         NoiseSchedule(torch.linspace(0.99, 0.01, 1000)).grid(0, "trailing")

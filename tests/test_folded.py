@@ -117,7 +117,7 @@ def test_what_is_not_known_is_not_guessed():
     for change in (dict(act_fn="gelu"), dict(class_embed_type="timestep"), dict(resnet_time_scale_shift="scale_shift")):
         with pytest.raises(Unknown, match=next(iter(change))):
             FoldedUNet(state, dict(net.config) | change)
-    with pytest.raises(Unknown, match="extra.weight has no place"):
+    with pytest.raises(Unknown, match="extra.weight is not used by any known layer"):
         FoldedUNet({**state, "extra.weight": torch.zeros(3)}, net.config)
     with pytest.raises(Unknown, match="conv_out.weight is missing"):
         FoldedUNet({k: v for k, v in state.items() if k != "conv_out.weight"}, net.config)

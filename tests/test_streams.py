@@ -81,7 +81,7 @@ def test_at_most_so_many_are_taken(opened, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
     shard(tmp_path / "a.tar", range(6))
     assert names(opened(f"wds:{tmp_path}/a.tar", most=4)) == ["0000", "0001", "0002", "0003"]
-    assert "the first 4 images (`max_images`)" in capsys.readouterr().err
+    assert "only the first 4 images are used (`max_images`)" in capsys.readouterr().err
 
 
 def test_a_broken_member_a_missing_caption_and_an_empty_image_are_counted_and_named(opened, tmp_path, capsys):
@@ -221,7 +221,7 @@ def test_a_parquet_file(opened, tmp_path, capsys):
     assert [name.rsplit(" ", 1)[1] for name in data.names] == ["1", "2"]
     assert "row 0: not a readable image" in capsys.readouterr().err
     datasets.Dataset.from_list([{"a": 1}]).to_parquet(str(tmp_path / "b.parquet"))
-    with pytest.raises(UsageError, match="no image among its columns: a"):
+    with pytest.raises(UsageError, match="there is no image column among a"):
         opened(f"hf:{tmp_path}/b.parquet")
 
 
@@ -229,10 +229,10 @@ def test_mistakes_are_told_with_the_fix(opened, imagefolder):
     with pytest.raises(UsageError, match="`data=hf:nobody/nothing`") as error:
         opened("hf:nobody/nothing")
     assert "without a network only files at hand" in error.value.hint
-    with pytest.raises(UsageError, match="`data=hf:imagefolder`: of which files"):
+    with pytest.raises(UsageError, match="`data=hf:imagefolder`: the path of the files"):
         opened("hf:imagefolder")
     (imagefolder / "metadata.jsonl").unlink()
-    with pytest.raises(UsageError, match="no captions among its columns"):
+    with pytest.raises(UsageError, match="no caption column among"):
         opened(f"hf:imagefolder:{imagefolder}")
 
 

@@ -1,4 +1,4 @@
-"""What a method trains on: latents and conditions, encoded once. B batch, N items, K captions an item, M texts."""
+"""Training data of a method: latents and conditions, encoded once. B batch, N items, K captions per item, M texts."""
 
 from dataclasses import dataclass, replace
 
@@ -12,16 +12,17 @@ from fastdiff.models.denoiser import Cond
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimiser step's worth of data."""
+    """The data of one optimiser step."""
 
-    latents: Tensor  # (B, C, h, w), scaled; NaN where only prompts were asked for
+    latents: Tensor  # (B, C, h, w), scaled; NaN if the data set has prompts only
     cond: Cond  # B rows
     uncond: Cond  # B rows
-    noise: Tensor | None = None  # (B, C, h, w) that the teacher's sampler turned into `latents`
-    pixels: Tensor | None = None  # (B, 3, H, W) in [-1, 1], the VAE's picture of `latents`
-    items: list[str] | None = None  # B, which of the data set they are
+    noise: Tensor | None = None  # (B, C, h, w): the start noise of the teacher's samples `latents`
+    pixels: Tensor | None = None  # (B, 3, H, W) in [-1, 1]: the decoded `latents`
+    items: list[str] | None = None  # B names of the items in the data set
 
     def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch with all tensors on a device."""
         move = lambda v: v.to(device)  # noqa: E731
         noise, pixels = (None if v is None else move(v) for v in (self.noise, self.pixels))
         return Batch(move(self.latents), self.cond.map(move), self.uncond.map(move), noise, pixels, self.items)
@@ -29,46 +30,47 @@ class Batch:
 
 @dataclass
 class Encoded:
-    """A whole data set in latent space, of one size.
+    """A whole data set in latent space, with items of one size.
 
-    Which items a step sees depends on (seed, rank, step) alone, so a resumed run sees what an uninterrupted one would.
+    The items of a step depend only on the generator that `batch` gets, made from (seed, rank, step). So a resumed run sees
+    the same items as an uninterrupted one.
     """
 
     moments: Tensor | Stored  # (N, 2 C, h, w) posterior mean and standard deviation of scaled latents
-    texts: Cond  # M rows, each distinct caption once; they may be Stored, too
+    texts: Cond  # M rows, each distinct caption once; the fields may be Stored
     captions: Tensor  # (N, K) rows of `texts`
-    weights: Tensor  # (K,) how often each of an item's captions is drawn
+    weights: Tensor  # (K,) relative frequency of each of an item's captions
     uncond: Cond  # one row
     time_ids: Tensor | None = None  # (N, 6) SDXL
-    empty_prompts: float = 0.0  # share of items trained with the unconditional branch as their condition
-    noise: Tensor | None = None  # (N, C, h, w) that each latent was sampled from
-    pixels: Tensor | None = None  # (N, 3, H, W) uint8, the VAE's picture of each latent
-    controls: Tensor | None = None  # (N, 1 or 3, H, W) uint8, what a ControlNet is shown of it
-    names: list[str] | None = None  # N, where each item comes from
-    views: int = 1  # items of one picture, side by side: its crops and mirror images
+    empty_prompts: float = 0.0  # share of items that get `uncond` as their condition, in 0..1
+    noise: Tensor | None = None  # (N, C, h, w): the start noise of each latent
+    pixels: Tensor | None = None  # (N, 3, H, W) uint8: the decoded latents
+    controls: Tensor | None = None  # (N, 1 or 3, H, W) uint8: the control picture of each item
+    names: list[str] | None = None  # N names that tell where each item comes from
+    views: int = 1  # number of adjacent items that show one picture: its crops and mirror images
 
     def __len__(self) -> int:
         return len(self.moments)
 
     @property
     def latents(self) -> Tensor:
-        """(N, C, h, w), the middle of each posterior; fp32."""
+        """The mean latents (N, C, h, w) of all items, fp32."""
         return self.moments[:].chunk(2, 1)[0].float()
 
     def rows(self, items: slice) -> "Encoded":
-        """A part of the items, with the texts of all."""
+        """Return a part of the items; the texts of all items are kept."""
         own = ("moments", "captions", "time_ids", "noise", "pixels", "controls", "names")
         there = {k: v for k, v in vars(self).items() if k in own and v is not None}
         return replace(self, **{k: v.rows(items) if isinstance(v, Stored) else v[items] for k, v in there.items()})
 
     def split(self, n: int) -> tuple["Encoded", "Encoded"]:
-        """All but the last n items, at most a quarter of them, and those: to be judged on what was not trained on."""
+        """Split off the last n items, at most a quarter, for evaluation. Returns (training items, evaluation items)."""
         kept = len(self) - max(1, min(n, len(self) // 4))
-        kept -= kept % self.views  # no picture is on both sides
+        kept -= kept % self.views  # crops of one picture stay on one side
         return self.rows(slice(kept)), self.rows(slice(kept, None))
 
     def batch(self, size: int, generator: torch.Generator, shared: torch.Generator | None = None) -> Batch:
-        """Items drawn by `generator`; `shared`, the same on every process, has no say where all are of one size."""
+        """Draw `size` random items by `generator`. `shared` is not used here: see `Buckets.batch`."""
         items = torch.randint(len(self), (size,), generator=generator)
         column = torch.multinomial(self.weights, size, replacement=True, generator=generator)
         cond = self.texts[self.captions[items, column]]
@@ -83,11 +85,11 @@ class Encoded:
             cond = cond.with_control((self.controls[items].float() / 255).expand(-1, 3, -1, -1))
         noise = None if self.noise is None else self.noise[items].float()
         pixels = None if self.pixels is None else self.pixels[items].float() / 127.5 - 1
-        told = [self.names[i] if self.names else str(i) for i in items.tolist()]
-        return Batch(autoencoder.draw(self.moments[items].float(), generator), cond, uncond, noise, pixels, told)
+        names = [self.names[i] if self.names else str(i) for i in items.tolist()]
+        return Batch(autoencoder.draw(self.moments[items].float(), generator), cond, uncond, noise, pixels, names)
 
     def state_dict(self) -> dict[str, int]:
-        """Nothing: which items come next depends on the step alone. A stream of its own position would keep that here."""
+        """Return an empty state: the next items depend on the step alone. A data set with a position would store it here."""
         return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None: ...
@@ -95,9 +97,9 @@ class Encoded:
 
 @dataclass
 class Buckets:
-    """A data set of several sizes: a batch is of one of them, drawn in proportion to its items."""
+    """A data set with items of several sizes. Each batch has one size, drawn in proportion to its number of items."""
 
-    groups: list[Encoded]  # the largest first
+    groups: list[Encoded]  # one for each size, the most items first
 
     def __len__(self) -> int:
         return sum(len(group) for group in self.groups)
@@ -112,12 +114,12 @@ class Buckets:
             group.empty_prompts = share
 
     def split(self, n: int) -> tuple["Buckets", Encoded]:
-        """As `Encoded.split`; what is kept is of one size, the most frequent."""
+        """Split like `Encoded.split`; all evaluation items have the most frequent size."""
         first, kept = self.groups[0].split(n)
         return Buckets([first, *self.groups[1:]]), kept
 
     def batch(self, size: int, generator: torch.Generator, shared: torch.Generator | None = None) -> Batch:
-        """`shared` chooses the size: with one that is the same on every process, no process waits for a larger picture."""
+        """Draw items of one picture size, chosen by `shared`: if equal on all processes, none waits for larger pictures."""
         lengths = torch.tensor([float(len(group)) for group in self.groups])
         group = self.groups[int(torch.multinomial(lengths, 1, generator=shared or generator))]
         return group.batch(size, generator)

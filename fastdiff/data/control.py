@@ -1,4 +1,4 @@
-"""Control pictures: what a ControlNet is shown, taken out of pictures by a library's extractor."""
+"""Control pictures for ControlNets, such as edges, extracted from pictures."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -18,10 +18,11 @@ from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import at_once
 
 Extractor = Callable[[Any], Any]  # numpy RGB (H, W, 3) uint8 -> (H, W) or (H, W, 3) uint8
-THRESHOLDS = (100, 200)  # of the gradient's size: OpenCV's and diffusers' usual ones
+THRESHOLDS = (100, 200)  # lower and upper threshold of the gradient: the usual ones of OpenCV and diffusers
 
 
 def opencv() -> Any:
+    """Import OpenCV. Raises UsageError if it is not installed."""
     try:
         import cv2
     except ImportError as error:
@@ -30,52 +31,62 @@ def opencv() -> Any:
 
 
 def canny(picture: Any) -> Any:
-    """Edges, 255 on 0 (OpenCV)."""
+    """Extract Canny edges from a picture (H, W, 3) uint8: (H, W) uint8, 255 on edges, else 0 (OpenCV)."""
     return opencv().Canny(picture, *THRESHOLDS)
 
 
 def extractor(name: str) -> Extractor:
-    """canny, or MODULE:FUNCTION of your own, which gets and gives arrays as `Extractor` says."""
+    """Return the extractor `canny`, or the function MODULE:FUNCTION, which must be an `Extractor`.
+
+    Raises UsageError if the function cannot be imported or OpenCV is missing.
+    """
     if name == "canny":
-        opencv()  # told now, not after the pictures have been made
+        opencv()  # fail now, not after the pictures have been drawn
         return canny
-    module, _, function = name.partition(":")
+    module, _, attribute = name.partition(":")
     try:
-        found = getattr(import_module(module), function or "")  # a stranger's function by its name
+        function = getattr(import_module(module), attribute or "")  # the function is named by the user
     except (ImportError, AttributeError, ValueError) as error:
-        hint = "canny, or MODULE:FUNCTION that can be imported"
+        hint = "use canny, or MODULE:FUNCTION that can be imported"
         raise UsageError(f"{as_field('control', name)}: no such extractor", hint) from error
-    return found
+    return function
 
 
 def extract(pictures: Tensor, how: Extractor) -> Tensor:
-    """Pictures (N, 3, H, W) uint8 -> controls (N, 1 or 3, H, W) uint8. UsageError where the extractor answers something else."""
-    found = []
+    """Extract controls (N, 1 or 3, H, W) uint8 from pictures (N, 3, H, W) uint8.
+
+    Raises UsageError if the extractor returns another shape or dtype.
+    """
+    controls = []
     for picture in pictures:
-        told = torch.from_numpy(how(picture.permute(1, 2, 0).contiguous().numpy()).copy())
-        made = told[None] if told.ndim == 2 else told.permute(2, 0, 1)
-        if made.dtype != torch.uint8 or made.shape[0] not in (1, 3) or made.shape[1:] != picture.shape[1:]:
+        answer = torch.from_numpy(how(picture.permute(1, 2, 0).contiguous().numpy()).copy())
+        control = answer[None] if answer.ndim == 2 else answer.permute(2, 0, 1)
+        size = tuple(picture.shape[1:])
+        if control.dtype != torch.uint8 or control.shape[0] not in (1, 3) or control.shape[1:] != size:
             raise UsageError(
-                f"`control`: the extractor answered {tuple(told.shape)} {told.dtype} for a picture of {tuple(picture.shape[1:])}",
-                "(H, W) or (H, W, 3) in bytes, of the picture's size",
+                f"`control`: the extractor returned {tuple(answer.shape)} {answer.dtype} for a picture of {size}",
+                "it must return uint8 of (H, W) or (H, W, 3), as large as the picture",
             )
-        found.append(made)
-    return torch.stack(found)
+        controls.append(control)
+    return torch.stack(controls)
 
 
 def of_samples(vae: nn.Module, data: Encoded, how: Extractor) -> None:
-    """Give every item the control picture of its own decoded latent: noise, picture and control are a triple (SDXS, 3.2)."""
-    z, found = data.latents, []
+    """Set `data.controls` to the controls of the decoded latents: noise, picture and control form triples (SDXS, section 3.2)."""
+    z, controls = data.latents, []
     with console.progress(len(z), "control pictures") as bar:
         for part in z.split(at_once(z.shape[-1])):
             stop.check()
-            found.append(extract(uint8(autoencoder.decode(vae, part.to(vae.device), chunk=len(part))).cpu(), how))
+            controls.append(extract(uint8(autoencoder.decode(vae, part.to(vae.device), chunk=len(part))).cpu(), how))
             bar.update(len(part))
-    data.controls = torch.cat(found)
+    data.controls = torch.cat(controls)
 
 
 def read(path: Path, side_px: int, how: Extractor | None) -> Tensor:
-    """A control picture from a file, (3, S, S) in [0, 1]; with an extractor the file is a picture that it is taken from."""
+    """Read a control picture (3, S, S) in [0, 1], S = `side_px`. With an extractor, the file is a picture to extract it from.
+
+    Raises UsageError if the file does not exist, and InputRefused if it is not a readable picture.
+    """
     if not path.is_file():
         raise UsageError(f"{as_field('control_image', path)}: no such file")
     pixels, _ = square(path, side_px)
@@ -85,7 +96,7 @@ def read(path: Path, side_px: int, how: Extractor | None) -> Tensor:
 
 
 def agreement(a: Tensor, b: Tensor, tolerance_px: int = 1) -> Tensor:
-    """F1 (B,) of edge maps (B, 1, H, W) uint8: an edge is found where the other map has one within the tolerance."""
+    """Return the F1 score (B,) of two edge maps (B, 1, H, W) uint8. Edges match if they are at most `tolerance_px` apart."""
     a, b = (x[:, :1].float() > 127 for x in (a, b))
     near = lambda x: F.max_pool2d(x.float(), 2 * tolerance_px + 1, 1, tolerance_px) > 0
     part = lambda x, y: (x & near(y)).flatten(1).sum(1) / x.flatten(1).sum(1).clamp(min=1)

@@ -1,7 +1,7 @@
-"""The embedded data set: emoji pictures on flat backgrounds with their Unicode names as captions.
+"""The embedded data set: emoji pictures on plain backgrounds, with their Unicode names as captions.
 
-One picture and one background make one image, so a caption that leaves the background open ("red apple"),
-or names only the group ("fruit on blue"), has several right answers: a model must sample, not look up.
+Each image shows one picture on one background. A caption without background ("red apple"), or with only the group ("fruit on
+blue"), fits several images. So a model must learn to sample; it cannot memorise one image per caption.
 """
 
 import json
@@ -36,25 +36,27 @@ BACKGROUNDS = {
 
 @dataclass(frozen=True)
 class Picture:
+    """One emoji: its name, such as "red apple", and its group, such as "fruit"."""
+
     name: str
     group: str
 
 
 @cache
 def pictures() -> tuple[Picture, ...]:
-    """The pictures in the order of the sheets' cells."""
+    """Return all pictures, in the order of the cells of the sheets."""
     rows = json.loads((PICTURES / "captions.json").read_text(encoding="utf-8"))
     return tuple(Picture(row["name"], row["group"]) for row in rows)
 
 
 @cache
 def sprites(style: str = "noto") -> Tensor:
-    """Every picture of one drawing style: (N, 4, 64, 64) RGBA in [0, 1]."""
+    """Return all pictures of a drawing style as RGBA (N, 4, 64, 64) in [0, 1]. Raises ValueError for an unknown style."""
     import numpy as np
     from PIL import Image
 
     if style not in STYLES:
-        raise ValueError(f"unknown emoji style {style!r}: one of {', '.join(STYLES)}")
+        raise ValueError(f"unknown emoji style {style!r}: use one of {', '.join(STYLES)}")
     image = Image.open(PICTURES / f"{style}.png").convert("RGBA")
     sheet = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     cells = sheet.unfold(1, CELL_PX, CELL_PX).unfold(2, CELL_PX, CELL_PX)  # (4, rows, columns, 64, 64)
@@ -62,7 +64,7 @@ def sprites(style: str = "noto") -> Tensor:
 
 
 def compose(picture: Tensor, background: Tensor, style: str = "noto") -> Tensor:
-    """Pictures on backgrounds: index tensors (B,) and (B,) -> pixels (B, 3, 64, 64) in [-1, 1]."""
+    """Draw pictures on backgrounds, given by indices (B,) and (B,), as pixels (B, 3, 64, 64) in [-1, 1]."""
     colours = torch.tensor(list(BACKGROUNDS.values())) / 255
     rgba = sprites(style)[picture]
     alpha = rgba[:, 3:]
@@ -70,7 +72,7 @@ def compose(picture: Tensor, background: Tensor, style: str = "noto") -> Tensor:
 
 
 def caption(picture: int, background: int | None, coarse: bool = False) -> str:
-    """'red apple on blue', 'red apple', 'fruit on blue' or 'fruit'."""
+    """Return a caption: "red apple on blue" or, without background, "red apple"; if `coarse`, "fruit on blue" or "fruit"."""
     subject = pictures()[picture].group if coarse else pictures()[picture].name
     return subject if background is None else f"{subject} on {list(BACKGROUNDS)[background]}"
 
@@ -79,7 +81,7 @@ CAPTION_WEIGHTS = (0.42, 0.18, 0.28, 0.12)  # name on background, name, group on
 
 
 def encode(base: Checkpoint, *, device: torch.device | str = "cpu", style: str = "noto") -> Encoded:
-    """Every picture on every background through the checkpoint's VAE and text encoder."""
+    """Encode every picture on every background by the checkpoint's VAE and text encoder."""
     n, k = len(pictures()), len(BACKGROUNDS)
     picture, background = (grid.flatten() for grid in torch.meshgrid(torch.arange(n), torch.arange(k), indexing="ij"))
     columns = [
@@ -97,7 +99,7 @@ def encode(base: Checkpoint, *, device: torch.device | str = "cpu", style: str =
 
 
 def background_of(pixels: Tensor) -> Tensor:
-    """Which background an image (B, 3, H, W) has: the colour nearest to the median of its four 4 x 4 px corners; (B,)."""
+    """Return the index (B,) of the background nearest to the median colour of the 4 x 4 px corners of images (B, 3, H, W)."""
     corners = torch.cat(
         [pixels[..., y, x].flatten(2) for y in (slice(4), slice(-4, None)) for x in (slice(4), slice(-4, None))], 2
     )

@@ -1,7 +1,7 @@
-"""Encode once: pictures and captions through the VAE and the text encoders, kept by content and shared by all methods.
+"""Encode pictures and captions once, in a cache that all data sets, methods and runs share.
 
-A picture's latents are found again by the hash of its bytes, what was cut out of it, and the VAE; a caption's states by its
-words and the text encoders. What is there is not encoded again, whatever data set, method or run it was made for.
+Latents are cached by the hash of the picture's bytes, the crop and the VAE; text states by the caption and the text encoders.
+Whatever is in the cache is not encoded again.
 """
 
 import hashlib
@@ -28,42 +28,48 @@ from fastdiff.runtime.disk import cache_folder, write_atomic
 from fastdiff.runtime.errors import InputRefused, Stopped, as_field
 from fastdiff.sampling.sampler import at_once
 
-SIZE = 64  # pictures or captions a file
-NAMED = 5  # refused samples that are named one by one
-HOPELESS, HOPELESS_S = 256, 20.0  # refused samples, or seconds, without a good one: the data set is of no use
+SIZE = 64  # pictures or captions per cache file
+NAMED = 5  # refused samples with a warning of their own
+HOPELESS, HOPELESS_S = 256, 20.0  # give up after this many refused samples, or seconds, without a usable one
 
 
 class Source(Protocol):
-    """Where samples come from, in an order that does not change."""
+    """A source of samples, in an order that never changes."""
 
     spec: str
 
     @property
-    def count(self) -> int | None: ...  # None: not known before all have been read
-    def identity(self) -> str | None: ...  # of all that it would give; None: nobody can tell without reading it
+    def count(self) -> int | None: ...  # None: unknown until all have been read
+    def identity(self) -> str | None: ...  # changes if any sample does; None: unknown without reading
     def samples(self) -> Iterator[Sample]: ...
 
 
 @dataclass
 class Listing:
-    """What a source gave: (name, hash of the picture's bytes, caption) of each sample, and (name, reason) of those refused."""
+    """The samples of a source.
+
+    `rows` holds (name, hash of the picture's bytes, caption) of each usable sample, `refused` (name, reason) of all others.
+    """
 
     rows: list[tuple[str, str, str]] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
 
     def refuse(self, name: str, why: str) -> None:
+        """Add a refused sample; the first few are named in warnings."""
         self.refused.append((name, why))
         if len(self.refused) <= NAMED:
             console.warn(f"{name}: {why}; skipped")
 
     def write(self, path: Path) -> None:
+        """Write the listing as JSON."""
         write_atomic(path, json.dumps({"rows": self.rows, "refused": self.refused}))
 
     @classmethod
     def read(cls, path: Path) -> "Listing | None":
+        """Read a listing, or return None if the file is missing or damaged."""
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            return cls(*([tuple(row) for row in told[name]] for name in ("rows", "refused")))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(*([tuple(row) for row in content[name]] for name in ("rows", "refused")))
         except (OSError, ValueError, KeyError):
             return None
 
@@ -76,10 +82,10 @@ def encode(
     most: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Data:
-    """The first `most` usable samples of a source; those that cannot be used are named, counted and left out.
+    """Encode the first `most` samples of a source (default: all). Unusable samples are skipped, with warnings.
 
-    InputRefused where none can be used, DoesNotFit where the disk is too small. Afterwards the text encoders are gone and the
-    VAE is on the CPU.
+    Raises InputRefused if no sample is usable, and DoesNotFit if the disk is too small. Afterwards the text encoders are
+    released and the VAE is on the CPU.
     """
     share = Share(cache_folder())
     captions = Captions(base, share, device)
@@ -105,6 +111,7 @@ def encode(
 
 
 def hopeless(source: Source, listing: Listing) -> InputRefused:
+    """Make the error for a source without a usable sample."""
     name, why = listing.refused[0] if listing.refused else ("it", "gives no samples")
     return InputRefused(
         f"{as_field('data', source.spec)}: none of {len(listing.refused)} images can be used: {reasons(listing.refused)}; "
@@ -113,7 +120,7 @@ def hopeless(source: Source, listing: Listing) -> InputRefused:
 
 
 class Captions:
-    """Text states by caption."""
+    """The cache of text states by caption. Raises InputRefused if the text encoder gives NaN or infinity for an empty prompt."""
 
     def __init__(self, base: Checkpoint, share: Share, device: torch.device | str) -> None:
         self.base, self.share, self.device = base, share, device
@@ -121,92 +128,95 @@ class Captions:
         rule = (nets, base.family.name, [tokenizer.model_max_length for tokenizer in base.tokenizers])
         self.store = Store(cache_folder() / f"texts-{hash_of(*rule)[:16]}")
         if self.encode([""]):
-            raise InputRefused(f"{as_field('base', base.ref)}: its text encoder answers NaN or infinity to an empty prompt")
+            raise InputRefused(f"{as_field('base', base.ref)}: the text encoder returns NaN or infinity for an empty prompt")
 
     @staticmethod
     def key(caption: str) -> str:
         return hash_of(caption)
 
     def encode(self, captions: Iterable[str]) -> set[str]:
-        """Encode those that are not there; returns the ones whose states are not finite."""
+        """Encode the captions that are not in the cache. Returns those whose states are not finite."""
         wanted = [caption for caption in captions if self.key(caption) not in self.store]
         mine = [caption for caption in wanted if self.share.mine(int(self.key(caption), 16))]
         with suppress(Stopped), console.progress(len(mine), "encoding captions") as bar:
             for i in range(0, len(mine), SIZE):
                 stop.check()
                 part = mine[i : i + SIZE]
-                found = text.encode(self.base, part, device=self.device).map(Tensor.half)
-                rows = zip(part, rows_of(found), strict=True)
+                states = text.encode(self.base, part, device=self.device).map(Tensor.half)
+                rows = zip(part, rows_of(states), strict=True)
                 self.store.put({self.key(caption): parts for caption, parts in rows if finite(parts)})
                 bar.update(len(part))
-        stop.meet()  # a stop of one process is one of all
+        stop.meet()  # if one process was stopped, all stop here
         self.store.scan()
         return {caption for caption in wanted if self.key(caption) not in self.store}
 
     def bytes_each(self) -> int:
+        """Return the bytes of one caption's states."""
         return sum(self.store.get(self.key(""), part).nbytes for part in self.parts)
 
     @property
     def parts(self) -> tuple[str, ...]:
+        """The fields of Cond that are stored for a caption."""
         return ("tokens", "pooled") if self.base.family.size_conditioned else ("tokens",)
 
     def stored(self, captions: list[str]) -> Cond:
-        """The states of captions, as rows that are read when they are indexed."""
+        """Return the states of captions as a Cond of `Stored` rows, read from disk when indexed."""
         return Cond(**{part: Stored(self.store, part, [self.key(c) for c in captions]) for part in self.parts})
 
     def unconditional(self) -> Cond:
-        """One row: of the empty prompt, or zeros where SDXL's pipeline uses zeros."""
+        """Return the unconditional Cond of one row: of the empty prompt, or zeros where SDXL's pipeline uses zeros."""
         cond = self.stored([""])[:]
         return cond.map(torch.zeros_like) if self.base.zeros_for_empty_prompt else cond
 
 
 class Pictures:
-    """Latents by picture and cut."""
+    """The cache of latents by picture and crop."""
 
     def __init__(self, base: Checkpoint, framing: Framing, captions: Captions, share: Share, device: torch.device | str) -> None:
         self.base, self.framing, self.captions, self.share, self.device = base, framing, captions, share, device
         self.store = Store(cache_folder() / f"latents-{hash_of(fingerprint(base.vae), base.vae.config.scaling_factor)[:16]}")
 
     def there(self, digest: str) -> bool:
+        """Return whether all items of the picture with this hash are in the cache."""
         return all(key in self.store for key in self.framing.keys(digest))
 
     def listed(self, source: Source, most: int | None) -> Listing:
-        """What the source holds, all of it encoded; without reading anything where that was done before."""
+        """Encode the first `most` samples of a source and list them. If all are in the cache, only the old listing is read."""
         identity = source.identity()
         self.index = self.store.folder / "sets" / f"{hash_of(identity, source.spec, most, self.framing)}.json"
-        found = Listing.read(self.index) if identity else None
-        if self.share.all(found is not None and all(self.there(digest) for _, digest, _ in found.rows)):
-            console.info(f"{len(found.rows)} images of {source.spec}, encoded before; without {self.index} they are read again")
-            return found
+        known = Listing.read(self.index) if identity else None
+        if self.share.all(known is not None and all(self.there(digest) for _, digest, _ in known.rows)):
+            console.info(f"{len(known.rows)} images of {source.spec} are in the cache; delete {self.index} to read them again")
+            return known
         listing = Reading(self, source, most).read()
         if self.share.rank == 0:
             listing.write(self.index)
         return listing
 
     def bytes_each(self) -> int:
-        """Of one item's latents."""
+        """Return the bytes of one item's latent moments, stored as fp16."""
         side = self.framing.resolution_px // autoencoder.factor(self.base.vae)
         return 2 * 2 * self.base.vae.config.latent_channels * side**2
 
     def announce(self, source: Source, samples: int, known: bool) -> None:
-        """Tell how much will be written, and refuse what does not fit."""
+        """Print how much will be written to disk. Raises DoesNotFit if there is not enough space."""
         size = samples * (self.bytes_each() * len(self.framing.cuts) + self.captions.bytes_each())
-        told = f"{samples} images of {source.spec} to encode" if known else f"up to {samples} images of {source.spec} to encode"
+        amount = f"{samples} images of {source.spec} to encode" if known else f"up to {samples} images of {source.spec} to encode"
         room = f"{disk.shown(disk.free_bytes(self.store.folder))} are free"
-        console.info(f"{told}: about {disk.shown(size)} in {self.store.folder.parent}; {room}")
-        hint = "FASTDIFF_CACHE names another folder; `max_images` takes fewer"
+        console.info(f"{amount}: about {disk.shown(size)} in {self.store.folder.parent}; {room}")
+        hint = "set FASTDIFF_CACHE to another folder, or take fewer images with `max_images`"
         disk.require(self.store.folder, size, f"{samples} encoded images", hint)
 
     def encode(self, samples: list[tuple[Sample, str]]) -> list[tuple[str, str]]:
-        """Encode samples with their hashes into one file; returns (name, reason) of those that cannot be used."""
-        refused, items = [], []  # of these: place in `samples`, key, pixels, size
+        """Encode (sample, hash) pairs into one cache file. Returns (name, reason) of each unusable sample."""
+        refused, items = [], []  # an item is (index in `samples`, key, pixels, size)
         with ThreadPoolExecutor() as pool:
-            for i, found in enumerate(pool.map(lambda pair: self.cut(*pair), samples)):
+            for i, cuts in enumerate(pool.map(lambda pair: self.cut(*pair), samples)):
                 sample, digest = samples[i]
-                if isinstance(found, Refused):
-                    refused.append((sample.name, str(found)))
+                if isinstance(cuts, Refused):
+                    refused.append((sample.name, str(cuts)))
                     continue
-                keys = zip(self.framing.keys(digest), found, strict=True)
+                keys = zip(self.framing.keys(digest), cuts, strict=True)
                 items += [(i, key, *item) for key, item in keys if key not in self.store]
         moments = self.moments({key: pixels for _, key, pixels, _ in items})
         bad = {i for i, key, _, _ in items if not moments[key].isfinite().all()}
@@ -215,8 +225,8 @@ class Pictures:
         return refused + [(samples[i][0].name, "latents not finite") for i in sorted(bad)]
 
     def moments(self, pictures: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Pixels (3, H, W) uint8 by key -> moments (2 C, h, w) fp16, those of one size together."""
-        vae, found = self.base.vae.to(self.device), {}
+        """Encode pixels (3, H, W) uint8 by key to moments (2 C, h, w) fp16, pictures of one size in common batches."""
+        vae, moments = self.base.vae.to(self.device), {}
         for shape in {pixels.shape for pixels in pictures.values()}:
             keys = [key for key, pixels in pictures.items() if pixels.shape == shape]
             n = at_once(max(shape[1:]) // autoencoder.factor(vae))
@@ -224,17 +234,18 @@ class Pictures:
                 part = keys[i : i + n]
                 pixels = torch.stack([pictures[key] for key in part]) / 127.5 - 1
                 rows = autoencoder.encode_moments(vae, pixels, chunk=n).half().cpu()
-                found |= {key: row.clone() for key, row in zip(part, rows, strict=True)}
-        return found
+                moments |= {key: row.clone() for key, row in zip(part, rows, strict=True)}
+        return moments
 
     def cut(self, sample: Sample, digest: str) -> list[tuple[Tensor, list[int]]] | Refused:
+        """Decode and crop a sample as `Framing.cut` does. Refused is returned, not raised, so that the thread pool goes on."""
         try:
             return self.framing.cut(decode(sample.data), digest)
         except Refused as error:
             return error
 
     def encoded(self, rows: list[tuple[str, str, str]]) -> Data:
-        """The data set of listed samples: one group of each size, the largest first."""
+        """Make the data set of listed rows: an Encoded if all items have one size, else Buckets, the most frequent size first."""
         texts = list(dict.fromkeys(caption for _, _, caption in rows))
         place, cond, uncond = {c: i for i, c in enumerate(texts)}, self.captions.stored(texts), self.captions.unconditional()
         groups: dict[tuple[int, int], list[tuple[str, str, int]]] = {}
@@ -261,29 +272,31 @@ class Pictures:
 
 
 class Reading:
-    """One pass over a source: every process lists all of it and encodes its own share."""
+    """One pass over a source: every process lists all samples and encodes its own share."""
 
     def __init__(self, pictures: Pictures, source: Source, most: int | None) -> None:
         self.pictures, self.source, self.most, self.share = pictures, source, most, pictures.share
         self.listing, self.usable = Listing(), 0
         self.waiting: list[tuple[Sample, str]] = []
         self.started = time.monotonic()
-        self.patient = source.count is not None  # files at hand are soon looked through
+        self.patient = source.count is not None  # a source with a known count is local and quickly hashed: do not give up early
 
     def read(self) -> Listing:
+        """Read and encode the source. Raises Stopped after a stop signal, InputRefused if no sample is usable."""
         with suppress(Stopped):
             self.look()
         stop.meet()
         return self.settled()
 
     def look(self) -> None:
+        """List all samples and encode this process's share of those that are not in the cache."""
         count, samples, total = self.source.count, self.hashed(), None
-        if count is not None:  # can be read twice: hashed first, so that it is known how many are missing
+        if count is not None:  # readable twice: hash all first, to know how many are missing
             with console.progress(min(count, self.most or count), "reading images") as bar:
                 pairs = [(bar.update(1), (sample.forget(), digest))[1] for sample, digest in samples]
             samples = iter(pairs)
             missing = total = len({digest for _, digest in pairs if not self.pictures.there(digest)})
-        else:  # what is in the cache may be of other data sets: then the disk fills up later, and the run can go on
+        else:  # an estimate: cached items may belong to other data sets; if the disk fills up later, the run can be resumed
             missing = max(0, (self.most or 0) - len(self.pictures.store) // len(self.pictures.framing.cuts))
         if missing:
             self.pictures.announce(self.source, missing, known=count is not None)
@@ -296,7 +309,7 @@ class Reading:
             bar.update(self.flush())
 
     def missing(self, samples: Iterable[tuple[Sample, str]]) -> Iterator[tuple[Sample, str]]:
-        """List all samples, and give those that are this process's to encode."""
+        """List all samples, and yield those that this process has to encode."""
         seen: set[str] = set()
         for sample, digest in samples:
             self.listing.rows.append((sample.name, digest, sample.caption or ""))
@@ -307,12 +320,12 @@ class Reading:
                 yield sample, digest
 
     def hashed(self) -> Iterator[tuple[Sample, str]]:
-        """Samples that have a picture and a caption, with the hash of the picture's bytes."""
-        found = 0
+        """Yield the first `most` samples that have a picture and a caption, each with the hash of the picture's bytes."""
+        taken = 0
         for sample in self.source.samples():
             stop.check()
-            if found == self.most:
-                console.info(f"{as_field('data', self.source.spec)}: the first {found} images (`max_images`)")
+            if taken == self.most:
+                console.info(f"{as_field('data', self.source.spec)}: only the first {taken} images are used (`max_images`)")
                 return
             why, data = sample.problem, b""
             if not why:
@@ -325,15 +338,15 @@ class Reading:
             if why:
                 self.refuse(sample.name, why)
                 continue
-            found += 1
+            taken += 1
             yield sample, hashlib.sha256(data).hexdigest()
 
     def late(self) -> bool:
-        """Whether nothing good has come for so long that it is time to look."""
+        """Return whether it is time to encode the waiting samples early: none was usable for half of HOPELESS_S seconds."""
         return not self.usable and time.monotonic() - self.started > HOPELESS_S / 2
 
     def refuse(self, name: str, why: str) -> None:
-        """Note it; where nothing good has come for too long, end here and not after hours."""
+        """Add a refused sample. Raises InputRefused if no sample was usable for too long, instead of reading on for hours."""
         self.listing.refuse(name, why)
         waited = time.monotonic() - self.started > HOPELESS_S
         if self.usable or self.patient or not (waited or len(self.listing.refused) >= HOPELESS):
@@ -344,7 +357,7 @@ class Reading:
             raise hopeless(self.source, self.listing)
 
     def flush(self) -> int:
-        """Encode what waits; returns how many those are."""
+        """Encode the waiting samples and return how many they are."""
         samples, self.waiting = self.waiting, []
         if samples:
             refused = self.pictures.encode(samples)
@@ -354,25 +367,26 @@ class Reading:
         return len(samples)
 
     def settled(self) -> Listing:
-        """All processes agree on what is there, and on what is not and why."""
+        """Combine the results of all processes into one listing that is the same on each."""
         refused = list(dict.fromkeys(self.share.gather(self.listing.refused)))
         self.share.wait()
         self.pictures.store.scan()
-        told = {name for name, _ in refused}
+        named = {name for name, _ in refused}
         rows = [row for row in self.listing.rows if self.pictures.there(row[1])]
         gone = [row[0] for row in self.listing.rows if not self.pictures.there(row[1])]
-        refused += [(name, "a copy of an image that was skipped") for name in gone if name not in told]
+        refused += [(name, "a copy of an image that was skipped") for name in gone if name not in named]
         if not rows:
             raise hopeless(self.source, Listing(rows, refused))
         return Listing(rows, refused)
 
 
 def rows_of(cond: Cond) -> Iterator[dict[str, Tensor]]:
-    """Each row's tensors by name."""
+    """Yield the tensors of each row of a Cond by name."""
     for i in range(len(cond)):
         row = {"tokens": cond.tokens[i].clone()}
         yield row if cond.pooled is None else row | {"pooled": cond.pooled[i].clone()}
 
 
 def finite(parts: dict[str, Tensor]) -> bool:
+    """Return whether all tensors are free of NaN and infinity."""
     return all(bool(tensor.isfinite().all()) for tensor in parts.values())

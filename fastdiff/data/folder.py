@@ -1,4 +1,4 @@
-"""A folder of images: `a.png` with its caption in `a.txt`, in `a.json`, or in one `metadata.jsonl` for all."""
+"""A folder of images. The caption of `a.png` is in `a.txt`, in `a.json`, or in a `metadata.jsonl` for all images."""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +13,10 @@ MISSING = "without a caption"
 
 
 class Folder:
-    """Images in name order, in sub-folders too."""
+    """The images of a folder and its sub-folders, in order of their names.
+
+    Raises UsageError if there are no images or no captions, and InputRefused if metadata.jsonl is invalid.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.spec = folder, str(folder)
@@ -33,9 +36,11 @@ class Folder:
 
     @property
     def count(self) -> int:
+        """The number of images."""
         return len(self.images)
 
     def caption(self, path: Path) -> str | None:
+        """Return the caption of an image, or None if it has none."""
         if path in self.table:
             return self.table[path]
         if (side := path.with_suffix(".txt")).exists():
@@ -45,11 +50,12 @@ class Folder:
         return None
 
     def identity(self) -> str:
-        """Changes whenever a file or a caption does."""
+        """Return a hash that changes whenever a file or a caption does."""
         stats = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in self.images]
         return hash_of(str(self.folder.resolve()), stats, [self.captions[p] for p in self.images])
 
     def samples(self) -> Iterator[Sample]:
+        """Yield all images, then the rows of metadata.jsonl without an image, each as a sample with a problem."""
         for path in self.images:
             name, caption = str(path.relative_to(self.folder)), self.captions[path]
             yield Sample(name, caption, path.read_bytes, "" if caption else MISSING)
@@ -58,11 +64,11 @@ class Folder:
 
 
 def table(folder: Path) -> dict[Path, str | None]:
-    """The captions of metadata.jsonl; a line that is no such row is refused by number."""
+    """Read the captions of metadata.jsonl by path. Raises InputRefused with the number of an invalid line."""
     path = folder / "metadata.jsonl"
-    found: dict[Path, str | None] = {}
+    captions: dict[Path, str | None] = {}
     if not path.exists():
-        return found
+        return captions
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -70,14 +76,17 @@ def table(folder: Path) -> dict[Path, str | None]:
             row = json.loads(line)
             name = row["file_name"]
         except (ValueError, TypeError, KeyError) as error:
-            told = f'each line is {{"file_name": ..., "{CAPTIONS[0]}": ...}}'
-            raise InputRefused(f"{path}: line {number} is no row of JSON with a file_name", told) from error
-        found[folder / name] = caption_in(row)
-    return found
+            hint = f'each line is {{"file_name": ..., "{CAPTIONS[0]}": ...}}'
+            raise InputRefused(f"{path}: line {number} is not a JSON object with a file_name", hint) from error
+        captions[folder / name] = caption_in(row)
+    return captions
 
 
 def square(path: Path, side_px: int) -> tuple[Tensor, list[int]]:
-    """Resize the short side, crop the centre: pixels (3, S, S) in [-1, 1] and SDXL's six numbers, height first."""
+    """Read a picture, resize its short side to S = `side_px` and crop the centre.
+
+    Returns pixels (3, S, S) in [-1, 1] and SDXL's six sizes (see `Framing.cut`). Raises InputRefused if it is not readable.
+    """
     try:
         ((pixels, size),) = Framing(side_px).cut(decode(path.read_bytes()), "")
     except Refused as error:

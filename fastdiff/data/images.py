@@ -1,4 +1,4 @@
-"""One picture of a data set: read, cut to size, and told where it cannot be."""
+"""The pictures of a data set: reading, cropping to size, and reasons why one cannot be used."""
 
 import hashlib
 import io
@@ -14,40 +14,42 @@ import torch
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-UNLISTED = (1344, 704)  # though its mirror image is
-CAPTIONS = ("text", "caption", "prompt")  # keys of a caption, in .json, metadata.jsonl and data sets' columns
+UNLISTED = (1344, 704)  # (height, width) missing in SDXL's list, although (704, 1344) is in it
+CAPTIONS = ("text", "caption", "prompt")  # keys of a caption in .json files, metadata.jsonl and columns of data sets
 
 
 class Refused(Exception):  # noqa: N818  (it is the sample that is refused; the run goes on)
-    """A sample that cannot be used; the message is why."""
+    """A sample cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and its caption, where a source has them."""
+    """A picture and its caption from a source, or the problem with them."""
 
-    name: str  # what a message calls it
+    name: str  # for messages
     caption: str | None = None
     read: Callable[[], bytes] = bytes
-    problem: str = ""  # why there is nothing to read
+    problem: str = ""  # why the sample cannot be used; empty if it can
 
     @cached_property
     def data(self) -> bytes:
+        """The bytes of the image file, read once."""
         return self.read()
 
     def forget(self) -> "Sample":
-        """The same, its bytes unread."""
+        """Return the same sample without the bytes that were read."""
         return Sample(self.name, self.caption, self.read, self.problem)
 
 
 def caption_in(table: Any) -> str | None:
-    """The caption of a JSON object or a row of a data set; of several, the first. None where there is none, or a blank one."""
-    found = next((table[key] for key in CAPTIONS if table.get(key)), None) if isinstance(table, dict) else None
-    found = found[0] if isinstance(found, list) and found else found
-    return found.strip() or None if isinstance(found, str) else None
+    """Return the caption of a JSON object or data set row, or None. Of several the first; a blank caption counts as none."""
+    caption = next((table[key] for key in CAPTIONS if table.get(key)), None) if isinstance(table, dict) else None
+    caption = caption[0] if isinstance(caption, list) and caption else caption
+    return caption.strip() or None if isinstance(caption, str) else None
 
 
 def caption_of_json(text: str | bytes) -> str | None:
+    """Return the caption in a JSON text, or None if it is invalid or has no caption."""
     try:
         return caption_in(json.loads(text))
     except ValueError:
@@ -55,7 +57,7 @@ def caption_of_json(text: str | bytes) -> str | None:
 
 
 def decode(data: bytes) -> Any:
-    """Bytes of an image file -> an upright PIL picture in RGB. Refused where they are none, or not all of one."""
+    """Decode an image file to an upright PIL picture in RGB. Raises Refused if it is not a readable, complete image."""
     from PIL import Image, ImageOps
 
     if not data:
@@ -64,15 +66,15 @@ def decode(data: bytes) -> Any:
         with Image.open(io.BytesIO(data)) as file:
             return ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:  # a decoder may raise anything over a damaged file
-        told = str(error).partition(" <_io")[0].removesuffix(" file")
-        raise Refused(f"not a readable image ({told})") from error
+        reason = str(error).partition(" <_io")[0].removesuffix(" file")
+        raise Refused(f"not a readable image ({reason})") from error
 
 
 def sizes_near(resolution_px: int, least_px: int) -> list[tuple[int, int]]:
-    """Heights and widths of about resolution^2 pixels, SDXL's list (Podell 2023, appendix I) at any resolution.
+    """List (height, width) pairs of about resolution^2 pixels: SDXL's list (Podell 2023, appendix I) at any resolution.
 
-    Sides are multiples of 64 px (an eighth of small resolutions, but of `least_px`) from half to twice the resolution, with
-    between 90 and 100 % of a square's pixels. Of what that gives at 1024 px, the list leaves out one.
+    Sides are multiples of 64 px, or of an eighth of a small resolution, rounded down to a multiple of `least_px`. They lie
+    between half and twice the resolution, with 90 to 100 % of a square's pixels. SDXL's list leaves out one pair, UNLISTED.
     """
     step = max(least_px, min(64, resolution_px // 8 // least_px * least_px))
     sides = range(-(-resolution_px // 2 // step) * step, 2 * resolution_px + 1, step)
@@ -81,35 +83,36 @@ def sizes_near(resolution_px: int, least_px: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Framing:
-    """What is cut out of a picture. A picture gives one item for each crop and, with `flip`, for its mirror image."""
+    """How pictures are cropped. A picture gives one item for each crop and, with `flip`, another for its mirror image."""
 
-    resolution_px: int
-    buckets: bool = False
-    random_crops: int = 0  # 0: one at the centre
+    resolution_px: int  # side of a square of the same area
+    buckets: bool = False  # crop to the nearest size of `sizes_near`, not to a square
+    random_crops: int = 0  # crops per picture; 0: one at the centre
     flip: bool = False
-    least_px: int = 8  # sides are multiples of it: the VAE's pixels per latent
+    least_px: int = 8  # sides of crops are multiples of this: the VAE's pixels per latent
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
+        """All (height, width) that a crop may have, in px."""
         square = self.resolution_px, self.resolution_px
         return sizes_near(self.resolution_px, self.least_px) if self.buckets else [square]
 
     @property
     def cuts(self) -> list[tuple[int | None, bool]]:
-        """(number of the random crop, mirrored) of each item of a picture."""
+        """(number of the random crop or None, mirrored) for each item of a picture."""
         crops = range(self.random_crops) if self.random_crops else [None]
         return [(crop, mirrored) for crop in crops for mirrored in ((False, True) if self.flip else (False,))]
 
     def keys(self, digest: str) -> list[str]:
-        """What identifies the items of a picture with that hash: everything that their pixels depend on."""
+        """Return the cache keys of a picture's items: hashes of its bytes' hash and of everything that their pixels depend on."""
         rule = (self.resolution_px, self.buckets, self.least_px)
         return [hash_of(digest, *rule, "centre" if crop is None else crop, mirrored) for crop, mirrored in self.cuts]
 
     def cut(self, image: Any, digest: str) -> list[tuple[Tensor, list[int]]]:
-        """A PIL picture -> pixels (3, H, W) uint8 and SDXL's six numbers of each item.
+        """Cut a PIL picture into items: pixels (3, H, W) uint8 and SDXL's six sizes in px of each.
 
-        These are: original height and width, the crop's top and left in the resized picture as it is shown (a mirrored one is
-        measured from its own left), height and width of the crop.
+        The sizes are: original height and width; top and left of the crop in the resized picture (mirrored, if the item is);
+        height and width of the crop. `digest`, the hash of the picture, seeds the random crops.
         """
         import numpy as np
         from PIL import Image
@@ -119,7 +122,7 @@ class Framing:
         scale = max(h / image.height, w / image.width)
         height, width = max(h, round(image.height * scale)), max(w, round(image.width * scale))
         resized = image.resize((width, height), Image.Resampling.LANCZOS)
-        found = []
+        items = []
         for crop, mirrored in self.cuts:
             top, left = (height - h) // 2, (width - w) // 2
             if crop is not None:
@@ -128,16 +131,17 @@ class Framing:
             pixels = torch.from_numpy(np.array(resized.crop((left, top, left + w, top + h)))).permute(2, 0, 1)
             if mirrored:
                 pixels, left = pixels.flip(-1), width - w - left
-            found.append((pixels.contiguous(), [image.height, image.width, top, left, h, w]))
-        return found
+            items.append((pixels.contiguous(), [image.height, image.width, top, left, h, w]))
+        return items
 
 
 def hash_of(*parts: Any) -> str:
+    """Return a hash of 32 hexadecimal digits of the parts' repr."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def reasons(refused: Iterable[tuple[str, str]]) -> str:
-    """How many of each kind: '2 without a caption, 1 not a readable image'."""
+    """Count the reasons of refused samples: '2 without a caption, 1 not a readable image'."""
     counts: dict[str, int] = {}
     for _, why in refused:
         kind = why.partition(" (")[0]

@@ -1,4 +1,4 @@
-"""Where training data comes from: `data` is the pictures that ship, teacher, FOLDER, wds:SHARDS or hf:ID."""
+"""Open training data: the shipped emoji pictures, samples of the teacher, a folder, wds:SHARDS or hf:ID."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ __all__ = ["Batch", "Buckets", "Data", "Encoded", "Framing", "Needs", "open_data
 
 
 Needs = Literal["latents", "pairs", "prompts"]
-STREAMED = 10_000  # images of a stream, whose end nobody knows
+STREAMED = 10_000  # default `max_images` of streams, whose length is unknown
 
 
 def open_data(
@@ -36,23 +36,24 @@ def open_data(
     framing: Framing | None = None,
     max_images: int | None = None,
 ) -> Data:
-    """What a method trains on, encoded once; afterwards the VAE and the text encoders may go. Its `batch(n, generator)` draws.
+    """Open and encode a data set, whose `batch(n, generator)` draws training batches. The VAE and text encoders can then go.
 
-    `spec`: as `--data` has it; None: the family's own. `prompts`: a file with one a line, for the teacher's samples.
-    `resolution_px`: pixels a side, the base's own unless given. `framing` (default: squares of the resolution) and `max_images`
-    are of pictures that are read. The teacher makes `pairs` samples with `sampling` (default: the family's), and none where only
-    prompts are wanted. Pairs of noise and sample come from the teacher alone.
+    `spec` is the value of `data` (default: the family's). `prompts` is a file with one prompt per line, for the teacher's
+    samples. `resolution_px` is the side in pixels (default: the base's). `framing` (default: squares of the resolution) and
+    `max_images` apply to pictures that are read. The teacher makes `pairs` samples with the settings `sampling` (default: the
+    family's), or none if `needs` is "prompts". Only the teacher gives pairs of noise and sample.
+    Raises UsageError if options do not go together or the data does not exist, and InputRefused if no picture is usable.
     """
     spec, resolution_px = spec or base.family.default_data, resolution_px or base.resolution_px
     if needs == "pairs" and spec != "teacher":
         hint = "use `data=teacher`, or `lambda_reg=0`"
-        raise UsageError(f"{as_field('data', spec)}: regression needs pairs of noise and picture", hint)
+        raise UsageError(f"{as_field('data', spec)}: the regression loss needs pairs of noise and picture", hint)
     framing = framing or Framing(resolution_px)
     unused = {"buckets": framing.buckets, "random_crops": framing.random_crops, "flip": framing.flip, "max_images": max_images}
     given = next((name for name, value in unused.items() if value), None)
     if given and spec.partition(":")[0] in {SHIPPED.data, "teacher"}:
-        hint = "it is for pictures that are read: a folder, wds: or hf:"
-        raise UsageError(f"{as_field(given)}: has no use with {as_field('data', spec)}", hint)
+        hint = "it applies to pictures that are read: from a folder, wds: or hf:"
+        raise UsageError(f"{as_field(given)}: has no effect with {as_field('data', spec)}", hint)
     if spec == SHIPPED.data:
         if resolution_px != emoji.CELL_PX:
             raise UsageError(f"`data={spec}`: the pictures are {emoji.CELL_PX} px; use `resolution={emoji.CELL_PX}`")
@@ -66,10 +67,10 @@ def open_data(
         return teacher.encode(base, lines, resolution_px, chosen, pairs=n, seed=seed, device=device)
     framing = replace(framing, least_px=base.pixels_per_latent)
     if spec.startswith(("wds:", "hf:")):
-        kind, _, told = spec.partition(":")
-        source = streams.WebDataset(told) if kind == "wds" else streams.HuggingFace(told)
+        kind, _, location = spec.partition(":")
+        source = streams.WebDataset(location) if kind == "wds" else streams.HuggingFace(location)
         return encode.encode(base, source, framing, most=max_images or STREAMED, device=device)
     if Path(spec).is_dir():
         return encode.encode(base, folder.Folder(Path(spec)), framing, most=max_images, device=device)
     kinds = f"{SHIPPED.data}, {SHIPPED.data}:STYLE, teacher, wds:SHARDS, hf:ID, or a folder of images and captions"
-    raise UsageError(f"{as_field('data', spec)}: {kinds}")
+    raise UsageError(f"{as_field('data', spec)}: no such data", f"use {kinds}")

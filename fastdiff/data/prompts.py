@@ -1,4 +1,4 @@
-"""Prompts: of a file, or those that ship with the family."""
+"""Prompts from a file, or the shipped ones of a family."""
 
 from pathlib import Path
 
@@ -13,18 +13,21 @@ PROMPTS = ASSETS / "prompts.txt"
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; blank lines and lines that start with # do not count."""
+    """Read prompts from a file, one per line; blank lines and lines that start with # are skipped.
+
+    Raises UsageError if the file does not exist or has no prompts.
+    """
     if not path.exists():
         raise UsageError(f"{as_field('prompts', path)}: no such file")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise UsageError(f"{as_field('prompts', path)}: no prompts in it (one a line)")
+        raise UsageError(f"{as_field('prompts', path)}: the file has no prompts (one per line)")
     return prompts
 
 
 def default_prompts(family: Family) -> list[str]:
-    """The shipped prompts; of a family with pictures all of them on every background, captioned as its teacher was trained."""
+    """Return the shipped prompts. For a family with an embedded data set: captions of all its images, as its teacher saw them."""
     if family.data is None:
         return read_prompts(PROMPTS)
     pairs = [(p, b) for p in range(len(emoji.pictures())) for b in range(len(emoji.BACKGROUNDS))]

@@ -1,4 +1,4 @@
-"""Tensors on disk by key: many to a safetensors file, mapped and not loaded, so that a data set may be larger than memory."""
+"""Tensors on disk by key, many per safetensors file. Files are memory-mapped, so a data set may be larger than memory."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ from fastdiff.runtime.errors import DoesNotFit
 
 
 class Store:
-    """A folder of files of `KEY.PART` tensors; what is in it is found by the files' headers, in any order and number.
+    """A folder of safetensors files with tensors named `KEY.PART`. The headers of the files tell which keys there are.
 
-    Every process writes files of its own, each whole or not at all, so that several may fill a store and one that was killed
-    goes on after its last file. `notes` are small values beside the tensors, by key.
+    Each process writes its own files, and each file is written completely or not at all. So several processes can fill one
+    store, and a killed one continues after its last file. `notes` are small JSON values by key, kept in the files' headers.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,13 +30,13 @@ class Store:
     notes: dict[str, Any]
 
     def scan(self) -> None:
-        """Find what others have written since."""
+        """Open the files that other processes have written since the last scan."""
         for path in sorted(self.folder.glob("*.safetensors")):
             if path not in self.files:
                 self.open(path)
 
     def open(self, path: Path) -> None:
-        """Map a file; a damaged one is removed, so that what it held is made again."""
+        """Map a file. A damaged file is deleted with a warning, so that its contents are made again."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -45,7 +45,7 @@ class Store:
         except FileNotFoundError:  # another process has removed it
             return
         except (SafetensorError, ValueError, OSError):
-            console.warn(f"{path}: damaged; what it held is made again")
+            console.warn(f"{path}: the file is damaged; its contents are made again")
             path.unlink(missing_ok=True)
             return
         self.files[path] = file
@@ -59,7 +59,7 @@ class Store:
         return len(self.places)
 
     def put(self, rows: dict[str, dict[str, Tensor]], notes: dict[str, Any] | None = None) -> None:
-        """Write {key: {part: tensor}} as one file. DoesNotFit where the disk is full."""
+        """Write {key: {part: tensor}} as one file, with notes by key. Raises DoesNotFit if the disk is full."""
         from safetensors.torch import save_file
 
         if not rows:
@@ -71,23 +71,24 @@ class Store:
         try:
             save_file(flat, staged, {"notes": json.dumps(notes or {})})
             staged.replace(path)
-        except Exception as error:  # safetensors has an error of its own for a full disk
+        except Exception as error:  # safetensors raises its own error for a full disk
             staged.unlink(missing_ok=True)
             if "No space left" in str(error) or "StorageFull" in str(error):
-                raise DoesNotFit(f"{self.folder}: the disk is full", "FASTDIFF_CACHE names another folder") from error
+                raise DoesNotFit(f"{self.folder}: the disk is full", "set FASTDIFF_CACHE to another folder") from error
             raise
         self.open(path)
 
     def get(self, key: str, part: str) -> Tensor:
-        """As it was stored; a view of the file."""
+        """Return a stored tensor, in its stored dtype."""
         return self.places[key].get_tensor(f"{key}.{part}")
 
     def shape(self, key: str, part: str) -> tuple[int, ...]:
+        """Return the shape of a stored tensor without reading it."""
         return tuple(self.places[key].get_slice(f"{key}.{part}").get_shape())
 
 
 class Stored:
-    """One part of many keys as the rows of a tensor (N, ...), read when they are indexed; fp32."""
+    """The tensors of N keys as rows of one tensor (N, ...), read from disk when indexed, as fp32."""
 
     def __init__(self, store: Store, part: str, keys: list[str]) -> None:
         self.store, self.part, self.keys = store, part, keys
@@ -100,19 +101,19 @@ class Stored:
         return (len(self), *self.store.shape(self.keys[0], self.part))
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """(N',) indices or a slice -> rows (N', ...)."""
+        """Read the rows (N', ...) of indices (N',) or a slice."""
         keys: Iterable[str] = self.keys[index] if isinstance(index, slice) else (self.keys[i] for i in index.tolist())
         return torch.stack([self.store.get(key, self.part).float() for key in keys])
 
     def rows(self, part: slice) -> "Stored":
-        """A part of the rows, none of it read."""
+        """Return a part of the rows without reading them."""
         return Stored(self.store, self.part, self.keys[part])
 
 
 class Share:
-    """Which part of the work for a cache is this process's. All processes make one and call the same methods in turn.
+    """Divides the work on a cache folder among processes. All processes must make one and call the same methods in turn.
 
-    Machines that see each other's files share one cache; else each fills its own.
+    Machines that share the folder's file system share one cache; otherwise each machine fills its own.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -133,17 +134,19 @@ class Share:
             mark.unlink(missing_ok=True)
 
     def mine(self, number: int) -> bool:
-        """By an item's own number, not by its place among those that are missing: others may have made some by now."""
+        """Return whether this process handles the item of this number. The number must not depend on what is missing by now."""
         return number % self.processes == self.rank
 
     def wait(self) -> None:
+        """Wait for all processes."""
         self.state.wait_for_everyone()
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """Everybody's items."""
+        """Return the items of all processes in one list."""
         from accelerate.utils import gather_object
 
         return gather_object(items) if self.state.num_processes > 1 else items
 
     def all(self, mine: bool) -> bool:
+        """Return whether the value is true on all processes."""
         return all(self.gather([mine]))

@@ -1,4 +1,4 @@
-"""Data sets that are read from front to back: WebDataset shards (`wds:`) and Hugging Face data sets (`hf:`)."""
+"""Data sets that are streamed from start to end: WebDataset shards (`wds:`) and Hugging Face data sets (`hf:`)."""
 
 import os
 import tarfile
@@ -11,17 +11,20 @@ from fastdiff.data.images import CAPTIONS, SUFFIXES, Sample, caption_in, caption
 from fastdiff.runtime.errors import UsageError, as_field, quoted
 
 EXTRA = 'pip install "fastdiff[data]"'
-# A server that does not answer, or stops sending, is given up within 30 s; webdataset's own command would take 15 minutes.
-# No retry once bytes may have come: they cannot be taken back out of a pipe.
+# Give up within 30 s if a server does not answer or stops sending; webdataset's own command takes 15 minutes.
+# Do not retry once bytes may have arrived: what is in the pipe cannot be taken back.
 CURL = ["curl", "-sfL", "--connect-timeout", "10", "--speed-limit", "1", "--speed-time", "20"]
 CURL += ["--retry", "2", "--retry-delay", "1", "--retry-max-time", "5"]
-PIPED_ENDS = [141, 23]  # how curl ends when nobody reads on
-IMAGES = ("image", "img", "picture", "jpg", "png", "webp")  # names of an image column
+PIPED_ENDS = [141, 23]  # curl's exit codes when the reader closes the pipe
+IMAGES = ("image", "img", "picture", "jpg", "png", "webp")  # names of a column of images
 BUILDERS = {"imagefolder", "parquet", "arrow", "webdataset", "json"}
 
 
 class WebDataset:
-    """Tar shards: local ones, `http(s)://` and `pipe:COMMAND`, with braces for many: `wds:shards/{0000..0099}.tar`."""
+    """Tar shards: files, `http(s)://` addresses or `pipe:COMMAND`; braces name many, as in `wds:shards/{0000..0099}.tar`.
+
+    Raises UsageError if webdataset is not installed or a local shard does not exist.
+    """
 
     count = None
 
@@ -38,19 +41,21 @@ class WebDataset:
 
     @staticmethod
     def local(url: str) -> bool:
+        """Return whether a shard is a file on this machine."""
         return not url.startswith(("pipe:", "http:", "https:", "hf:", "gs:", "ais:", "sftp:", "ftps:", "scp:", "htgs:"))
 
     def identity(self) -> str:
-        """Of local shards by size and time; what stands behind an address is taken to stay."""
+        """Hash the addresses, and the size and time of local shards. Remote shards are assumed not to change."""
         stats = [os.stat(url) for url in self.urls if self.local(url)]
         return hash_of(self.urls, [(stat.st_size, stat.st_mtime_ns) for stat in stats])
 
     def samples(self) -> Iterator[Sample]:
+        """Yield the samples of all shards."""
         for url in self.urls:
             yield from self.shard(url)
 
     def shard(self, url: str) -> Iterator[Sample]:
-        """One tar file's samples; one that ends early, or cannot be opened, gives what was read and a problem by name."""
+        """Yield the samples of one tar file. A damaged file gives its readable samples, and samples with a problem."""
         from webdataset.tariterators import group_by_keys
 
         problems: list[str] = []
@@ -65,6 +70,7 @@ class WebDataset:
         yield from broken(url, problems)
 
     def open(self, url: str) -> Any:
+        """Open a shard as a binary stream; `http(s)` by curl with our timeouts."""
         from webdataset.gopen import Pipe, gopen
 
         if url.startswith(("http:", "https:")):
@@ -73,32 +79,33 @@ class WebDataset:
 
 
 def broken(url: str, problems: list[str]) -> Iterator[Sample]:
+    """Yield a sample for each problem with a tar file, and empty the list."""
     while problems:
         yield Sample(url, problem=f"broken tar ({problems.pop(0)})")
 
 
 def members(stream: Any, url: str, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """Files of a tar stream as webdataset's grouping takes them; a damaged header is a problem, and the next good one is found.
+    """Yield the files of a tar stream in webdataset's format. After a damaged header, it continues at the next good one.
 
-    Why not webdataset's own loop: to tarfile a damaged header in the middle is the end of the file, and all the shard behind
-    it would be missing without a word.
+    Each damage is added to `problems`. webdataset's own loop is not used: tarfile takes a damaged header for the end of the
+    file, so the rest of the shard would be missing without a warning.
     """
     last = "the start"
 
     class Header(tarfile.TarInfo):
-        lost = False  # a damaged member is many blocks that are no header
+        lost = False  # a damaged member spans many blocks that are not headers: report it once
 
         @classmethod
         def frombuf(cls, buffer: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
             try:
-                found = super().frombuf(buffer, encoding, errors)
+                header = super().frombuf(buffer, encoding, errors)
             except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError):
                 if not cls.lost:
                     problems.append(f"damaged member after {last}")
                 cls.lost = True
                 raise
             cls.lost = False
-            return found
+            return header
 
     try:
         with tarfile.open(fileobj=stream, mode="r|*", ignore_zeros=True, tarinfo=Header) as tar:
@@ -106,15 +113,15 @@ def members(stream: Any, url: str, problems: list[str]) -> Iterator[dict[str, An
                 last = member.name
                 if member.isreg():
                     yield {"fname": last, "data": tar.extractfile(member).read(), "__url__": url}
-                tar.members = []  # it would remember all of them
-    except (OSError, tarfile.TarError, EOFError) as error:  # what came before it is still grouped
+                tar.members = []  # else tarfile keeps all members in memory
+    except (OSError, tarfile.TarError, EOFError) as error:  # the files before it are still used
         problems.append(str(error) if last == "the start" else f"{last}: {error}")
     if last == "the start" and not problems:
         problems.append("no files in it")
 
 
 def sample_of(row: dict[str, Any], shard: str) -> Sample:
-    """A group of files of one name; of several suffixes in one ('a.seg.png'), the last tells what it is."""
+    """Make a sample of the files with one name. If a file has several suffixes ('a.seg.png'), the last one is its type."""
     name, parts = f"{shard}/{row['__key__']}", {k: v for k, v in row.items() if not k.startswith("__")}
     image = next((k for k in parts if f".{k}" in SUFFIXES), None) or next((k for k in parts if k.endswith(SUFFIXES)), None)
     if image is None:
@@ -125,21 +132,24 @@ def sample_of(row: dict[str, Any], shard: str) -> Sample:
 
 
 class HuggingFace:
-    """A data set of the hub or of files at hand: `hf:ID[:SPLIT]`, `hf:imagefolder:FOLDER[:SPLIT]`, `hf:FILE.parquet`."""
+    """A data set of the hub or of local files: `hf:ID[:SPLIT]`, `hf:imagefolder:FOLDER[:SPLIT]` or `hf:FILE.parquet`.
+
+    Raises UsageError if `datasets` is not installed, the data cannot be opened, or a column of images or captions is missing.
+    """
 
     count = None
 
-    def __init__(self, told: str) -> None:
+    def __init__(self, location: str) -> None:
         try:
             import datasets
         except ImportError as error:
             raise UsageError("`data=hf`: datasets is not installed", EXTRA) from error
-        self.spec, self.library = f"hf:{told}", datasets
-        name, *rest = told.split(":")
+        self.spec, self.library = f"hf:{location}", datasets
+        name, *rest = location.split(":")
         files: dict[str, Any] = {}
         if name in BUILDERS:
             if not rest:
-                raise UsageError(f"{as_field('data', f'hf:{name}')}: of which files?", f"hf:{name}:PATH")
+                raise UsageError(f"{as_field('data', f'hf:{name}')}: the path of the files is missing", f"use hf:{name}:PATH")
             place, *rest = rest
             files = {"data_dir": place} if Path(place).is_dir() else {"data_files": place}
         elif Path(name).is_file():
@@ -148,34 +158,35 @@ class HuggingFace:
         try:
             self.builder = datasets.load_dataset_builder(name, **files)
             self.rows = self.builder.as_streaming_dataset(split=split)
-        except Exception as error:  # the library raises a dozen kinds; each means that there is no such data
-            hint = "hf:OWNER/NAME[:SPLIT], hf:imagefolder:FOLDER or hf:FILE.parquet; without a network only files at hand"
+        except Exception as error:  # the library raises many kinds of errors; each means that the data cannot be opened
+            hint = "use hf:OWNER/NAME[:SPLIT], hf:imagefolder:FOLDER or hf:FILE.parquet; without a network only local files work"
             raise UsageError(f"{as_field('data', self.spec)}: {quoted(error).splitlines()[0]}", hint) from error
         self.image = self.columns()
 
     def columns(self) -> str:
-        """The image's column; its bytes are left as they are, so that a damaged one can be told by name."""
+        """Return the column of images. Decoding is switched off, so that a damaged image can be reported by its name."""
         features = self.rows.features or {}
-        found = [k for k, v in features.items() if isinstance(v, self.library.Image)]
-        found += [k for k in features if k.lower() in IMAGES and k not in found]
-        if features and not found:
-            raise UsageError(f"{as_field('data', self.spec)}: no image among its columns: {', '.join(features)}")
+        images = [k for k, v in features.items() if isinstance(v, self.library.Image)]
+        images += [k for k in features if k.lower() in IMAGES and k not in images]
+        if features and not images:
+            raise UsageError(f"{as_field('data', self.spec)}: there is no image column among {', '.join(features)}")
         if features and not set(CAPTIONS) & set(features):
-            told = f"captions are looked for as {', '.join(CAPTIONS)}; rename_column of the datasets library gives such a name"
-            raise UsageError(f"{as_field('data', self.spec)}: no captions among its columns: {', '.join(features)}", told)
-        image = found[0] if found else "image"
+            hint = f"name the column one of {', '.join(CAPTIONS)}, with rename_column of the datasets library"
+            raise UsageError(f"{as_field('data', self.spec)}: there is no caption column among {', '.join(features)}", hint)
+        image = images[0] if images else "image"
         if isinstance(features.get(image), self.library.Image):
             self.rows = self.rows.cast_column(image, self.library.Image(decode=False))
         return image
 
     def identity(self) -> str | None:
-        """Of the files behind it: their times, or on the hub the commit; None where the library does not tell."""
+        """Hash the files of the data set: their times, or their commit on the hub. None if the library does not know them."""
         files = self.builder.config.data_files
         if not files:
             return None
-        return hash_of(self.builder.hash, self.builder.config_id, [tuple(found.origin_metadata) for found in files.values()])
+        return hash_of(self.builder.hash, self.builder.config_id, [tuple(entry.origin_metadata) for entry in files.values()])
 
     def samples(self) -> Iterator[Sample]:
+        """Yield a sample for every row. It ends with a problem at a damaged data file."""
         number, rows = 0, iter(self.rows)
         while True:
             name = f"{self.spec} row {number}"
@@ -183,24 +194,24 @@ class HuggingFace:
                 row = next(rows)
             except StopIteration:
                 return
-            except Exception as error:  # a damaged file behind the stream: what follows it cannot be reached
+            except Exception as error:  # a damaged data file: the rows after it cannot be reached
                 yield Sample(name, problem=f"broken data file ({str(error).splitlines()[0]})")
                 return
             number += 1
             caption = caption_in(row)
-            told = row.get(self.image)
-            if isinstance(told, dict) and told.get("path"):
-                name = f"{self.spec} {told['path']}"
-            yield Sample(name, caption, lambda told=told: bytes_of(told), "" if caption else MISSING)
+            cell = row.get(self.image)
+            if isinstance(cell, dict) and cell.get("path"):
+                name = f"{self.spec} {cell['path']}"
+            yield Sample(name, caption, lambda cell=cell: bytes_of(cell), "" if caption else MISSING)
 
 
-def bytes_of(told: Any) -> bytes:
-    """An undecoded image of a row: {"bytes", "path"}, one of them None, or the bytes themselves."""
-    if not isinstance(told, dict):
-        return told if isinstance(told, bytes) else b""
-    if told.get("bytes") is not None:
-        return told["bytes"]
+def bytes_of(cell: Any) -> bytes:
+    """Return the bytes of an undecoded image: a dict of "bytes" and "path", one of them None, or the bytes themselves."""
+    if not isinstance(cell, dict):
+        return cell if isinstance(cell, bytes) else b""
+    if cell.get("bytes") is not None:
+        return cell["bytes"]
     import fsspec
 
-    with fsspec.open(told["path"], "rb") as file:
+    with fsspec.open(cell["path"], "rb") as file:
         return file.read()

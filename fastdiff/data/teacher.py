@@ -1,4 +1,4 @@
-"""Training without images: the teacher's own samples of the prompts, made once and cached by content, with their noise."""
+"""Training without images: the teacher's samples for prompts with their start noise, made once and cached by content."""
 
 import hashlib
 import json
@@ -35,7 +35,11 @@ def encode(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> Encoded:
-    """`pairs` samples of the prompts in turn with the noise they came from; with 0 the prompts alone (latents are NaN)."""
+    """Make a data set of `pairs` teacher samples, with their start noise, for the prompts in turn.
+
+    With `pairs=0` it holds the prompts alone and its latents are NaN. Raises InputRefused if no sample is finite, and
+    DoesNotFit if the disk is too small. Afterwards the text encoders are released.
+    """
     unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     row = torch.tensor([unique[prompt] for prompt in prompts])
     texts, uncond = text.encode(base, list(unique), device=device), text.unconditional(base, device=device)
@@ -51,31 +55,31 @@ def encode(
     else:
         of = row[torch.arange(pairs) % len(row)]
         if pairs < len(prompts):
-            console.warn(f"`pairs={pairs}`: only that many of the {len(prompts)} prompts are used")
+            console.warn(f"`pairs={pairs}`: only the first {pairs} of the {len(prompts)} prompts are used")
         noise, latents = Shards(base, settings, prompts, texts[row], uncond, seed, resolution_px, device).first(pairs)
         good = finite(latents, [prompts[i % len(prompts)] for i in range(pairs)])
         noise, latents, of = noise[good], latents[good], of[good]
-        moments = torch.cat([latents, torch.zeros_like(latents)], 1)  # samples, not posteriors: no spread
+        moments = torch.cat([latents, torch.zeros_like(latents)], 1)  # samples have no posterior: the deviation is 0
     sizes = None if texts.time_ids is None else texts.time_ids[of]
     return Encoded(moments, texts, of[:, None], torch.ones(1), uncond, sizes, noise=noise)
 
 
 def finite(latents: Tensor, prompts: list[str]) -> Tensor:
-    """The rows (N',) of samples that are finite; the others are counted and named by their prompt."""
+    """Return the indices (N',) of the finite samples and warn of the others. Raises InputRefused if there are none."""
     good = latents.flatten(1).isfinite().all(1)
     bad = [prompts[i] for i in (~good).nonzero().flatten().tolist()]
     if len(bad) == len(prompts):
-        raise InputRefused("`data=teacher`: no sample is finite", "in half precision a network may overflow: `precision=fp32`")
+        raise InputRefused("`data=teacher`: no sample is finite", "half precision may overflow: use `precision=fp32`")
     if bad:
         console.warn(f"`data=teacher`: {len(bad)} of {len(prompts)} samples are not finite and left out; the first: {bad[0]}")
     return good.nonzero().flatten()
 
 
 class Shards:
-    """Teacher samples on disk, SIZE a file; sample i is prompt i mod M from the noise of seed + i, whatever is asked for.
+    """Teacher samples on disk, SIZE per file. Sample i always has prompt i mod M and the noise of seed + i.
 
-    So more pairs are added to those that are there, an interrupted run goes on after its last file, and every process makes
-    its share. A file holds `noise` and `latents` (fp16) and in its header the prompts, settings and hash of the network.
+    So a larger number of pairs extends the cache, an interrupted run continues after its last file, and each process makes its
+    share. A file holds `noise` and `latents` (fp16); its header holds the prompts, settings and hash of the network.
     """
 
     SIZE = 64
@@ -101,20 +105,23 @@ class Shards:
 
     @cached_property
     def sampler(self) -> Sampler:
-        """Made where something is missing: a network to draw with, beside the one that will be trained."""
+        """The sampler for missing samples, with a network of its own, apart from the one that will be trained."""
         net = unet_of(self.base, device=self.device)
         denoiser = Denoiser(net, self.base.schedule(), self.base.prediction_type)
         return Sampler.of_networks(self.base, denoiser, self.base.vae, device=self.device)
 
     def first(self, n: int) -> tuple[Tensor, Tensor]:
-        """Noise and latents (n, C, h, w), fp16; those that are not there yet are sampled."""
+        """Return noise and latents (n, C, h, w) of the first n samples, fp16; draw those that are not in the cache.
+
+        Raises DoesNotFit if the disk is too small, and Stopped after a stop signal.
+        """
         share = Share(self.folder)
         wanted = {k: min(self.SIZE, n - k * self.SIZE) for k in range(-(-n // self.SIZE))}
         missing = [k for k, rows in wanted.items() if len(self.read(k)["noise"]) < rows]
         mine = [k for k in missing if share.mine(k)]
         if missing:
             size = 2 * 2 * math.prod(self.shape) * sum(wanted[k] for k in missing)
-            hint = "FASTDIFF_CACHE names another folder; fewer `pairs` need less"
+            hint = "set FASTDIFF_CACHE to another folder, or use fewer `pairs`"
             disk.require(self.folder, size, f"{n} samples of the teacher", hint)
             console.info(f"sampling the teacher takes about {disk.shown(size)} in {self.folder.parent}")
         if mine:
@@ -122,16 +129,17 @@ class Shards:
                 for k in mine:
                     self.extend(k, wanted[k])
                     bar.update(wanted[k])
-        stop.meet()  # a stop of one process is one of all
+        stop.meet()  # if one process was stopped, all stop here
         parts = [self.read(k) for k in wanted]
         noise, latents = (torch.cat([part[name] for part in parts])[:n] for name in ("noise", "latents"))
         return noise, latents
 
     def path(self, k: int) -> Path:
+        """Return the file of shard k."""
         return self.folder / f"{k:06d}.safetensors"
 
     def read(self, k: int) -> dict[str, Tensor]:
-        """A shard; without rows where it is not there or was damaged."""
+        """Read a shard; it has no rows if the file is missing or damaged."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -140,12 +148,12 @@ class Shards:
         except FileNotFoundError:
             pass
         except SafetensorError:
-            console.warn(f"{self.path(k)}: damaged; sampled again")
+            console.warn(f"{self.path(k)}: the file is damaged; its samples are drawn again")
         empty = torch.empty(0, *self.shape, dtype=torch.float16)
         return {"noise": empty, "latents": empty}
 
     def extend(self, k: int, rows: int) -> None:
-        """Sample a shard up to that many rows and write it whole."""
+        """Draw the missing samples of shard k, up to `rows` samples, and write its file completely or not at all."""
         from safetensors.torch import save_file
 
         there = self.read(k)
@@ -155,8 +163,8 @@ class Shards:
             self.sampler.latents(self.cond[of[i : i + n]], self.uncond, seeds[i : i + n], self.settings, self.shape[1:]).cpu()
             for i in range(0, len(seeds), n)
         ]
-        found = {"noise": SeededNoise(seeds, self.shape, "cpu")(), "latents": torch.cat(latents)}
-        told = {
+        added = {"noise": SeededNoise(seeds, self.shape, "cpu")(), "latents": torch.cat(latents)}
+        header = {
             "base": self.parent,
             "settings": json.dumps(asdict(self.settings)),
             "first_seed": str(self.seed + k * self.SIZE),
@@ -164,5 +172,5 @@ class Shards:
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         staged = self.path(k).with_suffix(f".{os.getpid()}.tmp")
-        save_file({name: torch.cat([there[name], z.half()]) for name, z in found.items()}, staged, told)
+        save_file({name: torch.cat([there[name], z.half()]) for name, z in added.items()}, staged, header)
         staged.replace(self.path(k))

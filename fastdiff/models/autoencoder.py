@@ -1,4 +1,4 @@
-"""Pixels <-> scaled latents through a stock VAE, in chunks; fp32. B batch, H W pixels, h w latent."""
+"""Convert pixels to scaled latents and back through a diffusers VAE, in chunks. B batch, C channels, H W pixels, h w latent."""
 
 import torch
 from torch import Tensor, nn
@@ -11,42 +11,43 @@ CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 
 def load(ref: str, *, latent_channels: int = 4, option: str = "vae") -> nn.Module:
-    """A VAE of its own: a diffusers folder (or the `vae` in one of a whole checkpoint) or a hub id; fp32, frozen.
+    """Load a VAE from a diffusers folder or hub id, in fp32 and frozen. A whole checkpoint's folder gives its `vae` part.
 
-    UsageError or InputRefused where it is none, or of other latents.
+    Raises UsageError if `ref` is not found, and InputRefused if it is not a VAE or its latents do not have `latent_channels`
+    channels. Error messages call the input by the field name `option`.
     """
     folder = component.locate(ref, option, "VAE")
     folder = folder / "vae" if (folder / "model_index.json").exists() else folder
     vae = component.load(folder, option, ref, component.config_of(folder, option, ref, CLASSES))
     if vae.config.latent_channels != latent_channels:
         own = vae.config.latent_channels
-        raise InputRefused(f"{as_field(option, ref)}: of {own} latent channels, the base has {latent_channels}")
+        raise InputRefused(f"{as_field(option, ref)}: this VAE has {own} latent channels, the base has {latent_channels}")
     return vae
 
 
 def factor(vae: nn.Module | Decoder) -> int:
-    """Pixels per latent position and side."""
+    """Return how many pixels one latent position spans on each side: 8 for Stable Diffusion."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 @torch.no_grad()
 def encode_moments(vae: nn.Module, pixels: Tensor, *, chunk: int = 16) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> posterior mean and standard deviation of the scaled latents, (B, 2 C, h, w)."""
-    found = []
+    """Encode pixels (B, 3, H, W) in [-1, 1] to the mean and standard deviation of their scaled latents: (B, 2 C, h, w), fp32."""
+    moments = []
     for part in pixels.split(chunk):
         posterior = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
-        found.append(torch.cat([posterior.mean, posterior.std], 1).float() * vae.config.scaling_factor)
-    return torch.cat(found)
+        moments.append(torch.cat([posterior.mean, posterior.std], 1).float() * vae.config.scaling_factor)
+    return torch.cat(moments)
 
 
 def draw(moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """A sample (B, C, h, w) of the posterior."""
+    """Draw latents (B, C, h, w) from the normal distributions whose mean and deviation `encode_moments` returned."""
     mean, std = moments.chunk(2, 1)
     return mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
 
 
 def pixels(vae: nn.Module | Decoder, latents: Tensor) -> Tensor:
-    """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W), not clamped; with gradients."""
+    """Decode scaled latents (B, C, h, w) to pixels (B, 3, H, W), fp32, not clamped. Gradients flow through a torch VAE."""
     if isinstance(vae, Decoder):
         return vae(latents)
     return vae.decode((latents / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample.float()
@@ -54,16 +55,16 @@ def pixels(vae: nn.Module | Decoder, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(vae: nn.Module | Decoder, latents: Tensor, *, chunk: int = 16) -> Tensor:
-    """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W), clamped to [-1, 1]."""
+    """Decode scaled latents (B, C, h, w) to pixels (B, 3, H, W) in [-1, 1], `chunk` latents at a time; no gradients."""
     return torch.cat([pixels(vae, z).clamp(-1, 1) for z in latents.split(chunk)])
 
 
 def tiny(width: int, decoder_blocks: tuple[int, ...], latent_channels: int = 4) -> nn.Module:
-    """A stock AutoencoderTiny (TAESD) of random weights: residual blocks and upsampling, no attention, no normalisation.
+    """Build a diffusers AutoencoderTiny (TAESD) with random weights: residual blocks and upsampling, no attention or norms.
 
-    Its latents are scaled ones (scaling_factor 1) and its pixels lie in [-1, 1], as its own encode and decode see to. It is
-    trained through these: `forward` rounds latents to bytes, which stops gradients, and the encoder under gradient
-    checkpointing skips the change of range, so nobody switches that on.
+    Its latents are already scaled (scaling_factor 1) and its pixels lie in [-1, 1]. Train it through `encode` and `decode`:
+    `forward` rounds latents to bytes, which stops gradients. Leave gradient checkpointing off: with it, the encoder does not
+    convert the range of its pixels.
     """
     from diffusers import AutoencoderTiny
 
@@ -80,7 +81,7 @@ def tiny(width: int, decoder_blocks: tuple[int, ...], latent_channels: int = 4) 
 
 
 def mean_latents(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """Pixels (B, 3, H, W) -> the scaled latents that a stock pipeline starts from, without their spread; with gradients."""
+    """Encode pixels (B, 3, H, W) to the mean of their scaled latents (B, C, h, w), fp32; gradients flow through."""
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 
     answer = vae.encode(pixels.to(vae.device, vae.dtype))

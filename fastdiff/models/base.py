@@ -1,4 +1,4 @@
-"""A base model as users of the library hold it: a checkpoint whose network is called in roles."""
+"""The base model that `fastdiff.load` returns: a checkpoint whose UNet can be called directly."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -10,21 +10,21 @@ from fastdiff.models.denoiser import Denoiser
 
 
 class Base(Checkpoint):
-    """A `Checkpoint`; one UNet in memory serves all roles."""
+    """A `Checkpoint` with a `denoiser`. All denoisers of one base share a single UNet in memory."""
 
     def denoiser(self, adapter: str | None = None) -> Denoiser:
-        """The UNet as a function (x_t, t, cond) -> Prediction(x0, eps), wearing the adapter of that name, or bare."""
+        """Return the UNet as a function (x_t, t, cond) -> Prediction(x0, eps), with the named adapter on, or without adapters."""
         return Denoiser.of(self, adapter)
 
 
 def load(ref: str | Path, **how: Any) -> Base:
-    """Open an alias (`sdxl`), hub id, diffusers folder or single file; nothing heavy is read yet.
+    """Open a model by alias (`sdxl`), hub id, diffusers folder or single file. Weights are read later, at first use.
 
-    `dtype`: of the UNet, fp32 unless given. `config`: a folder or hub id with the configs of a single file of unusual shape.
-    `prediction`: epsilon or v_prediction, where that is not what the files say. `allow_pickle`: read .ckpt, .pt and .bin too.
-    UsageError where there is no such model, InputRefused where its files cannot be read whole.
+    `dtype` is the UNet's (default fp32). `config` is a folder or hub id with the configs of a single file of unusual shape.
+    `prediction` (epsilon or v_prediction) overrides what the files say. `allow_pickle` also reads .ckpt, .pt and .bin files.
+    Raises UsageError if there is no such model, and InputRefused if its files cannot be read completely.
     """
     opened = checkpoint.load(str(ref), **how)
     base = Base(**{field.name: vars(opened)[field.name] for field in fields(Checkpoint)})
-    vars(base).update(vars(opened))  # and what was read already
+    vars(base).update(vars(opened))  # keep the parts that are already read
     return base

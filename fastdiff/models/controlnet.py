@@ -1,4 +1,4 @@
-"""ControlNets: opened, and made smaller beside a smaller UNet, with the weights that they inherit."""
+"""Load ControlNets, and cut smaller ones for smaller UNets out of an existing one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from fastdiff.runtime.errors import InputRefused, as_field
 
 EMBEDDED = SHIPPED.home / "controlnet"  # Canny edges to emoji
 
-# What a ControlNet has in common with its UNet's encoder.
+# Config fields that a ControlNet shares with the encoder of its UNet.
 SHARED = (
     "block_out_channels",
     "down_block_types",
@@ -25,24 +25,28 @@ SHARED = (
 
 
 def student_config(parent: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
-    """The parent ControlNet's config for a smaller UNet's.
+    """Return the config of a smaller ControlNet: the parent's, with the encoder of the student UNet's config.
 
-    A UNet without a middle still adds what a ControlNet has for it, and diffusers builds no ControlNet without one
-    (`from_unet` raises): a plain one it is.
+    If the student UNet has no middle block, the ControlNet gets a plain one: diffusers cannot build a ControlNet without a
+    middle block (`from_unet` raises), and such a UNet still adds the middle residual. Raises InputRefused if the student's
+    stages have different numbers of layers.
     """
     layers = unet.even(unet.each(student, "layers_per_block"))
     if not isinstance(layers, int):
-        raise InputRefused("this UNet has another number of layers at each resolution: diffusers has no ControlNet for it")
+        raise InputRefused("this UNet has different numbers of layers per resolution: diffusers has no ControlNet for it")
     shared = {k: student[k] for k in SHARED if k in student and k in parent}
     return {**parent, **shared, "layers_per_block": layers, "mid_block_type": student.get("mid_block_type") or "UNetMidBlock2D"}
 
 
 def residuals(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """What a ControlNet adds to the UNet, in order: of the first convolution, of each layer, of each downsampler (-1)."""
-    found, n = [(-1, -1)], unet.stages(config)
+    """List the places where a ControlNet adds to the UNet, in order, as (stage, layer).
+
+    (-1, -1) is the first convolution; (stage, -1) is the downsampler of that stage.
+    """
+    places, n = [(-1, -1)], unet.stages(config)
     for i, layers in enumerate(unet.each(config, "layers_per_block")):
-        found += [(i, j) for j in range(layers)] + ([(i, -1)] if i + 1 < n else [])
-    return found
+        places += [(i, j) for j in range(layers)] + ([(i, -1)] if i + 1 < n else [])
+    return places
 
 
 def inherited(
@@ -51,7 +55,7 @@ def inherited(
     parent_shapes: Mapping[str, tuple[int, ...]],
     student_shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, str]:
-    """Every parameter of the student -> the parent's; UsageError where one has none of its shape."""
+    """Map every parameter of the student to the parent's that it starts from. Raises UsageError if one has no match in shape."""
     whole = residuals(parent)
     layers = {k: v for k, v in unet.inherited_layers(parent, student).items() if k.startswith("down_blocks.")}
     layers |= {
@@ -61,19 +65,19 @@ def inherited(
 
 
 def inheriting(parent: nn.Module, unet_config: Mapping[str, Any]) -> nn.Module:
-    """A trainable fp32 ControlNet for a UNet of that config, which starts as the parent where the parent has it."""
+    """Build a trainable fp32 ControlNet for a UNet of the given config, with the weights that it inherits from `parent`."""
     config = student_config(parent.config, unet_config)
     net = unet.unet_of(config, "ControlNetModel")
     state = parent.state_dict()
     names = inherited(parent.config, config, {k: tuple(v.shape) for k, v in state.items()}, unet.shapes_of(net))
-    net.load_state_dict({mine: state[its].detach().float().clone() for mine, its in names.items()}, assign=True)
+    net.load_state_dict({name: state[parent_name].detach().float().clone() for name, parent_name in names.items()}, assign=True)
     return net.train().requires_grad_(True)
 
 
 def load(ref: str, unet_config: Mapping[str, Any], *, option: str = "controlnet") -> nn.Module:
-    """A ControlNet from a diffusers folder or hub id, or the embedded one; fp32, frozen.
+    """Load a ControlNet from a diffusers folder or hub id, or the embedded one (`emoji`); fp32, frozen.
 
-    InputRefused where it is none, or of another UNet.
+    Raises UsageError if `ref` is not found, and InputRefused if it is not a ControlNet or does not fit the UNet's config.
     """
     folder = EMBEDDED if ref == SHIPPED.name else component.locate(ref, option, "ControlNet")
     config = component.config_of(folder, option, ref, ("ControlNetModel",))
@@ -82,16 +86,16 @@ def load(ref: str, unet_config: Mapping[str, Any], *, option: str = "controlnet"
 
 
 def check(config: Mapping[str, Any], unet_config: Mapping[str, Any], where: str) -> None:
-    """InputRefused unless what it adds has the places and widths of the UNet's skip connections."""
+    """Raise InputRefused unless the ControlNet's residuals match the skip connections of the UNet in number and width."""
     for key in ("in_channels", "cross_attention_dim", "addition_embed_type"):
         if config.get(key) != unet_config.get(key):
             raise InputRefused(
-                f"{where}: is for a UNet with {key} {config.get(key)}, this one has {unet_config.get(key)}",
-                "it must be of the base's family",
+                f"{where}: is for a UNet with {key} {config.get(key)}, but the base's UNet has {unet_config.get(key)}",
+                "use a ControlNet of the base's family",
             )
-    mine, its = ([c, residuals(c)] for c in (config, unet_config))
-    if list(mine[0]["block_out_channels"]) != list(its[0]["block_out_channels"]) or mine[1] != its[1]:
+    own, needed = ([c, residuals(c)] for c in (config, unet_config))
+    if list(own[0]["block_out_channels"]) != list(needed[0]["block_out_channels"]) or own[1] != needed[1]:
         raise InputRefused(
-            f"{where}: is for another layout ({len(mine[1])} residuals, the UNet has {len(its[1])})",
-            "`fastdiff prune --controlnet` cuts one alike, `fastdiff distill-controlnet` also trains it",
+            f"{where}: is for another layout ({len(own[1])} residuals, but the base's UNet takes {len(needed[1])})",
+            "`fastdiff prune --controlnet` cuts a matching one, `fastdiff distill-controlnet` also trains it",
         )

@@ -1,4 +1,4 @@
-"""Any UNet as a Denoiser that answers Prediction(x0, eps), whatever it was trained to output."""
+"""Denoiser: wraps any UNet so that it answers Prediction(x0, eps), whatever it was trained to output."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,18 +17,17 @@ from fastdiff.models.sharding import is_split
 
 @dataclass(frozen=True)
 class Cond:
-    """Everything a UNet is conditioned on besides x_t and t. B batch, L tokens, D width."""
+    """What a UNet is conditioned on besides x_t and t. B batch, L tokens, D width, H W pixels."""
 
     tokens: Tensor  # (B, L, D)
     pooled: Tensor | None = None  # (B, D2)  SDXL
     time_ids: Tensor | None = None  # (B, 6)  SDXL: original height, width, crop top, left, target height, width
-    guidance: Tensor | None = None  # (B,)  guidance-embedded networks: w of u + w (c - u)
-    control: Tensor | None = None  # (B, 3, H, W) in [0, 1]: the picture that a ControlNet looks at
+    guidance: Tensor | None = None  # (B,)  for guidance-embedded networks: w in u + w (c - u)
+    control: Tensor | None = None  # (B, 3, H, W) in [0, 1]: the control picture, for a ControlNet
 
     def map(self, f) -> "Cond":
-        """`f` applied to every tensor that is there."""
-        found = vars(self)
-        return Cond(**{k: f(v) if v is not None else None for k, v in found.items()})
+        """Return a Cond with `f` applied to every tensor that is not None."""
+        return Cond(**{k: f(v) if v is not None else None for k, v in vars(self).items()})
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -37,23 +36,26 @@ class Cond:
         return self.map(lambda v: v[index])
 
     def expand(self, n: int) -> "Cond":
-        """One row, repeated to a batch of n."""
+        """Repeat a Cond of one row to n rows."""
         return self.map(lambda v: v.expand(n, *v.shape[1:]))
 
     @staticmethod
     def cat(parts: list["Cond"]) -> "Cond":
+        """Concatenate along the batch. A field that is None in any part is None in the result."""
         columns = {x.name: [vars(p)[x.name] for p in parts] for x in fields(Cond)}
         return Cond(**{k: torch.cat(v) if all(x is not None for x in v) else None for k, v in columns.items()})
 
     def with_guidance(self, w: Tensor | None) -> "Cond":
+        """Return a copy with guidance weights w (B,)."""
         return replace(self, guidance=w)
 
     def with_control(self, pictures: Tensor | None) -> "Cond":
+        """Return a copy with control pictures (B, 3, H, W) in [0, 1]."""
         return replace(self, control=pictures)
 
 
 def guidance_embedding(w: Tensor, width: int) -> Tensor:
-    """Sinusoidal embedding (B, width) of LCM's guidance w = CFG - 1, times 1000, as the LCM pipelines compute it."""
+    """Embed guidance weights w (B,) as sines and cosines (B, width), as the LCM pipelines do: w = CFG scale - 1, times 1000."""
     half = width // 2
     frequency = torch.exp(torch.arange(half, device=w.device) * -(torch.log(torch.tensor(10000.0)) / (half - 1)).item())
     angle = 1000 * w.float()[:, None] * frequency
@@ -62,15 +64,16 @@ def guidance_embedding(w: Tensor, width: int) -> Tensor:
 
 
 class Reached(Exception):  # noqa: N818  (not an error: it ends a forward pass early)
-    """All features that were asked for are there."""
+    """Raised by a hook to end a forward pass once all requested features are computed."""
 
 
 class Denoiser(nn.Module):
-    """One role of a UNet: the network with its schedule, prediction type and the adapter that it wears.
+    """A UNet in one role (teacher, student, ...): the network, its noise schedule, its prediction type and its adapter.
 
-    Several roles may share one network: `adapter` is on while this role runs, and None is the bare base. A `controlnet` adds
-    what it makes of `Cond.control`, times `strength` (Zhang 2023, ControlNet); without a picture it does not run.
-    Zero-terminal-SNR schedules are refused for epsilon networks: alpha_T = 0 leaves x0 undefined there (Lin 2024).
+    Several denoisers may share one network: each switches its own `adapter` on while it runs; None means the base without
+    adapters. A `controlnet` adds its residuals for `Cond.control`, times `strength` (Zhang 2023, ControlNet); it does not run
+    if `Cond.control` is None. Raises ValueError for an epsilon network with a zero-terminal-SNR schedule: alpha_T = 0 leaves
+    x0 undefined there (Lin 2024).
     """
 
     def __init__(
@@ -90,46 +93,50 @@ class Denoiser(nn.Module):
 
     @classmethod
     def of(cls, base: Checkpoint, adapter: str | None = None) -> "Denoiser":
-        """The base's network with its schedule and prediction type, wearing an adapter of that name, or bare.
+        """Build a denoiser from the base's UNet, schedule and prediction type, with the named adapter or without adapters.
 
-        All roles of one base share its network, so that a teacher and a LoRA student cost the memory of one.
+        All denoisers of one base share its UNet, so a teacher and a LoRA student need the memory of one.
         """
         return cls(base.unet, base.schedule(), base.prediction_type, adapter)
 
     def networks(self) -> list[nn.Module]:
-        """What it calls: the UNet, and the ControlNet where it has one."""
+        """Return the networks that this denoiser calls: the UNet, and the ControlNet if there is one."""
         return [self.net] if self.controlnet is None else [self.net, self.controlnet]
 
     @property
     def guidance_embedded(self) -> bool:
+        """Whether the UNet takes the guidance weight as an input (`Cond.guidance`)."""
         return self.net.config.time_cond_proj_dim is not None
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        """x_t (B, C, h, w), t scalar or (B,) -> Prediction, fp32."""
+        """Predict x0 and eps, each (B, C, h, w) in fp32, from x_t (B, C, h, w) and timesteps t, a scalar or (B,)."""
         t = t.to(x_t.device).expand(len(x_t))
         return self.schedule.predict(self.answer(x_t, t, cond), x_t, t, self.kind)
 
     def answer(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """What the network itself puts out (B, C, h, w), in its dtype; t scalar or (B,), on its device."""
+        """Return the raw network output (B, C, h, w) in the network's dtype; t is a scalar or (B,) on the network's device."""
         t, dtype, extra = t.expand(len(x_t)), self.net.dtype, self.extra(cond)
         residuals = self.controlled(x_t, t, cond, extra)
         with adapters.using(self.net, self.adapter):
             return self.net(x_t.to(dtype), t, cond.tokens.to(dtype), return_dict=False, **extra, **residuals)[0]
 
     def extra(self, cond: Cond) -> dict[str, Any]:
-        """What the network is told besides the prompt's tokens, by diffusers' names."""
-        dtype, told = self.net.dtype, {}
+        """Return the network's keyword arguments besides the tokens, by diffusers' names.
+
+        Raises ValueError if the network embeds guidance and `cond.guidance` is None.
+        """
+        dtype, kwargs = self.net.dtype, {}
         if cond.pooled is not None:
-            told["added_cond_kwargs"] = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids.to(dtype)}
+            kwargs["added_cond_kwargs"] = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids.to(dtype)}
         if self.guidance_embedded:
             if cond.guidance is None:
-                raise ValueError("this network has a guidance embedding: Cond.guidance must be given")
+                raise ValueError("this network has a guidance embedding: Cond.guidance must not be None")
             width = self.net.config.time_cond_proj_dim
-            told["timestep_cond"] = guidance_embedding(cond.guidance - 1, width).to(dtype)
-        return told
+            kwargs["timestep_cond"] = guidance_embedding(cond.guidance - 1, width).to(dtype)
+        return kwargs
 
     def controlled(self, x_t: Tensor, t: Tensor, cond: Cond, extra: dict[str, Any]) -> dict[str, Any]:
-        """What the ControlNet adds to each skip connection and to the middle of the UNet."""
+        """Return the ControlNet's residuals for the UNet, by diffusers' names; {} without a ControlNet or control picture."""
         if self.controlnet is None or cond.control is None:
             return {}
         dtype = self.controlnet.dtype
@@ -149,7 +156,7 @@ class Denoiser(nn.Module):
         }
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float | Tensor) -> Prediction:
-        """Classifier-free guidance, both halves in one batch of 2B; w of 1 needs no second half."""
+        """Predict with classifier-free guidance of weight w, in one batch of 2 B rows; w = 1 skips the unconditional half."""
         t = t.to(x_t.device).expand(len(x_t))
         if isinstance(w, int | float) and w == 1:
             return self(x_t, t, cond)
@@ -160,40 +167,43 @@ class Denoiser(nn.Module):
 
     @contextmanager
     def tap(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """What the modules of those names put out in passes inside, by name; of blocks that answer several things the first."""
-        found: dict[str, Tensor] = {}
+        """Record the outputs of the named modules during forward passes inside the `with`, in the yielded dict.
+
+        Of a module that returns a tuple, the first element is recorded.
+        """
+        outputs: dict[str, Tensor] = {}
 
         def note(name: str):
             def hook(module: nn.Module, args: tuple, out: Tensor | tuple) -> None:
-                found[name] = out if isinstance(out, Tensor) else out[0]
+                outputs[name] = out if isinstance(out, Tensor) else out[0]
 
             return hook
 
         handles = [self.net.get_submodule(name).register_forward_hook(note(name)) for name in names]
         try:
-            yield found
+            yield outputs
         finally:
             for handle in handles:
                 handle.remove()
 
     def bottleneck(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The network's narrowest feature map (B, D, h', w'), after the mid block or the last down block where there is none."""
+        """Return the bottleneck features (B, D, h', w'): of the mid block, or of the last down block if there is no mid block."""
         return self.encoded(x_t, t, cond)[-1]
 
     def encoded(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-        """The feature maps (B, D_i, h_i, w_i) of every down block before it halves the picture, and the bottleneck.
+        """Return feature maps (B, D_i, h_i, w_i): of every down block before it downsamples, then of the mid block, if any.
 
-        The decoder does not run, but where the network is split over processes: its blocks are gathered in turn, to the end.
+        The decoder is skipped, except in a network that is split over processes: there all blocks must run in turn.
         """
-        blocks, found = list(self.net.down_blocks), []
+        blocks, maps = list(self.net.down_blocks), []
         split = is_split(next(self.net.parameters()))
 
         def note(module: nn.Module, args: tuple, out: Tensor | tuple) -> None:
             if isinstance(out, Tensor):
-                found.append(out)  # the mid block
+                maps.append(out)  # the mid block
             else:
                 _, states = out
-                found.append(states[-2] if module.downsamplers else states[-1])
+                maps.append(states[-2] if module.downsamplers else states[-1])
             if module is last and not split:
                 raise Reached
 
@@ -206,10 +216,10 @@ class Denoiser(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        assert len(found) == len(handles), "the last block was not reached"
-        return found
+        assert len(maps) == len(handles), "the last block was not reached"
+        return maps
 
 
 def trainable_copy(net: nn.Module) -> nn.Module:
-    """A copy that trains: fp32 master weights whatever the original is stored in."""
+    """Return a trainable copy of a network in fp32, whatever the dtype of the original."""
     return deepcopy(net).float().train().requires_grad_(True)

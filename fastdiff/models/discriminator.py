@@ -1,4 +1,4 @@
-"""Discriminators: on a UNet's features, is the latent behind them a real one? On pictures, is the patch?"""
+"""Discriminators: networks that tell real latents (by a UNet's features) or real patches of pictures from generated ones."""
 
 import math
 
@@ -9,10 +9,11 @@ from fastdiff.models.denoiser import Cond, Denoiser
 
 
 class Head(nn.Module):
-    """On a network that is there for something else (Yin 2024, DMD2): features (B, D, h, w) -> logits (B, N).
+    """A classification head on the features of another network (Yin 2024, DMD2): features (B, D, h, w) -> logits (B, N).
 
-    N is 1 at the size that it was built for, more on larger maps. Strided convolutions down to 4 x 4, one over the rest, then
-    one logit; on SD1.5's 8 x 8 and SDXL's 32 x 32 features these are the published heads. Narrower maps are taken whole.
+    Strided convolutions reduce the map to 4 x 4, one more covers the rest, and a last one gives the logit. Maps smaller than
+    4 x 4 are covered at once. N is 1 for maps of `side` x `side`, more for larger ones. For SD1.5's 8 x 8 and SDXL's 32 x 32
+    features these are the published heads.
     """
 
     def __init__(self, width: int, side: int) -> None:
@@ -36,12 +37,13 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D(x_s, x_t, s, t, c), or without x_t the unconditional D'(x_s, s, c) (Lin 2024, section 3.3): logits (B, maps).
+    """SDXL-Lightning's discriminator (Lin 2024, section 3.3): D(x_s, x_t, s, t, c), or D'(x_s, s, c) if not `paired`.
 
-    Encoder and mid block of a UNet see each latent at its own timestep; their features side by side go through blocks of
-    4 x 4 convolution with stride 2, group norm and SiLU down to four positions a side, and the mean of a projection over
-    what is left, so that any picture size will do. [Ours: width and mean; `every`: a head on each down block too, for
-    networks whose bottleneck is too narrow for detail.]
+    A UNet's encoder and mid block see each latent at its own timestep. The features of both latents, side by side, go through
+    4 x 4 convolutions with stride 2, group norm and SiLU down to four positions a side. The logit is the mean of a projection
+    of what is left, so any picture size works. Returns logits (B, number of heads).
+    [Ours: the width and the mean; `every` puts a head on each down block too, for networks whose bottleneck is too narrow for
+    detail.]
     """
 
     def __init__(self, watched: Denoiser, latent_side: int, *, paired: bool, every: bool = False, hidden: int = 512) -> None:
@@ -59,17 +61,18 @@ class Discriminator(nn.Module):
 
     @staticmethod
     def head(width: int, side: int, hidden: int) -> nn.Sequential:
+        """Build the head for feature maps of `width` channels and `side` x `side` positions."""
         layers: list[nn.Module] = []
         for _ in range(max(0, math.ceil(math.log2(max(1, side) / 4)))):
             layers += [nn.Conv2d(width, hidden, 4, 2, 1), nn.GroupNorm(math.gcd(32, hidden), hidden), nn.SiLU()]
             width = hidden
-        if not layers:  # a map that is small already still needs a layer that is not linear
+        if not layers:  # a small map needs no convolution with stride, but still a nonlinear layer
             layers = [nn.Conv2d(width, hidden, 1), nn.SiLU()]
         return nn.Sequential(*layers, nn.Conv2d(hidden, 1, 1))
 
     def forward(self, x_s: Tensor, s: Tensor, cond: Cond, x_t: Tensor | None = None, t: Tensor | None = None) -> Tensor:
-        """Latents (B, C, h, w) at timesteps (B,), -1 = clean."""
-        xs, at = [x_s], [s.clamp(min=0)]  # a clean latent is shown at the lowest timestep
+        """Return logits (B, number of heads) of latents x_s and x_t (B, C, h, w) at timesteps s and t (B,); s = -1 is clean."""
+        xs, at = [x_s], [s.clamp(min=0)]  # the network sees a clean latent at the lowest timestep
         if self.paired:
             xs, at = [x_s, x_t], [*at, t]
         maps = self.watched.encoded(torch.cat(xs), torch.cat(at), Cond.cat([cond] * len(xs)))
@@ -79,10 +82,10 @@ class Discriminator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1] -> logits (B, 1, H / 8, W / 8): is the patch real (Isola 2017)?
+    """A patch discriminator (Isola 2017): pixels (B, 3, H, W) in [-1, 1] -> logits (B, 1, H / 8, W / 8), one a patch.
 
-    With `latent_channels` it is also shown what the picture was decoded from, spread over the pixels: then it can tell a
-    picture that is real but another one (TAESD).
+    With `latent_channels` it also sees the latents (B, C, h, w) that the picture was decoded from, resized to the picture.
+    It can then reject a realistic picture that does not belong to its latents (TAESD).
     """
 
     def __init__(self, width: int = 64, latent_channels: int = 0) -> None:

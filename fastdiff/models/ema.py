@@ -1,4 +1,4 @@
-"""Exponential moving average of the parameters that train, and only those."""
+"""Exponential moving average (EMA) of trainable parameters."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from fastdiff.models.sharding import local, placed
 
 
 class EMA:
-    """shadow <- decay * shadow + (1 - decay) * parameter, after every optimiser step; fp32.
+    """Averages of parameters in fp32. Each `update`: shadow <- decay * shadow + (1 - decay) * parameter.
 
-    The decay is capped at (1 + n) / (10 + n) after n updates, so that a short run forgets its start. `warm=False` keeps
-    it constant, which consistency targets want.
+    After n updates the decay is at most (1 + n) / (10 + n), so that a short run forgets its start. `warm=False` keeps the
+    decay constant, as consistency targets need.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float, *, warm: bool = True) -> None:
@@ -23,19 +23,20 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the averages towards the parameters; call it after every optimiser step."""
         self.updates += 1
         self.follow()
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warm else self.decay
         torch._foreach_lerp_(local(self.shadow), [p.detach().float() for p in local(self.parameters)], 1 - decay)
 
     def follow(self) -> None:
-        """To the device of the parameters, should they have moved."""
+        """Move the averages to the device of the parameters, if the parameters have moved."""
         if self.shadow and self.shadow[0].device != self.parameters[0].device:
             self.shadow = [s.to(p.device) for s, p in zip(self.shadow, self.parameters, strict=True)]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The averages in place of the parameters, for targets, previews and export; put back bit-exactly."""
+        """Put the averages into the parameters during the `with`; afterwards restore the parameters bit by bit."""
         with swapped(self.parameters, self.shadow):
             yield
 
@@ -48,7 +49,7 @@ class EMA:
         torch._foreach_copy_(local(self.shadow), local(values))
 
     def repoint(self, moved: dict[nn.Parameter, nn.Parameter]) -> None:
-        """The same average of parameters that have been split over processes."""
+        """Follow parameters that have been split over processes; `moved` maps each old parameter to its split one."""
         self.parameters = [moved.get(p, p) for p in self.parameters]
         self.shadow = [placed(s, p) for s, p in zip(self.shadow, self.parameters, strict=True)]
 
@@ -56,7 +57,7 @@ class EMA:
 @contextmanager
 @torch.no_grad()
 def swapped(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
-    """Those values in the parameters; afterwards their own again, bit-exactly."""
+    """Put `values` into the parameters during the `with`; afterwards restore the parameters bit by bit."""
     values = [placed(v, p) for v, p in zip(values, parameters, strict=True)]
     inside = [p.data for p in local([p.detach() for p in parameters])]
     kept = [p.clone() for p in inside]

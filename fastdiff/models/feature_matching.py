@@ -1,7 +1,7 @@
-"""Feature matching of latents (Song et al. 2024, SDXS, equation 10): 1 - SSIM of feature maps, as in DISTS (Ding 2020).
+"""Feature matching loss for latents (Song 2024, SDXS, equation 10): 1 - SSIM of feature maps, as in DISTS (Ding 2020).
 
-The paper finds that a CNN, a ViT and the encoder of the diffusion model's own UNet serve alike. The UNet's is there already
-and needs no decoder; the others look at decoded pictures.
+The paper finds that a CNN, a ViT and the encoder of the diffusion model's own UNet work equally well. The UNet's encoder is
+already loaded and works on latents; the other networks need decoded pictures.
 """
 
 from pathlib import Path
@@ -19,19 +19,19 @@ from fastdiff.runtime.errors import UsageError, quoted
 
 Encoder = Literal["unet", "vgg", "dinov2", "embedded"]
 DINOV2 = "facebook/dinov2-small"
-LAYERS = (3, 6, 9, 12)  # of DINOv2's twelve
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for DINOv2
-PATCH = 14  # DINOv2's, in pixels
+LAYERS = (3, 6, 9, 12)  # of DINOv2's twelve layers
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, as DINOv2 expects
+PATCH = 14  # side of DINOv2's patches, in pixels
 
 
 class UNetFeatures:
-    """Latents (B, C, h, w) -> what each down block of a frozen UNet makes of them, with a little noise, and its bottleneck."""
+    """Features of slightly noised latents (B, C, h, w): the maps of each down block of a frozen UNet, and its bottleneck."""
 
     def __init__(self, net: Denoiser, t_max: float) -> None:
         self.net, self.t_max = net, t_max
 
     def __call__(self, a: Tensor, b: Tensor, cond: Cond) -> tuple[list[Tensor], list[Tensor]]:
-        """Of both latents, at the same noise and level in [0, t_max T]."""
+        """Return the feature maps of both latents, with the same noise at one random timestep below t_max T for each item."""
         schedule, cond = self.net.schedule, cond.with_control(None)  # a ControlNet does not change an encoder
         t = torch.randint(max(1, round(self.t_max * len(schedule))), (len(a),), device=a.device)
         eps = torch.randn_like(a)
@@ -41,13 +41,14 @@ class UNetFeatures:
 
 
 class PixelFeatures(nn.Module):
-    """Latents -> feature maps of their decoded pictures, of a window of `crop` latent positions."""
+    """Feature maps of decoded latents (B, C, h, w), in a random window of at most `crop` x `crop` latent positions."""
 
     def __init__(self, vae: nn.Module, maps: nn.Module, crop: int) -> None:
         super().__init__()
         self.vae, self.maps, self.crop = vae.requires_grad_(False), maps.requires_grad_(False), crop
 
     def forward(self, a: Tensor, b: Tensor, cond: Cond) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the feature maps of latents a, with gradients, and of latents b, without; `cond` is not used."""
         a, b = perceptual.same_window(a, b, self.crop)
         with torch.autocast(a.device.type, enabled=False):
             with torch.no_grad():
@@ -56,7 +57,7 @@ class PixelFeatures(nn.Module):
 
 
 class Embedded(nn.Module):
-    """The feature network that ships with `emoji`."""
+    """Feature maps of the small network that ships with the `emoji` base."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class Embedded(nn.Module):
 
 
 class VGG(nn.Module):
-    """relu1_2 to relu5_3 of VGG-16, as LPIPS takes them."""
+    """Feature maps relu1_2 to relu5_3 of VGG-16, the layers that LPIPS uses."""
 
     def __init__(self, lpips: nn.Module) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class VGG(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """Patch tokens of some layers as maps (B, D, H / 14, W / 14); pictures are resized to whole patches."""
+    """Patch tokens of the DINOv2 layers LAYERS as maps (B, D, H / 14, W / 14). Pictures are resized to whole patches first."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -95,21 +96,25 @@ class DINOv2(nn.Module):
 
 
 class FeatureMatching(nn.Module):
-    """Latents a, b (B, C, h, w) -> (B,): the mean over maps and channels of 1 - SSIM; gradients flow to a. Zero where a is b."""
+    """The loss (B,) between latents a and b (B, C, h, w): mean of 1 - SSIM over maps and channels. Gradients flow to a."""
 
     def __init__(self, encoder: UNetFeatures | PixelFeatures) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, a: Tensor, b: Tensor, cond: Cond) -> Tensor:
-        mine, its = self.encoder(a, b, cond)
-        return 1 - torch.stack([structure(x, y) for x, y in zip(mine, its, strict=True)]).mean(0)
+        features_a, features_b = self.encoder(a, b, cond)
+        return 1 - torch.stack([structure(x, y) for x, y in zip(features_a, features_b, strict=True)]).mean(0)
 
 
 def open_matching(
     kind: Encoder, teacher: Denoiser, vae: nn.Module, *, weights: str | None = None, t_max: float = 0.25, crop: int = 64
 ) -> FeatureMatching:
-    """The loss with one of the encoders; `weights` as for LPIPS with vgg, a folder or hub id with dinov2."""
+    """Build the feature matching loss with one of the encoders.
+
+    `weights` is a file as for LPIPS with `vgg`, and a folder or hub id with `dinov2`. `t_max` (share of all timesteps) is for
+    `unet`, `crop` (latent positions a side) for the others. Raises UsageError if weights cannot be loaded or downloaded.
+    """
     if kind == "unet":
         return FeatureMatching(UNetFeatures(teacher, t_max))
     if kind == "embedded":
@@ -122,14 +127,14 @@ def open_matching(
 
 
 def open_dinov2(ref: str) -> nn.Module:
-    """A folder or hub id in transformers' layout; UsageError where it cannot be had: never random weights."""
+    """Load DINOv2 from a folder or hub id in transformers' layout. Raises UsageError if that fails: never random weights."""
     from transformers import Dinov2Model
 
     try:
         return Dinov2Model.from_pretrained(str(Path(ref).expanduser()) if Path(ref).expanduser().exists() else ref)
     except (OSError, ValueError) as error:
-        told = quoted(error).splitlines()[0]
+        reason = quoted(error).splitlines()[0]
         raise UsageError(
-            f"`fm_encoder=dinov2`: its weights are not on this machine and cannot be downloaded ({told})",
-            "`fm_weights=FOLDER`, or `fm_encoder=unet`, which needs none",
+            f"`fm_encoder=dinov2`: the weights are not on this machine and cannot be downloaded ({reason})",
+            "give `fm_weights=FOLDER`, or use `fm_encoder=unet`, which needs no extra weights",
         ) from error

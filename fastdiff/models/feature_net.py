@@ -1,7 +1,7 @@
-"""The embedded feature network: a small CNN that knows the emoji pictures, for metrics and feature losses offline.
+"""The embedded feature network: a small CNN trained on the emoji pictures, for metrics and feature losses without downloads.
 
-It stands where Inception, CLIP and LPIPS backbones stand for full-size models, whose weights must be downloaded.
-Its figures compare runs on the embedded checkpoint with each other, never with published ones.
+It replaces the Inception, CLIP and LPIPS networks, which must be downloaded. Its figures compare runs of the embedded
+checkpoint with each other; they cannot be compared with published figures.
 """
 
 import torch
@@ -14,7 +14,7 @@ WEIGHTS = SHIPPED.home / "features" / "model.safetensors"
 
 
 class FeatureNet(nn.Module):
-    """Pixels (B, 3, 64, 64) in [-1, 1] -> feature maps at 32, 16, 8 and 4 px and one 128-d embedding."""
+    """Turns pixels (B, 3, 64, 64) in [-1, 1] into feature maps at 32, 16, 8 and 4 px and one embedding (B, 128)."""
 
     widths = (24, 48, 96, 128)
 
@@ -36,7 +36,7 @@ class FeatureNet(nn.Module):
 
     @classmethod
     def embedded(cls) -> "FeatureNet":
-        """The shipped weights, frozen."""
+        """Load the network with the shipped weights, frozen."""
         from safetensors.torch import load_file
 
         net = cls()
@@ -44,21 +44,21 @@ class FeatureNet(nn.Module):
         return net.eval().requires_grad_(False)
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        """Feature maps, finest first; pixels of another size are resized to 64 px."""
+        """Return the four feature maps of pixels (B, 3, H, W), finest first. Pixels of another size are resized to 64 px."""
         if pixels.shape[-2:] != (64, 64):
             pixels = F.interpolate(pixels, (64, 64), mode="bilinear", antialias=True, align_corners=False)
-        found = []
+        maps = []
         for stage in self.stages:
             pixels = stage(pixels)
-            found.append(pixels)
-        return found
+            maps.append(pixels)
+        return maps
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Embedding (B, 128)."""
+        """Return the embedding (B, 128) of pixels (B, 3, H, W) in [-1, 1]."""
         return self.head(self.maps(pixels)[-1].flatten(1))
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """LPIPS-shaped distance (Zhang 2018, eq. 1, unit layer weights): (B,)."""
+        """Return the distance (B,) of pixels a and b (B, 3, H, W), by the LPIPS formula with unit weights (Zhang 2018, eq. 1)."""
         pairs = zip(self.maps(a), self.maps(b), strict=True)
         unit = lambda m: m / m.square().sum(1, keepdim=True).add(1e-8).sqrt()  # noqa: E731
         return torch.stack([(unit(x) - unit(y)).square().sum(1).mean((1, 2)) for x, y in pairs]).sum(0)

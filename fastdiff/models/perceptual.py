@@ -1,4 +1,4 @@
-"""Perceptual distance of decoded latents: LPIPS (Zhang 2018), or the embedded feature network through the same formula."""
+"""Perceptual distance of pictures: LPIPS (Zhang 2018), or the same formula with the embedded feature network."""
 
 from pathlib import Path
 
@@ -16,10 +16,10 @@ EMBEDDED = "embedded"
 
 
 class DecodedDistance(nn.Module):
-    """Latents a, b (B, C, h, w) -> distance (B,) of their pictures, in fp32; gradients flow to a.
+    """The distance (B,) between the pictures of latents a and b (B, C, h, w), in fp32. Gradients flow to a.
 
-    A random window of `crop` x `crop` latent positions is decoded, the same of both: decoding a 1024 px picture with
-    gradients takes more memory than the networks that are trained.
+    Only a random window of `crop` x `crop` latent positions is decoded, the same one of both: decoding a whole 1024 px
+    picture with gradients takes more memory than the trained networks.
     """
 
     def __init__(self, vae: nn.Module, distance: nn.Module, crop: int) -> None:
@@ -35,14 +35,14 @@ class DecodedDistance(nn.Module):
 
 
 def same_window(a: Tensor, b: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """The same random window of both latents, at most `side` x `side` positions; fp32."""
+    """Cut the same random window, at most `side` x `side` positions, out of two latents (B, C, h, w); fp32."""
     h, w = (min(side, n) for n in a.shape[-2:])
     y, x = (int(torch.randint(n - m + 1, ())) for n, m in zip(a.shape[-2:], (h, w), strict=True))
     return tuple(z[..., y : y + h, x : x + w].float() for z in (a, b))
 
 
 class PixelDistance(nn.Module):
-    """Pixels a, b (B, 3, H, W) in [-1, 1] -> (B,), by LPIPS or the embedded feature network; it moves to a device whole."""
+    """The distance (B,) between pixels a and b (B, 3, H, W) in [-1, 1], by LPIPS or the embedded feature network."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -53,11 +53,12 @@ class PixelDistance(nn.Module):
 
 
 def open_distance(family: Family, weights: str | None, *, option: str = "lpips_weights", off: str = "") -> PixelDistance:
-    """The distance for a family.
+    """Build the perceptual distance for a family.
 
-    `weights`, what the field `option` was given: "embedded" = the shipped feature network (the default where a judge ships), a
-    file with torchvision's VGG-16, None = that file from torchvision's cache or model zoo. Where it cannot be had that is an
-    error, which names `off`, the option to do without; never a random backbone.
+    `weights` is the value of the field `option`: "embedded" for the shipped feature network (the default for families that
+    have one), a file with torchvision's VGG-16, or None to take that file from torchvision's cache or model zoo. Raises
+    UsageError if the weights cannot be loaded; the message suggests `off`, the option that avoids the distance. Random
+    weights are never used.
     """
     path = locate(family, weights, option=option, off=off)
     if path is None:
@@ -67,7 +68,7 @@ def open_distance(family: Family, weights: str | None, *, option: str = "lpips_w
 
 
 def locate(family: Family, weights: str | None, *, option: str = "lpips_weights", off: str = "") -> Path | None:
-    """The file of VGG-16's weights, downloaded if need be; None where the embedded network stands in. UsageError if neither."""
+    """Return the file of VGG-16's weights, downloaded if needed; None for the embedded network. Raises UsageError on failure."""
     if weights == EMBEDDED or (weights is None and family.judge_ships):
         return None
     from torchvision.models import VGG16_Weights
@@ -77,18 +78,21 @@ def locate(family: Family, weights: str | None, *, option: str = "lpips_weights"
 
 
 def lpips_vgg(features: dict[str, Tensor]) -> nn.Module:
-    """lpips' own network and linear heads (v0.1) on the given backbone; frozen, fp32."""
+    """Build the lpips package's network with its linear heads (v0.1) and the given VGG-16 weights; frozen, fp32.
+
+    Raises UsageError if the weights lack a layer.
+    """
     import warnings
 
     import lpips
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it builds torchvision's network by a deprecated argument
+        warnings.simplefilter("ignore")  # lpips passes a deprecated argument to torchvision
         net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     # lpips cuts torchvision's `features` into slices and keeps their numbers: slice2.5.weight is features.5.weight.
     wanted = {key: "features." + key.split(".", 1)[1] for key in net.net.state_dict()}
     missing = [name for name in wanted.values() if name not in features]
     if missing:
-        raise UsageError(f"`lpips_weights`: {len(missing)} of VGG-16's layers are not in that file, the first is {missing[0]}")
+        raise UsageError(f"`lpips_weights`: that file lacks {len(missing)} of VGG-16's layers, the first is {missing[0]}")
     net.net.load_state_dict({key: features[name].float() for key, name in wanted.items()})
     return net.eval().requires_grad_(False)

@@ -1,7 +1,7 @@
-"""Full weights split over the processes (FSDP2, torch's fully_shard): each holds its part of parameters, gradients and moments.
+"""Split networks over processes (FSDP2, torch's fully_shard): each holds a part of parameters, gradients and Adam moments.
 
-A network is sharded block by block; a block is whole only while it runs. States are saved whole, so any number of processes
-goes on from them.
+A network is split block by block; a block is gathered only while it runs. Saved states are whole, so a run can be resumed
+with another number of processes.
 """
 
 from collections.abc import Iterator
@@ -17,17 +17,17 @@ BLOCKS = ("down_blocks", "up_blocks", "transformer_blocks", "resnets")  # lists 
 
 
 def is_split(value: Any) -> bool:
-    """Whether it is a DTensor; asked without importing that class."""
+    """Return whether a value is a DTensor, a tensor split over processes."""
     return hasattr(value, "to_local")  # importing that class takes seconds, and most runs split nothing
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:
-    """This process's parts, which share their memory."""
+    """Return this process's part of each tensor, sharing memory with it."""
     return [t.to_local() if is_split(t) else t for t in tensors]
 
 
 def placed(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor on the device of another, and split as that one is."""
+    """Move a tensor to the device of `like`, and split it if `like` is split."""
     if is_split(value) or not is_split(like):
         return value.to(like.device)
     from torch.distributed.tensor import distribute_tensor
@@ -36,9 +36,9 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
 
 
 def whole(value: Any, *, everywhere: bool = False) -> Any:
-    """A nested value with its split tensors gathered on the CPU; empty on all but the first process, unless wanted there.
+    """Gather the split tensors of a nested dict, list or tuple on the CPU. All processes must call it.
 
-    All processes must call it.
+    Other processes than the first get empty tensors, unless `everywhere`. Tensors that are not split are returned as they are.
     """
     if is_split(value):
         full = value.detach().full_tensor()
@@ -51,7 +51,7 @@ def whole(value: Any, *, everywhere: bool = False) -> Any:
 
 
 def shard(nets: list[nn.Module], device: torch.device) -> dict[nn.Parameter, nn.Parameter]:
-    """Split networks all of whose parameters train, over all processes; returns {old parameter: split one}."""
+    """Split fully trainable networks over all processes. Returns {old parameter: split parameter}."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -60,19 +60,19 @@ def shard(nets: list[nn.Module], device: torch.device) -> dict[nn.Parameter, nn.
         before = dict(net.named_parameters())
         if isinstance(net, FSDPModule):
             continue
-        for part in reversed(parts_of(net)):  # the innermost first
+        for part in reversed(parts_of(net)):  # fully_shard needs inner modules first
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
-        # The root too: its weights may be others at the next call (an averaged target), with no backward pass between.
+        # The root is resharded too: before the next call its weights may change (an averaged target) without a backward pass.
         fully_shard(net, mesh=mesh, reshard_after_forward=True)
         moved |= {old: dict(net.named_parameters())[name] for name, old in before.items()}
     return moved
 
 
 def parts_of(net: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered by themselves: of a UNet its blocks, and what it calls besides them.
+    """Return the modules to gather one at a time: a UNet's blocks, and the modules that it calls besides them.
 
-    Whatever is left to the root is gathered for the backward pass only where the network's output is used: a discriminator
-    that looks at its middle uses none.
+    Weights that stay with the root are gathered for the backward pass only if the network's output is used. A discriminator
+    uses only features from the middle, so no weights may stay with the root.
     """
     if "down_blocks" not in dict(net.named_children()):
         return []
@@ -83,7 +83,7 @@ def parts_of(net: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def gathered(modules: list[nn.Module]) -> Iterator[None]:
-    """Plain whole copies on the CPU in the places of split networks, on the first process, to be exported. All must call it."""
+    """Replace split networks by whole copies on the CPU during the `with`, on the first process, for export. All must call it."""
     from diffusers import ModelMixin
 
     places = [
@@ -107,7 +107,7 @@ def gathered(modules: list[nn.Module]) -> Iterator[None]:
 
 
 def plain(net: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """A network of the same class, before fully_shard changed it, with these weights."""
+    """Build a network of the diffusers class that `net` had before fully_shard changed it, with the given weights."""
     kind = next(c for c in type(net).__mro__ if c.__module__.startswith("diffusers"))
     with torch.device("meta"):
         copy = kind.from_config(net.config)

@@ -1,6 +1,6 @@
-"""Smaller UNets: layouts as changes of a config, and which of the parent's weights each of their layers inherits.
+"""Smaller UNets: layouts as edits of a config, and which of the parent's weights each layer of the student inherits.
 
-A student is always built from a config: one that is cut out of a living network is saved with the config of the whole.
+Students are always built from an edited config. A network with modules removed in memory would be saved with the parent's config.
 """
 
 import inspect
@@ -20,39 +20,40 @@ Edit = Callable[[Config], Config]
 PER_STAGE = ("block_out_channels", "layers_per_block", "attention_head_dim", "num_attention_heads", "only_cross_attention")
 
 
-# ---- what is in a config
+# ---- reading a config
 
 
 def stages(config: Mapping[str, Any]) -> int:
+    """Return the number of resolutions of a UNet."""
     return len(config["block_out_channels"])
 
 
 def each(config: Mapping[str, Any], key: str) -> list[Any]:
-    """A field's value of every stage, from the top; one value stands for all."""
+    """Return a field's value for every stage, highest resolution first. A single value is repeated."""
     value = config.get(key)
     return list(value) if isinstance(value, list | tuple) else [value] * stages(config)
 
 
 def depths(config: Mapping[str, Any]) -> list[Any]:
-    """Transformer blocks of every stage: a number, or for networks that are uneven a list of a layer's each."""
+    """Return the transformer blocks per layer of every stage: a number, or a list if the layers of a stage differ."""
     return [d or 1 for d in each(config, "transformer_layers_per_block")]
 
 
 def even(values: list[Any]) -> Any:
-    """One value where all stages have the same: what every program reads."""
+    """Return one value if all are equal, else the list. Every program can read a single value."""
     return values[0] if all(v == values[0] for v in values) else values
 
 
 def attended(config: Mapping[str, Any]) -> list[bool]:
-    """Which stages have attention."""
+    """Return for every stage whether it has attention."""
     return ["CrossAttn" in kind for kind in config["down_block_types"]]
 
 
-# ---- changes
+# ---- editing a config
 
 
 def with_layers(n: int, stage: int | None = None) -> Edit:
-    """n layers in every down block, or in one stage's, and n + 1 in the up block across."""
+    """Use n layers in every down block, or in that of one stage, and n + 1 in the up block of the same stage."""
 
     def edit(config: Config) -> Config:
         layers = each(config, "layers_per_block")
@@ -62,7 +63,7 @@ def with_layers(n: int, stage: int | None = None) -> Edit:
 
 
 def with_depths(rows: list[Any], reverse: list[Any] | None = None) -> Edit:
-    """Transformer blocks of every stage; where up blocks differ, `reverse` lists theirs."""
+    """Set the transformer blocks of every stage; `reverse` lists those of the up blocks if they differ."""
     return lambda config: {
         **config,
         "transformer_layers_per_block": rows,
@@ -71,16 +72,17 @@ def with_depths(rows: list[Any], reverse: list[Any] | None = None) -> Edit:
 
 
 def without_middle(config: Config) -> Config:
+    """Remove the middle block."""
     return {**config, "mid_block_type": None}
 
 
 def plain_middle(config: Config) -> Config:
-    """One residual layer, no attention."""
+    """Use a middle block of one residual layer without attention."""
     return {**config, "mid_block_type": "UNetMidBlock2D"}
 
 
 def without_innermost(config: Config) -> Config:
-    """The lowest resolution goes: the last down block and the first up block."""
+    """Remove the lowest resolution: the last down block and the first up block."""
     kept = stages(config) - 1
     cut = {
         k: list(config[k])[:kept] for k in (*PER_STAGE, "transformer_layers_per_block") if isinstance(config.get(k), list | tuple)
@@ -90,7 +92,7 @@ def without_innermost(config: Config) -> Config:
 
 
 def without_attention(stage: int) -> Edit:
-    """No transformers at one resolution."""
+    """Remove the transformers of one stage."""
 
     def edit(config: Config) -> Config:
         down, up = list(config["down_block_types"]), list(config["up_block_types"])
@@ -101,17 +103,18 @@ def without_attention(stage: int) -> Edit:
 
 
 def without_self_attention(stage: int) -> Edit:
-    """Transformers of one resolution look at the text alone, twice (`only_cross_attention`)."""
+    """Replace self-attention by a second cross-attention in the transformers of one stage (`only_cross_attention`)."""
     return lambda config: {**config, "only_cross_attention": [i == stage for i in range(stages(config))]}
 
 
 class Layout(NamedTuple):
-    """A published small network, as a change of its family's."""
+    """A published small network, as edits of the config of its family."""
 
-    plans: tuple[str, ...]  # of the networks that it is cut from: Family.unet_plan
+    plans: tuple[str, ...]  # values of Family.unet_plan that it can be cut from
     edits: tuple[Edit, ...]
 
     def config(self, parent: Mapping[str, Any]) -> Config:
+        """Return the parent's config with all edits applied."""
         return reduce(lambda config, edit: edit(config), self.edits, dict(parent))
 
     def fits(self, family: Family) -> bool:
@@ -134,7 +137,10 @@ LAYOUTS = {
 
 
 def student_config(parent: Mapping[str, Any], layout: str, family: Family) -> Config:
-    """The config of a layout's name or of FILE.json, whose missing keys are the parent's. UsageError names what is wrong."""
+    """Return a student's config, for a layout's name or a FILE.json whose missing fields come from the parent.
+
+    Raises UsageError if the layout or file is unknown, does not fit the family, is not JSON, or has an unknown field.
+    """
     if layout in LAYOUTS:
         known = LAYOUTS[layout]
         if not known.fits(family):
@@ -144,66 +150,67 @@ def student_config(parent: Mapping[str, Any], layout: str, family: Family) -> Co
     path = Path(layout).expanduser()
     if path.suffix != ".json" or not path.is_file():
         raise UsageError(
-            f"{as_field('layout', layout)}: no such layout or file", f"one of {', '.join(LAYOUTS)}, or a UNet's config.json"
+            f"{as_field('layout', layout)}: no such layout or file", f"use one of {', '.join(LAYOUTS)}, or a UNet's config.json"
         )
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(told, dict)
+        changes = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(changes, dict)
     except (ValueError, AssertionError) as error:
         raise UsageError(f"{as_field('layout', layout)}: not the config of a UNet (JSON with its fields)") from error
     from diffusers import UNet2DConditionModel
 
     known = {*parent, *inspect.signature(UNet2DConditionModel.__init__).parameters}
-    unknown = sorted(k for k in told if k not in known and not k.startswith("_"))
+    unknown = sorted(k for k in changes if k not in known and not k.startswith("_"))
     if unknown:
         raise UsageError(
             f"{as_field('layout', layout)}: unknown field {unknown[0]}",
-            "as in the config.json of diffusers' UNet2DConditionModel",
+            "use only fields of the config.json of diffusers' UNet2DConditionModel",
         )
-    return {**parent, **{k: v for k, v in told.items() if not k.startswith("_")}}
+    return {**parent, **{k: v for k, v in changes.items() if not k.startswith("_")}}
 
 
 # ---- inheritance
 
 
 def inherited_layers(parent: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, str]:
-    """Layers and blocks of the student whose name in the parent is another, or may be: student's path -> parent's.
+    """Map the student's layers to the parent's layers that they inherit: student path -> parent path.
 
-    The innermost stages go first, so down blocks keep their number and up blocks count from the end. Of a block's layers
-    the first are kept, but the last of an up block is the parent's last: its skip connection comes from another width.
+    Removed stages are the innermost ones, so down blocks keep their number and up blocks count from the end. A block keeps
+    its first layers, except that the last layer of an up block inherits the parent's last: its skip connection has another
+    width than the others.
     """
-    offset, found = stages(parent) - stages(student), {}
-    told, whole = each(student, "layers_per_block"), each(parent, "layers_per_block")
+    offset, paths = stages(parent) - stages(student), {}
+    counts, parent_counts = each(student, "layers_per_block"), each(parent, "layers_per_block")
     only_cross, has_attention = [bool(v) for v in each(student, "only_cross_attention")], attended(student)
     for i in range(stages(student)):
         mirror = stages(student) - 1 - i
         for side, n, of, to in (
-            ("down_blocks", told[i], whole[i], i),
-            ("up_blocks", told[mirror] + 1, whole[mirror] + 1, i + offset),
+            ("down_blocks", counts[i], parent_counts[i], i),
+            ("up_blocks", counts[mirror] + 1, parent_counts[mirror] + 1, i + offset),
         ):
             for j in range(n):
                 k = of - 1 if side == "up_blocks" and j == n - 1 else j
-                found[f"{side}.{i}.resnets.{j}"] = f"{side}.{to}.resnets.{k}"
+                paths[f"{side}.{i}.resnets.{j}"] = f"{side}.{to}.resnets.{k}"
                 stage = i if side == "down_blocks" else mirror
                 if not has_attention[stage]:
                     continue
-                found[f"{side}.{i}.attentions.{j}"] = f"{side}.{to}.attentions.{k}"
+                paths[f"{side}.{i}.attentions.{j}"] = f"{side}.{to}.attentions.{k}"
                 if only_cross[stage] and not any(each(parent, "only_cross_attention")):
-                    found |= twice_crossed(f"{side}.{i}.attentions.{j}", f"{side}.{to}.attentions.{k}", depths(student)[stage])
-        found[f"down_blocks.{i}.downsamplers"] = f"down_blocks.{i}.downsamplers"
-        found[f"up_blocks.{i}.upsamplers"] = f"up_blocks.{i + offset}.upsamplers"
-    return found
+                    paths |= twice_crossed(f"{side}.{i}.attentions.{j}", f"{side}.{to}.attentions.{k}", depths(student)[stage])
+        paths[f"down_blocks.{i}.downsamplers"] = f"down_blocks.{i}.downsamplers"
+        paths[f"up_blocks.{i}.upsamplers"] = f"up_blocks.{i + offset}.upsamplers"
+    return paths
 
 
-def twice_crossed(mine: str, its: str, depth: int) -> dict[str, str]:
-    """Where self-attention became a look at the text, it starts as the parent's look at the text."""
+def twice_crossed(path: str, parent_path: str, depth: int) -> dict[str, str]:
+    """Map self-attention that became cross-attention (`only_cross_attention`) to the parent's cross-attention."""
     pairs = {"attn1": "attn2", "norm1": "norm2"}
     block = "transformer_blocks"
-    return {f"{mine}.{block}.{d}.{a}": f"{its}.{block}.{d}.{b}" for d in range(depth) for a, b in pairs.items()}
+    return {f"{path}.{block}.{d}.{a}": f"{parent_path}.{block}.{d}.{b}" for d in range(depth) for a, b in pairs.items()}
 
 
 def renamed(name: str, layers: Mapping[str, str]) -> str:
-    """A parameter's or module's name after the longest path of `layers` that it lies under, or as it is."""
+    """Replace the longest prefix of a parameter's or module's name that is a key of `layers`; without one, return the name."""
     pieces = name.split(".")
     for cut in range(len(pieces), 0, -1):
         if (path := ".".join(pieces[:cut])) in layers:
@@ -217,10 +224,13 @@ def inherited(
     parent_shapes: Mapping[str, tuple[int, ...]],
     student_shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, str]:
-    """Every parameter of the student -> the parent's that it starts from; UsageError where one has none of its shape."""
+    """Map every parameter of the student to the parent's that it starts from.
+
+    Raises UsageError if the student has more stages than the parent, or a parameter finds none of its shape.
+    """
     if stages(student) > stages(parent):
         raise UsageError(
-            f"the layout has {stages(student)} resolutions, the base {stages(parent)}: it is no part of that network"
+            f"the layout has {stages(student)} resolutions, the base only {stages(parent)}: it cannot be cut from that network"
         )
     return matched(student_shapes, parent_shapes, inherited_layers(parent, student), "the layout")
 
@@ -231,52 +241,53 @@ def matched(
     layers: Mapping[str, str],
     what: str,
 ) -> dict[str, str]:
-    """Every parameter -> the parent's of its shape, by the map of layers; UsageError where one has none."""
-    found = {name: renamed(name, layers) for name in student_shapes}
+    """Map every parameter to the parent's, by the map of layers. Raises UsageError if one has no match in shape."""
+    origins = {name: renamed(name, layers) for name in student_shapes}
     wrong = [
         f"{name} {student_shapes[name]} from {old} {parent_shapes.get(old, '(none)')}"
-        for name, old in found.items()
+        for name, old in origins.items()
         if parent_shapes.get(old) != tuple(student_shapes[name])
     ]
     if wrong:
         raise UsageError(
-            f"{what} does not fit into the base: {len(wrong)} of {len(found)} parameters have nothing to inherit; {wrong[0]}",
-            "layers of the base may be left out, none added or widened",
+            f"{what} does not fit into the base: {len(wrong)} of {len(origins)} parameters have nothing to inherit; {wrong[0]}",
+            "a layout may leave out layers of the base, but not add or widen any",
         )
-    return found
+    return origins
 
 
 def unet_of(config: Mapping[str, Any], kind: str = "UNet2DConditionModel") -> nn.Module:
-    """The network of a config on the meta device; UsageError where diffusers cannot build it."""
+    """Build the network of a config on the meta device. Raises UsageError if diffusers cannot build it."""
     import diffusers
     from accelerate import init_empty_weights
 
     try:
         with init_empty_weights():
-            return getattr(diffusers, kind).from_config(dict(config))  # a class of the library by its name
+            return getattr(diffusers, kind).from_config(dict(config))  # the diffusers class named by `kind`
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise UsageError(f"the layout is no {kind} that diffusers builds: {quoted(error)}") from error
+        raise UsageError(f"diffusers cannot build a {kind} of this layout: {quoted(error)}") from error
 
 
 def shapes_of(net: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter and buffer by name."""
     return {name: tuple(p.shape) for name, p in net.state_dict().items()}
 
 
 def inheriting(parent: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """A trainable fp32 network of that config, which starts as the parent where the parent has it."""
+    """Build a trainable fp32 UNet of the given config with the weights that it inherits from `parent`."""
     net = unet_of(config)
     state = parent.state_dict()
     names = inherited(parent.config, config, {k: tuple(v.shape) for k, v in state.items()}, shapes_of(net))
-    net.load_state_dict({mine: state[its].detach().float().clone() for mine, its in names.items()}, assign=True)
+    net.load_state_dict({name: state[parent_name].detach().float().clone() for name, parent_name in names.items()}, assign=True)
     return net.train().requires_grad_(True)
 
 
 def feature_pairs(parent: Mapping[str, Any], student: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Blocks whose outputs are compared, student's and parent's: every down and up block, and the bottleneck.
+    """List the (student block, parent block) pairs whose outputs are compared: all down and up blocks, and the bottleneck.
 
-    Where stages are gone the student's bottleneck stands for all that lay below, so it is compared with the output of the
-    parent's up block there (Segmind's tiny-sd); without a middle alone, with the middle's output. [BK-SDM's tiny compares
-    with the parent's own layer at that place, whose task is another.]
+    If stages were removed, the student's bottleneck replaces everything below it, so it is compared with the output of the
+    parent's up block at that resolution (Segmind's tiny-sd). If only the middle was removed, it is compared with the output
+    of the parent's middle. [BK-SDM's tiny compares with the parent's layer at the same place, which has another task.]
     """
     n, offset = stages(student), stages(parent) - stages(student)
     middle, whole = student.get("mid_block_type"), parent.get("mid_block_type")

@@ -1,4 +1,4 @@
-"""What a sampler is put together from: a device, LoRAs and the checkpoint that wears them, another VAE, a ControlNet."""
+"""Open the parts of a sampler: device, precision, checkpoint, LoRAs, VAE and ControlNet; and the diffusers pipeline of them."""
 
 from collections.abc import Sequence
 from copy import copy, deepcopy
@@ -23,6 +23,7 @@ from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 
 
 def pick_device(name: str | torch.device) -> torch.device:
+    """Return the device of a name; `auto` takes CUDA, then MPS, then the CPU. Raises UsageError for `cuda` without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("`device=cuda`: no CUDA device on this machine")
     if name != "auto":
@@ -31,13 +32,13 @@ def pick_device(name: str | torch.device) -> torch.device:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """auto: bf16 on CUDA, else fp32."""
+    """Return the dtype of fp32, bf16 or fp16; `auto` is bf16 on CUDA, else fp32."""
     precision = precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def is_lora(path: str | Path) -> bool:
-    """Whether a file holds an update of a network and not a network; by the names of its tensors."""
+    """Return whether a file is a LoRA and not a whole network, judging by the names of its tensors."""
     if Path(path).suffix not in {".safetensors", ".bin", ".pt"} or not Path(path).is_file():
         return False
     table = single_file.flat_table()
@@ -47,76 +48,82 @@ def is_lora(path: str | Path) -> bool:
 def load_loras(
     base: Checkpoint, loras: Weighted, *, remap: bool = False, allow_partial: bool = False, allow_pickle: bool = False
 ) -> list[tuple[lora.Lora, float]]:
-    """LoRAs with their weights, for this base; `remap`: they are of the network that it was pruned from."""
+    """Open LoRAs for a base, each with its weight.
+
+    `remap` moves LoRAs of the full network to a base that was pruned from it. Raises UsageError or InputRefused if a LoRA
+    cannot be read or does not fit the base.
+    """
     layers = 2 if remap else base.unet_config.get("layers_per_block", 2)
     how = dict(layers=layers if isinstance(layers, int) else 2, allow_partial=allow_partial, allow_pickle=allow_pickle)
-    found = [(opened(item, **how), weight) for item, weight in with_weights(loras)]
-    if found and is_pruned(base):
-        return [(remapped(base, item, wanted=remap), weight) for item, weight in found]
+    items = [(opened(item, **how), weight) for item, weight in with_weights(loras)]
+    if items and is_pruned(base):
+        return [(remapped(base, item, wanted=remap), weight) for item, weight in items]
     if remap:
         console.warn(f"`remap`: {base.ref} has all layers of its family; nothing to move")
-    return found
+    return items
 
 
 def recipe_of(base: Checkpoint, loras: Sequence[tuple[lora.Lora, float]]) -> Recipe:
-    """The first recipe found: a LoRA's header, else the checkpoint's fastdiff.json."""
+    """Return the recipe of the first LoRA that has one, else the checkpoint's own (fastdiff.json)."""
     return next((item.recipe for item, _ in loras if item.recipe.scheduler), base.recipe)
 
 
 def open_base(base: Checkpoint | str | Path, precision: str, device: torch.device, *, allow_pickle: bool = False) -> Checkpoint:
-    """The checkpoint behind a reference; one that is open keeps its precision unless another is asked for."""
+    """Open a checkpoint in a precision. One that is open already keeps its dtype unless `precision` names another.
+
+    Raises UsageError if its network is already in memory in another dtype.
+    """
     if not isinstance(base, Checkpoint):
         return checkpoint.load(str(base), dtype=pick_dtype(precision, device), allow_pickle=allow_pickle)
     if precision == "auto" or pick_dtype(precision, device) == base.dtype:
         return base
     if "unet" in base.__dict__:
-        hint = "give `precision=auto`, or open the checkpoint anew"
-        raise UsageError(f"`precision={precision}`: the base's network is in memory in {base.dtype}", hint)
+        hint = "use `precision=auto`, or open the checkpoint again"
+        raise UsageError(f"`precision={precision}`: the base's network is already in memory in {base.dtype}", hint)
     return replace(base, dtype=pick_dtype(precision, device))
 
 
 def separate(base: Checkpoint, *parts: str) -> Checkpoint:
-    """A copy of the checkpoint whose networks of those names are its own, also where the checkpoint has them in memory."""
+    """Copy a checkpoint so that changes to the named parts, such as `unet`, do not reach the original."""
     own = copy(base)
     own.__dict__ |= {part: deepcopy(base.__dict__[part]) for part in parts if part in base.__dict__}
     return own
 
 
 def open_vae(base: Checkpoint, vae: str | Path | nn.Module | None) -> nn.Module | None:
-    """Another VAE for the base; InputRefused where its latents are others."""
+    """Open another VAE for the base. Raises InputRefused if its latents have other channels or another size than the base's."""
     if vae is None or isinstance(vae, nn.Module):
         return vae
     other = autoencoder.load(str(vae), latent_channels=base.unet_config["in_channels"])
     if autoencoder.factor(other) != base.pixels_per_latent:
-        raise InputRefused(
-            f"{as_field('vae', vae)}: {autoencoder.factor(other)} px a latent, the base has {base.pixels_per_latent}"
-        )
+        own, needed = autoencoder.factor(other), base.pixels_per_latent
+        raise InputRefused(f"{as_field('vae', vae)}: this VAE has {own} px per latent, the base has {needed}")
     return other
 
 
 def open_controlnet(base: Checkpoint, controlnet: str | Path | nn.Module | None) -> nn.Module | None:
-    """A ControlNet of the base, in its precision."""
+    """Open a ControlNet for the base, in the base's dtype. Raises UsageError or InputRefused if it does not fit."""
     if controlnet is None or isinstance(controlnet, nn.Module):
         return controlnet
     return controlnets.load(str(controlnet), base.unet_config).to(base.dtype)
 
 
 def stock_scheduler(name: str, config: dict[str, Any], *, spacing: str | None, kind: str) -> Any:
-    """The scheduler of diffusers that equals one of ours, on the checkpoint's schedule, for a network that outputs `kind`."""
+    """Build the diffusers scheduler that equals our solver `name`, for a scheduler config and a prediction type `kind`."""
     import diffusers
 
     spacing, wanted = spacing or SOLVERS[name].spacing, {"prediction_type": kind}
-    if spacing != "lcm":  # which is LCM's and TCD's own
+    if spacing != "lcm":  # LCM and TCD schedulers know no other spacing
         wanted["timestep_spacing"] = spacing
     if name == "dpm++":
         wanted["final_sigmas_type"] = "zero"
     kept = {k: v for k, v in config.items() if k not in {"_class_name", "_diffusers_version"}}
-    # getattr: the class that the solver's row names
+    # getattr: the solver's row names the diffusers class
     return getattr(diffusers, SOLVERS[name].stock).from_config({**kept, **wanted})
 
 
 def stock_pipeline(base: Checkpoint, scheduler: Any, *, vae: nn.Module | None = None, controlnet: nn.Module | None = None) -> Any:
-    """The stock diffusers pipeline over a checkpoint's networks, in its precision."""
+    """Build the diffusers pipeline of a checkpoint, in its dtype, with copies of the given VAE and ControlNet."""
     import diffusers
 
     pipe = base.pipeline()

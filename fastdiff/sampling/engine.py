@@ -1,11 +1,11 @@
-"""From noise and prompts to bytes as one pure function of tensors, with nothing read back from the device inside.
+"""The engine: from noise and prompts to bytes as one pure function of tensors, without waiting for the device in between.
 
-    x_k = c_k . H,   H <- answer of the network to x_k        (`coefficients`); then decode, clamp, uint8
+    x_k = c_k . H,   H <- network output for x_k        (c_k: see `solver_table`); then decode, clamp, uint8
 
-On CUDA the function is captured: one graph for all steps and the decoder, ready after a few runs of it. With `auto` it is
-compiled meanwhile, and the graph of the compiled form takes the place of the first. Networks of stock layers run as
-`models.folded` and `models.decoder` have them; any other runs as it is, in the same walk. On the CPU network and decoder may
-be handed to another library, each as one function of a call (`intel`).
+On CUDA the function is captured as one CUDA graph of all steps and the decoder. With `auto` a thread compiles it meanwhile,
+and a graph of the compiled function then replaces the first. Standard networks run in their fast form (`models.fast`); any
+other network runs as it is, in the same loop. On the CPU, OpenVINO can run the network and the decoder (`sampling.openvino`).
+A "walk" is one pass over all timesteps, from noise to latents.
 """
 
 import threading
@@ -24,45 +24,49 @@ from fastdiff.sampling import openvino
 from fastdiff.sampling.solver_table import Table
 
 Compile = Literal["auto", "off", "max", "openvino"]
-Inputs = dict[str, Tensor]  # what a call of the network takes besides x, by name
-MODES = {"auto": "default", "max": "max-autotune-no-cudagraphs"}  # of torch.compile; the graph is ours
-WORTH_COMPILING = 8  # calls of one shape: who draws a single picture does not wait for a compiler
+Inputs = dict[str, Tensor]  # inputs of the network besides x, by name
+MODES = {"auto": "default", "max": "max-autotune-no-cudagraphs"}  # modes of torch.compile; we capture CUDA graphs ourselves
+WORTH_COMPILING = 8  # calls of one shape before compiling starts: a single picture is done sooner without
 
 
 class Caller:
-    """The network's raw answer at the k-th timestep, from inputs that are made once a walk."""
+    """Calls the network at the k-th timestep of a walk, with inputs that were computed once for the walk."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser, self.net = denoiser, denoiser.net
         self.folded = isinstance(denoiser.net, FoldedUNet)
 
     def inputs(self, t: Tensor, cond: Cond) -> Inputs:
-        told = {name: v for name, v in vars(cond).items() if v is not None}
+        """Compute the inputs of a walk over timesteps t (n,), or t (n, B), with the conditions `cond`."""
+        tensors = {name: v for name, v in vars(cond).items() if v is not None}
         if not self.folded:
-            return {**told, "t": t}
+            return {**tensors, "t": t}
         w = None
         if self.denoiser.guidance_embedded:
             w = guidance_embedding(cond.guidance - 1, self.net.config.time_cond_proj_dim)
         folded = self.net.fold(t, cond.tokens, pooled=cond.pooled, time_ids=cond.time_ids, guidance=w)
-        told = {**told, "t": t} if self.controlled(told) else {}  # else all that they say is in the two folded tensors
-        return {**told, **folded._asdict()}
+        # Only a ControlNet still needs the conditions: for the UNet they are in the two folded tensors.
+        tensors = {**tensors, "t": t} if self.controlled(tensors) else {}
+        return {**tensors, **folded._asdict()}
 
-    def controlled(self, told: Mapping[str, Tensor]) -> bool:
-        return self.denoiser.controlnet is not None and "control" in told
+    def controlled(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether a ControlNet takes part: there is one, and `tensors` holds a control picture."""
+        return self.denoiser.controlnet is not None and "control" in tensors
 
     def __call__(self, x: Tensor, k: int, inputs: Inputs) -> Tensor:
-        told = {name: v for name, v in inputs.items() if name in Cond.__dataclass_fields__}
+        """Return the raw network output (B, C, h, w) for x (B, C, h, w) at the k-th timestep."""
+        conditions = {name: v for name, v in inputs.items() if name in Cond.__dataclass_fields__}
         if not self.folded:
-            return self.denoiser.answer(x, inputs["t"][k], Cond(**told))
+            return self.denoiser.answer(x, inputs["t"][k], Cond(**conditions))
         residuals: dict[str, Any] = {}
-        if self.controlled(told):
-            cond, t = Cond(**told), inputs["t"][k].expand(len(x))
+        if self.controlled(conditions):
+            cond, t = Cond(**conditions), inputs["t"][k].expand(len(x))
             residuals = self.denoiser.controlled(x, t, cond, self.denoiser.extra(cond))
         return self.net.step(x, Folded(inputs["kv"], inputs["shift"]), k, residuals)
 
 
 class Converted(Caller):
-    """The network by OpenVINO: it sees one timestep's rows, so that one form of it does for every step of every walk."""
+    """A Caller that runs the network by OpenVINO. It gets the inputs of one timestep, so one compiled form serves all steps."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser)
@@ -74,9 +78,9 @@ class Converted(Caller):
 
 
 class Walk(NamedTuple):
-    """One batch: the sampler's numbers, noise (draws, B, C, h, w), what the network is told, and the guidance.
+    """One batch to draw: the solver's table, noise (draws, B, C, h, w), inputs of the network, and the guidance weight w.
 
-    With guidance the inputs hold 2 B rows, prompts first, and u + w (c - u) counts.
+    With guidance, the inputs hold 2 B rows, prompts first, and the outputs c and u are combined as u + w (c - u).
     """
 
     table: Table
@@ -86,7 +90,7 @@ class Walk(NamedTuple):
 
 
 def latents(call: Callable[[Tensor, int, Inputs], Tensor], walk: Walk, between: Callable[[], None] = lambda: None) -> Tensor:
-    """Latents (B, C, h, w), fp32; `between` is done before every call."""
+    """Run a walk and return its latents (B, C, h, w), fp32. `between` runs before every network call."""
     table, noise, inputs, w = walk
     shape, draw, k = noise.shape[1:], 0, 0
     columns = torch.empty(len(table.fresh), noise[0].numel(), device=noise.device)
@@ -106,23 +110,23 @@ def latents(call: Callable[[Tensor, int, Inputs], Tensor], walk: Walk, between: 
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """[-1, 1] -> 0..255, uint8, rounded as diffusers rounds."""
+    """Convert pixels in [-1, 1] to uint8 in 0..255, rounded like diffusers."""
     return (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-# ---- captured: the same function without the host
+# ---- captured: the same function as a CUDA graph
 
 
 class Backend(Protocol):
-    """What captures and compiles; tests have one without a GPU."""
+    """How functions are captured and compiled; tests use one that needs no GPU."""
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """What runs the function again, and where its answer then is."""
+        """Return a callable that runs the function again, and the tensor that then holds the result."""
 
-    def compile(self, function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]: ...
+    def compile(self, function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]: ...  # mode: of torch.compile
 
     def aside(self) -> Any:
-        """A context in which work does not hold up the caller's."""
+        """Return a context in which work does not delay the caller's work."""
 
 
 class Cuda:
@@ -133,7 +137,7 @@ class Cuda:
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
         with torch.cuda.stream(side):
-            for _ in range(2):  # libraries pick their kernels and take their workspaces outside the graph
+            for _ in range(2):  # warm-up: libraries choose kernels and allocate workspaces before the capture
                 function()
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -151,7 +155,7 @@ class Cuda:
 
 
 class Plain:
-    """Without graphs: what is compiled runs as it is."""
+    """No CUDA graphs: the compiled function runs directly."""
 
     @staticmethod
     def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -163,17 +167,17 @@ class Plain:
 
 
 def backend_of(device: torch.device | str, compile: Compile) -> Backend | None:
-    """CUDA's where there is a GPU; elsewhere the compiler alone, and only where it is asked for: it takes minutes."""
+    """Return the CUDA backend on a GPU, unless `off`. Elsewhere `max` gets the compiler alone (it takes minutes), else None."""
     if torch.device(device).type == "cuda" and torch.cuda.is_available():
         return None if compile == "off" else Cuda()
     return Plain() if compile == "max" else None
 
 
 class Captured:
-    """A pure function of named tensors, which stay at fixed places: copied in where they are other ones than last time.
+    """A captured pure function of named tensors. Inputs that changed since the last call are copied to fixed places.
 
-    Its answer is overwritten by the next call. A thread compiles (`auto`); the swap happens in the caller's thread, between
-    two calls, so that a graph is never replaced while it runs.
+    Each call overwrites the result of the one before. With `auto` a thread compiles the function; the compiled form replaces
+    the first in the caller's thread between two calls, so a graph is never replaced while it runs.
     """
 
     def __init__(self, function: Callable[..., Tensor], inputs: Inputs, compile: Compile, backend: Backend) -> None:
@@ -187,6 +191,7 @@ class Captured:
         self.record(function)
 
     def record(self, function: Callable[..., Tensor]) -> None:
+        """Capture the function on the fixed input places."""
         self.replay, self.out = self.backend.capture(lambda: function(**self.places))
 
     def __call__(self, inputs: Inputs) -> Tensor:
@@ -206,19 +211,19 @@ class Captured:
         return self.out
 
     def prepare(self) -> None:
-        """Compile, and run once on copies: the kernels are built at the first call."""
+        """Compile the function and run it once on copies, since kernels are built at the first call. Runs in a thread."""
         try:
             function = self.backend.compile(self.function, MODES["auto"])
             with torch.no_grad(), self.backend.aside():
                 function(**{k: v.clone() for k, v in self.places.items()})
             self.ready = function
-        except Exception as error:  # a compiler that is not there or fails: the graph goes on as it is
+        except Exception as error:  # no compiler, or it fails: keep the first graph
             why = f"{type(error).__name__}: {quoted(error)[:200]}"
-            console.warn(f"`compile=auto`: not compiled, the graph goes on ({why})")
+            console.warn(f"`compile=auto`: compiling failed, so pictures are drawn by the uncompiled graph ({why})")
 
 
 class Engine:
-    """Walks of one network and decoder. Captured functions are kept by shape: the last few of them, since each has its memory."""
+    """Runs walks of one network and decoder. It keeps the captured functions of the last KEPT shapes: each holds GPU memory."""
 
     KEPT = 4
 
@@ -232,7 +237,7 @@ class Engine:
         backend: Backend | None = None,
     ) -> None:
         self.call, self.decode, self.device, self.compile = Caller(denoiser), decode, torch.device(device), compile
-        if compile == "openvino":  # no backend: a captured walk has a network for each of its steps, this one for all
+        if compile == "openvino":  # compiled per call, not per walk: a captured walk would hold the network once per step
             openvino.check(device)
             form = openvino.Compiled(decode, "the decoder")
             self.call, self.decode = Converted(denoiser), lambda z: form(latents=z)
@@ -241,37 +246,37 @@ class Engine:
 
     @torch.no_grad()
     def inputs(self, table: Table, cond: Cond) -> Inputs:
+        """Compute the network inputs of a walk, once for all its steps."""
         return self.call.inputs(table.t, cond)
 
     @torch.no_grad()
     def latents(self, walk: Walk) -> Tensor:
+        """Run a walk uncaptured and return latents (B, C, h, w), fp32. Raises Stopped after a stop signal."""
         return latents(self.call, walk, stop.check)
 
     @torch.no_grad()
     def bytes(self, walk: Walk) -> Tensor:
-        """Pictures (B, H, W, 3), uint8, on the device; the next call may overwrite them."""
-
-        between = stop.check if self.backend is None else lambda: None  # a captured walk has no host in it
+        """Draw pictures (B, H, W, 3), uint8, on the device. The next call may overwrite them."""
+        between = stop.check if self.backend is None else lambda: None  # a captured walk runs no Python
 
         def draw(noise: Tensor, **inputs: Tensor) -> Tensor:
-            found = latents(self.call, walk._replace(noise=noise, inputs=inputs), between)
-            pixels = self.decode(found)
+            pixels = self.decode(latents(self.call, walk._replace(noise=noise, inputs=inputs), between))
             return to_bytes(pixels).permute(0, 2, 3, 1).contiguous()
 
-        told = {"noise": walk.noise, **walk.inputs}
+        tensors = {"noise": walk.noise, **walk.inputs}
         if self.backend is None:
-            return draw(**told)
+            return draw(**tensors)
         stop.check()
-        key = (id(walk.table), walk.guidance, tuple((k, tuple(v.shape)) for k, v in told.items()))
+        key = (id(walk.table), walk.guidance, tuple((k, tuple(v.shape)) for k, v in tensors.items()))
         if key not in self.captured:
             while len(self.captured) >= self.KEPT:
                 self.captured.pop(next(iter(self.captured)))
-            self.captured[key] = Captured(draw, told, self.compile, self.backend)
-        return self.captured[key](told)
+            self.captured[key] = Captured(draw, tensors, self.compile, self.backend)
+        return self.captured[key](tensors)
 
 
 class Copy:
-    """A tensor on its way from the device; `wait` returns it."""
+    """A copy of a tensor from the device to the CPU, made in the background; `wait` returns it."""
 
     def __init__(self, source: Tensor) -> None:
         self.event = None
@@ -281,9 +286,10 @@ class Copy:
             self.event = torch.cuda.Event()
             self.event.record()
         else:
-            self.host = source.cpu().clone()  # the engine may write there again
+            self.host = source.cpu().clone()  # cloned: the engine may overwrite the source
 
     def wait(self) -> Tensor:
+        """Wait until the copy is complete and return it."""
         if self.event is not None:
             self.event.synchronize()
         return self.host

@@ -1,4 +1,4 @@
-"""Pure functions of tensors by OpenVINO, Intel's runtime for CPUs: traced, handed over with their weights, compiled, fp32."""
+"""Run pure functions of tensors by OpenVINO, Intel's runtime for CPUs: traced by torch, converted with their weights; fp32."""
 
 import importlib.util
 import warnings
@@ -14,21 +14,21 @@ from fastdiff.runtime.errors import UsageError, quoted
 
 
 def check(device: torch.device | str, precision: str = "auto") -> None:
-    """UsageError where it cannot run."""
+    """Raise UsageError if OpenVINO is not installed, or cannot run on this device or in this precision."""
     if torch.device(device).type != "cpu":
-        raise UsageError(f"`compile=openvino`: it runs on the CPU, not on {torch.device(device).type}", "add `device=cpu`")
+        raise UsageError(f"`compile=openvino`: it runs on the CPU, not on {torch.device(device).type}", "use `device=cpu`")
     if precision not in {"auto", "fp32"}:
-        raise UsageError(f"`compile=openvino`: it computes in fp32, not in {precision}", "leave `precision` out")
+        raise UsageError(f"`compile=openvino`: it computes in fp32, not in {precision}", "use `precision=fp32`, or leave it out")
     if importlib.util.find_spec("openvino") is None:
         raise UsageError("`compile=openvino`: OpenVINO is not installed", 'pip install "fastdiff[openvino]"')
 
 
 @cache
 def core() -> Any:
-    """The one of this process, kept to its end.
+    """Return this process's only OpenVINO core, kept until the process ends.
 
-    Each lays a stack for signal handlers over that of the one before and unmaps its own when it goes, also from under one that
-    goes later and puts it back: the next Ctrl-C would be a segmentation fault (2026.4).
+    Each core installs its own stack for signal handlers over that of the core before, and unmaps it when it is deleted. A core
+    that is deleted later can restore an unmapped stack, and then Ctrl-C is a segmentation fault (version 2026.4).
     """
     import openvino
 
@@ -36,30 +36,30 @@ def core() -> Any:
 
 
 def compiled(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Any:
-    """OpenVINO's form of a function of tensors of these shapes.
+    """Compile a function by OpenVINO, for tensors of these shapes.
 
-    Through the frontend itself: `openvino.convert_model` calls it too, then takes three times as long to prepare inputs that
-    need nothing, and keeps statistics of its use. No cache on the disk: it would be as large as the network, and a second start
-    was no shorter (SD1.5's widths: 12 s with and without).
+    This calls OpenVINO's PyTorch frontend directly: `openvino.convert_model` takes three times as long, to prepare inputs
+    that need no preparation, and collects usage statistics. There is no cache on disk: it would be as large as the network,
+    and a second start took as long (12 s at SD1.5's widths).
     """
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # that a trace holds for these shapes alone, which is what it is for
+        warnings.simplefilter("ignore")  # torch warns that a trace is valid for these shapes alone, as intended
         traced = torch.jit.trace(function, tensors, check_trace=False)
     frontend = FrontEndManager().load_by_framework("pytorch")
-    decoder = TorchScriptPythonDecoder(traced, example_input=tensors)  # by name: the model only borrows it
+    decoder = TorchScriptPythonDecoder(traced, example_input=tensors)  # keep a reference: the model only borrows it
     model = frontend.convert(frontend.load(decoder))
-    model.reshape({i: tuple(t.shape) for i, t in enumerate(tensors)})  # a trace says nothing of sizes
+    model.reshape({i: tuple(t.shape) for i, t in enumerate(tensors)})  # a trace does not record sizes
     how = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     return core().compile_model(model, "CPU", how)
 
 
 class Compiled:
-    """A function of named tensors, compiled at the first call with new shapes; forms of the last few shapes are kept.
+    """A function of named tensors, compiled at the first call with new shapes. The forms of the last KEPT shapes are kept.
 
-    What cannot be converted runs as it is, after one warning.
+    If OpenVINO cannot convert the function, it runs in torch after a warning.
     """
 
     KEPT = 4
@@ -77,13 +77,14 @@ class Compiled:
         return self.forms[key](**tensors)
 
     def form(self, tensors: dict[str, Tensor]) -> Callable[..., Tensor]:
+        """Compile the function for the shapes of `tensors`, or return it unchanged if that fails."""
         names = list(tensors)
         ordered = lambda *values: self.function(**dict(zip(names, values, strict=True)))
         try:
             request = compiled(ordered, tuple(tensors.values())).create_infer_request()
             run = lambda **given: torch.from_numpy(request.infer([given[k].numpy() for k in names], share_inputs=True)[0])
             run(**tensors)
-        except Exception as error:  # a layer that OpenVINO does not know, or a version of it that has moved its doors
+        except Exception as error:  # a layer that OpenVINO lacks, or a version with another interface
             console.warn(f"`compile=openvino`: {self.what} runs without it ({type(error).__name__}: {quoted(error)[:200]})")
             return self.function
         return run

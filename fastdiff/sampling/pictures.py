@@ -1,4 +1,4 @@
-"""Pictures for people: bytes, PIL pictures with their facts, lists of them, contact sheets; and control pictures in."""
+"""Finished pictures: bytes, PIL pictures with metadata, lists and contact sheets; and reading of control pictures."""
 
 import json
 import math
@@ -14,12 +14,12 @@ from fastdiff.sampling import engine
 
 
 def uint8(pixels: Tensor) -> Tensor:
-    """[-1, 1] -> 0..255, rounded as diffusers rounds."""
+    """Convert pixels in [-1, 1] to uint8 in 0..255, rounded like diffusers."""
     return engine.to_bytes(pixels)
 
 
 def portrait(pixels: Tensor, facts: dict[str, Any]) -> Any:
-    """pixels (H, W, 3), uint8 -> a PIL picture; `facts`, with its prompt, is all that is needed to draw it again."""
+    """Make a PIL picture of pixels (H, W, 3), uint8. Its info keeps `facts`: the prompt, and all else needed to draw it again."""
     from PIL import Image
 
     image = Image.fromarray(pixels.numpy())
@@ -28,7 +28,7 @@ def portrait(pixels: Tensor, facts: dict[str, Any]) -> Any:
 
 
 def write_picture(image: Any, path: Path) -> Path:
-    """A file of the picture; a PNG keeps its facts."""
+    """Write a picture to a file and return the path. A PNG also stores the facts about the picture."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -40,7 +40,7 @@ def write_picture(image: Any, path: Path) -> Path:
 
 
 class Pictures(Sequence):
-    """A list of PIL pictures that can be saved; `columns` of its sheet are the seeds where there are several."""
+    """A list of PIL pictures with file names that can be saved; `columns` is the width of its contact sheet in pictures."""
 
     def __init__(self, images: Iterable[Any], *, names: Sequence[str] | None = None, columns: int = 1) -> None:
         self.images = list(images)
@@ -57,11 +57,14 @@ class Pictures(Sequence):
         return self.images[index]
 
     def sheet(self) -> Any:
-        """All pictures side by side as one."""
+        """Return all pictures side by side as one PIL picture."""
         return tiled(self.images, self.columns)
 
     def save(self, path: str | Path) -> list[Path]:
-        """To NAME.png one picture, or the sheet of several; to a folder one file each. Returns what was written."""
+        """Save to a file (one picture, or a sheet of several) or to a folder (a file each). Returns the written paths.
+
+        Raises UsageError if there are no pictures.
+        """
         path = Path(path).expanduser()
         if not self.images:
             raise UsageError("there are no pictures to save")
@@ -76,7 +79,7 @@ class Pictures(Sequence):
 
 
 def tiled(images: Sequence[Any], columns: int, *, gap_px: int = 4) -> Any:
-    """PIL pictures of one size as one, row by row; with one column as a square."""
+    """Join PIL pictures of one size row by row; with one column, into an almost square sheet."""
     from PIL import Image
 
     columns = columns if columns > 1 else math.ceil(len(images) ** 0.5)
@@ -89,7 +92,7 @@ def tiled(images: Sequence[Any], columns: int, *, gap_px: int = 4) -> Any:
 
 
 def contact_sheet(columns: Sequence[Tensor], *, scale: int = 1, gap_px: int = 4) -> Any:
-    """Equal-length stacks of images (N, 3, H, W) in [-1, 1] -> one PIL picture: a row each image, a column each stack."""
+    """Join equally long stacks of images (N, 3, H, W) in [-1, 1] to a PIL picture: a column per stack, a row per image."""
     from PIL import Image
 
     n, _, height, width = columns[0].shape
@@ -103,16 +106,17 @@ def contact_sheet(columns: Sequence[Tensor], *, scale: int = 1, gap_px: int = 4)
 
 
 def control_of(image: Any, side_px: int) -> Tensor:
-    """What a ControlNet is shown, (3, S, S) in [0, 1]: the square at the centre of a path's or PIL picture, or pixels as given.
+    """Make a control picture (3, S, S) in [0, 1], S = `side_px`, from a path, a PIL picture or pixels (1 or 3, S, S) in [0, 1].
 
-    InputRefused where a file is no picture, UsageError where pixels are of another size.
+    Files and PIL pictures are resized and cropped to the square at their centre. Raises UsageError if the file does not exist
+    or pixels have another size, and InputRefused if the file is not a readable picture.
     """
     import numpy as np
     from PIL import Image, ImageOps
 
     if isinstance(image, Tensor):
         if image.shape[1:] != (side_px, side_px) or image.shape[0] not in (1, 3):
-            raise UsageError(f"`control_image`: pixels of shape {tuple(image.shape)}, not (3, {side_px}, {side_px})")
+            raise UsageError(f"`control_image`: the pixels have shape {tuple(image.shape)}, not (3, {side_px}, {side_px})")
         return image.float().expand(3, -1, -1)
     if not isinstance(image, Image.Image):
         try:
@@ -127,4 +131,4 @@ def control_of(image: Any, side_px: int) -> Tensor:
     left, top = (width - side_px) // 2, (height - side_px) // 2
     cut = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + side_px, top + side_px))
     pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1) / 127.5 - 1
-    return pixels / 2 + 0.5  # in two steps, which rounds as the pictures of the command line do
+    return pixels / 2 + 0.5  # two steps, to round exactly like the command line does

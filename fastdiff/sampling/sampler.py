@@ -1,7 +1,7 @@
-"""Prompts or conditions + seeds -> images, for users, `sample`, previews, evaluation and teacher data alike.
+"""Sampler: draws images from prompts or conditions and seeds. Users, `sample`, previews, evaluation and teacher data use it.
 
-Image i depends on seed i alone, never on its place in a batch: each has its own CPU generator for the start noise and for
-every later draw.
+Image i depends on its prompt and on seed i, never on its place in a batch: each seed has its own CPU generator for the start
+noise and all later noise.
 """
 
 from collections import deque
@@ -35,7 +35,7 @@ from fastdiff.sampling.solver_table import Table
 
 
 class SeededNoise:
-    """Standard normals (B, C, h, w), row i from seed i's own generator."""
+    """Each call draws standard normal noise (B, C, h, w); row i comes from the generator of seed i. `shape` is (C, h, w)."""
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -46,23 +46,23 @@ class SeededNoise:
 
 
 class Sampler:
-    """Draws pictures with a checkpoint and the LoRAs that it wears, as their own recipe asks for.
+    """Draws pictures with a checkpoint and LoRAs, by default with the settings of their recipe.
 
         fast = Sampler("sdxl", loras={"lcm.safetensors": 1.0})
         fast("a red apple", seeds=range(4)).save("apples.png")
 
-    `base`: a `Checkpoint`, alias, hub id, folder or single file. `loras`: {FILE or Lora: WEIGHT}, or a list of FILE or
-    FILE=WEIGHT. `vae`, `controlnet`: another VAE, and a ControlNet, which acts `control_scale` strong: each a diffusers folder, a
-    hub id or a network. `device`: auto, cpu, cuda or mps. `precision`: auto (bf16 on CUDA, else fp32; an open checkpoint keeps
-    its own), fp32, bf16 or fp16. `allow_partial` applies what fits of a LoRA that does not fit whole, `remap` moves LoRAs of the
-    network that the base was pruned from, `allow_pickle` reads .ckpt, .pt and .bin files. `identified` also hashes all weights.
+    `base` is a `Checkpoint`, alias, hub id, folder or single file. `loras` is {FILE or Lora: WEIGHT}, or a list of FILE or
+    FILE=WEIGHT. `vae` and `controlnet` are each a diffusers folder, a hub id or a network; `control_scale` multiplies the effect
+    of the ControlNet. `device` is auto, cpu, cuda or mps. `precision` is fp32, bf16, fp16 or auto (an open checkpoint keeps its
+    dtype, any other gets bf16 on CUDA, else fp32). `allow_partial` applies the parts of a LoRA that fit, `remap` moves LoRAs to a
+    pruned base, `allow_pickle` reads .ckpt, .pt and .bin files. `identified` also hashes all weights, into `identity`.
 
-    `compile` is what happens on a GPU: a graph of the whole walk with the decoder, and its compiled form when that is ready
-    (auto) or before the first picture (max); off for networks that are still trained, since a graph keeps their adapters.
-    On the CPU `openvino` has network and decoder compiled by it at the first batch of each shape.
+    `compile` on a GPU: `off`, or a CUDA graph of all steps and the decoder, which a compiled graph replaces when it is ready
+    (`auto`) or before the first picture (`max`). Use `off` for networks that are still trained: a graph keeps old adapters. On
+    the CPU, `openvino` compiles the network and decoder at the first batch of each shape.
 
-    What is given stays as it is: with LoRAs `Sampler.base` is a copy of the checkpoint that has them in its text encoders, and
-    the network that draws is `denoiser`. UsageError or InputRefused where a part does not belong to the base.
+    The given checkpoint does not change: with LoRAs, `Sampler.base` is a copy that has them in its text encoders, and
+    `denoiser` is the network that draws. Raises UsageError or InputRefused if a part is not found or does not fit the base.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class Sampler:
     ) -> None:
         device = assemble.pick_device(device)
         self.source = assemble.open_base(base, precision, device, allow_pickle=allow_pickle)
-        self.worn = with_weights(loras)
+        self.loras = with_weights(loras)
         self.lora_options = dict(remap=remap, allow_partial=allow_partial, allow_pickle=allow_pickle)
-        ready = assemble.load_loras(self.source, self.worn, **self.lora_options)
+        ready = assemble.load_loras(self.source, self.loras, **self.lora_options)
         self.recipe = assemble.recipe_of(self.source, ready)
         self.same_family()
         alone = not ready and not identified
@@ -96,7 +96,7 @@ class Sampler:
         self.identity = tuple(fingerprint(net) for net in nets)
         net, kind = unet_of(own, device=device), self.recipe.predicts(own.prediction_type)
         if not alone:
-            own.release("unet")  # it was loaded for LoRAs or hashes; its weights are the folded network's now
+            own.release("unet")  # loaded for LoRAs or hashes; the folded network now has its weights
         denoiser = Denoiser(net, own.schedule(), kind, controlnet=self.controlnet, strength=control_scale)
         self.connect(denoiser, decoder_of(own, self.other_vae, dtype=decoding(own.dtype), device=device), device, compile)
 
@@ -111,7 +111,7 @@ class Sampler:
         compile: Compile = "off",
         recipe: Recipe | None = None,
     ) -> "Sampler":
-        """Draws with a denoiser and a VAE as they are, also while they train; the rest is the checkpoint's."""
+        """Make a sampler of a denoiser and VAE in memory, even while they train. Everything else comes from `base`."""
         self = cls.__new__(cls)
         self.base, self.source, self.recipe = base, None, recipe or Recipe()
         self.coverage, self.identity = [], ()
@@ -119,35 +119,35 @@ class Sampler:
         return self
 
     def connect(self, denoiser: Denoiser, vae: nn.Module | Decoder, device: torch.device | str, compile: Compile) -> None:
-        """Put the networks on the device, and the engine over them."""
+        """Move the networks to the device and make the engine for them."""
         self.denoiser, self.device = denoiser.to(device), device
         self.vae = vae if isinstance(vae, Decoder) else vae.to(device)
         self.engine = Engine(self.denoiser, lambda latents: autoencoder.decode(self.vae, latents), device, compile=compile)
         self.tables: dict[Settings, Table] = {}
-        self.told: tuple[tuple[Any, ...], Inputs] | None = None
+        self.latest: tuple[tuple[Any, ...], Inputs] | None = None  # the last arguments of `inputs`, and the result
 
     def same_family(self) -> None:
-        """UsageError where the recipe is of another family than the base, before anything heavy loads."""
+        """Raise UsageError if the recipe is for another family than the base's. Called before any network is loaded."""
         wants, family = self.recipe.family, self.source.family
         if not family.has_name(wants):
-            raise UsageError(f"`lora`: distilled from {wants}, but `base` is {family}", f"use {as_field('base', wants)}")
+            raise UsageError(f"`lora`: it was distilled from {wants}, but `base` is {family}", f"use {as_field('base', wants)}")
 
     @property
     def settings(self) -> Settings:
-        """What the recipe asks for, and where it says nothing the family's usual settings."""
+        """The recipe's settings, completed by the usual settings of the family."""
         return Settings.of(self.recipe, Settings.usual(self.base.family))
 
     # ---- prompts to pictures
 
     @cached_property
     def prompts(self) -> text.Prompts:
-        """The text encoders, opened at the first prompt; they remember prompts."""
+        """The text encoders, loaded at the first prompt; they cache encoded prompts."""
         return text.Prompts(self.base, device=self.device)
 
     def __call__(self, prompts: str | Sequence[str], *, seeds: int | Iterable[int] = (0,), **how: Any) -> Pictures:
-        """Pictures of each prompt from every seed, prompt after prompt; the options are `stream`'s.
+        """Draw each prompt from every seed, prompt after prompt. Takes the options of `stream`.
 
-        The pixels are those of `fastdiff sample`. `Pictures` is a list of PIL pictures with a `save(path)`.
+        Returns `Pictures`, a list of PIL pictures with a `save(path)`. The pixels equal those of `fastdiff sample`.
         """
         seeds = [seeds] if isinstance(seeds, int) else list(seeds)
         lines = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -169,12 +169,13 @@ class Sampler:
         control_image: Any = None,
         batch_size: int = 4,
     ) -> Iterator[Any]:
-        """PIL pictures one by one, each prompt from every seed; the next batch is drawn while the caller has this one.
+        """Yield PIL pictures one by one, each prompt from every seed. The next batch is drawn while the caller uses this one.
 
-        Of one prompt the seeds may go on for ever (`itertools.count()`). Steps, scheduler (ddim, euler, dpm++, lcm, tcd),
-        guidance (u + w (c - u); 1 or less = none), spacing of the timesteps and eta (TCD's gamma) are the recipe's unless given.
-        `negative` is what to avoid. `resolution_px`: pixels a side, the family's own unless given. `control_image`: what a
-        ControlNet is shown, a path, a PIL picture or pixels (3, H, W) in [0, 1]. `batch_size` pictures are drawn at once.
+        With one prompt, seeds may be endless (`itertools.count()`). Steps, scheduler (ddim, euler, dpm++, lcm, tcd), guidance
+        (w in u + w (c - u); 1 or less: none), spacing of the timesteps and eta (TCD's gamma) default to the recipe's.
+        `negative` is a prompt of what to avoid. `resolution_px` is the side in pixels (default: the base's). `control_image`,
+        for a ControlNet, is a path, a PIL picture or pixels (3, H, W) in [0, 1]. `batch_size` pictures are drawn at once.
+        Raises UsageError if only one of ControlNet and `control_image` is there, and ValueError for invalid settings.
         """
         given = dict(scheduler=scheduler, num_steps=num_steps, guidance=guidance, spacing=spacing, eta=eta)
         settings = asked(self.recipe, Settings.usual(self.base.family), **given)
@@ -194,7 +195,7 @@ class Sampler:
     def portraits(
         self, cond: Cond, uncond: Cond, jobs: Iterable[tuple[int, int]], facts: Any, settings: Settings, px: int, batch_size: int
     ) -> Iterator[Any]:
-        """A PIL picture of each job (row of cond, seed), with its facts."""
+        """Yield a PIL picture of each job (row of cond, seed), with the metadata `facts(row, seed)`."""
         kept: deque[list[tuple[int, int]]] = deque()
         waiting = iter(jobs)
 
@@ -211,7 +212,7 @@ class Sampler:
                 yield pictures.portrait(pixels, facts(*job))
 
     def conds(self, lines: Sequence[str], *, negative: str = "", control: Tensor | None = None) -> tuple[Cond, Cond]:
-        """Conditions of the prompts, one row each, and of the negative prompt; `control` (3, H, W) in [0, 1] is one for all."""
+        """Encode prompts to a Cond, a row each, and the negative prompt to another. All get `control` (3, H, W) in [0, 1]."""
         cond = self.prompts(list(lines))
         if control is not None:
             cond = cond.with_control(control.to(self.device).contiguous().expand(len(cond), -1, -1, -1))
@@ -219,18 +220,19 @@ class Sampler:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a picture is told to be drawn with; names of files alone."""
+        """The base and LoRAs for the metadata of a picture; file names without folders."""
         return {"base": Path(self.base.ref).name, "lora": [f"{Path(c['file']).name}={c['weight']:g}" for c in self.coverage]}
 
     def pipeline(self) -> Any:
-        """The stock diffusers pipeline with the LoRAs folded in and the recipe's scheduler, on the same device.
+        """Build the diffusers pipeline with the LoRAs merged in and the recipe's scheduler, on the same device.
 
-        Its networks are its own. Steps, guidance, a control picture and its scale are arguments of its call.
+        It has its own copies of the networks. Pass steps, guidance, control picture and control scale when you call it.
+        Raises UsageError for a sampler of networks in memory.
         """
         if self.source is None:
-            raise UsageError("pipeline(): only of a sampler that was opened from a checkpoint, not of networks in memory")
+            raise UsageError("pipeline(): this sampler was made of networks in memory; open one from a checkpoint")
         own = assemble.separate(self.source, "unet", "vae", "text_encoders")
-        ready = assemble.load_loras(own, self.worn, **self.lora_options)
+        ready = assemble.load_loras(own, self.loras, **self.lora_options)
         apply.apply(own, ready, allow_partial=self.lora_options["allow_partial"])
         settings, kind = self.settings, self.denoiser.kind
         scheduler = assemble.stock_scheduler(settings.scheduler, own.scheduler_config, spacing=settings.spacing, kind=kind)
@@ -239,50 +241,51 @@ class Sampler:
     # ---- conditions to tensors
 
     def table(self, settings: Settings) -> Table:
+        """Return the solver's table for these settings, on the device; computed once."""
         if settings not in self.tables:
             grid = settings.grid(self.denoiser.schedule, self.base.scheduler_config)
             self.tables[settings] = solver_table.table(settings.scheduler, grid, self.denoiser.kind).to(self.device)
         return self.tables[settings]
 
     def noise(self, table: Table, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
-        """All that a walk draws (draws, B, C, h, w), on the device without waiting for it."""
+        """Draw all noise of a walk (draws, B, C, h, w) for latent size (h, w), and copy it to the device without waiting."""
         draw = SeededNoise(seeds, (self.denoiser.net.config.in_channels, *size), "cpu")
         noise = torch.stack([draw() for _ in range(table.draws)])
         return (noise.pin_memory() if on_cuda(self.device) else noise).to(self.device, non_blocking=True)
 
     def inputs(self, table: Table, cond: Cond, uncond: Cond | None, settings: Settings, px: int | None = None) -> Inputs:
-        """What the network is told of prompts; of the same ones as last time the same tensors, so that nothing is copied."""
+        """Compute the network inputs of a walk. The same arguments as last time give the same tensors, so nothing is copied."""
         key = (table, cond, uncond, px)
-        if self.told is None or any(a is not b for a, b in zip(self.told[0], key, strict=True)):
+        if self.latest is None or any(a is not b for a, b in zip(self.latest[0], key, strict=True)):
             rows = cond
-            if uncond is not None:  # guidance is of the text alone: both halves see the same control
+            if uncond is not None:  # guidance is about the text: both halves get the same control picture
                 uncond = uncond if len(uncond) == len(cond) else uncond.expand(len(cond))
                 rows = Cond.cat([cond, uncond.with_control(cond.control)])
             if px is not None and self.base.family.size_conditioned:
                 rows = with_size(rows, px)
             if self.denoiser.guidance_embedded:
                 rows = rows.with_guidance(torch.full((len(rows),), settings.guidance))
-            self.told = key, self.engine.inputs(table, rows.map(lambda v: v.to(self.device)))
-        return self.told[1]
+            self.latest = key, self.engine.inputs(table, rows.map(lambda v: v.to(self.device)))
+        return self.latest[1]
 
     def walk(
         self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int], px: int | None = None
     ) -> Walk:
-        """The walk of one batch for latent size (h, w)."""
+        """Prepare the walk of one batch for latent size (h, w); `px` is the picture's side, for SDXL's size conditioning."""
         guided, table = settings.guided and not self.denoiser.guidance_embedded, self.table(settings)
         inputs = self.inputs(table, cond, uncond if guided else None, settings, px)
         return Walk(table, self.noise(table, seeds, size), inputs, settings.guidance if guided else None)
 
     def latents(self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int]) -> Tensor:
-        """Scaled latents (B, C, h, w) for latent size (h, w); cond has B rows, uncond one or B."""
-        self.told = None  # the network may have been trained since
+        """Draw scaled latents (B, C, h, w) for latent size (h, w). `cond` has B rows, `uncond` one or B."""
+        self.latest = None  # folded inputs are stale if the network was trained since
         if type(self.denoiser).forward is not Denoiser.forward:
             return self.solved(cond, uncond, seeds, settings, size)
         return self.engine.latents(self.walk(cond, uncond, seeds, settings, size))
 
     @torch.no_grad()
     def solved(self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int]) -> Tensor:
-        """As `latents`, by the solver itself: for a denoiser whose answers are not those of its network."""
+        """Like `latents`, by running the solver itself: for a subclass of Denoiser that overrides `forward`."""
         noise = SeededNoise(seeds, (self.denoiser.net.config.in_channels, *size), self.device)
         cond, uncond = (c.map(lambda v: v.to(self.device)) for c in (cond, uncond))
         uncond = uncond if len(uncond) == len(cond) else uncond.expand(len(cond))
@@ -298,7 +301,7 @@ class Sampler:
     def pictures(
         self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, resolution_px: int
     ) -> tuple[Tensor, Tensor]:
-        """One batch: latents (B, C, h, w) and images (B, 3, H, W) in [-1, 1], on the CPU."""
+        """Draw one batch. Returns latents (B, C, h, w) and images (B, 3, H, W) in [-1, 1], on the CPU."""
         side = resolution_px // autoencoder.factor(self.vae)
         if self.base.family.size_conditioned:
             cond, uncond = (with_size(c, resolution_px) for c in (cond, uncond))
@@ -308,24 +311,24 @@ class Sampler:
     def pixels(
         self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, *, resolution_px: int, batch: int = 50
     ) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] on the CPU, in batches."""
-        found = []
+        """Draw N images in batches. Returns pixels (N, 3, H, W) in [-1, 1] on the CPU."""
+        images = []
         for i in range(0, len(seeds), batch):
             rows = slice(i, i + batch)
             negative = uncond if len(uncond) == 1 else uncond[rows]
-            found.append(self.pictures(cond[rows], negative, seeds[rows], settings, resolution_px)[1])
-        return torch.cat(found)
+            images.append(self.pictures(cond[rows], negative, seeds[rows], settings, resolution_px)[1])
+        return torch.cat(images)
 
     def stream_batches(
         self, batches: Iterable[tuple[Cond, Cond, Sequence[int]]], settings: Settings, resolution_px: int
     ) -> Iterator[Tensor]:
-        """Images (B, H, W, 3), uint8, on the CPU, of each (prompts, unconditional, seeds).
+        """Yield images (B, H, W, 3), uint8, on the CPU, of each batch (cond, uncond, seeds).
 
-        While the caller has one batch the device draws the next. The same Cond objects again are not folded again. The
-        networks must not change meanwhile.
+        The device draws the next batch while the caller uses this one. Passing the same Cond objects again saves folding them
+        again. The networks must not change meanwhile.
         """
         side, waiting = resolution_px // autoencoder.factor(self.vae), deque()
-        self.told = None
+        self.latest = None
         for cond, uncond, seeds in batches:
             walk = self.walk(cond, uncond, seeds, settings, (side, side), resolution_px)
             waiting.append(Copy(self.engine.bytes(walk)))
@@ -335,15 +338,15 @@ class Sampler:
 
 
 def decoding(dtype: torch.dtype) -> torch.dtype:
-    """What a decoder runs in: bf16 has the range of fp32, in fp16 SDXL's overflows."""
+    """Return the decoder's dtype: bf16 for bf16, which has the range of fp32; else fp32, since SDXL's overflows in fp16."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def at_once(side: int) -> int:
-    """How many latents of that side a modest card samples in one batch: 8 of SD1.5's, 2 of SDXL's, 64 of the smallest."""
+    """Return the batch size that a modest GPU can sample for a latent side: 8 for SD1.5's 64, 2 for SDXL's 128, at most 64."""
     return max(1, min(64, 8 * 64 * 64 // side**2))
 
 
 def with_size(cond: Cond, resolution_px: int) -> Cond:
-    """SDXL's size conditioning of a square, uncropped picture."""
+    """Return a Cond with SDXL's size conditioning for a square, uncropped picture of this side in px."""
     return replace(cond, time_ids=text.size_ids(resolution_px, resolution_px, len(cond)))

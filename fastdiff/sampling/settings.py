@@ -1,4 +1,4 @@
-"""How to walk from noise to an image: sampler, steps, guidance; what a recipe asks for, and what was asked against it."""
+"""Sampling settings: scheduler, steps and guidance, taken from the user, a recipe or the family; and warnings on conflicts."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,48 +14,50 @@ from fastdiff.runtime.errors import as_field
 
 @dataclass(frozen=True)
 class Settings:
-    """How to walk from noise to an image."""
+    """How to sample an image. Raises ValueError for an unknown scheduler, or an eta outside [0, 1]."""
 
     scheduler: str = "dpm++"
     num_steps: int = 25
-    guidance: float = 7.5  # u + w (c - u); 1 or less = the conditional network alone
-    spacing: str | None = None  # None: the scheduler's own
-    eta: float = 0.0
-    timesteps: tuple[int, ...] | None = None  # explicit, descending; they go before spacing and num_steps
+    guidance: float = 7.5  # w in u + w (c - u); 1 or less: no guidance
+    spacing: str | None = None  # of the timesteps; None: the scheduler's default
+    eta: float = 0.0  # randomness in [0, 1]; TCD's gamma
+    timesteps: tuple[int, ...] | None = None  # explicit, descending; these override spacing and num_steps
 
     def __post_init__(self) -> None:
         if self.scheduler not in SOLVERS:
-            raise ValueError(f"{as_field('scheduler', self.scheduler)}: one of {', '.join(SOLVERS)}")
+            raise ValueError(f"{as_field('scheduler', self.scheduler)}: use one of {', '.join(SOLVERS)}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"`eta` must be between 0 and 1, not {self.eta}")
 
     @classmethod
     def usual(cls, family: Family) -> "Settings":
-        """How the family's checkpoints are usually sampled."""
+        """Return the settings with which the family's checkpoints are usually sampled."""
         return cls(*family.sampling)
 
     @classmethod
     def of(cls, recipe: Recipe, default: "Settings", **given: Any) -> "Settings":
-        """Given values first, then the recipe's, then the default's."""
+        """Combine settings: given values come first, then the recipe's, then the default's."""
         names = ("scheduler", "num_steps", "guidance", "spacing", "eta", "timesteps")
         from_recipe = {k: v for k, v in vars(recipe).items() if k in names and v is not None}
         chosen = from_recipe | {k: v for k, v in given.items() if v is not None}
         if "scheduler" in chosen and "spacing" not in chosen:
-            chosen["spacing"] = None  # a spacing belongs to the scheduler it came with
+            chosen["spacing"] = None  # the default's spacing belongs to the default's scheduler
         if given.get("spacing") or len(chosen.get("timesteps") or ()) != chosen.get("num_steps"):
-            chosen["timesteps"] = None  # and timesteps to their number
+            chosen["timesteps"] = None  # explicit timesteps are valid for their own number of steps only
         return replace(default, **chosen)
 
     @property
     def guided(self) -> bool:
+        """Whether classifier-free guidance is on."""
         return self.guidance > 1
 
     @property
     def calls(self) -> int:
-        """Network evaluations per image: a guided step costs two."""
+        """The number of network evaluations per image; a guided step costs two."""
         return self.num_steps * (2 if self.guided else 1)
 
     def grid(self, schedule: Any, scheduler_config: dict[str, Any]) -> Grid:
+        """Return the timesteps of these settings on a noise schedule, with the options of a diffusers scheduler config."""
         spacing = self.spacing or SOLVERS[self.scheduler].spacing
         if self.timesteps:
             t = torch.tensor(self.timesteps)
@@ -66,7 +68,7 @@ class Settings:
 
 
 def asked(recipe: Recipe, default: Settings, **given: Any) -> Settings:
-    """Given values first, then the recipe's; one that contradicts the recipe is obeyed and warned of."""
+    """Combine settings like `Settings.of`, and warn of given values that contradict the recipe. Given values still win."""
     for name in ("scheduler", "guidance"):
         wants, value = vars(recipe)[name], given.get(name)
         unguided = name == "guidance" and None not in (wants, value) and max(wants, value) <= 1

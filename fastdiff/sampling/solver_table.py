@@ -1,10 +1,10 @@
-"""A sampler as a table of numbers: what each call of the network sees, as sums of noise and earlier answers.
+"""A solver as a table of numbers: every input of the network as a weighted sum of noise and earlier network outputs.
 
-    x_k = sum_j c[k, j] h_j          h = start noise, answer 0, (fresh noise), answer 1, ...;   the last row gives x0
+    x_k = sum_j c[k, j] h_j          h = start noise, output 0, (fresh noise), output 1, ...;   the last row gives x0
 
-Every solver and every prediction type is linear in these, so the numbers are found by running the solver itself once, on one
-position whose channels are the h_j: the formulas stay in `solvers.py`. A walk is then one product and one call a step, reads
-nothing back from the device, and can be captured whole.
+All solvers and prediction types are linear in the h_j. The weights are computed by running the solver once on a single
+position whose channels are the h_j, so the formulas stay in `solvers.py`. A step is then one product and one network call; the
+whole walk needs nothing back from the device and can be captured as one CUDA graph.
 """
 
 from copy import deepcopy
@@ -19,18 +19,18 @@ from fastdiff.diffusion.solvers import SOLVERS, Grid
 
 @dataclass(frozen=True)
 class Table:
-    """One walk of n calls over K columns."""
+    """The table of a walk with n network calls and K columns h_j."""
 
     t: Tensor  # (n,) the timesteps
-    rows: Tensor  # (n + 1, K) fp32
-    fresh: tuple[bool, ...]  # of each column in order of time: fresh noise, else the next call's answer
+    rows: Tensor  # (n + 1, K) the weights c, fp32
+    fresh: tuple[bool, ...]  # K entries in order of time: True for noise, False for the next network output
 
     def __len__(self) -> int:
         return len(self.t)
 
     @property
     def draws(self) -> int:
-        """How often noise is drawn, the start included."""
+        """How often noise is drawn, including the start noise."""
         return sum(self.fresh)
 
     def to(self, device: torch.device | str) -> "Table":
@@ -39,7 +39,7 @@ class Table:
 
 @torch.no_grad()
 def table(scheduler: str, grid: Grid, kind: PredictionType) -> Table:
-    """The numbers of a solver of that name on that grid, for a network that outputs `kind`."""
+    """Compute the table of a solver on a grid of timesteps, for a network of prediction type `kind`."""
     schedule, columns = deepcopy(grid.schedule).cpu(), 2 * len(grid) + 1
     t, seen, fresh = [], [], []
 

@@ -1,4 +1,4 @@
-"""The decoders of diffusers' AutoencoderKL and AutoencoderTiny as plain functions of their weights."""
+"""The decoders of diffusers' AutoencoderKL and AutoencoderTiny as plain functions of their weights, for inference only."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -13,7 +13,10 @@ from fastdiff.models.fast.layers import Conv, Linear, Norm, Resnet, Stored, Unkn
 
 
 class Decoder:
-    """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W), fp32, not clamped. The encoder's tensors are left alone."""
+    """Decodes scaled latents (B, C, h, w) to pixels (B, 3, H, W), fp32, not clamped. Encoder tensors are ignored.
+
+    Raises Unknown if the decoder has a part that is not built here.
+    """
 
     def __init__(
         self,
@@ -42,7 +45,7 @@ class Decoder:
 def decoder_of(
     base: Checkpoint, vae: nn.Module | None = None, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Any:
-    """The checkpoint's decoder or another VAE's as it runs fastest, or diffusers' own where it is not known here."""
+    """Return the fast decoder of the checkpoint or of `vae`, or the diffusers VAE itself if its decoder is of an unknown kind."""
     try:
         if vae is not None:
             return Decoder(vae.state_dict(), dict(vae.config), dtype=dtype, device=device)
@@ -52,6 +55,8 @@ def decoder_of(
 
 
 class KLDecoder:
+    """The decoder of AutoencoderKL: latents (B, C, h, w), not scaled -> pixels (B, 3, H, W)."""
+
     def __init__(self, stored: Stored, config: Mapping[str, Any]) -> None:
         groups, width, eps = config.get("norm_num_groups", 32), config["latent_channels"], 1e-6
         self.post = Conv(stored, "post_quant_conv", width) if "post_quant_conv.weight" in stored else None
@@ -82,7 +87,7 @@ class KLDecoder:
 
 
 class SpatialAttention:
-    """One head over all positions."""
+    """Self-attention with one head over all positions of a feature map (B, C, h, w)."""
 
     def __init__(self, stored: Stored, name: str, groups: int, width: int) -> None:
         self.norm = Norm(stored, f"{name}.group_norm", 1e-6, groups, width)
@@ -97,13 +102,13 @@ class SpatialAttention:
 
 
 class TinyDecoder:
-    """TAESD: convolutions and ReLU alone."""
+    """The decoder of AutoencoderTiny (TAESD), made of convolutions and ReLU: latents (B, C, h, w) -> pixels (B, 3, H, W)."""
 
     def __init__(self, stored: Stored, config: Mapping[str, Any]) -> None:
         if config.get("upsample_fn", "nearest") != "nearest" or config.get("upsampling_scaling_factor", 2) != 2:
             raise Unknown("a tiny decoder with another upsampling")
         self.enter, self.parts = Conv(stored, "decoder.layers.0", config["latent_channels"]), []
-        i = 2  # 1 is the activation
+        i = 2  # layer 1 is the activation
         for blocks in config["num_decoder_blocks"]:
             for _ in range(blocks):
                 self.parts.append(TinyBlock(stored, f"decoder.layers.{i}"))
@@ -122,6 +127,8 @@ class TinyDecoder:
 
 
 class TinyBlock:
+    """TAESD's residual block: three convolutions with ReLU beside a skip connection."""
+
     def __init__(self, stored: Stored, name: str) -> None:
         self.convs = [Conv(stored, f"{name}.conv.{i}") for i in (0, 2, 4)]
         self.skip = Conv(stored, f"{name}.skip") if f"{name}.skip.weight" in stored else None

@@ -1,7 +1,7 @@
-"""Layers as plain functions of stored tensors, for networks that only draw.
+"""Layers as plain functions of stored tensors, for inference only.
 
-Without torch's module machinery and without diffusers: importing that takes longer than drawing a picture. A network is built
-from its tensors by name; one with a part that is not known here raises Unknown, and its own library runs it.
+They need neither torch modules nor diffusers, whose import takes longer than drawing a picture. A network is built from its
+tensors by name. If it has a part that is not known here, building it raises Unknown and the caller uses diffusers instead.
 """
 
 import re
@@ -16,30 +16,33 @@ from fastdiff.checkpoints import tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint, plain_name
 
 
-class Unknown(Exception):  # noqa: N818  (not an error of the user: another way runs the network)
-    """A network that is not built of the layers known here."""
+class Unknown(Exception):  # noqa: N818  (not an error of the user: the caller runs the network by its own library)
+    """The network has a part that the fast layers cannot build."""
 
 
 def tensors_of(base: Checkpoint, part: str) -> dict[str, Tensor]:
-    """A component's tensors by plain name: of the network where it is loaded, which may have been changed, else of its files."""
+    """Return a component's tensors by plain name: from the loaded network, which may have changed, else from its files.
+
+    Raises Unknown if there are no files, or the loaded network has adapters.
+    """
     nets = dict(zip(base.text_parts, base.__dict__.get("text_encoders", ()), strict=False)) | base.__dict__
     if part in nets:
-        found = nets[part].state_dict()
+        state = nets[part].state_dict()
     elif base.path.is_file():
         weights = base.weights(part)
         return {name: weights[name] for name in weights.shapes}
     else:
         files = [tensors.open_file(path, allow_pickle=base.allow_pickle) for path in base.stored(part, base.path)]
-        found = {name: file[name] for file in files for name in file}
-    if not found:
+        state = {name: file[name] for file in files for name in file}
+    if not state:
         raise Unknown(f"{part} has no files")
-    if any(".base_layer." in name for name in found):
+    if any(".base_layer." in name for name in state):
         raise Unknown(f"{part} has adapters")
-    return {plain_name(part, k): v for k, v in found.items() if not re.search(r"position_ids$|logit_scale$", k)}
+    return {plain_name(part, k): v for k, v in state.items() if not re.search(r"position_ids$|logit_scale$", k)}
 
 
 class Stored:
-    """The tensors of a network by dotted name, given out once each in one dtype, on one device."""
+    """The tensors of a network by dotted name, converted to one dtype and device. It remembers which were used."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device | str) -> None:
         self.tensors, self.dtype, self.device = tensors, dtype, torch.device(device)
@@ -49,43 +52,44 @@ class Stored:
         return name in self.tensors
 
     def __call__(self, name: str, *shape: int | None) -> Tensor:
-        """A tensor; Unknown where it is not there, not finite, or not of that shape (None: any)."""
+        """Return a tensor. Raises Unknown if it is missing, not finite, or not of the given shape (None: any size)."""
         if name not in self.tensors:
             raise Unknown(f"{name} is missing")
-        found = self.tensors[name]
-        if shape and (len(shape) != found.ndim or any(w not in {None, n} for w, n in zip(shape, found.shape, strict=True))):
-            raise Unknown(f"{name} is {tuple(found.shape)}, not {shape}")
+        tensor = self.tensors[name]
+        if shape and (len(shape) != tensor.ndim or any(w not in {None, n} for w, n in zip(shape, tensor.shape, strict=True))):
+            raise Unknown(f"{name} is {tuple(tensor.shape)}, not {shape}")
         self.asked.add(name)
-        if not found.is_floating_point() or not (found.is_meta or bool(found.isfinite().all())):
+        if not tensor.is_floating_point() or not (tensor.is_meta or bool(tensor.isfinite().all())):
             raise Unknown(f"{name} is not a finite number everywhere")
-        return found.detach().to(self.device, self.dtype)
+        return tensor.detach().to(self.device, self.dtype)
 
     def optional(self, name: str, *shape: int | None) -> Tensor | None:
+        """Return a tensor, or None if it is missing."""
         return self(name, *shape) if name in self else None
 
     def count(self, pattern: str) -> Iterator[str]:
-        """`blocks.{}.weight` -> blocks.0, blocks.1, ... as far as there are such tensors."""
+        """Yield the prefixes of numbered tensors: for `blocks.{}.weight` blocks.0, blocks.1, ... until one is missing."""
         i = 0
         while pattern.format(i) in self:
             yield pattern.split("{}")[0] + str(i)
             i += 1
 
     def complete(self) -> None:
-        """Unknown where a tensor was not asked for: the network does something with it that is not done here."""
+        """Raise Unknown if a tensor was not used: then the network has a part that was not built."""
         if left := sorted(set(self.tensors) - self.asked):
-            raise Unknown(f"{left[0]} has no place")
+            raise Unknown(f"{left[0]} is not used by any known layer")
 
 
 class Linear:
-    """x W^T + b over the last dimension."""
+    """A linear layer, x W^T + b, over the last dimension of x."""
 
     __slots__ = ("bias", "weight")
 
     def __init__(self, stored: Stored, name: str, width: int | None = None) -> None:
         weight = stored(f"{name}.weight")
-        self.weight = weight.flatten(1)  # a 1 x 1 convolution over (B, h w, C) is this too
+        self.weight = weight.flatten(1)  # a 1 x 1 convolution is a linear layer over (B, h w, C)
         if width is not None and self.weight.shape[1] != width:
-            raise Unknown(f"{name} takes {self.weight.shape[1]} channels, {width} come in")
+            raise Unknown(f"{name} takes {self.weight.shape[1]} channels, but gets {width}")
         self.bias = stored.optional(f"{name}.bias", len(weight))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ class Linear:
 
 
 class Conv:
-    """A square convolution that keeps the size, or halves it; channels last in memory."""
+    """A square convolution of (B, C, h, w) that keeps the size, or halves it with stride 2; channels last in memory."""
 
     __slots__ = ("bias", "padding", "stride", "weight")
 
@@ -104,17 +108,17 @@ class Conv:
 
     @property
     def width(self) -> int:
-        """Channels that come out."""
+        """The number of output channels."""
         return len(self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
     def relu(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """relu(conv(x) + plus), in one pass over the answer where oneDNN does it: the same numbers, a tenth sooner."""
+        """Return relu(conv(x) + plus). Where oneDNN can fuse them, this takes a tenth less time, with the same numbers."""
         if not fuses(x):
-            found = self(x)
-            return (found if plus is None else found.add_(plus)).relu_()
+            y = self(x)
+            return (y if plus is None else y.add_(plus)).relu_()
         how = self.weight, self.bias, [self.padding] * 2, [self.stride] * 2, [1, 1], 1
         if plus is None:
             return torch.ops.mkldnn._convolution_pointwise(x, *how, "relu", [], None)
@@ -122,14 +126,14 @@ class Conv:
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether this machine's torch has the fused convolutions that its compiler uses, and nobody reads the single layers."""
+    """Return whether to use torch's fused CPU convolutions: fp32 on the CPU, not while tracing or compiling, if built in."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")  # not in every build
 
 
 class Norm:
-    """Group normalisation over (B, C, ...), or without groups layer normalisation over the last dimension."""
+    """Group normalisation of (B, C, ...); with groups = 0, layer normalisation over the last dimension."""
 
     __slots__ = ("bias", "eps", "groups", "weight")
 
@@ -144,7 +148,7 @@ class Norm:
 
 
 class Resnet:
-    """GroupNorm, SiLU, convolution, twice, beside a shortcut; between them the timestep's part, as `shift`."""
+    """A residual block: twice GroupNorm, SiLU and convolution, plus a shortcut. `shift` carries the timestep embedding."""
 
     def __init__(self, stored: Stored, name: str, *, width: int, groups: int, eps: float) -> None:
         self.norm1 = Norm(stored, f"{name}.norm1", eps, groups, width)
@@ -154,14 +158,15 @@ class Resnet:
         cut = f"{name}.conv_shortcut"
         self.shortcut = Conv(stored, cut, width) if f"{cut}.weight" in stored else None
         if self.shortcut is None and width != self.width:
-            raise Unknown(f"{name} turns {width} channels to {self.width} without a shortcut")
+            raise Unknown(f"{name} turns {width} channels into {self.width} without a shortcut")
 
     @property
     def width(self) -> int:
+        """The number of output channels."""
         return self.conv2.width
 
     def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """x (B, C, h, w); shift (1 or B, C') has the first convolution's bias in it."""
+        """Apply the block to x (B, C, h, w). `shift` (1 or B, C') replaces the first convolution's bias and includes it."""
         h, c = F.silu(self.norm1(x), inplace=True), self.conv1
         if shift is None:
             h = c(h)
@@ -174,25 +179,25 @@ class Resnet:
 
 
 def heads_first(x: Tensor, heads: int) -> Tensor:
-    """(B, L, heads d) -> (B, heads, L, d), a view."""
+    """Return x (B, L, heads d) as a view (B, heads, L, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, *, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of (B, L, heads d) each."""
+    """Multi-head attention, softmax(q k^T / sqrt(d)) v; q, k, v and the result are (B, L, heads d)."""
     q, k, v = (heads_first(x, heads) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
 
 def joined(layers: list[Linear]) -> Callable[[Tensor], Tensor]:
-    """One product for layers of the same input; what each says lies side by side."""
+    """Merge layers with the same input into one product; their outputs lie side by side in the last dimension."""
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     for layer, rows in zip(layers, weight.split([len(layer.weight) for layer in layers]), strict=True):
-        layer.weight = rows  # the same memory
+        layer.weight = rows  # a view: the merged weight is the only copy
     return lambda x: F.linear(x, weight, bias)
 
 
 def upsampled(x: Tensor, size: Any = None) -> Tensor:
-    """Nearest neighbours, twice the size unless told."""
+    """Upsample x (B, C, h, w) by nearest neighbours to `size` (h, w), by default to twice the size."""
     return F.interpolate(x, size=size, scale_factor=None if size is not None else 2.0, mode="nearest")

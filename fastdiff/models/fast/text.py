@@ -1,4 +1,4 @@
-"""CLIP's text encoders as plain functions of their weights, and the tokenizer without the library around it."""
+"""CLIP's text encoders as plain functions of their weights, and its tokenizer, without importing transformers."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,15 +18,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Encoded(NamedTuple):
-    """What an encoder makes of B prompts of L tokens."""
+    """The outputs of a text encoder. B prompts, L tokens, D width, P projected width."""
 
     last: Tensor  # (B, L, D), normalised
-    before: Tensor  # (B, L, D): out of the last layer but one, as SDXL is conditioned
-    pooled: Tensor | None  # (B, P): projected, of the end token
+    before: Tensor  # (B, L, D): output of the last layer but one, which SDXL uses
+    pooled: Tensor | None  # (B, P): the projected state of the end token; None without a projection
 
 
 class TextEncoder:
-    """The network of a CLIPTextModel's (WithProjection's) config and tensors, whose names begin with `text_model.`."""
+    """A CLIPTextModel or CLIPTextModelWithProjection, from its config and its tensors (names begin with `text_model.`); fp32.
+
+    Raises Unknown if the config or tensors have a part that is not built here.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, device: torch.device | str = "cpu") -> None:
         stored = Stored(tensors, dtype=torch.float32, device=device)
@@ -54,7 +57,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Encoded:
-        """ids (B, L)."""
+        """Encode token ids (B, L)."""
         ids = ids.to(self.device)
         x = before = self.tokens[ids] + self.positions[: ids.shape[1]]
         for layer in self.layers:
@@ -71,7 +74,7 @@ class TextEncoder:
 
 
 class Tokenizer:
-    """Prompts -> ids (B, L), padded and cut as CLIPTokenizer does, out of a folder's tokenizer.json."""
+    """Turns prompts into token ids (B, L), padded and cut like CLIPTokenizer, by a folder's tokenizer.json."""
 
     def __init__(self, folder: Path) -> None:
         import json
@@ -80,11 +83,11 @@ class Tokenizer:
             raise Unknown(f"{folder}: no tokenizer.json")
         from tokenizers import Tokenizer as Fast
 
-        told = json.loads((folder / "tokenizer_config.json").read_text())
-        pad = told.get("pad_token", "<|endoftext|>")
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        pad = config.get("pad_token", "<|endoftext|>")
         pad = pad["content"] if isinstance(pad, dict) else pad
         self.model = Fast.from_file(str(folder / "tokenizer.json"))
-        self.length = told["model_max_length"]
+        self.length = config["model_max_length"]
         self.model.enable_truncation(self.length)
         self.model.enable_padding(length=self.length, pad_id=self.model.token_to_id(pad), pad_token=pad)
 

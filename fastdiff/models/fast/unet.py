@@ -1,9 +1,9 @@
-"""A UNet for a fixed list of timesteps and fixed prompts: what depends on those alone is computed once, not in every call.
+"""A UNet for a fixed list of timesteps and prompts: everything that depends only on those is computed once ("folded").
 
-    shift[k, resnet] = b_conv1 + W_proj silu(emb(t_k)) + b_proj      all resnets in one product; then it is conv1's bias
-    kv[layer]        = tokens [W_k, W_v]^T                           all cross-attentions in one product
+    shift[k, resnet] = b_conv1 + W_proj silu(emb(t_k)) + b_proj      of all resnets in one product; used as conv1's bias
+    kv[layer]        = tokens [W_k, W_v]^T                           of all cross-attentions in one product
 
-Same answers as diffusers' UNet2DConditionModel with the same weights (tests/test_folded.py).
+It computes the same function as diffusers' UNet2DConditionModel (checked by tests/test_folded.py).
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.models.fast.layers import Conv, Linear, Norm, Resnet, Stored, Unknown, attend, joined, tensors_of, upsampled
 
-# What a config may say without us doing anything about it; any other value is a network that is not known here.
+# The only supported values of these config fields; any other value raises Unknown.
 NEUTRAL: dict[str, Any] = {
     "act_fn": "silu", "addition_embed_type_num_heads": 64, "attention_type": "default", "center_input_sample": False,
     "class_embed_type": None, "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3,
@@ -32,7 +32,7 @@ MIDDLES = {"UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None}
 
 
 def sinusoid(value: Tensor, width: int, *, flip: bool, shift: float) -> Tensor:
-    """Embedding (N, width) of positions (N,), fp32: sines and cosines, the cosines first with `flip` (Ho 2020)."""
+    """Embed positions (N,) as sines and cosines (N, width), fp32; `flip` puts the cosines first (Ho 2020)."""
     half = width // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=value.device) / (half - shift))
     angle = value.float()[:, None] * frequency
@@ -41,14 +41,14 @@ def sinusoid(value: Tensor, width: int, *, flip: bool, shift: float) -> Tensor:
 
 
 class Folded(NamedTuple):
-    """What a walk's timesteps and prompts come to; two tensors, so that a captured graph has two places to write to."""
+    """The folded timesteps and prompts of a walk, as two tensors that a captured CUDA graph can read from fixed places."""
 
-    kv: Tensor  # (B, L, sum 2 C): keys and values of every cross-attention side by side
-    shift: Tensor  # (n, 1 or B, sum C): of every step and resnet
+    kv: Tensor  # (B, L, sum of 2 C): keys and values of all cross-attentions, side by side
+    shift: Tensor  # (n, 1 or B, sum of C): for every step, the shifts of all resnets side by side
 
 
 class Attention:
-    """Self-attention, or with `place` cross-attention whose keys and values are folded."""
+    """Self-attention, or with `cross` a cross-attention that reads its folded keys and values from offset `place`."""
 
     def __init__(self, stored: Stored, name: str, heads: int, width: int, cross: bool) -> None:
         self.heads, self.width, self.place = heads, width, 0
@@ -66,14 +66,14 @@ class Attention:
 
 
 class Transformer:
-    """Self-attention, cross-attention and a gated feed-forward layer, as often as the network has them."""
+    """Transformer blocks on a feature map (B, C, h, w): self-attention, cross-attention and a gated feed-forward layer each."""
 
     def __init__(self, stored: Stored, name: str, heads: int, width: int, groups: int, only_cross: bool) -> None:
         self.norm = Norm(stored, f"{name}.norm", 1e-6, groups, width)
         self.enter, self.leave = Linear(stored, f"{name}.proj_in", width), Linear(stored, f"{name}.proj_out")
         inner = len(self.enter.weight)
         if inner % heads:
-            raise Unknown(f"{name} has {inner} channels for {heads} heads")
+            raise Unknown(f"{name} has {inner} channels, which {heads} heads do not divide")
         self.blocks = []
         for block in stored.count(f"{name}.transformer_blocks.{{}}.norm1.weight"):
             self.blocks.append(
@@ -99,7 +99,7 @@ class Transformer:
 
 
 class FoldedUNet:
-    """The network of a diffusers UNet config and state dict; Unknown where it has a part that is not known here."""
+    """A UNet from a diffusers config and state dict. Raises Unknown if it has a part that is not built here."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class FoldedUNet:
         device: torch.device | str = "cpu",
     ) -> None:
         check(config)
-        # What older files leave out, at its default.
+        # Defaults of fields that older config files lack.
         whole = {"time_cond_proj_dim": None, "flip_sin_to_cos": True, "freq_shift": 0} | dict(config)
         self.config, self.dtype, self.device = SimpleNamespace(**whole), dtype, device
         widths, stored = list(config["block_out_channels"]), Stored(tensors, dtype=dtype, device=device)
@@ -164,7 +164,7 @@ class FoldedUNet:
     def _block(
         self, stored: Stored, name: str, width: int, heads: int, only_cross: bool, skips: list[int] | None = None
     ) -> SimpleNamespace:
-        """A down, middle or up block: what there is of resnets, transformers and a sampler. Up blocks take `skips` off."""
+        """Build the resnets, transformers and sampler of a down, middle or up block. Up blocks pop widths off `skips`."""
         resnets, transformers = [], []
         for one in stored.count(f"{name}.resnets.{{}}.conv1.weight"):
             joint = width + (skips.pop() if skips else 0)
@@ -197,7 +197,10 @@ class FoldedUNet:
         time_ids: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> Folded:
-        """For timesteps (n,), or (n, B) where rows differ, and prompts (B, L, D); SDXL's (B, D2) and (B, 6); guidance (B, W)."""
+        """Fold timesteps t (n,), or (n, B) if rows differ, with tokens (B, L, D).
+
+        SDXL also needs pooled (B, D2) and time_ids (B, 6); guidance-embedded networks need the embedding `guidance` (B, W).
+        """
         t, c = t.to(self.device), self.config
         t = t[:, None] if t.ndim == 1 else t
         n = len(t)
@@ -217,7 +220,7 @@ class FoldedUNet:
         return Folded(kv, shift.reshape(n, -1, shift.shape[-1]))
 
     def step(self, x: Tensor, folded: Folded, k: int, residuals: Mapping[str, Any] | None = None) -> Tensor:
-        """The raw answer (B, C, h, w) to x at the k-th timestep; `residuals` of a ControlNet by diffusers' names."""
+        """Return the raw output (B, C, h, w) for x at the k-th timestep; `residuals` of a ControlNet have diffusers' names."""
         shifts = folded.shift[k].split(self.shift_widths, -1)
         residuals = residuals or {}
         x = self.enter(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
@@ -258,7 +261,7 @@ class FoldedUNet:
         return_dict: bool = False,
         **residuals: Any,
     ) -> tuple[Tensor]:
-        """As diffusers' network is called, nothing folded beforehand."""
+        """Call it like diffusers' UNet2DConditionModel; folds anew at every call."""
         added = added_cond_kwargs or {}
         t = t.reshape(1, -1) if t.ndim else t.reshape(1)
         folded = self.fold(t, tokens, pooled=added.get("text_embeds"), time_ids=added.get("time_ids"), guidance=timestep_cond)
@@ -266,7 +269,7 @@ class FoldedUNet:
 
 
 def unet_of(base: Checkpoint, *, device: torch.device | str = "cpu") -> Any:
-    """The checkpoint's UNet as it draws fastest: folded, or diffusers' own where it has a part that is not known here."""
+    """Return the checkpoint's UNet as a FoldedUNet, or diffusers' UNet if it has a part that is not known here."""
     try:
         return FoldedUNet(tensors_of(base, "unet"), base.unet_config, dtype=base.dtype, device=device)
     except Unknown:
@@ -274,11 +277,12 @@ def unet_of(base: Checkpoint, *, device: torch.device | str = "cpu") -> Any:
 
 
 def spread(value: Any, n: int) -> Sequence[Any]:
+    """Return a list as it is, and any other value repeated n times."""
     return list(value) if isinstance(value, list | tuple) else [value] * n
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Unknown where the config asks for something that is not done here."""
+    """Raise Unknown if the config asks for a part that is not built here."""
     for key, neutral in NEUTRAL.items():
         if config.get(key, neutral) != neutral:
             raise Unknown(f"{key} {config[key]}")
