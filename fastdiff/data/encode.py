@@ -192,8 +192,8 @@ class Pictures:
         """Tell how much will be written, and refuse what does not fit."""
         size = samples * (self.bytes_each() * len(self.framing.cuts) + self.captions.bytes_each())
         told = f"{samples} images of {source.spec} to encode" if known else f"up to {samples} images of {source.spec} to encode"
-        room = f"{disk.shown(disk.free_bytes(self.store.folder))} are free"
-        console.info(f"{told}: about {disk.shown(size)} in {self.store.folder.parent}; {room}")
+        room = f"{disk.format_size(disk.free_bytes(self.store.folder))} are free"
+        console.info(f"{told}: about {disk.format_size(size)} in {self.store.folder.parent}; {room}")
         hint = "FASTDIFF_CACHE names another folder; `max_images` takes fewer"
         disk.require(self.store.folder, size, f"{samples} encoded images", hint)
 
