@@ -108,15 +108,15 @@ def main() -> None:
                 sys.executable, str(folder / "stock.py"), str(source), str(style), str(folder / "stock"), str(config)
             ],
         }  # fmt: skip
-        found: dict[str, list[tuple[float, float, float]]] = {way: [] for way in ways}
+        results: dict[str, list[tuple[float, float, float]]] = {way: [] for way in ways}
         for _ in range(args.rounds):
             for way, command in ways.items():
-                found[way].append(measured(command))
+                results[way].append(measured(command))
                 shutil.rmtree(folder / "stock", ignore_errors=True)
                 (folder / "ours.safetensors").unlink(missing_ok=True)
-                on_disk, process, peak = found[way][-1]
+                on_disk, process, peak = results[way][-1]
                 print(f"{way}: {on_disk:.1f} s until on disk, {process:.1f} s of process, {peak:.2f} GiB", flush=True)
-        rows = {way: [statistics.median(column) for column in zip(*runs, strict=True)] for way, runs in found.items()}
+        rows = {way: [statistics.median(column) for column in zip(*runs, strict=True)] for way, runs in results.items()}
         print(f"medians of {args.rounds}")
         for what, ours_is, stock_is in zip(("s until on disk", "s of process", "GiB at peak"), *rows.values(), strict=True):
             print(f"{what}: {ours_is:.2f} / {stock_is:.2f} = {ours_is / stock_is:.2f}")

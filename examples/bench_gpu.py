@@ -73,13 +73,13 @@ def memory(method: str, family: str, n: int, device: str) -> dict[str, Any]:
     import memory
     import torch
 
-    found = {}
+    results = {}
     for way in ("ours", "three"):
         if device == "cuda":
             cleared()
             torch.cuda.reset_peak_memory_stats()
-        found[way] = memory.measure(method, way, family, device, n, 2)
-    return found | {f"{k}_ratio": found["ours"][k] / found["three"][k] for k in found["ours"]}
+        results[way] = memory.measure(method, way, family, device, n, 2)
+    return results | {f"{k}_ratio": results["ours"][k] / results["three"][k] for k in results["ours"]}
 
 
 def cleared() -> None:
@@ -96,11 +96,11 @@ def worker() -> None:
     out, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         try:
-            found = measured(json.loads(line))
+            figures = measured(json.loads(line))
         except Exception as error:  # out of memory, a compiler that is not there: the other rows go on
-            found = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+            figures = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
         cleared()
-        print(json.dumps(found), file=out, flush=True)
+        print(json.dumps(figures), file=out, flush=True)
 
 
 # ---- all of them, in time
@@ -136,9 +136,9 @@ class Worker:
             self.process = None
 
 
-def shown(found: dict, wanted: dict[str, float]) -> dict[str, bool]:
+def reached(figures: dict, wanted: dict[str, float]) -> dict[str, bool]:
     """Whether each figure is at least what is wanted; a negative bound is an upper one."""
-    return {k: (found[k] >= bound if bound > 0 else found[k] <= -bound) for k, bound in wanted.items() if k in found}
+    return {k: (figures[k] >= bound if bound > 0 else figures[k] <= -bound) for k, bound in wanted.items() if k in figures}
 
 
 def in_time(rows: list[Row], more: list[Row], minutes: float, measure: Any, keep: Any) -> None:
@@ -152,8 +152,8 @@ def in_time(rows: list[Row], more: list[Row], minutes: float, measure: Any, keep
         if left < row.seconds * (0.5 if i < len(rows) else 1):
             keep(row.name, {"failed": f"{max(0, left):.0f} s are left for it, it takes up to {row.seconds:.0f}"})
             continue
-        found = measure(row.flags, left)
-        keep(row.name, found | {"shown": shown(found, row.wanted)})
+        figures = measure(row.flags, left)
+        keep(row.name, figures | {"shown": reached(figures, row.wanted)})
 
 
 def main() -> None:
@@ -167,7 +167,7 @@ def main() -> None:
     if args.worker:
         worker()
         return
-    started, found, measure = time.monotonic(), {}, Worker()
+    started, results, measure = time.monotonic(), {}, Worker()
     chosen = lambda rows: [row for row in rows if not args.only or row.name in args.only]
     rows, more = chosen(ROWS), chosen(MORE)
     if args.only and len(rows) + len(more) < len(set(args.only)):
@@ -182,9 +182,9 @@ def main() -> None:
         rows, more = [row for row in rows if "compiled" not in row.name], []
 
     def keep(name: str, value: dict) -> None:
-        found[name] = value
+        results[name] = value
         print(f"{time.monotonic() - started:.0f} s, {name}: {json.dumps(value)}", flush=True)
-        args.output.write_text(json.dumps(found, indent=2) + "\n")  # after every row: a run that is cut short keeps its rows
+        args.output.write_text(json.dumps(results, indent=2) + "\n")  # after every row: a run that is cut short keeps its rows
 
     try:
         in_time(rows, more, args.minutes, lambda flags, limit_s: measure(sized(flags), limit_s), keep)

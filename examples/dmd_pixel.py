@@ -116,8 +116,8 @@ def match(
         seen = noised(x.detach())
         with torch.no_grad():
             # Without a fake score the sample itself stands for what it is told apart from: mode seeking, and collapse.
-            told = fake(seen.x_t, seen.t, *cond) if fake else Prediction(seen.x, seen.eps)
-            g = losses.score_difference(schedule, seen, real(seen.x_t, seen.t, *cond), told)
+            fake_prediction = fake(seen.x_t, seen.t, *cond) if fake else Prediction(seen.x, seen.eps)
+            g = losses.score_difference(schedule, seen, real(seen.x_t, seen.t, *cond), fake_prediction)
         students.zero_grad()
         (losses.along(x, g) + (regression() if regression else 0)).backward()
         students.step()

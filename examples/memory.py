@@ -117,10 +117,10 @@ class LightningOnOne:
     def __init__(self, base: Checkpoint, n: int) -> None:
         row = lightning.PRESETS[base.family.name]
         names = {k: row[k] for k in ("lora_rank", "lora_alpha", "gradient_checkpointing", "lr", "gan") if k in row}
-        told = dict(
+        options = dict(
             stages="8:4", phases="cond", lora_only=True, d_warmup=0, discriminator=self.discriminator, batch_size=n, steps=9
         )
-        self.method = lightning.Lightning(base, lightning.Config(**names, **told, guidance=1.0))
+        self.method = lightning.Lightning(base, lightning.Config(**names, **options, guidance=1.0))
         self.phase = self.method.phases()[0]
         self.players = {k: one.params for k, one in self.method.players(self.phase).items()}
         self.schedule = self.method.schedule
@@ -200,19 +200,19 @@ def main() -> None:
     if args.way:
         print(json.dumps(measure(args.method, args.way, args.family, args.device, n, args.steps)))
         return
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "three": []}
+    runs: dict[str, list[dict[str, float]]] = {"ours": [], "three": []}
     for _ in range(args.rounds):
-        for way, rows in found.items():
+        for way, rows in runs.items():
             command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 print(f"{way}: exit {done.returncode} (out of memory?)")
                 continue
             rows.append(json.loads(done.stdout.splitlines()[-1]))
-    medians = {way: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for way, rows in found.items() if rows}
+    medians = {way: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for way, rows in runs.items() if rows}
     for way, row in medians.items():
-        told = f"{row['seconds']:.3f} s a step, {n / row['seconds']:.2f} samples/s"
-        print(f"{way:5s}  {told}, parameters {row['parameters'] / 2**20:.1f} MiB, peak {row['peak'] / 2**30:.2f} GiB")
+        speed = f"{row['seconds']:.3f} s a step, {n / row['seconds']:.2f} samples/s"
+        print(f"{way:5s}  {speed}, parameters {row['parameters'] / 2**20:.1f} MiB, peak {row['peak'] / 2**30:.2f} GiB")
     if len(medians) == 2:
         ratios = {k: medians["ours"][k] / medians["three"][k] for k in medians["ours"]}
         print("ours / three: " + ", ".join(f"{k} {r:.2f}x" for k, r in ratios.items()))

@@ -76,24 +76,24 @@ def main() -> None:
     calls = {"stock diffusers": stock} | {name: (lambda n, way=way: way.draw(prompts[:n], px)) for name, way in ways.items()}
     times = {(name, n): [] for name in calls for n in (1, 8)}
     for i in range(args.rounds + 1):
-        for (name, n), found in times.items():
+        for (name, n), seconds in times.items():
             began = time.perf_counter()
             calls[name](n)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if i:  # the first round warms up
-                found.append((time.perf_counter() - began) / n)
-    median = {key: statistics.median(found) for key, found in times.items()}
+                seconds.append((time.perf_counter() - began) / n)
+    median = {key: statistics.median(seconds) for key, seconds in times.items()}
     own = Evaluation.shipped(start, args.samples, device=device) if start.family.judge_ships else None
-    students, lines, told = {}, [], {}
+    students, lines, results = {}, [], {}
     for name in calls:
         ratio = [median["stock diffusers", n] / median[name, n] for n in (1, 8)]
         row = [name, *(f"{1e3 * median[name, n]:.1f}" for n in (1, 8)), *(f"{r:.1f}x" for r in ratio)]
-        told[name] = {"ms": [1e3 * median[name, n] for n in (1, 8)], "faster": ratio}
+        results[name] = {"ms": [1e3 * median[name, n] for n in (1, 8)], "faster": ratio}
         if own and name in ways:
             students[name] = own.row(name, ways[name].sampler, ways[name].settings)
             figures = own.figures(students[name], bands=False)
-            told[name] |= {k: figures[k] for k in ("calls", "retrieval", "frechet")}
+            results[name] |= {k: figures[k] for k in ("calls", "retrieval", "frechet")}
             row += [str(figures["calls"]), f"{figures['retrieval']:.3f}", f"{figures['frechet']:.2f}"]
         lines.append("| " + " | ".join(row) + " |")
     print("| | ms a picture | eight at once | faster | eight at once | calls | recognised | Frechet |\n|" + " --- |" * 8)
@@ -101,16 +101,16 @@ def main() -> None:
     if own:
         for name in ("one step", "one step, tiny decoder"):
             for metric, gap in own.gaps(students[name], 1).items():
-                told[name][f"{metric}_gap"] = gap
+                results[name][f"{metric}_gap"] = gap
                 print(f"{name}: {metric} gap closed {gap['gap_closed']:.0%} [{gap['low']:.0%}, {gap['high']:.0%}]")
     columns = []
     for name in ("the base, 25 guided steps", "small network, tiny decoder", "one step, tiny decoder"):
         columns.append(ways[name].draw(prompts[:6], px).permute(0, 3, 1, 2) / 127.5 - 1)
     contact_sheet(columns, scale=max(1, 128 // px)).save(args.runs / "real_time.png")
     kept = json.loads((args.runs / "control.json").read_text())["metrics"]
-    told["control"] = {k: v for k, v in kept.items() if k.startswith(("edges", "change"))}
+    results["control"] = {k: v for k, v in kept.items() if k.startswith(("edges", "change"))}
     print(f"edges of the control kept in one step: {kept['edges_student']:.2f}, by the base {kept['edges_teacher']:.2f} (F1)")
-    (args.runs / "real_time.json").write_text(json.dumps(told, indent=2) + "\n")
+    (args.runs / "real_time.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

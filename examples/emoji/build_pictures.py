@@ -57,8 +57,8 @@ GROUPS = {
 def code_points(emoji_test: Path) -> dict[str, str]:
     """Unicode name -> hexadecimal code points joined by '-', fully-qualified emoji only."""
     line = re.compile(r"([0-9A-F ]+?)\s*; fully-qualified\s*# \S+ E[\d.]+ (.*)")
-    found = (line.match(row) for row in emoji_test.read_text(encoding="utf-8").splitlines())
-    return {m[2]: m[1].lower().replace(" ", "-") for m in found if m}
+    matches = (line.match(row) for row in emoji_test.read_text(encoding="utf-8").splitlines())
+    return {m[2]: m[1].lower().replace(" ", "-") for m in matches if m}
 
 
 def svg(package: Path, code: str) -> str:

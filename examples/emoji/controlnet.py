@@ -71,9 +71,9 @@ def moved(rgba: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
     theta[:, :, 2] = (torch.rand(n, 2) * 2 - 1) * (scale - 0.95)[:, None]
     premultiplied = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
     grid = torch.nn.functional.affine_grid(theta, list(rgba.shape), align_corners=False)
-    found = torch.nn.functional.grid_sample(premultiplied, grid, align_corners=False)
+    sprites = torch.nn.functional.grid_sample(premultiplied, grid, align_corners=False)
     colours = torch.tensor(list(emoji.BACKGROUNDS.values())) / 255
-    return (found[:, :3] + colours[background][:, :, None, None] * (1 - found[:, 3:])) * 2 - 1
+    return (sprites[:, :3] + colours[background][:, :, None, None] * (1 - sprites[:, 3:])) * 2 - 1
 
 
 def add_moved(base, data, variants: int) -> None:

@@ -26,13 +26,13 @@ args.folder.mkdir(parents=True, exist_ok=True)
 
 layouts = [name for name, layout in unet.LAYOUTS.items() if layout.fits(FAMILIES["emoji"])]
 for name in layouts:
-    told = args.folder / f"{name}.json"
-    if not told.exists():
+    result = args.folder / f"{name}.json"
+    if not result.exists():
         command = ["prune", "--layout", name, f"--steps={args.steps}", f"--seed={args.seed}", "-o", str(args.folder / name)]
         done = subprocess.run(
             [sys.executable, "-m", "fastdiff", *command, "--json"], check=True, stdout=subprocess.PIPE, text=True
         )
-        told.write_text(done.stdout)
+        result.write_text(done.stdout)
 nets = {"emoji": checkpoint.load("emoji").unet}
 nets |= {name: checkpoint.load(str(args.folder / name / "model")).unet for name in layouts}
 times = {name: [] for name in nets}
@@ -43,9 +43,9 @@ print("| layout | million parameters | MMAC | time of a call | Frechet: cut | tr
 print("|" + " --- |" * 8)
 for name in layouts:
     metrics = json.loads((args.folder / f"{name}.json").read_text())["metrics"]
-    size, found = metrics["pruned"], metrics["recovered"]["frechet"]
+    size, recovered = metrics["pruned"], metrics["recovered"]["frechet"]
     ratio = statistics.median(a / b for a, b in zip(times[name], times["emoji"], strict=True))
-    band = f"{found['recovered']:.0%} [{100 * found['low']:.0f}, {100 * found['high']:.0f}]".replace("%", " %", 1)
+    band = f"{recovered['recovered']:.0%} [{100 * recovered['low']:.0f}, {100 * recovered['high']:.0f}]".replace("%", " %", 1)
     cells = [name, f"{size['parameters'] / 1e6:.2f}", f"{1000 * size['gmac']:.0f}", f"{ratio:.2f}x"]
-    cells += [f"{found[k]:.2f}" for k in ("before", "student", "teacher")]
+    cells += [f"{recovered[k]:.2f}" for k in ("before", "student", "teacher")]
     print("| " + " | ".join([*cells, band]) + " |")

@@ -25,10 +25,10 @@ STYLE = EMOJI / "style.safetensors"
 def measured(folder: Path, prompts: Path, *flags: object) -> dict:
     command = [sys.executable, "-m", "fastdiff", "sample", "--prompts", prompts, "--no-grid", "-o", folder, "--json", *flags]
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
-    told = json.loads(done.stdout)
-    if not told["ok"]:
-        raise SystemExit(told["error"]["message"])
-    return told["metrics"]["style"]
+    report = json.loads(done.stdout)
+    if not report["ok"]:
+        raise SystemExit(report["error"]["message"])
+    return report["metrics"]["style"]
 
 
 def main() -> None:
@@ -50,10 +50,10 @@ def main() -> None:
             "one step with its LoRA": measured(folder / "3", prompts, "--base", args.student, "--lora", args.lora),
         }
     print("| | distance to Noto | to the style | nearest to the style |\n| --- | --- | --- | --- |")
-    for label, found in rows.items():
-        figures = [found["noto"]["distance"], found[args.style]["distance"]]
-        print(f"| {label} | {figures[0]:.3f} | {figures[1]:.3f} | {found[args.style]['nearest']:.0%} |")
-    t, t_s, s, s_s = (found[args.style]["distance"] for found in rows.values())
+    for label, measures in rows.items():
+        figures = [measures["noto"]["distance"], measures[args.style]["distance"]]
+        print(f"| {label} | {figures[0]:.3f} | {figures[1]:.3f} | {measures[args.style]['nearest']:.0%} |")
+    t, t_s, s, s_s = (measures[args.style]["distance"] for measures in rows.values())
     print(f"moved {(s - s_s) / (t - t_s):.0%} of the teacher's way to {args.style}")
 
 

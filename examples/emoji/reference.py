@@ -37,17 +37,17 @@ def candidates(calls: int, guidances: list[float]) -> list[Settings]:
 
     Euler's step is DDIM's (fastdiff/diffusion/solvers.py), so it is not tried twice.
     """
-    found = []
+    ways = []
     for solver, spacing in (
         ("ddim", "trailing"),
         ("ddim", "leading"),
         ("dpm++", "trailing"),
         ("lcm", "lcm"),
     ):
-        found.append(Settings(solver, calls, 1.0, spacing))
+        ways.append(Settings(solver, calls, 1.0, spacing))
         if calls > 1:
-            found += [Settings(solver, calls // 2, w, spacing) for w in guidances]
-    return found
+            ways += [Settings(solver, calls // 2, w, spacing) for w in guidances]
+    return ways
 
 
 def judged(n: int, against: Against | None = None) -> Evaluation:

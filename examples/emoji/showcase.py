@@ -26,10 +26,10 @@ SHOWN = ("red apple", "fox", "rocket", "pizza", "octopus", "house", "basketball"
 
 def fastdiff(*args: object) -> dict:
     done = subprocess.run([sys.executable, "-m", "fastdiff", *map(str, args), "--json"], stdout=subprocess.PIPE, text=True)
-    told = json.loads(done.stdout)
-    if not told["ok"]:
-        raise SystemExit(told["error"]["message"])
-    return told
+    report = json.loads(done.stdout)
+    if not report["ok"]:
+        raise SystemExit(report["error"]["message"])
+    return report
 
 
 def main() -> None:
@@ -57,18 +57,17 @@ def main() -> None:
         print("| | network calls | distance to Noto | to Fluent | nearest to Fluent | images / s |\n|" + " --- |" * 6)
         for i, (label, flags) in enumerate(variants.items()):
             out = folder / str(i)
-            told = fastdiff(
+            report = fastdiff(
                 "sample", *flags, "--prompts", folder / "prompts.txt", "--batch-size", 60, "--no-grid", "--output", out
             )
-            style, speed = told["metrics"]["style"], len(prompts) / told["timings"]["sampling_s"]
+            style, speed = report["metrics"]["style"], len(prompts) / report["timings"]["sampling_s"]
             noto, fluent = style["noto"]["distance"], style["fluent"]["distance"]
             share = 100 * style["fluent"]["nearest"]
-            print(
-                f"| {label} | {told['metrics']['calls']} | {noto:.3f} | {fluent:.3f} | {share:.0f} % | {speed:.0f} |", flush=True
-            )
+            calls = report["metrics"]["calls"]
+            print(f"| {label} | {calls} | {noto:.3f} | {fluent:.3f} | {share:.0f} % | {speed:.0f} |", flush=True)
             columns.append(torch.stack([pixels(path) for path in sorted(out.glob("*.png"))]))
-    shown = len(SHOWN)
-    contact_sheet([torch.stack([c[i] for c in columns]) for i in range(shown)]).save(args.out / "style.png", optimize=True)
+    count = len(SHOWN)
+    contact_sheet([torch.stack([c[i] for c in columns]) for i in range(count)]).save(args.out / "style.png", optimize=True)
     sheet = columns[0][:: max(1, len(prompts) // 60)][:60]
     contact_sheet([sheet[i::12] for i in range(12)]).save(args.out / "teacher.png", optimize=True)
 

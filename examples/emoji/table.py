@@ -13,5 +13,5 @@ for name, path in (argument.split("=", 1) for argument in sys.argv[1:]):
             label = f"{name}, full weights" if file.endswith("-full") else name
             figures = f"{gap['teacher']:.3f} | {gap['student']:.3f} | {gap['teacher_50']:.3f}"
             closed, low, high = ("" if gap[k] is None else f"{100 * gap[k]:.0f}" for k in ("gap_closed", "low", "high"))
-            told = "within the noise" if gap["gain_low"] <= 0 <= gap["gain_high"] else f"{closed} % [{low}, {high}]"
-            print(f"| {label} | {calls} | {metric} | {figures} | {told} |")
+            verdict = "within the noise" if gap["gain_low"] <= 0 <= gap["gain_high"] else f"{closed} % [{low}, {high}]"
+            print(f"| {label} | {calls} | {metric} | {figures} | {verdict} |")

@@ -52,15 +52,15 @@ def run(config: Config) -> Result:
     metrics = {"sample": sample, "train": train, "merge": merge}[config.work](config, device)
     metrics |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"}
     for name, value in metrics.items():
-        console.info(f"{name}: {shown(value)}")
+        console.info(f"{name}: {format_value(value)}")
     result = Result(metrics=metrics)
     if config.assert_ratio and metrics["ratio"] < config.assert_ratio:
-        told = f"bench {config.work}: {metrics['ratio']:.2f}x of the stock way's speed, less than {config.assert_ratio:g}x"
-        raise GateFailed(told, "", result=result)
+        message = f"bench {config.work}: {metrics['ratio']:.2f}x of the stock way's speed, less than {config.assert_ratio:g}x"
+        raise GateFailed(message, "", result=result)
     return result
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
 
 
@@ -103,14 +103,14 @@ def made(part: str, config: dict[str, Any], kind: str = "") -> nn.Module:
     return (UNet2DConditionModel if part == "unet" else AutoencoderKL).from_config(config).eval().requires_grad_(False)
 
 
-def with_widths(shape: dict[str, Any], told: str) -> dict[str, Any]:
+def with_widths(shape: dict[str, Any], text: str) -> dict[str, Any]:
     """The config with other channels, and heads of 32 of them."""
     try:
-        widths = [int(w) for w in told.split(",")]
+        widths = [int(w) for w in text.split(",")]
     except ValueError as error:
-        raise UsageError(f"--widths {told}: not numbers with commas between them", "as 96,192,384") from error
+        raise UsageError(f"--widths {text}: not numbers with commas between them", "as 96,192,384") from error
     if len(widths) != unet.stages(shape) or any(w < 1 or w % 32 for w in widths):
-        raise UsageError(f"--widths {told}: {unet.stages(shape)} multiples of 32 are needed, one a resolution")
+        raise UsageError(f"--widths {text}: {unet.stages(shape)} multiples of 32 are needed, one a resolution")
     return {**shape, "block_out_channels": widths, "attention_head_dim": [w // 32 for w in widths], "num_attention_heads": None}
 
 
@@ -118,32 +118,32 @@ def nearness(name: str, ours: Tensor, stock: Tensor, dtype: torch.dtype) -> floa
     """Largest difference of numbers of size 1, or in half precision the cosine; GateFailed where the two ways differ."""
     a, b = ours.float().flatten().cpu(), stock.float().flatten().cpu()
     if dtype == torch.float32:
-        found = ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
-        same = found <= NEAR[dtype]
+        value = ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
+        same = value <= NEAR[dtype]
     else:
-        found = torch.cosine_similarity(a, b, dim=0).item()
-        same = found >= NEAR[dtype]
+        value = torch.cosine_similarity(a, b, dim=0).item()
+        same = value >= NEAR[dtype]
     if not same:
-        raise GateFailed(f"bench: {name} of the two ways differ ({found:.2g}); no ratio is told")
-    return found
+        raise GateFailed(f"bench: {name} of the two ways differ ({value:.2g}); no ratio is told")
+    return value
 
 
-def compared(found: dict[str, list[float]], work: float) -> dict[str, Any]:
+def compared(seconds: dict[str, list[float]], work: float) -> dict[str, Any]:
     """Medians and their ratio; `work` is pictures or samples a call."""
-    ours, stock = (statistics.median(found[name]) for name in ("ours", "stock"))
+    ours, stock = (statistics.median(seconds[name]) for name in ("ours", "stock"))
     return {"ratio": stock / ours, "ours_ms": 1e3 * ours, "stock_ms": 1e3 * stock, "ours_per_s": work / ours,
-            "stock_per_s": work / stock, "calls": len(found["ours"])}  # fmt: skip
+            "stock_per_s": work / stock, "calls": len(seconds["ours"])}  # fmt: skip
 
 
 def peaks(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """Peak MiB of each way on the GPU."""
-    found = {}
+    peaks_mib = {}
     for name, way in ways.items():
         torch.cuda.reset_peak_memory_stats()
         way()
         torch.cuda.synchronize()
-        found[f"{name}_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-    return found
+        peaks_mib[f"{name}_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return peaks_mib
 
 
 # ---- pictures
@@ -166,8 +166,8 @@ def sample(config: Config, device: torch.device) -> dict[str, Any]:
         samplers["openvino"] = Sampler(base, compile="openvino", **how)
     pipe = stock_of(config, base, settings, px, cond, device, tiny if config.stock_decoder == "tiny" else None)
     side = px // autoencoder.factor(sampler.vae)
-    told = {"prompt_embeds": cond.tokens, "pooled_prompt_embeds": cond.pooled} if config.stock_embeds or config.null else {}
-    told = {k: v.to(device, base.dtype) for k, v in told.items() if v is not None}
+    embeds = {"prompt_embeds": cond.tokens, "pooled_prompt_embeds": cond.pooled} if config.stock_embeds or config.null else {}
+    embeds = {k: v.to(device, base.dtype) for k, v in embeds.items() if v is not None}
     if config.null:
         nulled(sampler, pipe, px)
     draw = lambda s: lambda: [Image.fromarray(p.numpy()) for p in next(s.stream_batches([(cond, uncond, seeds)], settings, px))]
@@ -182,25 +182,25 @@ def sample(config: Config, device: torch.device) -> dict[str, Any]:
         for captured in sampler.engine.captured.values():
             captured.thread.join()
     most = measure.ceiling(device, base.dtype)
-    ways = ours | {"stock": lambda: pipe([PROMPT] * n, seeds, **told)}
+    ways = ours | {"stock": lambda: pipe([PROMPT] * n, seeds, **embeds)}
     times = measure.interleaved(ways, config.calls, device=device)
-    found = compared(times, n)
+    metrics = compared(times, n)
     if "openvino" in times:
         third = compared({**times, "ours": times["openvino"]}, n)
-        found |= {"openvino_ratio": third["ratio"], "openvino_ms": third["ours_ms"], "openvino_first_ms": 1e3 * first["openvino"],
-                  "stock_start_ms": 1e3 * pipe.start_s}  # fmt: skip
+        metrics |= {"openvino_ratio": third["ratio"], "openvino_ms": third["ours_ms"]}
+        metrics |= {"openvino_first_ms": 1e3 * first["openvino"], "stock_start_ms": 1e3 * pipe.start_s}
     if not config.null:
         most = measure.ceiling(device, base.dtype, least=most)
         # In a graph or another library nothing can be counted: the same work, drawn plainly.
         plain = Engine(sampler.denoiser, lambda latents: autoencoder.decode(sampler.vae, latents), device)
         counted, worst = measure.cost(lambda: plain.bytes(walk)), max if base.dtype == torch.float32 else min
-        found |= {"parity": worst(parity), "gflop": counted.flops / 1e9,
-                  "of_limit": 1e3 * counted.limit_s(most) / found["ours_ms"],
+        metrics |= {"parity": worst(parity), "gflop": counted.flops / 1e9,
+                  "of_limit": 1e3 * counted.limit_s(most) / metrics["ours_ms"],
                   "ceiling_tflops": most.flops / 1e12, "ceiling_gb_s": most.bytes / 1e9}  # fmt: skip
-    found |= {"folded": isinstance(sampler.denoiser.net, FoldedUNet)}
-    found |= {"first_ms": 1e3 * first["ours"], "num_steps": config.num_steps, "batch_size": n, "resolution": px}
-    found |= peaks({"ours": ways["ours"], "stock": ways["stock"]}) if device.type == "cuda" else {}
-    return found | ({} if config.random_weights or config.null or not config.rounds else cold(config, base))
+    metrics |= {"folded": isinstance(sampler.denoiser.net, FoldedUNet)}
+    metrics |= {"first_ms": 1e3 * first["ours"], "num_steps": config.num_steps, "batch_size": n, "resolution": px}
+    metrics |= peaks({"ours": ways["ours"], "stock": ways["stock"]}) if device.type == "cuda" else {}
+    return metrics | ({} if config.random_weights or config.null or not config.rounds else cold(config, base))
 
 
 def stock_of(
@@ -236,9 +236,9 @@ def cold(config: Config, base: Checkpoint) -> dict[str, Any]:
         script = Path(name) / "first.py"
         script.write_text(stock.FIRST_PICTURE)
         theirs = [sys.executable, str(script), str(base.path), *numbers, "0", f"{name}/stock.png"]
-        found = measure.processes({"ours": [*ours, "-o", f"{name}/ours.png"], "stock": theirs}, config.rounds)
-    return {"cold": {k: asdict(v) for k, v in found.items()}, "cold_ratio": found["ours"].wall_s / found["stock"].wall_s,
-            "cold_cpu_ratio": found["ours"].cpu_s / found["stock"].cpu_s}  # fmt: skip
+        runs = measure.processes({"ours": [*ours, "-o", f"{name}/ours.png"], "stock": theirs}, config.rounds)
+    return {"cold": {k: asdict(v) for k, v in runs.items()}, "cold_ratio": runs["ours"].wall_s / runs["stock"].wall_s,
+            "cold_cpu_ratio": runs["ours"].cpu_s / runs["stock"].cpu_s}  # fmt: skip
 
 
 # ---- training steps
@@ -274,26 +274,26 @@ def step_of(which: str, config: Config, device: torch.device) -> tuple[Any, Call
     row = lcm.PRESETS[base.family.name]
     names = {k: row[k] for k in ("lora_rank", "lora_alpha", "lr", "guidance_min", "guidance_max", "skip") if k in row}
     n = config.batch_size or row["batch_size"]
-    told = lcm.Config(**names, batch_size=n, gradient_checkpointing=row.get("gradient_checkpointing", False))
+    lcm_config = lcm.Config(**names, batch_size=n, gradient_checkpointing=row.get("gradient_checkpointing", False))
     px = config.resolution or base.resolution_px
     pixels = torch.rand(n, 3, px, px, generator=torch.Generator().manual_seed(0)) * 2 - 1
     side = px // base.pixels_per_latent
     if which == "stock":
-        way = stock.OfficialStep(base, told, [PROMPT] * n, device=device)
-        return way, lambda: way.step(pixels), told
+        way = stock.OfficialStep(base, lcm_config, [PROMPT] * n, device=device)
+        return way, lambda: way.step(pixels), lcm_config
     g, tokens = torch.Generator().manual_seed(1), base.config_of("text_encoder")["max_position_embeddings"]
     latents = torch.randn(n, base.unet_config["in_channels"], side, side, generator=g)
     cond, uncond = (Cond(torch.randn(n, tokens, base.unet_config["cross_attention_dim"], generator=g)) for _ in range(2))
     if base.family.size_conditioned:
         width = base.config_of("text_encoder_2")["projection_dim"]
         cond, uncond = (with_size(replace(c, pooled=torch.randn(n, width, generator=g)), px) for c in (cond, uncond))
-    way = OurStep(base, told, Batch(latents, cond, uncond), device)
-    return way, way.step, told
+    way = OurStep(base, lcm_config, Batch(latents, cond, uncond), device)
+    return way, way.step, lcm_config
 
 
 def train(config: Config, device: torch.device) -> dict[str, Any]:
     """LCM-LoRA steps: from cached latents and prompts with one teacher pass, against the layout of the official scripts."""
-    ours, our_step, told = step_of("ours", config, device)
+    ours, our_step, lcm_config = step_of("ours", config, device)
     theirs, stock_step, _ = step_of("stock", config, device)
     losses = []
     for way in ("ours", "stock"):
@@ -305,13 +305,14 @@ def train(config: Config, device: torch.device) -> dict[str, Any]:
     near = (losses[0] / losses[1]).detach()  # losses are small numbers: their ratio is compared
     parity = nearness("losses", near, torch.ones_like(near), torch.float32 if device.type == "cpu" else torch.bfloat16)
     del losses
-    found = compared(measure.interleaved({"ours": our_step, "stock": stock_step}, config.calls, device=device), told.batch_size)
+    seconds = measure.interleaved({"ours": our_step, "stock": stock_step}, config.calls, device=device)
+    metrics = compared(seconds, lcm_config.batch_size)
     if device.type == "cuda":
-        return found | {"parity": parity} | peaks({"ours": our_step, "stock": stock_step})
+        return metrics | {"parity": parity} | peaks({"ours": our_step, "stock": stock_step})
     ways = {way: [sys.executable, "-c", PEAK, way, json.dumps(asdict(config))] for way in ("ours", "stock")}
     used = measure.processes(ways, 1)
-    found |= {f"{way}_peak_mib": used[way].peak_mib for way in used}
-    return found | {"parity": parity, "peak_ratio": used["ours"].peak_mib / used["stock"].peak_mib}
+    metrics |= {f"{way}_peak_mib": used[way].peak_mib for way in used}
+    return metrics | {"parity": parity, "peak_ratio": used["ours"].peak_mib / used["stock"].peak_mib}
 
 
 PEAK = """
@@ -353,7 +354,7 @@ def merge(config: Config, device: torch.device) -> dict[str, Any]:
         a, b = (load_file(folder / way / file) for way in ways)
         parity = max(nearness(key, a[key], value, torch.float32) for key, value in b.items())
     wall, peak = (vars(used["stock"])[k] / vars(used["ours"])[k] for k in ("wall_s", "peak_mib"))
-    runs = {way: asdict(found) for way, found in used.items()}
+    runs = {way: asdict(run) for way, run in used.items()}
     return {"ratio": wall, "parity": parity, "runs": runs, "peak_ratio": 1 / peak, "rounds": max(1, config.rounds)}
 
 

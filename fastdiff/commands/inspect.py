@@ -99,28 +99,28 @@ def coverage(file: TensorFile, ref: str) -> dict[str, Any]:
 
 def of_checkpoint(file: TensorFile) -> dict[str, Any]:
     """Family, prediction type and what a single-file checkpoint holds; refused kinds by name."""
-    found = detect(file)
-    told: dict[str, Any] = {
-        "family": found.family.name,
-        "prediction_type": found.prediction_type,
-        "prediction_by": found.why,
-        "zero_snr": found.zero_snr,
+    detected = detect(file)
+    facts: dict[str, Any] = {
+        "family": detected.family.name,
+        "prediction_type": detected.prediction_type,
+        "prediction_by": detected.why,
+        "zero_snr": detected.zero_snr,
     }
     base = checkpoint.load(str(file.path))
     try:
         shapes = {part: base.shapes(part) for part in base.parts}
         wanted = {part: base.slots(part, shapes[part]) for part in base.parts}
-        told["components"] = {
+        facts["components"] = {
             part: {"tensors": len(rows) - len(gone), "missing": gone[:5], "missing_count": len(gone)}
             for part, rows in wanted.items()
             if (gone := single_file.missing(file, rows)) is not None
         }
-        left = [k for part, rows in wanted.items() for k in single_file.unknown(file, rows, [found.family.prefixes[part]])]
-        told["unplaced"] = {"count": len(left), "first": left[:5]}
-        told["ema"] = any(key.startswith("model_ema.") for key in file)
+        left = [k for part, rows in wanted.items() for k in single_file.unknown(file, rows, [detected.family.prefixes[part]])]
+        facts["unplaced"] = {"count": len(left), "first": left[:5]}
+        facts["ema"] = any(key.startswith("model_ema.") for key in file)
     except InputRefused as error:
-        told["unusual"] = console.worded(str(error))
-    return told
+        facts["unusual"] = console.worded(str(error))
+    return facts
 
 
 def look(path: Path, config: Config) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def look(path: Path, config: Config) -> dict[str, Any]:
         return {"kind": "diffusers folder", "family": base.family.name, "prediction_type": base.prediction_type, "files": stored,
                 "recipe": asdict(base.recipe), "supported": all(stored.values())}  # fmt: skip
     file = tensors.open_file(path)
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "tensors": len(file),
         "dtypes": sorted({tensors.CODES[layout.dtype] for layout in file.layouts.values()}),
         "recipe": {k: v for k, v in asdict(Recipe.from_metadata(file.metadata)).items() if v is not None},
@@ -141,17 +141,17 @@ def look(path: Path, config: Config) -> dict[str, Any]:
     try:
         table = single_file.flat_table()
         if any(lora.parse(key, table) for key in file):
-            told |= {"kind": "LoRA", **of_lora(file)}
-            told["supported"] = not told["unknown_keys"]
+            facts |= {"kind": "LoRA", **of_lora(file)}
+            facts["supported"] = not facts["unknown_keys"]
             if config.base:
-                told["coverage"] = coverage(file, config.base)
+                facts["coverage"] = coverage(file, config.base)
         else:
-            told |= {"kind": "checkpoint", **of_checkpoint(file)}
-            parts = told.get("components", {}).values()
-            told["supported"] = "unusual" not in told and not any(part["missing_count"] for part in parts)
+            facts |= {"kind": "checkpoint", **of_checkpoint(file)}
+            parts = facts.get("components", {}).values()
+            facts["supported"] = "unusual" not in facts and not any(part["missing_count"] for part in parts)
     except InputRefused as error:
-        told |= {"kind": "other", "supported": False, "why_not": console.worded(str(error).removeprefix(f"{path}: "))}
-    return told
+        facts |= {"kind": "other", "supported": False, "why_not": console.worded(str(error).removeprefix(f"{path}: "))}
+    return facts
 
 
 def run(config: Config) -> Result:
@@ -173,11 +173,11 @@ def run(config: Config) -> Result:
     except InputRefused as error:
         error.result = Result(metrics=metrics | {"kind": "damaged", "safe": False, "supported": False})
         raise
-    console.table(str(path), ["what", "value"], [[k, shown(v)] for k, v in metrics.items() if v not in (None, [], {})])
+    console.table(str(path), ["what", "value"], [[k, format_value(v)] for k, v in metrics.items() if v not in (None, [], {})])
     return Result(metrics=metrics)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -33,10 +33,10 @@ BLOCKS = {  # how many numbers, and of which blocks: the lists of the LoRA block
 def block_of(key: str, layers: int = 2) -> str:
     """IN04, M00, OUT11: the LDM block of a module; BASE for text encoders and what lies outside the blocks."""
     flat = single_file.to_flat(key.removeprefix("lora_unet_"), layers) if key.startswith("lora_unet_") else ""
-    found = re.match(r"(input|middle|output)_blocks?_(\d+)", flat)
-    if not found:
+    match = re.match(r"(input|middle|output)_blocks?_(\d+)", flat)
+    if not match:
         return "BASE"
-    return "M00" if found[1] == "middle" else f"{'IN' if found[1] == 'input' else 'OUT'}{int(found[2]):02}"
+    return "M00" if match[1] == "middle" else f"{'IN' if match[1] == 'input' else 'OUT'}{int(match[2]):02}"
 
 
 def weighted(item: Lora, text: str | None) -> Lora:

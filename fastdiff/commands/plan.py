@@ -38,13 +38,13 @@ def settings(config: Any, adapters_train: bool) -> list[Any]:
     """The config, then what takes less memory for the same batch: smaller parts, then checkpointing, then a lower rank."""
     whole = config.batch_size * config.grad_accum
     parts = [n for n in range(config.batch_size, 0, -1) if whole % n == 0]
-    found = []
+    configs = []
     for again in [False, True] if not config.gradient_checkpointing else [True]:
-        found += [replace(config, batch_size=n, grad_accum=whole // n, gradient_checkpointing=again) for n in parts]
+        configs += [replace(config, batch_size=n, grad_accum=whole // n, gradient_checkpointing=again) for n in parts]
     rank = config.lora_rank if adapters_train else 0
     while (rank := rank // 2) >= LEAST_RANK:
-        found.append(replace(found[-1], lora_rank=rank, lora_alpha=config.lora_alpha * rank / config.lora_rank))
-    return found
+        configs.append(replace(configs[-1], lora_rank=rank, lora_alpha=config.lora_alpha * rank / config.lora_rank))
+    return configs
 
 
 def shapes_of(config: TrainConfig) -> Checkpoint:
@@ -66,9 +66,9 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     limit = Path("/sys/fs/cgroup/memory.max")
-    told = limit.read_text().strip() if limit.exists() else "max"
+    limit_text = limit.read_text().strip() if limit.exists() else "max"
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(whole, int(told)) if told.isdigit() else whole
+    return min(whole, int(limit_text)) if limit_text.isdigit() else whole
 
 
 def product_flops(device: torch.device, dtype: torch.dtype, side: int = 2048) -> float:
@@ -98,7 +98,7 @@ class Row:
         """The options that differ from setting to setting, of those that the method has."""
         return {name: value for name, value in vars(self.config).items() if name in CHANGED}
 
-    def told(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         return self.changes | {k: v for k, v in vars(self).items() if k != "config"}
 
 
@@ -132,37 +132,37 @@ class Plan:
             return []
         layers = adapters.ATTENTION if self.config.lora_layers == "attention" else adapters.TARGETS
         self.shape = footprint.of_unet(self.base, self.px, self.dtype, rank if load.lora else None, layers)
-        found = []
+        estimates = []
         for config in settings(self.config, bool(load.lora)):
             ratio = config.lora_rank / rank if load.lora else 1
             shape = replace(self.shape, trained=round(self.shape.trained * ratio))
-            found.append(estimate(load, shape, config, self.dtype, self.device.type))
-        return found
+            estimates.append(estimate(load, shape, config, self.dtype, self.device.type))
+        return estimates
 
     def choose(self) -> None:
         """Fill in the rows; a setting that is chosen has been measured where there is a probe."""
         if self.probe:
             self.measure(self.rows[0])
         offset = (self.rows[0].memory_bytes or 0) - self.estimates[0].memory_bytes if self.measured and self.estimates else 0.0
-        for row, told in zip(self.rows, self.estimates, strict=False):
+        for row, expected in zip(self.rows, self.estimates, strict=False):
             if not row.measured:
-                row.memory_bytes = told.memory_bytes + offset
-                row.step_s = self.step_s(told)
+                row.memory_bytes = expected.memory_bytes + offset
+                row.step_s = self.step_s(expected)
                 row.fits = row.memory_bytes <= FREE_PART * self.room
         while self.probe and (best := self.chosen) is not None and not best.measured:
             self.measure(best)
 
-    def step_s(self, told: Estimate) -> float | None:
+    def step_s(self, expected: Estimate) -> float | None:
         if self.measured:
-            return (self.rows[0].step_s or 0) * told.step_flops / self.estimates[0].step_flops
-        return told.step_flops / self.speed if self.speed else None
+            return (self.rows[0].step_s or 0) * expected.step_flops / self.estimates[0].step_flops
+        return expected.step_flops / self.speed if self.speed else None
 
     def measure(self, row: Row) -> None:
-        found = measure(self.method, row.config, pictures=self.data.pictures > 0)
+        measured = measure(self.method, row.config, pictures=self.data.pictures > 0)
         row.measured, row.memory_bytes, row.step_s, row.fits = True, None, None, False
-        if found:
-            self.measured = found
-            row.memory_bytes, row.step_s = found.peak_bytes, found.training_s / sum(n for n, _ in found.phases.values())
+        if measured:
+            self.measured = measured
+            row.memory_bytes, row.step_s = measured.peak_bytes, measured.training_s / sum(n for n, _ in measured.phases.values())
             row.fits = row.memory_bytes <= FREE_PART * self.room
 
     @property
@@ -187,33 +187,33 @@ class Plan:
     def disk(self) -> dict[str, tuple[Path, float]]:
         """Folder and bytes of the cache, of the states (one more than are kept, while it is written) and of the weights."""
         folder = Path(self.config.output) if self.config.output else default_folder(self.command, self.config)
-        told = self.estimates[self.rows.index(self.row)] if self.estimates else None
-        state = self.measured.state_bytes if self.measured else told.state_bytes
-        weights = told.output_bytes if told else self.measured.trained_bytes
+        expected = self.estimates[self.rows.index(self.row)] if self.estimates else None
+        state = self.measured.state_bytes if self.measured else expected.state_bytes
+        weights = expected.output_bytes if expected else self.measured.trained_bytes
         states = self.config.keep_states + 1
         return {"cache": (cache_folder(), self.data.bytes), "states": (folder, state * states), "weights": (folder, weights)}
 
-    def told(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """All of it, for the JSON object."""
-        disk_told = {name: {"folder": str(folder), "bytes": size} for name, (folder, size) in self.disk().items()}
+        disk_metrics = {name: {"folder": str(folder), "bytes": size} for name, (folder, size) in self.disk().items()}
         return {
             "command": self.command,
             "device": named(self.device),
             "memory_free_bytes": self.room,
             "probed": self.probe,
-            "settings": [row.told() for row in self.rows],
-            "proposal": self.chosen and {k: v for k, v in self.chosen.told().items() if k in CHANGED},
+            "settings": [row.metrics() for row in self.rows],
+            "proposal": self.chosen and {k: v for k, v in self.chosen.metrics().items() if k in CHANGED},
             "data": asdict(self.data),
             "data_h": self.data_s() / 3600,
             "training_h": self.training_s() / 3600,
-            "disk": disk_told,
+            "disk": disk_metrics,
         }
 
     def show(self) -> None:
         how = "measured" if self.probe else "by arithmetic"
         gib = lambda size: "out of memory" if size is None else f"{size / 2**30:.2f}"
         columns = ["images a step", "at once", "checkpointing", "rank", "GiB", "s a step", "fits"]
-        shown = [row for row in self.rows if row.fits][:3] + [row for row in self.rows if not row.fits]
+        listed = [row for row in self.rows if row.fits][:3] + [row for row in self.rows if not row.fits]
         rows = [
             [
                 str(row.config.batch_size * row.config.grad_accum),
@@ -224,13 +224,13 @@ class Plan:
                 "" if row.step_s is None else f"{row.step_s:.3g}",
                 "yes" if row.fits else "no",
             ]
-            for row in sorted(shown, key=self.rows.index)
+            for row in sorted(listed, key=self.rows.index)
         ]
         title = f"{self.command} on {self.config.base}, {how}: {named(self.device)}, {self.room / 2**30:.1f} GiB"
         console.table(title, columns, rows)
         needs = [["data", self.data.what, f"{self.data_s() / 3600:.2f} h"]]
         needs += [["training", f"{self.config.steps} steps", f"{self.training_s() / 3600:.2f} h"]]
-        needs += [[name, str(folder), disk.shown(size)] for name, (folder, size) in self.disk().items()]
+        needs += [[name, str(folder), disk.format_size(size)] for name, (folder, size) in self.disk().items()]
         console.table("time and disk of the first that fits", ["what", "of", "takes"], needs)
 
     def check(self) -> None:
@@ -238,9 +238,9 @@ class Plan:
         failure = None
         if self.chosen is None:
             least = min((row.memory_bytes for row in self.rows if row.memory_bytes), default=None)
-            told = f"at least {disk.shown(least)}" if least else "more than there is"
+            need = f"at least {disk.format_size(least)}" if least else "more than there is"
             failure = DoesNotFit(
-                f"plan {self.command}: no setting fits: {told} of memory, and {disk.shown(self.room)} are free",
+                f"plan {self.command}: no setting fits: {need} of memory, and {disk.format_size(self.room)} are free",
                 "a smaller --resolution, a LoRA in place of full weights, or a larger device",
             )
         needed: dict[int, float] = {}
@@ -248,13 +248,13 @@ class Plan:
             home = disk.nearest(folder)
             needed[home.stat().st_dev] = needed.get(home.stat().st_dev, 0.0) + size
             if needed[home.stat().st_dev] > disk.free_bytes(folder) and failure is None:
-                told = f"{disk.shown(needed[home.stat().st_dev])} on the disk of {home}"
+                need = f"{disk.format_size(needed[home.stat().st_dev])} on the disk of {home}"
                 failure = DoesNotFit(
-                    f"plan {self.command}: needs {told}, and {disk.shown(disk.free_bytes(folder))} are free",
+                    f"plan {self.command}: needs {need}, and {disk.format_size(disk.free_bytes(folder))} are free",
                     "FASTDIFF_CACHE and -o name other folders; fewer --pairs or --max-images need less",
                 )
         if failure:
-            failure.result = Result(metrics=self.told())
+            failure.result = Result(metrics=self.metrics())
             raise failure
 
 
@@ -281,4 +281,4 @@ def run(method: type[Method], config: TrainConfig, *, probe: bool, typed: str) -
             changes.append(flags[name].flag if value is True else f"{flags[name].flag} {value:g}")
     if changes:
         console.warn(f"as given it does not fit; this does: {' '.join(changes)}")
-    return Result(metrics=plan.told(), next_command=" ".join([typed, *changes]))
+    return Result(metrics=plan.metrics(), next_command=" ".join([typed, *changes]))

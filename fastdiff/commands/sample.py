@@ -80,12 +80,12 @@ def run(config: Config) -> Result:
     with console.timed("load_s"):
         sampler = open_sampler(config, device)
         base, chosen = sampler.base, asked(sampler.recipe, Settings.usual(sampler.base.family), **given(config))
-        resolution_px, shown = config.resolution or base.resolution_px, None
+        resolution_px, control_picture = config.resolution or base.resolution_px, None
         if config.control_image:
             how = control.extractor(config.control) if config.control else None
-            shown = control.read(Path(config.control_image), resolution_px, how)
+            control_picture = control.read(Path(config.control_image), resolution_px, how)
         lines = [p for p in prompts for _ in range(config.num_images)]
-        cond, uncond = sampler.conds(lines, negative=config.negative, control=shown)
+        cond, uncond = sampler.conds(lines, negative=config.negative, control=control_picture)
     if config.negative and not chosen.guided:
         console.warn("--negative has no effect at guidance 1 or less")
     seeds = [config.seed + i for _ in prompts for i in range(config.num_images)]

@@ -48,11 +48,11 @@ def train(method: type[Method] | str, base: Checkpoint | str | PathLike[str] = D
 
 def named(name: str) -> type[Method]:
     """The method of that file or command."""
-    found = {key: method for method in shipped() for key in (method.name, method.__module__.rpartition(".")[2])}
-    if name not in found:
-        known = suggestion(name, list(found)) or f"one of {', '.join(found)}"
+    methods = {key: method for method in shipped() for key in (method.name, method.__module__.rpartition(".")[2])}
+    if name not in methods:
+        known = suggestion(name, list(methods)) or f"one of {', '.join(methods)}"
         raise UsageError(f"{as_field('method', name)}: not a method", known)
-    return found[name]
+    return methods[name]
 
 
 def shipped() -> Iterator[type[Method]]:

@@ -66,8 +66,8 @@ def data_plan(base: Checkpoint, config: TrainConfig, needs: Needs) -> DataPlan:
         return DataPlan(spec)
     if spec == "teacher":
         n = 0 if needs == "prompts" else config.pairs
-        told = f"{n} samples of the teacher" if n else "prompts alone"
-        return DataPlan(told, n * 2 * latent, n * teacher_sampling(config, base.family).calls)
+        description = f"{n} samples of the teacher" if n else "prompts alone"
+        return DataPlan(description, n * 2 * latent, n * teacher_sampling(config, base.family).calls)
     cond = footprint.condition(base, 1)
     text = 2 * (cond.tokens.numel() + (0 if cond.pooled is None else cond.pooled.numel()))
     n = len(Folder(Path(spec)).images) if Path(spec).is_dir() else STREAMED

@@ -41,7 +41,7 @@ def interleaved(
     ways: Mapping[str, Callable[[], Any]], calls: int, *, device: torch.device | str = "cpu", warmup: int = 2
 ) -> dict[str, list[float]]:
     """Seconds of every call, the ways taking turns, so that a busy machine is busy for all of them."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(warmup + calls):
         for name, way in ways.items():
             synchronize(device)
@@ -49,8 +49,8 @@ def interleaved(
             way()
             synchronize(device)
             if i >= warmup:
-                found[name].append(time.perf_counter() - start)
-    return found
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 @dataclass
@@ -75,12 +75,12 @@ def process(command: Sequence[str]) -> Process:
 
 def processes(ways: Mapping[str, Sequence[str]], rounds: int) -> dict[str, Process]:
     """Medians over rounds in which the commands take turns."""
-    found: dict[str, list[Process]] = {name: [] for name in ways}
+    runs: dict[str, list[Process]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, command in ways.items():
-            found[name].append(process(command))
+            runs[name].append(process(command))
     middle = lambda rows, key: statistics.median(vars(row)[key] for row in rows)
-    return {name: Process(*(middle(rows, k) for k in ("wall_s", "cpu_s", "peak_mib"))) for name, rows in found.items()}
+    return {name: Process(*(middle(rows, k) for k in ("wall_s", "cpu_s", "peak_mib"))) for name, rows in runs.items()}
 
 
 @dataclass
@@ -97,8 +97,8 @@ def ceiling(device: torch.device | str, dtype: torch.dtype, *, rounds: int = 7, 
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    found = interleaved({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds, device=device)
-    seen = Ceiling(2 * n**3 / min(found["product"]), 2 * size / min(found["copy"]))
+    seconds = interleaved({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds, device=device)
+    seen = Ceiling(2 * n**3 / min(seconds["product"]), 2 * size / min(seconds["copy"]))
     return Ceiling(max(seen.flops, least.flops), max(seen.bytes, least.bytes)) if least else seen
 
 
@@ -144,6 +144,6 @@ class Cost(TorchDispatchMode):
 
 @torch.no_grad()
 def cost(work: Callable[[], Any]) -> Cost:
-    with Cost() as found:
+    with Cost() as counted:
         work()
-    return found
+    return counted

@@ -77,19 +77,19 @@ def probed(method_class: type[Method], config: TrainConfig, pictures: bool, fold
     call_s = calling_s(base, config, device)
     method = method_class(base, config)
     trainer = Trainer(method, latents(base, config, control=method.controlnet is not None), run, config, accelerator)
-    found = {}
+    phases = {}
     for index in range(len(trainer.phases)):
         if index:
             trainer.leave()
             trainer.enter(index)
-        found[trainer.phase.name or "all"] = trainer.lengths[index], stepping_s(trainer, method_class.cycle(config))
+        phases[trainer.phase.name or "all"] = trainer.lengths[index], stepping_s(trainer, method_class.cycle(config))
     preview(base, config, device)
     states = [player.state_dict() for player in trainer.players.values()]
     extra = [part.state_dict() for part in method.state().values()]
     student = next(iter(trainer.players.values()))
     return Measured(
         peak_bytes(device),
-        found,
+        phases,
         call_s,
         picture_s,
         sum(tensor.nbytes for tensor in tensors_in([states, extra])),

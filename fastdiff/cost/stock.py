@@ -61,8 +61,8 @@ class Pipeline:
         for encoder in (self.pipe.components.get(part) for part in ("text_encoder", "text_encoder_2")):
             if encoder is not None:
                 encoder.to(self.pipe.unet.dtype)
-        told = {**base.scheduler_config, "timestep_spacing": "trailing"}
-        self.pipe.scheduler = diffusers.DDIMScheduler.from_config(told)
+        scheduler_config = {**base.scheduler_config, "timestep_spacing": "trailing"}
+        self.pipe.scheduler = diffusers.DDIMScheduler.from_config(scheduler_config)
         self.settings, self.px, self.device = settings, px, device
         if compiled:
             self.pipe.unet.to(memory_format=torch.channels_last)
@@ -71,12 +71,12 @@ class Pipeline:
             self.pipe.unet = torch.compile(self.pipe.unet, mode="max-autotune", fullgraph=True)
             self.pipe.vae.decode = torch.compile(self.pipe.vae.decode, mode="max-autotune", fullgraph=True)
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], *, output: str = "pil", **told: Any) -> Any:
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], *, output: str = "pil", **inputs: Any) -> Any:
         side = self.px // self.pipe.vae_scale_factor
         noise = SeededNoise(seeds, (self.pipe.unet.config.in_channels, side, side), self.device)()
-        told = told or {"prompt": list(prompts)}
+        inputs = inputs or {"prompt": list(prompts)}
         return self.pipe(
-            **told, num_inference_steps=self.settings.num_steps, guidance_scale=self.settings.guidance, height=self.px,
+            **inputs, num_inference_steps=self.settings.num_steps, guidance_scale=self.settings.guidance, height=self.px,
             width=self.px, latents=noise.to(self.pipe.unet.dtype), output_type=output,
         ).images  # fmt: skip
 
@@ -107,7 +107,7 @@ class OpenVino:
         self.unet, self.decoder = compiled(Answer(base.unet), x, t, cond.tokens), compiled(Pixels(vae), x)
         self.start_s = time.perf_counter() - start
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], *, output: str = "pil", **told: Any) -> Any:
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], *, output: str = "pil", **inputs: Any) -> Any:
         from PIL import Image
 
         x = SeededNoise(seeds, self.shape, "cpu")()
@@ -192,8 +192,8 @@ class OfficialStep:
         return self.vae.encode(pixels.to(self.device)).latent_dist.sample() * self.vae.config.scaling_factor
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        told = {} if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
-        out = self.unet(x, t, encoder_hidden_states=cond.tokens, added_cond_kwargs=told).sample
+        added_cond = {} if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+        out = self.unet(x, t, encoder_hidden_states=cond.tokens, added_cond_kwargs=added_cond).sample
         return self.schedule.predict(out, x, t, self.base.prediction_type)
 
     def consistency(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -211,9 +211,9 @@ class OfficialStep:
         online = self.consistency(x_t, t, cond)
         with torch.no_grad():
             self.unet.disable_adapters()
-            told, untold = (self.predict(x_t, t, c) for c in (cond, self.uncond))  # one after the other
+            with_prompt, without_prompt = (self.predict(x_t, t, c) for c in (cond, self.uncond))  # one after the other
             self.unet.enable_adapters()
-            guided = told.guide(untold, w)
+            guided = with_prompt.guide(without_prompt, w)
             target = self.consistency(self.schedule.add_noise(guided.x0, guided.eps, u), u, cond)
         return pseudo_huber(online, target, self.config.huber_c)
 

@@ -202,8 +202,8 @@ class Pictures:
         """Print how much will be written to disk. Raises DoesNotFit if there is not enough space."""
         size = samples * (self.bytes_each() * len(self.framing.cuts) + self.captions.bytes_each())
         amount = f"{samples} images of {source.spec} to encode" if known else f"up to {samples} images of {source.spec} to encode"
-        room = f"{disk.shown(disk.free_bytes(self.store.folder))} are free"
-        console.info(f"{amount}: about {disk.shown(size)} in {self.store.folder.parent}; {room}")
+        room = f"{disk.format_size(disk.free_bytes(self.store.folder))} are free"
+        console.info(f"{amount}: about {disk.format_size(size)} in {self.store.folder.parent}; {room}")
         hint = "set FASTDIFF_CACHE to another folder, or take fewer images with `max_images`"
         disk.require(self.store.folder, size, f"{samples} encoded images", hint)
 

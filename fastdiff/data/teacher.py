@@ -123,7 +123,7 @@ class Shards:
             size = 2 * 2 * math.prod(self.shape) * sum(wanted[k] for k in missing)
             hint = "set FASTDIFF_CACHE to another folder, or use fewer `pairs`"
             disk.require(self.folder, size, f"{n} samples of the teacher", hint)
-            console.info(f"sampling the teacher takes about {disk.shown(size)} in {self.folder.parent}")
+            console.info(f"sampling the teacher takes about {disk.format_size(size)} in {self.folder.parent}")
         if mine:
             with suppress(Stopped), console.progress(sum(wanted[k] for k in mine), "sampling the teacher") as bar:
                 for k in mine:

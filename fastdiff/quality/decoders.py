@@ -29,7 +29,7 @@ def compare(teacher: nn.Module, student: nn.Module, latents: Tensor, distance: n
     a, b = (autoencoder.decode(vae, latents) for vae in (teacher, student))
     unit = [(p + 1) / 2 for p in (a, b)]
     errors = (unit[0] - unit[1]).square().flatten(1).mean(1)
-    found = {
+    metrics = {
         "psnr_db": (-10 * errors.clamp(min=1e-10).log10()).mean().item(),
         "ssim": losses.ssim(*unit).mean().item(),
         "detail": high_frequencies(b) / high_frequencies(a),
@@ -37,8 +37,8 @@ def compare(teacher: nn.Module, student: nn.Module, latents: Tensor, distance: n
     if distance is not None:
         with torch.no_grad():
             rows = [distance(q, p) for p, q in zip(a.split(8), b.split(8), strict=True)]
-        found["lpips"] = torch.cat(rows).mean().item()
-    return found
+        metrics["lpips"] = torch.cat(rows).mean().item()
+    return metrics
 
 
 def encoder_error(teacher: nn.Module, student: nn.Module, pixels: Tensor) -> float:

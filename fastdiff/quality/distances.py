@@ -50,10 +50,10 @@ def kid(a: Tensor, b: Tensor) -> tuple[float, float]:
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     size = min(KID_SUBSET, len(a) // 2, len(b) // 2)
-    told = dict(kid_subsets=KID_SUBSETS, kid_subset_size=size, kid_kernel="poly", rng_seed=2020, verbose=False)
-    told |= dict(kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1)
-    found = kid_features_to_metric(a, b, **told)
-    return float(found[KEY_METRIC_KID_MEAN]), float(found[KEY_METRIC_KID_STD])
+    options = dict(kid_subsets=KID_SUBSETS, kid_subset_size=size, kid_kernel="poly", rng_seed=2020, verbose=False)
+    options |= dict(kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1)
+    figures = kid_features_to_metric(a, b, **options)
+    return float(figures[KEY_METRIC_KID_MEAN]), float(figures[KEY_METRIC_KID_STD])
 
 
 def cmmd(a: Tensor, b: Tensor) -> float:

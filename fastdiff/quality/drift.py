@@ -38,13 +38,13 @@ def drift(teacher: Tensor, student: Tensor) -> dict[str, float]:
     t, s = teacher.mean(0), student.mean(0)
     c = (len(t) - 4) // 2
     spread = lambda x: (x[c : 2 * c] - x[:c].square()).clamp(min=1e-12).sqrt()
-    found = {
+    shifts = {
         "drift_mean": ((s[:c] - t[:c]).abs() / spread(t)).mean().item(),
         "drift_spread": (spread(s) / spread(t)).log().abs().mean().item(),
     }
     ratios = dict(zip(("contrast", "saturation", "sharpness"), (s / t)[2 * c : 2 * c + 3].tolist(), strict=True))
-    total = sum(found.values()) + sum(abs(math.log(max(r, 1e-12))) for r in ratios.values())
-    return {"drift": total, **found, **ratios, "brightness": (s[-1] - t[-1]).item()}
+    total = sum(shifts.values()) + sum(abs(math.log(max(r, 1e-12))) for r in ratios.values())
+    return {"drift": total, **shifts, **ratios, "brightness": (s[-1] - t[-1]).item()}
 
 
 class Drift:

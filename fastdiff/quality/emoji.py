@@ -71,12 +71,12 @@ class Prompts:
 @cache
 def known_captions() -> dict[str, tuple[int, int, bool]]:
     """Caption -> picture (of a group its first), background or -1, whether a group; all that the teacher was trained on."""
-    found: dict[str, tuple[int, int, bool]] = {}
+    captions: dict[str, tuple[int, int, bool]] = {}
     for coarse in (False, True):
         for p in range(len(emoji.pictures())):
             for b in range(-1, len(emoji.BACKGROUNDS)):
-                found.setdefault(emoji.caption(p, None if b < 0 else b, coarse), (p, b, coarse))
-    return found
+                captions.setdefault(emoji.caption(p, None if b < 0 else b, coarse), (p, b, coarse))
+    return captions
 
 
 @cache

@@ -36,8 +36,8 @@ class Inception(nn.Module):
             try:
                 self.net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(safe))
             except RuntimeError as error:
-                told = str(error).splitlines()[0]
-                what = f"{as_field('inception_weights', path)}: not torch-fidelity's Inception-v3 ({quoted(told)})"
+                reason = str(error).splitlines()[0]
+                what = f"{as_field('inception_weights', path)}: not torch-fidelity's Inception-v3 ({quoted(reason)})"
                 raise UsageError(what) from error
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -83,18 +83,18 @@ class Clip(nn.Module):
         try:
             self.net = open_clip.create_model(name, pretrained=weights, require_pretrained=True).eval().requires_grad_(False)
         except Exception as error:  # the hub's, urllib's and pickle's many kinds; each means that there are no weights
-            told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError(
-                f"{as_field('clip', spec)}: its weights cannot be read or downloaded ({quoted(told)})",
+                f"{as_field('clip', spec)}: its weights cannot be read or downloaded ({quoted(reason)})",
                 f"(1) run once with network access, (2) `clip={name}:FILE`, open_clip's file for {name}, or leave clip out",
             ) from error
         self.spec, self.tokenizer = spec, open_clip.get_tokenizer(name)
         self.side_px: int = open_clip.get_model_preprocess_cfg(self.net)["size"]
         if not isinstance(self.side_px, int):
             self.side_px = self.side_px[0]
-        told: dict[str, Any] = open_clip.get_model_preprocess_cfg(self.net)
-        self.register_buffer("mean", torch.tensor(told["mean"])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(told["std"])[:, None, None], persistent=False)
+        preprocessing: dict[str, Any] = open_clip.get_model_preprocess_cfg(self.net)
+        self.register_buffer("mean", torch.tensor(preprocessing["mean"])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing["std"])[:, None, None], persistent=False)
 
     def pictures(self, pictures: Tensor) -> Tensor:
         """Of pictures (N, 3, H, W) uint8, resized with antialiased bicubic as CLIP's own preprocessing does."""

@@ -94,22 +94,22 @@ def encoded(picture: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def style_table(told: dict[str, Any]) -> tuple[str, str, list[str], list[list[str]]]:
-    students = {k: v for k, v in told.items() if isinstance(v, dict) and "kept" in v}
+def style_table(figures: dict[str, Any]) -> tuple[str, str, list[str], list[list[str]]]:
+    students = {k: v for k, v in figures.items() if isinstance(v, dict) and "kept" in v}
     moved = any("moved" in v for v in students.values())
     lines = [
         [name, f"{v['kept']:.0%}", f"[{v['low']:.0%}, {v['high']:.0%}]", *([f"{v['moved']:.0%}"] if moved else [])]
         for name, v in students.items()
     ]
-    text = f"With {', '.join(told['loras'])}: how much of its change to the teacher's pictures the student shows."
+    text = f"With {', '.join(figures['loras'])}: how much of its change to the teacher's pictures the student shows."
     return "Style", text, ["model and steps", "kept", "95 % band", *(["moved to its drawings"] if moved else [])], lines
 
 
-def control_table(told: dict[str, Any]) -> tuple[str, str, list[str], list[list[str]]]:
-    students = {k: v for k, v in told.items() if isinstance(v, dict) and "kept" in v}
-    lines = [["teacher", fmt(told["teacher"]["agreement"]), "", ""]]
+def control_table(figures: dict[str, Any]) -> tuple[str, str, list[str], list[list[str]]]:
+    students = {k: v for k, v in figures.items() if isinstance(v, dict) and "kept" in v}
+    lines = [["teacher", fmt(figures["teacher"]["agreement"]), "", ""]]
     lines += [[name, fmt(v["agreement"]), fmt(v["off"]), f"{v['kept']:.0%}"] for name, v in students.items()]
-    text = f"With {told['controlnet']}: agreement of the drawn control with the one that was asked for."
+    text = f"With {figures['controlnet']}: agreement of the drawn control with the one that was asked for."
     return "Control", text, ["model and steps", "agreement", "without control", "of the teacher's"], lines
 
 

@@ -113,7 +113,7 @@ def one_line(text: str) -> str:
     return re.sub(r"\s*\n\s*", " ", text.strip())
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A table cell or progress figure: four digits of a float."""
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
@@ -132,7 +132,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         numeric = bool(rows) and all(isinstance(row[i], int | float | NoneType) for row in rows)
         drawn.add_column(name, justify="right" if numeric else "left")
     for row in rows:
-        drawn.add_row(*(Text(shown(v)) for v in row))
+        drawn.add_row(*(Text(format_value(v)) for v in row))
     terminal().print(drawn)
 
 
@@ -155,7 +155,7 @@ class Progress:
         self.total, self.description, self.done = total, description, 0
         self.started = self.last = time.monotonic()
         self.before = 0  # done before the start: a resumed run counts from there
-        self.told = 0  # the count of the last line
+        self.reported = 0  # the count of the last line
         self.fields: dict[str, Any] = {}
 
     def update(self, n: int = 1, **fields: Any) -> None:
@@ -168,22 +168,22 @@ class Progress:
 
     def draw(self) -> None:
         waited = time.monotonic() - self.last
-        tenth = self.total and self.done - self.told >= self.total / 10
+        tenth = self.total and self.done - self.reported >= self.total / 10
         if waited >= self.QUIET_S and (tenth or waited >= self.AT_LEAST_S):
             self.line()
 
     def line(self) -> None:
-        self.last, self.told = time.monotonic(), self.done
+        self.last, self.reported = time.monotonic(), self.done
         elapsed = time.monotonic() - self.started
         count = f"{self.done}/{self.total} ({self.done / self.total:.0%})" if self.total else str(self.done)
         parts = [f"{self.description}: {count}", f"{elapsed:.0f} s"]
         fresh = self.done - self.before
         if self.total and fresh > 0 and self.done < self.total:
             parts.append(f"{elapsed * (self.total - self.done) / fresh:.0f} s left")
-        info(", ".join([*parts, *(f"{k} {shown(v)}" for k, v in self.fields.items())]))
+        info(", ".join([*parts, *(f"{k} {format_value(v)}" for k, v in self.fields.items())]))
 
     def close(self) -> None:
-        if self.done != self.told and time.monotonic() - self.started > 2:
+        if self.done != self.reported and time.monotonic() - self.started > 2:
             self.line()
 
 
@@ -205,7 +205,7 @@ class Bar(Progress):
         self.bar.start()
 
     def draw(self) -> None:
-        figures = "  ".join(f"{k} {shown(v)}" for k, v in self.fields.items())
+        figures = "  ".join(f"{k} {format_value(v)}" for k, v in self.fields.items())
         self.bar.update(self.task, completed=self.done, figures=figures)
 
     def close(self) -> None:
@@ -223,11 +223,11 @@ class Silent(Progress):
 def progress(total: int | None, description: str) -> Iterator[Progress]:
     """Progress of a loop on stderr: a bar on a terminal, sparse plain lines elsewhere."""
     kind = Silent if state.quiet or not speaks() else Bar if terminal().is_terminal else Progress
-    shown_progress = kind(total, description)
+    display = kind(total, description)
     try:
-        yield shown_progress
+        yield display
     finally:
-        shown_progress.close()
+        display.close()
 
 
 @contextmanager
@@ -314,7 +314,7 @@ def json_object(command: str | None, result: Result | None, failure: Mapping[str
     result = result or Result()
     outputs = [describe(Path(p)) for p in result.outputs]
     timings = {"total_s": time.monotonic() - state.started, **state.timings}
-    told = {
+    report = {
         "schema_version": SCHEMA_VERSION,
         "command": command,
         "ok": failure is None,
@@ -324,7 +324,7 @@ def json_object(command: str | None, result: Result | None, failure: Mapping[str
         "timings": {k: round(v, 4) for k, v in timings.items()},
         "next_command": result.next_command,
     }
-    return json.dumps(jsonable(told if failure is None else {**told, "error": failure}), allow_nan=False)
+    return json.dumps(jsonable(report if failure is None else {**report, "error": failure}), allow_nan=False)
 
 
 def fmt(value: Any) -> str:

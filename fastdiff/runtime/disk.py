@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent
 ASSETS = PACKAGE / "assets"  # what ships with the package
 
 
-def shown(size: float) -> str:
+def format_size(size: float) -> str:
     """A size for people: 12.3 GiB, 345 MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.{1 if size < 2**27 else 0}f} MiB"
 
@@ -35,7 +35,7 @@ def free_bytes(folder: Path) -> int:
 def require(folder: Path, size: float, what: str, hint: str = "") -> None:
     """DoesNotFit where fewer bytes than that are free."""
     if (free := free_bytes(folder)) < size:
-        raise DoesNotFit(f"{folder}: {what} need {shown(size)}, and {shown(free)} are free", hint)
+        raise DoesNotFit(f"{folder}: {what} need {format_size(size)}, and {format_size(free)} are free", hint)
 
 
 def sha256(path: Path) -> str:

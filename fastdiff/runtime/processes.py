@@ -18,13 +18,13 @@ def join(backend: str, timeout: timedelta) -> None:
     It keeps one store for all attempts (pytorch issue 135712), in which the second finds the addresses of dead processes and
     waits for them: each attempt gets a store of its own. Elsewhere accelerate does all that is needed.
     """
-    told = os.environ
-    if int(told.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0 or told.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    env = os.environ
+    if int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0 or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
-    if count() > 1 or told["WORLD_SIZE"] == "1":
+    if count() > 1 or env["WORLD_SIZE"] == "1":
         return
-    place, rank, world = told["MASTER_ADDR"], int(told["RANK"]), int(told["WORLD_SIZE"])
-    agents, own = torch.distributed.TCPStore(place, int(told["MASTER_PORT"]), is_master=False, timeout=timeout), None
+    place, rank, world = env["MASTER_ADDR"], int(env["RANK"]), int(env["WORLD_SIZE"])
+    agents, own = torch.distributed.TCPStore(place, int(env["MASTER_PORT"]), is_master=False, timeout=timeout), None
     if rank == 0:
         own = torch.distributed.TCPStore(place, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         agents.set(STORE, str(own.port))
@@ -80,9 +80,9 @@ def highest(number: int) -> int:
         return number
     from accelerate import PartialState
 
-    told = torch.tensor(number, device=PartialState().device)
-    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-    return int(told)
+    result = torch.tensor(number, device=PartialState().device)
+    torch.distributed.all_reduce(result, torch.distributed.ReduceOp.MAX)
+    return int(result)
 
 
 def launched(command: str) -> str:

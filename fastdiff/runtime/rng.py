@@ -58,12 +58,12 @@ def streams(seed: int, n: int) -> list[Stream]:
 def state_dict() -> dict[str, Any]:
     """Python's, NumPy's, torch's and every CUDA device's generator, as plain values and tensors."""
     kind, keys, *rest = np.random.get_state()
-    found = {
+    states = {
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
     }
-    return found | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+    return states | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
 
 
 def load_state_dict(state: dict[str, Any]) -> None:
