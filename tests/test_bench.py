@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,28 @@ def test_three_ways_of_openvino(fastdiff):
     assert code == 0
     assert "openvino_ratio" not in told["metrics"]
     assert fastdiff(*flags, "--guidance", 2)[0] == 2
+
+
+def test_a_training_step_of_both_ways_has_the_same_loss_and_trains(monkeypatch):
+    """In this process; the slow test below also measures their memory, in a process each."""
+    config = bench.Config(work="train", base="emoji", device="cpu", batch_size=1, resolution=32)
+    device = torch.device("cpu")
+    (ours, our_step, _), (stock, stock_step, _) = (bench.step_of(which, config, device) for which in ("ours", "stock"))
+    stock.uncond = ours.batch.uncond
+    torch.manual_seed(0)
+    our_loss = ours.loss().item()
+    torch.manual_seed(0)
+    stock_loss = stock.loss(ours.batch.latents, ours.batch.cond).item()
+    assert our_loss > 0
+    assert our_loss == pytest.approx(stock_loss, rel=1e-4)
+    for way, step in ((ours, our_step), (stock, stock_step)):
+        before = [p.detach().clone() for p in way.trained]
+        step()
+        assert any(not torch.equal(p, old) for p, old in zip(way.trained, before, strict=True))
+        assert all(p.grad is None for p in way.trained)
+    # What the processes run that measure memory.
+    monkeypatch.setattr(sys, "argv", ["-c", "ours", json.dumps(asdict(config))])
+    exec(bench.PEAK, {})
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
 
+WATCHDOG_S = 300  # ends a test that would hang
 LCM, GUIDED = Settings("lcm", 2, 1.0), Settings("dpm++", 3, 4.0)
 
 
@@ -36,7 +37,7 @@ class Fake(engine.Plain):
         return engine.Plain.capture(function)
 
     def compile(self, function, mode):
-        self.go.wait(10)
+        assert self.go.wait(WATCHDOG_S)
         if self.fails:
             raise RuntimeError("no compiler here")
         self.compiled.append(mode)
@@ -84,7 +85,7 @@ def test_the_compiled_form_is_swapped_in_when_it_is_ready(opened):
         if i == 9:
             assert (walk.state, backend.captured) == ("graph", 1)
             backend.go.set()
-            walk.thread.join(10)
+            walk.thread.join(WATCHDOG_S)
     assert (walk.state, backend.captured, backend.compiled) == ("compiled", 2, ["default"])
     assert all(torch.equal(picture, seen[0]) for picture in seen)
 
@@ -102,7 +103,7 @@ def test_max_compiles_first_and_a_compiler_that_fails_leaves_the_graph(opened, c
     jobs = ((cat, uncond, [1]) for _ in range(engine.WORTH_COMPILING))
     assert len(list(sampler.stream_batches(jobs, LCM, 64))) == engine.WORTH_COMPILING
     (walk,) = sampler.engine.captured.values()
-    walk.thread.join(10)
+    walk.thread.join(WATCHDOG_S)
     assert walk.state == "graph"
     assert "no compiler here" in capfd.readouterr().err
 

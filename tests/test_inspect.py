@@ -1,7 +1,6 @@
 """inspect: what a file is, from its header."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -84,7 +83,7 @@ def test_checkpoints_folders_and_others(capfd, tmp_path, tiny_sd):
 
 
 def test_no_weight_is_read(tmp_path, monkeypatch):
-    """A 7 GB file, of holes: its header alone is touched, in well under a second."""
+    """A 7 GB file, of holes: its header alone is touched."""
     base = checkpoint.Checkpoint("sdxl", FAMILIES["sdxl"].home, FAMILIES["sdxl"])
     entries, offset = {}, 0
     for part in base.parts:
@@ -102,9 +101,5 @@ def test_no_weight_is_read(tmp_path, monkeypatch):
         file.truncate(8 + len(text) + offset)
     assert path.stat().st_size > 6.9e9
     monkeypatch.setattr(tensors.TensorFile, "__getitem__", lambda self, name: pytest.fail(f"{name} was read"))
-    config = inspect.Config(str(path))
-    inspect.run(config)  # the libraries are imported
-    start = time.perf_counter()
-    found = inspect.run(config).metrics
-    print(f"{time.perf_counter() - start:.2f} s for a file of {path.stat().st_size / 1e9:.1f} GB")
-    assert (found["family"], found["prediction_type"], found["supported"]) == ("sdxl", "epsilon", True)
+    metrics = inspect.run(inspect.Config(str(path))).metrics
+    assert (metrics["family"], metrics["prediction_type"], metrics["supported"]) == ("sdxl", "epsilon", True)
