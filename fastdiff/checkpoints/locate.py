@@ -1,4 +1,4 @@
-"""Where a base model is and of which family: alias, hub id, folder or file; and what of the published ones ships with us."""
+"""Find a base model and its family from an alias, hub id, folder or file; and the published configs that ship with fastdiff."""
 
 import json
 from functools import cache
@@ -49,9 +49,10 @@ def locate(ref: str, *, configs_only: bool = False) -> Path:
 
 
 def family_of(ref: str, *, config: str | None = None, allow_pickle: bool = False) -> Family:
-    """The family of a --base reference, from the alias, the config or a file's keys; cheap, no weights are read.
+    """The family of a base model: from the alias, the config, or the keys of a file. No weights are read.
 
-    `config`: the folder or hub id that tells it for an unusual single file.
+    `config`: folder or hub id with the configs for an unusual single file. UsageError where nothing is found, InputRefused where
+    the files are no Stable Diffusion checkpoint.
     """
     if family := named(ref):
         return family
@@ -60,12 +61,12 @@ def family_of(ref: str, *, config: str | None = None, allow_pickle: bool = False
         return family_of(config)
     if path.is_file():
         return detect(tensors.open_file(path, allow_pickle=allow_pickle)).family
-    config = path / "unet" / "config.json"
-    if not config.exists():
+    unet_config = path / "unet" / "config.json"
+    if not unet_config.exists():
         raise InputRefused(
-            f"{as_field('base', ref)}: {config} is missing; a diffusers folder holds unet/, vae/, text_encoder/ ..."
+            f"{as_field('base', ref)}: {unet_config} is missing; a diffusers folder holds unet/, vae/, text_encoder/ ..."
         )
-    return of_unet_config(json.loads(config.read_text()))
+    return of_unet_config(json.loads(unet_config.read_text()))
 
 
 def stock_config(family: Family) -> dict[str, Any]:
@@ -75,11 +76,11 @@ def stock_config(family: Family) -> dict[str, Any]:
 
 @cache
 def shape_tables() -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
-    """A family's name -> component -> parameter -> shape, of the published networks; `tests/test_checkpoints.py` writes it."""
+    """Parameter shapes of the published networks: family name -> component -> parameter -> shape. tests/test_checkpoints.py writes them."""
     import gzip
 
-    told = json.loads(gzip.decompress((ASSETS / "families" / "shapes.json.gz").read_bytes()))
-    return {f: {p: {k: tuple(s) for k, s in rows.items()} for p, rows in parts.items()} for f, parts in told.items()}
+    tables = json.loads(gzip.decompress((ASSETS / "families" / "shapes.json.gz").read_bytes()))
+    return {f: {p: {k: tuple(s) for k, s in rows.items()} for p, rows in parts.items()} for f, parts in tables.items()}
 
 
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:

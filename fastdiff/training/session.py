@@ -281,7 +281,7 @@ def written_weights(run: Run) -> Path:
     """
     others = [path for path in run.outputs if path.suffix != ".png"]
     if not others:
-        raise Failed(f"{run.folder}: the method's `export` recorded no output; call `run.wrote(path)` there", run.states.kept())
+        raise Failed(f"{run.folder}: the method's export() recorded no output; call run.wrote(path) there", run.states.kept())
     return run.weights()[-1] if run.weights() else others[0]
 
 

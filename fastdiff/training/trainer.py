@@ -66,7 +66,7 @@ class Trainer:
         torch.manual_seed(rng.seed_for(config.seed, 7_919, index))  # so that every process initialises networks alike
         trains = method.players(self.phase)
         if missing := lacking(method):
-            raise TypeError(f"{type(method).__name__}: {', '.join(missing)} not set; set it in `__init__` or in `players`")
+            raise TypeError(f"{type(method).__name__}: {', '.join(missing)} not set; set it in __init__() or in players()")
         for net in method.networks():
             net.to(self.device)
         moved = self.shard(trains)
