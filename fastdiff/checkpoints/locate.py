@@ -76,7 +76,10 @@ def stock_config(family: Family) -> dict[str, Any]:
 
 @cache
 def shape_tables() -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
-    """Parameter shapes of the published networks: family name -> component -> parameter -> shape. tests/test_checkpoints.py writes them."""
+    """Parameter shapes of the published networks: family name -> component -> parameter -> shape.
+
+    tests/test_checkpoints.py writes the file.
+    """
     import gzip
 
     tables = json.loads(gzip.decompress((ASSETS / "families" / "shapes.json.gz").read_bytes()))

@@ -71,7 +71,8 @@ class HashedFile:
     """A new file that hashes what is written to it; `error` keeps what went wrong, which torch.save hides behind its own."""
 
     def __init__(self, path: Path) -> None:
-        self.file, self.digest, self.error = path.open("wb"), hashlib.sha256(), None
+        self.file, self.digest = path.open("wb"), hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
