@@ -5,7 +5,7 @@
     python examples/gpu/run.py --rehearse --only "emoji lcm"       # the same rows on the CPU
 
 Rows of one group run side by side, groups run in turn. Group 0 runs beside all but the last group, which measures speed alone.
-Results are written after every row: a run that is cut off keeps them, and a second run with the same --output repeats only the rows
+Results are written after every row: a run that is cut off keeps them, and a second run with the same --output repeats only those
 that failed or are missing.
 """
 
