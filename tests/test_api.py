@@ -153,7 +153,7 @@ def test_parts_that_do_not_belong_are_refused(few_step, tiny_sd):
     _ = base.unet
     with pytest.raises(UsageError, match="`precision=bf16`: the base's network is already in memory"):
         fd.Sampler(base, precision="bf16", **CPU)
-    with pytest.raises(UsageError, match="not of networks in memory"):
+    with pytest.raises(UsageError, match="made of networks in memory"):
         fd.Sampler.of_networks(base, fd.Denoiser.of(base), base.vae).pipeline()
 
 

@@ -206,7 +206,7 @@ def test_sampling_these_weights_any_other_way_is_warned_of(train, tiny_sd, tmp_p
     assert warnings() == []
     assert warnings("--guidance", "1") == []  # as little guidance as none
     for flag, value, told in (
-        ("--num-steps", "4", "distilled for 2 steps, and for those alone"),
+        ("--num-steps", "4", "distilled for exactly 2 steps"),
         ("--scheduler", "dpm++", "distilled for scheduler euler"),
         ("--guidance", "5", "distilled for guidance 0.0"),
     ):

@@ -83,10 +83,10 @@ def test_wrong_layouts_are_refused_by_name(tmp_path):
     with pytest.raises(UsageError, match="unknown field block_width"):
         unet.student_config(parent, str(tmp_path / "a.json"), FAMILIES["sdxl"])
     (tmp_path / "b.json").write_text("no")
-    with pytest.raises(UsageError, match="not the config of a UNet"):
+    with pytest.raises(UsageError, match="not a JSON object with the config of a UNet"):
         unet.student_config(parent, str(tmp_path / "b.json"), FAMILIES["sdxl"])
     (tmp_path / "c.json").write_text('{"down_block_types": ["NoSuchBlock"]}')
-    with pytest.raises(UsageError, match="no UNet2DConditionModel that diffusers builds"):
+    with pytest.raises(UsageError, match="diffusers cannot build a UNet2DConditionModel"):
         unet.unet_of(unet.student_config(parent, str(tmp_path / "c.json"), FAMILIES["sdxl"]))
     emoji = checkpoint.load("emoji")
     for told, word in (

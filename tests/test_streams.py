@@ -232,7 +232,7 @@ def test_a_parquet_file(opened, tmp_path, capsys):
 def test_mistakes_are_told_with_the_fix(opened, imagefolder):
     with pytest.raises(UsageError, match="`data=hf:nobody/nothing`") as error:
         opened("hf:nobody/nothing")
-    assert "without a network only files at hand" in error.value.hint
+    assert "without a network only local files work" in error.value.hint
     with pytest.raises(UsageError, match="`data=hf:imagefolder`: the path of the files"):
         opened("hf:imagefolder")
     (imagefolder / "metadata.jsonl").unlink()

@@ -20,7 +20,7 @@ PICTURES = SHIPPED.home / "pictures"
 STYLES = ("noto", "fluent", "twemoji")
 CELL_PX = 64
 
-# Far apart in RGB, so that the nearest colour to a corner pixel names the background.
+# The colours are far apart in RGB, so that the colour nearest to the corners tells the background.
 BACKGROUNDS = {
     "white": (255, 255, 255),
     "black": (20, 20, 20),

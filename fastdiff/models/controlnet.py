@@ -10,7 +10,7 @@ from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.models import unet
 from fastdiff.runtime.errors import InputRefused, as_field
 
-EMBEDDED = SHIPPED.home / "controlnet"  # Canny edges to emoji
+EMBEDDED = SHIPPED.home / "controlnet"  # draws emoji pictures from Canny edges
 
 # Config fields that a ControlNet shares with the encoder of its UNet.
 SHARED = (

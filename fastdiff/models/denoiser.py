@@ -1,4 +1,4 @@
-"""Denoiser: wraps any UNet so that it answers Prediction(x0, eps), whatever it was trained to output."""
+"""Denoiser: wraps any UNet so that it returns Prediction(x0, eps), whatever the UNet was trained to output."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -160,7 +160,7 @@ class Denoiser(nn.Module):
         t = t.to(x_t.device).expand(len(x_t))
         if isinstance(w, int | float) and w == 1:
             return self(x_t, t, cond)
-        uncond = uncond.with_control(cond.control)  # guidance is of the text alone
+        uncond = uncond.with_control(cond.control)  # guidance is about the text: both halves get the same control picture
         both = self(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, uncond]))
         c, u = (Prediction(*(part.chunk(2)[i] for part in both)) for i in (0, 1))
         return c.guide(u, w)

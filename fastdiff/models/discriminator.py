@@ -28,7 +28,7 @@ class Head(nn.Module):
 
     @classmethod
     def on(cls, net: nn.Module, width: int, latent_side: int) -> "Head":
-        """A head for the bottleneck of a UNet that is given latents of that side."""
+        """Build a head for the bottleneck of a UNet whose latents are `latent_side` positions wide."""
         halvings = sum(block.downsamplers is not None for block in net.down_blocks)
         return cls(width, max(1, latent_side >> halvings)).to(net.device)
 

@@ -32,7 +32,7 @@ class UNetFeatures:
 
     def __call__(self, a: Tensor, b: Tensor, cond: Cond) -> tuple[list[Tensor], list[Tensor]]:
         """Return the feature maps of both latents, with the same noise at one random timestep below t_max T for each item."""
-        schedule, cond = self.net.schedule, cond.with_control(None)  # a ControlNet does not change an encoder
+        schedule, cond = self.net.schedule, cond.with_control(None)  # a ControlNet does not change the encoder's features
         t = torch.randint(max(1, round(self.t_max * len(schedule))), (len(a),), device=a.device)
         eps = torch.randn_like(a)
         mine = self.net.encoded(schedule.add_noise(a, eps, t), t, cond)

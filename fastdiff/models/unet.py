@@ -118,6 +118,7 @@ class Layout(NamedTuple):
         return reduce(lambda config, edit: edit(config), self.edits, dict(parent))
 
     def fits(self, family: Family) -> bool:
+        """Return whether the layout can be cut from the family's UNet."""
         return family.unet_plan in self.plans
 
 
@@ -128,9 +129,9 @@ LAYOUTS = {
     "bk-small": Layout(ALL, (with_layers(1), without_middle)),
     "bk-tiny": Layout(SD, TINY),  # Segmind's tiny-sd
     "sdxs-512": Layout(SD, (*TINY, without_attention(0))),  # Song 2024, SDXS
-    "sdxs-512-xattn": Layout(SD, (*TINY, without_self_attention(0))),  # its release 0.9
+    "sdxs-512-xattn": Layout(SD, (*TINY, without_self_attention(0))),  # release 0.9 of SDXS-512
     "ssd-1b": Layout(XL, (with_depths([1, [2, 2], [4, 4]], [[4, 4, 10], [2, 1, 1], 1]), plain_middle)),  # Gupta 2024, Segmind
-    "vega": Layout(XL, (with_depths([1, 1, 2]), plain_middle)),  # the same; SDXS-1024
+    "vega": Layout(XL, (with_depths([1, 1, 2]), plain_middle)),  # Gupta 2024, Segmind; used by SDXS-1024
     "koala-1b": Layout(XL, (with_layers(1), with_depths([1, 2, 6]))),  # Lee 2023
     "koala-700m": Layout(XL, (with_layers(1), with_depths([1, 2, 5]), without_middle)),
 }
@@ -156,7 +157,7 @@ def student_config(parent: Mapping[str, Any], layout: str, family: Family) -> Co
         changes = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(changes, dict)
     except (ValueError, AssertionError) as error:
-        raise UsageError(f"{as_field('layout', layout)}: not the config of a UNet (JSON with its fields)") from error
+        raise UsageError(f"{as_field('layout', layout)}: not a JSON object with the config of a UNet") from error
     from diffusers import UNet2DConditionModel
 
     known = {*parent, *inspect.signature(UNet2DConditionModel.__init__).parameters}
