@@ -93,7 +93,7 @@ class Ceiling:
 
 
 def ceiling(device: torch.device | str, dtype: torch.dtype, *, rounds: int = 7, least: Ceiling | None = None) -> Ceiling:
-    """Measure the ceiling: the fastest of `rounds` products and copies. `least` is an earlier measurement to fall back on."""
+    """Measure the ceiling: the fastest of `rounds` products and copies, and no less than `least`, an earlier result."""
     n, size = (8192, 2**28) if torch.device(device).type == "cuda" else (1024, 2**25)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
