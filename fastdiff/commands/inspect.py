@@ -168,7 +168,7 @@ def run(config: Config) -> Result:
     if re.match(tensors.PICKLE, head):
         names = tensors.unsafe_globals(path)
         metrics |= {"kind": "pickle", "safe": False, "supported": False, "would_run": names}
-        why = f"a pickle that would run {', '.join(names[:3])}" if names else "a pickle, which can run code when it is opened"
+        why = f"a pickle that wants to run {', '.join(names[:3])}" if names else "a pickle, which can run code when it is opened"
         error = InputRefused(f"{path}: {why}", "convert it to safetensors" if names else "--allow-pickle reads its tensors alone")
         error.result = Result(metrics=metrics)
         raise error

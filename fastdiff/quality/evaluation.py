@@ -328,7 +328,7 @@ def evaluate(
     """
     family, where = teacher.family, student.device if device is None else pick_device(device)
     if student.base.family != family:
-        raise UsageError(f"`student`: of {student.base.family}, but the teacher is of {family}", "give its own base as the teacher")
+        raise UsageError(f"`student`: of {student.base.family}, but the teacher is of {family}", "give its own base as teacher")
     if num_images < 2:
         raise UsageError(f"`num_images={num_images}`: must be at least 2")
     px, lines = resolution_px or teacher.resolution_px, prompts_of(family, prompts, num_images)
