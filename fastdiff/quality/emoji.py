@@ -85,6 +85,7 @@ def known_captions() -> dict[str, tuple[int, int, bool]]:
 
 @cache
 def feature_net() -> FeatureNet:
+    """The feature network that ships with the embedded checkpoint, opened once."""
     return FeatureNet.embedded()
 
 
@@ -207,6 +208,7 @@ class Shipped:
 
 @cache
 def shipped() -> Shipped:
+    """The shipped teacher, read once."""
     return Shipped()
 
 

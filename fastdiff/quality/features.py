@@ -20,6 +20,8 @@ from fastdiff.runtime.errors import UsageError
 
 
 class FeatureExtractor(Protocol):
+    """Turns a batch of pictures into features, one row per picture."""
+
     key: str  # extractors with equal keys give equal features
     side_px: int | None  # size at which to read reference pictures from files; None: the size of the evaluation
 
