@@ -1,11 +1,11 @@
-"""Baking a LoRA into a single-file SDXL: `fastdiff merge-lora` against stock diffusers, wall clock and peak memory.
+"""Compare `fastdiff merge-lora` with stock diffusers at baking a LoRA into a single-file SDXL: time and peak memory.
 
     python examples/bake_speed.py --file sdxl.safetensors --lora lora.safetensors [--rounds 3]
 
-Without --file and --lora a full-size checkpoint and a rank-64 LoRA are made with random weights. The two ways take turns, each
-in a process of its own; medians and their ratios are printed. Seconds count until the result is on the disk, and until the
-process ends; a result is 7 GB, so that a slow disk rules both (TMPDIR=/dev/shm leaves it out). Stock: from_single_file,
-load_lora_weights, fuse_lora, save_pretrained, all in fp16. Needs 16 GB of disk.
+Without --file and --lora it makes a full-size checkpoint and a rank-64 LoRA with random weights. The two ways take turns, each
+in its own process; medians and their ratios are printed. Two times are measured: until the result is on the disk, and until the
+process ends. A result has 7 GB, so a slow disk dominates both times; TMPDIR=/dev/shm avoids the disk. The stock way is
+from_single_file, load_lora_weights, fuse_lora and save_pretrained, all in fp16. Needs 16 GB of disk.
 """
 
 import argparse
@@ -42,6 +42,7 @@ POOL = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).mul_(0.02)
 
 
 def random(shape: tuple[int, ...], offset: int) -> torch.Tensor:
+    """A random fp16 tensor cut from POOL, which is faster than drawing 7 GB of numbers. `offset` says where to start."""
     n = torch.Size(shape).numel()
     start = offset * 7919 % (len(POOL) // 2)
     piece = POOL[start:].repeat(-(-n // (len(POOL) - start)))[:n]
@@ -49,7 +50,7 @@ def random(shape: tuple[int, ...], offset: int) -> torch.Tensor:
 
 
 def full_size(family: str, folder: Path) -> tuple[Path, Path]:
-    """A single file and a rank-64 LoRA of the family's real sizes, with random weights."""
+    """Write a checkpoint file and a rank-64 LoRA of the family's real sizes, with random weights; returns both paths."""
     base = Checkpoint(family, FAMILIES[family].home, FAMILIES[family])
     parts = {}
     for part in base.parts:
@@ -69,7 +70,10 @@ def full_size(family: str, folder: Path) -> tuple[Path, Path]:
 
 
 def measured(command: list[str]) -> tuple[float, float, float]:
-    """Seconds until on disk, of the process, and peak GiB; by a watcher of its own: the peak of children is kept for good."""
+    """Seconds until the result is on disk, seconds of the process, and its peak memory in GiB.
+
+    A new watcher process measures each command, because the peak of a process's children never goes down again.
+    """
     watch = """
 import json, os, resource, subprocess, sys, time
 os.sync()

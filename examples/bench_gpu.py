@@ -1,12 +1,12 @@
-"""All measurements that need an accelerator, in one run of at most --minutes, to JSON: pictures, training, peak memory.
+"""Measure everything that needs an accelerator in one run of at most --minutes: sampling, training and peak memory, as JSON.
 
     python examples/bench_gpu.py --output bench_gpu.json                    # CUDA, bf16, full sizes, random weights
     python examples/bench_gpu.py --smoke --output smoke.json                # the same path with tiny networks, on the CPU
     python examples/bench_gpu.py --only "sdxl 4 steps against compiled" --minutes 10
 
-One worker process does the rows in turn, so that importing is paid once. Each row has its time, and what the rows before it left
-over; one that takes longer is ended with the worker, and the next has a new one. The JSON is written after every row; a row
-without figures says why. What must be shown comes first, rows that compile long come last.
+One worker process measures the rows in turn, so that the libraries are imported only once. A row may use its own time and what
+the rows before it left over. If it takes longer, the worker is killed and the next row gets a new one. The JSON is written after
+every row; a row without figures says why. Rows with a goal come first, rows with long compilation last.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """`flags` are a `fastdiff bench` Config, or of examples/memory.py; `wanted` is what must be shown: (figure, at least)."""
+    """One measurement. `flags` are fields of `fastdiff bench` or arguments of `memory`; `wanted` are goals for its figures."""
 
     name: str
-    seconds: float  # that it may take
+    seconds: float  # the time it may take
     flags: dict[str, Any]
     wanted: dict[str, float] = {}
 
@@ -49,7 +49,7 @@ ROWS = [
     Row("memory lightning sdxl batch 1", 30, {"method": "lightning", "family": "sdxl", "n": 1}),
     Row("sd15 4 steps against compiled", 120, SD15 | COMPILED, {"ratio": 1.15}),
 ]  # 480 s
-MORE = [  # where the others have left that much
+MORE = [  # measured if the rows above leave enough time
     Row("sdxl 4 steps against compiled", 200, SDXL | COMPILED, {"ratio": 1.1}),
     Row("memory dmd sdxl batch 8", 40, {"method": "dmd", "family": "sdxl", "n": 8}),
     Row("memory lightning sdxl batch 8", 40, {"method": "lightning", "family": "sdxl", "n": 8}),
@@ -60,7 +60,7 @@ MORE = [  # where the others have left that much
 
 
 def measured(flags: dict[str, Any]) -> dict[str, Any]:
-    """Figures of one row."""
+    """The figures of one row."""
     if "method" in flags:
         return memory(**flags)
     from fastdiff.commands import bench
@@ -69,7 +69,7 @@ def measured(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory(method: str, family: str, n: int, device: str) -> dict[str, Any]:
-    """Both ways of examples/memory.py in turn, in one process, and ours as a share of the other."""
+    """Measure both ways of examples/memory.py in this process, and the ratios of ours to the other."""
     import memory
     import torch
 
@@ -83,7 +83,7 @@ def memory(method: str, family: str, n: int, device: str) -> dict[str, Any]:
 
 
 def cleared() -> None:
-    """Give back what the last row had."""
+    """Free the memory and the compiled graphs of the last row."""
     import torch
 
     torch._dynamo.reset()
@@ -92,12 +92,12 @@ def cleared() -> None:
 
 
 def worker() -> None:
-    """Flags as JSON on standard input, a line a row; figures on standard output, what else is printed on standard error."""
+    """Read the flags of each row as a line of JSON from stdin and write its figures to stdout; other output goes to stderr."""
     out, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         try:
             figures = measured(json.loads(line))
-        except Exception as error:  # out of memory, a compiler that is not there: the other rows go on
+        except Exception as error:  # out of memory, or no compiler: the other rows go on
             figures = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
         cleared()
         print(json.dumps(figures), file=out, flush=True)
@@ -107,7 +107,7 @@ def worker() -> None:
 
 
 class Worker:
-    """The process that measures; begun anew after one that took too long or ended."""
+    """The process that measures. It is started again after a row that took too long or ended it."""
 
     def __init__(self, command: list[str] | None = None) -> None:
         self.command = command or [sys.executable, __file__, "--worker"]
@@ -137,14 +137,15 @@ class Worker:
 
 
 def reached(figures: dict, wanted: dict[str, float]) -> dict[str, bool]:
-    """Whether each figure is at least what is wanted; a negative bound is an upper one."""
+    """{figure: whether it reaches its goal}. A positive bound is a lower one; a negative bound -x means at most x."""
     return {k: (figures[k] >= bound if bound > 0 else figures[k] <= -bound) for k, bound in wanted.items() if k in figures}
 
 
 def in_time(rows: list[Row], more: list[Row], minutes: float, measure: Any, keep: Any) -> None:
-    """Every row that there is time for; `measure(flags, limit_s)` answers, `keep(name, figures)` takes them.
+    """Measure every row that there is time for, by `measure(flags, limit_s)`, and hand the figures to `keep(name, figures)`.
 
-    A row may take what is left but for the time of the rows after it; those of `more` start only where all of theirs is left.
+    A row may take all the time that the rows after it do not need. It starts if half of its own time is left, a row of `more`
+    only if all of it is.
     """
     end = time.monotonic() + 60 * minutes
     for i, row in enumerate([*rows, *more]):

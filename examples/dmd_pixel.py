@@ -1,10 +1,10 @@
-"""Distribution matching beyond checkpoints: any two denoisers, in pixels or on the plane.
+"""Distribution matching distillation (DMD) without checkpoints: with any two denoisers, in pixels or on the plane.
 
     python examples/dmd_pixel.py plane     a 2-D Gaussian mixture with its exact score; a minute
     python examples/dmd_pixel.py emoji     class-conditional 16 px pictures over EDM's noise levels: teacher, student; minutes
 
-What DMD needs of a model is a `Prediction` (x0, eps) for (x_t, t). `match` is algorithm 1 for any such pair; with
-`fastdiff.diffusion.losses.score_difference` it serves a model of your own.
+DMD only needs a model that returns a `Prediction` (x0, eps) for (x_t, t). `match` is Algorithm 1 of the paper for any such pair
+of models; with `fastdiff.diffusion.losses.score_difference` you can use it for a model of your own.
 """
 
 import argparse
@@ -29,7 +29,7 @@ STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scale
 
 
 class Mixture:
-    """Gaussians of one spread: the exact denoiser E[x0 | x_t] of their mixture."""
+    """A mixture of K 2-D Gaussians with equal spread, and its exact denoiser E[x0 | x_t]. x_t (B, 2), t (B,)."""
 
     def __init__(self, means: Tensor, weights: Tensor, spread: float, schedule: NoiseSchedule) -> None:
         self.means, self.weights, self.spread, self.schedule = means, weights, spread, schedule
@@ -48,14 +48,14 @@ class Mixture:
         return Prediction(x0, (x_t - alpha * x0) / sigma)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Exact mean (2,) and covariance (2, 2)."""
+        """The exact mean (2,) and covariance (2, 2) of the mixture."""
         mean = self.weights @ self.means
         apart = self.means - mean
         return mean, (self.weights[:, None] * apart).T @ apart + self.spread**2 * torch.eye(2)
 
 
 class Plane(nn.Module):
-    """A small network on the plane; with a schedule a denoiser of it, without one a generator."""
+    """A small network on points (B, 2). With a schedule it is an epsilon denoiser, without one a generator."""
 
     kind = "epsilon"
 
@@ -90,9 +90,10 @@ def match(
     fake_steps: int = 3,
     regression: Callable[[], Tensor] | None = None,
 ) -> None:
-    """Algorithm 1 of DMD: train the generator to the distribution that `real` denoises.
+    """Train the generator to draw from the distribution that `real` denoises, by Algorithm 1 of DMD (Yin 2024).
 
-    `draw()` gives start noise and the condition, if any; `regression()` is a further loss of the generator.
+    `fake` learns the generator's own score. `draw()` returns start noise and the condition, if any; `regression()` is an
+    additional loss of the generator.
     """
     students = torch.optim.AdamW(generator.parameters(), lr=lr, betas=(0.5, 0.99))
     critics = torch.optim.AdamW(fake.parameters(), lr=2 * lr, betas=(0.5, 0.99)) if fake else None
@@ -115,7 +116,7 @@ def match(
         x = generator(z, *cond)
         seen = noised(x.detach())
         with torch.no_grad():
-            # Without a fake score the sample itself stands for what it is told apart from: mode seeking, and collapse.
+            # Without a fake score the sample itself takes its place. That seeks modes, and the generator collapses.
             fake_prediction = fake(seen.x_t, seen.t, *cond) if fake else Prediction(seen.x, seen.eps)
             g = losses.score_difference(schedule, seen, real(seen.x_t, seen.t, *cond), fake_prediction)
         students.zero_grad()
@@ -126,7 +127,7 @@ def match(
 
 
 def plane(steps: int = 1500, batch: int = 512, *, with_fake: bool = True, seed: int = 0) -> tuple[Mixture, Tensor]:
-    """The mixture and 20,000 one-step samples of the student that was matched to it."""
+    """Match a generator to a mixture; returns the mixture and 20,000 one-step samples (20000, 2) of the generator."""
     torch.manual_seed(seed)
     schedule = NoiseSchedule.from_config(STABLE_DIFFUSION)
     means = torch.tensor([[1.2, 0.3], [-0.6, 1.0], [-0.3, -0.9]])
@@ -141,7 +142,7 @@ def plane(steps: int = 1500, batch: int = 512, *, with_fake: bool = True, seed: 
 
 
 class Pixels(nn.Module):
-    """A class-conditional denoiser in pixels with EDM's preconditioning (Karras 2022, table 1); the network says x0."""
+    """A class-conditional denoiser of pixels (B, 3, 16, 16) with EDM's preconditioning (Karras 2022, table 1)."""
 
     kind = "sample"
 
@@ -165,7 +166,7 @@ class Pixels(nn.Module):
 
 
 class OneStep(nn.Module):
-    """A denoiser called once at the last noise level: start noise (B, C, h, w) -> x0."""
+    """A generator: a denoiser called once at the last noise level. Start noise and x0 are (B, 3, 16, 16)."""
 
     def __init__(self, denoiser: Pixels) -> None:
         super().__init__()
@@ -177,14 +178,17 @@ class OneStep(nn.Module):
 
 
 def pictures(classes: int) -> Tensor:
-    """The first emoji of the embedded set on every background: (classes, 9, 3, 16, 16)."""
+    """The first `classes` emoji of the embedded set on every background: (classes, 9, 3, 16, 16)."""
     every, colours = torch.arange(classes), range(len(emoji.BACKGROUNDS))
     drawn = [nn.functional.avg_pool2d(emoji.compose(every, torch.full_like(every, c)), 4) for c in colours]
     return torch.stack(drawn, 1)
 
 
 def train_teacher(schedule: NoiseSchedule, data: Tensor, steps: int, batch: int) -> Pixels:
-    """E lambda(sigma) |D(x0 + sigma eps) - x0|^2 with EDM's lambda and its log-normal sigma (Karras 2022, table 1)."""
+    """Train a teacher on data (classes, 9, 3, 16, 16) by the loss of EDM (Karras 2022, table 1).
+
+    E lambda(sigma) |D(x0 + sigma eps) - x0|^2, with log-normal sigma.
+    """
     teacher = Pixels(schedule, len(data), data.std().item())
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
@@ -204,7 +208,7 @@ def train_teacher(schedule: NoiseSchedule, data: Tensor, steps: int, batch: int)
 
 @torch.no_grad()
 def walk(teacher: Pixels, z: Tensor, label: Tensor, num_steps: int) -> Tensor:
-    """Euler's method over the noise levels."""
+    """Sample the teacher by Euler's method over `num_steps` noise levels: noise z (B, 3, 16, 16) -> x0."""
     schedule, grid = teacher.schedule, teacher.schedule.grid(num_steps, "trailing")
     x = schedule.sigma[grid[0]] * z
     for t, s in zip(grid, [*grid[1:], None], strict=True):
@@ -213,7 +217,7 @@ def walk(teacher: Pixels, z: Tensor, label: Tensor, num_steps: int) -> Tensor:
 
 
 def emoji_columns(teacher_steps: int, steps: int, batch: int = 32, classes: int = 8, seed: int = 0) -> dict[str, Tensor]:
-    """Columns of (classes, 3, 16, 16): the teacher in 18 steps and in one, the student in one; same noise and classes."""
+    """Pictures (classes, 3, 16, 16) of the teacher in 18 steps and in one, and of the student in one, from the same noise."""
     torch.manual_seed(seed)
     schedule = NoiseSchedule.karras(1000, 0.002, 80.0)
     teacher = train_teacher(schedule, pictures(classes), teacher_steps, batch)

@@ -1,4 +1,4 @@
-"""Latent consistency distillation without the Trainer: a loop of your own, as in a notebook.
+"""Latent consistency distillation (LCM-LoRA) without the Trainer: your own loop, as in a notebook.
 
 python examples/loop.py --steps 300 --output lcm.safetensors
 """
@@ -11,9 +11,10 @@ import fastdiff as fd
 
 
 def distil(base, steps: int, path: str, *, rank: int = 16, batch_size: int = 8, guidance: float = 3.0) -> str:
+    """Train an LCM-LoRA (Luo 2023) on the base's own data and save it at `path`; returns the path."""
     data, generator = fd.open_data(base), torch.Generator().manual_seed(0)
     trained = fd.lora.attach(base.unet, rank, rank, "student")
-    teacher, student = base.denoiser(), base.denoiser("student")  # one network: the adapter off, and on
+    teacher, student = base.denoiser(), base.denoiser("student")  # the same network with the adapter off and on
     schedule, grid = teacher.schedule, teacher.schedule.ddim_grid(50)
     optimizer, average = torch.optim.AdamW(trained, lr=1e-3), fd.EMA(trained, 0.95)
 

@@ -1,12 +1,12 @@
-"""One step with all roles on one network against a network for each role; seconds, parameters, peak memory.
+"""Compare a training step with all roles on one network to a step with one network per role: seconds, parameters, peak memory.
 
     python examples/memory.py                                       # dmd on the embedded checkpoint, on the CPU
     python examples/memory.py --method lightning --family sdxl --device cuda      # full size, random weights; also sd15, sd21
 
-The other way is the published layout, whole networks (frozen ones in half precision on a GPU): of `dmd` teacher, fake score and
-student, each called as the algorithm says, without regression; of `lightning` teacher, student with its LoRA, and discriminator,
-in a conditional phase of 8:4. Both ways make the same step from the same batch. They take turns, each in a process of its own;
-medians over the rounds are printed with their ratios.
+The other way is the published layout with whole networks; frozen ones are in half precision on a GPU. For `dmd` these are
+teacher, fake score and student, without regression. For `lightning` they are teacher, student with its LoRA, and discriminator,
+in the conditional phase from 8 to 4 steps. Both ways take the same step on the same batch. They take turns, each in its own
+process; medians over the rounds and their ratios are printed.
 """
 
 import argparse
@@ -47,6 +47,7 @@ def checkpoint(family: str, device: str) -> Checkpoint:
 
 
 def batch_of(base: Checkpoint, n: int, device: str) -> Batch:
+    """A batch of n random latents (n, 4, h, w) and prompts (n, L, D)."""
     config, sdxl = base.unet_config, base.family.size_conditioned
     side, tokens = base.resolution_px // 8, 16 if base.family.ships_weights else 77
     make = lambda *shape: torch.randn(n, *shape, device=device)
@@ -58,7 +59,7 @@ def batch_of(base: Checkpoint, n: int, device: str) -> Batch:
 
 
 class OneNetwork:
-    """fastdiff's `dmd` with its family's preset."""
+    """fastdiff's own `dmd`, with the preset of its family."""
 
     def __init__(self, base: Checkpoint, n: int) -> None:
         row = {
@@ -82,7 +83,7 @@ class OneNetwork:
 
 
 class ThreeNetworks:
-    """Algorithm 1 of DMD as it is written."""
+    """Algorithm 1 of DMD (Yin 2024) as published: student, fake score and teacher are separate networks."""
 
     def __init__(self, base: Checkpoint, n: int) -> None:
         self.schedule, kind = base.schedule(), base.prediction_type
@@ -110,7 +111,7 @@ class ThreeNetworks:
 
 
 class LightningOnOne:
-    """fastdiff's `lightning`, a conditional phase: teacher and discriminator are adapters of the student's network."""
+    """A conditional phase of fastdiff's `lightning`: teacher, student and discriminator share one network and its adapters."""
 
     discriminator = "lora"
 
@@ -136,7 +137,7 @@ class LightningOnOne:
 
 
 class LightningOnThree(LightningOnOne):
-    """A network for each: the teacher frozen, the discriminator's encoder trained whole."""
+    """The same phase with separate networks: a frozen teacher, and a discriminator whose whole encoder trains."""
 
     discriminator = "full"
 
@@ -155,7 +156,7 @@ WAYS = {
 
 
 def measure(method: str, way: str, family: str, device: str, n: int, steps: int) -> dict[str, float]:
-    """Median seconds of a step, bytes of parameters, peak bytes."""
+    """Median seconds of a step, bytes of all parameters, and peak bytes of memory."""
     torch.manual_seed(0)
     base = checkpoint(family, device)
     base.unet.to(device)

@@ -1,10 +1,10 @@
-"""The table and picture of `real_time.sh`: each step of the chain against the start.
+"""Make the table and the picture of `real_time.sh`: every step of the chain compared with the start.
 
     python examples/real_time.py runs/real-time [--base emoji] [--rounds 15]
 
-Speed: a prompt in, bytes of a picture out, one at a time and eight at once, as `fastdiff sample` draws; the start is the stock
-diffusers pipeline at 25 guided steps with its own VAE. All ways take turns, medians are told. Quality on `emoji`: the closing
-table's metrics.
+Speed is the time from a prompt to the bytes of a picture, one at a time and eight at once, as `fastdiff sample` draws. The start
+is the stock diffusers pipeline with 25 guided steps and its own VAE. All ways take turns, and medians are printed. Quality, on
+`emoji`, is given by the metrics of the closing table.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from fastdiff.training.previews import EMOJI_PREVIEW
 
 
 class Way(NamedTuple):
-    """A checkpoint that is opened for drawing."""
+    """An open checkpoint and the settings that it draws with."""
 
     sampler: Sampler
     settings: Settings
@@ -40,7 +40,7 @@ class Way(NamedTuple):
         return cls(sampler, sampler.settings, sampler.prompts)
 
     def draw(self, lines: list[str], px: int) -> torch.Tensor:
-        """Prompts to pictures (B, H, W, 3), uint8; the prompts are encoded every time."""
+        """Draw pictures (B, H, W, 3) uint8 of B prompts, which are encoded anew in every call."""
         batch = self.prompts.encode(lines), self.prompts.unconditional(), list(range(len(lines)))
         return next(iter(self.sampler.stream_batches([batch], self.settings, px)))
 

@@ -247,7 +247,7 @@ def test_training_takes_a_class_a_file_or_a_command_and_names_what_it_does_not_k
     from fastdiff.methods.lcm import LCM
 
     assert training.named("lcm") is training.named("train-lcm-lora") is LCM
-    with pytest.raises(UsageError, match="`method=lmc`: not a method") as error:
+    with pytest.raises(UsageError, match="`method=lmc`: there is no such method") as error:
         fd.train("lmc", "emoji")
     assert error.value.hint == "did you mean lcm?"
     with pytest.raises(UsageError, match="`lora_rnk`: not an option of train-lcm-lora") as error:

@@ -80,11 +80,11 @@ def test_shapes_with_random_weights(fastdiff):
     assert code == 0
     assert told["metrics"]["parity"] < 1e-4
     assert told["metrics"]["folded"] is True
-    for args, word in ((["--widths", "32,48,64"], "multiples of 32"), (["--widths", "a"], "not numbers")):
+    for args, word in ((["--widths", "32,48,64"], "multiples of 32"), (["--widths", "a"], "not whole numbers")):
         code, told = fastdiff("bench", "sample", *flags, "--layout", "sdxs-512", *args)
         assert code == 2
         assert word in told["error"]["message"]
-    with pytest.raises(UsageError, match="weights are random"):
+    with pytest.raises(UsageError, match="no weights fit it"):
         bench.run(bench.Config(work="sample", layout="bk-tiny"))
 
 

@@ -100,7 +100,7 @@ def test_a_metric_is_one_entry(fastdiff, tmp_path, monkeypatch):
     page = (tmp_path / told["outputs"][0]["path"]).read_text()
     assert "<th>mean light" in page
     assert "mean light (higher is better)" in page
-    assert sum("Frechet means nothing for fewer than 300 pictures" in w for w in told["warnings"]) == 1
+    assert sum("Frechet needs at least 300 pictures" in w for w in told["warnings"]) == 1
 
 
 def test_evaluate_for_users_of_the_library(tmp_path, monkeypatch):

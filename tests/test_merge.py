@@ -127,10 +127,10 @@ def test_usage_errors_touch_no_file(files, tmp_path):
     cases = {
         "would overwrite the input": Config(accel="lcm.safetensors", style=["anime.safetensors"], output="./anime.safetensors"),
         "nothing to merge": Config(accel="lcm.safetensors"),
-        "is named .safetensors": Config(accel="lcm.safetensors", style=["anime.safetensors"], output="out"),
+        "must end in .safetensors": Config(accel="lcm.safetensors", style=["anime.safetensors"], output="out"),
         "no such file": Config(accel="lcm.safetensors", style=["none.safetensors"]),
         "--accel is required": Config(),
-        "--rank and --format are of a written LoRA": Config(accel="lcm.safetensors", base="emoji", rank="4"),
+        "--rank and --format apply to a written LoRA": Config(accel="lcm.safetensors", base="emoji", rank="4"),
         "a whole number above 0, or auto": Config(accel="lcm.safetensors", rank="-3"),
         "needs --tuned": Config(base="emoji", extract=True),
         "either --extract or --reference": Config(base="emoji", tuned="model"),

@@ -87,7 +87,7 @@ def test_without_a_probe_smaller_settings_are_proposed_until_one_fits(fastdiff, 
         assert code == 0
         fits = [row["fits"] for row in told["metrics"]["settings"]]
         assert fits.index(True) == index
-        assert any("as given it does not fit" in line for line in told["warnings"])
+        assert any("the command does not fit as it is" in line for line in told["warnings"])
     assert told["metrics"]["proposal"]["lora_rank"] == 4
     assert told["next_command"].endswith("--batch-size 1 --grad-accum 8 --gradient-checkpointing --lora-rank 4 --lora-alpha 16")
 
@@ -131,7 +131,7 @@ def test_methods_without_arithmetic_are_only_measured():
     ("args", "message"),
     [
         (["smple"], "plan smple: not a training command"),
-        (["distill-vae", "--no-probe"], "there is no arithmetic for it"),
+        (["distill-vae", "--no-probe"], "does not say what a step costs"),
         (["prune", "--steps", "0", "--no-probe"], "--steps 0: nothing trains"),
         (["train-lcm-lora", "--no-such-flag"], "--no-such-flag"),
         ([], "Missing argument"),

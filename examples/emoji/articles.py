@@ -1,11 +1,11 @@
-"""The last step of the embedded text encoder: "a red apple" must be drawn as "red apple" is.
+"""Last training step of the embedded text encoder: make "a red apple" draw the same picture as "red apple".
 
     python examples/emoji/articles.py [--steps 900] [--out fastdiff/assets/emoji]
 
-The captions have no articles, so that `a` and `an` before them threw the picture off. Only these two rows of the token
-embedding are trained: the UNet's answer to the caption with its article is drawn to its answer without. All else that the
-encoder says stays bit for bit as it was, but for the names that hold the token `a` (zebra, pizza), kept by the same loss.
-Minutes on one CPU core.
+The captions have no articles, so `a` or `an` in front of them spoiled the picture. This script trains only the embeddings of
+these two tokens: the UNet's output for a caption with its article should equal its output without. Texts without these tokens
+are encoded exactly as before. Names that contain the token `a` (zebra, pizza) are kept by the same loss. It takes minutes on
+one CPU core.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from fastdiff.checkpoints import checkpoint, locate, tensors
 from fastdiff.data import emoji
 
-LR, BATCH, KEPT = 5e-3, 16, 4  # KEPT: items of a batch without an article, of the names that hold the token
+LR, BATCH, KEPT = 5e-3, 16, 4  # KEPT: items of a batch whose names contain the token `a`, without an article
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
         plain[:KEPT] = [f"{drawn.choice(held)} on {drawn.choice(list(emoji.BACKGROUNDS))}" for _ in range(KEPT)]
         said = plain[:KEPT] + [("an " if c[0] in "aeiou" else "a ") + c for c in plain[KEPT:]]
         z = data.moments[item].chunk(2, 1)[0]
-        t = torch.randint(200, 1000, (BATCH,), generator=generator)  # below, the picture says more than the caption
+        t = torch.randint(200, 1000, (BATCH,), generator=generator)  # at lower t the noisy picture says more than the caption
         x_t = schedule.add_noise(z, torch.randn(z.shape, generator=generator), t)
         with torch.no_grad():
             wanted = base.unet(x_t, t, states(plain, False)).sample

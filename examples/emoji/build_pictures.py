@@ -5,7 +5,7 @@
     python examples/emoji/build_pictures.py --icons DIR --out fastdiff/assets/emoji/pictures
 
 DIR holds one unpacked npm package a style (`noto/`, `fluent-emoji-flat/`, `twemoji/`, each with `icons.json`).
-Names are Unicode's (emoji-test.txt); a name on the list that one of the styles does not draw is an error.
+Names are those of Unicode (emoji-test.txt). If a style does not draw a name on the list, the script stops with an error.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from PIL import Image
 STYLES = {"noto": "noto", "fluent": "fluent-emoji-flat", "twemoji": "twemoji"}
 CELL_PX, GLYPH_PX, COLUMNS = 64, 54, 16  # the margin always shows the background
 
-# Distinct silhouettes or colours at 64 px; the group is the caption's coarse word ("fruit on red").
+# Emoji that differ in silhouette or colour at 64 px; the group is the coarse word of a caption ("fruit on red").
 GROUPS = {
     "face": "grinning face with big eyes|winking face|smiling face with heart-eyes|face with tongue|"
     "smiling face with sunglasses|nerd face|cowboy hat face|enraged face|smiling face with horns|"
@@ -62,6 +62,7 @@ def code_points(emoji_test: Path) -> dict[str, str]:
 
 
 def svg(package: Path, code: str) -> str:
+    """The SVG markup of an emoji, given by its code points, from an unpacked icon package."""
     chars = json.loads((package / "chars.json").read_text())
     icons = json.loads((package / "icons.json").read_text())
     name = chars.get(code) or chars.get(code.replace("-fe0f", ""))
@@ -78,6 +79,7 @@ def svg(package: Path, code: str) -> str:
 
 
 def draw(markup: str, size_px: int) -> Image.Image:
+    """Render SVG markup as an RGBA picture that fits into size_px x size_px."""
     png = subprocess.run(
         ["rsvg-convert", "-w", str(size_px), "-h", str(size_px), "-a"],
         input=markup.encode(),

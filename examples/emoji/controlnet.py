@@ -1,10 +1,10 @@
-"""Train the embedded ControlNet, edges to emoji: what `sample --controlnet emoji` and `distill-controlnet` use offline.
+"""Train the embedded ControlNet from edges to emoji, which `sample --controlnet emoji` and `distill-controlnet` use offline.
 
     python examples/emoji/controlnet.py --output runs/controlnet
 
-The plain denoising loss with the frozen teacher (Zhang 2023): a copy of its encoder is shown Canny edges of the picture, and adds
-to its skip connections. The pictures are also moved, mirrored and shrunk, which no prompt says, and half of the prompts are
-empty: so the edges must say where and what is drawn.
+The loss is plain denoising with the frozen teacher (Zhang 2023): a copy of the teacher's encoder sees Canny edges of the picture
+and adds to the teacher's skip connections. Pictures are also moved, mirrored and shrunk, which no prompt mentions, and half of
+the prompts are empty. So only the edges can tell where and what to draw.
 """
 
 import argparse
@@ -33,7 +33,7 @@ class Config(TrainConfig):
 
 
 class ControlNet(Method):
-    """E |eps_theta(x_t, t, c, control) - eps|^2, weighted like the teacher's own training: min(1 / alpha^2, 30)."""
+    """Denoising loss E |eps_theta(x_t, t, c, control) - eps|^2 weighted as the teacher's: min(1 / alpha^2, 30)."""
 
     name, Config = "controlnet", Config
 
@@ -42,7 +42,7 @@ class ControlNet(Method):
 
         super().__init__(base, config)
         net = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8, 16, 32, 64)).train()
-        # Zero at both ends (Zhang 2023) learns nothing of the picture for thousands of small batches: one end is enough.
+        # With zeros at both ends (Zhang 2023) it learns nothing for thousands of small batches. Zeros at one end are enough.
         torch.nn.init.kaiming_normal_(net.controlnet_cond_embedding.conv_out.weight)
         self.student = Denoiser(base.unet, self.schedule, base.prediction_type, controlnet=net)
 
@@ -62,9 +62,12 @@ class ControlNet(Method):
 
 
 def moved(rgba: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-    """Sprites (B, 4, 64, 64) in [0, 1], mirrored or not, up to a fifth smaller and moved: pixels (B, 3, 64, 64) in [-1, 1]."""
+    """Draw sprites (B, 4, 64, 64) in [0, 1] at random places, some mirrored, up to a fifth smaller, on their backgrounds.
+
+    Returns pixels (B, 3, 64, 64) in [-1, 1].
+    """
     n = len(rgba)
-    scale = 1 + 0.25 * torch.rand(n)  # of the place that is looked at: the picture shrinks by as much
+    scale = 1 + 0.25 * torch.rand(n)  # the sampled region grows by this factor, so the picture shrinks by it
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = scale * (torch.randint(2, (n,)) * 2 - 1)
     theta[:, 1, 1] = scale
@@ -77,7 +80,7 @@ def moved(rgba: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
 
 
 def add_moved(base, data, variants: int) -> None:
-    """Beside every picture on every background, the same moved; and the edges of all."""
+    """Add `variants` moved copies of every picture on every background to the data, and the edges of all pictures."""
     n, k = len(emoji.pictures()), len(emoji.BACKGROUNDS)
     picture, background = (grid.flatten() for grid in torch.meshgrid(torch.arange(n), torch.arange(k), indexing="ij"))
     pixels = [emoji.compose(picture, background)]

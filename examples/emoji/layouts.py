@@ -1,8 +1,8 @@
-"""Prune the embedded checkpoint to every layout that fits it, and tell what each costs and what training wins back.
+"""Prune the embedded checkpoint to every layout that fits it, and print what each costs and how much quality training recovers.
 
     python examples/emoji/layouts.py runs/layouts [--steps 300] [--seed 0]
 
-Runs that are there already are read and not repeated. Calls are timed in turn, in one process.
+Runs that exist already are read, not repeated. The networks take turns in one process when their calls are timed.
 """
 
 import argparse

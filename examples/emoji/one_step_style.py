@@ -1,12 +1,12 @@
-r"""How much of a style a one-step student has taken over: `sdxs --style-lora`, measured.
+r"""Measure how much of a style a one-step student has learned from `sdxs --style-lora`.
 
     one=runs/long-sdxs-0/model # of long_proof.sh
     fastdiff sdxs --init $one --style-lora fastdiff/assets/emoji/style.safetensors --match-steps 0 --steps 2000 \
         --pairs 4320 --ema 0.99 --lora-layers all --lora-rank 64 --lora-alpha 64 --lr 2e-3 -o runs/styled
     python examples/emoji/one_step_style.py --student $one --lora runs/styled/sdxs.safetensors
 
-The way moved is (d(student) - d(styled student)) / (d(teacher) - d(styled teacher)), d the mean feature distance of named emoji
-to the same ones drawn in the style.
+The result is (d(student) - d(styled student)) / (d(teacher) - d(styled teacher)). Here d is the mean feature distance between
+named emoji and the same emoji drawn in the style.
 """
 
 import argparse
@@ -23,6 +23,7 @@ STYLE = EMOJI / "style.safetensors"
 
 
 def measured(folder: Path, prompts: Path, *flags: object) -> dict:
+    """Draw the prompts by `fastdiff sample` and return its style figures, {style: {distance, nearest}}."""
     command = [sys.executable, "-m", "fastdiff", "sample", "--prompts", prompts, "--no-grid", "-o", folder, "--json", *flags]
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
     report = json.loads(done.stdout)

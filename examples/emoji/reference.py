@@ -1,9 +1,10 @@
-"""The teacher's side of the closing table, computed once and shipped: fastdiff/assets/emoji/reference.
+"""Compute the teacher's rows of the closing table, which are shipped in fastdiff/assets/emoji/reference.
 
     python examples/emoji/reference.py [--samples 2000] [--search 500]
 
-Every stock solver, guided and not, at 1, 2, 4 and 8 network calls on --search samples; the best by retrieval and the best
-by Frechet distance again on --samples, which decide. Reference statistics: guided 25-step samples with seeds of their own.
+Every stock solver, guided and unguided, is tried at 1, 2, 4 and 8 network calls on --search samples. The best by retrieval and
+the best by Frechet distance are measured again on --samples, which decide. The reference statistics come from guided 25-step
+samples with other seeds.
 """
 
 import argparse
@@ -28,14 +29,14 @@ from fastdiff.quality.metrics import Against, Row
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
 
-LADDER = 500  # samples of each rung
-KEPT = 500  # of the teacher's pictures, as latents: what students are compared with one by one
+LADDER = 500  # samples of each row of the ladder
+KEPT = 500  # teacher pictures stored as latents, for comparison with students picture by picture
 
 
 def candidates(calls: int, guidances: list[float]) -> list[Settings]:
-    """Stock ways to spend that many network calls: unguided with all of them, guided with half the steps.
+    """Stock settings that use exactly `calls` network calls: unguided, or guided with half as many steps.
 
-    Euler's step is DDIM's (fastdiff/diffusion/solvers.py), so it is not tried twice.
+    Euler is not tried, because its step equals DDIM's (fastdiff/diffusion/solvers.py).
     """
     ways = []
     for solver, spacing in (
@@ -51,7 +52,7 @@ def candidates(calls: int, guidances: list[float]) -> list[Settings]:
 
 
 def judged(n: int, against: Against | None = None) -> Evaluation:
-    """The first n judged prompts, without the shipped rows, which are made here."""
+    """An evaluation of the first n judged prompts, without the shipped rows, which this script makes."""
     lines = Prompts.judged(n).captions
     distance = perceptual.open_distance(SHIPPED, None)
     evaluation = Evaluation(lines, [EmbeddedFeatures(lines)], distance, resolution_px=emoji.CELL_PX, device="cpu", diverse=False)
@@ -61,13 +62,13 @@ def judged(n: int, against: Against | None = None) -> Evaluation:
 
 
 def figures_of(evaluation: Evaluation, row: Row) -> dict[str, Any]:
-    """What teacher.json holds of a row."""
+    """The figures of a row that teacher.json stores."""
     figures = evaluation.figures(row, bands=False)
     return {**row.described, **{name: figures.get(name) for name in ("retrieval", "background", "frechet", "same_noise")}}
 
 
 def best_of(rows: list[Row], calls: int, evaluation: Evaluation) -> dict[str, int]:
-    """The rows with the best retrieval and the best Frechet distance at that many calls, both on all samples."""
+    """{metric.calls: index of the best row} at that many network calls, by retrieval and by Frechet distance."""
     figures = {i: figures_of(evaluation, row) for i, row in enumerate(rows) if row.calls == calls}
     return {
         f"retrieval.{calls}": max(figures, key=lambda i: figures[i]["retrieval"]),
@@ -106,8 +107,8 @@ def main() -> None:
             rows.append(full.row("teacher", sampler, tried[i].settings))
             print("finalist", figures_of(full, rows[-1]), flush=True)
         best |= best_of(rows, calls, full)
-    # The ladder that a metric must order before it judges: the teacher's own sampler with ever fewer calls. Guidance goes
-    # when its calls would leave a single step: guided so, that is over-saturated and no better than one call.
+    # The ladder: the teacher's usual sampler with fewer and fewer calls. A metric must order it before it may judge. The last
+    # rows are unguided, because a single guided step is over-saturated and no better than one call.
     rungs = [replace(teacher, num_steps=n) for n in (25, 8, 4, 2)]
     rungs += [replace(teacher, num_steps=n, guidance=1.0) for n in (2, 1)]
     short = judged(LADDER, against)

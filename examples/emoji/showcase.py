@@ -1,9 +1,9 @@
-"""The README's pictures and the style table, from the few-step LoRA of a training run and the shipped style.
+"""Make the README's pictures and the style table from a trained few-step LoRA and the shipped style.
 
     python examples/emoji/showcase.py --accel runs/train-lcm-lora-emoji/lcm.safetensors [--out examples/emoji]
 
-Every picture comes from `fastdiff sample`; the table is `metrics.style` of its --json: the mean feature distance to the same
-emoji in each drawing style, and the share of images that are nearest to it.
+`fastdiff sample` draws every picture. The table shows `metrics.style` of its --json: the mean feature distance to the same emoji
+in each drawing style, and the share of images for which that style is the closest.
 """
 
 import argparse
@@ -25,6 +25,7 @@ SHOWN = ("red apple", "fox", "rocket", "pizza", "octopus", "house", "basketball"
 
 
 def fastdiff(*args: object) -> dict:
+    """Run a fastdiff command and return its JSON object. Exits with the error message if it fails."""
     done = subprocess.run([sys.executable, "-m", "fastdiff", *map(str, args), "--json"], stdout=subprocess.PIPE, text=True)
     report = json.loads(done.stdout)
     if not report["ok"]:
@@ -73,6 +74,7 @@ def main() -> None:
 
 
 def pixels(path: Path) -> torch.Tensor:
+    """A picture file as (3, H, W) in [-1, 1]."""
     import numpy as np
 
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 127.5 - 1

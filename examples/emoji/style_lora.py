@@ -1,8 +1,8 @@
-"""Train the second drawing style as a LoRA on the embedded checkpoint: the `anime.safetensors` of the demo.
+"""Train a second drawing style as a LoRA on the embedded checkpoint: the `anime.safetensors` of the demo.
 
     python examples/emoji/style_lora.py --style fluent --output runs/style
 
-The plain denoising loss on the same emoji drawn in another style.
+The loss is plain denoising on the same emoji drawn in another style.
 """
 
 import argparse
@@ -29,7 +29,7 @@ class Config(TrainConfig):
 
 
 class StyleLora(Method):
-    """E |eps_theta(x_t, t, c) - eps|^2, weighted like the teacher's own training: min(1 / alpha^2, 30)."""
+    """Denoising loss E |eps_theta(x_t, t, c) - eps|^2 with the weight of the teacher's own training, min(1 / alpha^2, 30)."""
 
     name, Config = "style", Config
 

@@ -1,4 +1,4 @@
-"""The rows of a long run: python examples/emoji/table.py NAME=RESULT.json ..."""
+"""Print the gaps that training results close, as a Markdown table: python examples/emoji/table.py NAME=RESULT.json ..."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 print("| student | calls | metric | undistilled | student | teacher, 50 calls | gap closed |\n|" + " --- |" * 7)
 for name, path in (argument.split("=", 1) for argument in sys.argv[1:]):
     gaps = json.loads(Path(path).read_text())["metrics"]["gap_closed"]
-    files = {"": gaps} if "retrieval" in gaps else gaps  # of one file, or of each that the run wrote
+    files = {"": gaps} if "retrieval" in gaps else gaps  # of one weight file, or {file: gaps} if the run wrote several
     for metric in ("retrieval", "frechet"):
         for file, calls, gap in [(file, *row) for file, table in files.items() for row in table[metric].items()]:
             label = f"{name}, full weights" if file.endswith("-full") else name

@@ -7,9 +7,9 @@
     python examples/emoji/train.py unet --minutes 90         # the denoiser, epsilon prediction
     python examples/emoji/train.py export                    # -> fastdiff/assets/emoji, fp16
 
-Every stage keeps `WORK/<stage>.pt` and goes on from it when the same command is given again with more minutes.
-The learning rate follows the share of the minutes spent. Two cores: run two one-thread processes rather than one with two
-threads (`torchrun --nproc-per-node 2 examples/emoji/train.py unet ...` averages gradients). A GPU is used if present.
+Every stage saves `WORK/<stage>.pt` and continues from it when the same command is given again with more minutes. The learning
+rate depends on the share of the minutes that is spent. On two cores, two processes with one thread each are faster than one with
+two threads (`torchrun --nproc-per-node 2 examples/emoji/train.py unet ...` averages gradients). A GPU is used if present.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def vae_net() -> nn.Module:
         norm_num_groups=8,
         sample_size=64,
     )
-    with torch.no_grad():  # the last four moments are log variances: fixed, so only the means are learned
+    with torch.no_grad():  # the last four channels are log variances: they stay fixed, so only the means are learned
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = 2 * math.log(NOISE)
     keep = torch.zeros(8, 1, 1, 1)
@@ -100,7 +100,7 @@ def text_net() -> nn.Module:
 
 
 def load_tokenizer():
-    """Byte-level BPE over the captions, in CLIP's own format."""
+    """A byte-level BPE tokenizer trained on the captions, in CLIP's format."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -125,7 +125,7 @@ caption = emoji.caption
 
 
 class Stage:
-    """One timed, resumable training stage: state in WORK/<name>.pt, EMA, a cosine over the minutes."""
+    """A training stage that runs for some minutes and can be resumed: state in WORK/<name>.pt, EMA, cosine learning rate."""
 
     def __init__(self, name: str, nets: dict[str, nn.Module], lr: float, args, ema: float = 0.998) -> None:
         self.name, self.path, self.minutes = name, args.work / f"{name}.pt", args.minutes
@@ -145,6 +145,7 @@ class Stage:
         self.saved = time.time()
 
     def run(self, loss_of) -> None:
+        """Train until the minutes are spent. `loss_of(step, share of the time spent)` returns {name: loss}."""
         started, mean = time.time(), {}
         done = self.seconds
         while self.seconds < self.minutes * 60:
@@ -188,6 +189,7 @@ def rank() -> int:
 
 
 def agreed(seconds: float) -> float:
+    """The first process's value, on all processes."""
     if not dist.is_initialized():
         return seconds
     value = torch.tensor(seconds)
@@ -196,6 +198,7 @@ def agreed(seconds: float) -> float:
 
 
 def average_gradients(params: list[nn.Parameter]) -> None:
+    """Average the gradients over all processes."""
     if dist.is_initialized():
         flat = torch.cat([p.grad.flatten() for p in params])
         dist.all_reduce(flat)
@@ -205,18 +208,19 @@ def average_gradients(params: list[nn.Parameter]) -> None:
 
 
 def trained(args, stage: str, key: str, net: nn.Module) -> nn.Module:
-    """A finished stage's averaged weights, frozen."""
+    """Load the averaged weights of a finished stage into `net` and freeze it."""
     net.load_state_dict(torch.load(args.work / f"{stage}.pt", map_location="cpu")["ema"][key])
     return net.eval().requires_grad_(False).to(args.device)
 
 
 def draw_batch(size: int, args, style: str = "noto") -> tuple[Tensor, Tensor, Tensor]:
+    """Random pictures: picture numbers (B,), colours (B,) and pixels (B, 3, 64, 64) in [-1, 1]."""
     picture, colour = torch.randint(PICTURES, (size,)), torch.randint(COLOURS, (size,))
     return picture, colour, emoji.compose(picture, colour, style).to(args.device)
 
 
 def degrade(pixels: Tensor) -> Tensor:
-    """Shift, blur, noise, contrast and saturation at random strengths: what imperfect samplers do to pictures."""
+    """Shift, blur and add noise, and change contrast and saturation, at random strengths, as imperfect samplers do."""
     n, device = len(pixels), pixels.device
     shift = torch.randint(-3, 4, (2,)).tolist()
     pixels = pixels.roll(shift, (2, 3))
@@ -325,14 +329,14 @@ def train_vae(args) -> None:
 
 @torch.no_grad()
 def all_latents(vae, args, style: str = "noto") -> Tensor:
-    """Posterior means of every picture on every background: (pictures, colours, 4, 8, 8)."""
+    """Latents (pictures, colours, 4, 8, 8) of every picture on every background: the posterior means."""
     every = torch.arange(PICTURES)
     columns = [vae.encode(emoji.compose(every, torch.full_like(every, c), style).to(args.device)) for c in range(COLOURS)]
     return torch.stack([c.latent_dist.mean for c in columns], 1)
 
 
 def train_decoder(args) -> None:
-    """The decoder alone on frozen latents, with the recogniser's feature distance added: sharper, same latent space."""
+    """Train only the decoder, on fixed latents, with a feature distance in the loss. It makes the pictures sharper."""
     vae = trained(args, "vae", "vae", vae_net())
     styles = ("noto", "noto", "noto", "fluent", "twemoji")  # the other styles too, for style LoRAs
     latents = {style: all_latents(vae, args, style) for style in set(styles)}
@@ -353,7 +357,10 @@ def train_decoder(args) -> None:
 
 @torch.no_grad()
 def caption_table(args) -> Tensor:
-    """Text states of every caption: (pictures, colours + 1, name | group, L, D); the last colour is 'not said'."""
+    """Text states (pictures, colours + 1, name | group, L, D) of every caption, and (1, L, D) of the empty one.
+
+    The last colour means that the caption names none.
+    """
     tokenizer, net = load_tokenizer(), trained(args, "text", "net", text_net())
     captions = [caption(i, b, g) for i in range(PICTURES) for b in (*range(COLOURS), None) for g in (False, True)]
     states = torch.cat([net(t.to(args.device)).last_hidden_state for t in tokens_of(tokenizer, captions).split(512)])
@@ -362,9 +369,9 @@ def caption_table(args) -> Tensor:
 
 
 def train_unet(args) -> None:
-    """Epsilon prediction; the weight min(1 / alpha^2, 30) turns the plain loss into the v loss, capped.
+    """Train the denoiser to predict epsilon, with the weight min(1 / alpha^2, 30), which makes it a capped v loss.
 
-    The plain loss hardly counts the high noise levels, where picture and background are decided.
+    The unweighted loss hardly counts the high noise levels, where picture and background are decided.
     """
     from fastdiff.diffusion.schedule import NoiseSchedule
 
@@ -393,7 +400,7 @@ def train_unet(args) -> None:
 
 
 def export(args) -> None:
-    """The averaged weights as a stock diffusers pipeline, fp16, and the recogniser beside it."""
+    """Write the averaged weights as a stock diffusers pipeline in fp16, with the recogniser beside it."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from safetensors.torch import save_file
 

@@ -1,8 +1,8 @@
-"""Score identity distillation of one step (Zhou et al. 2024, SiD), as a LoRA; no pictures are needed, only prompts.
+"""Score identity distillation (SiD, Zhou et al. 2024) to one step, as a LoRA. It needs prompts, but no pictures.
 
 x     = G(z, T)                                    the student's x0 of pure noise
 x_t   = alpha_t x + sigma_t eps
-f, g  = teacher(x_t).x0, fake(x_t).x0              teacher guided; fake score trained on the student's samples
+f, g  = teacher(x_t).x0, fake(x_t).x0              the teacher is guided; the fake score is trained on the student's samples
 student:  (1 - a) |f - g|^2 + (f - g) (g - x),     divided by the mean of |x - f|, gradients through all three
 fake:     its own denoising loss on x
 """
@@ -30,7 +30,7 @@ class Config(TrainConfig):
 
 
 class ScoreIdentity(Method):
-    """Teacher, student and fake score are one network with two adapters."""
+    """SiD with teacher, student and fake score as one network with two adapters."""
 
     name, Config = "score-identity", Config
     examples = "fastdiff score-identity --steps 500"
@@ -68,7 +68,7 @@ class ScoreIdentity(Method):
 
     @equation("SiD, equation 23")
     def identity(self, x, x_t, t, batch):
-        """Zero in expectation where the student's distribution is the teacher's."""
+        """The student's loss on its samples x (B, C, h, w). Zero on average if student and teacher draw alike."""
         f = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.config.guidance).x0
         g = self.fake(x_t, t, batch.cond).x0
         weight = (x - f).abs().mean((1, 2, 3), keepdim=True).detach()

@@ -1,8 +1,8 @@
-"""Trajectory-segmented consistency in stages (Ren et al. 2024, Hyper-SD, section 3.1): 8 segments, then 4, 2 and 1.
+"""Trajectory-segmented consistency distillation in stages (Hyper-SD, Ren et al. 2024, section 3.1): 8 segments, then 4, 2 and 1.
 
-in each stage T is cut into n segments; a sample at t in one of them, and a guided DDIM step of the teacher to u < t
-loss = | jump(student(x_t, t), s) - jump(student(x_u, u), s) |,    s the lower end of the segment
-one LoRA goes through all stages; each stage writes it as it is then, sampled by DDIM in as many steps as segments
+Each stage cuts the timesteps into n segments. A sample at t moves by a guided DDIM step of the teacher to u < t, and
+loss = | jump(student(x_t, t), s) - jump(student(x_u, u), s) |,    s the lower end of the segment.
+One LoRA goes through all stages. Each stage writes its LoRA, to be sampled by DDIM with as many steps as segments.
 """
 
 from dataclasses import dataclass, replace
@@ -31,10 +31,14 @@ class Config(TrainConfig):
 
 @dataclass(frozen=True)
 class Stage(Phase):
+    """A phase with its number of segments."""
+
     segments: int = 1
 
 
 class Segments(Method):
+    """Hyper-SD's first part: consistency inside segments, which are halved from stage to stage."""
+
     name, Config = "segments", Config
     examples = "fastdiff segments --segments 4 --steps 600"
 
@@ -62,7 +66,7 @@ class Segments(Method):
         x0, total = batch.latents, len(self.schedule)
         length = total // now.phase.segments
         t = torch.randint(total, (len(x0),), device=x0.device)
-        s = t // length * length - 1  # the step of trailing spacing below; -1 is clean
+        s = t // length * length - 1  # the next lower timestep of trailing spacing; -1 is a clean latent
         u = torch.maximum(t - self.config.stride, s)
         x_t = self.schedule.add_noise(x0, torch.randn_like(x0), t)
         with torch.no_grad():
@@ -72,7 +76,7 @@ class Segments(Method):
 
     @equation("Hyper-SD, equation 5")
     def landing(self, x, t, s, cond):
-        """Where the student's DDIM jump from t lands in its segment; who is there already stays."""
+        """The student's DDIM jump of x (B, C, h, w) from t (B,) to the segment's end s (B,). Samples with t = s stay there."""
         there = jump(self.schedule, self.student(x, t.clamp(min=0), cond), s)
         return torch.where((t == s)[:, None, None, None], x, there)
 

@@ -1,6 +1,6 @@
-"""The `bench` command: fastdiff against the stock way of the same work, taking turns in one process.
+"""The `bench` command: compares the speed of fastdiff with that of stock libraries on the same work.
 
-That both ways give the same is checked before a ratio is printed.
+The two ways take turns in one process. Before it prints a ratio, the command checks that both give the same result.
 """
 
 import json
@@ -39,13 +39,14 @@ from fastdiff.sampling.settings import Settings
 from fastdiff.training.method import Now
 
 PROMPT = "a red apple"
-NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.999, torch.float16: 0.999}  # largest difference; for halves, the cosine
+# Results count as equal up to this difference in fp32, and from this cosine on in half precision.
+NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.999, torch.float16: 0.999}
 
 
 def run(config: Config) -> Result:
     """The `bench` command."""
     if (config.layout or config.widths) and not config.random_weights:
-        raise UsageError("--layout, --widths: change the network's shape, so its weights are random", "add --random-weights")
+        raise UsageError("--layout and --widths change the network's shape, so no weights fit it", "add --random-weights")
     device = pick_device(config.device)
     if "openvino" in {config.compile, config.against}:
         openvino.check(device, config.precision)
@@ -55,12 +56,13 @@ def run(config: Config) -> Result:
         console.info(f"{name}: {format_value(value)}")
     result = Result(metrics=metrics)
     if config.assert_ratio and metrics["ratio"] < config.assert_ratio:
-        message = f"bench {config.work}: {metrics['ratio']:.2f}x of the stock way's speed, less than {config.assert_ratio:g}x"
+        message = f"bench {config.work}: {metrics['ratio']:.2f}x the speed of the stock way, less than {config.assert_ratio:g}x"
         raise GateFailed(message, "", result=result)
     return result
 
 
 def format_value(value: Any) -> str:
+    """A figure as text: four significant digits of a float, a dict as JSON."""
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
 
 
@@ -68,7 +70,10 @@ def format_value(value: Any) -> str:
 
 
 def opened(config: Config, device: torch.device, *, unet_alone: bool = False) -> Checkpoint:
-    """The base, or its shape with random weights made on the device; the other networks only where they are wanted."""
+    """The base, or with `random_weights` a network of its shape with random weights on the device.
+
+    `unet_alone` then leaves out the VAE and the text encoders.
+    """
     half = "bf16" if device.type == "cuda" else "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
         half if config.precision == "auto" else config.precision
@@ -93,6 +98,7 @@ def opened(config: Config, device: torch.device, *, unet_alone: bool = False) ->
 
 
 def made(part: str, config: dict[str, Any], kind: str = "") -> nn.Module:
+    """One network of a checkpoint with random weights; `kind` is the class of a text encoder."""
     if part.startswith("text_encoder"):
         import transformers
 
@@ -104,18 +110,24 @@ def made(part: str, config: dict[str, Any], kind: str = "") -> nn.Module:
 
 
 def with_widths(shape: dict[str, Any], text: str) -> dict[str, Any]:
-    """The config with other channels, and heads of 32 of them."""
+    """A UNet config with the channels that `text` lists, as 96,192,384, and attention heads of 32 channels.
+
+    UsageError where `text` is not one multiple of 32 per resolution.
+    """
     try:
         widths = [int(w) for w in text.split(",")]
     except ValueError as error:
-        raise UsageError(f"--widths {text}: not numbers with commas between them", "as 96,192,384") from error
+        raise UsageError(f"--widths {text}: not whole numbers separated by commas", "as 96,192,384") from error
     if len(widths) != unet.stages(shape) or any(w < 1 or w % 32 for w in widths):
-        raise UsageError(f"--widths {text}: {unet.stages(shape)} multiples of 32 are needed, one a resolution")
+        raise UsageError(f"--widths {text}: needs {unet.stages(shape)} multiples of 32, one for each resolution")
     return {**shape, "block_out_channels": widths, "attention_head_dim": [w // 32 for w in widths], "num_attention_heads": None}
 
 
 def nearness(name: str, ours: Tensor, stock: Tensor, dtype: torch.dtype) -> float:
-    """Largest difference of numbers of size 1, or in half precision the cosine; GateFailed where the two ways differ."""
+    """How near the results of the two ways are: the largest difference relative to the size, or in half precision the cosine.
+
+    GateFailed where they differ by more than NEAR allows.
+    """
     a, b = ours.float().flatten().cpu(), stock.float().flatten().cpu()
     if dtype == torch.float32:
         value = ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
@@ -124,12 +136,12 @@ def nearness(name: str, ours: Tensor, stock: Tensor, dtype: torch.dtype) -> floa
         value = torch.cosine_similarity(a, b, dim=0).item()
         same = value >= NEAR[dtype]
     if not same:
-        raise GateFailed(f"bench: {name} of the two ways differ ({value:.2g}); no ratio is told")
+        raise GateFailed(f"bench: the {name} of the two ways differ ({value:.2g}), so no ratio is given")
     return value
 
 
 def compared(seconds: dict[str, list[float]], work: float) -> dict[str, Any]:
-    """Medians and their ratio; `work` is pictures or samples a call."""
+    """The medians of both ways and their ratio. `work` is the number of pictures or samples per call."""
     ours, stock = (statistics.median(seconds[name]) for name in ("ours", "stock"))
     return {"ratio": stock / ours, "ours_ms": 1e3 * ours, "stock_ms": 1e3 * stock, "ours_per_s": work / ours,
             "stock_per_s": work / stock, "calls": len(seconds["ours"])}  # fmt: skip
@@ -150,7 +162,7 @@ def peaks(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def sample(config: Config, device: torch.device) -> dict[str, Any]:
-    """Prompt to picture, n at once: the stock pipeline encodes its prompt in every call, fastdiff remembers it."""
+    """Measure from prompt to picture, a batch at once. The stock pipeline encodes prompts in every call, fastdiff caches them."""
     from PIL import Image
 
     base, n = opened(config, device), config.batch_size or 1
@@ -162,7 +174,7 @@ def sample(config: Config, device: torch.device) -> dict[str, Any]:
     how = dict(device=device, vae=tiny if config.decoder == "tiny" else None)
     sampler = Sampler(base, compile=config.compile, **how)
     samplers = {"ours": sampler}
-    if config.against == "openvino" and config.compile != "openvino":  # a third way: ours by that library
+    if config.against == "openvino" and config.compile != "openvino":  # a third way: fastdiff with OpenVINO
         samplers["openvino"] = Sampler(base, compile="openvino", **how)
     pipe = stock_of(config, base, settings, px, cond, device, tiny if config.stock_decoder == "tiny" else None)
     side = px // autoencoder.factor(sampler.vae)
@@ -191,7 +203,7 @@ def sample(config: Config, device: torch.device) -> dict[str, Any]:
         metrics |= {"openvino_first_ms": 1e3 * first["openvino"], "stock_start_ms": 1e3 * pipe.start_s}
     if not config.null:
         most = measure.ceiling(device, base.dtype, least=most)
-        # In a graph or another library nothing can be counted: the same work, drawn plainly.
+        # Operations in a CUDA graph or in OpenVINO cannot be counted, so the same work is done once in plain PyTorch.
         plain = Engine(sampler.denoiser, lambda latents: autoencoder.decode(sampler.vae, latents), device)
         counted, worst = measure.cost(lambda: plain.bytes(walk)), max if base.dtype == torch.float32 else min
         metrics |= {"parity": worst(parity), "gflop": counted.flops / 1e9,
@@ -206,16 +218,16 @@ def sample(config: Config, device: torch.device) -> dict[str, Any]:
 def stock_of(
     config: Config, base: Checkpoint, settings: Settings, px: int, cond: Cond, device: torch.device, vae: nn.Module | None
 ) -> Any:
-    """What is compared with; `vae` instead of the base's own."""
+    """The stock side of the comparison. `vae` replaces the base's own. UsageError where OpenVINO cannot do this work."""
     if config.against != "openvino":
         return stock.Pipeline(base, settings, px, device=device, compiled=config.against == "compiled", vae=vae)
     if config.null or settings.guided or base.family.size_conditioned:
-        raise UsageError("--against openvino: one call a step of an SD1.5 or SD2.1 network", "leave --null and --guidance out")
+        raise UsageError("--against openvino: needs one call per step of an SD1.5 or SD2.1 network", "drop --null and --guidance")
     return stock.OpenVino(base, settings, px, cond, vae=vae or base.vae)
 
 
 def nulled(sampler: Sampler, pipe: stock.Pipeline, px: int) -> None:
-    """Networks that do nothing on both sides."""
+    """Give both sides networks that do nothing, so that only the code around them is timed."""
     null = stock.NullUNet(pipe.pipe.unet.config)
     pipe.pipe.unet = null
     pictures = lambda z: torch.zeros(len(z), 3, px, px, device=z.device)
@@ -226,7 +238,10 @@ def nulled(sampler: Sampler, pipe: stock.Pipeline, px: int) -> None:
 
 
 def cold(config: Config, base: Checkpoint) -> dict[str, Any]:
-    """From a new process to a picture on the disk: `fastdiff sample` against the script of the libraries' documentation."""
+    """Measure from a new process to a picture on disk: `fastdiff sample` against the script in the libraries' documentation.
+
+    {} where the base is not a folder.
+    """
     if not base.path.is_dir():
         return {}
     with tempfile.TemporaryDirectory() as name:
@@ -245,7 +260,7 @@ def cold(config: Config, base: Checkpoint) -> dict[str, Any]:
 
 
 class OurStep:
-    """A step of `train-lcm-lora` from cached latents and prompts."""
+    """A training step of `train-lcm-lora` on cached latents and prompts."""
 
     def __init__(self, base: Checkpoint, config: lcm.Config, batch: Batch, device: torch.device) -> None:
         base.unet.to(device)
@@ -269,7 +284,10 @@ class OurStep:
 
 
 def step_of(which: str, config: Config, device: torch.device) -> tuple[Any, Callable[[], Any], lcm.Config]:
-    """One of the two ways to train, ready, with what a step of it is. Ours finds latents and prompts in its cache."""
+    """One of the two ways to train ("ours" or "stock"), the function that does a step of it, and the training config.
+
+    Ours gets latents and prompts that are encoded already, as its cache gives them.
+    """
     base = opened(config, device, unet_alone=which == "ours")
     row = lcm.PRESETS[base.family.name]
     names = {k: row[k] for k in ("lora_rank", "lora_alpha", "lr", "guidance_min", "guidance_max", "skip") if k in row}
@@ -292,7 +310,10 @@ def step_of(which: str, config: Config, device: torch.device) -> tuple[Any, Call
 
 
 def train(config: Config, device: torch.device) -> dict[str, Any]:
-    """LCM-LoRA steps: from cached latents and prompts with one teacher pass, against the layout of the official scripts."""
+    """Measure LCM-LoRA training steps, against steps laid out as in diffusers' scripts.
+
+    Ours uses cached latents and prompts, and one teacher pass per step.
+    """
     ours, our_step, lcm_config = step_of("ours", config, device)
     theirs, stock_step, _ = step_of("stock", config, device)
     losses = []
@@ -302,7 +323,7 @@ def train(config: Config, device: torch.device) -> dict[str, Any]:
         theirs.uncond = batch.uncond
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):  # as both steps compute it
             losses.append(ours.loss() if way == "ours" else theirs.loss(batch.latents, batch.cond))
-    near = (losses[0] / losses[1]).detach()  # losses are small numbers: their ratio is compared
+    near = (losses[0] / losses[1]).detach()  # losses are small numbers, so their ratio is compared with 1
     parity = nearness("losses", near, torch.ones_like(near), torch.float32 if device.type == "cpu" else torch.bfloat16)
     del losses
     seconds = measure.interleaved({"ours": our_step, "stock": stock_step}, config.calls, device=device)
@@ -329,7 +350,7 @@ for _ in range(3):
 
 
 def merge(config: Config, device: torch.device) -> dict[str, Any]:
-    """`merge-lora --base` against load, fuse and save of diffusers, each in a process of its own."""
+    """Measure `merge-lora --base` against load, fuse and save in diffusers, each in a process of its own."""
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as name:
@@ -340,7 +361,7 @@ def merge(config: Config, device: torch.device) -> dict[str, Any]:
             source = folder / "base"
             write.to_folder(base, source)
         if not source.is_dir():
-            raise UsageError("bench merge: needs a diffusers folder, or --random-weights")
+            raise UsageError(f"--base {config.base}: bench merge needs a diffusers folder", "give one, or add --random-weights")
         style = folder / "lora.safetensors"
         lora.save(random_lora(base), style)
         (folder / "bake.py").write_text(stock.BAKE)
@@ -359,6 +380,7 @@ def merge(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def random_lora(base: Checkpoint, rank: int = 16) -> lora.Lora:
+    """A LoRA with random weights on the usual target layers of the base's UNet."""
     g, modules = torch.Generator().manual_seed(0), {}
     for name, shape in base.shapes("unet").items():
         module = name.removesuffix(".weight")

@@ -1,4 +1,4 @@
-"""Pictures before and after a merge: the same prompts and seeds on the same base, one sheet and how far they are apart."""
+"""Compares pictures before and after a merge, drawn with the same prompts and seeds on the same base."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ SEEDS = (0, 1, 2, 3)
 
 
 def drawn(ref: str, loras: list[tuple[Lora, float]], prompts: list[str], settings: Settings | None) -> tuple[Any, Settings]:
-    """Images (N, 3, H, W) of a base with LoRAs, and the settings they were drawn with: the first recipe's."""
+    """Pictures (N, 3, H, W) in [-1, 1] of a base with LoRAs, and the settings they were drawn with.
+
+    Where `settings` is None, the first recipe among the weights decides.
+    """
     sampler = Sampler(ref, loras=loras, device="cpu", compile="off")
     settings, px = settings or sampler.settings, sampler.base.resolution_px
     cond, uncond = sampler.conds(prompts)
@@ -23,7 +26,10 @@ def drawn(ref: str, loras: list[tuple[Lora, float]], prompts: list[str], setting
 
 
 def before_and_after(ref: str, loras: list[tuple[Lora, float]], output: Path, *, baked: bool) -> tuple[Path, dict[str, float]]:
-    """Left the LoRAs applied one by one, right what was written; `baked`: that is a checkpoint."""
+    """Draw with the separate LoRAs (left) and with the written file (right): the path of the sheet, and the differences.
+
+    The differences are on a scale of 0 to 255. `baked`: `output` is a checkpoint and not a LoRA.
+    """
     family = locate.family_of(ref)
     prompts = default_prompts(family)[: len(SEEDS)]
     before, settings = drawn(ref, loras, prompts, None)

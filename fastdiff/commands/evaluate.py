@@ -1,4 +1,4 @@
-"""The `evaluate` command: how good few-step models are, judged on pictures against their teacher, and never by a loss."""
+"""The `evaluate` command: judges few-step models by their pictures, compared with their teacher's."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -26,12 +26,12 @@ from fastdiff.sampling.settings import Settings
 
 # ---- what is sampled
 
-FAST = dict(compile="off", identified=True)  # kept by content
-Opener = Callable[[Sequence[str], str | None], Sampler]  # (further LoRAs, ControlNet): opened when its turn comes
+FAST = dict(compile="off", identified=True)  # `identified`: hash the weights, so that drawn rows can be cached
+Opener = Callable[[Sequence[str], str | None], Sampler]  # (further LoRAs, ControlNet) -> a model, opened only when needed
 
 
 def teacher_settings(config: Config, family: Family) -> Settings:
-    """How the teacher is sampled: as its family usually is, but for the steps and guidance that the options name."""
+    """How the teacher is sampled: as is usual for its family, except for steps and guidance that the options set."""
     usual = Settings.usual(family)
     reference_steps = 25 if config.reference_folder else int(config.reference.partition(":")[2] or 25)
     guidance = usual.guidance if config.teacher_guidance is None else config.teacher_guidance
@@ -39,11 +39,14 @@ def teacher_settings(config: Config, family: Family) -> Settings:
 
 
 def name_of(spec: str) -> str:
+    """A short name for a student: its file or folder, or the run folder where the file has a standard name."""
     path = Path(spec)
     return path.parent.name if path.stem in {"model", "pytorch_lora_weights"} and path.parent.name else path.stem
 
 
 def lora_on_base(config: Config, specs: Sequence[str], dtype: torch.dtype, device: torch.device) -> Opener:
+    """Opens the base with the LoRAs `specs`."""
+
     def opened(more: Sequence[str], guide: str | None) -> Sampler:
         base = config.open_base(dtype)
         how = dict(remap=bool(more) and is_pruned(base), allow_pickle=config.allow_pickle)
@@ -53,18 +56,20 @@ def lora_on_base(config: Config, specs: Sequence[str], dtype: torch.dtype, devic
 
 
 def whole(config: Config, ref: str, dtype: torch.dtype, device: torch.device) -> Opener:
+    """Opens a student that is a whole checkpoint."""
+
     def opened(more: Sequence[str], guide: str | None) -> Sampler:
         base = checkpoint.load(ref, dtype=dtype, allow_pickle=config.allow_pickle)
         how = dict(remap=bool(more) and is_pruned(base), allow_pickle=config.allow_pickle)
         made = Sampler(base, loras=list(more), vae=config.vae, controlnet=guide, device=device, **how, **FAST)
-        made.recipe = base.recipe  # a style's header does not say how its wearer is sampled
+        made.recipe = base.recipe  # the checkpoint's own recipe, and not the one in a style LoRA's header
         return made
 
     return opened
 
 
 def students(config: Config, family: Family, dtype: torch.dtype, device: torch.device) -> list[Model]:
-    """What was asked to be judged; nothing heavy is read yet. UsageError where one is of another family."""
+    """The models to judge. Only headers are read so far. UsageError where one is of another family than the base."""
     models: list[Model] = []
     for specs in [[spec] for spec in config.student] + ([config.lora] if config.lora else []):
         path = specs[0].partition("=")[0]
@@ -72,13 +77,13 @@ def students(config: Config, family: Family, dtype: torch.dtype, device: torch.d
             recipe = Recipe.from_metadata(tensors.open_file(path).metadata)
             own_family, opener = recipe.family or family.name, lora_on_base(config, specs, dtype, device)
         elif config.lora:
-            raise UsageError(f"--lora {path}: no LoRA file", "a checkpoint is given with --student")
+            raise UsageError(f"--lora {path}: not a LoRA file", "give a checkpoint with --student")
         else:
             base = checkpoint.load(path, allow_pickle=config.allow_pickle)
             recipe, own_family, opener = base.recipe, base.family.name, whole(config, path, dtype, device)
         if not family.has_name(own_family):
             flag = "--lora" if config.lora else "--student"
-            raise UsageError(f"{flag} {path}: of {own_family}, but --base is {family}", "give its base")
+            raise UsageError(f"{flag} {path}: of {own_family}, but --base is {family}", "give its own base with --base")
         name, alike = name_of(path), sum(m.name.split(" #")[0] == name_of(path) for m in models)
         ladder = ladder_of(recipe, family, config.steps)
         models.append(Model(f"{name} #{alike + 1}" if alike else name, opener, ladder))
@@ -86,10 +91,10 @@ def students(config: Config, family: Family, dtype: torch.dtype, device: torch.d
 
 
 def open_evaluation(config: Config, family: Family, resolution_px: int, device: torch.device, save_to: Path | None) -> Evaluation:
-    """The prompts, and what their pictures are judged by."""
+    """Read the prompts and open the networks that judge the pictures."""
     lines = prompts_of(family, config.prompts, config.num_images)
     if config.protocol and (there := len(read_prompts(Path(config.prompts)))) < config.num_images:
-        console.warn(f"--protocol {config.protocol}: {config.num_images} prompts, but {config.prompts} has {there}")
+        console.warn(f"--protocol {config.protocol}: needs {config.num_images} prompts, but {config.prompts} has {there}")
     with console.timed("load_s"):
         extractors = open_extractors(
             family,
@@ -104,9 +109,9 @@ def open_evaluation(config: Config, family: Family, resolution_px: int, device: 
         )
         distance = open_distance(family, asked=config.asked, lpips_weights=config.lpips_weights)
     if config.clip != networks.CLIP and not config.protocol and any(isinstance(e, ClipFeatures) for e in extractors):
-        console.info(f"--clip {config.clip}: CMMD is published with {networks.CLIP}")
+        console.info(f"--clip {config.clip}: published CMMD figures use {networks.CLIP}")
     if not extractors and distance is None:
-        console.warn("only drift is measured: no network that judges pictures is at hand")
+        console.warn("only drift is measured, because no network that judges pictures is available")
     return Evaluation(
         lines,
         extractors,
@@ -152,5 +157,5 @@ def run(config: Config) -> Result:
     return Result([output / "report.html", output / "metrics.json", sheet], metrics)
 
 
-# Every row is stored as soon as it was drawn: the same command goes on.
+# Every row is cached as soon as it is drawn, so the same command goes on after a stop.
 COMMAND = Runnable(Config, run, PRESETS, examples=EXAMPLES, resumes=True)

@@ -1,4 +1,4 @@
-"""The `export` command: a checkpoint as a diffusers folder or as one file for other programs; a LoRA in another layout."""
+"""The `export` command: writes a checkpoint as a diffusers folder or one file for other programs, or a LoRA in another layout."""
 
 import shlex
 from pathlib import Path
@@ -16,13 +16,13 @@ DTYPES = {"stored": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32":
 
 
 def destination(config: Config) -> Path:
-    """Where it goes; never onto the source, nor onto a folder that holds it."""
+    """The path to write to. UsageError where it would overwrite the input or a folder that contains it, or is misnamed."""
     source = Path(config.lora or config.base).expanduser()
     one = config.single_file or (config.lora is not None and config.format != "peft")
     path = Path(config.output or f"{source.stem}-{config.format if config.lora else 'export'}{'.safetensors' if one else ''}")
     path = path.expanduser()
     if one and path.suffix != ".safetensors":
-        raise UsageError(f"--output {path}: one file is named .safetensors", f"use --output {path}.safetensors")
+        raise UsageError(f"--output {path}: the name of a file must end in .safetensors", f"use --output {path}.safetensors")
     if source.exists() and source.resolve().is_relative_to(path.resolve()):
         raise UsageError(f"--output {path}: would overwrite the input {source}; choose another name")
     return path

@@ -1,4 +1,4 @@
-"""The `inspect` command: what a file is, from its header alone; whether we read it, and whether it is safe to open."""
+"""The `inspect` command: says from a file's header what it is, whether fastdiff can read it, and whether it is safe to open."""
 
 import json
 import re
@@ -20,14 +20,14 @@ from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import InputRefused, Result, UsageError
 
-KINDS = (  # a side that tells the kind of an update; the first that is there decides
+KINDS = (  # (tensor of a module, kind of update); the first tensor that a module has decides its kind
     ("magnitude", "dora"), ("magnitude_out", "dora"), ("blocks", "oft"), ("a1", "glora"), ("vector", "ia3"),
     ("diff", "full"), ("kron1", "lokr"), ("kron1_a", "lokr"), ("w1_a", "loha"), ("down", "lora"),
 )  # fmt: skip
 
 
 def of_lora(file: TensorFile) -> dict[str, Any]:
-    """Layouts, kinds, ranks and scales of a LoRA; of its tensors only the alphas are read, a number each."""
+    """Layouts, kinds, ranks and scales of a LoRA. Of its tensors only the alphas are read, which are one number each."""
     table = single_file.flat_table()
     embeddings = [key for key in file if key.startswith("bundle_emb.")]
     parts = {key: lora.parse(key, table) for key in file if key not in embeddings}
@@ -62,7 +62,7 @@ def of_lora(file: TensorFile) -> dict[str, Any]:
 
 
 def shaped(file: TensorFile, module: Mapping[str, str]) -> Update | None:
-    """A stand-in with the shapes of a plain LoRA module, on no memory."""
+    """A plain LoRA module with the right shapes on the meta device, without memory; None for other kinds."""
     import torch
 
     if set(module) - {"alpha"} != {"down", "up"}:
@@ -72,12 +72,13 @@ def shaped(file: TensorFile, module: Mapping[str, str]) -> Update | None:
 
 
 def family_of(file: TensorFile, sides: Mapping[str, Mapping[str, str]]) -> str | None:
+    """The model family that a LoRA is for; None where it cannot be known."""
     family = Lora({key: update for key, m in sides.items() if (update := shaped(file, m))}, file.metadata).family
     return family and family.name
 
 
 def coverage(file: TensorFile, ref: str) -> dict[str, Any]:
-    """How many modules have a place of their shape in a checkpoint, without reading a weight."""
+    """How many of a LoRA's modules match a layer of a checkpoint in name and shape. No weights are read."""
     base = checkpoint.load(ref)
     layers = base.unet_config.get("layers_per_block", 2)
     table = single_file.flat_table(layers if isinstance(layers, int) else 2)
@@ -98,7 +99,7 @@ def coverage(file: TensorFile, ref: str) -> dict[str, Any]:
 
 
 def of_checkpoint(file: TensorFile) -> dict[str, Any]:
-    """Family, prediction type and what a single-file checkpoint holds; refused kinds by name."""
+    """Family, prediction type and components of a single-file checkpoint; `unusual` says why it cannot be read, if so."""
     detected = detect(file)
     facts: dict[str, Any] = {
         "family": detected.family.name,
@@ -124,7 +125,7 @@ def of_checkpoint(file: TensorFile) -> dict[str, Any]:
 
 
 def look(path: Path, config: Config) -> dict[str, Any]:
-    """Everything that the header says."""
+    """All facts that the header of a file, or the configs of a folder, give."""
     if path.is_dir():
         base = checkpoint.load(str(path))
         stored = {part: [p.name for p in base.stored(part, path)] for part in base.parts}
@@ -155,7 +156,10 @@ def look(path: Path, config: Config) -> dict[str, Any]:
 
 
 def run(config: Config) -> Result:
-    """The `inspect` command: exit 0 for what is safe, supported or not; exit 3, with what is known, for what is not."""
+    """The `inspect` command. A safe file exits with 0, supported or not.
+
+    An unsafe or damaged one raises InputRefused (exit code 3), whose result has all that is known.
+    """
     path = Path(config.file).expanduser()
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")
@@ -164,7 +168,7 @@ def run(config: Config) -> Result:
     if re.match(tensors.PICKLE, head):
         names = tensors.unsafe_globals(path)
         metrics |= {"kind": "pickle", "safe": False, "supported": False, "would_run": names}
-        why = f"a pickle that wants to run {', '.join(names[:3])}" if names else "a pickle: it can run code when it is opened"
+        why = f"a pickle that wants to run {', '.join(names[:3])}" if names else "a pickle, which can run code when it is opened"
         error = InputRefused(f"{path}: {why}", "convert it to safetensors" if names else "--allow-pickle reads its tensors alone")
         error.result = Result(metrics=metrics)
         raise error
@@ -178,6 +182,7 @@ def run(config: Config) -> Result:
 
 
 def format_value(value: Any) -> str:
+    """A fact as text for the table: text as it is, other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -1,4 +1,4 @@
-"""The `merge-lora` command: LoRAs to one LoRA, exactly or to a rank; into a checkpoint; out of two checkpoints."""
+"""The `merge-lora` command: merges LoRAs into one LoRA or into a checkpoint, or extracts a LoRA from two checkpoints."""
 
 import re
 import shlex
@@ -20,9 +20,9 @@ from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import InputRefused, Result, UsageError
 
-ACCEL_WEIGHT, STYLE_WEIGHT = 1.0, 0.8  # a few-step LoRA was distilled at 1; a style at 1 beside it overdraws
+ACCEL_WEIGHT, STYLE_WEIGHT = 1.0, 0.8  # a few-step LoRA was distilled at 1; a style beside it is too strong at 1
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-BLOCKS = {  # how many numbers, and of which blocks: the lists of the LoRA block weight extension
+BLOCKS = {  # length of the list -> its blocks in order, as the LoRA block weight extension defines them
     17: ["BASE", *(f"IN{i:02}" for i in (1, 2, 4, 5, 7, 8)), "M00", *(f"OUT{i:02}" for i in range(3, 12))],
     26: ["BASE", *(f"IN{i:02}" for i in range(12)), "M00", *(f"OUT{i:02}" for i in range(12))],
     12: ["BASE", *(f"IN{i:02}" for i in (4, 5, 7, 8)), "M00", *(f"OUT{i:02}" for i in range(6))],
@@ -31,7 +31,7 @@ BLOCKS = {  # how many numbers, and of which blocks: the lists of the LoRA block
 
 
 def block_of(key: str, layers: int = 2) -> str:
-    """IN04, M00, OUT11: the LDM block of a module; BASE for text encoders and what lies outside the blocks."""
+    """The LDM block of a module, as IN04, M00 or OUT11; BASE for text encoders and layers outside the blocks."""
     flat = single_file.to_flat(key.removeprefix("lora_unet_"), layers) if key.startswith("lora_unet_") else ""
     match = re.match(r"(input|middle|output)_blocks?_(\d+)", flat)
     if not match:
@@ -40,7 +40,10 @@ def block_of(key: str, layers: int = 2) -> str:
 
 
 def weighted(item: Lora, text: str | None) -> Lora:
-    """The LoRA with every module scaled by its block's number; blocks that the list does not name keep 1."""
+    """The LoRA with every module scaled by the number of its block. Blocks that the list does not name keep 1.
+
+    UsageError where the list has an unknown length; InputRefused where a module's kind cannot be scaled.
+    """
     if text is None:
         return item
     try:
@@ -48,7 +51,7 @@ def weighted(item: Lora, text: str | None) -> Lora:
     except ValueError:
         numbers = []
     if len(numbers) not in BLOCKS:
-        raise UsageError(f"--block-weights: {len(numbers)} numbers; 12 or 20 (SDXL), 17 or 26 (SD1, SD2), with commas")
+        raise UsageError(f"--block-weights {text}: needs 12 or 20 (SDXL), 17 or 26 (SD1, SD2) numbers separated by commas")
     table = dict(zip(BLOCKS[len(numbers)], numbers, strict=True))
     scaled: dict[str, Update] = {}
     for key, update in item.modules.items():
@@ -65,7 +68,7 @@ def weighted(item: Lora, text: str | None) -> Lora:
 
 
 def destination(config: Config, inputs: list[Path]) -> Path:
-    """Where the result goes; never onto an input, nor onto a folder that holds one."""
+    """The path to write to. UsageError where it would overwrite an input or a folder that contains one, or is misnamed."""
     bakes = bool(config.base) and not config.extract
     plain = "" if bakes or config.format == "peft" else ".safetensors"
     named = [p.stem for p in inputs] or [Path(ref).stem for ref in (config.base, config.tuned) if ref]
@@ -73,7 +76,7 @@ def destination(config: Config, inputs: list[Path]) -> Path:
     if bakes and path.is_file() and path.suffix != ".safetensors":
         raise UsageError(f"--output {path}: is a file; give the name of a folder, or of a .safetensors file")
     if plain and path.suffix != ".safetensors":
-        raise UsageError(f"--output {path}: a LoRA file is named .safetensors", f"use --output {path}.safetensors")
+        raise UsageError(f"--output {path}: a LoRA file must end in .safetensors", f"use --output {path}.safetensors")
     refs = [Path(ref).expanduser() for ref in (config.base, config.tuned, config.reference) if ref]
     for file in [*inputs, *(ref for ref in refs if ref.exists())]:
         if file.resolve().is_relative_to(path.resolve()):
@@ -82,11 +85,12 @@ def destination(config: Config, inputs: list[Path]) -> Path:
 
 
 def joining(config: Config) -> dict[str, Any]:
-    """How updates are joined, as `merging.concatenate` takes it."""
+    """The keywords for `merging.concatenate` that say how updates are joined."""
     return dict(approximate=config.rank is not None, method=config.method, density=config.density, seed=config.seed)
 
 
 def check_flags(config: Config) -> None:
+    """UsageError where options do not go together, or one that is needed is missing."""
     if config.rank not in {None, "auto"} and not (str(config.rank).isdecimal() and int(config.rank) > 0):  # type: ignore[arg-type]
         raise UsageError(f"--rank {config.rank}: a whole number above 0, or auto")
     if config.tuned:
@@ -95,7 +99,7 @@ def check_flags(config: Config) -> None:
         if config.accel or config.style or config.remap:
             raise UsageError("--tuned goes without --accel, --style and --remap; merge the LoRA that --extract writes")
     elif config.base and (config.rank or config.format != "kohya"):
-        raise UsageError("--rank and --format are of a written LoRA; with --base a checkpoint is written", "leave one out")
+        raise UsageError("--rank and --format apply to a written LoRA, but with --base a checkpoint is written", "leave one out")
     elif config.extract or config.reference:
         raise UsageError(f"--{'extract' if config.extract else 'reference'} needs --tuned CHECKPOINT")
     elif not config.accel:

@@ -1,8 +1,8 @@
-"""`fastdiff plan COMMAND ...`: memory, disk and hours of a training run on this machine, before it is begun.
+"""`fastdiff plan COMMAND ...`: says how much memory, disk and time a training run takes on this machine, before it starts.
 
-With a probe the command's own steps are measured; what other settings would take is told by what the arithmetic says that
-they differ. Without one it is arithmetic alone: parameters and what a pass keeps are counted on the network's shapes; decoding
-(previews, LPIPS) is not in it.
+With a probe, some steps of the command are measured, and other settings are estimated from that by the calculated difference.
+Without a probe everything is calculated: parameters and the tensors kept for backward are counted from the network's shapes.
+The calculation leaves out decoding (previews, LPIPS).
 """
 
 import os
@@ -29,13 +29,16 @@ from fastdiff.sampling.assemble import pick_device
 from fastdiff.training.method import Method
 from fastdiff.training.session import default_folder
 
-PRODUCT_PART = 0.5  # of the speed of a large matrix product that a whole pass reaches
-FREE_PART = 0.95  # of the memory that a plan may fill
+PRODUCT_PART = 0.5  # a whole pass reaches about this part of the speed of a large matrix product
+FREE_PART = 0.95  # a plan may fill this part of the memory
 LEAST_RANK = 4
 
 
 def settings(config: Any, adapters_train: bool) -> list[Any]:
-    """The config, then what takes less memory for the same batch: smaller parts, then checkpointing, then a lower rank."""
+    """The config, then variants that take less and less memory for the same batch.
+
+    First the batch is split into smaller parts, then gradient checkpointing is switched on, then the LoRA rank is halved.
+    """
     whole = config.batch_size * config.grad_accum
     parts = [n for n in range(config.batch_size, 0, -1) if whole % n == 0]
     configs = []
@@ -48,19 +51,19 @@ def settings(config: Any, adapters_train: bool) -> list[Any]:
 
 
 def shapes_of(config: TrainConfig) -> Checkpoint:
-    """The base, or where an alias's weights are not on this machine its family's published shapes."""
+    """The base. Where it is an alias whose weights are not on this machine, the published shapes of its family."""
     try:
         return config.open_base()
     except UsageError:
         if config.base not in ALIASES:
             raise
     family = locate.family_of(config.base)
-    console.info(f"--base {config.base}: no weights on this machine; the published shapes of {family} are counted")
+    console.info(f"--base {config.base}: its weights are not on this machine, so the published shapes of {family} are counted")
     return checkpoint.load(str(family.home))
 
 
 def memory_bytes(device: torch.device) -> int:
-    """What a run may take: free on a card, all that this container has on the CPU."""
+    """The bytes of memory that a run may take: what is free on a GPU, or on the CPU all memory of the machine or container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -72,7 +75,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def product_flops(device: torch.device, dtype: torch.dtype, side: int = 2048) -> float:
-    """Operations a second of a large matrix product on this machine."""
+    """FLOP per second of a large matrix product on this machine: the best of a few."""
     side = side if device.type != "cpu" else side // 2
     a = torch.randn(side, side, device=device, dtype=dtype)
     best = float("inf")
@@ -85,20 +88,21 @@ def product_flops(device: torch.device, dtype: torch.dtype, side: int = 2048) ->
 
 @dataclass
 class Row:
-    """One setting, and what it would take."""
+    """One setting, and how much memory and time it takes."""
 
     config: Any = field(repr=False)
-    memory_bytes: float | None = None  # None: more than there is
+    memory_bytes: float | None = None  # None: the probe ran out of memory
     step_s: float | None = None
     measured: bool = False
     fits: bool = False
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The options that differ from setting to setting, of those that the method has."""
+        """The method's options that differ between settings, with this setting's values."""
         return {name: value for name, value in vars(self.config).items() if name in CHANGED}
 
     def metrics(self) -> dict[str, Any]:
+        """The row for the JSON object."""
         return self.changes | {k: v for k, v in vars(self).items() if k != "config"}
 
 
@@ -106,7 +110,7 @@ CHANGED = ("batch_size", "grad_accum", "gradient_checkpointing", "lora_rank", "l
 
 
 class Plan:
-    """Settings of a command in order of preference, the first that fits, and what it takes."""
+    """The settings of a command in order of preference, the first one that fits, and how much that takes."""
 
     def __init__(self, method: type[Method], config: TrainConfig, *, probe: bool) -> None:
         self.command, self.method, self.config, self.probe = method.name, method, config, probe
@@ -126,7 +130,7 @@ class Plan:
         self.choose()
 
     def estimated(self) -> list[Estimate]:
-        """The arithmetic for every setting; empty where there is none for the method."""
+        """The calculated estimate of every setting; [] where the method does not say what a step costs."""
         load, rank = self.load, self.config.lora_rank
         if load is None:
             return []
@@ -140,7 +144,7 @@ class Plan:
         return estimates
 
     def choose(self) -> None:
-        """Fill in the rows; a setting that is chosen has been measured where there is a probe."""
+        """Fill in the rows. With a probe, the setting that is chosen in the end has been measured."""
         if self.probe:
             self.measure(self.rows[0])
         offset = (self.rows[0].memory_bytes or 0) - self.estimates[0].memory_bytes if self.measured and self.estimates else 0.0
@@ -153,11 +157,13 @@ class Plan:
             self.measure(best)
 
     def step_s(self, expected: Estimate) -> float | None:
+        """Seconds per step of a setting that is not measured; None where the speed is not known."""
         if self.measured:
             return (self.rows[0].step_s or 0) * expected.step_flops / self.estimates[0].step_flops
         return expected.step_flops / self.speed if self.speed else None
 
     def measure(self, row: Row) -> None:
+        """Probe one setting and fill in its row."""
         measured = measure(self.method, row.config, pictures=self.data.pictures > 0)
         row.measured, row.memory_bytes, row.step_s, row.fits = True, None, None, False
         if measured:
@@ -167,25 +173,31 @@ class Plan:
 
     @property
     def chosen(self) -> Row | None:
+        """The first setting that fits; None where none does."""
         return next((row for row in self.rows if row.fits), None)
 
     @property
     def row(self) -> Row:
-        """The one that the figures are of."""
+        """The setting that the plan's figures describe: the first that fits, or else the config as given."""
         return self.chosen or self.rows[0]
 
     def data_s(self) -> float:
+        """Seconds to make the data before training: the teacher's samples and the encoded pictures."""
         if self.measured:
             return self.data.calls * self.measured.call_s + self.data.pictures * self.measured.picture_s
         encoding = footprint.encoding_flops(self.base, self.px) if self.data.pictures and self.speed else 0
         return (self.data.calls * self.shape.flops + self.data.pictures * encoding) / self.speed if self.speed else 0.0
 
     def training_s(self) -> float:
+        """Seconds of all training steps, at most `max_time`."""
         took = (self.row.step_s or 0.0) * self.config.steps
         return min(took, seconds("max_time", self.config.max_time) or took)
 
     def disk(self) -> dict[str, tuple[Path, float]]:
-        """Folder and bytes of the cache, of the states (one more than are kept, while it is written) and of the weights."""
+        """{what: (folder, bytes)} of the cache, the saved states and the weights.
+
+        The states count one more than are kept, because the newest is written before the oldest is deleted.
+        """
         folder = Path(self.config.output) if self.config.output else default_folder(self.command, self.config)
         expected = self.estimates[self.rows.index(self.row)] if self.estimates else None
         state = self.measured.state_bytes if self.measured else expected.state_bytes
@@ -194,7 +206,7 @@ class Plan:
         return {"cache": (cache_folder(), self.data.bytes), "states": (folder, state * states), "weights": (folder, weights)}
 
     def metrics(self) -> dict[str, Any]:
-        """All of it, for the JSON object."""
+        """The whole plan for the JSON object."""
         disk_metrics = {name: {"folder": str(folder), "bytes": size} for name, (folder, size) in self.disk().items()}
         return {
             "command": self.command,
@@ -210,9 +222,10 @@ class Plan:
         }
 
     def show(self) -> None:
+        """Print the settings, and the time and disk of the first that fits, as tables."""
         how = "measured" if self.probe else "by arithmetic"
         gib = lambda size: "out of memory" if size is None else f"{size / 2**30:.2f}"
-        columns = ["images a step", "at once", "checkpointing", "rank", "GiB", "s a step", "fits"]
+        columns = ["images per step", "at once", "checkpointing", "rank", "GiB", "s per step", "fits"]
         listed = [row for row in self.rows if row.fits][:3] + [row for row in self.rows if not row.fits]
         rows = [
             [
@@ -231,10 +244,10 @@ class Plan:
         needs = [["data", self.data.what, f"{self.data_s() / 3600:.2f} h"]]
         needs += [["training", f"{self.config.steps} steps", f"{self.training_s() / 3600:.2f} h"]]
         needs += [[name, str(folder), disk.format_size(size)] for name, (folder, size) in self.disk().items()]
-        console.table("time and disk of the first that fits", ["what", "of", "takes"], needs)
+        console.table("time and disk of the first setting that fits", ["what", "of", "takes"], needs)
 
     def check(self) -> None:
-        """DoesNotFit with everything that was found."""
+        """DoesNotFit where no setting fits into memory, or the disks have too little room; its result has the whole plan."""
         failure = None
         if self.chosen is None:
             least = min((row.memory_bytes for row in self.rows if row.memory_bytes), default=None)
@@ -259,18 +272,20 @@ class Plan:
 
 
 def named(device: torch.device) -> str:
+    """The device in words: the name of the GPU, or the number of cores."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
 
 
 def run(method: type[Method], config: TrainConfig, *, probe: bool, typed: str) -> Result:
-    """Tell what the command would take, and the first of its settings that fits; DoesNotFit where none does.
+    """Plan a training command: print how much it takes, and return the first of its settings that fits.
 
-    `typed` is the command as it was given; the one to type next has the changes behind it.
+    `typed` is the command as the user gave it; the next command is the same with the changed options appended. UsageError where
+    nothing trains or, without a probe, nothing can be calculated; DoesNotFit where no setting fits.
     """
     if not config.steps:
         raise UsageError("--steps 0: nothing trains, so there is nothing to plan")
-    if not probe and method.load.__func__ is Method.load.__func__:  # nobody has said what a step costs
-        raise UsageError(f"plan {method.name}: --no-probe: there is no arithmetic for it", "without --no-probe it is measured")
+    if not probe and method.load.__func__ is Method.load.__func__:  # the method does not say what a step costs
+        raise UsageError(f"--no-probe: {method.name} does not say what a step costs", "leave --no-probe out to measure it")
     plan = Plan(method, config, probe=probe)
     plan.show()
     plan.check()
@@ -280,5 +295,5 @@ def run(method: type[Method], config: TrainConfig, *, probe: bool, typed: str) -
         if value != vars(config)[name]:
             changes.append(flags[name].flag if value is True else f"{flags[name].flag} {value:g}")
     if changes:
-        console.warn(f"as given it does not fit; this does: {' '.join(changes)}")
+        console.warn(f"the command does not fit as it is; with these changes it does: {' '.join(changes)}")
     return Result(metrics=plan.metrics(), next_command=" ".join([typed, *changes]))

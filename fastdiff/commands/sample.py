@@ -1,4 +1,4 @@
-"""The `sample` command: prompts to PNGs, with the settings that the weights' own recipe asks for."""
+"""The `sample` command: draws prompts as PNGs, with the settings that the recipe of the weights asks for."""
 
 import itertools
 import os
@@ -33,6 +33,7 @@ CONTROLS = ("controlnet", "control_image", "control", "control_scale")
 
 
 def wanted(config: Config) -> list[str]:
+    """The prompts, from options, a file or standard input. UsageError where there is none."""
     prompts = list(config.prompt)
     if config.prompts == "-":
         prompts += [line.strip() for line in sys.stdin if line.strip()]
@@ -44,12 +45,12 @@ def wanted(config: Config) -> list[str]:
 
 
 def given(config: Config) -> dict[str, Any]:
-    """What was asked for by flags, against the recipe's."""
+    """The sampling options as the user gave them; None leaves a choice to the recipe."""
     return {name: vars(config)[name] for name in ("scheduler", "num_steps", "guidance", "spacing", "eta")}
 
 
 def open_sampler(config: Config, device: torch.device) -> Sampler:
-    """The base with its LoRAs folded in, in the precision asked for."""
+    """Open the base with its LoRAs, VAE and ControlNet, in the precision that the options ask for."""
     return Sampler(
         config.open_base(pick_dtype(config.precision, device)),
         loras=config.lora,
@@ -72,10 +73,10 @@ def run(config: Config) -> Result:
     if config.control and not config.control_image:
         raise UsageError("--control: takes the control out of --control-image, and there is none", "give --control-image too")
     prompts, device = wanted(config), pick_device(config.device)
-    Settings.of(Recipe(), Settings(), **given(config))  # a wrong value is told before anything heavy loads
+    Settings.of(Recipe(), Settings(), **given(config))  # reports a wrong value before anything heavy is loaded
     if config.compile == "openvino":
         openvino.check(device, config.precision)
-    elif config.compile != "off":  # where compiled kernels are kept from one run to the next
+    elif config.compile != "off":  # keep compiled kernels from one run to the next
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     with console.timed("load_s"):
         sampler = open_sampler(config, device)
@@ -96,7 +97,7 @@ def run(config: Config) -> Result:
     parts = [slice(i, i + config.batch_size) for i in range(0, len(seeds), config.batch_size)]
     stream = sampler.stream_batches(((cond[rows], uncond, seeds[rows]) for rows in parts), chosen, resolution_px)
     written, drawn = [], []
-    # PNG is packed beside the drawing of the next batch; it takes longer than one step of a small network.
+    # PNGs are packed in a thread while the next batch is drawn: packing takes longer than one step of a small network.
     with console.timed("sampling_s"), console.progress(len(seeds), "sampling") as bar, ThreadPoolExecutor(1) as packer:
         for rows, batch in zip(parts, stream, strict=True):
             for pixels, k in zip(batch, range(len(seeds))[rows], strict=True):
@@ -118,7 +119,7 @@ def run(config: Config) -> Result:
 def real_time(
     config: Config, sampler: Sampler, chosen: Settings, cond: Cond, uncond: Cond, resolution_px: int, path: Path, prompt: str
 ) -> Result:
-    """Draw for `--fps` seconds, seed after seed, and tell images a second; the last one is written."""
+    """Draw for `--fps` seconds, seed after seed, and measure images per second. One image of the last batch is written."""
     n, seeds = len(cond), itertools.count(config.seed)
     batches = ((cond, uncond, list(itertools.islice(seeds, n))) for _ in itertools.count())
     stream = sampler.stream_batches(batches, chosen, resolution_px)
@@ -137,7 +138,7 @@ def real_time(
 
 
 def places(config: Config, prompts: list[str], seeds: list[int]) -> tuple[Path, list[str]]:
-    """The folder and the file names of the images."""
+    """The folder, which is created, and the file names of the images. UsageError where one file is given for several images."""
     target = Path(config.output or f"runs/sample-{Path(config.base).stem or config.base}")
     if target.suffix == ".png":
         if len(seeds) > 1:

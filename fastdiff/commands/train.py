@@ -1,4 +1,4 @@
-"""Any Method as a command, and as a function: its options to a run, and the command to type next."""
+"""Runs any Method, as a command and as the function `fastdiff.train`."""
 
 import shlex
 from collections.abc import Iterator
@@ -21,12 +21,13 @@ from fastdiff.training.session import Trained
 
 
 def train(method: type[Method] | str, base: Checkpoint | str | PathLike[str] = DEFAULT_BASE, **options: Any) -> Trained:
-    """Distil `base` by a method, as its command does; returns the run, whose `weights` are a LoRA file or a checkpoint folder.
+    """Distil `base` with a method, as the method's command does. The returned run has `weights`: a LoRA file or a folder.
 
         run = fastdiff.train("lcm", fastdiff.load("sdxl"), steps=1000, lora_rank=64)
 
-    `method`: a class, its file in fastdiff/methods (lcm, dmd, ...) or its command. `options` are the fields of the method's
-    Config; those that are not given are the preset's for the family of the base. The base that is given stays as it is.
+    `method` is a class, the name of a file in fastdiff/methods (lcm, dmd, ...) or the name of a command. `options` are fields of
+    the method's Config; fields that are not given come from the preset for the family of `base`. `base` itself is not changed.
+    UsageError where `method` or an option is unknown.
     """
     if isinstance(method, str):
         method = named(method)
@@ -47,16 +48,16 @@ def train(method: type[Method] | str, base: Checkpoint | str | PathLike[str] = D
 
 
 def named(name: str) -> type[Method]:
-    """The method of that file or command."""
+    """The method with that file name or command. UsageError where there is none."""
     methods = {key: method for method in shipped() for key in (method.name, method.__module__.rpartition(".")[2])}
     if name not in methods:
         known = suggestion(name, list(methods)) or f"one of {', '.join(methods)}"
-        raise UsageError(f"{as_field('method', name)}: not a method", known)
+        raise UsageError(f"{as_field('method', name)}: there is no such method", known)
     return methods[name]
 
 
 def shipped() -> Iterator[type[Method]]:
-    """Every method with a file in fastdiff/methods."""
+    """All methods that have a file in fastdiff/methods."""
     for info in iter_modules(methods.__path__):
         if not info.ispkg:
             module = import_module(f"{methods.__name__}.{info.name}")
@@ -65,17 +66,17 @@ def shipped() -> Iterator[type[Method]]:
 
 
 def runnable(method: type[Method]) -> Runnable:
-    """What the command line needs to know of a method."""
+    """A method as a command for the command line."""
     return Runnable(method.Config, lambda config: run(method, config), method.presets, method.examples, method, resumes=True)
 
 
 def run(method: type[Method], config: Any) -> Result:
-    """Train, and say how to draw with the result."""
+    """Train, and return a result whose next command draws with the new weights."""
     trained = session.train(method, config)
     return replace(trained.result, next_command=sample_command(trained.options) if trained.options else None)
 
 
 def sample_command(options: dict[str, str]) -> str:
-    """`fastdiff sample` with these options; the prompt comes last, in double quotes."""
+    """The text of a `fastdiff sample` command with these options. The prompt comes last, in double quotes."""
     words = [word for name, value in options.items() if name != "prompt" for word in (f"--{name.replace('_', '-')}", value)]
     return " ".join(["fastdiff sample", *map(shlex.quote, words), f'--prompt "{options.get("prompt", "a red apple")}"'])

@@ -1,4 +1,4 @@
-"""What a training run takes by arithmetic: parameters, what a pass keeps for backward, and the data that is made first."""
+"""Estimate memory, disk and time of a training run by arithmetic, from network shapes and the method's `Load`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,14 @@ from fastdiff.options.train import TrainConfig
 from fastdiff.training.method import Load
 from fastdiff.training.scene import teacher_sampling
 
-OPTIMISER = 16  # bytes of a parameter that trains: itself, its gradient and two moments in fp32
-RECOMPUTED = 1.33  # time of a training step with gradient checkpointing
-RUNTIME_GIB = {"cuda": 0.6, "mps": 0.5, "cpu": 0.6}  # taken before a tensor is made: CUDA's context, the libraries
+OPTIMISER = 16  # bytes per trained parameter: the value, its gradient and two Adam moments, each fp32
+RECOMPUTED = 1.33  # a step with gradient checkpointing takes this many times as long
+RUNTIME_GIB = {"cuda": 0.6, "mps": 0.5, "cpu": 0.6}  # used before any tensor exists: CUDA's context, the libraries
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The arithmetic's answer for one setting."""
+    """What one setting takes: peak memory, FLOP of a step, and bytes of a saved state and of the exported weights."""
 
     memory_bytes: float
     step_flops: float
@@ -32,7 +32,10 @@ class Estimate:
 
 
 def estimate(load: Load, shape: Footprint, config: Any, dtype: torch.dtype, device: str) -> Estimate:
-    """Weights, optimisers, averages and the graphs of one micro-batch. `shape` is of an adapter of the config's own rank."""
+    """Estimate one setting: weights, optimiser states, averages, and the autograd graphs of one micro-batch.
+
+    `load` says how many base UNets the method holds and calls; `shape` is counted with an adapter of the config's own rank.
+    """
     adapter = load.lora * shape.trained if shape.trained != shape.parameters else 0
     whole = load.full * shape.parameters
     student = min(whole, shape.parameters) or adapter / max(load.lora, 1)
@@ -50,15 +53,16 @@ def estimate(load: Load, shape: Footprint, config: Any, dtype: torch.dtype, devi
 
 @dataclass(frozen=True)
 class DataPlan:
-    """What is made before the first step."""
+    """The data that is made before the first step, and what making it takes."""
 
     what: str
-    bytes: float = 0.0
-    calls: int = 0  # of the UNet
-    pictures: int = 0  # that the VAE encodes
+    bytes: float = 0.0  # on disk
+    calls: int = 0  # network calls of the teacher's sampling
+    pictures: int = 0  # to encode with the VAE
 
 
 def data_plan(base: Checkpoint, config: TrainConfig, needs: Needs) -> DataPlan:
+    """The data that `config.data` will make: nothing for the shipped set, teacher samples, or encoded images of a source."""
     spec = config.data or base.family.default_data
     side = (config.resolution or base.resolution_px) // base.pixels_per_latent
     latent = 2 * base.unet_config["in_channels"] * side**2  # fp16

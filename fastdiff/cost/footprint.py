@@ -1,4 +1,4 @@
-"""What a network's pass costs, from its shapes alone: it is walked on the meta device, no weights and no memory needed."""
+"""Count what a pass through a network costs from its shapes alone: it runs on the meta device, without weights or memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,22 +13,22 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.lora import adapters
 from fastdiff.models.denoiser import Cond
 
-CHECKPOINTED = ("ResnetBlock2D", "BasicTransformerBlock")  # what diffusers' UNets compute again under gradient checkpointing
+CHECKPOINTED = ("ResnetBlock2D", "BasicTransformerBlock")  # blocks that diffusers' UNets recompute under gradient checkpointing
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """A UNet, with an adapter or all of it to train."""
+    """Sizes of a UNet of which an adapter or everything trains."""
 
     parameters: int
     trained: int
-    saved_bytes: int  # kept for the backward pass of one picture
+    saved_bytes: int  # kept for the backward pass, per picture
     checkpointed_bytes: int  # the same under gradient checkpointing
-    flops: int  # of one picture's forward pass
+    flops: int  # of the forward pass, per picture
 
 
 def condition(base: Checkpoint, rows: int, device: torch.device | str = "cpu") -> Cond:
-    """A random condition of the base's shapes."""
+    """A random condition of `rows` prompts with the base's shapes: tokens (B, L, D), for SDXL also pooled and time_ids (B, 6)."""
     config = base.unet_config
     length = base.config_of(base.text_parts[0]).get("max_position_embeddings", 77)
     tokens = torch.randn(rows, length, config["cross_attention_dim"], device=device)
@@ -41,13 +41,13 @@ def condition(base: Checkpoint, rows: int, device: torch.device | str = "cpu") -
 
 
 def of_unet(base: Checkpoint, resolution_px: int, dtype: torch.dtype, rank: int | None, layers: tuple[str, ...]) -> Footprint:
-    """Of the base's UNet at a resolution; `rank` of the adapter on those layers, None = all of the network trains."""
+    """The footprint of the base's UNet at a resolution. An adapter of `rank` on `layers` trains; None: all of it."""
     net = base.skeleton("unet").requires_grad_(rank is None)
     parameters = sum(p.numel() for p in net.parameters())
     if rank:
         with torch.device("meta"):
             adapters.attach(net, rank, rank, targets=layers)
-    for p in net.parameters():  # as under autocast, where the adapter's own fp32 is cast
+    for p in net.parameters():  # as under autocast, which casts the adapter's fp32 weights
         p.data = p.data.to(dtype)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     side = resolution_px // base.pixels_per_latent
@@ -63,7 +63,7 @@ def of_unet(base: Checkpoint, resolution_px: int, dtype: torch.dtype, rank: int 
 
 
 def encoding_flops(base: Checkpoint, resolution_px: int) -> int:
-    """Of one picture through the VAE's encoder."""
+    """FLOP of encoding one picture of that size with the VAE."""
     from torch.utils.flop_counter import FlopCounterMode
 
     vae = base.skeleton("vae")
@@ -73,35 +73,38 @@ def encoding_flops(base: Checkpoint, resolution_px: int) -> int:
 
 
 class Ledger:
-    """Counts what autograd keeps and the operations of a pass, by the block that is running."""
+    """Counts the FLOP of a pass, and the bytes that autograd keeps in each block."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net, self.flops = net, 0
         self.blocks: dict[nn.Module | None, int] = {None: 0}
         self.inputs: dict[nn.Module, int] = {}
         self.running: nn.Module | None = None
-        self.seen: dict[int, Any] = {}  # storages: one that two operations keep is there once
+        self.seen: dict[int, Any] = {}  # storages by id: one that two operations keep counts once
 
     @property
     def saved(self) -> int:
+        """Bytes kept for the backward pass."""
         return sum(self.blocks.values())
 
     @property
     def checkpointed(self) -> int:
-        """What lies outside of blocks, the blocks' inputs, and the block whose inside is there again."""
+        """Bytes kept with gradient checkpointing: all outside the blocks, the blocks' inputs, and the largest block."""
         inside = [size for block, size in self.blocks.items() if block is not None]
         return self.blocks[None] + sum(self.inputs.values()) + max(inside, default=0)
 
     def keep(self, tensor: Tensor) -> Tensor:
+        """Hook for saved tensors: count the storage for the running block, unless it is a weight or was counted."""
         storage = tensor.untyped_storage()
         weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
         if not weight and storage._cdata not in self.seen:
-            self.seen[storage._cdata] = storage  # held, so that its number is not given to another
+            self.seen[storage._cdata] = storage  # keep the storage alive, so that its id is not reused
             self.blocks[self.running] = self.blocks.get(self.running, 0) + storage.nbytes()
         return tensor
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """Count everything that the network does inside the block."""
         from torch.utils.flop_counter import FlopCounterMode
 
         handles = []
@@ -126,19 +129,19 @@ class Ledger:
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.running = block
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        self.inputs[block] = given[0].nbytes  # the others, text and time, are shared by all
+        self.inputs[block] = given[0].nbytes  # the other inputs, text and time, are shared by all blocks
 
     def leave(self, *_: Any) -> None:
         self.running = None
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Fused attention, as it runs on a device: it keeps its inputs and its output, never the matrix between them."""
+        """Stand-in for fused attention as it runs on a device: it keeps inputs and output, but no attention matrix."""
         self.flops += 4 * q.shape[:-1].numel() * k.shape[-2] * q.shape[-1]
         return Fused.apply(q, k, v)
 
 
 class Fused(torch.autograd.Function):
-    """The shape of attention without its values."""
+    """Attention that returns tensors of the right shape and computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

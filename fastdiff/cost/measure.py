@@ -1,9 +1,9 @@
-"""Speed as ratios and as a share of what the machine can do: turns taken, medians, FLOP and bytes of the work itself.
+"""Measure speed: seconds of ways that take turns, and the least time that the machine needs for the same work.
 
-    limit = sum over products, convolutions and attentions of max(FLOP / F, bytes / B)
+    limit = sum over matrix products, convolutions and attentions of max(FLOP / F, bytes / B)
 
-F and B are this machine's best matrix product and best copy, measured. Everything else counts as fused away, so the limit is a
-bound and not a promise.
+F and B are the measured FLOP/s of this machine's best matrix product and bytes/s of the best copy. All other operations count
+as free, so the limit is a lower bound that real code may not reach.
 """
 
 import json
@@ -33,6 +33,7 @@ print(json.dumps([wall, cpu, used.ru_maxrss / 1024, done.returncode, done.stderr
 
 
 def synchronize(device: torch.device | str) -> None:
+    """Wait until a CUDA device has finished all work; other devices need no wait."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
@@ -40,7 +41,7 @@ def synchronize(device: torch.device | str) -> None:
 def interleaved(
     ways: Mapping[str, Callable[[], Any]], calls: int, *, device: torch.device | str = "cpu", warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of every call, the ways taking turns, so that a busy machine is busy for all of them."""
+    """Seconds of each of `calls` calls of every way. The ways take turns, so that other load on the machine slows all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(warmup + calls):
         for name, way in ways.items():
@@ -55,7 +56,7 @@ def interleaved(
 
 @dataclass
 class Process:
-    """What a command took: wall and processor seconds, peak MiB."""
+    """What a command took: wall-clock seconds, processor seconds and peak memory in MiB."""
 
     wall_s: float
     cpu_s: float
@@ -63,7 +64,7 @@ class Process:
 
 
 def process(command: Sequence[str]) -> Process:
-    """Run a command in a process of its own; RuntimeError with its last line where it fails."""
+    """Run a command in its own process and measure it. Raises RuntimeError with the last line of stderr if it fails."""
     home = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": home}  # this very package, also where it is not installed
     done = subprocess.run([sys.executable, "-c", WATCH, *command], check=True, capture_output=True, text=True, env=env)
@@ -74,7 +75,7 @@ def process(command: Sequence[str]) -> Process:
 
 
 def processes(ways: Mapping[str, Sequence[str]], rounds: int) -> dict[str, Process]:
-    """Medians over rounds in which the commands take turns."""
+    """Medians of what each command took, over `rounds` rounds in which the commands take turns."""
     runs: dict[str, list[Process]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, command in ways.items():
@@ -85,14 +86,14 @@ def processes(ways: Mapping[str, Sequence[str]], rounds: int) -> dict[str, Proce
 
 @dataclass
 class Ceiling:
-    """The best that this machine was seen to do."""
+    """The highest speeds measured on this machine."""
 
     flops: float  # FLOP a second of a matrix product
-    bytes: float  # read and written a second by a copy
+    bytes: float  # bytes a second that a copy reads and writes
 
 
 def ceiling(device: torch.device | str, dtype: torch.dtype, *, rounds: int = 7, least: Ceiling | None = None) -> Ceiling:
-    """Measured: the fastest of several products and copies, or, on a machine with other work, what was seen before."""
+    """Measure the ceiling: the fastest of `rounds` products and copies, and no less than `least`, an earlier result."""
     n, size = (8192, 2**28) if torch.device(device).type == "cuda" else (1024, 2**25)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
@@ -103,7 +104,7 @@ def ceiling(device: torch.device | str, dtype: torch.dtype, *, rounds: int = 7, 
 
 
 class Cost(TorchDispatchMode):
-    """Counts FLOP (2 a multiply-add) and bytes of the products, convolutions and attentions inside."""
+    """Counts FLOP (2 per multiply-add) and moved bytes of the products, convolutions and attentions inside the `with` block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +118,7 @@ class Cost(TorchDispatchMode):
         if "scaled_dot_product" in name:
             q, k, v = args[:3]
             flops = 2 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
-        elif "_convolution_pointwise" in name:  # a convolution and what follows it; its weight comes after what goes in
+        elif "_convolution_pointwise" in name:  # a fused convolution; the weight is the argument after the one or two inputs
             weight = args[2 if "binary" in name else 1]
             flops = 2 * out.numel() * weight[0].numel()
         elif packet in flop_registry:
@@ -138,12 +139,13 @@ class Cost(TorchDispatchMode):
         return sum(b for _, b in self.rows)
 
     def limit_s(self, most: Ceiling) -> float:
-        """The least time that this work can take."""
+        """The least seconds that the counted work can take at these speeds."""
         return sum(max(f / most.flops, b / most.bytes) for f, b in self.rows)
 
 
 @torch.no_grad()
 def cost(work: Callable[[], Any]) -> Cost:
+    """Count the FLOP and bytes of calling `work`."""
     with Cost() as counted:
         work()
     return counted

@@ -1,4 +1,4 @@
-"""A training command's own steps, two or a few, on this machine: what they take, measured in a process of their own."""
+"""Measure a few real training steps of a method on this machine, in a separate process."""
 
 import resource
 import sys
@@ -26,37 +26,38 @@ from fastdiff.training.scene import open_vae
 from fastdiff.training.session import load_base, open_accelerator
 from fastdiff.training.trainer import Trainer, tensors_in
 
-PREVIEWED = 4  # pictures that a contact sheet draws at once
+PREVIEWED = 4  # pictures decoded at once for a contact sheet
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a probe found."""
+    """What a probe measured."""
 
-    peak_bytes: int  # of device memory, on the CPU of the whole process
-    phases: dict[str, tuple[int, float]]  # its steps and seconds each, by name
+    peak_bytes: int  # of device memory; on the CPU, of the whole process
+    phases: dict[str, tuple[int, float]]  # {phase: (number of steps, seconds a step)}
     call_s: float  # one picture through the base's network, without gradients
     picture_s: float  # one picture through the VAE's encoder; 0 where no pictures are read
-    state_bytes: int  # of a resumable state
+    state_bytes: int  # size of a state that a run can resume from
     trained_bytes: int  # of the student's own parameters
 
     @property
     def training_s(self) -> float:
+        """Seconds of all phases together."""
         return sum(steps * seconds for steps, seconds in self.phases.values())
 
 
 def measure(method: type[Method], config: TrainConfig, *, pictures: bool) -> Measured | None:
-    """Probe a method; None where it ran out of memory."""
+    """Probe a method in a new process. None if it ran out of memory. `pictures`: also time the VAE's encoder."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(steps, method, config, pictures).result()
-        except BrokenProcessPool:  # how the kernel answers who takes too much memory
-            console.warn("the probe was ended from outside: most likely it took more memory than there is")
+        except BrokenProcessPool:  # the kernel kills a process that takes too much memory
+            console.warn("the probe's process was killed, most likely because it took more memory than there is")
             return None
 
 
 def steps(method: type[Method], config: TrainConfig, pictures: bool) -> Measured | None:
-    """The probe itself: every phase of the method is entered and takes its steps on random latents."""
+    """The function that the new process runs: a probe in a temporary folder. None if it ran out of memory."""
     console.quiet_libraries(offline=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -66,6 +67,7 @@ def steps(method: type[Method], config: TrainConfig, pictures: bool) -> Measured
 
 
 def probed(method_class: type[Method], config: TrainConfig, pictures: bool, folder: Path) -> Measured:
+    """Enter every phase of the method and time some of its steps on random latents."""
     run = Run(folder)
     accelerator = open_accelerator(replace(config, tracker="none"), run)
     base, device = load_base(config, accelerator), accelerator.device
@@ -98,10 +100,13 @@ def probed(method_class: type[Method], config: TrainConfig, pictures: bool, fold
 
 
 def stepping_s(trainer: Trainer, length: int) -> float:
-    """Seconds of a step, as late in its phase as can be: by then all that comes in later has come in."""
+    """Seconds of a step at the end of the current phase, when every loss that starts later in the phase is active.
+
+    `length` is the number of steps after which the method's work repeats; their mean is taken.
+    """
     last = trainer.end - length
     trainer.step = max(trainer.start, last - last % length)
-    trainer.train_step()  # the first one is slow: memory is found, kernels are chosen
+    trainer.train_step()  # the first step is slow: it allocates memory and chooses kernels
     began = clock(trainer.device)
     for _ in range(length):
         trainer.train_step()
@@ -110,6 +115,7 @@ def stepping_s(trainer: Trainer, length: int) -> float:
 
 
 def clock(device: torch.device) -> float:
+    """Seconds on a monotonic clock, after the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     elif device.type == "mps":
@@ -119,7 +125,7 @@ def clock(device: torch.device) -> float:
 
 @torch.no_grad()
 def calling_s(base: Checkpoint, config: TrainConfig, device: torch.device) -> float:
-    """Of one picture in a full batch of the teacher's."""
+    """Seconds per picture of one network call on a full batch, as the teacher's sampling uses it."""
     side = (config.resolution or base.resolution_px) // base.pixels_per_latent
     n = at_once(side)
     net, cond = Denoiser(base.unet, base.schedule(), base.prediction_type), condition(base, n, device)
@@ -134,7 +140,7 @@ def calling_s(base: Checkpoint, config: TrainConfig, device: torch.device) -> fl
 
 @torch.no_grad()
 def preview(base: Checkpoint, config: TrainConfig, device: torch.device) -> None:
-    """The most of a contact sheet's memory: decoding four pictures beside all that trains."""
+    """Decode four pictures while the training state is in memory: the peak that a contact sheet adds."""
     side = (config.resolution or base.resolution_px) // base.pixels_per_latent
     z = torch.randn(PREVIEWED, base.unet_config["in_channels"], side, side, device=device)
     autoencoder.decode(open_vae(base, config.vae).to(device), z)
@@ -142,6 +148,7 @@ def preview(base: Checkpoint, config: TrainConfig, device: torch.device) -> None
 
 @torch.no_grad()
 def encoding_s(base: Checkpoint, config: TrainConfig, device: torch.device) -> float:
+    """Seconds of encoding one picture with the VAE."""
     px = config.resolution or base.resolution_px
     vae, pixels = base.vae.to(device), torch.zeros(1, 3, px, px, device=device)
     vae.encode(pixels)
@@ -153,7 +160,7 @@ def encoding_s(base: Checkpoint, config: TrainConfig, device: torch.device) -> f
 
 
 def latents(base: Checkpoint, config: TrainConfig, *, control: bool) -> Encoded:
-    """Random items of the shapes that the data will have; enough for a method to look at before training."""
+    """Four random items with the shapes of the real data, enough to build a method and take steps."""
     px = config.resolution or base.resolution_px
     side, channels, n = px // base.pixels_per_latent, base.unet_config["in_channels"], 4
     noise, texts = torch.randn(n, channels, side, side), condition(base, n)
@@ -170,6 +177,7 @@ def latents(base: Checkpoint, config: TrainConfig, *, control: bool) -> Encoded:
 
 
 def peak_bytes(device: torch.device) -> int:
+    """Peak memory so far: reserved on CUDA, allocated by the driver on MPS, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved()
     if device.type == "mps":

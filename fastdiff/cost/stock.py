@@ -1,4 +1,4 @@
-"""What `bench` compares with: the ways that the stock libraries are used, wired by their own calls."""
+"""The other side of `bench`: the same work done with stock libraries, through their own public calls."""
 
 import time
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from fastdiff.models.denoiser import Cond
 from fastdiff.sampling.sampler import SeededNoise, with_size
 from fastdiff.sampling.settings import Settings
 
-# A first picture as the libraries' documentation has it; arguments: folder, steps, guidance, seed, output.
+# One picture, written as in the libraries' documentation. Arguments: folder, steps, guidance, seed, output.
 FIRST_PICTURE = """
 import sys, torch
 from diffusers import AutoPipelineForText2Image
@@ -25,7 +25,7 @@ pipe = AutoPipelineForText2Image.from_pretrained(folder, torch_dtype=torch.float
 seed = torch.Generator().manual_seed(int(seed))
 pipe("a red apple", num_inference_steps=int(steps), guidance_scale=float(guidance), generator=seed).images[0].save(output)
 """
-# A LoRA into a checkpoint; arguments: folder, LoRA, target.
+# Bake a LoRA into a checkpoint. Arguments: folder, LoRA, target.
 BAKE = """
 import sys, torch
 from diffusers import AutoPipelineForText2Image
@@ -39,7 +39,7 @@ pipe.save_pretrained(target)
 
 
 class Pipeline:
-    """A stock pipeline of the same networks; `compiled` by the recipe of diffusers' documentation on speed."""
+    """A stock diffusers pipeline of the same networks. `compiled` follows the recipe of diffusers' documentation on speed."""
 
     def __init__(
         self,
@@ -82,9 +82,9 @@ class Pipeline:
 
 
 class OpenVino:
-    """UNet and decoder as OpenVINO's documentation has it: each converted, compiled and called in turn by a bare loop.
+    """UNet and decoder converted and compiled as OpenVINO's documentation shows, and called by a plain loop.
 
-    For prompts (B, L, D) that are encoded already, with one call a step; nothing of a pipeline's own time is in it.
+    The prompts (B, L, D) are encoded already and each step is one call, so the time holds no overhead of a pipeline.
     """
 
     def __init__(self, base: Checkpoint, settings: Settings, px: int, cond: Cond, *, vae: nn.Module) -> None:
@@ -122,7 +122,7 @@ class OpenVino:
 
 
 class Answer(nn.Module):
-    """A UNet's own output, without the classes around it."""
+    """A UNet that returns its output (B, C, h, w) as a plain tensor, for tracing."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Answer(nn.Module):
 
 
 class Pixels(nn.Module):
-    """A VAE's picture of scaled latents, as the stock pipelines decode."""
+    """A VAE decoder of scaled latents (B, C, h, w), as the stock pipelines call it: pixels (B, 3, H, W) in [-1, 1]."""
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Pixels(nn.Module):
 
 
 class NullUNet(nn.Module):
-    """Answers zeros at once: what is left of a call is the host's part."""
+    """Returns zeros at once, so that only the time of the host's code remains."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -156,10 +156,10 @@ class NullUNet(nn.Module):
 
 
 class OfficialStep:
-    """A step of diffusers' consistency distillation with a LoRA, in the layout of its training scripts.
+    """A step of LCM-LoRA distillation laid out like diffusers' training scripts.
 
-    One UNet whose adapter is switched; pictures and prompts through their encoders in every step; teacher with and without
-    prompt one after the other; gradient checkpointing, as its commands have it; plain AdamW.
+    One UNet, whose adapter is switched on and off. Every step encodes its pictures and prompts, and calls the teacher with and
+    then without the prompt. Gradient checkpointing is on, as in the documented commands, and the optimiser is plain AdamW.
     """
 
     def __init__(self, base: Checkpoint, config: Any, prompts: Sequence[str], *, device: torch.device | str) -> None:
@@ -184,23 +184,28 @@ class OfficialStep:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Cond:
+        """Prompts through the text encoders."""
         cond = text.encode(self.base, prompts, device=self.device).map(lambda v: v.to(self.device))
         return with_size(cond, self.base.resolution_px) if self.base.family.size_conditioned else cond
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) of pixels (B, 3, H, W) in [-1, 1]."""
         return self.vae.encode(pixels.to(self.device)).latent_dist.sample() * self.vae.config.scaling_factor
 
     def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x0 and eps of x (B, C, h, w) at timesteps t (B,)."""
         added_cond = {} if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
         out = self.unet(x, t, encoder_hidden_states=cond.tokens, added_cond_kwargs=added_cond).sample
         return self.schedule.predict(out, x, t, self.base.prediction_type)
 
     def consistency(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The consistency function c_skip x + c_out x0 (Song 2023)."""
         c_skip, c_out = self.schedule.boundary(t, x)
         return c_skip * x + c_out * self.predict(x, t, cond).x0
 
     def loss(self, x0: Tensor, cond: Cond) -> Tensor:
+        """The consistency loss of latents x0 (B, C, h, w): one guided DDIM step of the teacher, then pseudo-Huber."""
         n = len(x0)
         index = torch.randint(len(self.grid), (n,), device=x0.device)
         w = torch.empty(n, device=x0.device).uniform_(self.config.guidance_min, self.config.guidance_max)
@@ -218,6 +223,7 @@ class OfficialStep:
         return pseudo_huber(online, target, self.config.huber_c)
 
     def step(self, pixels: Tensor) -> float:
+        """One optimiser step on pixels (B, 3, H, W); returns the loss."""
         x0, cond = self.latents(pixels), self.encode(self.prompts)
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=x0.is_cuda):
             loss = self.loss(x0, cond)

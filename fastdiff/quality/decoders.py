@@ -1,4 +1,4 @@
-"""How near one decoder's pictures are to another's, and what each costs."""
+"""Compares a student VAE decoder with its teacher: picture quality, multiply-adds and latency."""
 
 import statistics
 import time
@@ -11,20 +11,21 @@ from torch import Tensor, nn
 from fastdiff.diffusion import losses
 from fastdiff.models import autoencoder
 
-ROUNDS = 7
+ROUNDS = 7  # timed calls of each decoder
 
 
 def high_frequencies(pixels: Tensor) -> float:
-    """Mean energy above half of what a pixel grid can hold: what blur takes first. (B, 3, H, W)."""
+    """Mean spectral energy of pictures (B, 3, H, W) above half of the highest frequency. Blur removes this part first."""
     spectrum = torch.fft.fft2(pixels.float()).abs().square()
     y, x = (torch.fft.fftfreq(n).abs() for n in pixels.shape[-2:])
     return spectrum[..., torch.maximum(y[:, None], x[None]) > 0.25].mean().item() / pixels[0, 0].numel()
 
 
 def compare(teacher: nn.Module, student: nn.Module, latents: Tensor, distance: nn.Module | None = None) -> dict[str, Any]:
-    """Of the same scaled latents (N, C, h, w): PSNR in dB and SSIM to the teacher's pictures, LPIPS with a `distance`,
+    """Decode the same scaled latents (N, C, h, w) with both VAEs and compare the pictures.
 
-    `detail`, the high-frequency energy in units of the teacher's.
+    Returns `psnr_db` and `ssim` to the teacher's pictures, `detail` (the student's high-frequency energy over the teacher's),
+    and `lpips` where a `distance` network is given.
     """
     a, b = (autoencoder.decode(vae, latents) for vae in (teacher, student))
     unit = [(p + 1) / 2 for p in (a, b)]
@@ -42,14 +43,14 @@ def compare(teacher: nn.Module, student: nn.Module, latents: Tensor, distance: n
 
 
 def encoder_error(teacher: nn.Module, student: nn.Module, pixels: Tensor) -> float:
-    """Mean squared distance of the latents of the same pictures, in units of their variance."""
+    """Mean squared difference of the two encoders' latents of pictures (N, 3, H, W), over the variance of the teacher's."""
     with torch.no_grad():
         a, b = (torch.cat([autoencoder.mean_latents(vae, part) for part in pixels.split(16)]) for vae in (teacher, student))
     return (losses.squared(a, b) / a.var()).item()
 
 
 def macs(vae: nn.Module, side: int) -> int:
-    """Multiply-adds of decoding one latent of that side, on the meta device."""
+    """Multiply-adds to decode one latent of `side` x `side`, counted on the meta device without memory."""
     from torch.utils.flop_counter import FlopCounterMode
 
     net = deepcopy(vae).to("meta")
@@ -59,7 +60,7 @@ def macs(vae: nn.Module, side: int) -> int:
 
 
 def latencies_ms(nets: list[nn.Module], latents: Tensor) -> list[float]:
-    """Milliseconds of decoding, each network in turn, the median of a few rounds."""
+    """Milliseconds that each VAE takes to decode `latents`: the median of a few rounds in which they take turns."""
     times: list[list[float]] = [[] for _ in nets]
     for _ in range(ROUNDS + 1):
         for vae, row in zip(nets, times, strict=True):
@@ -68,4 +69,4 @@ def latencies_ms(nets: list[nn.Module], latents: Tensor) -> list[float]:
             if latents.device.type == "cuda":
                 torch.cuda.synchronize()
             row.append(1000 * (time.perf_counter() - began))
-    return [statistics.median(row[1:]) for row in times]  # the first warms up
+    return [statistics.median(row[1:]) for row in times]  # the first round warms up

@@ -1,4 +1,7 @@
-"""How far apart two sets of pictures are, from a row of features each, and how sure that is. N pictures, D features."""
+"""Distances between two sets of pictures, computed from one row of features per picture, with bootstrap bands.
+
+Shapes: N pictures, D features.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ KID_SUBSETS, KID_SUBSET = 100, 1000  # Binkowski 2018, and torch-fidelity's defa
 
 @dataclass(eq=False)
 class Moments:
-    """Mean (D,) and covariance (D, D) of features, fp64."""
+    """The mean (D,) and the covariance (D, D) of a set of features, in fp64."""
 
     mean: Tensor
     cov: Tensor
@@ -26,16 +29,16 @@ class Moments:
 
     @cached_property
     def root(self) -> Tensor:
-        """cov^1/2."""
+        """The symmetric square root of the covariance (D, D)."""
         values, vectors = torch.linalg.eigh(self.cov)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def frechet(features: Tensor, reference: Moments) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_b^1/2 C_a C_b^1/2)^1/2), the FID formula (Heusel 2017, eq. 6); features (N, D).
+    """Frechet distance of features (N, D) to a reference, the formula of FID (Heusel 2017, eq. 6).
 
-    The reference's root is taken once, and of few features the eigenvalues are those of an N x N matrix: a bootstrap of
-    Inception's 2048 features is affordable on a CPU.
+    It is |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_b^1/2 C_a C_b^1/2)^1/2). The reference's square root is computed once, and where
+    N < D the eigenvalues come from an N x N matrix. This makes a bootstrap of Inception's 2048 features affordable on a CPU.
     """
     x = features.double()
     mean = x.mean(0)
@@ -46,7 +49,10 @@ def frechet(features: Tensor, reference: Moments) -> float:
 
 
 def kid(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """KID (Binkowski 2018) by torch-fidelity: mean and standard deviation over subsets, of half the pictures where few."""
+    """KID (Binkowski 2018) of features (N, D), computed by torch-fidelity: mean and standard deviation over random subsets.
+
+    A subset holds 1000 pictures, or half of the smaller set where that is fewer.
+    """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     size = min(KID_SUBSET, len(a) // 2, len(b) // 2)
@@ -57,12 +63,12 @@ def kid(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def cmmd(a: Tensor, b: Tensor) -> float:
-    """1000 MMD^2 of normalised CLIP embeddings under a Gaussian of width 10, biased (Jayasumana 2024, eq. 4)."""
+    """CMMD of normalised CLIP embeddings (N, D): 1000 MMD^2, biased, Gaussian kernel of width 10 (Jayasumana 2024, eq. 4)."""
     from torch_fidelity.metric_kid import kernel_rbf, mmd2
 
     x, y = a.double().numpy(), b.double().numpy()
     k = lambda p, q: kernel_rbf(p, q, kid_kernel_rbf_sigma=CMMD_SIGMA)
-    n = min(len(x), len(y))  # the library's form wants sets of one size
+    n = min(len(x), len(y))  # torch-fidelity's formula needs two sets of the same size
     x, y = x[:n], y[:n]
     return CMMD_SCALE * float(mmd2(k(x, x), k(x, y), k(y, y), unit_diagonal=True, mmd_est="biased"))
 
@@ -76,36 +82,40 @@ Statistic = Callable[[R, Tensor], float]  # (row, picture indices) -> figure
 
 
 def resamples(n: int, draws: int, seed: int = 0) -> list[Tensor]:
-    """All n indices, then `draws` sets of n drawn with replacement: the same for every row that is compared."""
+    """Picture indices (n,): first all of them in order, then `draws` sets drawn with replacement.
+
+    One seed gives the same sets every time, so rows that are compared are redrawn alike.
+    """
     g = torch.Generator().manual_seed(seed)
     return [torch.arange(n), *(torch.randint(n, (n,), generator=g) for _ in range(draws))]
 
 
 def redrawn(row: R, statistic: Statistic, n: int, draws: int) -> Tensor:
-    """The figure of a row's first n pictures, then of `draws` sets of them drawn with replacement: (1 + draws,), fp64."""
+    """A figure of a row's first n pictures, then of `draws` bootstrap sets of them: (1 + draws,), fp64."""
     return torch.tensor([statistic(row, i) for i in resamples(n, draws)], dtype=torch.float64)
 
 
 def quantiles(values: Tensor) -> list[float]:
+    """The 2.5 % and the 97.5 % quantile: the two ends of a 95 % band."""
     return values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
 
 
 def band_of(figures: Tensor) -> list[float]:
-    """95 % band of `redrawn` figures, around the first, which is the figure itself.
+    """The 95 % band [low, high] of `redrawn` figures, centred on the first, which is the figure itself.
 
-    A set drawn with replacement has fewer distinct pictures, which alone raises a Frechet distance: the spread of the draws
-    is used, and not where they lie.
+    Only the spread of the draws is used, not their level: a set drawn with replacement has fewer distinct pictures, and this
+    alone raises a Frechet distance.
     """
     return [(figures[0] + q).item() for q in quantiles(figures[1:] - figures[1:].mean())]
 
 
 def band(row: R, statistic: Statistic, draws: int = BOOTSTRAPS) -> list[float]:
-    """95 % bootstrap band of a figure over pictures, around the figure itself."""
+    """The 95 % bootstrap band [low, high] of a figure over all pictures of a row, centred on the figure itself."""
     return band_of(redrawn(row, statistic, len(row), draws))
 
 
 def gap_of(student: Tensor, teacher: Tensor, best: Tensor) -> dict[str, Any]:
-    """`gap_closed` of the `redrawn` figures of three rows."""
+    """`gap_closed` from the `redrawn` figures (1 + draws,) of three rows."""
     gap = (teacher - student) / (teacher - best)
     better = (teacher - student) * (1 if teacher[0] > best[0] else -1)
     none = [None, None]
@@ -117,16 +127,17 @@ def gap_of(student: Tensor, teacher: Tensor, best: Tensor) -> dict[str, Any]:
         "teacher": teacher[0].item(),
         "student": student[0].item(),
         "teacher_50": best[0].item(),
-        "gain": better[0].item(),  # in the metric's own units, positive = the student is better
+        "gain": better[0].item(),  # in the metric's own units; positive where the student is better
         "gain_low": gain_low,
         "gain_high": gain_high,
     }
 
 
 def gap_closed(student: R, teacher: R, best: R, statistic: Statistic, *, draws: int = BOOTSTRAPS) -> dict[str, Any]:
-    """(m(T, n) - m(S, n)) / (m(T, n) - m(T, 50)) with a 95 % bootstrap band over prompts, all three rows redrawn alike.
+    """The part of a teacher's gap that a student closes: (m(teacher) - m(student)) / (m(teacher) - m(best)).
 
-    Without draws the band's ends are None.
+    `teacher` has as few steps as the student, `best` is the teacher with many. The result has the 95 % bootstrap band over
+    pictures, for which all three rows are redrawn alike. Without draws the ends of the band are None.
     """
     n = min(len(row) for row in (student, teacher, best))
     return gap_of(*(redrawn(row, statistic, n, draws) for row in (student, teacher, best)))

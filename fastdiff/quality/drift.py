@@ -1,4 +1,7 @@
-"""How far a student's pictures are from the teacher's in what over-training spoils first; no network judges, any base."""
+"""Drift: how far a student's colours, contrast and sharpness have moved from the teacher's.
+
+Over-training spoils these first. No judging network is needed, so drift works on any base.
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +15,15 @@ from fastdiff.models.denoiser import Denoiser
 from fastdiff.sampling.sampler import Sampler, at_once
 from fastdiff.sampling.settings import Settings
 
-REFERENCE_SEED = 1_000_000  # the drift's and the reference's samples; judged rows start at 0: they never share noise
+# First seed of the drift's and the reference's samples. Judged rows start at 0, so the two never share noise.
+REFERENCE_SEED = 1_000_000
 
 
 def departures(latents: Tensor, pixels: Tensor) -> Tensor:
-    """What is looked at of each picture, as a row whose mean over pictures tells all of it: (N, 2 C + 4).
+    """Drift's statistics of each picture (N, 2 C + 4), from latents (N, C, h, w) and pixels (N, 3, H, W) in [-1, 1].
 
-    Mean and mean square of every latent channel; contrast, saturation, sharpness and brightness of the picture: its spread,
-    its distance from grey, its gradients and its mean. latents (N, C, h, w); pixels (N, 3, H, W) in [-1, 1].
+    The columns are the mean and the mean square of every latent channel, then the picture's contrast (standard deviation),
+    saturation (distance from grey), sharpness (gradients) and brightness (mean). `drift` needs only their means over pictures.
     """
     z, p = latents.flatten(2).double(), pixels.double()
     contrast, saturation = p.flatten(1).std(1), (p.amax(1) - p.amin(1)).mean((1, 2))
@@ -29,11 +33,12 @@ def departures(latents: Tensor, pixels: Tensor) -> Tensor:
 
 
 def drift(teacher: Tensor, student: Tensor) -> dict[str, float]:
-    """Of the `departures` of the same prompts and seeds: how far they went apart.
+    """How far the student's `departures` are from the teacher's, of the same prompts and seeds.
 
-    `drift_mean` and `drift_spread`, the shift of the latents' mean in the teacher's standard deviations and |log| of the ratio
-    of their spreads, over channels; `contrast`, `saturation` and `sharpness`, ratios of the pictures'; `drift`, the sum of all
-    these departures. `brightness` is a difference, of a range of 2; the latents' mean has it already.
+    `drift_mean` is the shift of the latents' mean in the teacher's standard deviations, and `drift_spread` the |log| ratio of
+    the standard deviations, each averaged over channels. `contrast`, `saturation` and `sharpness` are ratios, student over
+    teacher. `drift` is the sum of the two and of the |log| of the three ratios. `brightness` is a difference on a scale of -1
+    to 1; it is not in the sum, because the latents' mean contains it already.
     """
     t, s = teacher.mean(0), student.mean(0)
     c = (len(t) - 4) // 2
@@ -48,7 +53,7 @@ def drift(teacher: Tensor, student: Tensor) -> dict[str, float]:
 
 
 class Drift:
-    """The drift of a student that is being trained, of a few prompts and seeds that stay the same."""
+    """Measures a student's drift during training, always on the same few prompts and seeds."""
 
     def __init__(self, base: Checkpoint, prompts: Sequence[str], resolution_px: int, device: torch.device | str) -> None:
         self.cond, self.uncond = text.encode_unique(base, prompts, device), text.unconditional(base, device=device)
@@ -57,7 +62,7 @@ class Drift:
         self.teacher: Tensor | None = None
 
     def of(self, net: Denoiser, settings: Settings) -> Tensor:
-        """The departures of what a network draws."""
+        """The `departures` (N, 2 C + 4) of the pictures that a network draws with these settings."""
         sampler = Sampler.of_networks(self.base, net, self.base.vae, device=self.device)
         n = at_once(self.resolution_px // autoencoder.factor(sampler.vae))
         parts = [
@@ -67,6 +72,6 @@ class Drift:
         return torch.cat([departures(z, p) for z, p in parts])
 
     def measure(self, teacher: tuple[Denoiser, Settings], student: tuple[Denoiser, Settings]) -> dict[str, float]:
-        """The figures; the teacher is sampled at the first call."""
+        """The figures of `drift`. The teacher is sampled at the first call only."""
         self.teacher = self.of(*teacher) if self.teacher is None else self.teacher
         return drift(self.teacher, self.of(*student))

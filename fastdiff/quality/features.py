@@ -1,4 +1,4 @@
-"""What is looked at of pictures: each extractor turns a batch of them into numbers, one row a picture. B pictures, D features."""
+"""Feature extractors: each turns a batch of pictures into numbers, one row per picture. B pictures, D features."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -18,24 +18,24 @@ from fastdiff.quality.networks import Clip, Inception, patch, resized
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError
 
-# FID and KID; FID of the centre; CLIP score and CMMD; distances to the teacher's picture, and between seeds.
-
 
 class FeatureExtractor(Protocol):
-    key: str  # two extractors of one key extract the same
-    side_px: int | None  # of the pictures that it wants from files; None: the evaluation's
+    """Turns a batch of pictures into features, one row per picture."""
+
+    key: str  # extractors with equal keys give equal features
+    side_px: int | None  # size at which to read reference pictures from files; None: the size of the evaluation
 
     def extract(self, pictures: Tensor, rows: slice | None) -> Features:
-        """Of pictures (B, 3, H, W) uint8, which are those `rows` of the prompts; None: they have no prompts."""
+        """Features of pictures (B, 3, H, W) uint8 drawn for the prompts `rows`; None: the pictures have no prompts."""
 
 
 class EmbeddedFeatures:
-    """The feature network of `emoji`: its embedding, and of captions that it knows whether they were drawn."""
+    """The embedding of `emoji`'s feature network; for known captions also whether the picture and background are right."""
 
     side_px = None
 
     def __init__(self, lines: Sequence[str], *, styles: bool = False) -> None:
-        """`styles`: also how far it is from the emoji that the prompt names, in each drawing style; NaN where it names none."""
+        """`styles`: add the distance to the named emoji in each drawing style; NaN for prompts that name none."""
         self.prompts, self.named = judge.Prompts.of(lines), judge.named_pictures(lines) if styles else None
         self.key = "embedded with styles" if styles else "embedded"
 
@@ -54,7 +54,7 @@ class EmbeddedFeatures:
 
 
 class InceptionFeatures:
-    """Inception's features of the whole picture, resized to `side_px` first where that is given."""
+    """Inception features (B, 2048) of the whole picture, which is resized to `side_px` first if that is given."""
 
     def __init__(self, net: Inception, device: torch.device, side_px: int | None) -> None:
         self.net, self.device, self.side_px = net.to(device), device, side_px
@@ -65,7 +65,7 @@ class InceptionFeatures:
 
 
 class CentreFeatures:
-    """Inception's features of the picture's centre at native size."""
+    """Inception features (B, 2048) of a centre crop of 299 px at native size."""
 
     side_px = None
 
@@ -78,7 +78,7 @@ class CentreFeatures:
 
 
 class ClipFeatures:
-    """CLIP's embedding of the picture, and 100 times its cosine with the prompt's."""
+    """CLIP's embedding of the picture (B, D), and 100 times its cosine with the embedding of the prompt (B,)."""
 
     side_px = None
 
@@ -107,9 +107,9 @@ def open_extractors(
     inception_weights: str | None = None,
     clip: str = networks.CLIP,
 ) -> list[FeatureExtractor]:
-    """The extractors that `asked` names; if it names none, those whose weights are here, with a warning for each other one.
+    """Open the extractors that `asked` names. If it is empty, open all whose weights are available, and warn of each other one.
 
-    `emoji` always has its own network, and no others unless they are asked for.
+    `emoji` always uses its own network, and others only if `asked` names them. UsageError where a named one is not available.
     """
     shipped = family.judge_ships
     extractors: list[FeatureExtractor] = [EmbeddedFeatures(lines, styles=styles)] if shipped else []
@@ -130,7 +130,7 @@ def open_extractors(
 
 
 def open_distance(family: Family, *, asked: Sequence[str] = (), lpips_weights: str | None = None) -> nn.Module | None:
-    """Between two pictures: LPIPS, or on `emoji` the embedded network; None where it is not asked for or cannot be had."""
+    """Open the distance between two pictures: LPIPS, or on `emoji` the embedded network. None if not asked, or not available."""
     if asked and "lpips" not in asked and not family.judge_ships:
         return None
     try:
@@ -141,7 +141,7 @@ def open_distance(family: Family, *, asked: Sequence[str] = (), lpips_weights: s
 
 
 def left_out(name: str, error: UsageError, asked: Sequence[str]) -> None:
-    """What was asked for by name must be had; what is measured where it can be is left out with a warning."""
+    """Leave a metric out with a warning, or raise `error` if the user asked for metrics by name."""
     if asked:
         raise error
     console.warn(f"{name} is not measured: {error}; {error.hint}")

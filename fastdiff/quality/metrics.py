@@ -1,7 +1,7 @@
-"""The metrics: one table for the closing table of a training run, `eval_every` and `evaluate`. Add a metric here.
+"""The metrics that the closing table of training, `eval_every` and `evaluate` share. Add a metric to METRICS.
 
-A feature extractor (features.py) turns pictures into numbers, one row a picture; a metric is a function of such rows. So every
-metric has a bootstrap band over pictures, and the pictures need not be kept. N pictures, D features.
+A feature extractor (features.py) turns pictures into numbers, one row per picture, and a metric is a function of these rows. So
+pictures need not be kept, and a metric can have a bootstrap band over pictures. N pictures, D features.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,20 +17,20 @@ from fastdiff.quality.drift import drift
 from fastdiff.sampling.settings import Settings
 
 Features = dict[str, Tensor]  # each (N, ...)
-COSTLY_DRAWS, COSTLY_PICTURES = 20, 10_000  # where a figure takes seconds: fewer bootstraps, above that many pictures none
-ENOUGH = 300  # pictures a row, for a Frechet distance to mean anything
+COSTLY_DRAWS, COSTLY_PICTURES = 20, 10_000  # bootstraps of a metric that takes seconds; above so many pictures there are none
+ENOUGH = 300  # pictures per row: with fewer a Frechet distance is not reliable
 
 
 @dataclass(eq=False)
 class Row:
-    """One judged way of sampling: numbers of each of its pictures, and the first pictures themselves."""
+    """One model with one way of sampling: the features of all its pictures, and the first pictures themselves."""
 
     model: str
     settings: Settings
     features: Features
     samples: int
     pictures: Tensor | None = None  # (K, 3, H, W) uint8, the first ones
-    known: Mapping[str, float] = field(default_factory=dict)  # figures that were measured when the pictures were there
+    known: Mapping[str, float] = field(default_factory=dict)  # figures that are stored, because their features are not
 
     def __len__(self) -> int:
         return self.samples
@@ -45,51 +45,52 @@ class Row:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What was drawn and how."""
+        """The model and the settings, as keys of the row in JSON."""
         s = self.settings
         way = dict(model=self.model, solver=s.scheduler, spacing=s.spacing, num_steps=s.num_steps, guidance=s.guidance)
         return {**way, "calls": self.calls}
 
 
 def title(model: str, settings: Settings) -> str:
-    """A row's name, no other row's: the teacher is sampled in as many steps guided and not."""
+    """A unique name of a row. It has the guidance, because the teacher is sampled in equal steps with guidance and without."""
     guided = f", guidance {settings.guidance:g}" if settings.guided else ""
     return f"{model}, {settings.num_steps} steps{guided} ({settings.scheduler})"
 
 
 @dataclass(eq=False)
 class Against:
-    """What rows are measured against: the reference's features, and the teacher's row of the same prompts and seeds."""
+    """What rows are measured against: features of the reference, and the teacher's row of the same prompts and seeds."""
 
     features: Features
     teacher: Row
-    known: Mapping[str, Moments] = field(default_factory=dict)  # moments that are known without features
-    figures: dict[tuple[Row, str, int], Tensor] = field(default_factory=dict)  # redrawn once, for bands and gaps alike
+    known: Mapping[str, Moments] = field(default_factory=dict)  # moments that are stored, without features
+    figures: dict[tuple[Row, str, int], Tensor] = field(default_factory=dict)  # bootstraps, kept for bands and gaps
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
+        """{feature: mean and covariance over the reference}."""
         return {name: Moments.of(x) for name, x in self.features.items() if x.ndim == 2} | dict(self.known)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a row: `of(row, picture indices, against)`, a function of the feature that it `needs`."""
+    """A metric: `of(row, picture indices, against)` computes its figure from the feature that it `needs`."""
 
     name: str  # the key in JSON
-    label: str  # the head of its column
+    label: str  # the heading of its column
     needs: str
     of: Callable[[Row, Tensor, Against], float]
     better: Literal["lower", "higher"]
-    reference: Literal["moments", "features", "teacher"] | None = None  # where that feature must be known, too
-    judges: bool = False  # a student's gap to the teacher is measured in it
-    enough: int = 2  # pictures a row, for the figure to mean anything
+    reference: Literal["moments", "features", "teacher"] | None = None  # what the row is compared with, in the same feature
+    judges: bool = False  # whether the gap that a student closes is measured with it
+    enough: int = 2  # pictures per row that make the figure reliable
     costly: bool = False
-    per_picture: bool = True  # it can be redrawn over pictures
-    own_band: Callable[[Row, Against], list[float]] | None = None  # where redrawing pictures would be wrong
-    parts: Callable[[Row, Against], dict[str, float]] | None = None  # what it is made of
+    per_picture: bool = True  # whether it can be bootstrapped over pictures
+    own_band: Callable[[Row, Against], list[float]] | None = None  # a band of its own, where a bootstrap would be wrong
+    parts: Callable[[Row, Against], dict[str, float]] | None = None  # the figures that it is the sum of
 
     def computable(self, row: Row, against: Against) -> bool:
-        """Whether it can be computed from features, and so be redrawn."""
+        """Whether the features that it needs are there, so that it can be computed and bootstrapped."""
         there = {
             None: {self.needs},
             "moments": against.features.keys() | against.known.keys(),
@@ -99,19 +100,21 @@ class Metric:
         return self.needs in row.features and self.needs in there[self.reference]
 
     def known(self, row: Row, against: Against) -> bool:
+        """Whether the row has this metric, stored or computable."""
         return self.name in row.known or self.computable(row, against)
 
     def value(self, row: Row, against: Against) -> float:
+        """The figure over all pictures of the row."""
         return row.known[self.name] if self.name in row.known else self.of(row, torch.arange(len(row)), against)
 
     def draws(self, n: int) -> int:
-        """How often n pictures are redrawn."""
+        """The number of bootstrap sets for n pictures."""
         if not self.per_picture:
             return 0
         return BOOTSTRAPS if not self.costly else COSTLY_DRAWS if n <= COSTLY_PICTURES else 0
 
     def redrawn(self, row: Row, against: Against, n: int | None = None) -> Tensor:
-        """The figure of the row's first n pictures and of sets redrawn of them: (1 + draws,)."""
+        """The figure of the row's first n pictures, then of bootstrap sets of them: (1 + draws,)."""
         n = n or len(row)
         key = (row, self.name, n)
         if key not in against.figures:
@@ -119,7 +122,7 @@ class Metric:
         return against.figures[key]
 
     def band(self, row: Row, against: Against) -> list[float] | None:
-        """[low, high], where 95 % of redrawn sets of pictures lie."""
+        """The 95 % band [low, high]; None where there is none."""
         if self.name in row.known or not self.computable(row, against):
             return None
         if self.own_band is not None:
@@ -128,20 +131,23 @@ class Metric:
 
 
 def mean(name: str) -> Callable[[Row, Tensor, Against], float]:
+    """A metric's function: the mean of a feature (N,) over pictures, without its NaN."""
     return lambda row, i, against: row.features[name][i].nanmean().item()
 
 
 def distance(name: str) -> Callable[[Row, Tensor, Against], float]:
+    """A metric's function: the Frechet distance of a feature (N, D) to the reference."""
     return lambda row, i, against: frechet(row.features[name][i], against.moments[name])
 
 
 def kid_band(row: Row, against: Against) -> list[float]:
-    """Over subsets without replacement: a picture drawn twice would look alike to itself."""
+    """KID's 95 % band from its subsets, drawn without replacement: a picture that is drawn twice would lower the distance."""
     value, spread = kid(row.features["inception"], against.features["inception"])
     return [value - 1.96 * spread, value + 1.96 * spread]
 
 
 def drift_parts(row: Row, against: Against) -> dict[str, float]:
+    """`drift` and the figures that it is the sum of."""
     return drift(against.teacher.features["departures"][: len(row)], row.features["departures"])
 
 
@@ -166,22 +172,22 @@ METRICS = [
 
 
 def judging(row: Row, against: Against) -> list[Metric]:
-    """Those in which a student's gap to the teacher is measured."""
+    """The metrics with which a student's gap to the teacher is measured, as far as the row has them."""
     return [metric for metric in METRICS if metric.judges and metric.computable(row, against)]
 
 
 def too_few(row: Row, against: Against) -> list[Metric]:
-    """Those that mean nothing for so few pictures."""
+    """The row's metrics that are not reliable, because it has too few pictures."""
     return [metric for metric in METRICS if len(row) < metric.enough and metric.known(row, against)]
 
 
 def present(rows: Sequence[Mapping[str, Any]]) -> list[Metric]:
-    """The columns of a table: metrics that one of the measured rows has."""
+    """The metrics that at least one of the measured rows has: the columns of a table."""
     return [metric for metric in METRICS if any(row.get(metric.name) is not None for row in rows)]
 
 
 def measured(row: Row, against: Against, *, bands: bool = True) -> dict[str, Any]:
-    """{metric: figure} of every metric that the row has, and `band`, {metric: [low, high]}."""
+    """{metric: figure} of every metric that the row has, and unless `bands` is false `band`, {metric: [low, high]}."""
     figures: dict[str, Any] = {}
     ends: dict[str, list[float]] = {}
     for metric in (m for m in METRICS if m.known(row, against)):

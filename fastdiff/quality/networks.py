@@ -1,4 +1,4 @@
-"""Networks whose features judge pictures of any subject, each its standard library's: Inception-v3 and CLIP. N pictures."""
+"""The networks that judge pictures of any subject: Inception-v3 from torch-fidelity and CLIP from open_clip. N pictures."""
 
 import tempfile
 from collections.abc import Sequence
@@ -15,11 +15,15 @@ from fastdiff.runtime.download import weight_file
 from fastdiff.runtime.errors import UsageError, as_field, quoted
 
 EXTRA = 'pip install "fastdiff[eval]"'
-PATCH_PX = 299  # side of Inception's input: a centre crop of that size is seen at native resolution
+PATCH_PX = 299  # side of Inception's input: it sees a centre crop of that size at native resolution
 
 
 class Inception(nn.Module):
-    """Pictures (N, 3, H, W) uint8 -> FID's 2048 features (N, D); torch-fidelity's network, and its resizing to 299 px."""
+    """Maps pictures (N, 3, H, W) uint8 to FID's features (N, 2048), with torch-fidelity's network and resizing to 299 px.
+
+    `weights` is a file, or None for torch's cache and then a download. UsageError where torch-fidelity or the weights are
+    missing, or where the file is not this network.
+    """
 
     def __init__(self, weights: str | None) -> None:
         super().__init__()
@@ -30,7 +34,7 @@ class Inception(nn.Module):
         path = weight_file(weights, URL_INCEPTION_V3, option="inception_weights", what="FID", instead="or leave fid and kid out")
         file = tensors.open_file(path, allow_pickle=True)
         with tempfile.TemporaryDirectory() as folder:
-            # The library unpickles its file without a guard: it is given one of our own, with the same tensors.
+            # torch-fidelity unpickles its file without a safety check, so it gets a file of ours with the same tensors.
             safe = Path(folder) / "inception.pth"
             torch.save({key: file[key] for key in file}, safe)
             try:
@@ -45,7 +49,10 @@ class Inception(nn.Module):
 
 
 def resized(pictures: Tensor, side_px: int | None) -> Tensor:
-    """Pictures (N, 3, H, W) uint8 at another size, by PIL's Lanczos filter, as the published protocols do."""
+    """Resize pictures (N, 3, H, W) uint8 to `side_px` with PIL's Lanczos filter, as the published protocols do.
+
+    None leaves them as they are.
+    """
     if side_px is None or pictures.shape[-1] == side_px:
         return pictures
     import numpy as np
@@ -59,13 +66,16 @@ def resized(pictures: Tensor, side_px: int | None) -> Tensor:
 
 
 def patch(pictures: Tensor, side_px: int = PATCH_PX) -> Tensor:
-    """The centre (N, 3, S, S) at native size (Lin 2024, section 5); smaller pictures whole."""
+    """The centre crop (N, 3, S, S) of pictures at native size (Lin 2024, section 5). Smaller pictures stay whole."""
     top, left = ((n - min(n, side_px)) // 2 for n in pictures.shape[-2:])
     return pictures[..., top : top + side_px, left : left + side_px]
 
 
 class Clip(nn.Module):
-    """CLIP's picture and text embeddings (N, D), normalised; `spec` is open_clip's MODEL:PRETRAINED_TAG or MODEL:FILE."""
+    """CLIP's normalised embeddings (N, D) of pictures and texts. `spec` is MODEL:TAG or MODEL:FILE in open_clip's names.
+
+    UsageError where open-clip-torch is not installed, `spec` names no model, or the weights cannot be read or downloaded.
+    """
 
     def __init__(self, spec: str) -> None:
         super().__init__()
@@ -82,7 +92,7 @@ class Clip(nn.Module):
             raise UsageError(f"{as_field('clip', spec)}: neither a file nor a tag of {name}", tags)
         try:
             self.net = open_clip.create_model(name, pretrained=weights, require_pretrained=True).eval().requires_grad_(False)
-        except Exception as error:  # the hub's, urllib's and pickle's many kinds; each means that there are no weights
+        except Exception as error:  # the hub, urllib and pickle raise many kinds; each means that there are no weights
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError(
                 f"{as_field('clip', spec)}: its weights cannot be read or downloaded ({quoted(reason)})",
@@ -97,10 +107,11 @@ class Clip(nn.Module):
         self.register_buffer("std", torch.tensor(preprocessing["std"])[:, None, None], persistent=False)
 
     def pictures(self, pictures: Tensor) -> Tensor:
-        """Of pictures (N, 3, H, W) uint8, resized with antialiased bicubic as CLIP's own preprocessing does."""
+        """Embeddings (N, D) of pictures (N, 3, H, W) uint8, resized by antialiased bicubic as in CLIP's own preprocessing."""
         x = pictures.to(self.mean.device).float() / 255
         x = F.interpolate(x, (self.side_px, self.side_px), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         return F.normalize(self.net.encode_image((x - self.mean) / self.std).float(), dim=-1)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings (N, D) of prompts."""
         return F.normalize(self.net.encode_text(self.tokenizer(list(prompts)).to(self.mean.device)).float(), dim=-1)

@@ -1,4 +1,4 @@
-"""How figures are shown: a table in text, and a page with table, curves and pictures that needs nothing else."""
+"""Shows an evaluation: as a text table, and as one self-contained HTML page with table, curves and pictures."""
 
 import base64
 import io
@@ -19,16 +19,17 @@ from fastdiff.sampling.pictures import contact_sheet
 TEMPLATE = ASSETS / "report.html"
 PICTURES = 6  # of each row
 COLOURS = ("#57606a", "#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df", "#bc4c00", "#116329")
-LEFT, RIGHT, TOP, BOTTOM = 52, 302, 30, 176  # of a curve, in its picture's units
+LEFT, RIGHT, TOP, BOTTOM = 52, 302, 30, 176  # the area of the curves in an SVG, in its units
 
 
 def half_band(row: dict[str, Any], name: str) -> str:
+    """Half of the width of a metric's band as text; empty where there is no band."""
     low, high = row["band"].get(name, (0.0, 0.0))
     return f"{(high - low) / 2:.2g}" if high > low else ""
 
 
 def text_table(rows: Sequence[dict[str, Any]], latency_ms: Sequence[float] | None = None) -> tuple[list[str], list[list[str]]]:
-    """The columns and the cells of measured rows: every figure with half the width of its band."""
+    """The columns and the cells of a table of measured rows. Each figure has ± half of the width of its band."""
     metrics = present(rows)
 
     def cell(row: dict[str, Any], name: str) -> str:
@@ -48,7 +49,7 @@ def text_table(rows: Sequence[dict[str, Any]], latency_ms: Sequence[float] | Non
 
 
 def plain(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A table of plain text, for `print`."""
+    """A table as plain text for `print`, with aligned columns."""
     lines = [columns, *cells]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
@@ -59,7 +60,7 @@ def is_finite(row: dict[str, Any], metric: Metric) -> bool:
 
 
 def curve(metric: Metric, rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> dict[str, Any]:
-    """One metric over network calls, a line a model; the teacher's many ways at as many calls are its best."""
+    """One metric over network calls, with one line per model. Where a model has several rows at equal calls, the best counts."""
     rows = [row for row in rows if is_finite(row, metric)]
     best: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
@@ -95,28 +96,30 @@ def encoded(picture: Tensor) -> str:
 
 
 def style_table(figures: dict[str, Any]) -> tuple[str, str, list[str], list[list[str]]]:
+    """Heading, text, columns and cells of the page's table about style LoRAs."""
     students = {k: v for k, v in figures.items() if isinstance(v, dict) and "kept" in v}
     moved = any("moved" in v for v in students.values())
     lines = [
         [name, f"{v['kept']:.0%}", f"[{v['low']:.0%}, {v['high']:.0%}]", *([f"{v['moved']:.0%}"] if moved else [])]
         for name, v in students.items()
     ]
-    text = f"With {', '.join(figures['loras'])}: how much of its change to the teacher's pictures the student shows."
+    text = f"With {', '.join(figures['loras'])}: the part of the style's change to the teacher's pictures that the student shows."
     return "Style", text, ["model and steps", "kept", "95 % band", *(["moved to its drawings"] if moved else [])], lines
 
 
 def control_table(figures: dict[str, Any]) -> tuple[str, str, list[str], list[list[str]]]:
+    """Heading, text, columns and cells of the page's table about a ControlNet."""
     students = {k: v for k, v in figures.items() if isinstance(v, dict) and "kept" in v}
     lines = [["teacher", fmt(figures["teacher"]["agreement"]), "", ""]]
     lines += [[name, fmt(v["agreement"]), fmt(v["off"]), f"{v['kept']:.0%}"] for name, v in students.items()]
-    text = f"With {figures['controlnet']}: agreement of the drawn control with the one that was asked for."
+    text = f"With {figures['controlnet']}: how well the drawn pictures agree with the control picture."
     return "Control", text, ["model and steps", "agreement", "without control", "of the teacher's"], lines
 
 
 def write(
     folder: Path, *, title: str, metrics: dict[str, Any], rows: Sequence[Row], latency_ms: Sequence[float], lines: list[str]
 ) -> Path:
-    """report.html and contact.png, whose path it returns."""
+    """Write report.html and contact.png to a folder; returns the path of contact.png."""
     from jinja2 import Environment
 
     figures, columns = metrics["rows"], present(metrics["rows"])

@@ -1,4 +1,4 @@
-"""How much of a style LoRA, or of a ControlNet's control, survives in a few-step student. N pictures."""
+"""Measures how much of a style LoRA, or of a ControlNet's control, survives in a few-step student. N pictures."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,16 +14,16 @@ from fastdiff.quality.metrics import Row
 from fastdiff.runtime import console
 from fastdiff.sampling.settings import Settings
 
-IMAGES = 240  # of a row that wears something
-FEATURES = ("embedded", "inception", "clip")  # the first that is there tells how far two sets of pictures are apart
+IMAGES = 240  # pictures per row with a LoRA or a ControlNet, at most
+FEATURES = ("embedded", "inception", "clip")  # the first one that is available measures the distance of two sets of pictures
 
 
 def style(evaluation: Evaluation, loras: Sequence[str], teacher: Model, students: Sequence[Model]) -> dict[str, Any]:
-    """{student and steps: figures} of students that wear `loras`, against the teacher that wears them.
+    """{student and steps: figures}: how much of the style of `loras` each student shows, compared with the teacher.
 
-    `kept`: (F(S) - F(S + L)) / F(S), F the Frechet distance to the pictures of the teacher that wears the style: 1 where the
-    student with it draws as the teacher with it, 0 where it changes nothing. On `emoji` also `moved`: how far the distance to
-    that drawing style went, as a part of the teacher's way.
+    `kept` is (F(S) - F(S + L)) / F(S), with F the Frechet distance to the pictures of the teacher with the LoRAs: 1 where the
+    student with them draws as the teacher with them, 0 where they change nothing. On `emoji` there is also `moved`: how far the
+    LoRAs move the student towards the drawing style, divided by how far they move the teacher.
     """
     samples, plain = evaluation.samples, evaluation.teacher
     n, made = min(len(samples), IMAGES), teacher.open(loras, None)
@@ -32,7 +32,7 @@ def style(evaluation: Evaluation, loras: Sequence[str], teacher: Model, students
     metrics: dict[str, Any] = {"loras": list(loras), "samples": n}
     name = next((f for f in FEATURES if f in wearing.features), None)
     if name is None:
-        console.warn("`with_lora`: no network that judges pictures is at hand; nothing tells how much of the style is left")
+        console.warn("`with_lora`: no network that judges pictures is available, so the rest of the style is not measured")
         return metrics
     target = Moments.of(wearing.features[name])
     away = lambda row, i: frechet(row.features[name][i], target)
@@ -53,7 +53,10 @@ def style(evaluation: Evaluation, loras: Sequence[str], teacher: Model, students
 
 
 def styles_of(row: Row, n: int) -> dict[str, Any]:
-    """Mean distance to each drawing style of `emoji`, and the share that is nearest to it."""
+    """{style: mean distance of the first n pictures to it, and the share nearest to it}, for the drawing styles of `emoji`.
+
+    {} where the row has no such distances.
+    """
     if "style" not in row.features:
         return {}
     d = row.features["style"][:n]
@@ -63,7 +66,7 @@ def styles_of(row: Row, n: int) -> dict[str, Any]:
 
 
 def moved(plain: Row, wearing: Row, before: Row, after: Row, n: int) -> float:
-    """The student's way towards the style that the teacher moved to, over the teacher's own way."""
+    """How far the LoRAs move the student towards the style that they move the teacher to most, over the teacher's distance."""
     t0, t1, s0, s1 = (row.features["style"][:n].nanmean(0) for row in (plain, wearing, before, after))
     k = (t0 - t1).argmax()
     return ((s0 - s1)[k] / (t0 - t1)[k]).item()
@@ -72,10 +75,11 @@ def moved(plain: Row, wearing: Row, before: Row, after: Row, n: int) -> float:
 def controlled(
     evaluation: Evaluation, nets: tuple[str, str], how: str, teacher: Model, students: Sequence[Model]
 ) -> dict[str, Any]:
-    """{student and steps: figures}: how well pictures obey a control, students (net 2) against the teacher (net 1).
+    """{student and steps: figures}: how well pictures follow a control picture, students compared with the teacher.
 
-    Controls are taken out of the teacher's own pictures of other seeds. `agreement` is the F1 of their edges with the drawn
-    ones' (canny), or 1 less the mean difference; `off` without control; `kept` the student's over the teacher's.
+    `nets` are the ControlNets of the teacher and of the students. The control pictures are extracted from the teacher's own
+    pictures of other seeds. `agreement` is the F1 score of drawn and given edges (canny), or 1 minus the mean difference; `off`
+    is the same without a ControlNet, and `kept` the student's agreement over the teacher's.
     """
     samples, extractor, guided = evaluation.samples, control.extractor(how), teacher.ladder[0]
     made = teacher.open([], nets[0])

@@ -1,7 +1,7 @@
-"""Rows of pictures to judge: the same prompts and seeds by any model, looked at batch by batch and not kept.
+"""Draws the pictures to judge, with the same prompts and seeds for every model, and keeps only their features.
 
-A row of weights that are known by their hashes is stored by content (weights, prompts, seeds, settings, extractors): an
-evaluation that was stopped goes on where it was, and a second one does not draw the same teacher again.
+Where the hashes of the weights are known, a row is cached on disk by its content (weights, prompts, seeds, settings,
+extractors). So an evaluation that was stopped goes on where it was, and a second one does not draw the same teacher again.
 """
 
 import re
@@ -31,18 +31,18 @@ from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler, at_once
 from fastdiff.sampling.settings import Settings
 
-DIVERSE = (16, 4)  # prompts, and pictures of each
+DIVERSE = (16, 4)  # diversity is measured on so many prompts, with so many pictures of each
 DIVERSE_SEED = 2 * REFERENCE_SEED
-PAIRED_BYTES = 256 * 2**20  # of a row's first pictures, which others are compared with one by one
-TIMED_S, TIMED = 3.0, (3, 20)  # latency: so long, and so many pictures at least and at most
+PAIRED_BYTES = 256 * 2**20  # memory for a row's first pictures, which other rows are compared with one by one
+TIMED_S, TIMED = 3.0, (3, 20)  # latency is measured for so many seconds, on so many pictures at least and at most
 
 
 @dataclass
 class Samples:
-    """`lines` is one prompt a picture; picture i is of seed first_seed + i.
+    """Draws rows of pictures and extracts their features. `lines` has one prompt per picture; picture i has seed first_seed + i.
 
-    `distance` of pixels a, b -> (B,) is LPIPS, or what stands in for it. `diverse`: rows also know how far apart pictures of one
-    prompt are, of which a few more are drawn.
+    `distance` maps two batches of pixels (B, 3, H, W) to (B,): LPIPS or its substitute. `diverse`: also draw a few more
+    pictures of some prompts, and measure how far apart those of one prompt are.
     """
 
     lines: list[str]
@@ -54,18 +54,19 @@ class Samples:
     batch: int | None = None
     save_to: Path | None = None
     diverse: bool = True
-    silent: bool = False  # no progress: another is on the screen
-    prompts: tuple[ref[Checkpoint], Cond, Cond] | None = None  # encoded by the checkpoint that was sampled last
+    silent: bool = False  # show no progress, because another one is on the screen
+    prompts: tuple[ref[Checkpoint], Cond, Cond] | None = None  # as encoded by the checkpoint that was sampled last
 
     def __len__(self) -> int:
         return len(self.lines)
 
     @property
     def paired(self) -> int:
+        """How many of a row's first pictures are kept to compare with other rows."""
         return max(2, min(len(self), PAIRED_BYTES // (3 * self.resolution_px**2)))
 
     def encode(self, base: Checkpoint) -> tuple[Cond, Cond]:
-        """All prompts, a row each, and the unconditional branch, by that checkpoint's encoders; the last one's are kept."""
+        """All prompts, one row each, and the unconditional branch, encoded by a checkpoint. The last checkpoint's are kept."""
         if self.prompts is None or self.prompts[0]() is not base:
             cond, uncond = text.encode_unique(base, self.lines, self.device), text.unconditional(base, device=self.device)
             self.prompts = ref(base), cond, uncond
@@ -83,10 +84,10 @@ class Samples:
         n: int | None = None,
         controls: Tensor | None = None,
     ) -> Row:
-        """Draw the first n pictures (default all) and extract their features; with hashes in `identity` they are stored.
+        """Draw the first n pictures (default: all) and extract their features.
 
-        `beside` is the row that pictures are compared with one by one. `offset` moves the seeds; `controls`
-        (n, 1 or 3, H, W) uint8 are what a ControlNet is shown.
+        With the hashes of the weights in `identity` the row is cached on disk. `beside` is the row that the pictures are compared
+        with one by one. `offset` is added to the seeds. `controls` (n, 1 or 3, H, W) uint8 are the pictures for a ControlNet.
         """
         n, (cond, uncond) = n or len(self), self.encode(sampler.base)
         cond = cond[:n]
@@ -110,7 +111,7 @@ class Samples:
     def draw(
         self, model: str, sampler: Sampler, cond: Cond, uncond: Cond, settings: Settings, offset: int
     ) -> tuple[Features, Tensor]:
-        """Features of all pictures, and the first of them."""
+        """Draw all pictures: their features, and the first `paired` pictures (K, 3, H, W) uint8."""
         n, parts, first = len(cond), [], []
         size = self.batch or at_once(self.resolution_px // autoencoder.factor(sampler.vae))
         progress = nullcontext() if self.silent else console.progress(n, title(model, settings))
@@ -129,13 +130,14 @@ class Samples:
         return together(parts), torch.cat(first)
 
     def features_of(self, pictures: Tensor, rows: slice) -> Features:
+        """All extractors' features of pictures (B, 3, H, W) uint8 of the prompts `rows`."""
         features: Features = {}
         for extractor in self.extractors:
             features |= extractor.extract(pictures, rows)
         return features
 
     def diversity(self, sampler: Sampler, settings: Settings) -> Tensor:
-        """Distances of all pairs of pictures of one prompt, over a few prompts."""
+        """Distances between all pairs of pictures of the same prompt, over a few prompts."""
         count, each = DIVERSE
         lines = list(dict.fromkeys(self.lines))
         lines = lines[:: max(1, len(lines) // count)][:count]
@@ -149,14 +151,14 @@ class Samples:
         return self.apart(grid[:, first].flatten(0, 1), grid[:, second].flatten(0, 1))
 
     def apart(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distances (N,) of pictures (N, 3, H, W) uint8."""
+        """Distances (N,) between pictures a and b (N, 3, H, W) uint8, pair by pair."""
         net = self.distance.to(self.device)
         pixels = lambda x: x.to(self.device).float() / 127.5 - 1
         with torch.no_grad():
             return torch.cat([net(pixels(x), pixels(y)).cpu() for x, y in zip(a.split(16), b.split(16), strict=True)])
 
     def latency_ms(self, sampler: Sampler, settings: Settings) -> float:
-        """One prompt's embedding to one picture's bytes, alone; median."""
+        """Milliseconds from an encoded prompt to the bytes of one picture, drawn alone: the median of several."""
         cond, uncond = self.encode(sampler.base)
         cond = cond[:1]
         times_ms, began = [], time.perf_counter()
@@ -176,6 +178,7 @@ class Samples:
         offset: int,
         beside: Row | None,
     ) -> str:
+        """The name of a row in the cache: a hash of all that its features depend on."""
         digest = sha256()
         content: list[Any] = [tuple(identity), sampler.denoiser.kind, sampler.denoiser.strength, asdict(settings)]
         content += [self.first_seed + offset, self.resolution_px, str(sampler.base.dtype)]
@@ -191,6 +194,7 @@ class Samples:
         return teacher.cache_folder() / "evaluated" / f"{key}.safetensors"
 
     def stored(self, key: str) -> Features | None:
+        """A row's features from the cache, with its first pictures as "kept"; None where there are none that can be read."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -199,10 +203,11 @@ class Samples:
         except FileNotFoundError:
             return None
         except SafetensorError:
-            console.warn(f"{self.path(key)}: damaged; drawn again")
+            console.warn(f"{self.path(key)}: the cached row is damaged, so it is drawn again")
             return None
 
     def store(self, key: str, features: Features, pictures: Tensor) -> None:
+        """Write a row to the cache, whole or not at all."""
         from safetensors.torch import save_file
 
         path = self.path(key)
@@ -212,10 +217,13 @@ class Samples:
         staged.replace(path)
 
     def of_folder(self, path: Path) -> Features:
-        """The features of a folder of pictures, each a centred square."""
+        """The features of all pictures in a folder, each cut to a centred square.
+
+        InputRefused where the folder has fewer than 2 pictures.
+        """
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in folder.SUFFIXES)
         if len(files) < 2:
-            raise InputRefused(f"`reference={path}`: {len(files)} pictures in it", "a distribution needs at least 2")
+            raise InputRefused(f"`reference={path}`: it holds {len(files)} pictures", "at least 2 are needed for a distribution")
         parts: list[Features] = []
         sides = {extractor.side_px or self.resolution_px for extractor in self.extractors}
         with console.progress(len(files), "looking at the reference") as bar, torch.no_grad():
@@ -230,15 +238,17 @@ class Samples:
 
 
 def together(parts: Sequence[Features]) -> Features:
+    """The features of several batches, concatenated."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def folder_name(title: str) -> str:
-    """teacher-4-steps-guidance-2-dpm++"""
+    """A row's title as the name of a folder: teacher-4-steps-guidance-2-dpm++."""
     return re.sub(r"[^\w.+]+", "-", title).strip("-")
 
 
 def write(to: Path, pictures: Tensor, seeds: Sequence[int]) -> None:
+    """Write pictures (N, 3, H, W) uint8 as PNGs, each named by its seed."""
     from PIL import Image
 
     to.mkdir(parents=True, exist_ok=True)

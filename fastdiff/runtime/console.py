@@ -1,4 +1,4 @@
-"""What people and scripts see: progress, tables, one JSON object, errors with their exit codes."""
+"""Output for people and scripts: progress, tables, warnings, errors, and the JSON object of --json."""
 
 import hashlib
 import json
@@ -23,10 +23,10 @@ SCHEMA_VERSION = 1  # of the JSON object
 
 @dataclass
 class State:
-    """What one command has said so far."""
+    """What one command has printed and measured so far."""
 
     quiet: bool = False
-    flags: bool = False  # options are named as flags and not as fields: on the command line
+    flags: bool = False  # True on the command line: messages name options as --flags; False in Python: as `fields`
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)  # seconds by name
     started: float = field(default_factory=time.monotonic)
@@ -37,18 +37,21 @@ state = State()
 
 
 def reset(*, quiet: bool = False, flags: bool = False) -> None:
-    """Forget warnings and timings and start the clock: before every command, and in tests."""
+    """Forget warnings and timings and start the clock anew. Called before every command, and by tests."""
     global state
     state = State(quiet=quiet, flags=flags)
 
 
 def speaks() -> bool:
-    """False on all but the first process of a distributed run, so that a result appears once."""
+    """True on the first process of a distributed run only, so that a result appears once."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def quiet_libraries(*, offline: bool = False) -> None:
-    """Set what diffusers, transformers and the hub client read when they are imported; a variable already set wins."""
+    """Set environment variables that make diffusers, transformers and the hub client silent, before they are imported.
+
+    A variable that is already set keeps its value. `offline` also forbids downloads, whatever was set before.
+    """
     silent = {
         "DIFFUSERS_VERBOSITY": "error",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -63,7 +66,7 @@ def quiet_libraries(*, offline: bool = False) -> None:
 
 
 def terminal() -> Any:
-    """The rich console of stderr; one for all, so that lines appear above a live progress bar."""
+    """The rich console of stderr. All output shares it, so that lines appear above a live progress bar."""
     if state.terminal is None:
         from rich.console import Console
 
@@ -82,13 +85,13 @@ def _say(text: str, style: str | None = None, label: str = "") -> None:
 
 
 def info(message: str) -> None:
-    """A line on stderr, not shown with --quiet."""
+    """Print a line on stderr, unless --quiet is set."""
     if not state.quiet and speaks():
         _say(worded(message))
 
 
 def warn(message: str) -> None:
-    """A warning: shown on stderr once, and listed in the JSON object."""
+    """Print a warning on stderr and list it in the JSON object. The same warning appears only once."""
     _warn(worded(message))
 
 
@@ -100,26 +103,27 @@ def _warn(message: str) -> None:
 
 
 def error(message: str, hint: str = "") -> None:
-    """The one line of a failure: what is wrong, and after a semicolon what to do."""
+    """Print the one line of a failure: what is wrong, then after a semicolon what to do."""
     _say("; ".join(one_line(part) for part in (message, hint) if part), "bold red", "error: ")
 
 
 def worded(message: str) -> str:
-    """A message of ours in the words of whoever reads it: options are fields in Python, flags on the command line."""
+    """A message with options written as flags on the command line; in Python they stay `fields`."""
     return with_flags(message) if state.flags else message
 
 
 def one_line(text: str) -> str:
+    """The text with each line break, and the spaces around it, turned into one space."""
     return re.sub(r"\s*\n\s*", " ", text.strip())
 
 
 def format_value(value: Any) -> str:
-    """A table cell or progress figure: four digits of a float."""
+    """Text of a table cell or progress figure: four significant digits of a float, nothing for None."""
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table on stderr, not shown with --quiet; columns of numbers are set flush right."""
+    """Print a table on stderr, unless --quiet is set. Columns of numbers are aligned right."""
     if state.quiet or not speaks():
         return
     from rich import box
@@ -138,7 +142,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 
 @contextmanager
 def timed(name: str) -> Iterator[None]:
-    """Add the seconds of the block to the command's timings under `name` (by custom ending in _s)."""
+    """Add the seconds that the block takes to the command's timings under `name`, which by custom ends in _s."""
     start = time.monotonic()
     try:
         yield
@@ -147,19 +151,22 @@ def timed(name: str) -> Iterator[None]:
 
 
 class Progress:
-    """A counted loop in plain lines: from ten seconds on, every tenth of the way, and at least once a minute."""
+    """Progress of a counted loop as plain lines, for output that is not a terminal.
+
+    A line appears at every tenth of the total and at least once a minute, but never within 10 s of the last one.
+    """
 
     QUIET_S, AT_LEAST_S = 10.0, 60.0
 
     def __init__(self, total: int | None, description: str) -> None:
         self.total, self.description, self.done = total, description, 0
         self.started = self.last = time.monotonic()
-        self.before = 0  # done before the start: a resumed run counts from there
+        self.before = 0  # steps that a resumed run had done already; the time left is computed without them
         self.reported = 0  # the count of the last line
         self.fields: dict[str, Any] = {}
 
     def update(self, n: int = 1, **fields: Any) -> None:
-        """`n` more are done; `fields` are the figures to show beside the count."""
+        """Count `n` more as done. `fields` are figures to print beside the count."""
         if self.done == 0 and time.monotonic() - self.started < 0.1:
             self.before = n
         self.done += n
@@ -173,6 +180,7 @@ class Progress:
             self.line()
 
     def line(self) -> None:
+        """Print the count, the elapsed seconds, an estimate of the seconds left, and the figures."""
         self.last, self.reported = time.monotonic(), self.done
         elapsed = time.monotonic() - self.started
         count = f"{self.done}/{self.total} ({self.done / self.total:.0%})" if self.total else str(self.done)
@@ -188,7 +196,7 @@ class Progress:
 
 
 class Bar(Progress):
-    """The same on a terminal: a rich bar with the time left."""
+    """Progress on a terminal: a rich bar with the time left."""
 
     def __init__(self, total: int | None, description: str) -> None:
         super().__init__(total, description)
@@ -213,7 +221,7 @@ class Bar(Progress):
 
 
 class Silent(Progress):
-    """No progress: --quiet, and all but the first process."""
+    """No progress at all: with --quiet, and on every process but the first."""
 
     def draw(self) -> None: ...
     def close(self) -> None: ...
@@ -221,7 +229,7 @@ class Silent(Progress):
 
 @contextmanager
 def progress(total: int | None, description: str) -> Iterator[Progress]:
-    """Progress of a loop on stderr: a bar on a terminal, sparse plain lines elsewhere."""
+    """Show the progress of a loop on stderr: a bar on a terminal, a few plain lines elsewhere."""
     kind = Silent if state.quiet or not speaks() else Bar if terminal().is_terminal else Progress
     display = kind(total, description)
     try:
@@ -232,7 +240,7 @@ def progress(total: int | None, description: str) -> Iterator[Progress]:
 
 @contextmanager
 def stdout_guard() -> Iterator[None]:
-    """What anyone prints in here, Python or C, goes to stderr: stdout carries the result and nothing else."""
+    """Send everything that the block prints, from Python or C, to stderr, so that stdout carries only the result."""
     real = sys.stdout
     flush(real)
     try:
@@ -258,7 +266,7 @@ def flush(stream: Any) -> None:
 
 
 def flush_c() -> None:
-    """Empty C's own buffers: a library's printf would otherwise surface on stdout at exit."""
+    """Flush the buffers of C's stdio. Otherwise a library's printf would appear on stdout at exit."""
     import ctypes
 
     with suppress(OSError, TypeError, AttributeError):  # no C library by that name (Windows)
@@ -267,16 +275,16 @@ def flush_c() -> None:
 
 @contextmanager
 def collecting_warnings() -> Iterator[None]:
-    """Python's warnings become `warn` lines, in the words of the library that they come from."""
+    """Turn Python warnings raised in the block into warnings of ours, with the text unchanged."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, category, *_: _warn(f"{message} ({category.__name__})")
         yield
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """An output in the JSON object: path, sha256, bytes, format.
+    """An entry of the JSON object's `outputs`: path, sha256, bytes and format of a file or folder.
 
-    A folder's hash is that of its sorted lines "<sha256>  <relative name>", as sha256sum prints them.
+    The hash of a folder is taken over lines "<sha256>  <relative name>" of its files, sorted by name, as sha256sum prints them.
     """
     if path.is_dir():
         files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
@@ -293,7 +301,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def jsonable(value: Any) -> Any:
-    """Strict JSON: NaN and infinity become null, arrays lists, paths strings, dataclasses objects."""
+    """The value as strict JSON allows it: NaN and infinity become null, arrays lists, dataclasses objects, the rest strings."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -310,7 +318,7 @@ def jsonable(value: Any) -> Any:
 
 
 def json_object(command: str | None, result: Result | None, failure: Mapping[str, Any] | None = None) -> str:
-    """The one object of --json, on one line. `failure` is {kind, message, hint}; it may still have a result."""
+    """The object that --json prints, on one line. `failure` is {kind, message, hint}; a failed command may have a result too."""
     result = result or Result()
     outputs = [describe(Path(p)) for p in result.outputs]
     timings = {"total_s": time.monotonic() - state.started, **state.timings}
@@ -328,4 +336,5 @@ def json_object(command: str | None, result: Result | None, failure: Mapping[str
 
 
 def fmt(value: Any) -> str:
+    """Text of a measured figure: three decimals of a float, nothing for None."""
     return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)

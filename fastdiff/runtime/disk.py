@@ -1,4 +1,4 @@
-"""Files: where ours are, room on the disk, hashes, and writing a file whole or not at all."""
+"""Files and disks: where ours are, free space, hashes, and writes that leave a whole file or none."""
 
 import errno
 import hashlib
@@ -15,12 +15,12 @@ ASSETS = PACKAGE / "assets"  # what ships with the package
 
 
 def format_size(size: float) -> str:
-    """A size for people: 12.3 GiB, 345 MiB."""
+    """A size in bytes as text for people: 12.3 GiB, 345 MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.{1 if size < 2**27 else 0}f} MiB"
 
 
 def nearest(folder: Path) -> Path:
-    """The folder, or where it will be made."""
+    """The folder itself, or its closest parent that exists already."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -28,17 +28,18 @@ def nearest(folder: Path) -> Path:
 
 
 def free_bytes(folder: Path) -> int:
-    """What is free where the folder is, or will be."""
+    """Free bytes on the disk that holds the folder, or that will hold it."""
     return shutil.disk_usage(nearest(folder)).free
 
 
 def require(folder: Path, size: float, what: str, hint: str = "") -> None:
-    """DoesNotFit where fewer bytes than that are free."""
+    """Raise DoesNotFit if fewer than `size` bytes are free for the folder. `what` names, in the plural, what needs the space."""
     if (free := free_bytes(folder)) < size:
         raise DoesNotFit(f"{folder}: {what} need {format_size(size)}, and {format_size(free)} are free", hint)
 
 
 def sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -47,7 +48,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Whole or not at all: temporary file in the same folder, fsync, one rename."""
+    """Write a text file whole or not at all: a temporary file in the same folder, fsync, then one rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with staged.open("w", encoding="utf-8") as file:
@@ -58,7 +59,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Names of files are the folder's own content: without this a rename can be lost with the power."""
+    """Put a folder's list of names onto the disk. Without this, a power cut can undo a rename in it."""
     with suppress(PermissionError):  # Windows opens no folders
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -68,7 +69,7 @@ def flush_folder(folder: Path) -> None:
 
 
 class HashedFile:
-    """A new file that hashes what is written to it; `error` keeps what went wrong, which torch.save hides behind its own."""
+    """A new file that hashes what is written to it. `error` keeps the first OSError, which torch.save hides."""
 
     def __init__(self, path: Path) -> None:
         self.file, self.digest = path.open("wb"), hashlib.sha256()
@@ -86,7 +87,7 @@ class HashedFile:
         self.file.flush()
 
     def close(self) -> None:
-        """Onto the disk."""
+        """Put the file's content onto the disk and close it."""
         try:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -95,4 +96,5 @@ class HashedFile:
 
 
 def cache_folder() -> Path:
+    """The folder of cached data: $FASTDIFF_CACHE, or ~/.cache/fastdiff."""
     return Path(os.environ.get("FASTDIFF_CACHE", Path.home() / ".cache" / "fastdiff"))

@@ -1,4 +1,4 @@
-"""A weight file of a network that is not ours: given, in torch's cache, or downloaded once."""
+"""Find the weight file of a third-party network: a given path, torch's cache, or a download."""
 
 import os
 from pathlib import Path
@@ -10,9 +10,10 @@ from fastdiff.runtime.errors import UsageError, as_field, quoted
 
 
 def weight_file(given: str | None, url: str, *, option: str, what: str, instead: str = "") -> Path:
-    """The file that `option`, a field, was given, or the one at `url`, whose name ends in the start of its sha256.
+    """Path of a weight file: `given`, else the copy in torch's cache, else downloaded from `url` to that cache.
 
-    UsageError with all ways to get it where it is nowhere: (1) the network, (2) `option`, then what else helps (`instead`).
+    The file name in `url` ends in the first digits of the file's SHA-256, which the download checks. `option` is the field that
+    `given` comes from, `what` the purpose, `instead` another way out for the message. Raises UsageError if there is no file.
     """
     name = url.rsplit("/", 1)[1]
     if given is not None:

@@ -1,6 +1,7 @@
-"""Errors that people can put right, each with its exit code and its kind in the JSON object; and what a command returns.
+"""Errors that users can fix, each with an exit code and a `kind` for the JSON object; and the result of a command.
 
-Messages name an option as a field in backticks: `base`, `num_steps=4`, `force=True`. The command line reads `with_flags` aloud.
+Messages write an option as a field in backticks: `base`, `num_steps=4`, `force=True`. The command line shows these as flags,
+by `with_flags`.
 """
 
 import re
@@ -10,10 +11,10 @@ from typing import Any
 
 
 class UsageError(ValueError):
-    """An option is wrong; the message names it as a field, and the fix."""
+    """An option is wrong. The message names the field, `hint` says how to fix it."""
 
     exit_code, kind = 2, "usage"
-    result: "Result | None" = None  # what was made and measured before it; told in the JSON object
+    result: "Result | None" = None  # what was made and measured before the error; part of the JSON object
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -21,25 +22,25 @@ class UsageError(ValueError):
 
 
 class Failed(UsageError):
-    """A run cannot go on, through no fault of the command line."""
+    """A run cannot go on, though its options are right."""
 
     exit_code, kind = 1, "failure"
 
 
 class InputRefused(UsageError):
-    """A file is unsafe, corrupt or unsupported; the message names the file."""
+    """An input file is unsafe, corrupt or unsupported. The message names the file."""
 
     exit_code, kind = 3, "input"
 
 
 class DoesNotFit(UsageError):
-    """Memory or disk does not suffice; checked before anything starts."""
+    """There is too little memory or disk space. Where possible this is checked before the work starts."""
 
     exit_code, kind = 4, "capacity"
 
 
 class GateFailed(UsageError):
-    """A quality or verification gate was not passed; `result` holds the figures."""
+    """A check of quality or of a written file failed. `result` holds the figures."""
 
     exit_code, kind = 5, "gate"
 
@@ -49,7 +50,7 @@ class GateFailed(UsageError):
 
 
 class Stopped(UsageError):
-    """Stopped by SIGTERM (75) or Ctrl-C (130); what is on disk can be gone on from, with `command` where it is known."""
+    """The run was stopped: exit code 75 after SIGTERM, 130 after Ctrl-C. `command`, if known, continues it."""
 
     kind = "stopped"
 
@@ -60,19 +61,19 @@ class Stopped(UsageError):
 
 @dataclass
 class Result:
-    """What a command made: files (or folders), figures, and the command to type next."""
+    """What a command returns: the files or folders it wrote, its figures, and the command to type next."""
 
     outputs: list[Path] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     next_command: str | None = None
 
 
-# `name`, `name=value`; or, where a value is not plain, in more backticks than it holds, with a space at its end.
+# `name` or `name=value`. A value that has backticks, or is the text True or False, stands in longer fences: ``name=value ``.
 FIELD = re.compile(r"(?<![\w`])(?:`([a-z][a-z0-9_]*)(?:=([^`]*))?`|(``+)([a-z][a-z0-9_]*)=(.*?) \3)(?![\w`])", re.DOTALL)
 
 
 def as_field(name: str, value: Any = MISSING) -> str:
-    """An option, and the value that it has, as messages name it; any value comes through `with_flags` as it is."""
+    """An option as messages write it, `name` or `name=value`. `with_flags` recovers any value unchanged."""
     if value is MISSING:
         return f"`{name}`"
     text = str(value)
@@ -83,14 +84,14 @@ def as_field(name: str, value: Any = MISSING) -> str:
 
 
 def quoted(text: Any) -> str:
-    """The words of another library for a message of ours: its backticks name no option of ours, so they become quotes."""
+    """Another library's message for use in ours. Backticks become quotes, so that nothing in it is taken for an option."""
     return str(text).replace("`", "'")
 
 
 def with_flags(text: str) -> str:
-    """A message as the command line says it: `num_steps=4` is --num-steps 4, `force=True` is --force, `force=False` --no-force.
+    """A message with fields as flags: `num_steps=4` becomes --num-steps 4, `force=True` --force, `force=False` --no-force.
 
-    A command in backticks stays as it is.
+    Other text in backticks, such as a command, stays as it is.
     """
     return FIELD.sub(_as_flag, text)
 

@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other. Alone, each of these answers at once."""
+"""Communication between the processes of one run. With a single process, every function here returns at once."""
 
 import gc
 import os
@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-STORE = "fastdiff/store"  # where torchrun's own store names the one of this attempt
+STORE = "fastdiff/store"  # key in torchrun's store that holds the port of this attempt's store
 
 
 def join(backend: str, timeout: timedelta) -> None:
-    """Meet the other processes, where torchrun may start them again after a failure.
+    """Create the process group if torchrun may restart the processes after a failure. Otherwise leave that to accelerate.
 
-    It keeps one store for all attempts (pytorch issue 135712), in which the second finds the addresses of dead processes and
-    waits for them: each attempt gets a store of its own. Elsewhere accelerate does all that is needed.
+    torchrun keeps one store for all attempts (pytorch issue 135712): a second attempt reads the addresses of dead processes
+    there and waits for them. So each attempt gets a store of its own.
     """
     env = os.environ
     if int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0 or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -31,18 +31,18 @@ def join(backend: str, timeout: timedelta) -> None:
     while own is None:
         try:
             port, brief = int(agents.get(STORE)), timedelta(seconds=5)
-            socket.create_connection((place, port), brief.seconds).close()  # TCPStore waits where nobody listens
+            socket.create_connection((place, port), brief.seconds).close()  # TCPStore would wait if nobody listens there
             own = torch.distributed.TCPStore(place, port, is_master=False, timeout=brief)
-        except (OSError, RuntimeError):  # nobody is there any more: what it names is of the attempt before
+        except (OSError, RuntimeError):  # the port is that of the attempt before, whose process is gone
             time.sleep(0.1)
     own.set_timeout(timeout)
     torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
 
 
 def leave() -> None:
-    """Part from the others, at an end that all come to: threads of a group that is still there can abort an ending process."""
+    """Destroy the process group. All processes call this at the end: threads of a live group can abort a process that exits."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gc.collect()  # split networks and their optimisers hold the group in cycles
+        gc.collect()  # sharded networks and their optimisers refer to the group in reference cycles
         torch.distributed.destroy_process_group()
 
 
@@ -52,12 +52,12 @@ def count() -> int:
 
 
 def first() -> bool:
-    """Whether this is the process that writes."""
+    """Whether this is the first process, the one that writes files."""
     return count() == 1 or torch.distributed.get_rank() == 0
 
 
 def agreed(value: Any) -> Any:
-    """The first process's value, on all of them."""
+    """The value of the first process, returned on every process."""
     if count() == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -66,7 +66,7 @@ def agreed(value: Any) -> Any:
 
 
 def every(value: Any) -> list[Any]:
-    """Each process's value, in their order, on all of them."""
+    """The values of all processes, in the order of their ranks, returned on every process."""
     if count() == 1:
         return [value]
     from accelerate.utils import gather_object
@@ -75,7 +75,7 @@ def every(value: Any) -> list[Any]:
 
 
 def highest(number: int) -> int:
-    """The largest of all processes' numbers."""
+    """The largest number among all processes, returned on every process."""
     if count() == 1:
         return number
     from accelerate import PartialState
@@ -86,7 +86,7 @@ def highest(number: int) -> int:
 
 
 def launched(command: str) -> str:
-    """A command under the launcher that started these processes, with as many on as many machines."""
+    """The command with `torchrun` in front, for the same number of processes and machines as now. Alone, the command itself."""
     world, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if world == 1 or not command:
         return command

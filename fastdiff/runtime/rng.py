@@ -1,4 +1,4 @@
-"""Random numbers: seeds that no two processes or steps share, and the generators' states for a resumed run."""
+"""Random numbers: seeds that no two processes or steps share, and the states of all generators for a resumed run."""
 
 import random
 from collections.abc import Iterator
@@ -10,27 +10,27 @@ import torch
 
 
 def seed_for(seed: int, rank: int, step: int) -> int:
-    """Noise of one step on one process: the same after a resume, different on every rank."""
+    """The seed of one step on one process: the same after a resume, different on every rank."""
     return ((seed * 1_000_003 + rank) * 1_000_003 + step) % 2**63  # what a generator takes
 
 
 def reseed(seed: int) -> None:
-    """Python's, NumPy's and torch's generators; a library's own draws between two steps then move nothing."""
+    """Seed the generators of Python, NumPy and torch. Numbers that a library drew before have no influence afterwards."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 class Stream:
-    """Random numbers of one of several parts that take turns: each goes on where it was, whatever the others draw."""
+    """Random numbers for one of several parts that take turns. Each part continues its own sequence, whatever the others draw."""
 
     def __init__(self, seed: int | None) -> None:
-        self.seed = seed  # None: the only part, which draws from the generators as they are
+        self.seed = seed  # None: there is only one part; it draws from the generators as they are
         self.states: tuple[Any, ...] | None = None
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Python's, NumPy's and torch's generators are this stream's inside."""
+        """Inside the block the generators of Python, NumPy and torch follow this stream."""
         if self.seed is None:
             yield
             return
@@ -49,14 +49,14 @@ class Stream:
 
 
 def streams(seed: int, n: int) -> list[Stream]:
-    """One for each of n parts; a part's numbers are the same for any n. The first has those of `reseed(seed)`."""
+    """One stream for each of n parts. The first draws what follows `reseed(seed)`; more parts change no other part's numbers."""
     if n == 1:
         return [Stream(None)]
     return [Stream(seed if i == 0 else seed_for(seed, 32_452_843, i)) for i in range(n)]
 
 
 def state_dict() -> dict[str, Any]:
-    """Python's, NumPy's, torch's and every CUDA device's generator, as plain values and tensors."""
+    """The states of the generators of Python, NumPy, torch and every CUDA device, as plain values and tensors."""
     kind, keys, *rest = cast("tuple[str, np.ndarray, int, int, float]", np.random.get_state())
     states = {
         "python": random.getstate(),
@@ -67,7 +67,7 @@ def state_dict() -> dict[str, Any]:
 
 
 def load_state_dict(state: dict[str, Any]) -> None:
-    """Put the generators where they were; those of devices that are not here any more are left out."""
+    """Restore the generators from `state_dict`. CUDA states are skipped if the number of devices has changed."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

@@ -1,6 +1,7 @@
-"""SIGTERM and Ctrl-C become a flag that every loop asks between two units of work: a step, a network call, a picture.
+"""SIGTERM and Ctrl-C set a flag, which every loop checks between units of work: a step, a network call or a picture.
 
-Training saves a state first; what caching, previews and evaluation have made is on disk already. A second Ctrl-C stops at once.
+Training saves a state before it stops; results of caching, previews and evaluation are on disk already. A second Ctrl-C stops
+at once.
 """
 
 import signal
@@ -17,21 +18,22 @@ CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
 
 class StopRequest:
-    """What this process was asked to do, and the command that goes on afterwards."""
+    """Whether this process was asked to stop, and the command that continues the work later."""
 
-    GAP_S = 0.5  # torchrun and the terminal both pass a Ctrl-C on: within this time it is one
+    GAP_S = 0.5  # torchrun and the terminal both send the signal of one Ctrl-C: within this time it counts once
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Nobody has asked for anything."""
+        """Clear the request: nothing was asked, no signal is watched."""
         self.exit_code: int | None = None
         self.asked_s = 0.0
         self.command = ""
         self.watched = self.together = False
 
     def note(self, number: int, frame: Any) -> None:
+        """The signal handler: set the exit code. Raises KeyboardInterrupt on a second Ctrl-C."""
         again = self.exit_code == 130 and number == signal.SIGINT
         if again and time.monotonic() - self.asked_s > self.GAP_S:
             raise KeyboardInterrupt
@@ -44,7 +46,7 @@ request = StopRequest()
 
 @contextmanager
 def watching(command: str = "") -> Iterator[None]:
-    """Signals set the flag in here; `command` goes on with what is stopped. Inside another one it changes nothing."""
+    """Inside the block SIGTERM and Ctrl-C set the flag; `command` continues stopped work. A nested block changes nothing."""
     if request.watched or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -57,13 +59,13 @@ def watching(command: str = "") -> Iterator[None]:
         request.exit_code = 130
         raise stopped("interrupted; what is on disk is whole") from None
     finally:
-        request.forget()  # what was asked of this work is not asked of the next
+        request.forget()  # the request was for this work, not for the next
         for s, handler in old.items():
             signal.signal(s, handler)
 
 
 def check() -> None:
-    """Raises Stopped where this process was asked to stop; loops call it once a unit of work."""
+    """Raise Stopped if this process was asked to stop. Loops call it once per unit of work."""
     if request.together:
         meet()
     elif request.exit_code is not None:
@@ -71,7 +73,7 @@ def check() -> None:
 
 
 def meet() -> None:
-    """All processes come here; raises Stopped on each of them where any was asked to stop."""
+    """Raise Stopped on all processes if any of them was asked to stop. Every process must call it."""
     if code := processes.highest(request.exit_code or 0):
         request.exit_code = code
         raise stopped()
@@ -79,7 +81,7 @@ def meet() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Work that all processes do in step, one network between them: inside, they stop at the same check or not at all."""
+    """For work in which the processes wait for each other: inside, all stop at the same `check` or none does."""
     before, request.together = request.together, True
     try:
         yield
@@ -88,5 +90,5 @@ def together() -> Iterator[None]:
 
 
 def stopped(message: str = "stopped; what is done so far is kept") -> Stopped:
-    """The error of a stop, with the command to go on."""
+    """The error to raise after a stop request, with the command that continues the work."""
     return Stopped(message, processes.launched(request.command), exit_code=request.exit_code or 75)
