@@ -144,8 +144,8 @@ class LightningOnThree(LightningOnOne):
     def __init__(self, base: Checkpoint, n: int) -> None:
         super().__init__(base, n)
         teacher = adapters.plain(base.unet).to(base.unet.dtype).eval().requires_grad_(False)
-        _, steps, guidance = self.method.sources
-        self.method.sources = (Denoiser(teacher, self.schedule, base.prediction_type), steps, guidance)
+        _, steps, guidance = self.method.source
+        self.method.source = (Denoiser(teacher, self.schedule, base.prediction_type), steps, guidance)
         self.networks.append(teacher)
 
 

@@ -133,6 +133,7 @@ class LCM(Method):
             yield
 
     def after_update(self, now: Now) -> None:
+        """Update the averaged target of full training."""
         if self.target:
             self.target.update()
 

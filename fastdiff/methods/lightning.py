@@ -84,6 +84,7 @@ class Lightning(Method):
         return self.parts
 
     def state(self) -> dict[str, Stateful]:
+        """Save all adapters of the chain: those of the teachers do not train, but no file has them."""
         return {"adapters": self.kept}
 
     def networks(self) -> list[nn.Module]:

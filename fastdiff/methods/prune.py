@@ -67,6 +67,7 @@ class Prune(Method):
 
     @classmethod
     def shortcut(cls, config: Options) -> Result | None:
+        """Only cut, without training, for `steps=0`."""
         return None if config.steps else cut(config)
 
     @classmethod

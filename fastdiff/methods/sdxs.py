@@ -86,6 +86,7 @@ class SDXS(Segmented):
 
     @classmethod
     def teacher_loras(cls, config: Options) -> list[str]:
+        """Sample the training pairs with the style, unless `style_pairs` is off."""
         return [config.style_lora] if config.style_lora and config.style_pairs else []
 
     @classmethod

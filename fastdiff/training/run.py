@@ -24,6 +24,7 @@ class Run:
 
     @property
     def state_folder(self) -> Path:
+        """The folder of the states that this run can resume from."""
         return self.folder / "state"
 
     @cached_property

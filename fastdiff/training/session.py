@@ -99,7 +99,7 @@ def check_room(trainer: Trainer, base: Checkpoint) -> None:
         raise DoesNotFit(
             f"`output={run.folder}`: its disk has {free / 2**30:.2f} GiB free, the run needs {need / 2**30:.2f}: "
             f"{keep + 1} states of {trainer.state_bytes / 2**30:.2f} and the weights",
-            "free some, choose another `output`, or `keep_states=1`",
+            "free some space, choose another `output`, or `keep_states=1`",
         )
 
 
@@ -131,7 +131,7 @@ def open_accelerator(config: TrainConfig, run: Run) -> Any:
     if precision == "auto":
         precision = "bf16" if not cpu and torch.cuda.is_available() else "fp32"
     if config.shard and precision == "fp16":
-        raise UsageError("`shard`: not in fp16, whose scale of the loss is each process's own", "use `precision=bf16`")
+        raise UsageError("`shard`: does not work in fp16, where every process has its own loss scale", "use `precision=bf16`")
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and not find_spec(tracker):
         raise UsageError(f"`tracker={tracker}`: {tracker} is not installed", f'pip install "fastdiff[{tracker}]"')
