@@ -17,7 +17,7 @@ def module_of(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_help_shows_every_option_its_text_and_examples(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    assert cli.main([name, "--help"]) == 0
+    assert cli.main([name, "--help-all"]) == 0
     page = capsys.readouterr().out
     module = module_of(name)
     for option in options(module.Config):
