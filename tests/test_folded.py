@@ -17,9 +17,9 @@ from fastdiff.models.fast.layers import Unknown
 from fastdiff.models.fast.text import TextEncoder
 from fastdiff.models.fast.unet import FoldedUNet, unet_of
 from fastdiff.models.unet import LAYOUTS, student_config
+from fastdiff.sampling.linear_walk import table
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
-from fastdiff.sampling.solver_table import table
 
 SMALL = dict(UNET, cross_attention_dim=32)
 CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"

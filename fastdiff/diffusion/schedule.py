@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdiff.diffusion.guidance import guide
+
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
@@ -21,11 +23,10 @@ class Prediction(NamedTuple):
     def guide(self, uncond: "Prediction", guidance: float | Tensor) -> "Prediction":
         """Classifier-free guidance u + w (c - u), where this prediction is c and `guidance`, a scalar or (B,), is w.
 
-        Ho & Salimans 2022, eq. 6, whose w is ours less 1. At a fixed (x_t, t) x0 is linear in eps, so guiding both alike keeps
-        them consistent.
+        The formula is in diffusion/guidance.py.
         """
         w = per_sample(torch.as_tensor(guidance, device=self.x0.device), self.x0)
-        return Prediction(uncond.x0 + w * (self.x0 - uncond.x0), uncond.eps + w * (self.eps - uncond.eps))
+        return Prediction(guide(self.x0, uncond.x0, w), guide(self.eps, uncond.eps, w))
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     x    = G(z, t_k)                           the student's x0 from pure noise, or from its own trajectory up to step k
     x_t  = alpha_t x + sigma_t eps             one t, one eps, for both scores
     real = teacher(x_t, t; c, empty; w)        guided                  fake = fake_score(x_t, t; c)      not guided
-    g    = (fake.x0 - real.x0) / mean|x - real.x0|
+    g    = (fake.x0 - real.x0) / mean|x - real.x0|                         diffusion/dmd_gradient.py
     student:     dL/dx = g / numel  (+ lambda_reg LPIPS(G(z_ref), y_ref), DMD)  (+ lambda_gan softplus(-D(x_t)), DMD2)
     fake score:  its own training loss on x  (+ what D loses on x and on real latents)
 

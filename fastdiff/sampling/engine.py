@@ -1,6 +1,6 @@
 """The engine: from noise and prompts to bytes as one pure function of tensors, without waiting for the device in between.
 
-    x_k = c_k . H,   H <- network output for x_k        (c_k: see `solver_table`); then decode, clamp, uint8
+    x_k = c_k . H,   H <- network output for x_k        (c_k: see `linear_walk`); then decode, clamp, uint8
 
 On CUDA the function is captured as one CUDA graph of all steps and the decoder. With `auto` a thread compiles it meanwhile,
 and a graph of the compiled function then replaces the first. Standard networks run in their fast form (`models.fast`); any
@@ -16,12 +16,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.guidance import guide_fused
 from fastdiff.models.denoiser import Cond, Denoiser, guidance_embedding
 from fastdiff.models.fast.unet import Folded, FoldedUNet
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.errors import quoted
 from fastdiff.sampling import openvino
-from fastdiff.sampling.solver_table import Table
+from fastdiff.sampling.linear_walk import Table
 
 Compile = Literal["auto", "off", "max", "openvino"]
 Inputs = dict[str, Tensor]  # inputs of the network besides x, by name
@@ -104,7 +105,7 @@ def latents(call: Callable[[Tensor, int, Inputs], Tensor], walk: Walk, between: 
             out = call(x, k, inputs).float()
         else:
             c, u = call(torch.cat([x, x]), k, inputs).float().chunk(2)
-            out = torch.lerp(u, c, w)
+            out = guide_fused(c, u, w)
         columns[j], k = out.reshape(-1), k + 1
     return (table.rows[k] @ columns).reshape(shape)
 

@@ -27,11 +27,11 @@ from fastdiff.models.fast.decoder import Decoder, decoder_of
 from fastdiff.models.fast.unet import unet_of
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.errors import UsageError, as_field
-from fastdiff.sampling import assemble, pictures, solver_table
+from fastdiff.sampling import assemble, linear_walk, pictures
 from fastdiff.sampling.engine import Compile, Copy, Engine, Inputs, Walk, on_cuda
+from fastdiff.sampling.linear_walk import Table
 from fastdiff.sampling.pictures import Pictures
 from fastdiff.sampling.settings import Settings, asked
-from fastdiff.sampling.solver_table import Table
 
 
 class SeededNoise:
@@ -244,7 +244,7 @@ class Sampler:
         """Return the solver's table for these settings, on the device; computed once."""
         if settings not in self.tables:
             grid = settings.grid(self.denoiser.schedule, self.base.scheduler_config)
-            self.tables[settings] = solver_table.table(settings.scheduler, grid, self.denoiser.kind).to(self.device)
+            self.tables[settings] = linear_walk.table(settings.scheduler, grid, self.denoiser.kind).to(self.device)
         return self.tables[settings]
 
     def noise(self, table: Table, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
