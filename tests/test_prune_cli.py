@@ -103,7 +103,7 @@ def test_a_file_that_nobody_else_reads_is_written_only_on_demand(fastdiff, tiny_
     export = ("export", "--base", "cross/model", "--single-file", "-o", "cross.safetensors")
     code, told = fastdiff(*export)
     assert code == 3
-    assert "ComfyUI, A1111 and Forge know no single file" in told["error"]["message"]
+    assert "ComfyUI, A1111 and Forge cannot read" in told["error"]["message"]
     assert "--force" in told["error"]["hint"]
     assert not (tmp_path / "cross.safetensors").exists()
     assert fastdiff(*export, "--force")[0] == 0
