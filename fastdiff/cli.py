@@ -87,7 +87,7 @@ START = " ".join(
         "[cyan]fastdiff sample --lora FILE[/cyan] draws with the result.",
     )
 )
-SOURCES = "Every option is also a variable (FASTDIFF_STEPS) and a key of --config FILE.toml; flags win."
+SOURCES = "A command's own options are also variables (FASTDIFF_STEPS) and keys of --config FILE.toml; flags win."
 # typer carries its own copy of click, or depends on it: either way its parser's errors are these.
 PARSER_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -132,7 +132,7 @@ class Group(TyperGroup):
         with console.stdout_guard(), console.collecting_warnings():
             description = command.describe()
         essentials = ("--help" in rest or "-h" in rest) and HELP_ALL not in rest
-        page = {*rest} <= {"--help", "-h", HELP_ALL}  # nothing is parsed: a switch needs no second flag
+        page = bool(rest) and {*rest} <= {"--help", "-h", HELP_ALL}  # nothing is parsed: a switch needs no second flag
         rest = ["--help" if word == HELP_ALL else word for word in rest]
         built = build_command(command, description, planned=planned, essentials=essentials, page=page)
         return f"{PLAN.name} {name}" if planned else name, built, rest
@@ -201,7 +201,11 @@ def build_command(
     more = f"{HELP_ALL} lists all {len(listed)} options." if essentials and len(listed) > len(first) else ""
     if any(o.kind is bool for o in listed if not essentials or o.name in first):
         more += " --no-FLAG turns a switch off."
-    text = "\n\n".join([command.help, *example_paragraphs(description.examples)])
+    summary, examples = command.help, description.examples
+    if planned:
+        summary = f"Say how much memory, disk and time a run of {command.name} takes on this machine"
+        examples = examples.replace(f"fastdiff {command.name}", f"fastdiff {PLAN.name} {command.name}")
+    text = "\n\n".join([summary, *example_paragraphs(examples)])
     app.command(command.name, help=text, epilog=more.strip() or None, context_settings={"help_option_names": ["--help", "-h"]})(
         call
     )
@@ -239,9 +243,13 @@ def parameter(option: Option, presets: dict[str, Any], *, panel: str, hidden: bo
     """
     values = {"default": option.default, **presets}
     values = {k: v for k, v in values.items() if v is not MISSING and v is not None and v != [] and v != ""}
+    families: dict[str, list[str]] = {}  # those with the same value are listed together
+    for name, value in values.items():
+        if name == "default" or value != option.default:
+            families.setdefault(format_value(value), []).append(name)
+    words = [f"{', '.join(names)}: {value}" for value, names in families.items()]
     if option.default is MISSING:
-        values = {"required": "", **values}
-    words = [f"{k}: {format_value(v)}" if v != "" else k for k, v in values.items()]
+        words.insert(0, "required")
     note = f" [dim]{escape('[' + '; '.join(words) + ']')}[/dim]" if words else ""
     kind: Any = bool if option.kind is bool else list[str] if option.repeated else str
     name = option.flag.removeprefix("--")
@@ -254,7 +262,7 @@ def parameter(option: Option, presets: dict[str, Any], *, panel: str, hidden: bo
     if option.argument:
         extra["metavar"] = option.name.upper()
     extra |= dict(help=escape(option.help) + note, show_default=False, hidden=hidden)
-    heading = None if panel == "Options" else panel
+    heading = "Other options" if panel == "Options" else panel  # typer puts its own panel first
     info: Any = typer.Argument(**extra) if option.argument else typer.Option(*flags, rich_help_panel=heading, **extra)
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
 
@@ -282,7 +290,8 @@ def general(planned: bool = False, *, hidden: bool = False) -> list[inspect.Para
     made = []
     for name, kind, flags, text in rows:
         extra: dict[str, Any] = {"metavar": "FILE.toml"} if kind is Path else {}
-        info = typer.Option(*flags, help=text, show_default=False, rich_help_panel="General", hidden=hidden, **extra)
+        extra |= dict(help=text, show_default=False, rich_help_panel="General", hidden=hidden and name != "probe")
+        info = typer.Option(*flags, **extra)
         default, hint = (None, Path | None) if kind is Path else (name == "probe", bool)
         made.append(
             inspect.Parameter(f"cli_{name}", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info])
@@ -409,6 +418,8 @@ def emit(text: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, report; returns the exit code. Messages name flags in here, and fields again afterwards."""
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if args in ([HELP_ALL], ["help"]):  # the top page has no more to show
+        args = ["--help"]
     console.reset(quiet="--quiet" in args or "-q" in args, flags=True)
     try:
         return answer(args)

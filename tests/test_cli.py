@@ -156,6 +156,16 @@ def test_the_top_page_says_where_to_start(capsys, monkeypatch):
     assert out.index("Start here") < out.index("Commands" if "Commands" in out else "Train")
 
 
+def test_values_that_families_share_are_listed_once_and_a_plan_page_is_of_plan(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["plan", "dmd", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert "sd15, sd21: 2; sdxl: 1]" in page
+    assert "fastdiff plan dmd --base" in page
+    assert "\n fastdiff dmd" not in page
+    assert "--no-probe" in page
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -164,6 +174,10 @@ def test_the_top_page_says_where_to_start(capsys, monkeypatch):
         ["dmd", "--base", "sdxl", "--dry-run"],
         ["sample", "--stesp", "3"],
         ["lightning", "--stages", "3:2"],
+        ["lightning", "--stages", "8:4:inf"],
+        ["dmd", "--max-time", "5x"],
+        ["train-lcm-lora", "--keep", "best"],
+        ["train-lcm-lora", "--lr", "inf"],
         ["plan", "prune", "--help"],
         ["plan", "nonsense"],
     ],
@@ -240,7 +254,7 @@ def test_dry_run_prints_toml_that_repeats_the_run(fake, tmp_path, capsys):
     [
         Config(),
         Config(base="q\"uo\\te's", prompt=["", "\n\t\r\x00\x7f", "caf\u00e9 \U0001f680", "[x] # y"], full=True),
-        Config(lr=1e-30, guidance=float("inf"), note=None, steps=-(10**15), target="edge"),
+        Config(lr=1e-30, guidance=1e300, note=None, steps=-(10**15), target="edge"),
         Config(lr=5.0, guidance=0.0, note=""),
     ],
 )

@@ -435,7 +435,7 @@ VALUES = {
     "steps": st.integers(1, 10_000),
     "learning_rate": st.floats(0, 1, exclude_min=True, exclude_max=True),
     "resolution": st.none() | st.integers(1, 500).map(lambda n: 8 * n),
-    "guidance": st.none() | st.floats(allow_nan=False),
+    "guidance": st.none() | st.floats(allow_nan=False, allow_infinity=False),
     "scheduler": st.sampled_from(["ddim", "euler", "lcm"]),
     "prompts": st.lists(st.text()),
     "verbose": st.booleans(),

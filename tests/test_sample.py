@@ -88,7 +88,7 @@ def test_prompts_from_standard_input_and_files(tmp_path, capfd, monkeypatch):
     ("args", "code", "message"),
     [
         ([], 2, "no prompt given"),
-        (["--prompt", "x", "--scheduler", "heun"], 2, "--scheduler heun: use one of ddim"),
+        (["--prompt", "x", "--scheduler", "heun"], 2, "is not one of ddim, euler"),
         (["--prompt", "x", "--scheduler", "lcm", "--num-steps", "60"], 2, "at most 50"),
         (["--prompt", "x", "--eta", "2"], 2, "--eta 2: must be at least 0 and at most 1"),
         (["--prompt", "x", "--base", "nowhere"], 2, "not an alias"),

@@ -46,8 +46,7 @@ def open_data(
     """
     spec, resolution_px = spec or base.family.default_data, resolution_px or base.resolution_px
     if needs == "pairs" and spec != "teacher":
-        hint = "use `data=teacher`, or `lambda_reg=0`"
-        raise UsageError(f"{as_field('data', spec)}: the regression loss needs pairs of noise and picture", hint)
+        raise UsageError(f"{as_field('data', spec)}: the loss needs pairs of noise and picture", "use `data=teacher`")
     framing = framing or Framing(resolution_px)
     unused = {"buckets": framing.buckets, "random_crops": framing.random_crops, "flip": framing.flip, "max_images": max_images}
     given = next((name for name, value in unused.items() if value), None)

@@ -44,15 +44,13 @@ class Config(BaseConfig):
     stock_decoder: Annotated[Literal["kl", "tiny"], "decoder of diffusers"] = "kl"
     stock_embeds: Annotated[bool, "give diffusers the encoded prompt, as fastdiff has it from the second call on"] = False
     null: Annotated[bool, "replace the networks by zeros: measures the host's part alone"] = False
-    compile: Annotated[Literal["auto", "off", "max", "openvino"], "as in `sample`; timing starts when compilation is done"] = (
-        "auto"
-    )
+    compile: Annotated[Literal["auto", "off", "max", "openvino"], "as in sample; timing starts when compilation is done"] = "auto"
     num_steps: Annotated[int, "sampling steps", Range(1, 1000)] = 4
     guidance: Annotated[float, "classifier-free guidance; 1 or less = none", Range(0)] = 1.0
     resolution: Annotated[int | None, "width and height in pixels; default: the size of the base", Range(8, multiple_of=8)] = None
     batch_size: Annotated[int | None, "pictures at once; default 1, for train the preset's batch", Range(1)] = None
     calls: Annotated[int, "timed calls of each way", Range(1)] = 20
-    rounds: Annotated[int, "cold starts of each way, for merge whole runs; 0 = none", Range(0)] = 1
+    rounds: Annotated[int, "cold starts of each way, 0 = none; for merge whole runs, at least 1", Range(0)] = 1
     assert_ratio: Annotated[float | None, "exit with code 5 unless fastdiff is this many times faster", Range(above=0)] = None
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to measure"] = "auto"
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"

@@ -36,7 +36,6 @@ PRESETS = Presets(
     },
 )
 # fmt: on
-# fmt: on
 EXAMPLES = """fastdiff dmd
 fastdiff dmd --base sd15 --prompts prompts.txt
 fastdiff dmd --base sdxl --recipe dmd2 --num-steps 4 --data pictures/
@@ -106,6 +105,7 @@ class Config(TrainConfig):
     proof: Annotated[int, "pictures per row of the closing table (emoji only); 0 = no table", Range(0, 2000)] = 500
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.t_min > self.t_max:
             raise UsageError(f"`t_min={self.t_min:g}`: must be at most `t_max={self.t_max:g}`")
 

@@ -73,7 +73,9 @@ class Config(BaseConfig):
     with_controlnet: Annotated[str | None, "ControlNet of the base: measure how much of its control the student keeps"] = None
     student_controlnet: Annotated[str | None, "ControlNet of the student, if it has its own"] = None
     control: Annotated[str, "extractor for control pictures: canny, or MODULE:FUNCTION"] = "canny"
-    teacher_steps: Annotated[int | None, "sampling steps of the teacher if --reference is a folder; default 25", Range(1)] = None
+    teacher_steps: Annotated[
+        int | None, "sampling steps of the teacher; default: those of --reference teacher:STEPS, else 25", Range(1)
+    ] = None
     teacher_guidance: Annotated[
         float | None, "guidance w of the teacher, u + w (c - u); default: as the family is usually sampled", Range(0)
     ] = None

@@ -29,5 +29,6 @@ class Config(BaseConfig):
     format: Annotated[Literal["kohya", "diffusers", "peft"], "key layout of the LoRA; kohya loads in all programs"] = "kohya"
     output: Annotated[str | None, "a folder, or NAME.safetensors for one file"] = field(default=None, metadata={"flags": ["-o"]})
     precision: Annotated[
-        Literal["stored", "fp16", "bf16", "fp32"], "precision of UNet and text encoders; the VAE keeps its own"
+        Literal["stored", "fp16", "bf16", "fp32"],
+        "precision of UNet and text encoders, the VAE keeps its own; of a LoRA, where stored means fp16",
     ] = "stored"

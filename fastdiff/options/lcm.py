@@ -66,6 +66,7 @@ class Config(TrainConfig):
     proof: Annotated[int, "pictures per row of the closing table (emoji only); 0 = no table", Range(0, 2000)] = 500
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.guidance_min > self.guidance_max:
             raise UsageError(f"`guidance_min={self.guidance_min:g}`: must be at most `guidance_max={self.guidance_max:g}`")
         if self.skip > self.grid_steps:

@@ -1,5 +1,6 @@
 """The options of `lightning`, their presets, and how a chain of stages is written."""
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
@@ -28,7 +29,6 @@ PRESETS = Presets(
     sd21=dict(**CARD, batch_size=4, grad_accum=4, steps=10_000, guidance=7.5),
     sdxl=dict(**CARD, batch_size=1, grad_accum=16, steps=10_000, guidance=6.0),  # guidance: section 3.6
 )
-# fmt: on
 # fmt: on
 EXAMPLES = """fastdiff lightning
 fastdiff lightning --base sdxl --prompts prompts.txt --max-time 20h
@@ -83,7 +83,7 @@ class Config(TrainConfig):
         "plain: real and fake are judged separately (paper); paired: against each other, for small batches",
     ] = "plain"
     r1: Annotated[float, "weight of the R1 gradient penalty on real latents; 0 = none", Range(0)] = 0.0
-    skip_teacher: Annotated[bool, "in unconditional phases of 2 steps and 1, learn from the teacher one stage further back"] = (
+    skip_teacher: Annotated[bool, "in uncond and full phases of 2 steps and 1, learn from the teacher one stage further back"] = (
         True
     )
     late_detail_at: Annotated[
@@ -92,6 +92,7 @@ class Config(TrainConfig):
     proof: Annotated[int, "pictures per row of the closing table (emoji only); 0 = no table", Range(0, 2000)] = 500
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         read_chain(self)
 
 
@@ -115,7 +116,10 @@ def read_chain(config: Config) -> list[StagePhase]:
     try:
         split = [stage.split(":") for stage in config.stages.split(",")]
         stages = [(int(a), int(b), float(share[0]) if share else 1.0) for a, b, *share in split]
-        chain = all(1 <= b < a <= 1000 and a % b == 0 and share > 0 for a, b, share in stages) and max(map(len, split)) <= 3
+        chain = (
+            all(1 <= b < a <= 1000 and a % b == 0 and 0 < share < math.inf for a, b, share in stages)
+            and max(map(len, split)) <= 3
+        )
     except ValueError:
         chain = False
     if not chain or any(one[1] != two[0] for one, two in pairwise(stages)):
@@ -151,7 +155,7 @@ def read_phases(text: str) -> dict[Kind, float]:
     except ValueError:
         shares = {}
     ordered: list[Kind] = [kind for kind in get_args(Kind) if kind in shares]
-    known = [kind for kind, *_ in words] == ordered and all(weight > 0 for weight in shares.values())
+    known = [kind for kind, *_ in words] == ordered and all(0 < weight < math.inf for weight in shares.values())
     if not known or not shares.keys() & {"cond", "uncond"}:
         raise UsageError(f"`phases={text}`: cond, uncond or both, then full where it is wanted", "as in mse,cond:2,uncond:2,full")
     return {kind: shares[kind] for kind in ordered}

@@ -39,7 +39,9 @@ class Config(BaseConfig):
     output: Annotated[str | None, "default <accel>-<style>.safetensors; with --base a folder <accel>-<style>"] = field(
         default=None, metadata={"flags": ["-o"]}
     )
-    rank: Annotated[str | None, "rank of the written LoRA: a number, or auto; default: exact, without approximation"] = None
+    rank: Annotated[
+        str | None, "rank of the written LoRA: a number, or auto; default: the sum of the ranks, with --extract 64"
+    ] = None
     energy: Annotated[
         float, "share of the squared singular values that --rank auto keeps in every module", Range(above=0, high=1)
     ] = 0.95

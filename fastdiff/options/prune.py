@@ -25,7 +25,6 @@ PRESETS = Presets(
     sdxl=dict(**CARD, layout="vega", batch_size=1, grad_accum=16),
 )
 # fmt: on
-# fmt: on
 EXAMPLES = """fastdiff prune --layout bk-tiny
 fastdiff prune --base sd21 --layout sdxs-512 --prompts prompts.txt
 fastdiff prune --base sdxl --layout vega --steps 0
@@ -63,6 +62,7 @@ class Config(TrainConfig):
     proof: Annotated[int, "pictures per row of the closing table (emoji only); 0 = no table", Range(0, 2000)] = 500
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         speed(self.target_speed)
 
 

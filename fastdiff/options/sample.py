@@ -7,7 +7,6 @@ from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.options.base import BaseConfig
 from fastdiff.runtime.config import Range
 
-SCHEDULERS = ("ddim", "euler", "dpm++", "lcm", "tcd")  # the names in diffusion/solvers.py
 EXAMPLES = """fastdiff sample --prompt "a red apple"
 fastdiff sample --lora lcm.safetensors --prompt "a red apple" --seed 1
 fastdiff sample --base sdxl --lora lcm.safetensors --lora style.safetensors=0.8 --prompts prompts.txt
@@ -43,7 +42,7 @@ class Config(BaseConfig):
     allow_partial: Annotated[bool, "apply the fitting modules of a LoRA that does not fit completely"] = False
     num_images: Annotated[int, "images per prompt, with seeds --seed, --seed + 1, ...", Range(1)] = 1
     seed: Annotated[int, "seed of the first image of each prompt", Range(0, 2**63 - 1)] = 0
-    scheduler: Annotated[str | None, f"one of {', '.join(SCHEDULERS)}; default: the recipe's"] = None
+    scheduler: Annotated[Literal["ddim", "euler", "dpm++", "lcm", "tcd"] | None, "sampler; default: the recipe's"] = None
     spacing: Annotated[
         Literal["trailing", "leading", "linspace", "lcm"] | None, "spacing of the timesteps; default: the scheduler's"
     ] = None

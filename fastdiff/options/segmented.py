@@ -33,7 +33,7 @@ class SegmentedConfig(TrainConfig):
         int | None, "timestep at which the student is called; default: as --init was trained, else the last", Range(0)
     ] = None
     match_steps: Annotated[int, "steps at the start with feature matching alone", Range(0)] = 1000
-    data: Annotated[str | None, "always teacher: only the teacher gives pairs of noise and picture"] = "teacher"
+    data: Annotated[str | None, "teacher gives the pairs of noise and picture that these losses need"] = "teacher"
     fake: Annotated[Literal["lora", "full"], "the online model, which learns the student's distribution"] = "lora"
     lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64
     lora_alpha: Annotated[float, "scale of the adapters is alpha / rank", Range(above=0)] = 64
@@ -64,6 +64,7 @@ class SegmentedConfig(TrainConfig):
     ] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.t_min > min(self.alpha_start, self.alpha_end):
             raise UsageError(f"`t_min={self.t_min:g}`: must be at most `alpha_start` and `alpha_end`")
 

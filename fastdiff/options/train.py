@@ -1,5 +1,6 @@
 """The options that every training command takes."""
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
@@ -89,6 +90,12 @@ class TrainConfig(BaseConfig):
     guidance, vae = cast("float | None", None), cast("str | None", None)
     proof = 0
 
+    def __post_init__(self) -> None:
+        seconds("max_time", self.max_time)
+        if not self.eval_every and (self.keep == "best" or self.patience):
+            option = "`keep=best`" if self.keep == "best" else f"`patience={self.patience}`"
+            raise UsageError(f"{option}: nothing is measured", "give `eval_every` too")
+
     def open_student(self, dtype: "torch.dtype | None" = None) -> "Checkpoint":
         """The checkpoint that an exported LoRA belongs to: the base, unless a method trains another network."""
         return self.open_base(dtype)
@@ -103,6 +110,6 @@ def seconds(field_name: str, text: str | None) -> float | None:
         duration_s = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
     except ValueError:
         duration_s = 0.0
-    if not duration_s > 0:
+    if not 0 < duration_s < math.inf:
         raise UsageError(f"`{field_name}={text}`: not a duration", "write 90s, 25m or 2h")
     return duration_s

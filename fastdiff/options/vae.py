@@ -23,7 +23,6 @@ PRESETS = Presets(
     sdxl=CARD,
 )
 # fmt: on
-# fmt: on
 EXAMPLES = """fastdiff distill-vae
 fastdiff distill-vae --base sdxl --prompts prompts.txt --encoder
 fastdiff sample --base sdxl --vae runs/distill-vae-sdxl/tiny-vae --prompt "a red apple\""""
@@ -62,6 +61,7 @@ class Config(TrainConfig):
     proof: Annotated[int, "pictures kept out of training for the closing figures, at most a quarter of all", Range(1, 2000)] = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         stages(self)
         if self.eval_every or self.gradient_checkpointing:
             option = "eval_every" if self.eval_every else "gradient_checkpointing"

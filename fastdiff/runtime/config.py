@@ -44,7 +44,8 @@ class Range:
     def __str__(self) -> str:
         words = dict(above=self.above, low=self.low, high=self.high, below=self.below, multiple_of=self.multiple_of)
         names = dict(low="at least", high="at most", multiple_of="a multiple of")
-        return " and ".join(f"{names.get(word, word)} {bound:g}" for word, bound in words.items() if bound is not None)
+        text = lambda bound: f"{bound}" if isinstance(bound, int) else f"{bound:g}"
+        return " and ".join(f"{names.get(word, word)} {text(bound)}" for word, bound in words.items() if bound is not None)
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _scalar(option: Option, value: Any, where: str, text: bool) -> Any:
     if option.choices:
         _bad_choice(option, value, where)
     number = _typed(option.kind, value, text)
-    if number is None or (isinstance(number, float) and math.isnan(number)):
+    if number is None or (isinstance(number, float) and not math.isfinite(number)):
         raise UsageError(f"{where}: {value!r} is not {EXPECTED[option.kind]}")
     if option.kind in {int, float} and number not in option.range:
         subject = as_field(option.name, value) if where == as_field(option.name) else f"{where} {value}"
@@ -238,8 +239,8 @@ def resolve(
         values = {**row, **values}
     for o in known:
         if o.default is MISSING and o.name not in values:
-            hint = f"give the flag, {o.variable} or {o.name} in a `config` file"
-            raise UsageError(f"{as_field(o.name)} is required", hint)
+            hint = f"give {'it' if o.argument else 'the flag'}, {o.variable} or {o.name} in a `config` file"
+            raise UsageError(f"{o.name.upper() if o.argument else as_field(o.name)} is required", hint)
     return cls(**values)
 
 
