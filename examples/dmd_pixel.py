@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fastdiff.data import emoji
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
+from fastdiff.diffusion.samplers import jump
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
-from fastdiff.diffusion.solvers import jump
 from fastdiff.sampling.pictures import contact_sheet
 
 STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

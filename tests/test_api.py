@@ -14,7 +14,7 @@ import fastdiff as fd
 from fastdiff import cli
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.locate import EMOJI
-from fastdiff.diffusion.solvers import SOLVERS
+from fastdiff.diffusion.samplers import SOLVERS
 from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling import assemble
 from fastdiff.sampling.sampler import SeededNoise

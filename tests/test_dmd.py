@@ -12,8 +12,8 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
+from fastdiff.diffusion.samplers import simulate
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
-from fastdiff.diffusion.solvers import simulate
 from fastdiff.lora import adapters, apply
 from fastdiff.methods.dmd import DMD, PRESETS, Config
 from fastdiff.methods.shared.scores import fitted_guidance

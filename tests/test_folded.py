@@ -8,8 +8,8 @@ from conftest import SCHEDULER, UNET, build
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import FAMILIES
+from fastdiff.diffusion.samplers import SOLVERS, Grid
 from fastdiff.diffusion.schedule import NoiseSchedule
-from fastdiff.diffusion.solvers import SOLVERS, Grid
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.fast.decoder import Decoder

@@ -63,7 +63,7 @@ def test_every_command_has_a_module_of_options_with_ten_essentials_at_most():
 
 
 def test_names_that_options_repeat_are_those_of_the_code():
-    from fastdiff.diffusion.solvers import SOLVERS
+    from fastdiff.diffusion.samplers import SOLVERS
     from fastdiff.models import unet
     from fastdiff.options import prune, sample
 

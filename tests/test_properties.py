@@ -17,8 +17,8 @@ from fastdiff import lora
 from fastdiff.checkpoints import single_file
 from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.diffusion.samplers import SOLVERS, Grid, jump
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
-from fastdiff.diffusion.solvers import SOLVERS, Grid, jump
 from fastdiff.lora import layouts
 from fastdiff.lora.kinds import Factors
 from fastdiff.lora.merging import concatenate

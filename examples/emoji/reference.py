@@ -36,7 +36,7 @@ KEPT = 500  # teacher pictures stored as latents, for comparison with students p
 def candidates(calls: int, guidances: list[float]) -> list[Settings]:
     """Stock settings that use exactly `calls` network calls: unguided, or guided with half as many steps.
 
-    Euler is not tried, because its step equals DDIM's (fastdiff/diffusion/solvers.py).
+    Euler is not tried, because its step equals DDIM's (fastdiff/diffusion/samplers.py).
     """
     ways = []
     for solver, spacing in (

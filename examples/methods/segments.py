@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 import torch
 
 from fastdiff.diffusion import losses
-from fastdiff.diffusion.solvers import jump
+from fastdiff.diffusion.samplers import jump
 from fastdiff.options.train import TrainConfig
 from fastdiff.runtime.config import Range
 from fastdiff.training.method import Load, Method, Phase, Trains, equation

@@ -11,7 +11,7 @@ from fastdiff.runtime.disk import ASSETS
 class Sampling(NamedTuple):
     """How a family's checkpoints are usually sampled."""
 
-    scheduler: str  # a name in solvers.SOLVERS
+    scheduler: str  # a name in samplers.SOLVERS
     num_steps: int
     guidance: float  # u + w (c - u)
 

@@ -16,7 +16,7 @@ class Recipe:
 
     method: str | None = None  # lcm, pcm, tcd, dmd, ...
     family: str | None = None  # the name of the checkpoints' family
-    scheduler: str | None = None  # a name in solvers.SOLVERS
+    scheduler: str | None = None  # a name in samplers.SOLVERS
     spacing: str | None = None  # trailing, leading, linspace, lcm
     num_steps: int | None = None
     timesteps: tuple[int, ...] | None = None  # descending, at which the network is called; None: those of the spacing

@@ -24,8 +24,8 @@ from fastdiff.data.batch import Batch
 from fastdiff.data.open import Needs
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
+from fastdiff.diffusion.samplers import simulate
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
-from fastdiff.diffusion.solvers import simulate
 from fastdiff.methods.shared.scores import Scores, fitted_guidance, start_from
 from fastdiff.models import perceptual
 from fastdiff.models.denoiser import Cond

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
+from fastdiff.diffusion.samplers import jump
 from fastdiff.diffusion.schedule import NoiseSchedule, per_sample
-from fastdiff.diffusion.solvers import jump
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.ema import EMA
 from fastdiff.options.lcm import EXAMPLES, PRESETS, Config

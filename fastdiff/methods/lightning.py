@@ -25,8 +25,8 @@ from fastdiff import lora
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
+from fastdiff.diffusion.samplers import jump
 from fastdiff.diffusion.schedule import PredictionType, per_sample
-from fastdiff.diffusion.solvers import jump
 from fastdiff.lora import adapters
 from fastdiff.methods.shared.stages import Part, plan, timesteps
 from fastdiff.models.denoiser import Cond, Denoiser

@@ -13,7 +13,7 @@ from fastdiff import lora
 from fastdiff.checkpoints import checkpoint, single_file, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.diffusion.solvers import SOLVERS
+from fastdiff.diffusion.samplers import SOLVERS
 from fastdiff.lora.file import Weighted, opened, with_weights
 from fastdiff.models import autoencoder
 from fastdiff.models import controlnet as controlnets

@@ -2,8 +2,8 @@
 
     x_k = sum_j c[k, j] h_j          h = start noise, output 0, (fresh noise), output 1, ...;   the last row gives x0
 
-All solvers and prediction types are linear in the h_j. The weights are computed by running the solver once on a single
-position whose channels are the h_j, so the formulas stay in `solvers.py`. A step is then one product and one network call; the
+All samplers and prediction types are linear in the h_j. The weights are computed by running the sampler once on a single
+position whose channels are the h_j, so the formulas stay in `samplers.py`. A step is then one product and one network call; the
 whole walk needs nothing back from the device and can be captured as one CUDA graph.
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.samplers import SOLVERS, Grid
 from fastdiff.diffusion.schedule import PredictionType
-from fastdiff.diffusion.solvers import SOLVERS, Grid
 
 
 @dataclass(frozen=True)

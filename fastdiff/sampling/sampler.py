@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.diffusion.samplers import SOLVERS
 from fastdiff.diffusion.schedule import Prediction
-from fastdiff.diffusion.solvers import SOLVERS
 from fastdiff.lora import apply
 from fastdiff.lora.file import Weighted, with_weights
 from fastdiff.models import autoencoder, text

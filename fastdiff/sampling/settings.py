@@ -7,7 +7,7 @@ import torch
 
 from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.diffusion.solvers import SOLVERS, Grid
+from fastdiff.diffusion.samplers import SOLVERS, Grid
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import as_field
 

@@ -14,7 +14,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import aliases, named
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.diffusion.solvers import SOLVERS
+from fastdiff.diffusion.samplers import SOLVERS
 from fastdiff.runtime.console import fmt
 from fastdiff.runtime.disk import sha256, write_atomic
 from fastdiff.sampling.settings import Settings

@@ -2,7 +2,7 @@
 
 `denoise(x_t, t)` is any callable that returns a Prediction. `x` is the initial noise (B, C, h, w). `noise()` draws fresh
 standard normal noise of that shape; only the stochastic samplers call it. The result is the sample x0 (B, C, h, w).
-Each sampler gives the same result as the diffusers scheduler that it names (tests/test_solvers.py checks this).
+Each sampler gives the same result as the diffusers scheduler that it names (tests/test_samplers.py checks this).
 """
 
 from collections.abc import Callable

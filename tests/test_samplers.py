@@ -4,8 +4,8 @@ import diffusers
 import pytest
 import torch
 
+from fastdiff.diffusion.samplers import SOLVERS, Grid, jump
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
-from fastdiff.diffusion.solvers import SOLVERS, Grid, jump
 
 SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 KINDS = ("epsilon", "v_prediction", "sample")
