@@ -220,7 +220,7 @@ def example_paragraphs(examples: str) -> list[str]:
 
 def essential_names(config: type) -> tuple[str, ...]:
     """The options that a short help page lists: at most ten, named by the class attribute ESSENTIALS, else the first ten."""
-    named = [name for cls in config.__mro__ for name in vars(cls).get("ESSENTIALS", ())]  # a class's own come first
+    named = [name for cls in config.__mro__ for name in vars(cls).get("ESSENTIALS", "").split()]  # a class's own come first
     known = [o.name for o in options(config)]
     return tuple(dict.fromkeys(name for name in named or known if name in known))[:10]
 

@@ -17,18 +17,7 @@ fastdiff bench merge --rounds 3"""
 @dataclass(kw_only=True)
 class Config(BaseConfig):
     PANEL: ClassVar[str] = "Bench"
-    ESSENTIALS: ClassVar[tuple[str, ...]] = (
-        "work",
-        "base",
-        "random_weights",
-        "against",
-        "num_steps",
-        "batch_size",
-        "resolution",
-        "device",
-        "precision",
-        "assert_ratio",
-    )
+    ESSENTIALS: ClassVar[str] = "work base random_weights against num_steps batch_size resolution device precision assert_ratio"
 
     work: Annotated[
         Literal["sample", "train", "merge"], "sample (pictures), train (LCM-LoRA steps) or merge (LoRA into base)"

@@ -27,18 +27,7 @@ fastdiff distill-controlnet --base sd21 --controlnet owner/canny --init runs/sdx
 @dataclass
 class Config(SegmentedConfig):
     PANEL: ClassVar[str] = "ControlNet"
-    ESSENTIALS: ClassVar[tuple[str, ...]] = (
-        "base",
-        "controlnet",
-        "control",
-        "init",
-        "one_step",
-        "prompts",
-        "output",
-        "steps",
-        "batch_size",
-        "max_time",
-    )
+    ESSENTIALS: ClassVar[str] = "base controlnet control init one_step prompts output steps batch_size max_time"
 
     controlnet: Annotated[str | None, "ControlNet of the base: a diffusers folder, a hub id, or emoji"] = None
     control: Annotated[str, "extractor that makes control pictures: canny, or MODULE:FUNCTION"] = "canny"

@@ -46,18 +46,7 @@ fastdiff dmd --base sdxl --recipe dmd2 --num-steps 1 --t-gen 399 --reg-steps 200
 @dataclass
 class Config(TrainConfig):
     PANEL: ClassVar[str] = "Distribution matching"
-    ESSENTIALS: ClassVar[tuple[str, ...]] = (
-        "base",
-        "recipe",
-        "num_steps",
-        "data",
-        "prompts",
-        "output",
-        "steps",
-        "init",
-        "batch_size",
-        "max_time",
-    )
+    ESSENTIALS: ClassVar[str] = "base recipe num_steps data prompts output steps init batch_size max_time"
     VARIANT: ClassVar[str] = "recipe"  # its value picks a second row of PRESETS
 
     recipe: Annotated[Literal["dmd", "dmd2"], "dmd: one step, with regression; dmd2: few steps, two time scales, GAN"] = "dmd"

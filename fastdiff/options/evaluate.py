@@ -31,18 +31,7 @@ PRESETS = {f"{family}:{name}": row for family, of in FAMILIES.items() if of.publ
 
 @dataclass
 class Config(BaseConfig):
-    ESSENTIALS: ClassVar[tuple[str, ...]] = (
-        "base",
-        "lora",
-        "student",
-        "num_steps",
-        "reference",
-        "prompts",
-        "num_images",
-        "metrics",
-        "output",
-        "with_lora",
-    )
+    ESSENTIALS: ClassVar[str] = "base lora student num_steps reference prompts num_images metrics output with_lora"
     VARIANT: ClassVar[str] = "protocol"
 
     student: Annotated[list[str], "model to judge: a LoRA, a checkpoint folder or a file; repeatable"] = field(

@@ -13,15 +13,7 @@ fastdiff export --lora lcm.safetensors --format diffusers -o lcm-diffusers.safet
 @dataclass
 class Config(BaseConfig):
     PANEL: ClassVar[str] = "Export"
-    ESSENTIALS: ClassVar[tuple[str, ...]] = (
-        "base",
-        "lora",
-        "single_file",
-        "format",
-        "precision",
-        "output",
-        "force",
-    )
+    ESSENTIALS: ClassVar[str] = "base lora single_file format precision output force"
 
     single_file: Annotated[bool, "write one LDM-layout file for ComfyUI, A1111 and Forge instead of a diffusers folder"] = False
     force: Annotated[bool, "write a single file even if no other program is known to read such a network"] = False

@@ -30,18 +30,7 @@ fastdiff train-lcm-lora --base my.safetensors --base-config folder --data pictur
 @dataclass
 class Config(TrainConfig):
     PANEL: ClassVar[str] = "Consistency distillation"
-    ESSENTIALS: ClassVar[tuple[str, ...]] = (
-        "base",
-        "data",
-        "prompts",
-        "output",
-        "steps",
-        "num_steps",
-        "lora_rank",
-        "batch_size",
-        "max_time",
-        "resolution",
-    )
+    ESSENTIALS: ClassVar[str] = "base data prompts output steps num_steps lora_rank batch_size max_time resolution"
 
     lora_rank: Annotated[int, "rank of the adapter", Range(1)] = 64
     lora_alpha: Annotated[float, "scale of the adapter is alpha / rank", Range(above=0)] = 64

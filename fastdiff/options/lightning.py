@@ -38,18 +38,7 @@ fastdiff lightning --base sdxl --stages 8:4 --init lightning-8step.safetensors -
 @dataclass
 class Config(TrainConfig):
     PANEL: ClassVar[str] = "Progressive adversarial distillation"
-    ESSENTIALS: ClassVar[tuple[str, ...]] = (
-        "base",
-        "stages",
-        "phases",
-        "data",
-        "prompts",
-        "output",
-        "steps",
-        "guidance",
-        "batch_size",
-        "max_time",
-    )
+    ESSENTIALS: ClassVar[str] = "base stages phases data prompts output steps guidance batch_size max_time"
 
     stages: Annotated[str, "chain of teacher:student sampling steps; a third number weighs the stage's share of --steps"] = (
         "128:32,32:8,8:4,4:2,2:1"

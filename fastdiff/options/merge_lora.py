@@ -16,18 +16,7 @@ fastdiff merge-lora --base custom.safetensors --tuned fast-folder --reference sd
 @dataclass
 class Config(BaseConfig):
     PANEL: ClassVar[str] = "Merge"
-    ESSENTIALS: ClassVar[tuple[str, ...]] = (
-        "accel",
-        "style",
-        "base",
-        "output",
-        "rank",
-        "method",
-        "format",
-        "precision",
-        "extract",
-        "tuned",
-    )
+    ESSENTIALS: ClassVar[str] = "accel style base output rank method format precision extract tuned"
 
     accel: Annotated[str | None, "few-step LoRA as FILE[=WEIGHT], default weight 1; its recipe is kept"] = None
     style: Annotated[list[str], "style LoRA as FILE[=WEIGHT], default weight 0.8; repeatable"] = field(default_factory=list)

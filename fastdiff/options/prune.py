@@ -34,18 +34,7 @@ fastdiff prune --base my.safetensors --auto --target-speed 2x"""
 @dataclass
 class Config(TrainConfig):
     PANEL: ClassVar[str] = "Pruning"
-    ESSENTIALS: ClassVar[tuple[str, ...]] = (
-        "base",
-        "layout",
-        "auto",
-        "target_speed",
-        "data",
-        "prompts",
-        "output",
-        "steps",
-        "batch_size",
-        "max_time",
-    )
+    ESSENTIALS: ClassVar[str] = "base layout auto target_speed data prompts output steps batch_size max_time"
 
     layout: Annotated[str, f"{', '.join(LAYOUTS)}, or FILE.json, the config of a UNet"] = "bk-base"
     steps: Annotated[int, "optimiser steps; 0 = cut without training", Range(0)] = 1000

@@ -17,18 +17,7 @@ echo "a red apple" | fastdiff sample --prompts - --json"""
 
 @dataclass
 class Config(BaseConfig):
-    ESSENTIALS: ClassVar[tuple[str, ...]] = (
-        "prompt",
-        "prompts",
-        "base",
-        "lora",
-        "num_images",
-        "seed",
-        "num_steps",
-        "guidance",
-        "resolution",
-        "output",
-    )
+    ESSENTIALS: ClassVar[str] = "prompt prompts base lora num_images seed num_steps guidance resolution output"
     prompt: Annotated[list[str], "what to draw; repeatable"] = field(default_factory=list)
     prompts: Annotated[str | None, "a file of prompts, one a line; - reads standard input"] = None
     negative: Annotated[str, "what to avoid; acts only with guidance above 1"] = ""

@@ -25,18 +25,7 @@ fastdiff sdxs --base sd21 --init runs/sdxs-sd21/model --style-lora anime.safeten
 @dataclass
 class Config(SegmentedConfig):
     PANEL: ClassVar[str] = "One step"
-    ESSENTIALS: ClassVar[tuple[str, ...]] = (
-        "base",
-        "init",
-        "prompts",
-        "style_lora",
-        "output",
-        "steps",
-        "match_steps",
-        "vae",
-        "batch_size",
-        "max_time",
-    )
+    ESSENTIALS: ClassVar[str] = "base init prompts style_lora output steps match_steps vae batch_size max_time"
 
     student: Annotated[Literal["full", "lora"], "what trains of the student: all weights, or a LoRA"] = "full"
     style_lora: Annotated[

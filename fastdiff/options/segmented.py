@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from fastdiff.checkpoints.checkpoint import Checkpoint
 
-# Presets of these methods begin with these rows. Paper: batches of 1024 to 2048, no schedules told; ours, for one card.
+# Presets of these methods begin with these rows. The paper: batches of 1024 to 2048, no schedules named. These rows fit one card.
 # fmt: off
 CARD = dict(lr=1e-5, batch_size=4, grad_accum=8, warmup=100, gradient_checkpointing=True, steps=10_000, pairs=4096, ema=0.999)
 EMOJI = dict(

@@ -19,16 +19,7 @@ class TrainConfig(BaseConfig):
     """The options of every training command."""
 
     PANEL: ClassVar[str] = "Training"
-    ESSENTIALS: ClassVar[tuple[str, ...]] = (
-        "base",
-        "data",
-        "prompts",
-        "output",
-        "steps",
-        "batch_size",
-        "max_time",
-        "resolution",
-    )
+    ESSENTIALS: ClassVar[str] = "base data prompts output steps batch_size max_time resolution"
 
     data: Annotated[str | None, "emoji, emoji:STYLE, teacher, a folder of images and captions, wds:SHARDS or hf:ID[:SPLIT]"] = (
         None

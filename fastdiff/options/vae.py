@@ -31,18 +31,7 @@ fastdiff sample --base sdxl --vae runs/distill-vae-sdxl/tiny-vae --prompt "a red
 @dataclass
 class Config(TrainConfig):
     PANEL: ClassVar[str] = "Tiny decoder"
-    ESSENTIALS: ClassVar[tuple[str, ...]] = (
-        "base",
-        "data",
-        "prompts",
-        "output",
-        "encoder",
-        "width",
-        "steps",
-        "crop",
-        "batch_size",
-        "max_time",
-    )
+    ESSENTIALS: ClassVar[str] = "base data prompts output encoder width steps crop batch_size max_time"
 
     width: Annotated[int, "channels of every layer; 64 is TAESD's", Range(4)] = 64
     blocks: Annotated[str, "residual blocks at each of the four resolutions, from latent to picture"] = "3,3,3,1"

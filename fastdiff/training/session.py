@@ -16,7 +16,7 @@ from fastdiff.data.images import Framing
 from fastdiff.data.open import Needs, open_data
 from fastdiff.lora import apply
 from fastdiff.models import sharding
-from fastdiff.options.train import TrainConfig, seconds
+from fastdiff.options.train import TrainConfig
 from fastdiff.runtime import console, disk, processes
 from fastdiff.runtime.config import to_toml
 from fastdiff.runtime.disk import write_atomic
@@ -67,11 +67,7 @@ def default_folder(command: str, config: TrainConfig) -> Path:
 
 
 def open_run(command: str, config: TrainConfig) -> Run:
-    """Return the run of a config; nothing is created yet. UsageError where options contradict each other."""
-    if not config.eval_every and (config.keep == "best" or config.patience):
-        option = "`keep=best`" if config.keep == "best" else f"`patience={config.patience}`"
-        raise UsageError(f"{option}: nothing is measured", "give `eval_every` too")
-    seconds("max_time", config.max_time)
+    """Return the run of a config; nothing is created yet."""
     return Run(Path(config.output) if config.output else default_folder(command, config), command)
 
 
