@@ -23,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,10 +42,11 @@ Spec = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, d
 class Block:
     """Memory of the card, counted from its making to its end. A tensor and its views share one."""
 
-    __slots__ = ("bytes", "card")
+    __slots__ = ("bytes", "card", "storage")
 
     def __init__(self, card: "Card", size: int) -> None:
         self.card, self.bytes = card, -(-size // ROUNDED) * ROUNDED
+        self.storage: torch.UntypedStorage | None = None  # made for libraries that tell tensors apart by their address
         card.take(self.bytes)
 
     def __del__(self) -> None:
@@ -79,6 +81,17 @@ class Simulated(Tensor):
     def data(self, value: Tensor) -> None:
         with torch.no_grad():
             torch.utils.swap_tensors(self, alike(self, value.detach()))
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        if self.block.storage is None:
+            self.block.storage = torch.UntypedStorage(1)
+        return self.block.storage
+
+    def storage(self) -> Any:
+        return torch.TypedStorage(wrap_storage=self.untyped_storage(), dtype=self.dtype, _internal=True)
+
+    def data_ptr(self) -> int:
+        return self.untyped_storage().data_ptr()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         with torch.no_grad():
@@ -150,6 +163,7 @@ class Card(TorchDispatchMode):
         device = kwargs.get("device")
         if (device is not None and device.type == "cuda") or any(isinstance(value, Simulated) for value in leaves((args, kwargs))):
             return self.perform(func, args, kwargs)
+        kwargs.pop("pin_memory", None)  # only a driver can pin memory
         return func(*args, **kwargs)
 
     def perform(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -217,6 +231,8 @@ class Card(TorchDispatchMode):
         source, device = args[0], kwargs.get("device")
         dtype = kwargs.get("dtype") or source.dtype
         if isinstance(source, Simulated):
+            if device is not None and device.type == "meta":
+                return torch.empty_strided(*source.spec[:2], dtype=dtype, device=device)
             if device is None or device.type != "cpu":
                 return NotImplemented
             self.sync()
@@ -285,6 +301,8 @@ class Card(TorchDispatchMode):
                 stack.enter_context(patch.object(owner, name, answer, create=not hasattr(owner, name)))
             # A parameter keeps its identity when its network moves, as on a real card.
             torch.__future__.set_swap_module_params_on_conversion(True)
+            # What depends on values, such as the places of a mask, gets the largest size that it can have.
+            stack.enter_context(patch.object(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True))
             try:
                 yield
             finally:

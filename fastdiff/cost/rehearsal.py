@@ -1,0 +1,182 @@
+"""Rehearse a training run on the simulated card: its real data, steps, contact sheets and measurements, without weights or numbers.
+
+`fastdiff plan --no-probe` takes its memory from here, and so do the tests of memory. Every part of a run has its own peak:
+`data` (text encoders, the teacher's samples or the VAE's encoder), each phase by name, `sheet`, `measure` and `figures`.
+"""
+
+import gc
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.cost.simulation import Card
+from fastdiff.data.prompts import default_prompts, read_prompts
+from fastdiff.models import perceptual
+from fastdiff.options.train import TrainConfig
+from fastdiff.runtime import console
+from fastdiff.sampling.sampler import at_once
+from fastdiff.sampling.settings import Settings
+from fastdiff.training import method as training_method
+from fastdiff.training.exhibit import Exhibit
+from fastdiff.training.method import Method
+from fastdiff.training.run import Run
+from fastdiff.training.scene import Scene
+from fastdiff.training.session import COMPONENTS, data_of, open_accelerator
+from fastdiff.training.trainer import Trainer
+from fastdiff.data import encode as data_encode, teacher as data_teacher
+
+FEW = 2  # micro-batches and sampling steps: more of them take no more memory
+PROMPTS = 64  # prompts that the text encoders take at once
+UNKNOWN = "0" * 64  # stands for the hash of weights that are not there
+
+
+@dataclass
+class Rehearsal:
+    """What a rehearsed run takes of the card, in bytes of live tensors."""
+
+    peaks: dict[str, int] = field(default_factory=dict)  # {part of the run: peak bytes}
+    places: dict[str, list[str]] = field(default_factory=dict)  # {part of the run: file:line at the peak, innermost first}
+    syncs: dict[str, Counter[str]] = field(default_factory=dict)  # {phase: waits of the host in one step, by file:line}
+    resident_bytes: int = 0  # between two steps of the last phase
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.peaks.values())
+
+
+def hollow(base: Checkpoint) -> Checkpoint:
+    """Return a copy of a checkpoint whose networks have shapes but no weights: they are on the meta device."""
+    own = copy(base)
+    own.__dict__ = dict(base.__dict__)
+
+    def network(part: str, dtype: torch.dtype) -> nn.Module:
+        with torch.device("meta"):
+            net = own.skeleton(part).to("meta")
+        return net.to(dtype).eval().requires_grad_(False)
+
+    own.__dict__ |= {
+        "unet": network("unet", base.dtype),
+        "vae": network("vae", torch.float32),
+        "text_encoders": [network(part, torch.float32) for part in base.text_parts],
+    }
+    return own
+
+
+@contextmanager
+def without_weights(config: TrainConfig, base: Checkpoint, folder: Path) -> Iterator[None]:
+    """Let a run find hollow networks, no hashes to compute, and a cache of its own."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(console, "state", console.State(quiet=True)))
+        stack.enter_context(patch.object(console, "speaks", lambda: False))
+        stack.enter_context(patch.dict(os.environ, FASTDIFF_CACHE=str(folder / "cache")))
+        for module in (checkpoint, data_teacher, data_encode):
+            stack.enter_context(patch.object(module, "fingerprint", lambda net: UNKNOWN))
+        stack.enter_context(patch.object(type(config), "open_base", lambda self, dtype=None: hollow(base)))
+        stack.enter_context(patch.object(perceptual, "open_distance", distance(base)))
+        usual = Settings.usual
+        stack.enter_context(patch.object(Settings, "usual", lambda family: replace(usual(family), num_steps=FEW)))
+        yield
+
+
+def distance(base: Checkpoint) -> Any:
+    """Return a stand-in for `perceptual.open_distance` that needs no file with VGG-16."""
+    real = perceptual.open_distance
+
+    def opened(family: Any, weights: str | None, **how: Any) -> perceptual.PixelDistance:
+        if weights == perceptual.EMBEDDED or (weights is None and family.judge_ships):
+            return real(family, weights, **how)
+        import lpips
+
+        with torch.device("meta"):
+            net = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False)
+        return perceptual.PixelDistance(net.eval().requires_grad_(False))
+
+    return opened
+
+
+def rehearse(method_class: type[Method], config: TrainConfig, base: Checkpoint, *, card: Card | None = None) -> Rehearsal:
+    """Run the parts of a training run on a simulated card. `base` needs no weights; its `dtype` is the run's precision."""
+    card, found = card or Card(), Rehearsal()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lines = read_prompts(Path(config.prompts)) if config.prompts else default_prompts(base.family)
+        (folder / "prompts.txt").write_text("\n".join(lines[:PROMPTS]) + "\n")
+        side = (config.resolution or base.resolution_px) // base.pixels_per_latent
+        small = replace(
+            config, device="cuda", prompts=str(folder / "prompts.txt"), pairs=max(4, at_once(side)), max_images=None, tracker="none",
+            output=str(folder / "run"), grad_accum=min(FEW, config.grad_accum), teacher_steps=FEW,
+        )  # fmt: skip
+        with card, without_weights(small, base, folder):
+            run_parts(method_class, small, hollow(base), Run(folder / "run", method_class.name), card, found)
+    return found
+
+
+def run_parts(
+    method_class: type[Method], config: Any, base: Checkpoint, run: Run, card: Card, found: Rehearsal
+) -> None:
+    """Run data, every phase, a contact sheet and the measurements, and note the peak of each."""
+    card.watched = True
+
+    @contextmanager
+    def part(name: str) -> Iterator[None]:
+        gc.collect()
+        card.reset_peak()
+        yield
+        if card.peak_bytes > found.peaks.get(name, -1):
+            found.peaks[name], found.places[name] = card.peak_bytes, card.peak_place
+
+    accelerator = open_accelerator(config, run)
+    scene = Scene.of(config, base, accelerator.device)
+    with part("data"):
+        exhibit = method_class.exhibit(scene, config)
+        data = data_of(scene, config, method_class.needs(config), method_class.teacher_loras(config))
+        data = method_class.arrange(scene, data, exhibit, config)
+        base.release(*(name for name in COMPONENTS if name not in method_class.keeps))
+    base.__dict__ |= {k: v for k, v in hollow(base).__dict__.items() if k in ("unet", "vae")}
+    for name in method_class.keeps:
+        getattr(base, name).to(scene.device)
+    method = method_class(base, config)
+    with part("data"):
+        exhibit.begin(method)
+    trainer = Trainer(method, data, run, config, accelerator)
+    for index in range(len(trainer.phases)):
+        if index:
+            trainer.leave()
+            trainer.enter(index)
+        name = trainer.phase.name or "steps"
+        length = method_class.cycle(config)
+        last = trainer.end - length
+        trainer.step = max(trainer.start, last - last % length)
+        with part(name):
+            trainer.train_step()
+        card.syncs.clear()
+        with part(name):
+            for _ in range(length):
+                trainer.train_step()
+                trainer.step += 1
+        found.syncs[name] = Counter(card.syncs)
+        gc.collect()
+        found.resident_bytes = card.live_bytes
+        if trainer.phase.exports:
+            with part("sheet"):
+                exhibit.sheet(method)
+            if config.eval_every:
+                with part("measure"):
+                    exhibit.measure(method)
+    if type(exhibit).figures is not Exhibit.figures:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with part("figures"):
+            method.export(run)
+            exhibit.figures(method, run)
