@@ -108,6 +108,7 @@ class Call:
     line: str = ""  # as it was typed, but for --json
     plan: bool = False  # tell what it would take, and do not run it
     probe: bool = True
+    memory: str | None = None
 
     @cached_property
     def work(self) -> Runnable:
@@ -272,6 +273,9 @@ def format_value(value: Any) -> str:
     return ("on" if value else "off") if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+PLAN_OPTIONS = ("probe", "memory")  # what `plan` takes besides the options of the command that it plans
+
+
 def general(planned: bool = False, *, hidden: bool = False) -> list[inspect.Parameter]:
     """What every command takes besides its config; `hidden`: the help page leaves these options out."""
     rows = [
@@ -284,15 +288,16 @@ def general(planned: bool = False, *, hidden: bool = False) -> list[inspect.Para
         ("help_all", bool, [HELP_ALL], "show all options and exit"),
     ]
     if planned:
-        rows.append(
-            ("probe", bool, ["--probe/--no-probe"], "take some steps and measure; else arithmetic, which needs no weights")
-        )
+        rows += [
+            ("probe", bool, ["--probe/--no-probe"], "take some steps and measure; else rehearse without weights or card"),
+            ("memory", str, ["--memory"], "plan for a CUDA card of this size, such as 16G, without a probe"),
+        ]
     made = []
     for name, kind, flags, text in rows:
-        extra: dict[str, Any] = {"metavar": "FILE.toml"} if kind is Path else {}
-        extra |= dict(help=text, show_default=False, rich_help_panel="General", hidden=hidden and name != "probe")
+        extra: dict[str, Any] = {Path: {"metavar": "FILE.toml"}, str: {"metavar": "SIZE"}}.get(kind, {})
+        extra |= dict(help=text, show_default=False, rich_help_panel="General", hidden=hidden and name not in PLAN_OPTIONS)
         info = typer.Option(*flags, **extra)
-        default, hint = (None, Path | None) if kind is Path else (name == "probe", bool)
+        default, hint = (name == "probe", bool) if kind is bool else (None, kind | None)
         made.append(
             inspect.Parameter(f"cli_{name}", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info])
         )
@@ -392,7 +397,7 @@ def perform(call: Call) -> tuple[Result, str]:
         if call.plan:
             from fastdiff.commands import plan
 
-            result = plan.run(call.work.method, config, probe=call.probe, typed=typed(call))
+            result = plan.run(call.work.method, config, probe=call.probe, typed=typed(call), memory=call.memory)
         else:
             with stoppable(call) if call.work.resumes else nullcontext():
                 result = call.work.run(config)

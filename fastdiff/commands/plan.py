@@ -1,11 +1,13 @@
-"""`fastdiff plan COMMAND ...`: says how much memory, disk and time a training run takes on this machine, before it starts.
+"""`fastdiff plan COMMAND ...`: says how much memory, disk and time a training run takes, before it starts.
 
-With a probe, some steps of the command are measured, and other settings are estimated from that by the calculated difference.
-Without a probe everything is calculated: parameters and the tensors kept for backward are counted from the network's shapes.
-The calculation leaves out decoding (previews, LPIPS).
+With a probe, some steps of the command are measured on this machine. Without one, the whole run is rehearsed on a simulated card
+(`cost.rehearsal`), which needs neither the weights nor a card, and its time is calculated from the network's shapes. `memory`
+plans for a card that is not in this machine. Other settings are estimated by the calculated difference to the one that was
+measured or rehearsed, and the one that is proposed in the end has been measured or rehearsed itself.
 """
 
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,16 +21,18 @@ from fastdiff.checkpoints.locate import ALIASES
 from fastdiff.cost import footprint
 from fastdiff.cost.estimate import Estimate, data_plan, estimate
 from fastdiff.cost.probe import Measured, measure
+from fastdiff.cost.rehearsal import PICTURES, Rehearsal, rehearse, taken_bytes
 from fastdiff.lora import adapters
 from fastdiff.options.train import TrainConfig, seconds
 from fastdiff.runtime import console, disk
 from fastdiff.runtime.config import options
 from fastdiff.runtime.disk import cache_folder
-from fastdiff.runtime.errors import DoesNotFit, Result, UsageError
+from fastdiff.runtime.errors import DoesNotFit, Result, UsageError, as_field
 from fastdiff.sampling.assemble import pick_device
 from fastdiff.training.method import Method
 from fastdiff.training.session import default_folder
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCT_PART = 0.5  # a whole pass reaches about this part of the speed of a large matrix product
 FREE_PART = 0.95  # a plan may fill this part of the memory
 LEAST_RANK = 4
@@ -60,6 +64,20 @@ def shapes_of(config: TrainConfig) -> Checkpoint:
     family = locate.family_of(config.base)
     console.info(f"--base {config.base}: its weights are not on this machine, so the published shapes of {family} are counted")
     return checkpoint.load(str(family.home))
+
+
+UNITS = {"": 2**30, "g": 2**30, "gb": 2**30, "gib": 2**30, "m": 2**20, "mb": 2**20, "mib": 2**20}
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of a size like 16G, 16GB, 16GiB, 12000M or 16, which is in GiB; UsageError for another text.
+
+    Card makers mean GiB when they say GB.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?) *([a-z]*)", text.strip().lower())
+    if not match or match[2] not in UNITS or not float(match[1]):
+        raise UsageError(f"{as_field('memory', text)}: not a size", "write 16G, 12000M or a number of GiB")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -94,6 +112,7 @@ class Row:
     memory_bytes: float | None = None  # None: the probe ran out of memory
     step_s: float | None = None
     measured: bool = False
+    rehearsed: bool = False
     fits: bool = False
 
     @property
@@ -112,21 +131,22 @@ CHANGED = ("batch_size", "grad_accum", "gradient_checkpointing", "lora_rank", "l
 class Plan:
     """The settings of a command in order of preference, the first one that fits, and how much that takes."""
 
-    def __init__(self, method: type[Method], config: TrainConfig, *, probe: bool) -> None:
-        self.command, self.method, self.config, self.probe = method.name, method, config, probe
-        self.device = pick_device(config.device)
+    def __init__(self, method: type[Method], config: TrainConfig, *, probe: bool, memory: int | None = None) -> None:
+        self.command, self.method, self.config, self.probe, self.memory = method.name, method, config, probe, memory
+        elsewhere = memory is not None and config.device == "auto"
+        self.device = torch.device("cuda") if elsewhere else pick_device(config.device)
         on_cuda = self.device.type == "cuda"
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            ("bf16" if on_cuda else "fp32") if config.precision == "auto" else config.precision
-        ]
+        self.dtype = DTYPES[("bf16" if on_cuda else "fp32") if config.precision == "auto" else config.precision]
         self.base = config.open_base() if probe else shapes_of(config)
-        self.data, self.room = data_plan(self.base, config, method.needs(config)), memory_bytes(self.device)
+        self.data = data_plan(self.base, config, method.needs(config))
+        self.room = memory_bytes(self.device) if memory is None else memory
         self.load = method.load(config, self.base)
         self.px = config.resolution or self.base.resolution_px
         self.estimates = self.estimated()
         self.rows = [Row(c) for c in settings(config, bool(self.load and self.load.lora))][: None if self.estimates else 1]
         self.measured: Measured | None = None
-        self.speed = 0.0 if probe else PRODUCT_PART * product_flops(self.device, self.dtype)
+        self.rehearsal: Rehearsal | None = None  # of the last setting that was rehearsed
+        self.speed = 0.0 if probe or memory is not None else PRODUCT_PART * product_flops(self.device, self.dtype)
         self.choose()
 
     def estimated(self) -> list[Estimate]:
@@ -140,21 +160,32 @@ class Plan:
         for config in settings(self.config, bool(load.lora)):
             ratio = config.lora_rank / rank if load.lora else 1
             shape = replace(self.shape, trained=round(self.shape.trained * ratio))
-            estimates.append(estimate(load, shape, config, self.dtype, self.device.type))
+            estimates.append(estimate(load, shape, config, self.dtype))
         return estimates
 
     def choose(self) -> None:
-        """Fill in the rows. With a probe, the setting that is chosen in the end has been measured."""
-        if self.probe:
-            self.measure(self.rows[0])
-        offset = (self.rows[0].memory_bytes or 0) - self.estimates[0].memory_bytes if self.measured and self.estimates else 0.0
+        """Fill in the rows. The setting that is chosen in the end has been measured or rehearsed."""
+        look = self.measure if self.probe else self.rehearse
+        look(self.rows[0])
         for row, expected in zip(self.rows, self.estimates, strict=False):
-            if not row.measured:
-                row.memory_bytes = expected.memory_bytes + offset
+            if not row.measured and not row.rehearsed:
+                row.memory_bytes = self.expected_bytes(expected)
                 row.step_s = self.step_s(expected)
                 row.fits = row.memory_bytes <= FREE_PART * self.room
-        while self.probe and (best := self.chosen) is not None and not best.measured:
-            self.measure(best)
+        while (best := self.chosen) is not None and not (best.measured or best.rehearsed):
+            look(best)
+
+    def expected_bytes(self, expected: Estimate) -> float:
+        """Memory of a setting by the calculated difference to the first one. A picture takes the same in both."""
+        first, known = self.estimates[0], self.rows[0].memory_bytes
+        if known is None:  # the first one ran out of memory
+            return expected.memory_bytes
+        steps = expected.memory_bytes - first.memory_bytes
+        if self.rehearsal is None:
+            return known + steps
+        pictures = expected.resident_bytes - first.resident_bytes
+        peaks = [size + (pictures if part in PICTURES else steps) for part, size in self.rehearsal.peaks.items()]
+        return taken_bytes(max(peaks), self.device.type)
 
     def step_s(self, expected: Estimate) -> float | None:
         """Seconds per step of a setting that is not measured; None where the speed is not known."""
@@ -170,6 +201,14 @@ class Plan:
             self.measured = measured
             row.memory_bytes, row.step_s = measured.peak_bytes, measured.training_s / sum(n for n, _ in measured.phases.values())
             row.fits = row.memory_bytes <= FREE_PART * self.room
+
+    def rehearse(self, row: Row) -> None:
+        """Rehearse one setting on the simulated card and fill in its row."""
+        config = replace(row.config, precision={v: k for k, v in DTYPES.items()}[self.dtype])
+        self.rehearsal = rehearse(self.method, config, self.base)
+        row.memory_bytes = taken_bytes(self.rehearsal.peak_bytes, self.device.type)
+        row.rehearsed, row.fits = True, row.memory_bytes <= FREE_PART * self.room
+        row.step_s = self.step_s(self.estimates[self.rows.index(row)]) if self.estimates else None
 
     @property
     def chosen(self) -> Row | None:
@@ -200,8 +239,10 @@ class Plan:
         """
         folder = Path(self.config.output) if self.config.output else default_folder(self.command, self.config)
         expected = self.estimates[self.rows.index(self.row)] if self.estimates else None
-        state = self.measured.state_bytes if self.measured else expected.state_bytes
-        weights = expected.output_bytes if expected else self.measured.trained_bytes
+        known = self.measured or self.rehearsal
+        assert known is not None
+        state = known.state_bytes
+        weights = expected.output_bytes if expected else known.trained_bytes
         states = self.config.keep_states + 1
         return {"cache": (cache_folder(), self.data.bytes), "states": (folder, state * states), "weights": (folder, weights)}
 
@@ -210,9 +251,10 @@ class Plan:
         disk_metrics = {name: {"folder": str(folder), "bytes": size} for name, (folder, size) in self.disk().items()}
         return {
             "command": self.command,
-            "device": named(self.device),
+            "device": "a CUDA card" if self.memory is not None else named(self.device),
             "memory_free_bytes": self.room,
             "probed": self.probe,
+            "peaks": self.rehearsal and self.rehearsal.peaks,
             "settings": [row.metrics() for row in self.rows],
             "proposal": self.chosen and {k: v for k, v in self.chosen.metrics().items() if k in CHANGED},
             "data": asdict(self.data),
@@ -223,7 +265,7 @@ class Plan:
 
     def show(self) -> None:
         """Print the settings, and the time and disk of the first that fits, as tables."""
-        how = "measured" if self.probe else "by arithmetic"
+        how = "measured" if self.probe else "rehearsed without a card"
         gib = lambda size: "out of memory" if size is None else f"{size / 2**30:.2f}"
         columns = ["images per step", "at once", "checkpointing", "rank", "GiB", "s per step", "fits"]
         listed = [row for row in self.rows if row.fits][:3] + [row for row in self.rows if not row.fits]
@@ -233,13 +275,14 @@ class Plan:
                 str(row.config.batch_size),
                 "yes" if row.config.gradient_checkpointing else "no",
                 str(row.changes.get("lora_rank", "")),
-                gib(row.memory_bytes) + ("" if row.measured or not self.probe else " (estimated)"),
+                gib(row.memory_bytes) + ("" if row.measured or row.rehearsed else " (estimated)"),
                 "" if row.step_s is None else f"{row.step_s:.3g}",
                 "yes" if row.fits else "no",
             ]
             for row in sorted(listed, key=self.rows.index)
         ]
-        title = f"{self.command} on {self.config.base}, {how}: {named(self.device)}, {self.room / 2**30:.1f} GiB"
+        device = "a CUDA card" if self.memory is not None else named(self.device)
+        title = f"{self.command} on {self.config.base}, {how}: {device}, {self.room / 2**30:.1f} GiB"
         console.table(title, columns, rows)
         needs = [["data", self.data.what, f"{self.data_s() / 3600:.2f} h"]]
         needs += [["training", f"{self.config.steps} steps", f"{self.training_s() / 3600:.2f} h"]]
@@ -276,17 +319,15 @@ def named(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
 
 
-def run(method: type[Method], config: TrainConfig, *, probe: bool, typed: str) -> Result:
+def run(method: type[Method], config: TrainConfig, *, probe: bool, typed: str, memory: str | None = None) -> Result:
     """Plan a training command: print how much it takes, and return the first of its settings that fits.
 
-    `typed` is the command as the user gave it; the next command is the same with the changed options appended. UsageError where
-    nothing trains or, without a probe, nothing can be calculated; DoesNotFit where no setting fits.
+    `memory`, as 16G, plans for a CUDA card of that size, without a probe. `typed` is the command as the user gave it; the next
+    command is the same with the changed options appended. UsageError where nothing trains; DoesNotFit where no setting fits.
     """
     if not config.steps:
         raise UsageError("--steps 0: nothing trains, so there is nothing to plan")
-    if not probe and method.load.__func__ is Method.load.__func__:  # the method does not say what a step costs
-        raise UsageError(f"--no-probe: {method.name} does not say what a step costs", "leave --no-probe out to measure it")
-    plan = Plan(method, config, probe=probe)
+    plan = Plan(method, config, probe=probe and memory is None, memory=None if memory is None else size_in_bytes(memory))
     plan.show()
     plan.check()
     flags = {o.name: o for o in options(type(config))}

@@ -18,20 +18,23 @@ from fastdiff.training.scene import teacher_sampling
 
 OPTIMISER = 16  # bytes per trained parameter: the value, its gradient and two Adam moments, each fp32
 RECOMPUTED = 1.33  # a step with gradient checkpointing takes this many times as long
-RUNTIME_GIB = {"cuda": 0.6, "mps": 0.5, "cpu": 0.6}  # used before any tensor exists: CUDA's context, the libraries
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one setting takes: peak memory, FLOP of a step, and bytes of a saved state and of the exported weights."""
+    """What one setting takes: memory, FLOP of a step, and bytes of a saved state and of the exported weights.
+
+    The memory of two settings is compared; what a setting takes in the end is measured or rehearsed.
+    """
 
     memory_bytes: float
+    resident_bytes: float  # of it, what stays between two steps
     step_flops: float
     state_bytes: float
     output_bytes: float
 
 
-def estimate(load: Load, shape: Footprint, config: Any, dtype: torch.dtype, device: str) -> Estimate:
+def estimate(load: Load, shape: Footprint, config: Any, dtype: torch.dtype) -> Estimate:
     """Estimate one setting: weights, optimiser states, averages, and the autograd graphs of one micro-batch.
 
     `load` says how many base UNets the method holds and calls; `shape` is counted with an adapter of the config's own rank.
@@ -44,7 +47,8 @@ def estimate(load: Load, shape: Footprint, config: Any, dtype: torch.dtype, devi
     fixed = load.frozen * shape.parameters * dtype.itemsize + (adapter + whole) * OPTIMISER + averaged
     backward = 2 * (RECOMPUTED if config.gradient_checkpointing else 1)
     return Estimate(
-        fixed + graph * load.graph * config.batch_size + RUNTIME_GIB[device] * 2**30,
+        fixed + graph * load.graph * config.batch_size,
+        fixed,
         shape.flops * (load.grad * (1 + backward) + load.free) * config.batch_size * config.grad_accum,
         (adapter + whole) * (OPTIMISER - 4) + averaged,
         student * (dtype.itemsize if whole else 4),

@@ -37,7 +37,11 @@ from fastdiff.training.session import COMPONENTS, data_of, open_accelerator
 from fastdiff.training.trainer import Trainer
 from fastdiff.data import encode as data_encode, teacher as data_teacher
 
+PICTURES = ("data", "sheet", "measure", "figures")  # parts of a run besides its phases
 FEW = 2  # micro-batches and sampling steps: more of them take no more memory
+# What a run takes beside its tensors, in GiB: CUDA's context and the workspaces of cuBLAS; elsewhere the libraries.
+RUNTIME_GIB = {"cuda": 0.7, "mps": 0.5, "cpu": 0.6}
+FRAGMENTS = 1.05  # the allocator's blocks are larger than the tensors in them
 PROMPTS = 64  # prompts that the text encoders take at once
 UNKNOWN = "0" * 64  # stands for the hash of weights that are not there
 
@@ -50,10 +54,17 @@ class Rehearsal:
     places: dict[str, list[str]] = field(default_factory=dict)  # {part of the run: file:line at the peak, innermost first}
     syncs: dict[str, Counter[str]] = field(default_factory=dict)  # {phase: waits of the host in one step, by file:line}
     resident_bytes: int = 0  # between two steps of the last phase
+    state_bytes: int = 0  # size of a state that a run can resume from
+    trained_bytes: int = 0  # of the student's own parameters
 
     @property
     def peak_bytes(self) -> int:
         return max(self.peaks.values())
+
+
+def taken_bytes(peak_bytes: int, device: str) -> float:
+    """Return the memory of a device that a run with this peak of live tensors takes."""
+    return FRAGMENTS * peak_bytes + RUNTIME_GIB[device] * 2**30
 
 
 def hollow(base: Checkpoint) -> Checkpoint:
@@ -80,6 +91,7 @@ def without_weights(config: TrainConfig, base: Checkpoint, folder: Path) -> Iter
     with ExitStack() as stack:
         stack.enter_context(patch.object(console, "state", console.State(quiet=True)))
         stack.enter_context(patch.object(console, "speaks", lambda: False))
+        stack.enter_context(patch.object(console, "warn", lambda message: None))
         stack.enter_context(patch.dict(os.environ, FASTDIFF_CACHE=str(folder / "cache")))
         for module in (checkpoint, data_teacher, data_encode):
             stack.enter_context(patch.object(module, "fingerprint", lambda net: UNKNOWN))
@@ -169,6 +181,8 @@ def run_parts(
         found.syncs[name] = Counter(card.syncs)
         gc.collect()
         found.resident_bytes = card.live_bytes
+        found.state_bytes = max(found.state_bytes, trainer.state_bytes)
+        found.trained_bytes = sum(p.numel() * p.element_size() for p in next(iter(trainer.players.values())).params)
         if trainer.phase.exports:
             with part("sheet"):
                 exhibit.sheet(method)

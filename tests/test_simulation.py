@@ -1,0 +1,216 @@
+"""The simulated card: its bytes and its backward pass are torch's, and every command runs on it without an error of devices."""
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from fastdiff import cli
+from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.family import FAMILIES
+from fastdiff.cost import rehearsal
+from fastdiff.cost.backward import Engine
+from fastdiff.cost.footprint import condition
+from fastdiff.cost.simulation import Card, Simulated
+from fastdiff.lora import adapters
+from fastdiff.runtime.config import resolve
+
+KIB = 2**10
+GOLDEN = Path(__file__).parent / "golden" / "peaks.json"
+READS = {"grad": 2}  # how often the host may wait for the card in one update of a player
+
+
+# ---- the card itself
+
+
+def test_a_block_counts_while_a_tensor_or_a_view_of_it_lives():
+    with Card() as card:
+        x = torch.zeros(256, 4, device="cuda")
+        assert (x.is_cuda, str(x.device), card.live_bytes) == (True, "cuda:0", 4 * KIB)
+        view = x[:, 1:].t().reshape(3, 16, 16)  # a copy: its strides do not allow a view
+        assert card.live_bytes == 4 * KIB + 3 * KIB
+        row = x[0]
+        del x
+        assert card.live_bytes == 7 * KIB
+        del row
+        assert card.live_bytes == 3 * KIB
+        view += 1
+        assert card.live_bytes == 3 * KIB
+        del view
+        assert (card.live_bytes, card.peak_bytes) == (0, 7 * KIB)
+        torch.zeros(1, device="cuda")
+    assert not torch.cuda.is_available()
+
+
+def test_mixed_devices_are_an_error_and_reads_are_counted():
+    with Card() as card:
+        x = torch.zeros(4, 4, device="cuda")
+        with pytest.raises(RuntimeError, match=r"same device.*cpu tensor of \(4, 4\)"):
+            x + torch.zeros(4, 4)
+        assert (x * torch.tensor(2.0)).is_cuda  # a scalar may come from the CPU
+        assert x[torch.tensor([0, 2])].shape == (2, 4)  # and so may indices
+        assert not card.syncs
+        assert isinstance(x.sum().item(), float)
+        assert x.cpu().device.type == "cpu"
+        assert bool(x.any())
+        assert sum(card.syncs.values()) == 3
+
+
+def test_autocast_is_torchs_own():
+    with Card():
+        layer = nn.Linear(8, 8).to("cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            y = layer(torch.zeros(2, 8, device="cuda"))
+            assert (y.dtype, nn.functional.layer_norm(y, (8,)).dtype, y.softmax(-1).dtype) == (
+                torch.bfloat16, torch.float32, torch.float32,
+            )  # fmt: skip
+
+
+def test_attention_takes_the_kernel_of_a_card():
+    attend = nn.functional.scaled_dot_product_attention
+    with Card() as card:
+        for dtype, width in ((torch.bfloat16, 64), (torch.float32, 64), (torch.bfloat16, 512)):
+            q = torch.zeros(1, 2, 256, width, device="cuda", dtype=dtype)
+            assert attend(q, q, q).shape == q.shape
+    assert card.kernels == {"flash": 1, "efficient": 2}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_backward_pass_is_bit_equal_to_torchs(tiny_sd, checkpointing):
+    """On real tensors: an adapter's gradients, two graphs that share a leaf, and a leaf that the loss does not reach."""
+    base = checkpoint.load(str(tiny_sd))
+    net, cond = base.unet, condition(base, 2)
+    if checkpointing:
+        adapters.checkpoint_gradients(net)
+    params = adapters.attach(net, 4, 4)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in params:
+            p.normal_(std=0.05)
+    x, unused = torch.randn(2, 4, 8, 8), nn.Parameter(torch.ones(1))
+
+    def gradients():
+        for p in params:
+            p.grad = None
+        for t in (3, 500):
+            out = net(x, torch.tensor([t, t]), cond.tokens, return_dict=False)[0]
+            (out.square().mean() + out.std()).backward(inputs=[*params, unused])
+        return [p.grad for p in params]
+
+    expected = gradients()
+    with Engine().watching():
+        found = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert unused.grad is None
+
+
+def test_a_function_of_ones_own_and_missing_gradients():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return 2 * x, 3 * x
+
+        @staticmethod
+        def backward(ctx, a, b):
+            (x,) = ctx.saved_tensors
+            return 2 * a + 3 * b + 0 * x
+
+    x = nn.Parameter(torch.arange(3.0))
+    with Engine().watching():
+        first, _ = Twice.apply(x)
+        (first * x).sum().backward()
+        (grad,) = torch.autograd.grad((x**3).sum(), [x])
+    assert torch.equal(x.grad, 4 * torch.arange(3.0))
+    assert torch.equal(grad, 3 * torch.arange(3.0) ** 2)
+
+
+def test_what_a_node_saved_is_freed_during_the_backward_pass():
+    """A chain of layers holds one output more with each; in the backward pass it never holds more."""
+    layers = [nn.Linear(256, 256, bias=False) for _ in range(8)]
+    with Card() as card:
+        net = nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh()))).to("cuda")
+        weights = card.live_bytes
+        loss = net(torch.zeros(256, 256, device="cuda", requires_grad=True)).sum()
+        graph = card.live_bytes - weights
+        x_bytes = 256 * 256 * 4
+        assert graph == pytest.approx(9 * x_bytes, abs=2 * KIB)  # tanh keeps its output, which is the next layer's input
+        card.reset_peak()
+        loss.backward()
+        gradients = 8 * x_bytes
+        assert card.peak_bytes - weights < graph + 4 * x_bytes  # gradients come as outputs go
+        del loss
+        gc.collect()
+        assert card.live_bytes - weights == gradients
+
+
+# ---- every command on the card, from its first word to its files
+
+
+def words(command, base, controlnet, pruned, table=tiny.COMMANDS):
+    given = tiny.arguments(command, base, controlnet, pruned, table)
+    given[given.index("--device") + 1] = "cuda"
+    return given
+
+
+CASES = [
+    *((name, precision, tiny.COMMANDS) for name in tiny.COMMANDS for precision in ("bf16", "fp16")),
+    *((name, "bf16", tiny.WHOLE) for name in ("train-lcm-lora", "dmd", "lightning", "sdxs")),
+]
+
+
+@pytest.mark.parametrize(("command", "precision", "table"), CASES)
+def test_every_command_runs_on_a_card(fastdiff, tiny_sd, tiny_controlnet, tiny_pruned, command, precision, table):
+    """With a contact sheet and a measurement on the way, a state, and a resumed run; fp16 with gradient checkpointing."""
+    base = tiny_pruned if command == "sdxs" else tiny_sd
+    given = [*words(command, base, tiny_controlnet, tiny_pruned, table), "--precision", precision, "-o", "run"]
+    if precision == "fp16":
+        given += ["--gradient-checkpointing"] * (command != "distill-vae")
+    if command not in ("distill-vae", "distill-controlnet"):
+        given += ["--eval-every", 2, "--preview-every", 2]
+    steps = 8 if command == "lightning" else 6
+    with Card() as card:
+        code, result = fastdiff(*given, "--steps", steps, "--save-every", 3)
+        assert code == 0, result
+        if command in ("train-lcm-lora", "dmd") and table is tiny.COMMANDS:
+            code, result = fastdiff(*given, "--steps", steps + 2)  # goes on from the last state
+            assert code == 0, result
+    assert card.peak_bytes > 2**16
+    assert Path(result["outputs"][0]["path"]).exists()
+
+
+def test_drawing_and_judging_run_on_a_card(fastdiff, tiny_sd, tiny_sdxl):
+    with Card():
+        for base in (tiny_sd, tiny_sdxl):
+            for precision in ("bf16", "fp16", "fp32"):
+                more = ["--precision", precision, "--resolution", 64, "--num-images", 2, "--num-steps", 2, "--compile", "off"]
+                code, result = fastdiff("sample", "--base", base, "--prompt", "a cat", "-o", f"{base.name}-{precision}", *more)
+                assert code == 0, result
+        code, result = fastdiff(
+            "evaluate", "--student", tiny_sd, "--base", tiny_sd, "--num-images", 4, "--teacher-steps", 2, "--resolution", 64,
+            "--prompts", "prompts.txt", "-o", "report",
+        )  # fmt: skip
+        assert code == 0, result
+
+
+# ---- what a run takes
+
+
+def config_of(command, family, **changes):
+    """The method and the config of a command for a family, as its preset is."""
+    method = next(c for c in cli.COMMANDS if c.name == command).load().method
+    values = {"base": family, "precision": "bf16", **changes}
+    config = resolve(method.Config, values, presets=method.presets, family_of=lambda _: family, environ={})
+    return method, method.check(config) if not config.base == "sd15" else config
+
+
+def rehearsed(command, family, **changes):
+    method, config = config_of(command, family, **changes)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision]
+    base = checkpoint.load(str(FAMILIES[family].home), dtype=dtype)
+    return rehearsal.rehearse(method, config, base)
