@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -42,6 +44,14 @@ def test_the_limits_of_what_runs_in_turn_add_up_to_eight_minutes(script):
         assert not row.after or row.after in names[:i], row
     shortened = [row._replace(limit_s=1) for row in rows]
     assert script.longest_s(shortened) == 2 + 4  # a chain of two in the first group
+
+
+def test_the_parts_of_the_gpu_tests_are_all_of_them(script):
+    text = (Path(__file__).parent / "test_gpu.py").read_text()
+    names = re.findall(r"^def (test_\w+)", text, re.M)
+    parts = [shlex.split(row.words)[-1].split(" or ") for row in script.ROWS if row.name.startswith("gpu tests")]
+    for name in names:
+        assert sum(any(word in name for word in part) for part in parts) == 1, name
 
 
 @pytest.mark.parametrize("rehearse", [False, True])

@@ -36,6 +36,14 @@ def emoji(name: str, words: str, limit_s: float = 60, tiny: str = "", **more: An
     return Row(f"emoji {name}", "a", f"{words} {SHORT} -o OUT/{folder}", limit_s, f"{SHORTEST} {tiny}", **more)
 
 
+def tests(name: str, chosen: str) -> Row:
+    """A part of the tests that need a card; the parts together are all of them."""
+    return Row(
+        f"gpu tests, {name}", "a", f"PYTHON -m pytest -q -m gpu -p no:cacheprovider ROOT/tests/test_gpu.py -k '{chosen}'", 120,
+        program=True,
+    )  # fmt: skip
+
+
 def steps(name: str, words: str, memory_gib: float, tiny: str = "", **more: Any) -> Row:
     """Steps of a method on a published base with random weights, and a contact sheet, in so much memory."""
     words = f"{words} --grad-accum 1 --prompts OUT/prompts.txt -o OUT/{name.replace(' ', '-')}"
@@ -64,9 +72,12 @@ ROWS = [
     emoji("vae fp16", "distill-vae --encoder --precision fp16", 60, "--precision fp32"),
     Row("emoji killed", "a", "train-lcm-lora --steps 4000 --save-every 10 --proof 0 -o OUT/killed", 65, "--batch-size 1",
         exit_code=75, stop_after_rows=2),
-    Row("gpu tests", "a", "PYTHON -m pytest -q -m gpu -p no:cacheprovider ROOT/tests/test_gpu.py", 120, program=True),
+    tests("steps", "learn or half"),
+    tests("pictures", "graphs or auto or resumed"),
+    tests("memory", "memory or plan or evaluate"),
     Row("exit 2, a wrong option", "a", "train-lcm-lora --steps 0 -o OUT/nothing", 60, exit_code=2),
-    Row("exit 3, a missing file", "a", "sample --prompt apple --lora OUT/nowhere.safetensors -o OUT/nothing", 60, exit_code=3),
+    Row("exit 2, a missing file", "a", "sample --prompt apple --lora OUT/nowhere.safetensors -o OUT/nothing", 60, exit_code=2),
+    Row("exit 3, a damaged file", "a", "sample --prompt apple --lora OUT/prompts.txt -o OUT/nothing", 60, exit_code=3),
     emoji("exit 4, too little memory", "train-lcm-lora --batch-size 256 --proof 0", memory_gib=0.25, exit_code=4, cpu_exit_code=0),
     Row("emoji evaluate", "a", "evaluate --student OUT/lcm/lcm.safetensors --num-images 48 -o OUT/report", 50,
         "--num-images 8", after="emoji lcm"),
