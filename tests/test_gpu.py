@@ -1,7 +1,7 @@
 """What only a CUDA card can show: half precision, CUDA graphs, the compiler, memory, and that nothing mixes devices.
 
-    FASTDIFF_TEST_GPU=1 python -m pytest -m gpu tests/test_gpu.py      # on a card
-    FASTDIFF_TEST_GPU=cpu python -m pytest -m gpu tests/test_gpu.py    # the same bodies on the CPU: a rehearsal
+FASTDIFF_TEST_GPU=1 python -m pytest -m gpu tests/test_gpu.py      # on a card
+FASTDIFF_TEST_GPU=cpu python -m pytest -m gpu tests/test_gpu.py    # the same bodies on the CPU: a rehearsal
 """
 
 import json

@@ -101,7 +101,8 @@ def test_without_time_a_row_does_not_start_and_says_so(script, row, tmp_path):
 
 
 def test_figures_that_a_row_tells_before_it_fails_are_kept(script, row, tmp_path):
-    code = 'import json, os; f = open(os.environ["GPU_ROW"], "w"); json.dump({"s_per_step": 0.25, "machine": "M"}, f); f.close(); 1 / 0'
+    figures = '{"s_per_step": 0.25, "machine": "M"}'
+    code = f'import json, os; f = open(os.environ["GPU_ROW"], "w"); json.dump({figures}, f); f.close(); 1 / 0'
     assert not script.Runs(tmp_path, 1, jobs=1).all([row("steps", code)])
     text = (tmp_path / "table.md").read_text()
     assert "Machine: M" in text

@@ -23,6 +23,7 @@ class Row(NamedTuple):
     stop_after_rows: int = 0  # send SIGTERM when metrics.jsonl has so many lines
     no_device: bool = False  # the command has no --device
     program: bool = False
+    wanted: dict[str, float] = {}  # goals: {figure: the least value}
 
 
 # A step of a rehearsal takes about a second. Later options win, so these follow a row's own.
@@ -78,7 +79,8 @@ ROWS = [
     Row("exit 2, a wrong option", "a", "train-lcm-lora --steps 0 -o OUT/nothing", 60, exit_code=2),
     Row("exit 2, a missing file", "a", "sample --prompt apple --lora OUT/nowhere.safetensors -o OUT/nothing", 60, exit_code=2),
     Row("exit 3, a damaged file", "a", "sample --prompt apple --lora OUT/prompts.txt -o OUT/nothing", 60, exit_code=3),
-    emoji("exit 4, too little memory", "train-lcm-lora --batch-size 256 --proof 0", memory_gib=0.25, exit_code=4, cpu_exit_code=0),
+    emoji("exit 4, too little memory", "train-lcm-lora --batch-size 256 --proof 0", memory_gib=0.25, exit_code=4,
+          cpu_exit_code=0),
     Row("emoji evaluate", "a", "evaluate --student OUT/lcm/lcm.safetensors --num-images 48 -o OUT/report", 50,
         "--num-images 8", after="emoji lcm"),
     Row("emoji sample", "a", "sample --prompt apple --lora OUT/lcm/lcm.safetensors --num-images 40 -o OUT/pictures", 50,
@@ -94,15 +96,16 @@ ROWS = [
     steps("sdxl dmd2", DMD2, 24),
     steps("sd15 dmd", "dmd --base sd15 --lpips-weights embedded --eval-every 0 --keep last --patience 0", 12),
 
-    bench("sdxs-512, batch 1", f"sample {SDXS} {OFF}", how="graph"),
-    bench("sdxs-512, batch 8", f"sample {SDXS} {OFF} --batch-size 8", how="graph"),
-    bench("sd15 4 steps", f"sample --base sd15 {OFF}", how="graph"),
-    bench("sdxl 4 steps", f"sample --base sdxl {OFF}", how="graph"),
+    bench("sdxs-512, batch 1", f"sample {SDXS} {OFF}", how="graph", wanted={"ratio": 5, "ours_per_s": 350}),
+    bench("sdxs-512, batch 8", f"sample {SDXS} {OFF} --batch-size 8", how="graph", wanted={"ours_per_s": 650, "of_limit": 0.5}),
+    bench("sd15 4 steps", f"sample --base sd15 {OFF}", how="graph", wanted={"ratio": 3}),
+    bench("sdxl 4 steps", f"sample --base sdxl {OFF}", how="graph", wanted={"ratio": 1.8}),
     bench("train sd15 against the official step", "train --base sd15 --batch-size 4 --calls 5"),
-    bench("train sdxl against the official step", "train --base sdxl --batch-size 1 --calls 3"),
+    bench("train sdxl against the official step", "train --base sdxl --batch-size 1 --calls 3", wanted={"ratio": 2}),
 
     bench("sdxs-512 compiled", f"sample {SDXS} {AUTO}", "d", 90, UNCOMPILED),
-    bench("sd15 4 steps compiled, against compiled diffusers", f"sample --base sd15 {MAX}", "d", 90, UNCOMPILED),
+    bench("sd15 4 steps compiled, against compiled diffusers", f"sample --base sd15 {MAX}", "d", 90, UNCOMPILED,
+          wanted={"ratio": 1.15}),
     bench("sdxl 4 steps compiled", f"sample --base sdxl {AUTO}", "d", 90, UNCOMPILED),
 
     Row("emoji long lcm", "e", "train-lcm-lora --max-time 20s --steps 1500 --batch-size 32 --ema 0.99 --weighting inverse-step"
@@ -111,5 +114,7 @@ ROWS = [
         " --lr 5e-4 --warmup 50 --proof 300 --eval-every 0 -o OUT/long-dmd", 60, f"{SHORTEST} --proof 8"),
     Row("emoji long lightning", "e", "lightning --max-time 20s --steps 1100 --lora-only --proof 300 --eval-every 0"
         " -o OUT/long-lightning", 60, "--stages 8:4 --phases cond --steps 2 --batch-size 2 --proof 8"),
+    Row("dmd sd15, one network against three", "e", "PYTHON ROOT/examples/memory.py --family sd15 --device cuda --batch 8"
+        " --steps 3 --rounds 1", 60, "--family emoji --device cpu --batch 2 --steps 1", program=True),
 ]
 # fmt: on

@@ -2,7 +2,7 @@
 
     python examples/gpu/run.py --minutes 8 --output gpu       # writes results.json, table.md and log.txt into gpu/
     python examples/gpu/run.py --only "emoji"                 # rows whose name contains the text
-    python examples/gpu/run.py --wheels .whl                  # install these wheels for the rows first, into a folder that is removed
+    python examples/gpu/run.py --wheels .whl                  # install these wheels for the rows, for this run alone
     python examples/gpu/run.py --rehearse                     # the same rows with tiny networks, on the CPU
 
 Groups of rows run in turn, the most telling first; the rows of a group run side by side, but one that needs the files of another
@@ -33,8 +33,11 @@ from rows import ROWS, Row  # noqa: E402
 
 SLOWER = 20  # a rehearsal's limits are so many times as long: CPUs have few cores
 # What the table shows of a row's figures, by the last part of their names.
-FIGURES = """s_per_step share tflop batch steps_reserved_gib sheet_reserved_gib lacked peak_tflops ratio ours_ms stock_ms first_ms
-ours_per_s of_limit parity ours_peak_mib stock_peak_mib steps frechet retrieval said training_s error""".split()
+FIGURES = {
+    *("s_per_step", "share", "tflop", "batch", "peak_tflops", "steps_reserved_gib", "sheet_reserved_gib", "lacked"),
+    *("ratio", "ours_ms", "stock_ms", "first_ms", "ours_per_s", "of_limit", "parity", "ours_peak_mib", "stock_peak_mib"),
+    *("steps", "frechet", "retrieval", "training_s", "said", "error"),
+}
 
 
 class Runs:
@@ -107,11 +110,16 @@ class Runs:
             why = f"not done in {limit_s:.0f} s"
         result: dict[str, Any] = {"ok": not why, "why": why, "seconds": round(time.monotonic() - start, 1)}
         result |= json.loads(known.read_text()) if known.exists() else {}
-        return result | answer(out, row), f"$ {shlex.join(words)}\n{out[-6000:]}\n{err[-8000:]}"
+        result |= answer(out, row)
+        if row.wanted and not self.rehearse:
+            result["goals"] = {f"{name} >= {least:g}": result.get(name, 0) >= least for name, least in row.wanted.items()}
+        return result, f"$ {shlex.join(words)}\n{out[-6000:]}\n{err[-8000:]}"
 
     def command(self, row: Row) -> list[str]:
         """The words of a row's process."""
-        words = [word.replace("OUT", str(self.folder)) for word in shlex.split(f"{row.words} {row.tiny if self.rehearse else ''}")]
+        words = [
+            word.replace("OUT", str(self.folder)) for word in shlex.split(f"{row.words} {row.tiny if self.rehearse else ''}")
+        ]
         if row.program:
             return [word.replace("PYTHON", sys.executable).replace("ROOT", str(ROOT)) for word in words]
         if self.rehearse and not row.no_device:
@@ -132,7 +140,10 @@ class Runs:
         """Write a result into the three files, whole at any instant."""
         with self.lock:
             self.results[row.name] = result
-            for file, content in ((self.file, json.dumps(self.results, indent=1)), (self.folder / "table.md", table(self.results))):
+            for file, content in (
+                (self.file, json.dumps(self.results, indent=1)),
+                (self.folder / "table.md", table(self.results)),
+            ):
                 new = file.with_suffix(".new")
                 new.write_text(content + "\n")
                 new.replace(file)
@@ -170,7 +181,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         cells = [name, "ok" if row["ok"] else row["why"]]
         cells += [str(row.get(key, "")) for key in ("seconds", "reserved_gib", "allocated_gib")]
         shown = {key: value for key, value in row.items() if wanted(key) and value is not None}
-        cells.append(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()))
+        shown |= {f"goal {goal}": "reached" if reached else "missed" for goal, reached in row.get("goals", {}).items()}
+        text = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
+        cells.append(", ".join(f"{key} {text(value)}" for key, value in shown.items()))
         lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines)
 
