@@ -42,6 +42,8 @@ FALLS = {
     "distill-vae": "decoder/l1",
     "distill-controlnet": "student/feat",
 }
+# At 64 px the networks' middle is one latent position, whose group norm divides by the spread of a few values.
+CLEAR = ["--resolution", "128"]
 COSINE = {"bf16": 0.98, "fp16": 0.99}  # of the gradients of half precision to those of fp32, on tiny networks
 
 
@@ -113,8 +115,10 @@ def test_gradients_in_half_precision_point_where_those_of_fp32_do(command, preci
     monkeypatch.setattr(Player, "step", note)
     found = {}
     name, *words = command.split()
+    # A teacher step of LCM over 2 of 100 points leaves a difference of nearly equal predictions.
+    words += ["--skip", "20"] if name == "train-lcm-lora" else []
     for kind in ("fp32", precision):
-        one, seen = trainer(name, kind, *words), {}
+        one, seen = trainer(name, kind, *words, *CLEAR), {}
         for _ in range(20):  # fp16 looks for its loss scale first
             one.train_step()
             if seen.keys() == one.players.keys():

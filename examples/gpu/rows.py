@@ -1,7 +1,7 @@
 """The rows of run.py: what each one runs, how long it may take, and what a rehearsal changes about it.
 
 Groups: a `emoji` runs whole on the card; b SDXL and SD1.5 train within the memory of small cards; c pictures by the CUDA graph
-and training steps, against diffusers; d the same compiled; e long proofs on `emoji`.
+and training steps, against diffusers; d the same compiled; e long proofs on `emoji`, and what else takes memory.
 """
 
 from typing import Any, NamedTuple
@@ -45,10 +45,10 @@ def tests(name: str, chosen: str) -> Row:
     )  # fmt: skip
 
 
-def steps(name: str, words: str, memory_gib: float, tiny: str = "", **more: Any) -> Row:
+def steps(name: str, words: str, memory_gib: float, group: str = "b", limit_s: float = 105) -> Row:
     """Steps of a method on a published base with random weights, and a contact sheet, in so much memory."""
-    words = f"{words} --grad-accum 1 --prompts OUT/prompts.txt -o OUT/{name.replace(' ', '-')}"
-    return Row(f"{name} in {memory_gib:g} GiB", "b", words, 105, tiny, how="steps", memory_gib=memory_gib, **more)
+    words = f"{words} --grad-accum 1 --prompts OUT/prompts.txt -o OUT/steps"
+    return Row(f"{name} in {memory_gib:g} GiB", group, words, limit_s, how="steps", memory_gib=memory_gib)
 
 
 def bench(name: str, words: str, group: str = "c", limit_s: float = 105, tiny: str = "", **more: Any) -> Row:
@@ -60,6 +60,7 @@ def bench(name: str, words: str, group: str = "c", limit_s: float = 105, tiny: s
 
 SDXS = "--base sd21 --layout sdxs-512 --num-steps 1 --decoder tiny --stock-decoder tiny --resolution 512"
 DMD2 = "dmd --base sdxl --recipe dmd2 --eval-every 0 --keep last --patience 0"
+SMALL = "--quantize-base int8 --optimizer adafactor --offload"  # an option that this version lacks is a failed row
 OFF, AUTO, MAX = "--compile off --calls 10", "--compile auto --calls 10", "--compile max --against compiled --calls 10"
 UNCOMPILED = "--compile off --against eager"  # a CPU's compiler takes minutes
 # fmt: off
@@ -95,6 +96,7 @@ ROWS = [
     steps("sdxl lightning", "lightning --base sdxl --stages 8:4 --phases cond --d-warmup 0", 16),
     steps("sdxl dmd2", DMD2, 24),
     steps("sd15 dmd", "dmd --base sd15 --lpips-weights embedded --eval-every 0 --keep last --patience 0", 12),
+    steps("sdxl lcm, 8-bit base", f"train-lcm-lora --base sdxl {SMALL}", 8),
 
     bench("sdxs-512, batch 1", f"sample {SDXS} {OFF}", how="graph", wanted={"ratio": 5, "ours_per_s": 350}),
     bench("sdxs-512, batch 8", f"sample {SDXS} {OFF} --batch-size 8", how="graph", wanted={"ours_per_s": 650, "of_limit": 0.5}),
@@ -114,6 +116,7 @@ ROWS = [
         " --lr 5e-4 --warmup 50 --proof 300 --eval-every 0 -o OUT/long-dmd", 60, f"{SHORTEST} --proof 8"),
     Row("emoji long lightning", "e", "lightning --max-time 20s --steps 1100 --lora-only --proof 300 --eval-every 0"
         " -o OUT/long-lightning", 60, "--stages 8:4 --phases cond --steps 2 --batch-size 2 --proof 8"),
+    steps("sdxl dmd2, 8-bit base", f"{DMD2} {SMALL}", 12, "e", 60),
     Row("dmd sd15, one network against three", "e", "PYTHON ROOT/examples/memory.py --family sd15 --device cuda --batch 8"
         " --steps 3 --rounds 1", 60, "--family emoji --device cpu --batch 2 --steps 1", program=True),
 ]

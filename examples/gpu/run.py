@@ -180,7 +180,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for name, row in results.items():
         cells = [name, "ok" if row["ok"] else row["why"]]
         cells += [str(row.get(key, "")) for key in ("seconds", "reserved_gib", "allocated_gib")]
-        shown = {key: value for key, value in row.items() if wanted(key) and value is not None}
+        shown = {key.removesuffix(".gap_closed"): value for key, value in row.items() if wanted(key) and value is not None}
         shown |= {f"goal {goal}": "reached" if reached else "missed" for goal, reached in row.get("goals", {}).items()}
         text = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
         cells.append(", ".join(f"{key} {text(value)}" for key, value in shown.items()))
@@ -190,7 +190,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def wanted(name: str) -> bool:
     """Whether the table shows a figure."""
-    return name.split(".")[-1] in FIGURES or name.startswith("gap_closed.")
+    whole = name.startswith("gap_closed.") and name.endswith(".gap_closed")
+    return whole or (name.split(".")[-1] in FIGURES and not name.startswith("gap_closed."))
 
 
 def longest_s(rows: Sequence[Row]) -> float:
