@@ -138,9 +138,11 @@ def test_wheels_are_installed_for_the_rows(script, row, tmp_path):
 
 
 @pytest.mark.slow
-def test_rehearsal(tmp_path):
-    """Every row on the CPU with tiny networks: about ten minutes on one core."""
-    done = subprocess.run([sys.executable, str(HOME / "run.py"), "--rehearse", "--output", str(tmp_path)])
-    text = (tmp_path / "table.md").read_text()
-    print(text)
-    assert done.returncode == 0, text
+def test_rehearsal(script, tmp_path):
+    """Every row on the CPU with tiny networks: some twenty minutes on one core."""
+    subprocess.run([sys.executable, str(HOME / "run.py"), "--rehearse", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    print((tmp_path / "table.md").read_text())
+    lacking = "quantize_base" not in TrainConfig.__dataclass_fields__
+    due = [row.name for row in script.ROWS if not (lacking and SMALL in row.words)]
+    assert [name for name in due if not results[name]["ok"]] == []

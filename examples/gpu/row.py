@@ -146,6 +146,8 @@ def stepped(memory_gib: float, method_class: Any, config: Any) -> Any:
     exhibit = method_class.exhibit(Scene.of(config, base, device), config)
     data = probe.latents(base, config, control=False)
     base.release("text_encoders", "tokenizers")
+    if vars(config).get("offload"):  # as a run does, which sets the VAE aside between pictures
+        base.vae.cpu()
     lacked: list[str] = []
 
     def within(what: str, work: Any) -> None:
