@@ -156,14 +156,15 @@ def stepped(memory_gib: float, method_class: Any, config: Any) -> Any:
             work()
         except torch.OutOfMemoryError:
             lacked.append(what)
-            tell(lacked=lacked, **peaks(f"{what}_"))
+        if what in lacked:  # no longer in the except block, whose traceback holds the tensors of the failed step
+            tell(lacked=lacked)
             cap(0)
             work()
         tell(**peaks(f"{what}_"))
 
     def steps() -> None:
-        for index in range(len(trainer.phases)):
-            if index and trainer.index < index:
+        for index in range(trainer.index, len(trainer.phases)):
+            if trainer.index < index:
                 trainer.leave()
                 trainer.enter(index)
             found = stepping(trainer, method_class.cycle(config))
