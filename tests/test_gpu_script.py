@@ -41,7 +41,7 @@ def test_the_limits_of_what_runs_in_turn_add_up_to_eight_minutes(script):
     assert len(set(names)) == len(names)
     assert [row.group for row in rows] == sorted(row.group for row in rows)  # in the order of their worth
     for group in {row.group for row in rows}:
-        assert sum(row.group == group and not row.after for row in rows) <= 16  # as many as there are --jobs
+        assert sum(row.group == group and not row.after for row in rows) <= 16  # as many as --jobs
     for i, row in enumerate(rows):
         assert not row.after or row.after in names[:i], row
     shortened = [row._replace(limit_s=1) for row in rows]
