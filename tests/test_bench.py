@@ -1,12 +1,8 @@
 """`bench`: what it counts, that it refuses to compare what differs, and its gate. No figure of this machine is asserted."""
 
-import importlib
-import itertools
 import json
-import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -144,62 +140,3 @@ def test_merge_gives_the_same_weights_as_diffusers(fastdiff):
     code, told = fastdiff("bench", "merge")
     assert code == 0
     assert told["metrics"]["parity"] < 1e-4
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
-    return importlib.import_module("bench_gpu")
-
-
-def test_all_rows_of_the_accelerator_fit_in_its_time(script, monkeypatch):
-    assert sum(row.seconds for row in script.ROWS) <= 8 * 60
-    for row in [*script.ROWS, *script.MORE]:
-        if "method" not in row.flags:
-            bench.Config(**row.flags | script.FULL)
-    clock, kept, limits = [0.0], {}, []
-    monkeypatch.setattr(script.time, "monotonic", lambda: clock[0])
-    rows = [script.Row("a", 30, {"takes": 10}, {"ratio": 2, "first_ms": -5}), script.Row("b", 30, {"takes": 100}),
-            script.Row("c", 30, {"takes": 30}), script.Row("d", 30, {"takes": 30})]  # fmt: skip
-
-    def measured(flags, limit_s):
-        limits.append(limit_s)
-        clock[0] += min(flags["takes"], limit_s)
-        return {"ratio": 3, "first_ms": 6} if flags["takes"] < limit_s else {"failed": "not done"}
-
-    script.in_time(rows, [script.Row("e", 5, {"takes": 1})], 2, measured, kept.__setitem__)
-    assert limits == [30, 50, 30, 30]  # the time that a row leaves over is the next one's
-    assert kept["a"]["shown"] == {"ratio": True, "first_ms": False}
-    assert clock[0] <= 2 * 60
-    assert kept["e"] == {"failed": "0 s are left for it, it takes up to 5"}
-    assert list(kept) == ["a", "b", "c", "d", "e"]
-
-
-def test_a_row_that_takes_too_long_or_ends_its_worker_is_told(script):
-    child = """
-import json, os, sys, time
-for line in sys.stdin:
-    flags = json.loads(line)
-    time.sleep(flags.get("takes", 0))
-    flags.get("ends") and os._exit(3)
-    print(json.dumps({"process": os.getpid()}), flush=True)
-"""
-    run = script.Worker([sys.executable, "-c", child])
-    first, again = run({}, 20), run({}, 20)
-    assert first == again  # one process does the rows
-    assert run({"takes": 60}, 0.2) == {"failed": "not done in 0 s"}
-    assert run({}, 20)["process"] != first["process"]
-    assert run({"ends": True}, 20) == {"failed": "the worker ended with 3"}
-    assert "process" in run({}, 20)
-    run.end()
-
-
-@pytest.mark.slow
-def test_the_accelerators_rows_with_tiny_networks(script, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-    names = ["sdxs512 1 step, batch 1", "train sd15 batch 1", "memory dmd sd15 batch 8"]
-    command = [sys.executable, script.__file__, "--smoke", "--output", str(tmp_path / "found.json")]
-    subprocess.run([*command, *itertools.chain(*(("--only", name) for name in names))], check=True)
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert list(found) == names
-    assert all("failed" not in value for value in found.values())

@@ -1,6 +1,7 @@
 """A family of checkpoints is one row of data: no other file names one or branches on one."""
 
 import ast
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,3 +146,14 @@ def test_presets_are_a_table_by_family_and_variant():
 def test_presets_refuse_what_is_no_family(wrong):
     with pytest.raises(TypeError, match="Presets: sd"):
         Presets(**wrong)
+
+
+@pytest.mark.parametrize("name", [name for name, row in FAMILIES.items() if row.published])
+def test_diffusers_ddim_of_a_shipped_scheduler_config_does_not_clip_latents(name):
+    """DDIMScheduler clips x0 to [-1, 1] unless the config says otherwise, as the published configs of all families do.
+
+    Single files use the shipped configs, so `Sampler.pipeline()` and the folders that `export` writes would clip.
+    """
+    diffusers = pytest.importorskip("diffusers")
+    config = json.loads((FAMILIES[name].home / "scheduler" / "scheduler_config.json").read_text())
+    assert diffusers.DDIMScheduler.from_config(config).config.clip_sample is False

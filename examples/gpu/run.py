@@ -1,194 +1,131 @@
-"""Everything that only a CUDA card can show, in a few minutes: each row is a process with its own limit of seconds and memory.
+"""Everything that only a CUDA card can show, in eight minutes: each row is a process with its own limit of seconds and memory.
 
-    python examples/gpu/run.py --minutes 8 --output gpu            # writes gpu/results.json, gpu/table.md and gpu/log.txt
-    python examples/gpu/run.py --only "emoji" --minutes 3          # rows whose name contains the text
-    python examples/gpu/run.py --rehearse --only "emoji lcm"       # the same rows on the CPU
+    python examples/gpu/run.py --minutes 8 --output gpu       # writes results.json, table.md and log.txt into gpu/
+    python examples/gpu/run.py --only "emoji"                 # rows whose name contains the text
+    python examples/gpu/run.py --wheels .whl                  # install these wheels for the rows, for this run alone
+    python examples/gpu/run.py --rehearse                     # the same rows with tiny networks, on the CPU
 
-Rows of one group run side by side, groups run in turn. Group 0 runs beside all but the last group, which measures speed alone.
-Results are written after every row: a run that is cut off keeps them, and a second run with the same --output repeats only those
-that failed or are missing.
+Groups of rows run in turn, the most telling first; the rows of a group run side by side, but one that needs the files of another
+runs after it. Results are written after every row: a run that is cut off keeps them, and a second run with the same --output
+repeats only those that failed or are missing. `row.py` is what a row's process runs.
 """
 
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-HERE = Path(__file__).parent
-SHORT = ["--steps", "20", "--save-every", "10", "--pairs", "16"]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE))
 
+from rows import ROWS, Row  # noqa: E402
 
-class Row(NamedTuple):
-    """One process. `words` are a fastdiff command, unless `program` says that they are a program's."""
-
-    name: str
-    group: int
-    words: str
-    limit_s: float = 100
-    memory_gib: float = 0  # what the process may take of the card; 0 = all
-    exit_code: int = 0
-    stop_after_rows: int = 0  # send SIGTERM when metrics.jsonl has so many lines
-    program: bool = False
-
-
-def emoji(name: str, words: str, group: int = 1, **more: Any) -> Row:
-    """A training command on the embedded checkpoint, with its folder after the row's name."""
-    return Row(f"emoji {name}", group, f"{words} {' '.join(SHORT)} -o OUT/{name.replace(' ', '-')}", **more)
-
-
-def full_size(name: str, words: str, memory_gib: float) -> Row:
-    """A real run of a full-size base with random weights: teacher samples, steps, a contact sheet, the weights."""
-    family = name.split()[0]
-    words = f"{words} --base OUT/{family} --steps 6 --grad-accum 1 --pairs 2 --teacher-steps 4 --prompts OUT/prompts.txt"
-    return Row(name, 3, f"{words} -o OUT/{name.replace(' ', '-')}", limit_s=150, memory_gib=memory_gib)
-
-
-# fmt: off
-ROWS = [
-    Row("tests", 0, f"nice {sys.executable} -m pytest -q -n 6 -p no:cacheprovider", 250, program=True),
-    emoji("lcm", "train-lcm-lora --proof 48 --eval-every 10 --preview-every 10"),
-    emoji("lcm fp16", "train-lcm-lora --precision fp16 --proof 0"),
-    emoji("lcm fp32", "train-lcm-lora --precision fp32 --proof 0"),
-    emoji("lcm full", "train-lcm-lora --full --proof 0"),
-    emoji("lcm edge", "train-lcm-lora --target edge --proof 0 --gradient-checkpointing"),
-    emoji("lcm random", "train-lcm-lora --target random --proof 0"),
-    emoji("lcm finetune", "train-lcm-lora --finetune --proof 0"),
-    emoji("dmd", "dmd --proof 0"),
-    emoji("dmd2", "dmd --recipe dmd2 --num-steps 4 --proof 0"),
-    emoji("dmd2 full", "dmd --recipe dmd2 --student full --proof 0"),
-    emoji("dmd2 fp16", "dmd --recipe dmd2 --precision fp16 --proof 0"),
-    emoji("lightning", "lightning --stages 8:4,4:2 --proof 0"),
-    emoji("lightning fp16", "lightning --stages 8:4 --precision fp16 --proof 0"),
-    emoji("prune", "prune --layout bk-tiny --proof 0"),
-    emoji("vae", "distill-vae --encoder"),
-    emoji("vae fp16", "distill-vae --precision fp16"),
-    Row("sdxl weights", 1, f"{sys.executable} {HERE / 'run.py'} --weights sdxl --output OUT", program=True),
-    Row("sd15 weights", 1, f"{sys.executable} {HERE / 'run.py'} --weights sd15 --output OUT", program=True),
-    Row(
-        "emoji killed", 2,
-        "train-lcm-lora --steps 4000 --save-every 10 --proof 0 -o OUT/killed", exit_code=75, stop_after_rows=3,
-    ),
-    emoji("sdxs", "sdxs --init OUT/prune/model --match-steps 8 --gan-steps 4 --proof 0", group=2),
-    emoji("controlnet", "distill-controlnet --init OUT/prune/model --controlnet emoji", group=2),
-    Row("emoji sample", 2, "sample --prompt apple --lora OUT/lcm/lcm.safetensors --num-images 40 -o OUT/pictures"),
-    Row(
-        "emoji sample uncompiled", 2,
-        "sample --prompt apple --lora OUT/lcm/lcm.safetensors --num-images 8 --compile off -o OUT/pictures-off",
-    ),
-    Row(
-        "emoji sample fp16", 2,
-        "sample --prompt apple --base OUT/prune/model --precision fp16 --num-images 8 -o OUT/pictures-fp16",
-    ),
-    Row("emoji evaluate", 2, "evaluate --student OUT/lcm/lcm.safetensors --num-images 48 -o OUT/report"),
-    Row("emoji merge", 2, "merge-lora --accel OUT/lcm/lcm.safetensors --base emoji -o OUT/baked"),
-    Row("emoji bench sample", 2, "bench sample --calls 5"),
-    Row("emoji bench train", 2, "bench train --calls 5"),
-    Row("emoji plan", 2, "plan train-lcm-lora"),
-    Row("emoji plan dmd2", 2, "plan dmd --recipe dmd2"),
-    Row("emoji resumed", 3, "train-lcm-lora --steps 4000 --max-time 10s --save-every 10 --proof 0 -o OUT/killed"),
-    full_size("sdxl lcm", "train-lcm-lora", 12),
-    full_size("sdxl lightning", "lightning --stages 8:4 --d-warmup 2", 16),
-    full_size("sdxl dmd2", "dmd --recipe dmd2", 24),
-    full_size("sd15 dmd", "dmd", 16),
-    full_size("sd15 sdxs", "sdxs --match-steps 2 --gan-steps 2", 24),
-    Row(
-        "sdxl sample", 3,
-        "sample --base OUT/sdxl --prompt apple --num-steps 4 --num-images 2 -o OUT/sdxl-pictures", memory_gib=16,
-    ),
-    Row(
-        "speed", 4,
-        f"{sys.executable} {HERE.parent / 'bench_gpu.py'} --minutes MINUTES --output OUT/speed.json", 600, program=True,
-    ),
-]
-# fmt: on
-
-
-# ---- one row, in its own process
-
-
-def one(memory_gib: float, words: list[str]) -> int:
-    """Run a fastdiff command and write what it took of the card to the file that GPU_ROW names."""
-    import torch
-
-    on_card = torch.cuda.is_available()
-    if on_card and memory_gib:
-        torch.cuda.set_per_process_memory_fraction(memory_gib * 2**30 / torch.cuda.mem_get_info()[1])
-    from fastdiff.cli import main as fastdiff
-
-    code = fastdiff(words)
-    if on_card:
-        peaks = {"reserved": torch.cuda.max_memory_reserved(), "allocated": torch.cuda.max_memory_allocated()}
-        Path(os.environ["GPU_ROW"]).write_text(json.dumps({k: v / 2**30 for k, v in peaks.items()}))
-    return code
-
-
-def weights(family: str, folder: Path, device: str) -> None:
-    """A full-size checkpoint with random weights, and two prompts."""
-    import torch
-
-    from fastdiff.checkpoints import write
-    from fastdiff.commands import bench
-
-    base = bench.opened(bench.Config(work="sample", base=family, random_weights=True, device=device), torch.device(device))
-    write.to_folder(base, folder / family)
-    (folder / "prompts.txt").write_text("a red apple\na rocket\n")
-
-
-# ---- all of them
+SLOWER = 20  # a rehearsal's limits are so many times as long: CPUs have few cores
+# What the table shows of a row's figures, by the last part of their names.
+FIGURES = {
+    *("s_per_step", "share", "tflop", "batch", "peak_tflops", "steps_reserved_gib", "sheet_reserved_gib", "lacked"),
+    *("ratio", "ours_ms", "stock_ms", "first_ms", "ours_per_s", "of_limit", "parity", "ours_peak_mib", "stock_peak_mib"),
+    *("steps", "frechet", "retrieval", "training_s", "said", "error"),
+}
 
 
 class Runs:
     """Rows in turn and side by side; every result is written at once."""
 
-    def __init__(self, folder: Path, minutes: float, rehearse: bool) -> None:
+    def __init__(self, folder: Path, minutes: float, *, jobs: int, rehearse: bool = False, path: Sequence[str] = ()) -> None:
         self.folder, self.rehearse, self.lock = folder, rehearse, threading.Lock()
-        self.end = time.monotonic() + 60 * minutes
+        self.end, self.places = time.monotonic() + 60 * minutes, threading.Semaphore(jobs)
         self.file = folder / "results.json"
         self.results: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *path, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "HF_HUB_OFFLINE": "1",
+            "FASTDIFF_CACHE": str(folder / "cache"),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"),
+            "FASTDIFF_TEST_GPU": "cpu" if rehearse else "1",
+            "GPU_LOCK": str(folder / "turnstile"),
+            **({"CUDA_VISIBLE_DEVICES": ""} if rehearse else {}),
+        }
 
-    def run(self, row: Row) -> None:
-        left_s = self.end - time.monotonic()
+    def all(self, rows: Sequence[Row]) -> bool:
+        """Run the rows, group by group; returns whether all of them ended as they should."""
+        (self.folder / "prompts.txt").write_text("a red apple\na rocket\n")
+        for group in sorted({row.group for row in rows}):
+            with ThreadPoolExecutor(max(1, len(rows))) as pool:
+                begun: dict[str, Future] = {}
+                for row in rows:
+                    if row.group == group:
+                        begun[row.name] = pool.submit(self.run, row, begun.get(row.after))
+                for future in begun.values():
+                    future.result()
+        return all(self.results[row.name]["ok"] for row in rows)
+
+    def run(self, row: Row, before: Future | None) -> None:
+        """Run a row, after the one whose files it needs, and keep its result."""
+        if before:
+            before.result()
         if self.results.get(row.name, {}).get("ok"):
             return
-        if left_s < 5:
-            self.keep(row, {"ok": False, "why": "no time was left"}, "")
-            return
-        words = row.words.replace("OUT", str(self.folder)).replace("MINUTES", f"{max(0.1, left_s / 60 - 0.1):.2f}").split()
-        peaks = self.folder / f".{row.name.replace(' ', '-')}.json"
-        if not row.program:
-            words = [sys.executable, __file__, "--row", str(row.memory_gib), *words, "--json"]
-            if self.rehearse and "merge-lora" not in words:
-                words += ["--device", "cpu"]
-        start = time.monotonic()
-        environment = {"OMP_NUM_THREADS": "1"} if row.group < 4 else {}
+        if row.after and not self.results.get(row.after, {}).get("ok"):
+            return self.keep(row, {"ok": False, "why": f"needs {row.after}"}, "")
+        with self.places:
+            left_s = self.end - time.monotonic()
+            if left_s < 5:
+                return self.keep(row, {"ok": False, "why": "no time was left"}, "")
+            limit_s = min(row.limit_s * (SLOWER if self.rehearse else 1), left_s)
+            return self.keep(row, *self.measured(row, limit_s))
+
+    def measured(self, row: Row, limit_s: float) -> tuple[dict[str, Any], str]:
+        """The result of a row's process, and everything that it said."""
+        known = self.folder / f".{row.name.replace(' ', '-')}.json"
+        known.unlink(missing_ok=True)
+        words, start = self.command(row), time.monotonic()
         process = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, **environment, "GPU_ROW": str(peaks), "OMP_WAIT_POLICY": "PASSIVE"},
+            env=self.environment | {"GPU_ROW": str(known)},
         )  # fmt: skip
         if row.stop_after_rows:
             threading.Thread(target=self.stop, args=(row, words, process), daemon=True).start()
+        expected = row.cpu_exit_code if self.rehearse and row.cpu_exit_code is not None else row.exit_code
         try:
-            out, err = process.communicate(timeout=min(row.limit_s, left_s))
-            why = "" if process.returncode == row.exit_code else f"exit {process.returncode}"
+            out, err = process.communicate(timeout=limit_s)
+            why = "" if process.returncode == expected else f"exit {process.returncode}"
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             out, err = process.communicate()
-            why = f"not done in {min(row.limit_s, left_s):.0f} s"
+            why = f"not done in {limit_s:.0f} s"
         result: dict[str, Any] = {"ok": not why, "why": why, "seconds": round(time.monotonic() - start, 1)}
-        if peaks.exists():
-            result |= {f"{k}_gib": round(v, 2) for k, v in json.loads(peaks.read_text()).items()}
-        if not row.program and out.strip().startswith("{"):
-            answer = json.loads(out)
-            result |= {"metrics": answer.get("metrics"), "timings": answer.get("timings"), "warnings": answer.get("warnings")}
-            result |= {"error": answer["error"]} if answer.get("error") else {}
-        self.keep(row, result, f"$ {' '.join(words)}\n{out[-6000:]}\n{err[-8000:]}")
+        result |= json.loads(known.read_text()) if known.exists() else {}
+        result |= answer(out, row)
+        if row.wanted and not self.rehearse:
+            result["goals"] = {f"{name} >= {least:g}": result.get(name, 0) >= least for name, least in row.wanted.items()}
+        return result, f"$ {shlex.join(words)}\n{out[-6000:]}\n{err[-8000:]}"
+
+    def command(self, row: Row) -> list[str]:
+        """The words of a row's process."""
+        words = [
+            word.replace("OUT", str(self.folder)) for word in shlex.split(f"{row.words} {row.tiny if self.rehearse else ''}")
+        ]
+        if row.program:
+            return [word.replace("PYTHON", sys.executable).replace("ROOT", str(ROOT)) for word in words]
+        if self.rehearse and not row.no_device:
+            words += ["--device", "cpu"]
+        how = {"memory_gib": row.memory_gib, "how": row.how, "tiny": self.rehearse}
+        return [sys.executable, str(HERE / "row.py"), json.dumps(how), *words, "--json"]
 
     def stop(self, row: Row, words: list[str], process: subprocess.Popen) -> None:
         """Send SIGTERM once the run has logged enough rows."""
@@ -200,64 +137,101 @@ class Runs:
             time.sleep(0.1)
 
     def keep(self, row: Row, result: dict[str, Any], text: str) -> None:
+        """Write a result into the three files, whole at any instant."""
         with self.lock:
             self.results[row.name] = result
-            self.file.write_text(json.dumps(self.results, indent=1) + "\n")
-            (self.folder / "table.md").write_text(table(self.results))
+            for file, content in (
+                (self.file, json.dumps(self.results, indent=1)),
+                (self.folder / "table.md", table(self.results)),
+            ):
+                new = file.with_suffix(".new")
+                new.write_text(content + "\n")
+                new.replace(file)
             with (self.folder / "log.txt").open("a") as log:
                 log.write(f"\n==== {row.name}: {result}\n{text}\n")
             print(f"{'ok  ' if result['ok'] else 'FAIL'} {row.name}: {result.get('seconds')} s {result['why']}", flush=True)
 
 
+def answer(out: str, row: Row) -> dict[str, Any]:
+    """What a process said of itself: the JSON object of a fastdiff command, or the last line of a program."""
+    lines = [line for line in out.splitlines() if line.strip()]
+    if row.program or not lines or not lines[-1].startswith("{"):
+        return {"said": lines[-1][:200]} if row.program and lines else {}
+    told = json.loads(lines[-1])
+    error = {"error": told["error"]["message"][:200]} if told.get("error") else {}
+    return {**flat(told.get("metrics") or {}), **flat(told.get("timings") or {}), "warnings": told.get("warnings"), **error}
+
+
+def flat(figures: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested figures by names with points."""
+    rows: dict[str, Any] = {}
+    for name, value in figures.items():
+        rows |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return rows
+
+
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The results as Markdown."""
-    lines = [
-        f"Card: {card()}",
-        "",
-        "| row | result | seconds | GiB reserved | GiB allocated |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    """The results as Markdown, with the machine that they come from."""
+    machines = list(dict.fromkeys(row["machine"] for row in results.values() if row.get("machine")))
+    lines = [*(f"Machine: {name}" for name in machines or ["unknown"]), ""]
+    if len(machines) > 1:
+        lines += ["These rows come from different machines; results.json says which.", ""]
+    lines += ["| row | result | seconds | GiB reserved | GiB allocated | figures |", "| --- | --- | --- | --- | --- | --- |"]
     for name, row in results.items():
         cells = [name, "ok" if row["ok"] else row["why"]]
         cells += [str(row.get(key, "")) for key in ("seconds", "reserved_gib", "allocated_gib")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        shown = {key.removesuffix(".gap_closed"): value for key, value in row.items() if wanted(key) and value is not None}
+        shown |= {f"goal {goal}": "reached" if reached else "missed" for goal, reached in row.get("goals", {}).items()}
+        text = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
+        cells.append(", ".join(f"{key} {text(value)}" for key, value in shown.items()))
+        lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join(lines)
 
 
-def card() -> str:
-    try:
-        command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "none"
-    except FileNotFoundError:
-        return "none"
+def wanted(name: str) -> bool:
+    """Whether the table shows a figure."""
+    whole = name.startswith("gap_closed.") and name.endswith(".gap_closed")
+    return whole or (name.split(".")[-1] in FIGURES and not name.startswith("gap_closed."))
 
 
-def main() -> int:
+def longest_s(rows: Sequence[Row]) -> float:
+    """Seconds that the rows can take at most, if all rows of a group fit side by side: the sum of the groups' longest chains."""
+    ends: dict[str, float] = {}
+    groups: dict[str, float] = {}
+    for row in rows:
+        before = next((other for other in rows if other.name == row.after and other.group == row.group), None)
+        ends[row.name] = row.limit_s + (ends[before.name] if before else 0)
+        groups[row.group] = max(groups.get(row.group, 0), ends[row.name])
+    return sum(groups.values())
+
+
+def install(wheels: Path, target: Path) -> None:
+    """Install all wheels of a folder into another folder, without their dependencies."""
+    files = sorted(map(str, wheels.glob("*.whl")))
+    if not files:
+        raise SystemExit(f"--wheels {wheels}: no .whl file there")
+    how = "install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check --upgrade --target"
+    subprocess.run([sys.executable, "-m", "pip", *how.split(), str(target), *files], check=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("gpu"))
-    parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--jobs", type=int, default=12, help="processes at once")
+    parser.add_argument("--output", type=Path, help="default: gpu, for a rehearsal gpu-rehearsal")
+    parser.add_argument("--minutes", type=float, help="default: 8, for a rehearsal 60")
+    parser.add_argument("--jobs", type=int, help="processes at once; default: 16, for a rehearsal 1")
     parser.add_argument("--only", action="append", default=[], help="rows whose name contains this; repeat it for more")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU")
-    parser.add_argument("--weights", help=argparse.SUPPRESS)
-    if sys.argv[1:2] == ["--row"]:
-        return one(float(sys.argv[2]), sys.argv[3:])
-    args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    if args.weights:
-        weights(args.weights, args.output, "cpu" if args.rehearse else "cuda")
-        return 0
-    runs = Runs(args.output.resolve(), args.minutes, args.rehearse)
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels that the rows' processes need")
+    parser.add_argument("--rehearse", action="store_true", help="tiny networks on the CPU: that no row fails for another reason")
+    args = parser.parse_args(argv)
+    output = args.output or Path("gpu-rehearsal" if args.rehearse else "gpu")
+    output.mkdir(parents=True, exist_ok=True)
     rows = [row for row in ROWS if not args.only or any(text in row.name for text in args.only)]
-    for groups in ((0, 1, 2, 3), (4,)):
-        with ThreadPoolExecutor(args.jobs) as beside:
-            aside = [beside.submit(runs.run, row) for row in rows if row.group == 0 and 0 in groups]
-            for group in groups[1:] or groups:
-                with ThreadPoolExecutor(args.jobs) as pool:
-                    list(pool.map(runs.run, [row for row in rows if row.group == group]))
-            for future in aside:
-                future.result()
-    return 0 if all(runs.results[row.name]["ok"] for row in rows) else 1
+    with tempfile.TemporaryDirectory() as site:
+        if args.wheels:
+            install(args.wheels, Path(site))
+        minutes, jobs = args.minutes or (60 if args.rehearse else 8), args.jobs or (1 if args.rehearse else 16)
+        runs = Runs(output.resolve(), minutes, jobs=jobs, rehearse=args.rehearse, path=[site] if args.wheels else [])
+        return 0 if runs.all(rows) else 1
 
 
 if __name__ == "__main__":
