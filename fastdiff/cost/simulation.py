@@ -421,9 +421,9 @@ class Event:
 
 
 def made_up(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a CPU tensor in place of one that is read back from the card."""
+    """Return a CPU tensor in place of one that is read back from the card; always the same one for a shape."""
     if dtype.is_floating_point:
-        return torch.randn(tensor.shape).mul_(0.1).to(dtype)
+        return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())).mul_(0.1).to(dtype)
     return torch.ones(tensor.shape, dtype=dtype) if dtype == torch.bool else torch.zeros(tensor.shape, dtype=dtype)
 
 
