@@ -27,7 +27,7 @@ from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import simulate
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
 from fastdiff.methods.shared.scores import Scores, fitted_guidance, start_from
-from fastdiff.models import perceptual
+from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.discriminator import Head
 from fastdiff.options.dmd import EXAMPLES, PRESETS, Config
@@ -64,7 +64,7 @@ class DMD(Scores):
         self.distance: perceptual.DecodedDistance | None = None
         if config.regresses:
             pixels = perceptual.open_distance(base.family, config.lpips_weights, off="`lambda_reg=0`")
-            self.distance = perceptual.DecodedDistance(base.vae, pixels, config.reg_crop)
+            self.distance = perceptual.DecodedDistance(base.vae, pixels, config.reg_crop, autoencoder.decoding(base.dtype))
         self.timesteps = sampling_timesteps(self.schedule, config)
         self.recipe = replace(
             self.recipe,
