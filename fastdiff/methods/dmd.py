@@ -55,7 +55,7 @@ class DMD(Scores):
             self.watched = self.fake if config.gan_features == "fake" else self.teacher
             side = self.resolution_px // base.pixels_per_latent
             side //= 2 if config.buckets else 1  # the shortest side of any bucket
-            self.head = Head.on(self.watched.net, base.unet_config["block_out_channels"][-1], side)
+            self.head = Head.on(self.watched.net, base.unet_config["block_out_channels"][-1], side, config.gan_width)
             fakes += self.head.parameters()
         self.trains = {
             "student": Trains(students, averaged=True, net=student_net),
