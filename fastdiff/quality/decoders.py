@@ -19,8 +19,9 @@ def high_frequencies(pixels: Tensor) -> Tensor:
     """Mean spectral energy (B,) of pictures (B, 3, H, W) above half of the highest frequency. Blur removes this part first."""
     spectrum = torch.fft.fft2(pixels.float()).abs().square()
     y, x = (torch.fft.fftfreq(n).abs() for n in pixels.shape[-2:])
-    high = (torch.maximum(y[:, None], x[None]) > 0.25).to(pixels.device)
-    return spectrum[..., high].mean((1, 2)) / pixels[0, 0].numel()
+    high = torch.maximum(y[:, None], x[None]) > 0.25  # on the CPU, so that the device need not be waited for
+    count = pixels.shape[1] * int(high.sum())
+    return (spectrum * high.to(pixels.device)).sum((1, 2, 3)) / count / pixels[0, 0].numel()
 
 
 def compare(teacher: nn.Module, student: nn.Module, latents: Tensor, distance: nn.Module | None = None) -> dict[str, Any]:
@@ -63,8 +64,8 @@ def macs(vae: nn.Module, side: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     # A copy whose parameters never exist: a copy of the real ones would need a second place for them on the device.
-    absent = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in vae.parameters()}
-    net = deepcopy(vae, absent).to("meta")
+    absent = lambda p: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
+    net = deepcopy(vae, {id(p): absent(p) for p in vae.parameters()}).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net.decode(torch.empty(1, vae.config.latent_channels, side, side, device="meta"))
     return counter.get_total_flops() // 2
