@@ -221,6 +221,19 @@ def test_pairs_one_by_one_have_the_loss_and_gradient_of_all_at_once(network, tin
         torch.testing.assert_close(distance(a, b), wanted, atol=1e-6, rtol=1e-5)
 
 
+def test_gradients_that_are_computed_before_the_loss_is_scaled_are_not_in_fp16(lpips, monkeypatch):
+    a, b = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    monkeypatch.setattr(perceptual, "LARGE", 64**2)
+    gradients = []
+    for enabled in (False, True):
+        x = (a.half() if enabled else a.half().float()).requires_grad_(True)
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            distance = lpips(x, b)
+        assert distance.dtype == torch.float32
+        gradients.append(torch.autograd.grad(1e6 * distance.sum(), x)[0].float())
+    assert off(*gradients) < 1e-3
+
+
 def test_blocks_keep_only_their_inputs_and_are_themselves_again(tiny_sd, lpips):
     vae, z, goal = checkpoint.load(str(tiny_sd)).vae, latents(1, 16).requires_grad_(True), torch.zeros(1, 3, 128, 128)
 
@@ -261,8 +274,8 @@ def test_a_bf16_run_decodes_the_regression_in_bf16_by_a_copy_without_encoder():
     assert exact.vae is base.vae
     assert {p.dtype for p in half.vae.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in base.vae.parameters()} == {torch.float32}
-    assert half.vae.encoder is None
-    assert base.vae.encoder is not None
+    assert isinstance(half.vae.encoder, nn.Identity)
+    assert not isinstance(base.vae.encoder, nn.Identity)
     assert not any(p.requires_grad for p in half.parameters())
     shipped = latents(2, 8)
     gradients = []

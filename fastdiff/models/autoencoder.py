@@ -60,7 +60,7 @@ def without_fp16(device: torch.device) -> Any:
 
 def decoder_copy(vae: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy of a diffusers VAE that only decodes, in another dtype. The copy is frozen and has no encoder."""
-    copy = deepcopy(vae, {id(vae.encoder): None})
+    copy = deepcopy(vae, {id(vae.encoder): nn.Identity()})
     for part in copy.children():
         part.to(dtype)
     return copy.requires_grad_(False)

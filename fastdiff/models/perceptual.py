@@ -61,13 +61,15 @@ def pair_by_pair(apart: Apart, a: Tensor, b: Tensor, pixels: int) -> Tensor:
     """Compute distances (B,) of a and b, as many pairs at a time as their pictures' size allows; gradients flow to a.
 
     `apart` maps some of the pairs to their distances, and `pixels` is the size of one picture. Large pictures' gradients are
-    computed here and now, so that only those of one pair are in memory; the backward pass multiplies them.
+    computed here and now, so that only those of one pair are in memory; the backward pass multiplies them. They are computed
+    before the loss is scaled, so not in fp16, where they would be zeros.
     """
     if len(a) * pixels < LARGE:
         return apart(a, b)
     n = max(1, LARGE // pixels)
     if torch.is_grad_enabled() and a.requires_grad:
-        return Eager.apply(a, b, apart, n)
+        with autoencoder.without_fp16(a.device):
+            return Eager.apply(a.float(), b.float(), apart, n)
     return torch.cat([apart(x, y) for x, y in zip(a.split(n), b.split(n), strict=True)])
 
 
