@@ -29,7 +29,7 @@ def hashed(net: nn.Module) -> str:
     state: dict[str, Tensor] = net.state_dict()
     for key in sorted(state):
         digest.update(key.encode())
-        digest.update(memoryview(state[key].detach().float().cpu().contiguous().numpy()))
+        digest.update(state[key].detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
