@@ -246,8 +246,8 @@ def test_figures_of_a_decoder_against_itself_and_of_a_blurred_one(emoji):
 def test_high_frequencies_are_those_above_half_of_what_the_grid_holds():
     x = torch.arange(64)
     wave = lambda cycles: torch.cos(2 * torch.pi * cycles * x / 64).expand(1, 3, 64, 64)
-    assert decoders.high_frequencies(wave(8)) == pytest.approx(0, abs=1e-6)
-    assert decoders.high_frequencies(wave(24)) > 0.1
+    assert decoders.high_frequencies(wave(8)).item() == pytest.approx(0, abs=1e-6)
+    assert decoders.high_frequencies(wave(24)).item() > 0.1
 
 
 # ---- the command

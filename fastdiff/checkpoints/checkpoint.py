@@ -3,7 +3,6 @@
 Its components load on first use. A component with a layer missing or too many is refused as a whole.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from fastdiff.checkpoints import single_file, tensors
 from fastdiff.checkpoints.detect import Detection, detect, detect_prediction, infer_unet
 from fastdiff.checkpoints.family import Family
+from fastdiff.checkpoints.fingerprint import fingerprint as fingerprint
 from fastdiff.checkpoints.locate import clip_vocabulary, family_of, locate, shape_tables
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Slot, Weights
@@ -369,13 +369,3 @@ def load(
     opened = Checkpoint(ref, path, detected.family, dtype, folder, detected, prediction, allow_pickle)
     opened.__dict__["file"] = file
     return opened
-
-
-def fingerprint(net: nn.Module) -> str:
-    """sha256 of the names and fp32 values of a network's weights, by which recipes name their `parent`."""
-    digest = hashlib.sha256()
-    state: dict[str, Tensor] = net.state_dict()
-    for key in sorted(state):
-        digest.update(key.encode())
-        digest.update(state[key].detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

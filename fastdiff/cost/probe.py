@@ -19,14 +19,14 @@ from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.options.train import TrainConfig
 from fastdiff.runtime import console
-from fastdiff.sampling.sampler import at_once
+from fastdiff.sampling.sampler import at_once, drawing
 from fastdiff.training.method import Method
 from fastdiff.training.run import Run
 from fastdiff.training.scene import open_vae
 from fastdiff.training.session import load_base, open_accelerator
 from fastdiff.training.trainer import Trainer, tensors_in
 
-PREVIEWED = 4  # pictures decoded at once for a contact sheet
+PREVIEWED = 4  # pictures of a contact sheet
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,10 @@ def calling_s(base: Checkpoint, config: TrainConfig, device: torch.device) -> fl
 
 @torch.no_grad()
 def preview(base: Checkpoint, config: TrainConfig, device: torch.device) -> None:
-    """Decode four pictures while the training state is in memory: the peak that a contact sheet adds."""
+    """Decode pictures while the training state is in memory, as a contact sheet does: the peak that it adds."""
     side = (config.resolution or base.resolution_px) // base.pixels_per_latent
     z = torch.randn(PREVIEWED, base.unet_config["in_channels"], side, side, device=device)
-    autoencoder.decode(open_vae(base, config.vae).to(device), z)
+    autoencoder.decode(drawing(base, open_vae(base, config.vae), device), z)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastdiff.data.batch import Encoded
 from fastdiff.data.folder import square
 from fastdiff.models import autoencoder
+from fastdiff.models.fast.decoder import Decoder
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.errors import UsageError, as_field
 from fastdiff.sampling.pictures import uint8
@@ -71,13 +72,13 @@ def extract(pictures: Tensor, how: Extractor) -> Tensor:
     return torch.stack(controls)
 
 
-def of_samples(vae: nn.Module, data: Encoded, how: Extractor) -> None:
+def of_samples(vae: nn.Module | Decoder, data: Encoded, how: Extractor) -> None:
     """Set `data.controls` to the controls of the decoded latents: noise, picture and control form triples (SDXS, section 3.2)."""
     z, controls = data.latents, []
     with console.progress(len(z), "control pictures") as bar:
         for part in z.split(at_once(z.shape[-1])):
             stop.check()
-            controls.append(extract(uint8(autoencoder.decode(vae, part.to(vae.device), chunk=len(part))).cpu(), how))
+            controls.append(extract(uint8(autoencoder.decode(vae, part.to(vae.device), most=len(part))).cpu(), how))
             bar.update(len(part))
     data.controls = torch.cat(controls)
 

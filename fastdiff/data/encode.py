@@ -233,7 +233,7 @@ class Pictures:
             for i in range(0, len(keys), n):
                 part = keys[i : i + n]
                 pixels = torch.stack([pictures[key] for key in part]) / 127.5 - 1
-                rows = autoencoder.encode_moments(vae, pixels, chunk=n).half().cpu()
+                rows = autoencoder.encode_moments(vae, pixels, most=n).half().cpu()
                 moments |= {key: row.clone() for key, row in zip(part, rows, strict=True)}
         return moments
 

@@ -29,6 +29,7 @@ from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.options.controlnet import EXAMPLES, PRESETS, Config
 from fastdiff.options.controlnet import Config as Options
+from fastdiff.sampling.sampler import drawing
 from fastdiff.training.card import Usage, load_expression
 from fastdiff.training.method import Load, Now, Phase, Trains, Turn, relative_size
 from fastdiff.training.run import Run
@@ -90,7 +91,7 @@ class DistilControlNet(Segmented):
     def arrange(cls, scene: Scene, data: Data, exhibit: Edges, config: Options) -> Data:
         """Extract a control picture from every item, and hold out items for the closing figures."""
         assert isinstance(data, Encoded), "`buckets` is refused by the config"
-        control.of_samples(scene.base.vae.to(scene.device), data, exhibit.how)
+        control.of_samples(drawing(scene.base, scene.base.vae, scene.device), data, exhibit.how)
         data, held_out = data.split(config.proof)
         exhibit.keep(held_out)
         return data

@@ -27,7 +27,7 @@ from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import simulate
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
 from fastdiff.methods.shared.scores import Scores, fitted_guidance, start_from
-from fastdiff.models import perceptual
+from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.discriminator import Head
 from fastdiff.options.dmd import EXAMPLES, PRESETS, Config
@@ -55,7 +55,7 @@ class DMD(Scores):
             self.watched = self.fake if config.gan_features == "fake" else self.teacher
             side = self.resolution_px // base.pixels_per_latent
             side //= 2 if config.buckets else 1  # the shortest side of any bucket
-            self.head = Head.on(self.watched.net, base.unet_config["block_out_channels"][-1], side)
+            self.head = Head.on(self.watched.net, base.unet_config["block_out_channels"][-1], side, config.gan_width)
             fakes += self.head.parameters()
         self.trains = {
             "student": Trains(students, averaged=True, net=student_net),
@@ -64,7 +64,7 @@ class DMD(Scores):
         self.distance: perceptual.DecodedDistance | None = None
         if config.regresses:
             pixels = perceptual.open_distance(base.family, config.lpips_weights, off="`lambda_reg=0`")
-            self.distance = perceptual.DecodedDistance(base.vae, pixels, config.reg_crop)
+            self.distance = perceptual.DecodedDistance(base.vae, pixels, config.reg_crop, autoencoder.decoding(base.dtype))
         self.timesteps = sampling_timesteps(self.schedule, config)
         self.recipe = replace(
             self.recipe,

@@ -129,8 +129,7 @@ class TinyVAE(Method):
             terms["lpips"] = self.config.lambda_lpips * self.distance(picture, target).mean()
         turn = {"decoder": terms}
         if self.config.encoder:
-            with torch.no_grad():
-                wanted = autoencoder.mean_latents(self.teacher, target)
+            wanted = autoencoder.target_latents(self.teacher, target)
             turn["encoder"] = {"latents": losses.squared(autoencoder.mean_latents(self.student, target), wanted)}
         yield turn
 

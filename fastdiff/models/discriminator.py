@@ -13,24 +13,26 @@ class Head(nn.Module):
 
     Strided convolutions reduce the map to 4 x 4, one more covers the rest, and a last one gives the logit. Maps smaller than
     4 x 4 are covered at once. N is 1 for maps of `side` x `side`, more for larger ones. For SD1.5's 8 x 8 and SDXL's 32 x 32
-    features these are the published heads.
+    features these are the published heads, unless `hidden` asks for another number of channels after the first convolution.
     """
 
-    def __init__(self, width: int, side: int) -> None:
+    def __init__(self, width: int, side: int, hidden: int | None = None) -> None:
         super().__init__()
-        groups = math.gcd(32, width)
+        hidden = hidden or width
+        groups = math.gcd(32, hidden)
         halvings = max(0, math.ceil(math.log2(side / 4)))
         last = min(4, side)
         layers: list[nn.Module] = []
         for kernel, stride, padding in [(4, 2, 1)] * halvings + [(last, last, 0)]:
-            layers += [nn.Conv2d(width, width, kernel, stride, padding), nn.GroupNorm(groups, width), nn.SiLU()]
+            layers += [nn.Conv2d(width, hidden, kernel, stride, padding), nn.GroupNorm(groups, hidden), nn.SiLU()]
+            width = hidden
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 1))
 
     @classmethod
-    def on(cls, net: nn.Module, width: int, latent_side: int) -> "Head":
+    def on(cls, net: nn.Module, width: int, latent_side: int, hidden: int | None = None) -> "Head":
         """Build a head for the bottleneck of a UNet whose latents are `latent_side` positions wide."""
         halvings = sum(block.downsamplers is not None for block in net.down_blocks)
-        return cls(width, max(1, latent_side >> halvings)).to(net.device)
+        return cls(width, max(1, latent_side >> halvings), hidden).to(net.device)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features.float()).flatten(1)

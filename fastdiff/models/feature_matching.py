@@ -4,6 +4,7 @@ The paper finds that a CNN, a ViT and the encoder of the diffusion model's own U
 already loaded and works on latents; the other networks need decoded pictures.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -53,7 +54,9 @@ class PixelFeatures(nn.Module):
         with torch.autocast(a.device.type, enabled=False):
             with torch.no_grad():
                 goals = self.maps(autoencoder.pixels(self.vae, b))
-            return self.maps(autoencoder.pixels(self.vae, a)), goals
+            large = a[:, 0].numel() * autoencoder.factor(self.vae) ** 2 >= perceptual.LARGE
+            with perceptual.recomputed(self) if large else nullcontext():
+                return self.maps(autoencoder.pixels(self.vae, a)), goals
 
 
 class Embedded(nn.Module):

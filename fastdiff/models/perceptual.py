@@ -1,8 +1,18 @@
-"""Perceptual distance of pictures: LPIPS (Zhang 2018), or the same formula with the embedded feature network."""
+"""Perceptual distance of pictures: LPIPS (Zhang 2018), or the same formula with the embedded feature network.
 
+Gradients through a VAE's decoder and VGG-16 take more memory than the networks that train: 6 GiB for two pictures of 512 px.
+So large pictures go through one pair at a time, each pair's gradient is computed at once, and the networks' blocks keep only
+their inputs for it (gradient checkpointing, Chen 2016).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from fastdiff.checkpoints import tensors
@@ -13,25 +23,88 @@ from fastdiff.runtime.download import weight_file
 from fastdiff.runtime.errors import UsageError, as_field
 
 EMBEDDED = "embedded"
+LARGE = 2**18  # pixels of one picture of 512 px: pictures with fewer in all go through together, as torch does it
+# Blocks whose activations are computed again in the backward pass: of diffusers' decoders, and the five slices of LPIPS's VGG.
+BLOCKS = {"ResnetBlock2D", "Attention", "Upsample2D", "AutoencoderTinyBlock", "Sequential"}
+
+Apart = Callable[[Tensor, Tensor], Tensor]
 
 
 class DecodedDistance(nn.Module):
     """The distance (B,) between the pictures of latents a and b (B, C, h, w), in fp32. Gradients flow to a.
 
     Only a random window of `crop` x `crop` latent positions is decoded, the same one of both: decoding a whole 1024 px
-    picture with gradients takes more memory than the trained networks.
+    picture with gradients takes more memory than the trained networks. With `dtype`, a copy of the decoder in it is used.
     """
 
-    def __init__(self, vae: nn.Module, distance: nn.Module, crop: int) -> None:
+    def __init__(self, vae: nn.Module, distance: nn.Module, crop: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        vae = vae if dtype in {None, vae.dtype} else autoencoder.decoder_copy(vae, dtype)
         self.vae, self.distance, self.crop = vae.requires_grad_(False), distance, crop
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         a, b = same_window(a, b, self.crop)
         with torch.autocast(a.device.type, enabled=False):
-            with torch.no_grad():
-                target = autoencoder.pixels(self.vae, b).clamp(-1, 1)
-            return self.distance(autoencoder.pixels(self.vae, a), target)
+            return pair_by_pair(self.apart, a, b, a[0, 0].numel() * autoencoder.factor(self.vae) ** 2)
+
+    def apart(self, a: Tensor, b: Tensor) -> Tensor:
+        """Compute the distances (B,) of latents that go through together."""
+        with torch.no_grad():
+            target = autoencoder.pixels(self.vae, b).clamp(-1, 1)
+        large = len(a) * target[0, 0].numel() >= LARGE
+        with recomputed(self.vae) if large else nullcontext():
+            pixels = autoencoder.pixels(self.vae, a)
+        return self.distance(pixels, target)
+
+
+def pair_by_pair(apart: Apart, a: Tensor, b: Tensor, pixels: int) -> Tensor:
+    """Compute distances (B,) of a and b, as many pairs at a time as their pictures' size allows; gradients flow to a.
+
+    `apart` maps some of the pairs to their distances, and `pixels` is the size of one picture. Large pictures' gradients are
+    computed here and now, so that only those of one pair are in memory; the backward pass multiplies them. They are computed
+    before the loss is scaled, so not in fp16, where they would be zeros.
+    """
+    if len(a) * pixels < LARGE:
+        return apart(a, b)
+    n = max(1, LARGE // pixels)
+    if torch.is_grad_enabled() and a.requires_grad:
+        with autoencoder.without_fp16(a.device):
+            return Eager.apply(a.float(), b.float(), apart, n)
+    return torch.cat([apart(x, y) for x, y in zip(a.split(n), b.split(n), strict=True)])
+
+
+class Eager(torch.autograd.Function):
+    """Distances of pairs, whose gradients are computed in the forward pass, a few pairs at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, apart: Apart, n: int) -> Tensor:  # type: ignore[override]  # torch's is *args
+        distances, gradients = [], []
+        for x, y in zip(a.detach().split(n), b.split(n), strict=True):
+            x = x.clone().requires_grad_(True)
+            with torch.enable_grad():
+                distance = apart(x, y)
+                gradients.append(torch.autograd.grad(distance.sum(), x)[0])
+            distances.append(distance.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(distances)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # torch's is *args
+        (gradients,) = ctx.saved_tensors
+        return gradients * grad.reshape(-1, *[1] * (gradients.ndim - 1)), None, None, None
+
+
+@contextmanager
+def recomputed(net: nn.Module) -> Iterator[None]:
+    """Make the blocks of a network keep only their inputs while it runs inside; the backward pass computes the rest again."""
+    blocks = [module for module in net.modules() if type(module).__name__ in BLOCKS]
+    for block in blocks:
+        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own again
 
 
 def same_window(a: Tensor, b: Tensor, side: int) -> tuple[Tensor, Tensor]:
@@ -49,7 +122,14 @@ class PixelDistance(nn.Module):
         self.net = net
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.net.distance(a, b) if isinstance(self.net, FeatureNet) else self.net(a, b).flatten()
+        return pair_by_pair(self.apart, a, b, a[0, 0].numel())
+
+    def apart(self, a: Tensor, b: Tensor) -> Tensor:
+        """Compute the distances (B,) of pictures that go through together."""
+        if isinstance(self.net, FeatureNet):
+            return self.net.distance(a, b)
+        with recomputed(self.net) if a.numel() >= 3 * LARGE else nullcontext():
+            return self.net(a, b).flatten()
 
 
 def open_distance(family: Family, weights: str | None, *, option: str = "lpips_weights", off: str = "") -> PixelDistance:

@@ -12,13 +12,16 @@ from fastdiff.diffusion import losses
 from fastdiff.models import autoencoder
 
 ROUNDS = 7  # timed calls of each decoder
+AT_ONCE = 8  # pictures that are compared at once; fewer if they are large
 
 
-def high_frequencies(pixels: Tensor) -> float:
-    """Mean spectral energy of pictures (B, 3, H, W) above half of the highest frequency. Blur removes this part first."""
+def high_frequencies(pixels: Tensor) -> Tensor:
+    """Mean spectral energy (B,) of pictures (B, 3, H, W) above half of the highest frequency. Blur removes this part first."""
     spectrum = torch.fft.fft2(pixels.float()).abs().square()
     y, x = (torch.fft.fftfreq(n).abs() for n in pixels.shape[-2:])
-    return spectrum[..., torch.maximum(y[:, None], x[None]) > 0.25].mean().item() / pixels[0, 0].numel()
+    high = torch.maximum(y[:, None], x[None]) > 0.25  # on the CPU, so that the device need not be waited for
+    count = pixels.shape[1] * int(high.sum())
+    return (spectrum * high.to(pixels.device)).sum((1, 2, 3)) / count / pixels[0, 0].numel()
 
 
 def compare(teacher: nn.Module, student: nn.Module, latents: Tensor, distance: nn.Module | None = None) -> dict[str, Any]:
@@ -27,25 +30,32 @@ def compare(teacher: nn.Module, student: nn.Module, latents: Tensor, distance: n
     Returns `psnr_db` and `ssim` to the teacher's pictures, `detail` (the student's high-frequency energy over the teacher's),
     and `lpips` where a `distance` network is given.
     """
-    a, b = (autoencoder.decode(vae, latents) for vae in (teacher, student))
-    unit = [(p + 1) / 2 for p in (a, b)]
-    errors = (unit[0] - unit[1]).square().flatten(1).mean(1)
-    metrics = {
-        "psnr_db": (-10 * errors.clamp(min=1e-10).log10()).mean().item(),
-        "ssim": losses.ssim(*unit).mean().item(),
-        "detail": high_frequencies(b) / high_frequencies(a),
-    }
-    if distance is not None:
-        with torch.no_grad():
-            rows = [distance(q, p) for p, q in zip(a.split(8), b.split(8), strict=True)]
-        metrics["lpips"] = torch.cat(rows).mean().item()
-    return metrics
+    rows: list[list[float]] = []  # of each picture: PSNR, SSIM, the two energies, and the distance
+    side = latents.shape[-2] * latents.shape[-1] * autoencoder.factor(teacher) ** 2
+    for z in latents.split(autoencoder.at_once(teacher, side, AT_ONCE)):
+        a, b = (autoencoder.decode(vae, z) for vae in (teacher, student))
+        unit = [(p + 1) / 2 for p in (a, b)]
+        errors = (unit[0] - unit[1]).square().flatten(1).mean(1)
+        columns = [-10 * errors.clamp(min=1e-10).log10(), losses.ssim(*unit), high_frequencies(a), high_frequencies(b)]
+        if distance is not None:
+            with torch.no_grad():
+                columns.append(distance(b, a))
+        rows += torch.stack(columns, 1).tolist()
+    psnr_db, ssim, own, other, *lpips = (statistics.fmean(column) for column in zip(*rows, strict=True))
+    metrics = {"psnr_db": psnr_db, "ssim": ssim, "detail": other / own}
+    return metrics | ({"lpips": lpips[0]} if lpips else {})
 
 
-def encoder_error(teacher: nn.Module, student: nn.Module, pixels: Tensor) -> float:
-    """Mean squared difference of the two encoders' latents of pictures (N, 3, H, W), over the variance of the teacher's."""
-    with torch.no_grad():
-        a, b = (torch.cat([autoencoder.mean_latents(vae, part) for part in pixels.split(16)]) for vae in (teacher, student))
+def encoder_error(teacher: nn.Module, student: nn.Module, latents: Tensor) -> float:
+    """Mean squared difference of the two encoders' latents of the teacher's pictures, over the variance of the teacher's.
+
+    The pictures are those of scaled latents (N, C, h, w).
+    """
+    parts = []
+    for z in latents.split(AT_ONCE):
+        pixels = autoencoder.decode(teacher, z)
+        parts.append([autoencoder.target_latents(vae, pixels) for vae in (teacher, student)])
+    a, b = (torch.cat(column) for column in zip(*parts, strict=True))
     return (losses.squared(a, b) / a.var()).item()
 
 
@@ -53,7 +63,9 @@ def macs(vae: nn.Module, side: int) -> int:
     """Multiply-adds to decode one latent of `side` x `side`, counted on the meta device without memory."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    net = deepcopy(vae).to("meta")
+    # A copy whose parameters never exist: a copy of the real ones would need a second place for them on the device.
+    absent = lambda p: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
+    net = deepcopy(vae, {id(p): absent(p) for p in vae.parameters()}).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net.decode(torch.empty(1, vae.config.latent_channels, side, side, device="meta"))
     return counter.get_total_flops() // 2

@@ -64,7 +64,7 @@ class Drift:
     def of(self, net: Denoiser, settings: Settings) -> Tensor:
         """The `departures` (N, 2 C + 4) of the pictures that a network draws with these settings."""
         sampler = Sampler.of_networks(self.base, net, self.base.vae, device=self.device)
-        n = at_once(self.resolution_px // autoencoder.factor(sampler.vae))
+        n = at_once(self.resolution_px // autoencoder.factor(sampler.vae), training=True)
         parts = [
             sampler.pictures(self.cond[i : i + n], self.uncond, self.seeds[i : i + n], settings, self.resolution_px)
             for i in range(0, len(self.seeds), n)

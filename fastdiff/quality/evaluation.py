@@ -28,7 +28,7 @@ from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling.assemble import pick_device
 from fastdiff.sampling.pictures import uint8
-from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.sampler import Sampler, drawing
 from fastdiff.sampling.settings import Settings
 
 STEPS = (1, 2, 4, 8)  # judged where neither the caller nor the student's recipe fixes the steps
@@ -131,7 +131,7 @@ class Evaluation:
         self.against = Against({}, many, {"embedded": shipped.moments})
         if not quick:
             latents = shipped.latents[:n]
-            pixels = autoencoder.decode(base.vae.to(device), latents.to(device)).cpu()
+            pixels = autoencoder.decode(drawing(base, base.vae, device), latents.to(device)).cpu()
             many.pictures = uint8(pixels)
             if len(latents) == n:
                 many.features["departures"] = departures(latents, pixels)

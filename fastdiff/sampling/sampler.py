@@ -22,6 +22,7 @@ from fastdiff.diffusion.schedule import Prediction
 from fastdiff.lora import apply
 from fastdiff.lora.file import Weighted, with_weights
 from fastdiff.models import autoencoder, text
+from fastdiff.models.autoencoder import decoding
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.decoder import Decoder, decoder_of
 from fastdiff.models.fast.unet import unet_of
@@ -121,7 +122,7 @@ class Sampler:
     def connect(self, denoiser: Denoiser, vae: nn.Module | Decoder, device: torch.device | str, compile: Compile) -> None:
         """Move the networks to the device and make the engine for them."""
         self.denoiser, self.device = denoiser.to(device), device
-        self.vae = vae if isinstance(vae, Decoder) else vae.to(device)
+        self.vae = drawing(self.base, vae, device)
         self.engine = Engine(self.denoiser, lambda latents: autoencoder.decode(self.vae, latents), device, compile=compile)
         self.tables: dict[Settings, Table] = {}
         self.latest: tuple[tuple[Any, ...], Inputs] | None = None  # the last arguments of `inputs`, and the result
@@ -309,10 +310,10 @@ class Sampler:
         return z.cpu(), autoencoder.decode(self.vae, z).cpu()
 
     def pixels(
-        self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, *, resolution_px: int, batch: int = 50
+        self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, *, resolution_px: int, batch: int | None = None
     ) -> Tensor:
-        """Draw N images in batches. Returns pixels (N, 3, H, W) in [-1, 1] on the CPU."""
-        images = []
+        """Draw N images, `batch` at a time (default: by their size). Returns pixels (N, 3, H, W) in [-1, 1] on the CPU."""
+        batch, images = batch or min(50, at_once(resolution_px // autoencoder.factor(self.vae))), []
         for i in range(0, len(seeds), batch):
             rows = slice(i, i + batch)
             negative = uncond if len(uncond) == 1 else uncond[rows]
@@ -337,14 +338,26 @@ class Sampler:
         yield from (copy.wait() for copy in waiting)
 
 
-def decoding(dtype: torch.dtype) -> torch.dtype:
-    """Return the decoder's dtype: bf16 for bf16, which has the range of fp32; else fp32, since SDXL's overflows in fp16."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+def drawing(base: Checkpoint, vae: nn.Module | Decoder, device: torch.device | str) -> nn.Module | Decoder:
+    """Return the decoder of pictures that are looked at or measured, on the device; `vae` is the checkpoint's or replaces it.
+
+    On the CPU it is the VAE itself. Elsewhere it is the fast decoder in a safe dtype, which takes half of the memory; the VAE
+    then stays where it is, and the decoder's memory is free again when the caller drops it.
+    """
+    if isinstance(vae, Decoder):
+        return vae
+    if torch.device(device).type == "cpu":
+        return vae.to(device)
+    decoder = decoder_of(base, vae, dtype=decoding(base.dtype), device=device)
+    return decoder if isinstance(decoder, Decoder) else decoder.to(device)
 
 
-def at_once(side: int) -> int:
-    """Return the batch size that a modest GPU can sample for a latent side: 8 for SD1.5's 64, 2 for SDXL's 128, at most 64."""
-    return max(1, min(64, 8 * 64 * 64 // side**2))
+def at_once(side: int, *, training: bool = False) -> int:
+    """Return the batch size that a modest GPU can sample for a latent side: 8 for SD1.5's 64, 2 for SDXL's 128, at most 64.
+
+    With `training`, gradients and optimiser are in memory too: then it is 4 for SD1.5 and 1 for SDXL.
+    """
+    return max(1, min(64, (4 if training else 8) * 64 * 64 // side**2))
 
 
 def with_size(cond: Cond, resolution_px: int) -> Cond:

@@ -21,7 +21,7 @@ from fastdiff.quality.evaluation import STEPS, Evaluation
 from fastdiff.quality.metrics import Row, judging, present
 from fastdiff.runtime import console
 from fastdiff.sampling.pictures import contact_sheet
-from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.sampler import Sampler, at_once
 from fastdiff.sampling.settings import Settings
 from fastdiff.training.scene import Scene
 
@@ -73,7 +73,8 @@ class Preview:
     def draw(self, net: Denoiser, settings: Settings) -> Tensor:
         """Draw the prompts with a network: (N, 3, H, W) in [-1, 1], on the CPU."""
         sampler = Sampler.of_networks(self.base, net, self.vae, device=self.device)
-        return sampler.pixels(self.cond, self.uncond, self.seeds, settings, resolution_px=self.resolution_px, batch=4)
+        n = min(4, at_once(self.resolution_px // self.base.pixels_per_latent, training=True))
+        return sampler.pixels(self.cond, self.uncond, self.seeds, settings, resolution_px=self.resolution_px, batch=n)
 
 
 class Measured:

@@ -65,7 +65,7 @@ def decode_once(base: Checkpoint, data: Data, device: torch.device) -> None:
         pictures = []
         for part in mean.split(at_once(mean.shape[-1])):
             stop.check()
-            pictures.append(uint8(autoencoder.decode(base.vae, part.float().to(device), chunk=len(part))).cpu())
+            pictures.append(uint8(autoencoder.decode(base.vae, part.float().to(device), most=len(part))).cpu())
             bar.update(len(part))
     data.pixels = torch.cat(pictures)
 
@@ -83,8 +83,7 @@ def figures(scene: Scene, student: nn.Module, latents: Tensor, distance: nn.Modu
     metrics |= {"kl_ms": kl_ms, "tiny_ms": tiny_ms, "times_faster": kl_ms / tiny_ms}
     metrics |= {"kl_parameters": parameters[0], "tiny_parameters": parameters[1]}
     if config.encoder:
-        pictures = autoencoder.decode(base.vae, latents)
-        metrics["encoder_error"] = decoders.encoder_error(base.vae, student, pictures)
+        metrics["encoder_error"] = decoders.encoder_error(base.vae, student, latents)
     return metrics
 
 

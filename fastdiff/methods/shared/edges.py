@@ -10,7 +10,7 @@ from fastdiff.models import controlnet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime import console
 from fastdiff.sampling.pictures import contact_sheet, uint8
-from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.sampler import Sampler, at_once
 from fastdiff.sampling.settings import Settings
 from fastdiff.training.exhibit import Exhibit
 from fastdiff.training.method import Method
@@ -47,7 +47,8 @@ class Edges(Exhibit):
             cond = cond.with_control((controls[:n].float() / 255).expand(-1, 3, -1, -1))
         sampler, seeds = Sampler.of_networks(self.base, denoiser, self.vae, device=self.device), list(range(len(cond)))
         settings = Settings.usual(self.base.family) if denoiser is method.teacher else method.settings()
-        return sampler.pixels(cond, self.uncond, seeds, settings, resolution_px=self.px, batch=8)
+        n = min(8, at_once(self.px // self.base.pixels_per_latent, training=True))
+        return sampler.pixels(cond, self.uncond, seeds, settings, resolution_px=self.px, batch=n)
 
     def agreement(self, pictures: Tensor, controls: Tensor) -> float:
         """Return the mean F1 between the edges of pictures (N, 3, H, W) and those of control pictures."""
