@@ -52,7 +52,11 @@ class TrainConfig(BaseConfig):
     lr: Annotated[float, "learning rate", Range(above=0)] = 1e-4
     lr_schedule: Annotated[Literal["constant", "cosine"], "course of the learning rate after the warm-up"] = "constant"
     warmup: Annotated[int, "steps of linear learning rate warm-up", Range(0)] = 0
-    weight_decay: Annotated[float, "AdamW weight decay", Range(0)] = 0.0
+    optimizer: Annotated[
+        Literal["adamw", "adamw8bit", "adafactor"],
+        "adamw8bit: moments in a quarter of the memory, needs bitsandbytes; adafactor: hardly any, no momentum, the same --lr",
+    ] = "adamw"
+    weight_decay: Annotated[float, "decoupled weight decay, as AdamW's", Range(0)] = 0.0
     max_grad_norm: Annotated[float, "gradients of a larger norm are scaled down to it", Range(above=0)] = 1.0
     ema: Annotated[float, "decay of the averaged weights (EMA), which are exported; 0 = no averaging", Range(0, below=1)] = 0.0
     empty_prompts: Annotated[float, "share of items trained with an empty prompt", Range(0, 1)] = 0.0
@@ -86,6 +90,8 @@ class TrainConfig(BaseConfig):
         if not self.eval_every and (self.keep == "best" or self.patience):
             option = "`keep=best`" if self.keep == "best" else f"`patience={self.patience}`"
             raise UsageError(f"{option}: nothing is measured", "give `eval_every` too")
+        if self.shard and self.optimizer != "adamw":
+            raise UsageError(f"`optimizer={self.optimizer}`: does not train what `shard` splits", "use `optimizer=adamw`")
 
     def open_student(self, dtype: "torch.dtype | None" = None) -> "Checkpoint":
         """The checkpoint that an exported LoRA belongs to: the base, unless a method trains another network."""

@@ -21,7 +21,7 @@ from fastdiff.runtime import console, disk, processes
 from fastdiff.runtime.config import to_toml
 from fastdiff.runtime.disk import write_atomic
 from fastdiff.runtime.errors import DoesNotFit, Failed, Result, UsageError
-from fastdiff.training import resume
+from fastdiff.training import optimizer, resume
 from fastdiff.training.card import write_card
 from fastdiff.training.exhibit import Exhibit
 from fastdiff.training.method import Method, Phase, lacking
@@ -131,6 +131,8 @@ def open_accelerator(config: TrainConfig, run: Run) -> Any:
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and not find_spec(tracker):
         raise UsageError(f"`tracker={tracker}`: {tracker} is not installed", f'pip install "fastdiff[{tracker}]"')
+    mps = not cpu and not torch.cuda.is_available()
+    optimizer.check(config, torch.device("cpu" if cpu else "mps" if mps else "cuda"))
     if not cpu and torch.cuda.is_available():
         processes.join("nccl", PATIENCE)
     elif cpu:
