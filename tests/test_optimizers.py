@@ -9,7 +9,8 @@ import toy
 from torch import nn
 
 from fastdiff.runtime.errors import InputRefused, UsageError
-from fastdiff.training import optimizer
+from fastdiff.training import offload, optimizer
+from fastdiff.training.method import Phase
 from fastdiff.training.player import Player
 
 needs_8bit = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes: fastdiff[8bit]")
@@ -76,6 +77,59 @@ def test_a_loss_scale_goes_with_every_optimizer(kind):
     resumed.load_state_dict(torch.load(file, weights_only=True))
     step(scaled), step(resumed)
     assert all(torch.equal(p, q) for p, q in zip(scaled.params, resumed.params, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_offload_changes_no_bit_and_holds_the_moments_elsewhere_between_updates(kind, tmp_path):
+    """Also through phases, an average, skipped steps, previews, and a state with offload that is gone on from without."""
+
+    class Phased(toy.Toy):
+        _phases = [Phase("a", 3), Phase("b", 4)]
+
+    runs = {}
+    for name, steps, moving in [("plain", 7, False), ("moved", 7, True), ("parts", 4, True), ("parts", 7, False)]:
+        bad, drawn = {(1, "judge"): float("nan")}, []
+        options = dict(optimizer=kind, width=512, offload=moving, preview_every=2)
+        trainer = toy.trainer_of(tmp_path / name, bad, method=Phased, **options)
+        trainer.preview = lambda step, trainer=trainer, drawn=drawn: drawn.append(trainer.method.student[0].weight.sum().item())
+        toy.go_on(trainer)
+        if steps == 7:
+            trainer.fit()
+        else:
+            for _ in range(steps):
+                stepped(trainer)
+            trainer.save()
+        runs[name] = toy.result(trainer), drawn, trainer
+    assert toy.same(runs["plain"][0], runs["moved"][0])
+    assert toy.same(runs["plain"][0], runs["parts"][0])
+    assert runs["plain"][1] == runs["moved"][1] != []
+    player = runs["moved"][2].players["student"]
+    moments = [v for row in player.optimizer.state.values() for v in row.values() if isinstance(v, torch.Tensor) and v.ndim]
+    assert len(moments) >= 4
+    places = {place.data_ptr() for place in player.parking.places.values()}
+    assert {t.data_ptr() for t in (*moments, *player.ema.shadow)} == places
+    player.parking.fetch()  # as an update begins: everything is on the device, in memory of its own
+    assert not {t.data_ptr() for t in (*moments, *player.ema.shadow)} & places
+
+
+def stepped(trainer):
+    """One step of a trainer that goes to its next phase in time."""
+    if trainer.step == trainer.end:
+        trainer.leave()
+        trainer.enter(trainer.index + 1)
+    trainer.train_step()
+    trainer.step += 1
+
+
+def test_networks_that_no_loss_uses_are_set_aside_and_the_others_stay(monkeypatch):
+    vae, decoder = nn.Linear(2, 2), nn.Linear(2, 2)
+    method = nn.Sequential(nn.Linear(2, 2), nn.Sequential(decoder))  # a loss that decodes
+    moved = []
+    monkeypatch.setattr(nn.Linear, "to", lambda self, device: moved.append((self, device)))
+    offload.set_aside([vae, decoder], [method])
+    assert moved == [(vae, "cpu")]
+    with pytest.raises(UsageError, match="`offload`: cannot move what `shard` splits"):
+        toy.Config(offload=True, shard=True)
 
 
 def test_a_state_of_another_optimizer_is_refused(tmp_path):

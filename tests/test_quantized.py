@@ -138,7 +138,9 @@ def test_a_run_trains_resumes_and_writes_a_lora_of_the_exact_base(fastdiff, tiny
     common = "--batch-size 2 --grad-accum 1 --resolution 64 --pairs 2 --num-steps 2 --lora-rank 4 --device cpu --data teacher"
     args = ["train-lcm-lora", "--base", tiny_sd, "--prompts", "prompts.txt", *common.split(), "--teacher-steps", "2"]
     quantizing = [*args, "--quantize-base", "int8"]
-    assert fastdiff(*quantizing, "--steps", "2", "-o", "whole")[0] == 0
+    assert (
+        fastdiff(*quantizing, "--steps", "2", "-o", "whole", "--offload", "--preview-every", "1")[0] == 0
+    )  # --offload: same bits
     assert fastdiff(*quantizing, "--steps", "1", "-o", "parts")[0] == 0
     code, told = fastdiff(*args, "--steps", "2", "-o", "parts")
     assert (code, told["error"]["kind"]) == (2, "usage")

@@ -69,6 +69,11 @@ class TrainConfig(BaseConfig):
         Literal["none", "fp8", "int8"],
         "keep the frozen UNet under a LoRA in 8 bits: half of its memory, somewhat slower; int8 is nearer to the exact weights",
     ] = "none"
+    offload: Annotated[
+        bool,
+        "keep optimiser states and averages in CPU memory between updates, and the VAE between pictures; an update then waits "
+        "for copies, about 0.1 s a GiB on PCIe 4",
+    ] = False
     gradient_checkpointing: Annotated[bool, "recompute activations: less memory, a third more time"] = False
     resume: Annotated[str, "auto: continue from the state in the run folder; never: begin anew; or another run folder"] = "auto"
     save_every: Annotated[int, "steps between two saved states", Range(1)] = 200
@@ -99,6 +104,8 @@ class TrainConfig(BaseConfig):
                 f"`quantize_base={self.quantize_base}`: is for LoRAs on a frozen network, but {whole} trains all weights",
                 "leave `quantize_base` out",
             )
+        if self.shard and self.offload:
+            raise UsageError("`offload`: cannot move what `shard` splits", "use one of the two")
         if self.shard and self.optimizer != "adamw":
             raise UsageError(f"`optimizer={self.optimizer}`: does not train what `shard` splits", "use `optimizer=adamw`")
 

@@ -10,6 +10,7 @@ from fastdiff.models import sharding
 from fastdiff.models.ema import EMA
 from fastdiff.runtime import processes
 from fastdiff.training import optimizer
+from fastdiff.training.offload import Parking
 
 BUCKET_BYTES = 64 * 2**20  # gradients that are averaged over processes at once
 
@@ -34,6 +35,8 @@ class Player:
         self.optimizer = optimizer.opened(config, self.params, device, lr=lr, betas=betas, mixed=mixed)
         self.ema = EMA(self.params, config.ema) if config.ema and averaged else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.parking = Parking(device) if config.offload else None
+        self.park()
         self.bad_steps = 0  # consecutive steps that were skipped
 
     @property
@@ -101,9 +104,18 @@ class Player:
     def step(self) -> None:
         """Update the parameters and their average from the gradients."""
         self.bad_steps = 0
+        if self.parking:
+            self.parking.fetch()
         self.scaler.step(self.optimizer)
         if self.ema:
             self.ema.update()
+        self.park()
+
+    def park(self) -> None:
+        """With `offload`, move what only an update uses to CPU memory: the optimiser's moments and the averages."""
+        if self.parking:
+            moments = [v for row in self.optimizer.state.values() for v in row.values() if isinstance(v, Tensor)]
+            self.parking.park([*moments, *(self.ema.shadow if self.ema else ())])
 
     def finish(self) -> None:
         """Adjust the loss scale and drop the gradients, whether the step was made or skipped."""
@@ -116,6 +128,8 @@ class Player:
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def state_dict(self) -> dict[str, Any]:
+        if self.parking:
+            self.parking.settle()
         return {
             "params": [p.detach() for p in self.params],
             "optimizer": self.optimizer.state_dict(),
@@ -133,10 +147,13 @@ class Player:
         with torch.no_grad():
             for p, saved in zip(self.params, state["params"], strict=True):
                 p.copy_(sharding.placed(saved, p))
+        if self.parking:
+            self.parking.fetch()
         self.optimizer.load_state_dict(self.moments(state["optimizer"]))
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
+        self.park()
 
     def moments(self, state: dict[str, Any]) -> dict[str, Any]:
         """Split the moments of a saved optimiser over the processes, in the way that the parameters are split."""
