@@ -96,20 +96,18 @@ def call(net, seed=1):
     return net(x, torch.tensor([500, 20]), tokens, return_dict=False)[0]
 
 
-@pytest.mark.parametrize(("kind", "checkpointing"), [("fp8", False), ("int8", True)])
-def test_a_unet_under_adapters(kind, checkpointing, base):
-    """On and off, output and gradients beside the exact ones; with checkpointing as without; plain copies for other code."""
+def test_a_unet_under_adapters(base):
+    """On and off, output and gradients beside the exact ones, with checkpointing; plain copies for other code."""
     exact = base.unet
     net = copy.deepcopy(exact)
     before = sum(p.nbytes for p in net.parameters())
-    quantized.quantize(net, kind)
+    quantized.quantize(net, "int8")
     held = sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
     assert held < 0.5 * before
     grads = []
     for one in (exact, net):
-        if checkpointing:
-            adapters.checkpoint_gradients(one)
-            one.train()
+        adapters.checkpoint_gradients(one)
+        one.train()
         torch.manual_seed(3)
         params = adapters.attach(one, 4, 4)
         off = call(one)
@@ -124,9 +122,8 @@ def test_a_unet_under_adapters(kind, checkpointing, base):
         assert (out - off).norm() > 0.01 * off.norm()
         grads.append((out.detach(), torch.cat([p.grad.flatten() for p in params])))
     (out, grad), (rounded_out, rounded_grad) = grads
-    bound = {"fp8": 0.1, "int8": 0.02}[kind]  # measured: .072 and .014
-    assert 0 < (out - rounded_out).norm() / out.norm() < bound
-    assert torch.cosine_similarity(grad, rounded_grad, dim=0) > 1 - bound
+    assert 0 < (out - rounded_out).norm() / out.norm() < 0.02
+    assert torch.cosine_similarity(grad, rounded_grad, dim=0) > 0.98
     whole = adapters.plain(net)
     with adapters.using(net, None):
         torch.testing.assert_close(call(whole), call(net))

@@ -54,7 +54,8 @@ class TrainConfig(BaseConfig):
     warmup: Annotated[int, "steps of linear learning rate warm-up", Range(0)] = 0
     optimizer: Annotated[
         Literal["adamw", "adamw8bit", "adafactor"],
-        "adamw8bit: moments in a quarter of the memory, needs bitsandbytes; adafactor: hardly any, no momentum, the same --lr",
+        "adamw8bit: its moments in a quarter of the memory, needs bitsandbytes; adafactor: means of rows and columns in their "
+        "place, no momentum; both take the --lr of adamw",
     ] = "adamw"
     weight_decay: Annotated[float, "decoupled weight decay, as AdamW's", Range(0)] = 0.0
     max_grad_norm: Annotated[float, "gradients of a larger norm are scaled down to it", Range(above=0)] = 1.0
