@@ -10,6 +10,7 @@ from torch import nn
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint
 from fastdiff.lora import adapters
+from fastdiff.methods.sdxs import SDXS
 from fastdiff.models import quantized
 from fastdiff.options import dmd, lcm, lightning, prune, sdxs, vae
 from fastdiff.runtime.errors import UsageError
@@ -148,6 +149,14 @@ def test_a_run_trains_resumes_and_writes_a_lora_of_the_exact_base(fastdiff, tiny
     assert not any("base_layer" in k or "stored" in k for k in whole)
     exact = checkpoint.fingerprint(checkpoint.load(str(tiny_sd)).unet)
     assert lora.load(tmp_path / "whole" / "lcm.safetensors").recipe.parent == exact
+
+
+def test_the_parent_of_a_student_on_the_base_itself_is_the_exact_one(base):
+    """SDXS hashes the network that its student is a LoRA of, which here was quantised just before."""
+    exact = checkpoint.fingerprint(base.unet)
+    config = sdxs.Config(base=base.ref, student="lora", lora_rank=4, quantize_base="int8", match_steps=1, steps=2)
+    assert SDXS(base, config).parent == exact
+    assert quantized.is_quantized(base.unet)
 
 
 @pytest.mark.parametrize(
