@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdiff.training import player
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ["-m", "torch.distributed.run", "--standalone"]
@@ -30,9 +34,19 @@ def start(folder, n, *args, launch=(), timeout=400):
 def runs(tmp_path_factory):
     """{name: what each process told}."""
     folder = tmp_path_factory.mktemp("runs")
-    start(folder, 2, "toy", "two:two", "sharded:sharded:shard", "half:parts:shard:save", "own:own:own", "stopped:stopped:stop")
+    start(
+        folder,
+        2,
+        "toy",
+        "two:two",
+        "sharded:sharded:shard",
+        "half:parts:shard:save",
+        "own:own:own",
+        "gone:gone:missing",
+        "stopped:stopped:stop",
+    )
     start(folder, 1, "toy", "one:one", "resumed:parts:resume")
-    names = ["one", "two", "sharded", "half", "resumed", "own", "stopped"]
+    names = ["one", "two", "sharded", "half", "resumed", "own", "gone", "stopped"]
     return {name: [torch.load(path) for path in sorted(folder.glob(f"{name}-*.pt"))] for name in names}
 
 
@@ -71,6 +85,50 @@ def test_noise_and_items_differ_between_processes_and_first_weights_do_not(runs)
     assert a["seen"] != b["seen"]
     assert all(torch.equal(x, y) for x, y in zip(a["first"], b["first"], strict=True))
     assert furthest(a, b) == 0
+
+
+def test_a_parameter_that_one_process_has_no_gradient_of_trains_on_all(runs):
+    """It counts as zero there."""
+    a, b = runs["gone"]
+    assert [(r["error"], r["step"]) for r in (a, b)] == [(None, 5)] * 2
+    assert furthest(a, b) == 0
+    assert not torch.equal(a["first"][-1], a["weights"]["student"][-1])
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes that operations on these tensors allocate at once."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.own, self.alive, self.peak = {t.untyped_storage().data_ptr() for t in tensors}, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.alive = {place: found for place, found in self.alive.items() if any(ref() is not None for ref in found[1])}
+        for tensor in out if isinstance(out, list | tuple) else [out]:
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage.data_ptr() not in self.own:
+                self.alive.setdefault(storage.data_ptr(), (storage.nbytes(), []))[1].append(weakref.ref(tensor))
+        self.peak = max(self.peak, sum(n for n, _ in self.alive.values()))
+        return out
+
+
+def test_gradients_are_averaged_with_one_bucket_of_extra_memory(monkeypatch):
+    """Small ones together, one that is larger than a bucket in parts, one that is not contiguous; each in place."""
+    monkeypatch.setattr(player, "BUCKET_BYTES", 4096)
+    monkeypatch.setattr(player.processes, "count", lambda: 2)
+    other = lambda joined, *_: joined.mul_(3)  # the other process has twice these gradients
+    monkeypatch.setattr(torch.distributed, "all_reduce", other)
+    grads = [torch.randn(shape) for shape in [(300,), (), (100, 7), (900, 5), (40, 30)]]
+    grads += [torch.randn(60, 50).t(), torch.randn(200, 9).bfloat16(), torch.randn(3)]
+    wanted, places = [grad * 1.5 for grad in grads], [grad.data_ptr() for grad in grads]
+    with Allocated(grads) as allocated:
+        for bucket in player.buckets(grads):
+            player.average(bucket)
+    for grad, mean in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, mean)
+    assert [grad.data_ptr() for grad in grads] == places
+    assert 0 < allocated.peak <= 4096
 
 
 def test_nan_on_one_process_is_skipped_by_all(runs):

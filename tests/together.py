@@ -65,7 +65,8 @@ def toy_losses(self, batch, step):
 def toy_run(name, into, *options):
     """The toy on halves of one global batch: `shard`; `save` ends at step 3, `resume` goes on from there; `own` noise and
 
-    items of each process, where the second one's loss is NaN at step 2; `stop` by a signal to the second.
+    items of each process, where the second one's loss is NaN at step 2; `stop` by a signal to the second; `missing`: the second
+    process never gets a gradient of the student's last parameter.
     """
     import toy
 
@@ -86,6 +87,10 @@ def toy_run(name, into, *options):
         if "stop" in options and RANK == 1:
             step = trainer.train_step
             trainer.train_step = lambda: (trainer.step == 2 and os.kill(os.getpid(), signal.SIGTERM), step())[1]
+        if "missing" in options and RANK == 1:
+            student = trainer.players["student"]
+            backward = student.backward
+            student.backward = lambda *args: (backward(*args), setattr(student.params[-1], "grad", None))
         error = None
         try:
             trainer.fit()

@@ -72,8 +72,8 @@ def start_from(unet: nn.Module, start: Lora, name: str) -> None:
 
     modules = {key: unet.get_submodule(layer) for key, layer in apply.names(unet).items()}
     adapted = {key: module for key, module in modules.items() if isinstance(module, LoraLayer)}
-    weights = {key: base_weight(module) for key, module in modules.items()}
-    shapes = {f"{layer}.weight": tuple(weights[key].shape) for key, layer in apply.names(unet).items()}
+    # Weights are not collected: those of a quantised network are restored at each access.
+    shapes = {f"{layer}.weight": tuple(base_weight(modules[key]).shape) for key, layer in apply.names(unet).items()}
     (fitted,) = apply.fit([(start, 1.0)], apply.places(shapes, "lora_unet_"))
     unadapted = [key for key in fitted.modules if key not in adapted]
     if unadapted:
@@ -83,7 +83,7 @@ def start_from(unet: nn.Module, start: Lora, name: str) -> None:
     for key, update in fitted.modules.items():
         layer = adapted[key]
         if update.needs_weight:
-            update = Dense(update.delta(weights[key].float().cpu()))
+            update = Dense(update.delta(base_weight(modules[key]).float().cpu()))
         down, up = weight_pair(layer, name)
         best, _, _ = low_rank_of(update, len(down))
         down[: best.rank].copy_(best.down.reshape(best.rank, *down.shape[1:]))

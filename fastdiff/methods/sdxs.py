@@ -53,7 +53,8 @@ class SDXS(Segmented):
         self.lora = config.student == "lora" or config.style_lora is not None
         net = first.unet
         if self.lora:
-            self.parent = checkpoint.fingerprint(net)
+            if first is not base:  # the base may be quantised by now
+                self.parent = checkpoint.fingerprint(net)
             self.student_params = self.adapter(net, "student")
         else:
             net = trainable_copy(net)

@@ -104,5 +104,9 @@ class Config(TrainConfig):
             raise UsageError(f"`t_min={self.t_min:g}`: must be at most `t_max={self.t_max:g}`")
 
     @property
+    def trains_whole(self) -> str | None:
+        return "`student=full`" if self.student == "full" else "`fake=full`" if self.fake == "full" else None
+
+    @property
     def regresses(self) -> bool:
         return self.lambda_reg > 0 or self.reg_steps > 0

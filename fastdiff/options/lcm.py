@@ -60,3 +60,7 @@ class Config(TrainConfig):
             raise UsageError(f"`guidance_min={self.guidance_min:g}`: must be at most `guidance_max={self.guidance_max:g}`")
         if self.skip > self.grid_steps:
             raise UsageError(f"`skip={self.skip}`: must be at most `grid_steps={self.grid_steps}`")
+
+    @property
+    def trains_whole(self) -> str | None:
+        return "`full`" if self.full else None

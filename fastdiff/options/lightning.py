@@ -84,6 +84,12 @@ class Config(TrainConfig):
         super().__post_init__()
         read_chain(self)
 
+    @property
+    def trains_whole(self) -> str | None:
+        if any(part.kind == "full" for part in read_chain(self)):
+            return "phase full (see `lora_only`)"
+        return "`discriminator=full`" if self.discriminator == "full" else None
+
 
 Kind = Literal["switch", "mse", "cond", "uncond", "full"]  # of a phase, in the order of a stage
 

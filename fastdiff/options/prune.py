@@ -54,6 +54,10 @@ class Config(TrainConfig):
         super().__post_init__()
         speed(self.target_speed)
 
+    @property
+    def trains_whole(self) -> str | None:
+        return "pruning"
+
 
 def speed(text: str) -> float:
     """How many times as fast, out of 2x, 1.5x or a plain number above 1; UsageError for anything else."""

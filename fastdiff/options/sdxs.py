@@ -45,3 +45,7 @@ class Config(SegmentedConfig):
             raise UsageError("`shard`: no LoRA goes onto split weights", "leave out `gan_steps`, or `student=lora`")
         if self.style_lora and not self.init:
             raise UsageError("`style_lora`: is for a student of one step", "give its checkpoint as `init`")
+
+    @property
+    def trains_whole(self) -> str | None:
+        return "`student=full`" if self.student == "full" and not self.style_lora else super().trains_whole

@@ -68,6 +68,10 @@ class SegmentedConfig(TrainConfig):
         if self.t_min > min(self.alpha_start, self.alpha_end):
             raise UsageError(f"`t_min={self.t_min:g}`: must be at most `alpha_start` and `alpha_end`")
 
+    @property
+    def trains_whole(self) -> str | None:
+        return "`fake=full`" if self.fake == "full" else None
+
     def open_student(self, dtype: "torch.dtype | None" = None) -> "Checkpoint":
         """The checkpoint of `init`, else the base."""
         import torch

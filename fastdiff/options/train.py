@@ -52,7 +52,12 @@ class TrainConfig(BaseConfig):
     lr: Annotated[float, "learning rate", Range(above=0)] = 1e-4
     lr_schedule: Annotated[Literal["constant", "cosine"], "course of the learning rate after the warm-up"] = "constant"
     warmup: Annotated[int, "steps of linear learning rate warm-up", Range(0)] = 0
-    weight_decay: Annotated[float, "AdamW weight decay", Range(0)] = 0.0
+    optimizer: Annotated[
+        Literal["adamw", "adamw8bit", "adafactor"],
+        "adamw8bit: its moments in a quarter of the memory, needs bitsandbytes; adafactor: means of rows and columns in their "
+        "place, no momentum; both take the --lr of adamw",
+    ] = "adamw"
+    weight_decay: Annotated[float, "decoupled weight decay, as AdamW's", Range(0)] = 0.0
     max_grad_norm: Annotated[float, "gradients of a larger norm are scaled down to it", Range(above=0)] = 1.0
     ema: Annotated[float, "decay of the averaged weights (EMA), which are exported; 0 = no averaging", Range(0, below=1)] = 0.0
     empty_prompts: Annotated[float, "share of items trained with an empty prompt", Range(0, 1)] = 0.0
@@ -61,6 +66,15 @@ class TrainConfig(BaseConfig):
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to train"] = "auto"
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
     shard: Annotated[bool, "split fully trained networks over all processes (FSDP2)"] = False
+    quantize_base: Annotated[
+        Literal["none", "fp8", "int8"],
+        "keep the frozen UNet under a LoRA in 8 bits: half of its memory, somewhat slower; int8 is nearer to the exact weights",
+    ] = "none"
+    offload: Annotated[
+        bool,
+        "keep optimiser states and averages in CPU memory between updates, and the VAE between pictures; an update then waits "
+        "for copies, about 0.1 s a GiB on PCIe 4",
+    ] = False
     gradient_checkpointing: Annotated[bool, "recompute activations: less memory, a third more time"] = False
     resume: Annotated[str, "auto: continue from the state in the run folder; never: begin anew; or another run folder"] = "auto"
     save_every: Annotated[int, "steps between two saved states", Range(1)] = 200
@@ -86,6 +100,20 @@ class TrainConfig(BaseConfig):
         if not self.eval_every and (self.keep == "best" or self.patience):
             option = "`keep=best`" if self.keep == "best" else f"`patience={self.patience}`"
             raise UsageError(f"{option}: nothing is measured", "give `eval_every` too")
+        if self.quantize_base != "none" and (whole := self.trains_whole):
+            raise UsageError(
+                f"`quantize_base={self.quantize_base}`: is for LoRAs on a frozen network, but {whole} trains all weights",
+                "leave `quantize_base` out",
+            )
+        if self.shard and self.offload:
+            raise UsageError("`offload`: cannot move what `shard` splits", "use one of the two")
+        if self.shard and self.optimizer != "adamw":
+            raise UsageError(f"`optimizer={self.optimizer}`: does not train what `shard` splits", "use `optimizer=adamw`")
+
+    @property
+    def trains_whole(self) -> str | None:
+        """What makes all weights of a network of the base train, for a message; None where only adapters and heads train."""
+        return None
 
     def open_student(self, dtype: "torch.dtype | None" = None) -> "Checkpoint":
         """The checkpoint that an exported LoRA belongs to: the base, unless a method trains another network."""

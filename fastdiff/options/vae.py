@@ -56,6 +56,10 @@ class Config(TrainConfig):
             option = "eval_every" if self.eval_every else "gradient_checkpointing"
             raise UsageError(f"`{option}`: has no use for a decoder", "`preview_every` shows how it gets on; `crop` saves memory")
 
+    @property
+    def trains_whole(self) -> str | None:
+        return "a tiny decoder"
+
 
 def stages(config: Config) -> tuple[int, ...]:
     try:

@@ -22,6 +22,7 @@ from fastdiff.data.batch import Batch, Data
 from fastdiff.data.open import Needs
 from fastdiff.diffusion.schedule import PredictionType
 from fastdiff.lora import adapters
+from fastdiff.models import quantized
 from fastdiff.models.denoiser import Denoiser, trainable_copy
 from fastdiff.options.train import TrainConfig
 from fastdiff.runtime.errors import Result
@@ -146,7 +147,9 @@ class Method(ABC):
         self.recipe = Recipe(method=self.name, family=base.family.name, prediction_type=base.prediction_type)
         self._figures: dict[str, Tensor] = {}
         if "unet" in self.keeps:
-            self.parent = checkpoint.fingerprint(base.unet)  # before there is any adapter
+            self.parent = checkpoint.fingerprint(base.unet)  # before there is any adapter, and of the exact weights
+            if config.quantize_base != "none":
+                quantized.quantize(base.unet, config.quantize_base)
             self.teacher = self.role(None)
 
     # ---- what every method defines
@@ -263,7 +266,7 @@ class Method(ABC):
     def copied(self) -> nn.Module:
         """Return a trainable fp32 copy of the base's network, without its adapters."""
         net = self.base_model.unet
-        return adapters.plain(net) if adapters.is_adapted(net) else trainable_copy(net)
+        return adapters.plain(net) if adapters.is_adapted(net) or quantized.is_quantized(net) else trainable_copy(net)
 
     def trained(
         self, name: str, net: nn.Module | None = None, kind: PredictionType | None = None

@@ -1,6 +1,6 @@
 """A player: the parameters that one role trains, with their optimiser, their average and their loss scale."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,10 +9,14 @@ from torch import Tensor, nn
 from fastdiff.models import sharding
 from fastdiff.models.ema import EMA
 from fastdiff.runtime import processes
+from fastdiff.training import optimizer
+from fastdiff.training.offload import Parking
+
+BUCKET_BYTES = 64 * 2**20  # gradients that are averaged over processes at once
 
 
 class Player:
-    """Trains one role's parameters with AdamW. `averaged` players keep an EMA of them if `ema` of the TrainConfig is set."""
+    """Trains one role's parameters with the `optimizer` of the TrainConfig. `averaged` players keep an EMA if `ema` is set."""
 
     def __init__(
         self,
@@ -27,17 +31,19 @@ class Player:
     ) -> None:
         self.params, self.lr, self.config = params, lr, config
         self.split = [p for p in self.params if sharding.is_split(p)]
-        mixed = 0 < len(self.split) < len(self.params)  # no fused kernel takes split and whole parameters together
-        fast = dict(foreach=False) if mixed else dict(fused=device.type != "mps")
-        self.optimizer = torch.optim.AdamW(self.params, lr=lr, betas=betas, weight_decay=config.weight_decay, **fast)
+        mixed = 0 < len(self.split) < len(self.params)
+        self.optimizer = optimizer.opened(config, self.params, device, lr=lr, betas=betas, mixed=mixed)
         self.ema = EMA(self.params, config.ema) if config.ema and averaged else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.parking = Parking(device) if config.offload else None
+        self.park()
         self.bad_steps = 0  # consecutive steps that were skipped
 
     @property
     def state_bytes(self) -> int:
-        """Size of the saved state in bytes: the parameters, AdamW's two moments, and the average if there is one."""
-        return sum((3 * p.element_size() + (4 if self.ema else 0)) * p.numel() for p in self.params)
+        """Size of the saved state in bytes: the parameters, the optimiser's moments, and the average if there is one."""
+        moments = sum(optimizer.moment_bytes(self.config.optimizer, p) for p in self.params)
+        return moments + sum((p.element_size() + (4 if self.ema else 0)) * p.numel() for p in self.params)
 
     def set_rate(self, done: int, steps: int) -> None:
         """Set the learning rate for step `done` of `steps`: linear warm-up, then constant or a cosine to zero."""
@@ -62,15 +68,23 @@ class Player:
         for p, grad in saved:
             p.grad = grad
 
-    def synchronise(self, accelerator: Any) -> None:
-        """Average the gradients over all processes. Those of split parameters were averaged in the backward pass."""
+    def synchronise(self) -> None:
+        """Average the gradients over all processes, in place. Those of split parameters were averaged in the backward pass.
+
+        A parameter that got a gradient on some processes only counts as zero on the others. One that got none anywhere stays
+        without.
+        """
         params = [p for p in self.params if not sharding.is_split(p)]
-        if processes.count() > 1 and params:
-            grads = [p.grad for p in params if p.grad is not None]
-            assert len(grads) == len(params), "a parameter without a gradient"
-            flat = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
-            for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-                grad.copy_(mean.view_as(grad))
+        if processes.count() == 1 or not params:
+            return
+        with torch.no_grad():
+            reached = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device=params[0].device)
+            torch.distributed.all_reduce(reached, torch.distributed.ReduceOp.MAX)
+            for p, anywhere in zip(params, reached.tolist(), strict=True):
+                if anywhere and p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            for bucket in buckets([p.grad for p in params if p.grad is not None]):
+                average(bucket)
 
     def clip(self) -> Tensor:
         """Clip the gradients to norm `max_grad_norm`; return their norm before that, a scalar."""
@@ -90,9 +104,18 @@ class Player:
     def step(self) -> None:
         """Update the parameters and their average from the gradients."""
         self.bad_steps = 0
+        if self.parking:
+            self.parking.fetch()
         self.scaler.step(self.optimizer)
         if self.ema:
             self.ema.update()
+        self.park()
+
+    def park(self) -> None:
+        """With `offload`, move what only an update uses to CPU memory: the optimiser's moments and the averages."""
+        if self.parking:
+            moments = [v for row in self.optimizer.state.values() for v in row.values() if isinstance(v, Tensor)]
+            self.parking.park([*moments, *(self.ema.shadow if self.ema else ())])
 
     def finish(self) -> None:
         """Adjust the loss scale and drop the gradients, whether the step was made or skipped."""
@@ -105,24 +128,32 @@ class Player:
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def state_dict(self) -> dict[str, Any]:
+        if self.parking:
+            self.parking.settle()
         return {
             "params": [p.detach() for p in self.params],
             "optimizer": self.optimizer.state_dict(),
+            "kind": self.config.optimizer,
             "ema": self.ema.state_dict() if self.ema else None,
             "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved player. ValueError where the parameters of the state differ in number or shape."""
+        """Restore a saved player. ValueError where the parameters differ in number or shape, or the optimiser is another."""
+        if state.get("kind", "adamw") != self.config.optimizer:
+            raise ValueError(f"its optimiser was {state.get('kind', 'adamw')}")
         if not fits(self.params, state["params"]):
             raise ValueError(f"{len(state['params'])} parameters in the state, or other shapes")
         with torch.no_grad():
             for p, saved in zip(self.params, state["params"], strict=True):
                 p.copy_(sharding.placed(saved, p))
+        if self.parking:
+            self.parking.fetch()
         self.optimizer.load_state_dict(self.moments(state["optimizer"]))
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
+        self.park()
 
     def moments(self, state: dict[str, Any]) -> dict[str, Any]:
         """Split the moments of a saved optimiser over the processes, in the way that the parameters are split."""
@@ -136,3 +167,32 @@ class Player:
 def fits(params: Iterable[Tensor], saved: Iterable[Tensor]) -> bool:
     """Whether saved parameters have the same number and shapes as these."""
     return [p.shape for p in params] == [p.shape for p in saved]
+
+
+def average(bucket: list[Tensor]) -> None:
+    """Average tensors of one dtype over all processes, in place and in one exchange. A single one is not copied for it."""
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        torch.distributed.all_reduce(bucket[0])
+        bucket[0].div_(processes.count())
+        return
+    sizes = [grad.numel() for grad in bucket]
+    joined = bucket[0].new_empty(sum(sizes))
+    parts = [part.view_as(grad) for part, grad in zip(joined.split(sizes), bucket, strict=True)]
+    torch._foreach_copy_(parts, bucket)
+    torch.distributed.all_reduce(joined)
+    joined /= processes.count()
+    torch._foreach_copy_(bucket, parts)
+
+
+def buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield views of gradients, in groups of one dtype and of at most BUCKET_BYTES. A larger gradient is cut by its rows."""
+    bucket: list[Tensor] = []
+    for grad in grads:
+        rows = grad if grad.ndim else grad[None]
+        for part in rows.split(max(1, BUCKET_BYTES * len(rows) // max(1, rows.nbytes))):
+            if bucket and (part.dtype != bucket[0].dtype or sum(p.nbytes for p in bucket) + part.nbytes > BUCKET_BYTES):
+                yield bucket
+                bucket = []
+            bucket.append(part)
+    if bucket:
+        yield bucket

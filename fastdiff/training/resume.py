@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Options that may change when a run is resumed: where it writes, how long it trains, how it is watched, what it runs on.
 FREE = {
     *("output", "resume", "save_every", "keep_states", "preview_every", "eval_every", "keep", "patience", "tracker", "proof"),
-    *("steps", "max_time", "max_bad_steps", "device", "gradient_checkpointing", "shard", "allow_pickle"),
+    *("steps", "max_time", "max_bad_steps", "device", "gradient_checkpointing", "offload", "shard", "allow_pickle"),
 }
 
 

@@ -40,6 +40,11 @@ class Scene:
         return open_vae(self.base, self.vae_ref)
 
     @property
+    def vaes(self) -> list[nn.Module]:
+        """The VAEs that are loaded: for pictures, and the base's own."""
+        return [held["vae"] for held in (vars(self), vars(self.base)) if "vae" in held]
+
+    @property
     def latent_side(self) -> int:
         """Side of a square latent, in latent positions: h = w."""
         return self.resolution_px // self.base.pixels_per_latent

@@ -1,5 +1,6 @@
 """One training run from config to files: scene -> data -> method -> trainer -> weights, pictures, figures, card."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -21,7 +22,7 @@ from fastdiff.runtime import console, disk, processes
 from fastdiff.runtime.config import to_toml
 from fastdiff.runtime.disk import write_atomic
 from fastdiff.runtime.errors import DoesNotFit, Failed, Result, UsageError
-from fastdiff.training import resume
+from fastdiff.training import offload, optimizer, resume
 from fastdiff.training.card import write_card
 from fastdiff.training.exhibit import Exhibit
 from fastdiff.training.method import Method, Phase, lacking
@@ -131,6 +132,8 @@ def open_accelerator(config: TrainConfig, run: Run) -> Any:
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and not find_spec(tracker):
         raise UsageError(f"`tracker={tracker}`: {tracker} is not installed", f'pip install "fastdiff[{tracker}]"')
+    mps = not cpu and not torch.cuda.is_available()
+    optimizer.check(config, torch.device("cpu" if cpu else "mps" if mps else "cuda"))
     if not cpu and torch.cuda.is_available():
         processes.join("nccl", PATIENCE)
     elif cpu:
@@ -185,8 +188,15 @@ class Session:
             console.info(f"resuming from step {self.state['step']} of {config.steps}")
             trainer.restore(self.state)
 
+        def decoding(work: Callable[[], Any]) -> Any:
+            """Do work that draws pictures; with `offload` the VAE leaves the device after it."""
+            result = work()
+            if config.offload:
+                offload.set_aside(self.scene.vaes, method.networks())
+            return result
+
         def draw(name: str) -> Path:
-            path, picture = run.folder / "previews" / f"{name}.png", exhibit.sheet(method)
+            path, picture = run.folder / "previews" / f"{name}.png", decoding(lambda: exhibit.sheet(method))
             if processes.first():
                 picture.save(path)
             return path
@@ -203,8 +213,9 @@ class Session:
         def preview(step: int) -> None:
             draw(f"{step:06d}")
 
+        decoding(lambda: None)  # encoding the data has left it there
         trainer.preview = preview
-        trainer.measure = (lambda: exhibit.measure(method)) if config.eval_every else None
+        trainer.measure = (lambda: decoding(lambda: exhibit.measure(method))) if config.eval_every else None
         trainer.improved = lambda: write(Run(run.folder / "best", run.command))
         trainer.finished = finished
         with console.timed("training_s"):

@@ -302,7 +302,7 @@ class Trainer:
         "gradient", and otherwise empty.
         """
         player.set_rate(self.step - self.start, self.lengths[self.index])
-        player.synchronise(self.accelerator)
+        player.synchronise()
         norm = player.clip().item()
         problems = ("", "gradient", "loss")  # a bad loss makes a bad gradient, so it is the one to report
         problem = problems[processes.highest(2 if not math.isfinite(loss) else 1 if not math.isfinite(norm) else 0)]
