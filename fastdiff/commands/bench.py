@@ -33,7 +33,8 @@ from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import GateFailed, Result, UsageError
 from fastdiff.sampling import openvino
 from fastdiff.sampling.assemble import pick_device
-from fastdiff.sampling.engine import WORTH_COMPILING, Engine
+from fastdiff.sampling.compiling import WORTH_COMPILING
+from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.sampler import Sampler, with_size
 from fastdiff.sampling.settings import Settings
 from fastdiff.training.method import Now
