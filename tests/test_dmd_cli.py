@@ -329,3 +329,7 @@ def test_two_processes_train_one_student(tiny_sd, tmp_path):
         assert not torch.equal(a[1], b[1])
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
     assert lora.load(tmp_path / "run" / "dmd2.safetensors").recipe.num_steps == 4
+
+
+def test_the_highest_seed_trains(train, tiny_sd):
+    assert train("--base", str(tiny_sd), "--seed=2147483647", "--steps=1", "-o", "run")[0] == 0

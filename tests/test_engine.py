@@ -452,3 +452,12 @@ def test_batches_of_prompts_and_frames_a_second(tmp_path, capfd, monkeypatch):
     assert told["metrics"]["images_per_s"] > 0
     assert [o["path"] for o in told["outputs"]] == ["last.png"]
     assert cli.main(["sample", "--prompt", "panda", "--compile", "always", *flags]) == 2
+
+
+@pytest.mark.parametrize("seed", [20_000_000, 2**31 - 1, 2**63 - 1])
+def test_any_seed_draws(seed, opened):
+    """Also as the first of several: the seeds after it are larger."""
+    base, cat, _, uncond = opened
+    sampler = sampler_of(base)
+    a, b = (next(sampler.stream_batches([(cat, uncond, [s])], LCM, 64)) for s in (seed, seed + 1))
+    assert not torch.equal(a, b)

@@ -160,3 +160,7 @@ def test_mistakes_are_one_line_and_leave_no_run_behind(args, message, train, tin
     assert message in told["error"]["message"]
     assert "\n" not in told["error"]["message"]
     assert not (tmp_path / "run").exists()
+
+
+def test_the_highest_seed_trains(train, tiny_sd):
+    assert train("--base", str(tiny_sd), "--seed=2147483647", "--steps=1", "-o", "run")[0] == 0

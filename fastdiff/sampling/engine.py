@@ -226,8 +226,9 @@ class Captured:
             if tensor is not self.given[name]:
                 self.places[name].copy_(tensor, non_blocking=True)
                 self.given[name] = tensor
-        noise, others = self.places["noise"][0], {k: v for k, v in self.places.items() if k != "noise"}
-        self.forms.count(noise, len(noise) * (1 if self.walk.guidance is None else 2), others)
+        if self.state != "plain":  # otherwise a compiled form would not be captured either
+            noise, others = self.places["noise"][0], {k: v for k, v in self.places.items() if k != "noise"}
+            self.forms.count(noise, len(noise) * (1 if self.walk.guidance is None else 2), others)
         if self.replay is None or (self.state == "graph" and self.forms.ready is not None):
             self.record()
         assert self.replay is not None
@@ -281,17 +282,17 @@ class Engine:
     def bytes(self, walk: Walk) -> Tensor:
         """Draw pictures (B, H, W, 3), uint8, on the device. The next call may overwrite them."""
         tensors, parts = {"noise": walk.noise, **walk.inputs}, Parts(self.call, self.picture)
-        if self.backend is None:
+        backend = self.backend
+        if backend is None:
             return drawn(walk, parts, tensors, stop.check)
         stop.check()  # a captured walk runs no Python
         key = (id(walk.table), walk.guidance, tuple((k, tuple(v.shape)) for k, v in tensors.items()))
         if key not in self.captured:
-            self.backend.wait()  # a graph must not go while it runs
-            shape = (walk.noise.shape[1:], walk.guidance is None)
-            shape = (*shape, tuple((k, tuple(v.shape)) for k, v in at_step(walk.inputs, 0).items()))
-            forms = kept(self.forms, shape, lambda: Forms(parts, self.compile, self.backend), self.KEPT)
-            make = lambda: Captured(walk, parts, tensors, forms, self.backend)
-            kept(self.captured, key, make, self.KEPT)
+            backend.wait()  # a graph must not go while it runs
+            one_step = [(k, tuple(v.shape)) for k, v in at_step(walk.inputs, 0).items()]
+            shape = (tuple(walk.noise.shape[1:]), walk.guidance is None, *one_step)
+            forms = kept(self.forms, shape, lambda: Forms(parts, self.compile, backend), self.KEPT)
+            kept(self.captured, key, lambda: Captured(walk, parts, tensors, forms, backend), self.KEPT)
         return self.captured[key](tensors)
 
 
