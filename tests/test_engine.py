@@ -263,9 +263,10 @@ def test_compile_max_on_the_cpu_compiles_and_draws(opened, monkeypatch):
     base, cat, _, uncond = opened
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **how: compiled.append(how) or function)
-    job = [(cat, uncond, [1])]
+    job, random = [(cat, uncond, [1])], torch.get_rng_state()
     a, b = (next(Sampler(base, device="cpu", compile=c).stream_batches(job, LCM, 64)) for c in ("off", "max"))
     assert torch.equal(a, b)
+    assert torch.equal(torch.get_rng_state(), random)  # the caller's random numbers stay as they are
     assert len(compiled) == 2  # the network and the decoder
     assert all(how["fullgraph"] and how["dynamic"] is False for how in compiled)
 

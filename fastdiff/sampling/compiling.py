@@ -77,7 +77,7 @@ class Forms:
 
     def __init__(self, parts: Parts, mode: Compile, backend: Compiler) -> None:
         self.parts, self.mode, self.backend = parts, mode, backend
-        self.calls, self.failed = 0, False
+        self.calls = 0
         self.ready: Parts | None = None
         self.thread: threading.Thread | None = None
 
@@ -97,15 +97,15 @@ class Forms:
             decode = self.backend.compile(picture, MODES[self.mode])
             with torch.no_grad(), self.backend.aside():
                 copies = {name: v.clone() for name, v in inputs.items()}
-                step(torch.randn(rows, *latents.shape[1:], device=latents.device), **at_step(copies, 0))
-                decode(torch.randn(latents.shape, device=latents.device))
+                step(torch.zeros(rows, *latents.shape[1:], device=latents.device), **at_step(copies, 0))
+                decode(torch.zeros(latents.shape, device=latents.device))  # zeros leave the random numbers alone
             self.ready = Parts(lambda x, k, inputs: step(x, **at_step(inputs, k)), decode)
         except Exception as error:
             self.refuse(error, "compiling failed")
 
     def refuse(self, error: Exception, what: str) -> None:
         """Warn that the uncompiled parts draw, and keep to them."""
-        self.ready, self.failed = None, True
+        self.ready = None
         if threading.main_thread().is_alive():  # otherwise the process is ending, and so is the compiler
             why = f"{type(error).__name__}: {quoted(error)[:200]}"
             console.warn(f"`compile={self.mode}`: {what}, so pictures are drawn by the uncompiled networks ({why})")
