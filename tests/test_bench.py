@@ -1,16 +1,23 @@
 """`bench`: what it counts, that it refuses to compare what differs, and its gate. No figure of this machine is asserted."""
 
 import json
+import shutil
+import subprocess
 import sys
 from dataclasses import asdict
 
 import pytest
 import torch
 
+from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.commands import bench
-from fastdiff.cost import measure
+from fastdiff.cost import measure, stock
+from fastdiff.models import text
 from fastdiff.models.fast import layers
 from fastdiff.runtime.errors import GateFailed, UsageError
+from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import Settings
 
 
 def test_flop_and_bytes_are_those_of_the_work():
@@ -68,6 +75,27 @@ def test_sample_against_the_pipeline(fastdiff):
     code, told = fastdiff("bench", "sample", *flags, "--null", "--assert-ratio", 1e6)
     assert (code, told["error"]["kind"]) == (5, "gate")
     assert told["metrics"]["ratio"] > 0
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_diffusers_does_not_clip_what_fastdiff_does_not(num_steps, tiny_sd, tmp_path):
+    """A PNDM or Euler config need not say that x0 is not clipped, and the pipeline's DDIM scheduler then clips it to -1..1."""
+    folder = shutil.copytree(tiny_sd, tmp_path / "sd")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "clip_sample"}))
+    base, settings = checkpoint.load(str(folder)), Settings("ddim", num_steps, 2.0, "trailing")
+    sampler, encode = Sampler(base, device="cpu", compile="off"), text.Prompts(base)
+    ours = sampler.latents(encode([bench.PROMPT]), encode.unconditional(), [0], settings, (8, 8))
+    pipe = stock.Pipeline(base, settings, 64, device="cpu")
+    assert bench.nearness("latents", ours, pipe([bench.PROMPT], [0], output="latent"), torch.float32) < 1e-4
+    assert ours.abs().max() > 1
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+def test_a_familys_own_scheduler_config_says_that_nothing_is_clipped(family):
+    """A checkpoint of one file gets it, and diffusers' schedulers take it from there."""
+    home = FAMILIES[family].home / "scheduler" / "scheduler_config.json"
+    assert json.loads(home.read_text())["clip_sample"] is False
 
 
 def test_shapes_with_random_weights(fastdiff):

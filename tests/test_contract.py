@@ -191,7 +191,10 @@ def test_numbers_of_a_micro_batch_do_not_depend_on_how_many_there_are(tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 2**31 - 1])
 def test_any_seed_that_the_option_takes_seeds_the_generators(seed):
-    rng.reseed(rng.seed_for(seed, 7, 10**6))
+    made = rng.seed_for(seed, 7, 10**6)
+    assert 0 <= made < 2**63  # what the generators of the CPU and of CUDA take
+    torch.Generator().manual_seed(made)
+    rng.reseed(made)
     rng.streams(rng.seed_for(seed, 7, 10**6), 3)
 
 

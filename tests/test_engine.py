@@ -3,7 +3,10 @@
 import gc
 import itertools
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -15,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdiff.checkpoints import checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.runtime import stop
+from fastdiff.runtime import console, stop
 from fastdiff.runtime.errors import Stopped, UsageError
-from fastdiff.sampling import engine, openvino
+from fastdiff.sampling import compiling, engine, openvino
 from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
@@ -86,7 +89,7 @@ def test_the_compiled_form_is_swapped_in_when_it_is_ready(opened):
             assert (walk.state, backend.captured) == ("graph", 1)
             backend.go.set()
             walk.thread.join(WATCHDOG_S)
-    assert (walk.state, backend.captured, backend.compiled) == ("compiled", 2, ["default"])
+    assert (walk.state, backend.captured, backend.compiled) == ("compiled", 2, ["default"] * 2)  # the network and the decoder
     assert all(torch.equal(picture, seen[0]) for picture in seen)
 
 
@@ -96,16 +99,176 @@ def test_max_compiles_first_and_a_compiler_that_fails_leaves_the_graph(opened, c
     backend.go.set()
     sampler = sampler_of(base, backend, "max")
     next(sampler.stream_batches([(cat, uncond, [1])], LCM, 64))
-    assert backend.compiled == ["max-autotune-no-cudagraphs"]
+    assert backend.compiled == ["max-autotune-no-cudagraphs"] * 2
     backend = Fake(fails=True)
     backend.go.set()
     sampler = sampler_of(base, backend)
-    jobs = ((cat, uncond, [1]) for _ in range(engine.WORTH_COMPILING))
-    assert len(list(sampler.stream_batches(jobs, LCM, 64))) == engine.WORTH_COMPILING
+    jobs = ((cat, uncond, [1]) for _ in range(compiling.WORTH_COMPILING))
+    assert len(list(sampler.stream_batches(jobs, LCM, 64))) == compiling.WORTH_COMPILING
     (walk,) = sampler.engine.captured.values()
     walk.thread.join(WATCHDOG_S)
     assert walk.state == "graph"
     assert "no compiler here" in capfd.readouterr().err
+
+
+def test_walks_of_one_shape_share_what_was_compiled(opened):
+    """One network call is compiled, whatever the number of steps and the solver; another number of rows is another shape."""
+    base, cat, _, uncond = opened
+    backend, calls = Fake(), []
+    backend.go.set()
+    compile = backend.compile
+    backend.compile = lambda function, mode: (
+        lambda *args, **inputs: calls.append(inputs) or compile(function, mode)(*args, **inputs)
+    )
+    sampler = sampler_of(base, backend, "max")
+    plain = sampler_of(base)
+    for settings in (LCM, Settings("lcm", 5, 1.0), Settings("ddim", 3, 1.0)):
+        calls.clear()
+        job = [(cat, uncond, [3])]
+        picture, expected = (next(s.stream_batches(job, settings, 64)) for s in (sampler, plain))
+        assert torch.equal(picture, expected)
+        steps = [inputs for inputs in calls if inputs]
+        warm = settings is LCM  # the compiled parts run once before they are used
+        assert len(steps) == settings.num_steps + warm
+        assert all(inputs["shift"].shape == steps[0]["shift"].shape for inputs in steps)
+    (forms,) = sampler.engine.forms.values()
+    assert len(sampler.engine.captured) == 3
+    next(sampler.stream_batches([(cat, uncond, [3])], GUIDED, 64))
+    assert len(sampler.engine.forms) == 2
+    assert forms.ready is not None
+
+
+class OutOfMemory(Fake):
+    """Captures fail from the first call on, or only those of compiled parts."""
+
+    def __init__(self, *, compiled_only):
+        super().__init__()
+        self.compiled_only, self.running = compiled_only, False
+        self.go.set()
+
+    def compile(self, function, mode):
+        def compiled(*args, **inputs):
+            self.running = True
+            return function(*args, **inputs)
+
+        return compiled
+
+    def capture(self, function):
+        self.running = False
+        function()
+        if self.running or not self.compiled_only:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().capture(function)
+
+
+@pytest.mark.parametrize("compile", ["auto", "max"])
+@pytest.mark.parametrize("compiled_only", [True, False])
+def test_without_memory_for_a_graph_pictures_are_drawn_all_the_same(opened, compile, compiled_only, capfd):
+    """From the compiled graph to the uncompiled one, and from that to no graph; each fall is told once."""
+    console.reset()  # it tells nothing twice
+    base, cat, _, uncond = opened
+    sampler, seen = sampler_of(base, OutOfMemory(compiled_only=compiled_only), compile), []
+    for picture in sampler.stream_batches(((cat, uncond, [7]) for _ in range(compiling.WORTH_COMPILING + 3)), LCM, 64):
+        seen.append(picture)
+        (walk,) = sampler.engine.captured.values()
+        if walk.thread is not None:
+            walk.thread.join(WATCHDOG_S)
+    expected = next(sampler_of(base).stream_batches([(cat, uncond, [7])], LCM, 64))
+    assert len(seen) == compiling.WORTH_COMPILING + 3
+    assert all(torch.equal(picture, expected) for picture in seen)
+    assert walk.state == ("graph" if compiled_only else "plain")
+    told = capfd.readouterr().err
+    if compiled_only or compile == "max":
+        assert told.count("the compiled networks could not be captured, so pictures are drawn by the uncompiled networks") == 1
+    assert told.count("no CUDA graph could be captured, so pictures are drawn without") == (not compiled_only)
+    assert "CUDA out of memory" in told
+
+
+def test_a_walk_without_a_graph_still_honours_a_stop(opened, monkeypatch):
+    base, cat, _, uncond = opened
+    sampler, checks = sampler_of(base, OutOfMemory(compiled_only=False)), []
+    monkeypatch.setattr(stop, "check", lambda: checks.append(1))
+    for _ in range(2):
+        checks.clear()
+        next(sampler.stream_batches([(cat, uncond, [1])], LCM, 64))
+    assert len(checks) == 1 + LCM.num_steps
+
+
+def test_a_compiled_form_is_never_compiled_again():
+    """For tensors of another shape it fails at once, in place of minutes in the caller's thread."""
+    form = compiling.compiled_once(lambda x: x + 1, "default")
+    kept, torch._inductor.compile = torch._inductor.compile, lambda graph, inputs, options: graph.forward
+    try:
+        assert torch.equal(form(torch.zeros(3)), torch.ones(3))
+        with pytest.raises(Exception, match="the inputs are not those that it was compiled for"):
+            form(torch.zeros(4))
+    finally:
+        torch._inductor.compile = kept
+
+
+def test_a_process_that_ends_while_a_thread_compiles_ends_with_its_own_code():
+    """The thread is in C++ that calls Python back, as the compiler is; a daemon thread aborts there (exit code 134)."""
+    code = """
+import sys, threading, time
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from fastdiff.sampling.compiling import ending_with_process
+
+class Slow(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        time.sleep(0.01)
+        return func(*args, **(kwargs or {}))
+
+def work():
+    with Slow():
+        x = torch.zeros(1)
+        while True:
+            x = x + 1
+
+start(work)
+time.sleep(0.2)
+sys.exit(7)
+"""
+    ours = code.replace("start(work)", "ending_with_process(work)")
+    done = subprocess.run([sys.executable, "-c", ours], capture_output=True, text=True, timeout=WATCHDOG_S, check=False)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait_s", [0, 0.5, 1, 2, 4, 8, 16, 32])
+def test_a_process_ends_at_any_moment_of_compiling(wait_s, tmp_path):
+    script = """
+import sys, time, torch
+from fastdiff.checkpoints import checkpoint
+from fastdiff.models import text
+from fastdiff.sampling import engine
+from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import Settings
+base = checkpoint.load("emoji")
+sampler = Sampler(base, device="cpu", compile="off")
+sampler.engine = engine.Engine(sampler.denoiser, sampler.engine.decode, "cpu", compile="auto", backend=engine.Plain())
+prompts = text.Prompts(base)
+job = (prompts(["red apple"]), prompts.unconditional(), [1])
+list(sampler.stream_batches([job] * 9, Settings("ddim", 1, 1.0), 64))
+time.sleep(float(sys.argv[1]))
+sys.exit(7)
+"""
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script, str(wait_s)], env=env, timeout=WATCHDOG_S, check=False)
+    assert done.returncode == 7
+
+
+def test_compile_max_on_the_cpu_compiles_and_draws(opened, monkeypatch):
+    """By the backend that a user gets; torch.compile itself, which takes a minute here, is left out."""
+    base, cat, _, uncond = opened
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiled.append(how) or function)
+    job, random = [(cat, uncond, [1])], torch.get_rng_state()
+    a, b = (next(Sampler(base, device="cpu", compile=c).stream_batches(job, LCM, 64)) for c in ("off", "max"))
+    assert torch.equal(a, b)
+    assert torch.equal(torch.get_rng_state(), random)  # the caller's random numbers stay as they are
+    assert len(compiled) == 2  # the network and the decoder
+    assert all(how["fullgraph"] and how["dynamic"] is False for how in compiled)
 
 
 def test_only_the_last_shapes_keep_their_memory(opened):
@@ -290,3 +453,12 @@ def test_batches_of_prompts_and_frames_a_second(tmp_path, capfd, monkeypatch):
     assert told["metrics"]["images_per_s"] > 0
     assert [o["path"] for o in told["outputs"]] == ["last.png"]
     assert cli.main(["sample", "--prompt", "panda", "--compile", "always", *flags]) == 2
+
+
+@pytest.mark.parametrize("seed", [20_000_000, 2**31 - 1, 2**63 - 1])
+def test_any_seed_draws(seed, opened):
+    """Also as the first of several: the seeds after it are larger."""
+    base, cat, _, uncond = opened
+    sampler = sampler_of(base)
+    a, b = (next(sampler.stream_batches([(cat, uncond, [s])], LCM, 64)) for s in (seed, seed + 1))
+    assert not torch.equal(a, b)

@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SCHEDULER, UNET, build
 
 from fastdiff.checkpoints import checkpoint
@@ -97,6 +98,37 @@ def test_in_bf16_it_is_as_near_to_fp32_as_diffusers(pair):
     half = FoldedUNet(net.state_dict(), net.config, dtype=torch.bfloat16)
     found = half(x, torch.tensor(499), cast(tokens), **{k: cast(v) for k, v in extra.items()})[0].float().flatten()
     assert torch.cosine_similarity(found, expected, dim=0) > 0.999
+
+
+def channels_first_norm(monkeypatch):
+    """From now on group norm returns channels first, as CUDA's does. Returns the list of all inputs of convolutions."""
+    norm, conv, inputs = F.group_norm, F.conv2d, []
+    monkeypatch.setattr(F, "group_norm", lambda x, *args: norm(x, *args).contiguous())
+    monkeypatch.setattr(F, "conv2d", lambda x, *args: inputs.append(x) or conv(x, *args))
+    return inputs
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_convolutions_get_channels_last_also_where_norms_return_channels_first(kind, monkeypatch):
+    """Otherwise each convolution after a norm copies its input first."""
+    torch.manual_seed(0)
+    net = diffusers.UNet2DConditionModel(**NETWORKS[kind]).eval().requires_grad_(False)
+    folded, x, (tokens, extra) = FoldedUNet(net.state_dict(), net.config), torch.randn(2, 4, 16, 16), told(net, 2)
+    expected = folded(x, torch.tensor(10), tokens, **extra)[0]
+    inputs = channels_first_norm(monkeypatch)
+    torch.testing.assert_close(folded(x, torch.tensor(10), tokens, **extra)[0], expected, atol=1e-5, rtol=1e-5)
+    assert len(inputs) > 20
+    assert all(v.is_contiguous(memory_format=torch.channels_last) for v in inputs)
+
+
+def test_convolutions_of_the_decoder_get_channels_last_too(tiny_sd, monkeypatch):
+    vae, z = checkpoint.load(str(tiny_sd)).vae, torch.randn(1, 4, 6, 10)
+    decoder = Decoder(vae.state_dict(), dict(vae.config))
+    expected = decoder(z)
+    inputs = channels_first_norm(monkeypatch)
+    torch.testing.assert_close(decoder(z), expected, atol=1e-5, rtol=1e-5)
+    assert len(inputs) > 10
+    assert all(v.is_contiguous(memory_format=torch.channels_last) for v in inputs)
 
 
 def test_a_controlnet_adds_to_a_folded_network():

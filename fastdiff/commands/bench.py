@@ -33,7 +33,8 @@ from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import GateFailed, Result, UsageError
 from fastdiff.sampling import openvino
 from fastdiff.sampling.assemble import pick_device
-from fastdiff.sampling.engine import WORTH_COMPILING, Engine
+from fastdiff.sampling.compiling import WORTH_COMPILING
+from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.sampler import Sampler, with_size
 from fastdiff.sampling.settings import Settings
 from fastdiff.training.method import Now
@@ -192,7 +193,8 @@ def sample(config: Config, device: torch.device) -> dict[str, Any]:
         for _ in range(WORTH_COMPILING):
             ours["ours"]()
         for captured in sampler.engine.captured.values():
-            captured.thread.join()
+            if captured.thread is not None:  # without memory for a graph nothing is compiled
+                captured.thread.join()
     most = measure.ceiling(device, base.dtype)
     ways = ours | {"stock": lambda: pipe([PROMPT] * n, seeds, **embeds)}
     times = measure.interleaved(ways, config.calls, device=device)

@@ -13,6 +13,7 @@ from fastdiff.diffusion.schedule import Prediction
 from fastdiff.lora.adapters import TARGETS
 from fastdiff.models import text
 from fastdiff.models.denoiser import Cond
+from fastdiff.sampling import assemble
 from fastdiff.sampling.sampler import SeededNoise, with_size
 from fastdiff.sampling.settings import Settings
 
@@ -51,8 +52,6 @@ class Pipeline:
         compiled: bool = False,
         vae: Any = None,
     ) -> None:
-        import diffusers
-
         self.pipe = base.pipeline().to(device)
         self.pipe.set_progress_bar_config(disable=True)
         if vae is not None:
@@ -61,8 +60,9 @@ class Pipeline:
         for encoder in (self.pipe.components.get(part) for part in ("text_encoder", "text_encoder_2")):
             if encoder is not None:
                 encoder.to(self.pipe.unet.dtype)
-        scheduler_config = {**base.scheduler_config, "timestep_spacing": "trailing"}
-        self.pipe.scheduler = diffusers.DDIMScheduler.from_config(scheduler_config)
+        self.pipe.scheduler = assemble.stock_scheduler(
+            "ddim", base.scheduler_config, spacing="trailing", kind=base.prediction_type
+        )
         self.settings, self.px, self.device = settings, px, device
         if compiled:
             self.pipe.unet.to(memory_format=torch.channels_last)
@@ -88,10 +88,9 @@ class OpenVino:
     """
 
     def __init__(self, base: Checkpoint, settings: Settings, px: int, cond: Cond, *, vae: nn.Module) -> None:
-        import diffusers
         import openvino
 
-        self.scheduler = diffusers.DDIMScheduler.from_config({**base.scheduler_config, "timestep_spacing": "trailing"})
+        self.scheduler = assemble.stock_scheduler("ddim", base.scheduler_config, spacing="trailing", kind=base.prediction_type)
         self.scheduler.set_timesteps(settings.num_steps)
         self.tokens, side = cond.tokens.numpy(), px // 2 ** (len(vae.config.block_out_channels) - 1)
         self.shape, how = (base.unet_config["in_channels"], side, side), {"PERFORMANCE_HINT": "LATENCY"}

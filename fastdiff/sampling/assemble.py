@@ -112,11 +112,13 @@ def stock_scheduler(name: str, config: dict[str, Any], *, spacing: str | None, k
     """Build the diffusers scheduler that equals our solver `name`, for a scheduler config and a prediction type `kind`."""
     import diffusers
 
-    spacing, wanted = spacing or SOLVERS[name].spacing, {"prediction_type": kind}
+    spacing, wanted = spacing or SOLVERS[name].spacing, dict[str, Any](prediction_type=kind)
     if spacing != "lcm":  # LCM and TCD schedulers know no other spacing
         wanted["timestep_spacing"] = spacing
     if name == "dpm++":
         wanted["final_sigmas_type"] = "zero"
+    elif name != "euler":  # diffusers clips x0 to -1..1 unless a config says no; a PNDM or Euler config need not say it
+        wanted["clip_sample"] = False
     kept = {k: v for k, v in config.items() if k not in {"_class_name", "_diffusers_version"}}
     # getattr: the solver's row names the diffusers class
     return getattr(diffusers, SOLVERS[name].stock).from_config({**kept, **wanted})

@@ -2,16 +2,15 @@
 
     x_k = c_k . H,   H <- network output for x_k        (c_k: see `linear_walk`); then decode, clamp, uint8
 
-On CUDA the function is captured as one CUDA graph of all steps and the decoder. With `auto` a thread compiles it meanwhile,
-and a graph of the compiled function then replaces the first. Standard networks run in their fast form (`models.fast`); any
-other network runs as it is, in the same loop. On the CPU, OpenVINO can run the network and the decoder (`sampling.openvino`).
-A "walk" is one pass over all timesteps, from noise to latents.
+On CUDA the function is captured as one CUDA graph of all steps and the decoder. With `auto` a thread compiles the network call
+and the decoder meanwhile (`sampling.compiling`), and a graph that calls the compiled ones then replaces the first. Standard
+networks run in their fast form (`models.fast`); any other network runs as it is, in the same loop. On the CPU, OpenVINO can run
+the network and the decoder (`sampling.openvino`). A "walk" is one pass over all timesteps, from noise to latents.
 """
 
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +21,8 @@ from fastdiff.models.fast.unet import Folded, FoldedUNet
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.errors import quoted
 from fastdiff.sampling import openvino
+from fastdiff.sampling.compiling import Compile, Forms, Inputs, Parts, at_step, compiled_once
 from fastdiff.sampling.linear_walk import Table
-
-Compile = Literal["auto", "off", "max", "openvino"]
-Inputs = dict[str, Tensor]  # inputs of the network besides x, by name
-MODES = {"auto": "default", "max": "max-autotune-no-cudagraphs"}  # modes of torch.compile; we capture CUDA graphs ourselves
-WORTH_COMPILING = 8  # calls of one shape before compiling starts: a single picture is done sooner without
 
 
 class Caller:
@@ -75,7 +70,7 @@ class Converted(Caller):
         self.form = openvino.Compiled(lambda x, **inputs: step(x, 0, inputs), "the network")
 
     def __call__(self, x: Tensor, k: int, inputs: Inputs) -> Tensor:
-        return self.form(x=x, **{name: v[k : k + 1] if name in {"t", "shift"} else v for name, v in inputs.items()})
+        return self.form(x=x, **at_step(inputs, k))
 
 
 class Walk(NamedTuple):
@@ -121,20 +116,23 @@ def to_bytes(pixels: Tensor) -> Tensor:
 class Backend(Protocol):
     """How functions are captured and compiled; tests use one that needs no GPU."""
 
-    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Return a callable that runs the function again, and the tensor that then holds the result."""
+    def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Return a callable that runs the function again and returns the result, which the next run overwrites."""
 
     def compile(self, function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]: ...  # mode: of torch.compile
 
     def aside(self) -> Any:
         """Return a context in which work does not delay the caller's work."""
 
+    def wait(self) -> None:
+        """Wait until all work that was started is done."""
+
 
 class Cuda:
     """CUDA graphs and torch.compile."""
 
     @staticmethod
-    def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
         with torch.cuda.stream(side):
@@ -144,27 +142,36 @@ class Cuda:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             out = function()
-        return graph.replay, out
 
-    @staticmethod
-    def compile(function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
-        return torch.compile(function, mode=mode, fullgraph=True, dynamic=False)
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    compile = staticmethod(compiled_once)
 
     @staticmethod
     def aside() -> Any:
         return torch.cuda.stream(torch.cuda.Stream())
 
+    @staticmethod
+    def wait() -> None:
+        torch.cuda.synchronize()
+
 
 class Plain:
-    """No CUDA graphs: the compiled function runs directly."""
+    """No CUDA graphs: the function itself runs."""
 
     @staticmethod
-    def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        out = function().clone()
-        return lambda: out.copy_(function()), out
+    def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return function
 
-    compile = Cuda.compile
+    compile = staticmethod(compiled_once)
     aside = staticmethod(nullcontext)
+
+    @staticmethod
+    def wait() -> None: ...
 
 
 def backend_of(device: torch.device | str, compile: Compile) -> Backend | None:
@@ -175,52 +182,63 @@ def backend_of(device: torch.device | str, compile: Compile) -> Backend | None:
 
 
 class Captured:
-    """A captured pure function of named tensors. Inputs that changed since the last call are copied to fixed places.
+    """A captured walk of named tensors. Inputs that changed since the last call are copied to fixed places.
 
-    Each call overwrites the result of the one before. With `auto` a thread compiles the function; the compiled form replaces
-    the first in the caller's thread between two calls, so a graph is never replaced while it runs.
+    Each call overwrites the result of the one before. When the compiled parts are ready, a graph of them replaces the first
+    between two calls, in the caller's thread, so a graph is never replaced while it runs. A graph that cannot be captured, for
+    lack of memory say, falls back to one of the uncompiled parts, and that to the walk itself without a graph.
     """
 
-    def __init__(self, function: Callable[..., Tensor], inputs: Inputs, compile: Compile, backend: Backend) -> None:
-        self.function, self.backend, self.mode = function, backend, compile
+    def __init__(self, walk: Walk, parts: Parts, inputs: Inputs, forms: Forms, backend: Backend) -> None:
+        self.walk, self.parts, self.forms, self.backend = walk, parts, forms, backend
         self.places, self.given = {k: v.clone() for k, v in inputs.items()}, dict(inputs)
-        self.calls, self.state = 0, "graph"
-        self.thread: threading.Thread | None = None
-        self.ready: Callable[..., Tensor] | None = None
-        if compile == "max":
-            function, self.state = self.backend.compile(function, MODES["max"]), "compiled"
-        self.record(function)
+        self.state = ""  # compiled, graph (of the uncompiled parts) or plain (no graph)
+        self.replay: Callable[[], Tensor] | None = None
 
-    def record(self, function: Callable[..., Tensor]) -> None:
-        """Capture the function on the fixed input places."""
-        self.replay, self.out = self.backend.capture(lambda: function(**self.places))
+    @property
+    def thread(self) -> Any:
+        """The thread that compiles or has compiled the parts, if there is one."""
+        return self.forms.thread
+
+    def record(self) -> None:
+        """Capture the walk on the fixed input places: by the compiled parts if they are ready."""
+        self.backend.wait()  # a graph must not go while it runs
+        self.replay = None  # it goes first: there may be no memory for two
+        if self.forms.ready is not None:
+            try:
+                self.replay, self.state = self.backend.capture(self.drawing(self.forms.ready)), "compiled"
+                return
+            except Exception as error:  # most often out of memory
+                self.forms.refuse(error, "the compiled networks could not be captured")
+        try:
+            self.replay, self.state = self.backend.capture(self.drawing(self.parts)), "graph"
+        except Exception as error:
+            self.replay, self.state = self.drawing(self.parts, stop.check), "plain"
+            why = f"{type(error).__name__}: {quoted(error)[:200]}"
+            console.warn(f"`compile={self.forms.mode}`: no CUDA graph could be captured, so pictures are drawn without ({why})")
+
+    def drawing(self, parts: Parts, between: Callable[[], None] = lambda: None) -> Callable[[], Tensor]:
+        """Return the function that draws what is at the fixed places by these parts."""
+        return lambda: drawn(self.walk, parts, self.places, between)
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        if self.ready is not None:
-            function, self.ready = self.ready, None
-            self.record(function)
-            self.state = "compiled"
         for name, tensor in inputs.items():
             if tensor is not self.given[name]:
                 self.places[name].copy_(tensor, non_blocking=True)
                 self.given[name] = tensor
-        self.calls += 1
-        if self.mode == "auto" and self.calls == WORTH_COMPILING:
-            self.thread = threading.Thread(target=self.prepare, daemon=True)
-            self.thread.start()
-        self.replay()
-        return self.out
+        if self.state != "plain":  # otherwise a compiled form would not be captured either
+            noise, others = self.places["noise"][0], {k: v for k, v in self.places.items() if k != "noise"}
+            self.forms.count(noise, len(noise) * (1 if self.walk.guidance is None else 2), others)
+        if self.replay is None or (self.state == "graph" and self.forms.ready is not None):
+            self.record()
+        assert self.replay is not None
+        return self.replay()
 
-    def prepare(self) -> None:
-        """Compile the function and run it once on copies, since kernels are built at the first call. Runs in a thread."""
-        try:
-            function = self.backend.compile(self.function, MODES["auto"])
-            with torch.no_grad(), self.backend.aside():
-                function(**{k: v.clone() for k, v in self.places.items()})
-            self.ready = function
-        except Exception as error:  # no compiler, or it fails: keep the first graph
-            why = f"{type(error).__name__}: {quoted(error)[:200]}"
-            console.warn(f"`compile=auto`: compiling failed, so pictures are drawn by the uncompiled graph ({why})")
+
+def drawn(walk: Walk, parts: Parts, tensors: Inputs, between: Callable[[], None]) -> Tensor:
+    """Draw a walk whose noise and inputs are `tensors`. Returns uint8 pictures (B, H, W, 3)."""
+    inputs = {name: v for name, v in tensors.items() if name != "noise"}
+    return parts.picture(latents(parts.call, walk._replace(noise=tensors["noise"], inputs=inputs), between))
 
 
 class Engine:
@@ -244,6 +262,7 @@ class Engine:
             self.call, self.decode = Converted(denoiser), lambda z: form(latents=z)
         self.backend = backend or backend_of(device, compile)
         self.captured: dict[Any, Captured] = {}
+        self.forms: dict[Any, Forms] = {}
 
     @torch.no_grad()
     def inputs(self, table: Table, cond: Cond) -> Inputs:
@@ -255,25 +274,35 @@ class Engine:
         """Run a walk uncaptured and return latents (B, C, h, w), fp32. Raises Stopped after a stop signal."""
         return latents(self.call, walk, stop.check)
 
+    def picture(self, z: Tensor) -> Tensor:
+        """Decode latents (B, C, h, w) to pictures (B, H, W, 3), uint8."""
+        return to_bytes(self.decode(z)).permute(0, 2, 3, 1).contiguous()
+
     @torch.no_grad()
     def bytes(self, walk: Walk) -> Tensor:
         """Draw pictures (B, H, W, 3), uint8, on the device. The next call may overwrite them."""
-        between = stop.check if self.backend is None else lambda: None  # a captured walk runs no Python
-
-        def draw(noise: Tensor, **inputs: Tensor) -> Tensor:
-            pixels = self.decode(latents(self.call, walk._replace(noise=noise, inputs=inputs), between))
-            return to_bytes(pixels).permute(0, 2, 3, 1).contiguous()
-
-        tensors = {"noise": walk.noise, **walk.inputs}
-        if self.backend is None:
-            return draw(**tensors)
-        stop.check()
+        tensors, parts = {"noise": walk.noise, **walk.inputs}, Parts(self.call, self.picture)
+        backend = self.backend
+        if backend is None:
+            return drawn(walk, parts, tensors, stop.check)
+        stop.check()  # a captured walk runs no Python
         key = (id(walk.table), walk.guidance, tuple((k, tuple(v.shape)) for k, v in tensors.items()))
         if key not in self.captured:
-            while len(self.captured) >= self.KEPT:
-                self.captured.pop(next(iter(self.captured)))
-            self.captured[key] = Captured(draw, tensors, self.compile, self.backend)
+            backend.wait()  # a graph must not go while it runs
+            one_step = [(k, tuple(v.shape)) for k, v in at_step(walk.inputs, 0).items()]
+            shape = (tuple(walk.noise.shape[1:]), walk.guidance is None, *one_step)
+            forms = kept(self.forms, shape, lambda: Forms(parts, self.compile, backend), self.KEPT)
+            kept(self.captured, key, lambda: Captured(walk, parts, tensors, forms, backend), self.KEPT)
         return self.captured[key](tensors)
+
+
+def kept(table: dict[Any, Any], key: Any, make: Callable[[], Any], most: int) -> Any:
+    """Return the entry of `key`, made if it is new. The oldest entries go, so that at most `most` stay."""
+    if key not in table:
+        while len(table) >= most:
+            table.pop(next(iter(table)))
+        table[key] = make()
+    return table[key]
 
 
 class Copy:

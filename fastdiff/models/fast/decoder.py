@@ -5,11 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.models.fast.layers import Conv, Linear, Norm, Resnet, Stored, Unknown, attend, tensors_of, upsampled
+from fastdiff.models.fast.layers import Conv, Linear, Norm, Resnet, Stored, Unknown, activated, attend, tensors_of, upsampled
 
 
 class Decoder:
@@ -83,7 +82,7 @@ class KLDecoder:
         x = self.enter(z if self.post is None else self.post(z))
         for part in (*self.middle, *self.blocks):
             x = part(x)
-        return self.leave(F.silu(self.last(x), inplace=True))
+        return self.leave(activated(self.last, x))
 
 
 class SpatialAttention:

@@ -16,7 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.models.fast.layers import Conv, Linear, Norm, Resnet, Stored, Unknown, attend, joined, tensors_of, upsampled
+from fastdiff.models.fast.layers import (
+    Conv,
+    Linear,
+    Norm,
+    Resnet,
+    Stored,
+    Unknown,
+    activated,
+    attend,
+    joined,
+    tensors_of,
+    upsampled,
+)
 
 # The only supported values of these config fields; any other value raises Unknown.
 NEUTRAL: dict[str, Any] = {
@@ -248,7 +260,7 @@ class FoldedUNet:
             x = run(block, x, join=True)
             if block.sampler:
                 x = block.sampler(upsampled(x, skips[-1].shape[-2:]))
-        return self.leave(F.silu(self.last(x), inplace=True))
+        return self.leave(activated(self.last, x))
 
     def __call__(
         self,
