@@ -156,8 +156,14 @@ class Denoiser(nn.Module):
         }
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float | Tensor) -> Prediction:
-        """Predict with classifier-free guidance of weight w, in one batch of 2 B rows; w = 1 skips the unconditional half."""
+        """Predict with classifier-free guidance of weight w, in one batch of 2 B rows; w = 1 skips the unconditional half.
+
+        A network that embeds guidance predicts the guided answer itself.
+        """
         t = t.to(x_t.device).expand(len(x_t))
+        if self.guidance_embedded:
+            weights = w.expand(len(x_t)) if isinstance(w, Tensor) else torch.full((len(x_t),), float(w), device=x_t.device)
+            return self(x_t, t, cond.with_guidance(weights))
         if isinstance(w, int | float) and w == 1:
             return self(x_t, t, cond)
         uncond = uncond.with_control(cond.control)  # guidance is about the text: both halves get the same control picture
