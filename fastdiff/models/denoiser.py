@@ -1,5 +1,6 @@
 """Denoiser: wraps any UNet so that it returns Prediction(x0, eps), whatever the UNet was trained to output."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -54,10 +55,13 @@ class Cond:
         return replace(self, control=pictures)
 
 
+LOG_10000 = math.log(10_000)
+
+
 def guidance_embedding(w: Tensor, width: int) -> Tensor:
     """Embed guidance weights w (B,) as sines and cosines (B, width), as the LCM pipelines do: w = CFG scale - 1, times 1000."""
     half = width // 2
-    frequency = torch.exp(torch.arange(half, device=w.device) * -(torch.log(torch.tensor(10000.0)) / (half - 1)).item())
+    frequency = torch.exp(torch.arange(half, device=w.device) * -(LOG_10000 / (half - 1)))
     angle = 1000 * w.float()[:, None] * frequency
     embedding = torch.cat([angle.sin(), angle.cos()], 1)
     return nn.functional.pad(embedding, (0, width % 2))

@@ -18,7 +18,7 @@ from fastdiff.options.train import TrainConfig, seconds
 from fastdiff.runtime import console, processes, rng, stop
 from fastdiff.runtime.errors import Failed, Stopped, UsageError
 from fastdiff.training import resume
-from fastdiff.training.method import Method, Now, Phase, Trains, lacking
+from fastdiff.training.method import Method, Now, Phase, Trains, lacking, read
 from fastdiff.training.player import Player
 from fastdiff.training.run import Run
 
@@ -255,7 +255,7 @@ class Trainer:
         bad: dict[str, str] = {}
         while True:
             moved: list[str] | None = None
-            sums: dict[str, float] = {}
+            sums: dict[str, dict[str, Tensor]] = {}  # of each player, by the name of the loss; still on the device
             for turn, stream in zip(turns, streams, strict=True):
                 with stream.current(), self.accelerator.autocast():
                     players = next(turn, {})
@@ -271,15 +271,16 @@ class Trainer:
                     player, terms = self.players[who], players.pop(who)  # popped, so that its graph is freed after backward
                     loss: Tensor = reduce(operator.add, terms.values()) / n
                     player.backward(loss, self.players.values())
+                    own = sums.setdefault(who, {})
                     for name, value in terms.items():
-                        row[f"{who}/{name}"] = row.get(f"{who}/{name}", 0.0) + value.item() / n
-                    sums[who] = sums.get(who, 0.0) + loss.item()
-                    row["loss"] += loss.item()
+                        own[name] = own.get(name, 0.0) + value.detach().float() / n
                     del terms, loss
             if not moved:
                 break
-            for who in moved:
-                row[f"{who}/grad_norm"], problem = self.update(self.players[who], sums[who])
+            for who, figures in self.figures(sums).items():
+                problem = self.update(self.players[who], figures)
+                row |= {f"{who}/{name}": figure for name, figure in figures.items()}
+                row["loss"] += sum(figure for name, figure in figures.items() if name != "grad_norm")
                 bad |= {who: problem} if problem else {}
             self.method.after_update(now)
         if bad:
@@ -295,23 +296,36 @@ class Trainer:
         batches = [self.data.batch(self.config.batch_size, generator, shared).to(self.device) for _ in range(n)]
         return batches, rng.streams(seed, n)
 
-    def update(self, player: Player, loss: float) -> tuple[float, str]:
-        """Average a player's gradients over processes, clip them and update; return their norm and what was not finite.
+    def figures(self, losses: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
+        """Average and clip the gradients of the players of a turn; return their losses and `grad_norm`, by player and name.
 
-        The update is skipped where the loss or the norm is not finite on any process; the second value then is "loss" or
-        "gradient", and otherwise empty.
+        All figures of the turn are read at once: reading one waits until the device has done all its work.
+        """
+        for who in losses:
+            self.players[who].synchronise(self.accelerator)
+        flat = {(who, name): value for who, own in losses.items() for name, value in own.items()}
+        flat |= {(who, "grad_norm"): self.players[who].clip() for who in losses}
+        result: dict[str, dict[str, float]] = {who: {} for who in losses}
+        for (who, name), figure in read(flat).items():
+            result[who][name] = figure
+        return result
+
+    def update(self, player: Player, figures: dict[str, float]) -> str:
+        """Update a player whose gradients are ready, and return what was not finite.
+
+        The update is skipped where a loss or the norm is not finite on any process; the result then is "loss" or "gradient",
+        and otherwise empty.
         """
         player.set_rate(self.step - self.start, self.lengths[self.index])
-        player.synchronise(self.accelerator)
-        norm = player.clip().item()
+        wrong = {name for name, figure in figures.items() if not math.isfinite(figure)}
         problems = ("", "gradient", "loss")  # a bad loss makes a bad gradient, so it is the one to report
-        problem = problems[processes.highest(2 if not math.isfinite(loss) else 1 if not math.isfinite(norm) else 0)]
+        problem = problems[processes.highest(2 if wrong - {"grad_norm"} else len(wrong))]
         if not problem:
             player.step()
         elif problem == "gradient" and player.finding_scale:
             problem = ""
         player.finish()
-        return norm, problem
+        return problem
 
     def report_skipped(self, bad: dict[str, str], batches: list[Batch]) -> None:
         """Report a skipped step: {player: what was not finite}, and the items of its batch.
