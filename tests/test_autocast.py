@@ -58,11 +58,13 @@ def options_of(name: str, case: str, folders: dict[str, str]) -> dict[str, Any]:
     return options
 
 
-def trainer_of(name: str, case: str, folders: dict[str, str], precision: str, folder: Any) -> Trainer:
+def trainer_of(name: str, case: str, folders: dict[str, str], precision: str, folder: Any, **changes: Any) -> Trainer:
     cls = METHODS[name]
     names = cls.Config.__dataclass_fields__
     small = {k: v for k, v in dict(lora_rank=4, lora_alpha=4.0, guidance=3.0).items() if k in names}
-    config = cls.Config(**{**small, **options_of(name, case, folders), "base": folders["base"], "precision": precision})
+    config = cls.Config(
+        **{**small, **options_of(name, case, folders), **changes, "base": folders["base"], "precision": precision}
+    )
     config = cls.check(config)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     base, run = checkpoint.load(folders["base"], dtype=dtype), Run(folder, name)
@@ -93,7 +95,9 @@ def move(trainer: Trainer, already: set[int]) -> None:
 
 
 def flat(params: list[nn.Parameter]) -> torch.Tensor:
-    return torch.cat([torch.zeros(p.numel(), dtype=torch.float64) if p.grad is None else p.grad.double().flatten() for p in params])
+    return torch.cat(
+        [torch.zeros(p.numel(), dtype=torch.float64) if p.grad is None else p.grad.double().flatten() for p in params]
+    )
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """The one training loop. A method only generates {player: losses}; this module does everything else."""
 
+import gc
 import math
 import operator
 import time
@@ -16,7 +17,7 @@ from fastdiff.models import sharding
 from fastdiff.models.ema import EMA, swapped
 from fastdiff.options.train import TrainConfig, seconds
 from fastdiff.runtime import console, processes, rng, stop
-from fastdiff.runtime.errors import Failed, Stopped, UsageError
+from fastdiff.runtime.errors import Failed, OutOfMemory, Stopped, UsageError, device_error
 from fastdiff.training import resume
 from fastdiff.training.method import Method, Now, Phase, Trains, lacking, read
 from fastdiff.training.player import Player
@@ -178,7 +179,7 @@ class Trainer:
         due = lambda every: every and self.step % every == 0
         if (preview := self.preview) and due(self.config.preview_every):
             with self.averaged():
-                if not self.leading(lambda: preview(self.step) or True):
+                if not self.leading(lambda: self.spared("a contact sheet", lambda: preview(self.step)) or True):
                     return
         if due(self.config.eval_every):
             over = self.evaluate()
@@ -210,6 +211,30 @@ class Trainer:
                 result = work()
         return processes.agreed(result)
 
+    def measured(self) -> dict[str, float] | None:
+        """Return the figures of a measurement: {} where it does not fit in memory, None where a stop interrupted it."""
+        measure = self.measure
+        assert measure is not None
+        return self.leading(lambda: self.spared("a measurement", measure) or {})
+
+    def spared(self, what: str, work: Callable[[], Any]) -> Any:
+        """Do some work that a run can go on without. None, and a warning, where it does not fit in memory.
+
+        Else a run would end at its first contact sheet, and a resumed one at the same place. With `shard` the error is raised,
+        because the other processes wait for this one.
+        """
+        try:
+            return work()
+        except (RuntimeError, MemoryError, OutOfMemory) as error:
+            problem = device_error(error)
+            if not isinstance(problem, OutOfMemory) or self.sharded:
+                raise
+            console.warn(f"step {self.step}: {what} does not fit in memory and is left out; training goes on ({problem})")
+        gc.collect()  # the traceback held what the work had allocated
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return None
+
     def fit_budget(self) -> None:
         """Shorten the current phase to its share of the time that `max_time` leaves; once, when its pace is known."""
         done = self.step - self.start
@@ -227,7 +252,7 @@ class Trainer:
         """End the phase: measure and write its weights, and let the next phase start from them."""
         with self.exported():
             late = self.config.eval_every and self.step % self.config.eval_every
-            if self.measure and self.phase.exports and late and (measured := self.leading(self.measure)):
+            if self.measure and self.phase.exports and late and (measured := self.measured()):
                 self.log({"step": self.step - 1, **measured})
                 console.info(f"{self.phase.name or 'end'}: {score_text(measured)}")
             if (finished := self.finished) and self.phase.exports:
@@ -352,12 +377,11 @@ class Trainer:
 
         Returns True where `patience` ends the phase, None where a stop interrupted the measurement, and otherwise False.
         """
-        assert self.measure is not None
         player, best = next(iter(self.players.values())), self.best
         with self.averaged():
-            measured = self.leading(self.measure)
-            if measured is None:
-                return None
+            measured = self.measured()
+            if not measured:
+                return None if measured is None else False
             if measured["score"] < best["score"]:
                 best |= {"step": self.step, "score": measured["score"], "worse": 0}
                 best["params"] = [sharding.whole(p.detach(), everywhere=True).cpu().clone() for p in player.params]
