@@ -157,6 +157,9 @@ def guidance_embedded(unet: nn.Module, width: int = 256) -> nn.Module:
     The new projection starts at zero, so that the copy at first computes exactly what the teacher does. A UNet that has a
     guidance embedding keeps it, in its own width.
     """
+    from diffusers.models import UNet2DConditionModel
+
+    assert isinstance(unet, UNet2DConditionModel)
     if unet.config.get("time_cond_proj_dim") is not None:
         return trainable_copy(unet)
     copy = unet_of({**unet.config, "time_cond_proj_dim": width})
