@@ -59,6 +59,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+    from fastdiff.runtime.requirements import check_torch
+
+    check_torch()
     room = PUBLIC[name]
     # getattr: a name of the table
     value = import_module(f"{room}.{name}") if name in MODULES else getattr(import_module(room), name)

@@ -25,7 +25,8 @@ from fastdiff import __version__
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Description, Runnable
 from fastdiff.runtime.config import Option, options, preset, resolve, suggestion, to_toml
-from fastdiff.runtime.errors import Result, Stopped, UsageError, with_flags
+from fastdiff.runtime.errors import Result, Stopped, UsageError, device_error, with_flags
+from fastdiff.runtime.requirements import check_torch
 
 
 class Command(NamedTuple):
@@ -47,6 +48,7 @@ class Command(NamedTuple):
 
     def load(self) -> Runnable:
         """Import the code that runs the command."""
+        check_torch()
         module, _, method = self.place.partition(":")
         loaded = import_module(module, __package__)
         if not method:
@@ -349,9 +351,9 @@ def explain(error: BaseException) -> Failure:
     if isinstance(error, typer.Exit | SystemExit):
         code = error.code if isinstance(error, SystemExit) else error.exit_code
         return Failure(code if isinstance(code, int) else 1, "failure", f"the command ended early ({code})")
+    if clear := device_error(error):
+        return explain(clear)
     name = type(error).__name__
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
-        return Failure(4, "capacity", f"out of memory: {error}", "a smaller --batch-size or --resolution needs less")
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {(error.strerror or name).lower()}"
         missing = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)

@@ -32,7 +32,7 @@ from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import GateFailed, Result, UsageError
 from fastdiff.sampling import openvino
-from fastdiff.sampling.assemble import pick_device
+from fastdiff.sampling.assemble import pick_device, pick_dtype
 from fastdiff.sampling.compiling import WORTH_COMPILING
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.sampler import Sampler, with_size
@@ -75,10 +75,7 @@ def opened(config: Config, device: torch.device, *, unet_alone: bool = False) ->
 
     `unet_alone` then leaves out the VAE and the text encoders.
     """
-    half = "bf16" if device.type == "cuda" else "fp32"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        half if config.precision == "auto" else config.precision
-    ]
+    dtype = pick_dtype(config.precision, device)
     if not config.random_weights:
         return config.open_base(dtype)
     family = locate.family_of(config.base)

@@ -84,7 +84,7 @@ class Engine:
         buffers: dict[Node, list[Tensor | None]] = {}
         first = [edge_of(root) for root in roots]
         needed = leading_to(wanted, [node for node, _ in first])
-        waits = {node: 0 for node in needed}
+        waits = dict.fromkeys(needed, 0)
         for node in needed:
             for following, _ in node.next_functions:
                 if following in waits:

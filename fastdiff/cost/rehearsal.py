@@ -1,4 +1,4 @@
-"""Rehearse a training run on the simulated card: its real data, steps, contact sheets and measurements, without weights or numbers.
+"""Rehearse a training run on the simulated card: real data, steps, contact sheets and measurements, without weights or numbers.
 
 `fastdiff plan --no-probe` takes its memory from here, and so do the tests of memory. Every part of a run has its own peak:
 `data` (text encoders, the teacher's samples or the VAE's encoder), each phase by name, `sheet`, `measure` and `figures`.
@@ -22,20 +22,22 @@ from torch import nn
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.cost.simulation import Card
+from fastdiff.data import encode as data_encode
+from fastdiff.data import teacher as data_teacher
+from fastdiff.data import encode as data_encode
+from fastdiff.data import teacher as data_teacher
 from fastdiff.data.prompts import default_prompts, read_prompts
 from fastdiff.models import perceptual
 from fastdiff.options.train import TrainConfig
 from fastdiff.runtime import console
 from fastdiff.sampling.sampler import at_once
 from fastdiff.sampling.settings import Settings
-from fastdiff.training import method as training_method
 from fastdiff.training.exhibit import Exhibit
 from fastdiff.training.method import Method
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
 from fastdiff.training.session import COMPONENTS, data_of, open_accelerator
 from fastdiff.training.trainer import Trainer
-from fastdiff.data import encode as data_encode, teacher as data_teacher
 
 PICTURES = ("data", "sheet", "measure", "figures")  # parts of a run besides its phases
 FEW = 2  # micro-batches and sampling steps: more of them take no more memory
@@ -97,9 +99,33 @@ def without_weights(config: TrainConfig, base: Checkpoint, folder: Path) -> Iter
             stack.enter_context(patch.object(module, "fingerprint", lambda net: UNKNOWN))
         stack.enter_context(patch.object(type(config), "open_base", lambda self, dtype=None: hollow(base)))
         stack.enter_context(patch.object(perceptual, "open_distance", distance(base)))
+        stack.enter_context(patch.object(optimizer, "opened", opened(optimizer.opened)))
         usual = Settings.usual
         stack.enter_context(patch.object(Settings, "usual", lambda family: replace(usual(family), num_steps=FEW)))
         yield
+
+
+def opened(real: Any) -> Any:
+    """Return a stand-in for `optimizer.opened`: bitsandbytes' kernels need the memory of a real device."""
+
+    def opened(config: Any, params: list[nn.Parameter], device: torch.device, **how: Any) -> torch.optim.Optimizer:
+        return Sized(params, config.optimizer) if config.optimizer == "adamw8bit" else real(config, params, device, **how)
+
+    return opened
+
+
+class Sized(torch.optim.Optimizer):
+    """An optimiser whose moments have the right size and that does nothing."""
+
+    def __init__(self, params: list[nn.Parameter], kind: str) -> None:
+        super().__init__(params, dict(lr=0.0))
+        self.kind = kind
+
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None and p not in self.state:
+                size = optimizer.moment_bytes(self.kind, p)
+                self.state[p] = {"moments": torch.zeros(size, dtype=torch.uint8, device=p.device)}
 
 
 def distance(base: Checkpoint) -> Any:
@@ -127,17 +153,15 @@ def rehearse(method_class: type[Method], config: TrainConfig, base: Checkpoint, 
         (folder / "prompts.txt").write_text("\n".join(lines[:PROMPTS]) + "\n")
         side = (config.resolution or base.resolution_px) // base.pixels_per_latent
         small = replace(
-            config, device="cuda", prompts=str(folder / "prompts.txt"), pairs=max(4, at_once(side)), max_images=None, tracker="none",
-            output=str(folder / "run"), grad_accum=min(FEW, config.grad_accum), teacher_steps=FEW,
+            config, device="cuda", prompts=str(folder / "prompts.txt"), pairs=max(4, at_once(side)), max_images=None,
+            tracker="none", output=str(folder / "run"), grad_accum=min(FEW, config.grad_accum), teacher_steps=FEW,
         )  # fmt: skip
         with card, without_weights(small, base, folder):
             run_parts(method_class, small, hollow(base), Run(folder / "run", method_class.name), card, found)
     return found
 
 
-def run_parts(
-    method_class: type[Method], config: Any, base: Checkpoint, run: Run, card: Card, found: Rehearsal
-) -> None:
+def run_parts(method_class: type[Method], config: Any, base: Checkpoint, run: Run, card: Card, found: Rehearsal) -> None:
     """Run data, every phase, a contact sheet and the measurements, and note the peak of each."""
     card.watched = True
 

@@ -4,8 +4,8 @@
         ...                                     # device="cuda" works, whether this machine has a card or not
     card.peak_bytes, card.syncs
 
-A tensor on "cuda" is a `Simulated`: it knows its shape and shares a counted `Block` with its views. Tensors on the CPU are real and
-computed. An operation that mixes the two raises, as on a card. Autocast is torch's own, with CUDA's lists. Attention takes the
+A tensor on "cuda" is a `Simulated`: it knows its shape and shares a counted `Block` with its views. Tensors on the CPU are real
+and computed. An operation that mixes the two raises, as on a card. Autocast is torch's own, with CUDA's lists. Attention takes the
 kernel that a card would take, and the backward pass runs in `cost.backward`. Values that are read back are constants or small
 random numbers; each read is counted as a synchronisation of the host with the card.
 
@@ -90,6 +90,9 @@ class Simulated(Tensor):
     def storage(self) -> Any:
         return torch.TypedStorage(wrap_storage=self.untyped_storage(), dtype=self.dtype, _internal=True)
 
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
     def data_ptr(self) -> int:
         return self.untyped_storage().data_ptr()
 
@@ -106,7 +109,11 @@ class Simulated(Tensor):
 
 def alike(tensor: Tensor, value: Tensor) -> Tensor:
     """Return `value` as a parameter if `tensor` is one, with its `requires_grad`."""
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value.requires_grad_(tensor.requires_grad)
+    return (
+        nn.Parameter(value, tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else value.requires_grad_(tensor.requires_grad)
+    )
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -161,7 +168,9 @@ class Card(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
-        if (device is not None and device.type == "cuda") or any(isinstance(value, Simulated) for value in leaves((args, kwargs))):
+        if (device is not None and device.type == "cuda") or any(
+            isinstance(value, Simulated) for value in leaves((args, kwargs))
+        ):
             return self.perform(func, args, kwargs)
         kwargs.pop("pin_memory", None)  # only a driver can pin memory
         return func(*args, **kwargs)
@@ -309,7 +318,7 @@ class Card(TorchDispatchMode):
                 torch.__future__.set_swap_module_params_on_conversion(before)
 
     def attention(self, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return an attention that takes the kernel of an Ampere or later card: flash in half precision, else memory-efficient."""
+        """Return an attention with the kernel of an Ampere or later card: flash in half precision, else memory-efficient."""
 
         def attend(
             query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,

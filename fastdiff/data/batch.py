@@ -10,6 +10,13 @@ from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Cond
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device. A copy to CUDA goes through pinned memory, so that it does not wait for the device's work."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Batch:
     """The data of one optimiser step."""
@@ -23,7 +30,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with all tensors on a device."""
-        move = lambda v: v.to(device)  # noqa: E731
+        move = lambda v: moved(v, torch.device(device))  # noqa: E731
         noise, pixels = (None if v is None else move(v) for v in (self.noise, self.pixels))
         return Batch(move(self.latents), self.cond.map(move), self.uncond.map(move), noise, pixels, self.items)
 

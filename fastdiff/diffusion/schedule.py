@@ -25,7 +25,7 @@ class Prediction(NamedTuple):
 
         The formula is in diffusion/guidance.py.
         """
-        w = per_sample(torch.as_tensor(guidance, device=self.x0.device), self.x0)
+        w = per_sample(guidance, self.x0) if isinstance(guidance, Tensor) else guidance
         return Prediction(guide(self.x0, uncond.x0, w), guide(self.eps, uncond.eps, w))
 
 
@@ -96,8 +96,15 @@ class NoiseSchedule(nn.Module):
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t at timesteps `t` (scalar or (B,)), shaped to broadcast over `like` (B, ...)."""
-        t = t.to(self.alpha.device)
-        return per_sample(self.alpha[t], like), per_sample(self.sigma[t], like)
+        return per_sample(self.at(self.alpha, t), like), per_sample(self.at(self.sigma, t), like)
+
+    def at(self, levels: Tensor, t: Tensor) -> Tensor:
+        """The values of `levels` (T,) at timesteps `t`, in the shape of `t`.
+
+        `levels[t]` would read a `t` without dimensions back from the device, and wait for the device's work.
+        """
+        t = t.to(levels.device)
+        return levels[t.reshape(-1)].reshape(t.shape)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The noised sample x_t = alpha_t x0 + sigma_t eps in fp32; `x0` and `eps` are (B, C, h, w), `t` is a scalar or (B,)."""
@@ -136,13 +143,11 @@ class NoiseSchedule(nn.Module):
 
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio alpha^2 / sigma^2 at timesteps `t`, in the shape of `t`."""
-        t = t.to(self.alpha.device)
-        return (self.alpha[t] / self.sigma[t]).square()
+        return (self.at(self.alpha, t) / self.at(self.sigma, t)).square()
 
     def noise_scale(self, t: Tensor) -> Tensor:
         """Noise level sigma / alpha at timesteps `t`, in the unit of Karras 2022; infinite where alpha = 0."""
-        t = t.to(self.alpha.device)
-        return self.sigma[t] / self.alpha[t]
+        return self.at(self.sigma, t) / self.at(self.alpha, t)
 
     def boundary(self, t: Tensor, like: Tensor, sigma_data: float = 0.5, scaling: float = 10.0) -> tuple[Tensor, Tensor]:
         """Coefficients (c_skip, c_out) of the consistency function f = c_skip x_t + c_out x0, shaped to broadcast over `like`.

@@ -88,6 +88,7 @@ def start_from(unet: nn.Module, start: Lora, name: str) -> None:
         best, _, _ = low_rank_of(update, len(down))
         down[: best.rank].copy_(best.down.reshape(best.rank, *down.shape[1:]))
         up[:, : best.rank].copy_(best.up.reshape(len(up), best.rank, *up.shape[2:]) / layer.scaling[name])
+    torch.clear_autocast_cache()  # it may hold casts of the old values
 
 
 def base_weight(module: nn.Module) -> Tensor:
@@ -138,12 +139,14 @@ def copy_adapter(unet: nn.Module, source: str, name: str) -> None:
     """Overwrite the adapter `name` with the values of the adapter `source`, which has the same layers and rank."""
     for target, value in zip(parameters(unet, name), parameters(unet, source), strict=True):
         target.copy_(value)
+    torch.clear_autocast_cache()  # it may hold casts of the old values
 
 
 def reset(unet: nn.Module, name: str) -> None:
     """Initialise an adapter again, so that it changes nothing."""
     for layer in layers_with(unet, name):
         layer.reset_lora_parameters(name, init_lora_weights=True)
+    torch.clear_autocast_cache()  # it may hold casts of the old values
 
 
 @torch.no_grad()

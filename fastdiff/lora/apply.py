@@ -128,6 +128,7 @@ def fold(model: nn.Module, loras: list[tuple[Lora, float]], prefix: str = "lora_
         if parts:
             parameters[place.name].copy_(updated(parameters[place.name], parts))
             changed += 1
+    torch.clear_autocast_cache()  # it may hold casts of the old weights
     return changed
 
 

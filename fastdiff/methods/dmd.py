@@ -65,7 +65,7 @@ class DMD(Scores):
         if config.regresses:
             pixels = perceptual.open_distance(base.family, config.lpips_weights, off="`lambda_reg=0`")
             self.distance = perceptual.DecodedDistance(base.vae, pixels, config.reg_crop, autoencoder.decoding(base.dtype))
-        self.timesteps = sampling_timesteps(self.schedule, config)
+        self.timesteps = sampling_timesteps(self.schedule, config)  # moves to the device of the first batch
         self.recipe = replace(
             self.recipe,
             method=config.recipe,
@@ -125,6 +125,7 @@ class DMD(Scores):
         turn = alone or step % config.fake_steps_per_gen == 0
         k = 0 if alone else self._step_index(step)
         pairs = self._pairs(batch, alone) if turn and k == 0 else 0  # only the first step starts from a pair's noise
+        self.timesteps = self.timesteps.to(batch.latents.device)
         x_t, t = self.start(batch, k, pairs), self.timesteps[k].expand(len(batch.latents))
         with torch.set_grad_enabled(turn):
             x = self.student(x_t, t, batch.cond).x0

@@ -25,8 +25,9 @@ from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.samplers import jump
 from fastdiff.diffusion.schedule import NoiseSchedule, per_sample
-from fastdiff.models.denoiser import Cond
+from fastdiff.models.denoiser import Cond, trainable_copy
 from fastdiff.models.ema import EMA
+from fastdiff.models.unet import unet_of
 from fastdiff.options.lcm import EXAMPLES, PRESETS, Config
 from fastdiff.options.lcm import Config as Options
 from fastdiff.training.method import Load, Method, Now, Phase, Stateful, Trains, Turn, equation
@@ -43,13 +44,13 @@ class LCM(Method):
         super().__init__(base, config)
         self.student, self.params = self.trained("student", guidance_embedded(base.unet) if config.full else None)
         self.target = EMA(self.params, config.target_ema, warm=False) if config.full else None
-        self.grid = distillation_grid(self.schedule, config)
+        self.grid = distillation_grid(self.schedule, config)  # moves to the device of the first batch
         self.recipe = replace(
             self.recipe,
             method={"zero": "lcm", "edge": "pcm", "random": "tcd"}[config.target],
             scheduler=SCHEDULERS[config.target],
             num_steps=config.num_steps,
-            guidance=config.guidance_min if config.full else 1.0,
+            guidance=config.guidance_min if self.student.guidance_embedded else 1.0,
             eta=0.3 if config.target == "random" else None,
         )
 
@@ -67,12 +68,12 @@ class LCM(Method):
         """Compute the consistency loss between two points of one trajectory (LCM, algorithm 1; LCF, algorithm 4)."""
         n, device = len(batch.latents), batch.latents.device
         index = torch.randint(len(self.grid), (n,), device=device)
-        grid = self.grid.to(device)
+        self.grid = grid = self.grid.to(device)
         t, u, s = grid[index], *self.pair(index, grid)
         w = torch.empty(n, device=device).uniform_(self.config.guidance_min, self.config.guidance_max)
         eps = torch.randn_like(batch.latents)
         x_t = self.schedule.add_noise(batch.latents, eps, t)
-        cond = batch.cond.with_guidance(w) if self.config.full else batch.cond
+        cond = batch.cond.with_guidance(w) if self.student.guidance_embedded else batch.cond
         with torch.no_grad():
             x_u = self.schedule.add_noise(batch.latents, eps, u) if self.config.finetune else self.ode_step(x_t, t, u, batch, w)
             with self._target_weights():
@@ -153,13 +154,17 @@ def distillation_grid(schedule: NoiseSchedule, config: Config) -> Tensor:
 def guidance_embedded(unet: nn.Module, width: int = 256) -> nn.Module:
     """Return a trainable fp32 copy of a UNet with LCM's guidance embedding of that width.
 
-    The new projection starts at zero, so that the copy at first computes exactly what the teacher does.
+    The new projection starts at zero, so that the copy at first computes exactly what the teacher does. A UNet that has a
+    guidance embedding keeps it, in its own width.
     """
     from diffusers.models import UNet2DConditionModel
 
     assert isinstance(unet, UNet2DConditionModel)
-    copy = type(unet).from_config({**unet.config, "time_cond_proj_dim": width})
-    missing = copy.load_state_dict(unet.state_dict(), strict=False).missing_keys
-    assert missing == ["time_embedding.cond_proj.weight"], missing
-    nn.init.zeros_(copy.time_embedding.cond_proj.weight)
-    return copy.float().train().requires_grad_(True)
+    if unet.config.get("time_cond_proj_dim") is not None:
+        return trainable_copy(unet)
+    copy = unet_of({**unet.config, "time_cond_proj_dim": width})
+    state = {name: value.detach().float().clone() for name, value in unet.state_dict().items()}
+    projection = copy.get_parameter("time_embedding.cond_proj.weight")
+    state["time_embedding.cond_proj.weight"] = torch.zeros(projection.shape, device=unet.device)
+    copy.load_state_dict(state, assign=True)
+    return copy.train().requires_grad_(True)

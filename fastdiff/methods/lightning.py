@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastdiff import lora
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.data.batch import Batch
+from fastdiff.data.batch import Batch, moved
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.samplers import jump
 from fastdiff.diffusion.schedule import PredictionType, per_sample
@@ -168,7 +168,7 @@ class Lightning(Method):
         t, s = timesteps(self.schedule, place), timesteps(self.schedule, place - 1 / part.b)
         if part.kind == "switch":
             with torch.no_grad():
-                x0 = (self.role("teacher") if "teacher" in self.kept else self.teacher)(x_t, t, cond).x0
+                x0 = self.source[0](x_t, t, cond).x0
             yield {"student": {"switch": losses.squared(self.student(x_t, t, cond).x0, x0)}}
             return
         real = self.teacher_steps(x_t, place, batch, part)
@@ -191,8 +191,8 @@ class Lightning(Method):
     @equation("SDXL-Lightning, section 3.5")
     def start(self, batch: Batch, part: Part) -> tuple[Tensor, Tensor]:
         """Draw x_t (B, C, h, w) and its place in (0, 1], (B,). At place 1, the last timestep, x_t is pure noise."""
-        latents, places = batch.latents, torch.tensor(part.places, dtype=torch.float64)
-        place = places[torch.randint(len(places), (len(latents),))].to(latents.device)
+        latents, device = batch.latents, batch.latents.device
+        place = (torch.randint(part.places, (len(latents),), device=device) + 1).double() / part.places
         eps = torch.randn_like(latents)
         x_t = self.schedule.add_noise(latents, eps, timesteps(self.schedule, place))
         return torch.where(per_sample(place == 1, eps), eps, x_t), place
@@ -226,7 +226,7 @@ class Lightning(Method):
         assert isinstance(now.phase, Part)
         few = now.phase.b <= 2
         weights = torch.tensor(DETAIL if now.done >= self.config.late_detail_at else (1.0,) * len(SHOWN))
-        level = torch.tensor(SHOWN)[torch.multinomial(weights, len(s), replacement=True)].to(s.device)
+        level = moved(torch.tensor(SHOWN)[torch.multinomial(weights, len(s), replacement=True)], s.device)
         at, eps = torch.where((s < 0) & few, level, s), torch.randn_like(like)
         noised = lambda x: self.schedule.add_noise(x, eps, at.clamp(min=0))
         return at, lambda x: torch.where(per_sample(at == s, x), x, noised(x))

@@ -1,5 +1,6 @@
 """Denoiser: wraps any UNet so that it returns Prediction(x0, eps), whatever the UNet was trained to output."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -54,10 +55,13 @@ class Cond:
         return replace(self, control=pictures)
 
 
+LOG_10000 = math.log(10_000)
+
+
 def guidance_embedding(w: Tensor, width: int) -> Tensor:
     """Embed guidance weights w (B,) as sines and cosines (B, width), as the LCM pipelines do: w = CFG scale - 1, times 1000."""
     half = width // 2
-    frequency = torch.exp(torch.arange(half, device=w.device) * -(torch.log(torch.tensor(10000.0)) / (half - 1)).item())
+    frequency = torch.exp(torch.arange(half, device=w.device) * -(LOG_10000 / (half - 1)))
     angle = 1000 * w.float()[:, None] * frequency
     embedding = torch.cat([angle.sin(), angle.cos()], 1)
     return nn.functional.pad(embedding, (0, width % 2))
@@ -156,8 +160,14 @@ class Denoiser(nn.Module):
         }
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float | Tensor) -> Prediction:
-        """Predict with classifier-free guidance of weight w, in one batch of 2 B rows; w = 1 skips the unconditional half."""
+        """Predict with classifier-free guidance of weight w, in one batch of 2 B rows; w = 1 skips the unconditional half.
+
+        A network that embeds guidance predicts the guided answer itself.
+        """
         t = t.to(x_t.device).expand(len(x_t))
+        if self.guidance_embedded:
+            weights = w.expand(len(x_t)) if isinstance(w, Tensor) else torch.full((len(x_t),), float(w), device=x_t.device)
+            return self(x_t, t, cond.with_guidance(weights))
         if isinstance(w, int | float) and w == 1:
             return self(x_t, t, cond)
         uncond = uncond.with_control(cond.control)  # guidance is about the text: both halves get the same control picture

@@ -57,12 +57,17 @@ class EMA:
 @contextmanager
 @torch.no_grad()
 def swapped(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
-    """Put `values` into the parameters during the `with`; afterwards restore the parameters bit by bit."""
+    """Put `values` into the parameters during the `with`; afterwards restore the parameters bit by bit.
+
+    Autocast casts a parameter once per context and keeps the result, so what it kept is dropped at both ends.
+    """
     values = [placed(v, p) for v, p in zip(values, parameters, strict=True)]
     inside = [p.data for p in local([p.detach() for p in parameters])]
     kept = [p.clone() for p in inside]
     torch._foreach_copy_(inside, local(values))
+    torch.clear_autocast_cache()
     try:
         yield
     finally:
         torch._foreach_copy_(inside, kept)
+        torch.clear_autocast_cache()

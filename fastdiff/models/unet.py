@@ -258,13 +258,18 @@ def matched(
 
 
 def unet_of(config: Mapping[str, Any], kind: str = "UNet2DConditionModel") -> nn.Module:
-    """Build the network of a config on the meta device. Raises UsageError if diffusers cannot build it."""
+    """Build the network of a config on the meta device. Raises UsageError if diffusers cannot build it.
+
+    `config` may be an edited copy of a network's own. Such a config lists the fields that its file left out, and diffusers
+    resets those to their defaults, edited or not; so the list is dropped.
+    """
     import diffusers
     from accelerate import init_empty_weights
 
     try:
         with init_empty_weights():
-            return getattr(diffusers, kind).from_config(dict(config))  # the diffusers class named by `kind`
+            edited = {key: value for key, value in config.items() if key != "_use_default_values"}
+            return getattr(diffusers, kind).from_config(edited)  # the diffusers class named by `kind`
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise UsageError(f"diffusers cannot build a {kind} of this layout: {quoted(error)}") from error
 

@@ -42,4 +42,4 @@ class Config(BaseConfig):
     rounds: Annotated[int, "cold starts of each way, 0 = none; for merge whole runs, at least 1", Range(0)] = 1
     assert_ratio: Annotated[float | None, "exit with code 5 unless fastdiff is this many times faster", Range(above=0)] = None
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to measure"] = "auto"
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA (fp16 before Ampere), else fp32"] = "auto"

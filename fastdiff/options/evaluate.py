@@ -74,7 +74,7 @@ class Config(BaseConfig):
     save_images: Annotated[bool, "keep every picture, in images/ROW/"] = False
     output: Annotated[str | None, "a folder; default runs/evaluate-<base>"] = field(default=None, metadata={"flags": ["-o"]})
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to sample"] = "auto"
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA (fp16 before Ampere), else fp32"] = "auto"
 
     def __post_init__(self) -> None:
         if self.student and self.lora:

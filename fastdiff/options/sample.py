@@ -45,7 +45,7 @@ class Config(BaseConfig):
         default=None, metadata={"flags": ["-o"]}
     )
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to sample"] = "auto"
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA (fp16 before Ampere), else fp32"] = "auto"
     compile: Annotated[
         Literal["auto", "off", "max", "openvino"],
         "auto: on CUDA draw by a graph, compile beside it; max: compile first (minutes); openvino: compile on the CPU (seconds)",

@@ -64,7 +64,7 @@ class TrainConfig(BaseConfig):
     resolution: Annotated[int | None, "width and height in pixels; default: the size of the base", Range(8, multiple_of=8)] = None
     seed: Annotated[int, "seed of all random numbers", Range(0, 2**31 - 1)] = 0
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to train"] = "auto"
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA, else fp32"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 on CUDA (fp16 before Ampere), else fp32"] = "auto"
     shard: Annotated[bool, "split fully trained networks over all processes (FSDP2)"] = False
     quantize_base: Annotated[
         Literal["none", "fp8", "int8"],

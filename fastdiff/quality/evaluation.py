@@ -25,7 +25,7 @@ from fastdiff.quality.features import EmbeddedFeatures, FeatureExtractor, open_d
 from fastdiff.quality.metrics import Against, Metric, Row, judging, measured, too_few
 from fastdiff.quality.samples import Samples
 from fastdiff.runtime import console
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, device_errors_explained
 from fastdiff.sampling.assemble import pick_device
 from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler, drawing
@@ -299,6 +299,7 @@ def ladder_of(recipe: Any, family: Family, num_steps: Sequence[int] | None) -> l
     return [Settings.of(recipe, Settings.usual(family), num_steps=n) for n in num_steps or own]
 
 
+@device_errors_explained()
 def evaluate(
     student: Any,
     *,

@@ -5,6 +5,8 @@ by `with_flags`.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,10 @@ class DoesNotFit(UsageError):
     exit_code, kind = 4, "capacity"
 
 
+class OutOfMemory(DoesNotFit):
+    """The memory of the device, or of the machine, ran out during the work."""
+
+
 class GateFailed(UsageError):
     """A check of quality or of a written file failed. `result` holds the figures."""
 
@@ -66,6 +72,59 @@ class Result:
     outputs: list[Path] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     next_command: str | None = None
+
+
+# What libraries write where memory ran out. cuBLAS and cuDNN fail to start where they cannot allocate their workspace.
+NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
+    r"|CUDNN_STATUS_(ALLOC_FAILED|NOT_INITIALIZED|INTERNAL_ERROR)",
+    re.IGNORECASE,
+)
+LESS = (
+    "a smaller `batch_size` or `resolution`, or `gradient_checkpointing=True`, takes less; "
+    "`fastdiff plan COMMAND` says how much a run takes"
+)
+BUILDS = "https://pytorch.org/get-started/locally"
+# Faults of driver and device: what libraries write, what that means, and the fix.
+DEVICE_FAULTS = (
+    (
+        r"driver version is insufficient|driver on your system is too old",
+        "the NVIDIA driver is older than this torch needs",
+        f"update the driver, or install a torch for an older CUDA: {BUILDS}",
+    ),
+    (r"no kernel image is available", "this torch has no code for this GPU", f"install one that has: {BUILDS}"),
+    (
+        r"found no NVIDIA driver|no CUDA-capable device|busy or unavailable",
+        "the GPU cannot be used",
+        "see whether `nvidia-smi` lists it, and whether another process holds it",
+    ),
+)
+
+
+def device_error(error: BaseException) -> UsageError | None:
+    """The clear error for one that a library raised because memory ran out or driver and device do not fit; None for others."""
+    if isinstance(error, OutOfMemory):
+        return error
+    if not isinstance(error, RuntimeError | MemoryError):
+        return None
+    line = next(iter(quoted(error).strip().splitlines()), "")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY.search(str(error)):
+        return OutOfMemory(f"out of memory: {line}" if line else "out of memory", LESS)
+    for pattern, meaning, fix in DEVICE_FAULTS:
+        if re.search(pattern, str(error), re.IGNORECASE):
+            return Failed(f"{meaning}: {line}", fix)
+    return None
+
+
+@contextmanager
+def device_errors_explained() -> Iterator[None]:
+    """Inside the block, or in a function that this decorates, raise the clear error of `device_error` for a library's own."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if clear := device_error(error):
+            raise clear from error
+        raise
 
 
 # `name` or `name=value`. A value that has backticks, or is the text True or False, stands in longer fences: ``name=value ``.

@@ -32,9 +32,20 @@ def pick_device(name: str | torch.device) -> torch.device:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of fp32, bf16 or fp16; `auto` is bf16 on CUDA, else fp32."""
-    precision = precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    """Return the dtype of fp32, bf16 or fp16, and for `auto` the one that `pick_precision` chooses."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[pick_precision(precision, device)]
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """Return fp32, bf16 or fp16 as it is; `auto` is bf16 on a CUDA device that computes in it, fp16 on an older one, else fp32.
+
+    Devices before NVIDIA's Ampere only emulate bf16, which is slower than fp32.
+    """
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def is_lora(path: str | Path) -> bool:

@@ -27,7 +27,7 @@ from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.decoder import Decoder, decoder_of
 from fastdiff.models.fast.unet import unet_of
 from fastdiff.runtime import console, stop
-from fastdiff.runtime.errors import UsageError, as_field
+from fastdiff.runtime.errors import UsageError, as_field, device_errors_explained
 from fastdiff.sampling import assemble, linear_walk, pictures
 from fastdiff.sampling.engine import Compile, Copy, Engine, Inputs, Walk, on_cuda
 from fastdiff.sampling.linear_walk import Table
@@ -145,6 +145,7 @@ class Sampler:
         """The text encoders, loaded at the first prompt; they cache encoded prompts."""
         return text.Prompts(self.base, device=self.device)
 
+    @device_errors_explained()
     def __call__(self, prompts: str | Sequence[str], *, seeds: int | Iterable[int] = (0,), **how: Any) -> Pictures:
         """Draw each prompt from every seed, prompt after prompt. Takes the options of `stream`.
 

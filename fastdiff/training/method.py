@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints import checkpoint, write
@@ -35,6 +36,7 @@ from fastdiff.training.scene import Scene
 Losses = dict[str, Tensor]  # {name: weighted scalar loss} of one player
 Turn = dict[str, Losses]  # {player: losses}: these players are updated together, after all of their losses were computed
 Function = TypeVar("Function", bound=Callable[..., Any])
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,7 @@ class Method(ABC):
 
     def logged(self) -> dict[str, float]:
         """Return the latest value of every scalar that was logged."""
-        return {name: value.item() for name, value in self._figures.items()}
+        return read(self._figures)
 
     def settings(self, num_steps: int | None = None) -> Settings:
         """Return how the student is sampled: by its recipe, in `num_steps` steps or the recipe's own number."""
@@ -314,6 +316,15 @@ class Method(ABC):
             path = run.folder / f"{name or recipe.method}.safetensors"
             adapters.save_adapter(student, path, recipe=recipe, alpha=self.config.lora_alpha)
         run.wrote(path)
+
+
+def read(figures: Mapping[Name, Tensor]) -> dict[Name, float]:
+    """Return scalars of a device as numbers, by the same names. They are read together: one wait for the device, not one each."""
+    if not figures:
+        return {}
+    device = next(iter(figures.values())).device
+    together = torch.stack([value.detach().to(device, torch.float32) for value in figures.values()])
+    return dict(zip(figures, together.tolist(), strict=True))
 
 
 def lacking(method: type[Method] | Method) -> list[str]:

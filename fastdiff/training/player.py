@@ -1,5 +1,6 @@
 """A player: the parameters that one role trains, with their optimiser, their average and their loss scale."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -49,7 +50,7 @@ class Player:
         """Set the learning rate for step `done` of `steps`: linear warm-up, then constant or a cosine to zero."""
         rate = self.lr * min(1.0, (done + 1) / max(1, self.config.warmup))
         if self.config.lr_schedule == "cosine":
-            rate *= 0.5 + 0.5 * torch.cos(torch.tensor(done / steps * torch.pi)).item()
+            rate *= 0.5 + 0.5 * math.cos(done / steps * math.pi)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 

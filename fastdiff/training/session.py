@@ -21,7 +21,8 @@ from fastdiff.options.train import TrainConfig
 from fastdiff.runtime import console, disk, processes
 from fastdiff.runtime.config import to_toml
 from fastdiff.runtime.disk import write_atomic
-from fastdiff.runtime.errors import DoesNotFit, Failed, Result, UsageError
+from fastdiff.runtime.errors import DoesNotFit, Failed, Result, UsageError, device_errors_explained
+from fastdiff.sampling.assemble import pick_device, pick_precision
 from fastdiff.training import offload, optimizer, resume
 from fastdiff.training.card import write_card
 from fastdiff.training.exhibit import Exhibit
@@ -124,9 +125,7 @@ def open_accelerator(config: TrainConfig, run: Run) -> Any:
     )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("`device=cuda`: no CUDA device on this machine")
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if not cpu and torch.cuda.is_available() else "fp32"
+    precision = pick_precision(config.precision, torch.device("cpu") if cpu else pick_device(config.device))
     if config.shard and precision == "fp16":
         raise UsageError("`shard`: does not work in fp16, where every process has its own loss scale", "use `precision=bf16`")
     tracker = None if config.tracker == "none" else config.tracker
@@ -208,7 +207,8 @@ class Session:
 
         def finished(phase: Phase) -> None:
             write(run)
-            run.wrote(draw("final" if alone(trainer) else phase.name))
+            if path := trainer.spared("the contact sheet", lambda: draw("final" if alone(trainer) else phase.name)):
+                run.wrote(path)
 
         def preview(step: int) -> None:
             draw(f"{step:06d}")
@@ -239,6 +239,7 @@ class Trained:
     options: dict[str, str]  # options of `fastdiff sample` that draw with it; empty on all but the first process
 
 
+@device_errors_explained()
 def train(method_class: type[Method], config: Any) -> Trained:
     """Train a method from its config to its files: weights, pictures, metrics and model card.
 
@@ -272,7 +273,7 @@ def train(method_class: type[Method], config: Any) -> Trained:
     if trainer.kept:
         metrics["best"] = next(iter(trainer.kept.values())) if alone(trainer) else trainer.kept
     with console.timed("proof_s"):
-        metrics |= exhibit.figures(method, run)
+        metrics |= trainer.spared("the closing figures", lambda: exhibit.figures(method, run)) or {}
     weights = written_weights(run)
     parent = config.open_student() if weights.suffix == ".safetensors" else base
     options = method.sample_options(weights, parent)

@@ -1,5 +1,6 @@
 """The one training loop. A method only generates {player: losses}; this module does everything else."""
 
+import gc
 import math
 import operator
 import time
@@ -16,9 +17,9 @@ from fastdiff.models import sharding
 from fastdiff.models.ema import EMA, swapped
 from fastdiff.options.train import TrainConfig, seconds
 from fastdiff.runtime import console, processes, rng, stop
-from fastdiff.runtime.errors import Failed, Stopped, UsageError
+from fastdiff.runtime.errors import Failed, OutOfMemory, Stopped, UsageError, device_error
 from fastdiff.training import resume
-from fastdiff.training.method import Method, Now, Phase, Trains, lacking
+from fastdiff.training.method import Method, Now, Phase, Trains, lacking, read
 from fastdiff.training.player import Player
 from fastdiff.training.run import Run
 
@@ -178,7 +179,7 @@ class Trainer:
         due = lambda every: every and self.step % every == 0
         if (preview := self.preview) and due(self.config.preview_every):
             with self.averaged():
-                if not self.leading(lambda: preview(self.step) or True):
+                if not self.leading(lambda: self.spared("a contact sheet", lambda: preview(self.step)) or True):
                     return
         if due(self.config.eval_every):
             over = self.evaluate()
@@ -210,6 +211,30 @@ class Trainer:
                 result = work()
         return processes.agreed(result)
 
+    def measured(self) -> dict[str, float] | None:
+        """Return the figures of a measurement: {} where it does not fit in memory, None where a stop interrupted it."""
+        measure = self.measure
+        assert measure is not None
+        return self.leading(lambda: self.spared("a measurement", measure) or {})
+
+    def spared(self, what: str, work: Callable[[], Any]) -> Any:
+        """Do some work that a run can go on without. None, and a warning, where it does not fit in memory.
+
+        Else a run would end at its first contact sheet, and a resumed one at the same place. With `shard` the error is raised,
+        because the other processes wait for this one.
+        """
+        try:
+            return work()
+        except (RuntimeError, MemoryError, OutOfMemory) as error:
+            problem = device_error(error)
+            if not isinstance(problem, OutOfMemory) or self.sharded:
+                raise
+            console.warn(f"step {self.step}: {what} does not fit in memory and is left out; training goes on ({problem})")
+        gc.collect()  # the traceback held what the work had allocated
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return None
+
     def fit_budget(self) -> None:
         """Shorten the current phase to its share of the time that `max_time` leaves; once, when its pace is known."""
         done = self.step - self.start
@@ -227,7 +252,7 @@ class Trainer:
         """End the phase: measure and write its weights, and let the next phase start from them."""
         with self.exported():
             late = self.config.eval_every and self.step % self.config.eval_every
-            if self.measure and self.phase.exports and late and (measured := self.leading(self.measure)):
+            if self.measure and self.phase.exports and late and (measured := self.measured()):
                 self.log({"step": self.step - 1, **measured})
                 console.info(f"{self.phase.name or 'end'}: {score_text(measured)}")
             if (finished := self.finished) and self.phase.exports:
@@ -255,7 +280,7 @@ class Trainer:
         bad: dict[str, str] = {}
         while True:
             moved: list[str] | None = None
-            sums: dict[str, float] = {}
+            sums: dict[str, dict[str, Tensor]] = {}  # of each player, by the name of the loss; still on the device
             for turn, stream in zip(turns, streams, strict=True):
                 with stream.current(), self.accelerator.autocast():
                     players = next(turn, {})
@@ -271,15 +296,16 @@ class Trainer:
                     player, terms = self.players[who], players.pop(who)  # popped, so that its graph is freed after backward
                     loss: Tensor = reduce(operator.add, terms.values()) / n
                     player.backward(loss, self.players.values())
+                    own = sums.setdefault(who, {})
                     for name, value in terms.items():
-                        row[f"{who}/{name}"] = row.get(f"{who}/{name}", 0.0) + value.item() / n
-                    sums[who] = sums.get(who, 0.0) + loss.item()
-                    row["loss"] += loss.item()
+                        own[name] = own.get(name, 0.0) + value.detach().float() / n
                     del terms, loss
             if not moved:
                 break
-            for who in moved:
-                row[f"{who}/grad_norm"], problem = self.update(self.players[who], sums[who])
+            for who, figures in self.figures(sums).items():
+                problem = self.update(self.players[who], figures)
+                row |= {f"{who}/{name}": figure for name, figure in figures.items()}
+                row["loss"] += sum(figure for name, figure in figures.items() if name != "grad_norm")
                 bad |= {who: problem} if problem else {}
             self.method.after_update(now)
         if bad:
@@ -295,23 +321,36 @@ class Trainer:
         batches = [self.data.batch(self.config.batch_size, generator, shared).to(self.device) for _ in range(n)]
         return batches, rng.streams(seed, n)
 
-    def update(self, player: Player, loss: float) -> tuple[float, str]:
-        """Average a player's gradients over processes, clip them and update; return their norm and what was not finite.
+    def figures(self, losses: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
+        """Average and clip the gradients of the players of a turn; return their losses and `grad_norm`, by player and name.
 
-        The update is skipped where the loss or the norm is not finite on any process; the second value then is "loss" or
-        "gradient", and otherwise empty.
+        All figures of the turn are read at once: reading one waits until the device has done all its work.
+        """
+        for who in losses:
+            self.players[who].synchronise()
+        flat = {(who, name): value for who, own in losses.items() for name, value in own.items()}
+        flat |= {(who, "grad_norm"): self.players[who].clip() for who in losses}
+        result: dict[str, dict[str, float]] = {who: {} for who in losses}
+        for (who, name), figure in read(flat).items():
+            result[who][name] = figure
+        return result
+
+    def update(self, player: Player, figures: dict[str, float]) -> str:
+        """Update a player whose gradients are ready, and return what was not finite.
+
+        The update is skipped where a loss or the norm is not finite on any process; the result then is "loss" or "gradient",
+        and otherwise empty.
         """
         player.set_rate(self.step - self.start, self.lengths[self.index])
-        player.synchronise()
-        norm = player.clip().item()
+        wrong = {name for name, figure in figures.items() if not math.isfinite(figure)}
         problems = ("", "gradient", "loss")  # a bad loss makes a bad gradient, so it is the one to report
-        problem = problems[processes.highest(2 if not math.isfinite(loss) else 1 if not math.isfinite(norm) else 0)]
+        problem = problems[processes.highest(2 if wrong - {"grad_norm"} else len(wrong))]
         if not problem:
             player.step()
         elif problem == "gradient" and player.finding_scale:
             problem = ""
         player.finish()
-        return norm, problem
+        return problem
 
     def report_skipped(self, bad: dict[str, str], batches: list[Batch]) -> None:
         """Report a skipped step: {player: what was not finite}, and the items of its batch.
@@ -338,12 +377,11 @@ class Trainer:
 
         Returns True where `patience` ends the phase, None where a stop interrupted the measurement, and otherwise False.
         """
-        assert self.measure is not None
         player, best = next(iter(self.players.values())), self.best
         with self.averaged():
-            measured = self.leading(self.measure)
-            if measured is None:
-                return None
+            measured = self.measured()
+            if not measured:
+                return None if measured is None else False
             if measured["score"] < best["score"]:
                 best |= {"step": self.step, "score": measured["score"], "worse": 0}
                 best["params"] = [sharding.whole(p.detach(), everywhere=True).cpu().clone() for p in player.params]

@@ -64,8 +64,8 @@ class Segmented(Scores):
         noise = torch.randn_like(batch.latents)
         if pairs:
             assert batch.noise is not None, "pairs without noise"
-            kept = torch.rand_like(batch.noise[:pairs, :1]) >= fresh if fresh else torch.tensor(True, device=noise.device)
-            noise[:pairs] = torch.where(kept, batch.noise[:pairs], noise[:pairs])
+            own = batch.noise[:pairs]
+            noise[:pairs] = torch.where(torch.rand_like(own[:, :1]) >= fresh, own, noise[:pairs]) if fresh else own
         return self.student(noise, torch.full((len(noise),), self.t_gen, device=noise.device), batch.cond).x0
 
     @equation("SDXS, algorithm 1")
