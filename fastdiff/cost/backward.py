@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 
 Node = Any  # torch.autograd.graph.Node; C++ and Python nodes share no class with all the parts used here
@@ -126,9 +127,9 @@ class Engine:
     def call(self, node: Node, grads: list[Tensor | None], keep: bool) -> list[Tensor | None]:
         """Run one node on the gradients of its outputs, free what it saved, and return the gradients of its inputs."""
         outer, self.unpacked = self.unpacked, []
-        if callable(node) and not hasattr(node, "apply"):
+        if not isinstance(node, BackwardCFunction):
             out = node(*grads)
-        else:  # a torch.autograd.Function: torch gives it zeros for missing gradients
+        else:  # a Function written in Python: torch gives it zeros for missing gradients
             metadata = node._input_metadata
             zeros = lambda m: torch.zeros(m.shape, dtype=m.dtype, device=m.device)
             out = node.apply(*(zeros(m) if g is None else g for g, m in zip(grads, metadata, strict=True)))

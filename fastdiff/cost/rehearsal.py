@@ -24,14 +24,13 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.cost.simulation import Card
 from fastdiff.data import encode as data_encode
 from fastdiff.data import teacher as data_teacher
-from fastdiff.data import encode as data_encode
-from fastdiff.data import teacher as data_teacher
 from fastdiff.data.prompts import default_prompts, read_prompts
 from fastdiff.models import perceptual
 from fastdiff.options.train import TrainConfig
 from fastdiff.runtime import console
 from fastdiff.sampling.sampler import at_once
 from fastdiff.sampling.settings import Settings
+from fastdiff.training import optimizer
 from fastdiff.training.exhibit import Exhibit
 from fastdiff.training.method import Method
 from fastdiff.training.run import Run

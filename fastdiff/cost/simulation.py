@@ -307,7 +307,7 @@ class Card(TorchDispatchMode):
         before = torch.__future__.get_swap_module_params_on_conversion()
         with ExitStack() as stack:
             for owner, name, answer in answers:
-                stack.enter_context(patch.object(owner, name, answer, create=not hasattr(owner, name)))
+                stack.enter_context(patch.object(owner, name, answer, create=True))
             # A parameter keeps its identity when its network moves, as on a real card.
             torch.__future__.set_swap_module_params_on_conversion(True)
             # What depends on values, such as the places of a mask, gets the largest size that it can have.

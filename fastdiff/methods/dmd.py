@@ -137,10 +137,11 @@ class DMD(Scores):
             yield {"student": student}
             return
         seen = self.noised(x.detach(), config.t_min, config.t_max)
+        real = self.real_score(seen, batch) if turn else None
         fake = self.fake(seen.x_t, seen.t, batch.cond)
         players = {"fake": self.fake_losses(seen, fake, batch)}
-        if turn:
-            student["matching"] = losses.along(x, self.gradient(seen, fake, batch))
+        if real is not None:
+            student["matching"] = losses.along(x, self.gradient(seen, real, fake))
             if self.head:
                 student["gan"] = config.gan_weight * losses.gan_real(self.logits(x, batch.cond))
             players["student"] = student

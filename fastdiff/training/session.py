@@ -117,7 +117,7 @@ def open_accelerator(config: TrainConfig, run: Run) -> Any:
 
     UsageError where CUDA or the tracker is not there, or where `shard` is combined with fp16.
     """
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate import Accelerator, AutocastKwargs, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState, PartialState
 
     cpu = config.device == "cpu" or (
@@ -145,7 +145,9 @@ def open_accelerator(config: TrainConfig, run: Run) -> Any:
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=tracker,
         project_dir=run.folder,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        # Autocast's cache would hold half-precision copies of everything that trains until the turn ends, and hand old copies out
+        # where weights change within it. Casting again at each use is cheap beside the products.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), AutocastKwargs(cache_enabled=False)],
     )
     if tracker:
         accelerator.init_trackers("fastdiff")

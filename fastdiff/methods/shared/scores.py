@@ -41,12 +41,16 @@ class Scores(Method):
         eps = torch.randn_like(x)
         return Noised(x, eps, t, self.schedule.add_noise(x, eps, t))
 
-    @equation("DMD, equation 7 and algorithm 2")
-    def gradient(self, seen: Noised, fake: Prediction, batch: Batch) -> Tensor:
-        """Compute g (B, C, h, w), with the guided teacher as the real score, and log the statistics of x and both scores."""
+    @equation("DMD, section 3.2")
+    @torch.no_grad()
+    def real_score(self, seen: Noised, batch: Batch) -> Prediction:
+        """Predict with the guided teacher. Called before there is a graph of another role, it adds nothing to their memory."""
         w = self.guidance[seen.t] if isinstance(self.guidance, Tensor) else self.guidance
-        with torch.no_grad():
-            real = self.teacher.guided(seen.x_t, seen.t, batch.cond, batch.uncond, w)
+        return self.teacher.guided(seen.x_t, seen.t, batch.cond, batch.uncond, w)
+
+    @equation("DMD, equation 7 and algorithm 2")
+    def gradient(self, seen: Noised, real: Prediction, fake: Prediction) -> Tensor:
+        """Compute g (B, C, h, w) from the two scores of x, and log the statistics of x and of both."""
         for name, x0 in (("x", seen.x), ("real", real.x0), ("fake", fake.x0.detach())):
             self.log(**{f"{name}_mean": x0.mean(), f"{name}_std": x0.std()})
         self.log(difference=(fake.x0.detach() - real.x0).abs().mean())

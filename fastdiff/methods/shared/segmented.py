@@ -78,8 +78,9 @@ class Segmented(Scores):
         if now.phase.name == "match":
             return {"student": student}
         seen = self.noised(x.detach(), self.config.t_min, alpha)
+        real = self.real_score(seen, batch)
         fake = self.fake(seen.x_t, seen.t, batch.cond)
-        student["matching"] = losses.along(x, self.gradient(seen, fake, batch))
+        student["matching"] = losses.along(x, self.gradient(seen, real, fake))
         return {"fake": self.denoising(seen, fake), "student": student}
 
     def _pairs(self, batch: Batch, now: Now) -> int:
