@@ -30,7 +30,7 @@ from fastdiff.options.train import TrainConfig
 from fastdiff.runtime import console
 from fastdiff.sampling.sampler import at_once
 from fastdiff.sampling.settings import Settings
-from fastdiff.training import optimizer
+from fastdiff.training import offload, optimizer
 from fastdiff.training.exhibit import Exhibit
 from fastdiff.training.method import Method
 from fastdiff.training.run import Run
@@ -160,6 +160,12 @@ def rehearse(method_class: type[Method], config: TrainConfig, base: Checkpoint, 
     return found
 
 
+def held(card: Card) -> int:
+    """Return the memory that is in use, in MiB."""
+    gc.collect()
+    return card.live_bytes // 2**20
+
+
 def run_parts(method_class: type[Method], config: Any, base: Checkpoint, run: Run, card: Card, found: Rehearsal) -> None:
     """Run data, every phase, a contact sheet and the measurements, and note the peak of each."""
     card.watched = True
@@ -185,12 +191,18 @@ def run_parts(method_class: type[Method], config: Any, base: Checkpoint, run: Ru
     method = method_class(base, config)
     with part("data"):
         exhibit.begin(method)
+    known: set[Any] = set()
     trainer = Trainer(method, data, run, config, accelerator)
     for index in range(len(trainer.phases)):
         if index:
             trainer.leave()
             trainer.enter(index)
         name = trainer.phase.name or "steps"
+        # A phase with the same players and the same memory before it takes what the other took.
+        same = (tuple((who, sum(p.numel() for p in player.params)) for who, player in trainer.players.items()), held(card))
+        if same in known:
+            continue
+        known.add(same)
         length = method_class.cycle(config)
         last = trainer.end - length
         trainer.step = max(trainer.start, last - last % length)
@@ -207,11 +219,13 @@ def run_parts(method_class: type[Method], config: Any, base: Checkpoint, run: Ru
         found.state_bytes = max(found.state_bytes, trainer.state_bytes)
         found.trained_bytes = sum(p.numel() * p.element_size() for p in next(iter(trainer.players.values())).params)
         if trainer.phase.exports:
-            with part("sheet"):
-                exhibit.sheet(method)
+            if config.offload:
+                offload.set_aside(scene.vaes, method.networks())
+            with part("sheet"), trainer.averaged():
+                trainer.leading(lambda: exhibit.sheet(method))
             if config.eval_every:
-                with part("measure"):
-                    exhibit.measure(method)
+                with part("measure"), trainer.averaged():
+                    trainer.leading(lambda: exhibit.measure(method))
     if type(exhibit).figures is not Exhibit.figures:
         run.folder.mkdir(parents=True, exist_ok=True)
         with part("figures"):

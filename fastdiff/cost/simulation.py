@@ -5,8 +5,8 @@
     card.peak_bytes, card.syncs
 
 A tensor on "cuda" is a `Simulated`: it knows its shape and shares a counted `Block` with its views. Tensors on the CPU are real
-and computed. An operation that mixes the two raises, as on a card. Autocast is torch's own, with CUDA's lists. Attention takes the
-kernel that a card would take, and the backward pass runs in `cost.backward`. Values that are read back are constants or small
+and computed. An operation that mixes the two raises, as on a card. Autocast is torch's own, with CUDA's lists. Attention takes
+the kernel that a card would take, and the backward pass runs in `cost.backward`. Values that are read back are constants or small
 random numbers; each read is counted as a synchronisation of the host with the card.
 
 Counted are tensors alone, in the 512 bytes that CUDA's allocator rounds to. Not counted: CUDA's context, the workspaces of cuBLAS
@@ -73,15 +73,6 @@ class Simulated(Tensor):
         tensor = next(value for value in leaves(args) if isinstance(value, Simulated))
         return tensor.block.card.perform(func, args, kwargs or {})
 
-    @property
-    def data(self) -> Tensor:
-        return self.detach()
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        with torch.no_grad():
-            torch.utils.swap_tensors(self, alike(self, value.detach()))
-
     def untyped_storage(self) -> torch.UntypedStorage:
         if self.block.storage is None:
             self.block.storage = torch.UntypedStorage(1)
@@ -105,6 +96,18 @@ class Simulated(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Simulated({tuple(self.shape)}, {self.dtype})"
+
+
+def assigned(tensor: Tensor, value: Tensor) -> None:
+    """Set `tensor.data`, also from the CPU to the card and back."""
+    if not isinstance(tensor, Simulated) and not isinstance(value, Simulated):
+        DATA.__set__(tensor, value)
+        return
+    with torch.no_grad():
+        torch.utils.swap_tensors(tensor, alike(tensor, value.detach().view(value.shape)))
+
+
+DATA = torch.Tensor.data  # torch's own way to set it
 
 
 def alike(tensor: Tensor, value: Tensor) -> Tensor:
@@ -172,6 +175,8 @@ class Card(TorchDispatchMode):
             isinstance(value, Simulated) for value in leaves((args, kwargs))
         ):
             return self.perform(func, args, kwargs)
+        if func._overloadpacket is aten._to_copy and args[0].is_meta and device is not None and device.type == "cpu":
+            kwargs["device"] = torch.device("meta")  # a network without weights, which moves to the CPU
         kwargs.pop("pin_memory", None)  # only a driver can pin memory
         return func(*args, **kwargs)
 
@@ -181,6 +186,10 @@ class Card(TorchDispatchMode):
         if (read := READS.get(packet)) and (result := read(self, packet, args, kwargs)) is not NotImplemented:
             return result
         kwargs.pop("generator", None)
+        if (device := kwargs.get("device")) is not None and device.type == "cpu":  # a CPU tensor like one on the card
+            kwargs.pop("pin_memory", None)
+            metas = iter([empty(value.spec) for value in leaves(args) if isinstance(value, Simulated)])
+            return func(*swapped(args, metas), **kwargs)
         tensors: list[Tensor] = []
         key = (func, described(args, tensors), described(tuple(kwargs.items()), tensors))
         results = self.known.get(key)
@@ -301,6 +310,7 @@ class Card(TorchDispatchMode):
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.Tensor, "pin_memory", lambda tensor, *_: tensor),
             (F, "scaled_dot_product_attention", self.attention(F.scaled_dot_product_attention)),
+            (torch.Tensor, "data", property(torch.Tensor.data.__get__, assigned)),
             (torch, "tensor", copying(torch.tensor)),
             (torch, "as_tensor", copying(torch.as_tensor)),
         ]

@@ -131,6 +131,8 @@ class Lightning(Method):
         for name in names:
             if not adapters.parameters(net, name):
                 self.adapter(net, name)
+                for p in adapters.parameters(net, name):
+                    p.data = p.data.to(self.base_model.dtype)  # as autocast sees it; a teacher needs no more
             self.kept[name] = nn.ParameterList(adapters.parameters(net, name)).requires_grad_(False)
         for name in reversed(names):
             adapters.copy_adapter(net, {"skip": "teacher", "teacher": "student"}[name], name)

@@ -10,11 +10,11 @@ class Parking:
     """CPU memory for tensors of a device. Values come back bit by bit.
 
     On CUDA the places are pinned, so that copies run in the background, in the order of the device's other work. `settle` waits
-    for them: call it before the CPU reads parked values.
+    for them: call it before the CPU reads parked values. What is parked once in a while needs no `pinned` places.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.pinned = device, device.type == "cuda"
+    def __init__(self, device: torch.device, *, pinned: bool = True) -> None:
+        self.device, self.pinned = device, pinned and device.type == "cuda"
         self.places: dict[Tensor, Tensor] = {}  # parked tensor -> its place
         self.parked = False
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class Player:
         averaged: bool,
         fp16: bool,
     ) -> None:
-        self.params, self.lr, self.config = params, lr, config
+        self.params, self.lr, self.config, self.device = params, lr, config, device
         self.split = [p for p in self.params if sharding.is_split(p)]
         mixed = 0 < len(self.split) < len(self.params)
         self.optimizer = optimizer.opened(config, self.params, device, lr=lr, betas=betas, mixed=mixed)
@@ -115,8 +116,24 @@ class Player:
     def park(self) -> None:
         """With `offload`, move what only an update uses to CPU memory: the optimiser's moments and the averages."""
         if self.parking:
-            moments = [v for row in self.optimizer.state.values() for v in row.values() if isinstance(v, Tensor)]
-            self.parking.park([*moments, *(self.ema.shadow if self.ema else ())])
+            self.parking.park([*self.moments_held(), *(self.ema.shadow if self.ema else ())])
+
+    def moments_held(self) -> list[Tensor]:
+        """The tensors that the optimiser keeps between updates."""
+        return [v for row in self.optimizer.state.values() for v in row.values() if isinstance(v, Tensor)]
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Keep the optimiser's moments in CPU memory during the `with`: while pictures are drawn, they need the room."""
+        if self.device.type != "cuda" or self.parking or self.split:
+            yield
+            return
+        parking = Parking(self.device, pinned=False)
+        parking.park(self.moments_held())
+        try:
+            yield
+        finally:
+            parking.fetch()
 
     def finish(self) -> None:
         """Adjust the loss scale and drop the gradients, whether the step was made or skipped."""

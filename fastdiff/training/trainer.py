@@ -207,8 +207,11 @@ class Trainer:
         """
         result, all_work = None, self.config.shard and processes.count() > 1
         if all_work or processes.first():
-            with suppress(Stopped), stop.together() if all_work else nullcontext():
-                result = work()
+            with ExitStack() as stack:
+                for player in self.players.values():
+                    stack.enter_context(player.resting())
+                with suppress(Stopped), stop.together() if all_work else nullcontext():
+                    result = work()
         return processes.agreed(result)
 
     def measured(self) -> dict[str, float] | None:
@@ -390,7 +393,8 @@ class Trainer:
             else:
                 best["worse"] += 1
         self.log({"step": self.step - 1, **measured})
-        since = f"best at {best['step']}, now worse by {100 * (measured['score'] / best['score'] - 1):.0f} %"
+        worse = f" by {100 * (measured['score'] / best['score'] - 1):.0f} %" if best["score"] else ""
+        since = f"best at {best['step']}, now worse{worse}"
         console.info(f"step {self.step}: {score_text(measured)}; {since if best['worse'] else 'the best so far'}")
         self.progress = {"score": measured["score"], "best_at": best["step"]}
         if over := 0 < self.config.patience <= best["worse"]:
