@@ -10,6 +10,8 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.commands import plan
 from fastdiff.cost import footprint, probe
+from fastdiff.cost.estimate import Estimate
+from fastdiff.cost.rehearsal import Rehearsal
 from fastdiff.lora import adapters
 from fastdiff.methods import lcm
 from fastdiff.runtime import disk
@@ -70,26 +72,45 @@ def test_every_method_can_be_probed(command):
     assert sum(n for n, _ in found.phases.values()) == config.steps
 
 
-def test_without_a_probe_smaller_settings_are_proposed_until_one_fits(fastdiff, tiny_sd, monkeypatch):
+@pytest.fixture
+def by_formula(monkeypatch):
+    """What a setting takes, as a formula of its options, so that the settings of a tiny network differ."""
+
+    def size(config):
+        graph = 2**26 * config.batch_size * (1 if config.gradient_checkpointing else 4)
+        kept = 2**24 * (2 - config.offload - (config.quantize_base != "none"))
+        return 2**30 + graph + kept + 2**20 * config.lora_rank
+
+    monkeypatch.setattr(plan, "rehearse", lambda method, config, base: Rehearsal({"steps": size(config)}))
+    monkeypatch.setattr(plan, "estimate", lambda load, shape, config, dtype: Estimate(size(config), 0, 1e9, 1e6, 1e6))
+
+
+def test_without_a_probe_smaller_settings_are_proposed_until_one_fits(fastdiff, tiny_sd, monkeypatch, by_formula):
     given = ["plan", "train-lcm-lora", "--base", tiny_sd, *SMALL]
     code, told = fastdiff(*given)
     assert code == 0
     sizes = needs(told)
-    rows = [(r["batch_size"], r["grad_accum"], r["gradient_checkpointing"], r["lora_rank"]) for r in told["metrics"]["settings"]]
-    assert rows == [(4, 2, False, 16), (2, 4, False, 16), (1, 8, False, 16)] + [
-        (4, 2, True, 16), (2, 4, True, 16), (1, 8, True, 16), (1, 8, True, 8), (1, 8, True, 4)
+    options = ("batch_size", "grad_accum", "gradient_checkpointing", "lora_rank", "offload", "quantize_base")
+    rows = [tuple(row[name] for name in options) for row in told["metrics"]["settings"]]
+    assert rows == [(n, 8 // n, again, 16, False, "none") for again in (False, True) for n in (4, 2, 1)] + [
+        (1, 8, True, 16, True, "none"), (1, 8, True, 16, True, "int8"), (1, 8, True, 8, True, "int8"), (1, 8, True, 4, True, "int8"),
     ]  # fmt: skip
-    assert sizes[0] > sizes[1] > sizes[2] > sizes[5] > sizes[6] > sizes[7]
+    assert sizes[0] > sizes[1] > sizes[2] > sizes[5] > sizes[6] > sizes[7] > sizes[8] > sizes[9]
+    assert [row["rehearsed"] for row in told["metrics"]["settings"]] == [True] + 9 * [False]
     assert "as given" not in str(told["warnings"])
-    for index in (1, 5, 7):
+    for index in (1, 5, 6, 7, 9):
         memory(monkeypatch, (sizes[index] + 1) / plan.FREE_PART)
         code, told = fastdiff(*given)
         assert code == 0
         fits = [row["fits"] for row in told["metrics"]["settings"]]
         assert fits.index(True) == index
+        assert told["metrics"]["settings"][index]["rehearsed"]
         assert any("the command does not fit as it is" in line for line in told["warnings"])
     assert told["metrics"]["proposal"]["lora_rank"] == 4
-    assert told["next_command"].endswith("--batch-size 1 --grad-accum 8 --gradient-checkpointing --lora-rank 4 --lora-alpha 16")
+    changes = (
+        "--batch-size 1 --grad-accum 8 --gradient-checkpointing --offload --quantize-base int8 --lora-rank 4 --lora-alpha 16"
+    )
+    assert told["next_command"].endswith(changes)
 
 
 def test_exit_4_where_nothing_fits(fastdiff, tiny_sd, monkeypatch):
@@ -131,7 +152,8 @@ def test_methods_without_arithmetic_are_only_measured():
     ("args", "message"),
     [
         (["smple"], "plan smple: not a training command"),
-        (["distill-vae", "--no-probe"], "does not say what a step costs"),
+        (["train-lcm-lora", "--memory", "much"], "--memory much: not a size"),
+        (["train-lcm-lora", "--memory", "0G"], "--memory 0G: not a size"),
         (["prune", "--steps", "0", "--no-probe"], "--steps 0: nothing trains"),
         (["train-lcm-lora", "--no-such-flag"], "--no-such-flag"),
         ([], "Missing argument"),
@@ -153,6 +175,20 @@ def test_help_is_the_commands_own(capsys, monkeypatch):
     assert "--lambda-reg" in page
     assert cli.main(["dmd", "--help-all"]) == 0
     assert "--probe" not in capsys.readouterr().out
+
+
+def test_a_command_without_arithmetic_is_rehearsed_too(fastdiff, tiny_sd):
+    code, told = fastdiff("plan", "distill-vae", "--base", tiny_sd, "--resolution", 64, "--width", 8, "--memory", "8G")
+    assert code == 0, told["error"]
+    (row,) = told["metrics"]["settings"]
+    assert (row["rehearsed"], row["fits"], row["step_s"]) == (True, True, None)
+    assert set(told["metrics"]["peaks"]) == {"data", "steps", "sheet", "figures"}
+    assert told["metrics"]["device"] == "a CUDA card"
+
+
+def test_sizes_are_read_as_card_makers_write_them():
+    assert [plan.size_in_bytes(text) for text in ("16G", "16GB", "16 GiB", "16", "0.5g")] == [2**34] * 4 + [2**29]
+    assert plan.size_in_bytes("12000M") == 12000 * 2**20
 
 
 def test_an_alias_without_weights_is_counted_by_the_published_shapes():

@@ -9,6 +9,7 @@ measured or rehearsed, and the one that is proposed in the end has been measured
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,16 +42,28 @@ LEAST_RANK = 4
 def settings(config: Any, adapters_train: bool) -> list[Any]:
     """The config, then variants that take less and less memory for the same batch.
 
-    First the batch is split into smaller parts, then gradient checkpointing is switched on, then the LoRA rank is halved.
+    First the batch is split into smaller parts, then gradient checkpointing is switched on. A run with adapters then moves what
+    only an update uses to CPU memory, keeps the base in 8 bits, and halves the rank.
     """
     whole = config.batch_size * config.grad_accum
     parts = [n for n in range(config.batch_size, 0, -1) if whole % n == 0]
     configs = []
+
+    def offer(config: Any, **changes: Any) -> None:
+        with suppress(UsageError):  # not every method takes every option
+            configs.append(replace(config, **changes))
+
     for again in [False, True] if not config.gradient_checkpointing else [True]:
-        configs += [replace(config, batch_size=n, grad_accum=whole // n, gradient_checkpointing=again) for n in parts]
+        for n in parts:
+            offer(config, batch_size=n, grad_accum=whole // n, gradient_checkpointing=again)
+    if adapters_train:
+        if not config.offload:
+            offer(configs[-1], offload=True)
+        if config.quantize_base == "none":
+            offer(configs[-1], quantize_base="int8")
     rank = config.lora_rank if adapters_train else 0
     while (rank := rank // 2) >= LEAST_RANK:
-        configs.append(replace(configs[-1], lora_rank=rank, lora_alpha=config.lora_alpha * rank / config.lora_rank))
+        offer(configs[-1], lora_rank=rank, lora_alpha=config.lora_alpha * rank / config.lora_rank)
     return configs
 
 
@@ -125,7 +138,7 @@ class Row:
         return self.changes | {k: v for k, v in vars(self).items() if k != "config"}
 
 
-CHANGED = ("batch_size", "grad_accum", "gradient_checkpointing", "lora_rank", "lora_alpha")
+CHANGED = ("batch_size", "grad_accum", "gradient_checkpointing", "offload", "quantize_base", "lora_rank", "lora_alpha")
 
 
 class Plan:
@@ -267,13 +280,15 @@ class Plan:
         """Print the settings, and the time and disk of the first that fits, as tables."""
         how = "measured" if self.probe else "rehearsed without a card"
         gib = lambda size: "out of memory" if size is None else f"{size / 2**30:.2f}"
-        columns = ["images per step", "at once", "checkpointing", "rank", "GiB", "s per step", "fits"]
+        columns = ["images per step", "at once", "checkpointing", "offload", "base", "rank", "GiB", "s per step", "fits"]
         listed = [row for row in self.rows if row.fits][:3] + [row for row in self.rows if not row.fits]
         rows = [
             [
                 str(row.config.batch_size * row.config.grad_accum),
                 str(row.config.batch_size),
                 "yes" if row.config.gradient_checkpointing else "no",
+                "yes" if row.config.offload else "no",
+                {"none": ""}.get(row.config.quantize_base, row.config.quantize_base),
                 str(row.changes.get("lora_rank", "")),
                 gib(row.memory_bytes) + ("" if row.measured or row.rehearsed else " (estimated)"),
                 "" if row.step_s is None else f"{row.step_s:.3g}",
@@ -334,7 +349,8 @@ def run(method: type[Method], config: TrainConfig, *, probe: bool, typed: str, m
     changes = []
     for name, value in plan.row.changes.items():
         if value != vars(config)[name]:
-            changes.append(flags[name].flag if value is True else f"{flags[name].flag} {value:g}")
+            text = value if isinstance(value, str) else f"{value:g}"
+            changes.append(flags[name].flag if value is True else f"{flags[name].flag} {text}")
     if changes:
         console.warn(f"the command does not fit as it is; with these changes it does: {' '.join(changes)}")
     return Result(metrics=plan.metrics(), next_command=" ".join([typed, *changes]))

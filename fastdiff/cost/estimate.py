@@ -16,7 +16,8 @@ from fastdiff.options.train import TrainConfig
 from fastdiff.training.method import Load
 from fastdiff.training.scene import teacher_sampling
 
-OPTIMISER = 16  # bytes per trained parameter: the value, its gradient and two Adam moments, each fp32
+TRAINED = 8  # bytes per trained parameter: the value and its gradient, each fp32
+MOMENTS = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # and what the optimiser keeps
 RECOMPUTED = 1.33  # a step with gradient checkpointing takes this many times as long
 
 
@@ -44,13 +45,15 @@ def estimate(load: Load, shape: Footprint, config: Any, dtype: torch.dtype) -> E
     student = min(whole, shape.parameters) or adapter / max(load.lora, 1)
     averaged = 4 * student if config.ema else 0
     graph = shape.checkpointed_bytes if config.gradient_checkpointing else shape.saved_bytes
-    fixed = load.frozen * shape.parameters * dtype.itemsize + (adapter + whole) * OPTIMISER + averaged
+    stored = dtype.itemsize if config.quantize_base == "none" else 1
+    moments = MOMENTS[config.optimizer] if not config.offload else 0
+    fixed = load.frozen * shape.parameters * stored + (adapter + whole) * (TRAINED + moments) + averaged * (not config.offload)
     backward = 2 * (RECOMPUTED if config.gradient_checkpointing else 1)
     return Estimate(
         fixed + graph * load.graph * config.batch_size,
         fixed,
         shape.flops * (load.grad * (1 + backward) + load.free) * config.batch_size * config.grad_accum,
-        (adapter + whole) * (OPTIMISER - 4) + averaged,
+        (adapter + whole) * (TRAINED - 4 + MOMENTS[config.optimizer]) + averaged,
         student * (dtype.itemsize if whole else 4),
     )
 

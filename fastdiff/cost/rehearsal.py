@@ -27,7 +27,7 @@ from fastdiff.data import teacher as data_teacher
 from fastdiff.data.prompts import default_prompts, read_prompts
 from fastdiff.models import perceptual
 from fastdiff.options.train import TrainConfig
-from fastdiff.runtime import console
+from fastdiff.runtime import console, disk
 from fastdiff.sampling.sampler import at_once
 from fastdiff.sampling.settings import Settings
 from fastdiff.training import offload, optimizer
@@ -97,6 +97,7 @@ def without_weights(config: TrainConfig, base: Checkpoint, folder: Path) -> Iter
         for module in (checkpoint, data_teacher, data_encode):
             stack.enter_context(patch.object(module, "fingerprint", lambda net: UNKNOWN))
         stack.enter_context(patch.object(type(config), "open_base", lambda self, dtype=None: hollow(base)))
+        stack.enter_context(patch.object(disk, "require", lambda *_: None))
         stack.enter_context(patch.object(perceptual, "open_distance", distance(base)))
         stack.enter_context(patch.object(optimizer, "opened", opened(optimizer.opened)))
         usual = Settings.usual
@@ -186,8 +187,9 @@ def run_parts(method_class: type[Method], config: Any, base: Checkpoint, run: Ru
         data = method_class.arrange(scene, data, exhibit, config)
         base.release(*(name for name in COMPONENTS if name not in method_class.keeps))
     base.__dict__ |= {k: v for k, v in hollow(base).__dict__.items() if k in ("unet", "vae")}
+    networks = {"unet": base.unet, "vae": base.vae}
     for name in method_class.keeps:
-        getattr(base, name).to(scene.device)
+        networks[name].to(scene.device)
     method = method_class(base, config)
     with part("data"):
         exhibit.begin(method)
