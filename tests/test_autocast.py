@@ -27,8 +27,8 @@ METHODS = {c.name: c.load().method for c in cli.COMMANDS if c.load().method}
 COMMON = dict(steps=40, batch_size=2, device="cpu", resolution=128, seed=3)
 APART = dict(skip=20)
 DMD2 = dict(recipe="dmd2", lambda_reg=0, gan_weight=1e-3, num_steps=2, fake_steps_per_gen=1)
-STAGES = dict(d_warmup=0, adversarial_lr=1e-4, full_lr=1e-4, stages="2:1", phases="mse,cond,uncond,full", late_detail_at=0)
-HEADS = dict(STAGES, stages="4:2", phases="cond", discriminator="full", d_features="every", gan="paired", r1=1.0)
+STAGES = dict(d_warmup=0, adversarial_lr=1e-4, full_lr=1e-4, stages="2:1", phases="mse,cond,full", late_detail_at=0)
+HEADS = dict(STAGES, stages="4:2", phases="uncond", discriminator="full", d_features="every", gan="paired", r1=1.0)
 # {method: {name of a case: options}}. A method that has no row is tested with its defaults.
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "train-lcm-lora": {
