@@ -62,6 +62,8 @@ SCRIPT = """
 import json, sys
 from fastdiff import cli
 from fastdiff.commands import train
+from fastdiff.quality import samples
+samples.TIMED_S, samples.TIMED, samples.DIVERSE = 0, (1, 1), (2, 2)  # latency and diversity of a few pictures
 name = sys.argv[1]
 assert train.named(name).name == name
 def told(*args, code=0):
@@ -70,7 +72,7 @@ def told(*args, code=0):
         assert cli.main([*args, "--json"]) == code, (args, out.getvalue())
     return json.loads(out.getvalue())
 assert cli.main([name, "--help-all"]) == 0
-small = ["--steps", "4", "--batch-size", "2", "--lora-rank", "4", "--lora-alpha", "4", "--proof", "20", "-o", "run-" + name]
+small = ["--steps", "4", "--batch-size", "2", "--lora-rank", "4", "--lora-alpha", "4", "--proof", "8", "-o", "run-" + name]
 plan = told("plan", name, *small, "--no-probe")["metrics"]
 run = told(name, *small)
 again = told(name, *small)

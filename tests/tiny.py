@@ -28,7 +28,7 @@ WHOLE = {  # all weights of a network train: what --shard splits
 
 
 def few_teacher_steps(usual):
-    """`Settings.usual` with 4 steps of the teacher of tiny checkpoints for 25: contact sheets show it, in most of a run's time."""
+    """`Settings.usual` with 4 steps of a tiny checkpoint's teacher for 25: contact sheets would take most of a run's time."""
     from dataclasses import replace
 
     return lambda family: usual(family) if family.ships_weights else replace(usual(family), num_steps=4)
