@@ -50,7 +50,8 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 }
 TABLE = [(name, case) for name in METHODS for case in CASES.get(name, {"defaults": {}})]
 # Between `zero` and these only what is computed in fp32 differs: to which timestep the networks' answers are moved.
-ALIKE = [("train-lcm-lora", "edge"), ("train-lcm-lora", "random")]
+# DMD's losses are those of `dmd2`, its whole networks train as in SDXS's `full`.
+ALIKE = [("train-lcm-lora", "edge"), ("train-lcm-lora", "random"), ("dmd", "full")]
 
 
 def options_of(name: str, case: str, folders: dict[str, str]) -> dict[str, Any]:
