@@ -140,13 +140,11 @@ def tiny_pruned(tiny_sd, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _few_teacher_steps(monkeypatch):
     """Contact sheets show the teacher of tiny checkpoints too: of 4 steps, not 25, which would be a fifth of the suite's time."""
-    from dataclasses import replace
+    from tiny import few_teacher_steps
 
     from fastdiff.sampling.settings import Settings
 
-    usual = Settings.usual
-    few = lambda family: usual(family) if family.ships_weights else replace(usual(family), num_steps=4)
-    monkeypatch.setattr(Settings, "usual", few)
+    monkeypatch.setattr(Settings, "usual", few_teacher_steps(Settings.usual))
 
 
 @pytest.fixture

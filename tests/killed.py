@@ -14,7 +14,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-from tiny import arguments
+from tiny import arguments, few_teacher_steps
 from toy import child, same
 
 torch.set_num_threads(1)
@@ -84,7 +84,9 @@ if __name__ == "__main__":
     import peft  # noqa: F401
 
     from fastdiff.checkpoints import checkpoint
+    from fastdiff.sampling.settings import Settings
 
+    Settings.usual = few_teacher_steps(Settings.usual)
     folder, *places = sys.argv[1:5]
     os.chdir(folder)
     os.environ["FASTDIFF_CACHE"] = "cache"

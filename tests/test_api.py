@@ -15,6 +15,7 @@ from fastdiff import cli
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.diffusion.samplers import SOLVERS
+from fastdiff.quality import samples
 from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling import assemble
 from fastdiff.sampling.sampler import SeededNoise
@@ -229,6 +230,8 @@ def test_a_saved_adapter_is_what_the_role_did(few_step):
 def test_the_fifteen_lines(tmp_path, monkeypatch):
     """What the README promises, on the embedded checkpoint and in few steps."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(samples, "TIMED_S", 0)
+    monkeypatch.setattr(samples, "TIMED", (1, 1))
     base = fd.load("emoji")
     run = fd.train("lcm", base, steps=2, lora_rank=4, lora_alpha=4, batch_size=2, proof=0, device="cpu")
     fast = fd.Sampler(base, loras={run.weights: 1.0}, **CPU)

@@ -109,7 +109,7 @@ def test_a_planted_flag_is_found(tmp_path, code):
 
 def test_messages_name_options_that_some_command_has():
     known = {o.name for command in cli.COMMANDS for o in options(command.load().Config)}
-    known |= {row.name.removeprefix("cli_") for row in cli.general()}
+    known |= {row.name.removeprefix("cli_") for row in cli.general()} | set(cli.PLAN_OPTIONS)
     named = {(m[1] or m[4], place) for place, text in spoken(besides=("commands",)) for m in FIELD.finditer(text)}
     named |= {
         (word, str(path.relative_to(PACKAGE)))

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -106,8 +105,10 @@ def folder_of(path, pictures):
     return path
 
 
-def test_fid_is_what_torch_fidelitys_command_says(inception, tmp_path, fastdiff, tiny_sd):
+def test_fid_is_what_torch_fidelitys_command_says(inception, tmp_path, fastdiff, tiny_sd, monkeypatch, capfd):
     """Of the pictures that an evaluation kept, against a folder: the same network, the same figure."""
+    from torch_fidelity import fidelity
+
     every = torch.arange(6)
     real = folder_of(tmp_path / "real", ((emoji.compose(every, every % 9) + 1) * 127.5).to(torch.uint8))
     code, told = fastdiff(
@@ -118,9 +119,11 @@ def test_fid_is_what_torch_fidelitys_command_says(inception, tmp_path, fastdiff,
     assert code == 0, told
     mine = {row["model"]: row["fid"] for row in told["metrics"]["rows"]}
     saved = tmp_path / "runs" / f"evaluate-{tiny_sd.name}" / "images" / f"{tiny_sd.name}-2-steps-guidance-7.5-dpm++"
-    command = [sys.executable, "-m", "torch_fidelity.fidelity", "--input1", saved, "--input2", real, "--fid", "--json"]
+    command = ["fidelity", "--input1", saved, "--input2", real, "--fid", "--json"]
     command += ["--feature-extractor-weights-path", inception, "--no-cache", "--batch-size", "6"]
-    out = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    fidelity.main()
+    out = capfd.readouterr().out
     theirs = json.loads(out[out.index("{") :])["frechet_inception_distance"]
     assert mine[tiny_sd.name] == pytest.approx(theirs, abs=1e-3)
     assert mine["teacher"] != mine[tiny_sd.name]

@@ -99,24 +99,24 @@ def test_only_the_yielding_player_gets_gradients(command, data, tmp_path):
 
 @pytest.mark.parametrize("command", METHODS)
 def test_a_resumed_run_equals_an_uninterrupted_one(command, data, tmp_path, monkeypatch):
-    """12 steps in one go, and a resume from a copy of the disk at step 7: weights, averages and metrics bit by bit.
+    """7 steps in one go, and a resume from a copy of the disk at step 5: weights, averages and metrics bit by bit.
 
-    That copy is what kill -9 leaves: the state of step 5, and two steps more in the log.
+    That copy is what kill -9 leaves: the state of step 3, and two steps more in the log.
     """
-    changes = dict(steps=12, batch_size=2, ema=0.9, save_every=5)
+    changes = dict(steps=7, batch_size=2, ema=0.9, save_every=3)
     whole, _ = trainer_of(command, data, tmp_path / "whole", **changes)
     train_step = whole.train_step
 
-    def copied_at_step_7():
-        if whole.step == 7:
+    def copied_at_step_5():
+        if whole.step == 5:
             shutil.copytree(tmp_path / "whole", tmp_path / "parts")
         return train_step()
 
-    monkeypatch.setattr(whole, "train_step", copied_at_step_7)
+    monkeypatch.setattr(whole, "train_step", copied_at_step_5)
     whole.fit()
     second, _ = trainer_of(command, data, tmp_path / "parts", **changes)
     second.restore(second.run.load_state())
-    assert second.step == 5
+    assert second.step == 3
     second.fit()
     for k, params in weights(whole).items():
         for a, b in zip(params, weights(second)[k], strict=True):

@@ -10,6 +10,7 @@ import pytest
 
 from fastdiff import cli
 from fastdiff.checkpoints.locate import EMOJI
+from fastdiff.quality import samples
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -53,7 +54,7 @@ def test_train_merge_and_sample_as_the_readme_tells(capfd, tmp_path, monkeypatch
             "fastdiff sample --lora lcm-anime",
         )
     )
-    assert cli.main([*shlex.split(train)[1:], "--steps", "2", "--proof", "20", "--batch-size", "4", "--json"]) == 0
+    assert cli.main([*shlex.split(train)[1:], "--steps", "2", "--proof", "8", "--batch-size", "4", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert set(told["metrics"]["gap_closed"]["retrieval"]) == {"1", "2", "4", "8"}
     rows = told["metrics"]["rows"]
@@ -69,6 +70,8 @@ def test_train_merge_and_sample_as_the_readme_tells(capfd, tmp_path, monkeypatch
 def test_the_python_example_runs(tmp_path, monkeypatch):
     """As it stands, with fewer steps and pictures."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(samples, "TIMED_S", 0)
+    monkeypatch.setattr(samples, "TIMED", (1, 1))
     (text,) = (block for block in fenced("python") if "import fastdiff as fd" in block)
     for whole, small in (
         ("steps=200, lora_rank=32", 'steps=2, lora_rank=4, lora_alpha=4, batch_size=2, proof=0, device="cpu"'),

@@ -27,6 +27,13 @@ WHOLE = {  # all weights of a network train: what --shard splits
 }
 
 
+def few_teacher_steps(usual):
+    """`Settings.usual` with 4 steps of a tiny checkpoint's teacher for 25: contact sheets would take most of a run's time."""
+    from dataclasses import replace
+
+    return lambda family: usual(family) if family.ships_weights else replace(usual(family), num_steps=4)
+
+
 def arguments(command, base, controlnet, pruned, table=COMMANDS):
     """The command line, without --output and --steps; its folder must hold prompts.txt."""
     own = table[command].format(controlnet=controlnet, pruned=pruned)
