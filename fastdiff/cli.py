@@ -296,7 +296,7 @@ def general(planned: bool = False, *, hidden: bool = False) -> list[inspect.Para
         ]
     made = []
     for name, kind, flags, text in rows:
-        extra: dict[str, Any] = {Path: {"metavar": "FILE.toml"}, str: {"metavar": "SIZE"}}.get(kind, {})
+        extra: dict[str, Any] = {} if kind is bool else {"metavar": "FILE.toml" if kind is Path else "SIZE"}
         extra |= dict(help=text, show_default=False, rich_help_panel="General", hidden=hidden and name not in PLAN_OPTIONS)
         info = typer.Option(*flags, **extra)
         default, hint = (name == "probe", bool) if kind is bool else (None, kind | None)

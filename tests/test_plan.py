@@ -93,8 +93,9 @@ def test_without_a_probe_smaller_settings_are_proposed_until_one_fits(fastdiff, 
     options = ("batch_size", "grad_accum", "gradient_checkpointing", "lora_rank", "offload", "quantize_base")
     rows = [tuple(row[name] for name in options) for row in told["metrics"]["settings"]]
     assert rows == [(n, 8 // n, again, 16, False, "none") for again in (False, True) for n in (4, 2, 1)] + [
-        (1, 8, True, 16, True, "none"), (1, 8, True, 16, True, "int8"), (1, 8, True, 8, True, "int8"), (1, 8, True, 4, True, "int8"),
-    ]  # fmt: skip
+        (1, 8, True, 16, True, "none"),
+        *((1, 8, True, rank, True, "int8") for rank in (16, 8, 4)),
+    ]
     assert sizes[0] > sizes[1] > sizes[2] > sizes[5] > sizes[6] > sizes[7] > sizes[8] > sizes[9]
     assert [row["rehearsed"] for row in told["metrics"]["settings"]] == [True] + 9 * [False]
     assert "as given" not in str(told["warnings"])
@@ -108,7 +109,7 @@ def test_without_a_probe_smaller_settings_are_proposed_until_one_fits(fastdiff, 
         assert any("the command does not fit as it is" in line for line in told["warnings"])
     assert told["metrics"]["proposal"]["lora_rank"] == 4
     changes = (
-        "--batch-size 1 --grad-accum 8 --gradient-checkpointing --offload --quantize-base int8 --lora-rank 4 --lora-alpha 16"
+        "--batch-size 1 --grad-accum 8 --quantize-base int8 --offload --gradient-checkpointing --lora-rank 4 --lora-alpha 16"
     )
     assert told["next_command"].endswith(changes)
 

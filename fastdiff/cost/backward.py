@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -67,7 +67,8 @@ class Engine:
 
     def grad(self, outputs: Any, inputs: Any, grad_outputs: Any = None, retain_graph: bool | None = None, **_: Any) -> Any:
         """Stand-in for `torch.autograd.grad` of leaves."""
-        leaves, sums = sequence(inputs), {}
+        leaves: Sequence[Tensor] = sequence(inputs)
+        sums: dict[int, Tensor] = {}
 
         def collect(leaf: Tensor, grad: Tensor) -> None:
             sums[id(leaf)] = sums[id(leaf)] + grad if id(leaf) in sums else grad
@@ -97,7 +98,8 @@ class Engine:
             last = "AccumulateGrad" in node.name()  # torch runs these at once, so that no gradient waits
             heapq.heappush(ready, (-(2**62) if last else -node._sequence_nr(), next(order), node))
 
-        for (node, index), root, grad in zip(first, roots, list(grads) or [None] * len(roots), strict=True):
+        given: Sequence[Tensor | None] = grads or [None] * len(roots)
+        for (node, index), root, grad in zip(first, roots, given, strict=True):
             if node in needed:
                 receive(buffers, node, index, torch.ones_like(root) if grad is None else grad)
         for node in {node for node, _ in first if node in needed and waits[node] == 0}:
@@ -105,7 +107,8 @@ class Engine:
         try:
             while ready:
                 node = heapq.heappop(ready)[-1]
-                received = buffers.pop(node, [None] * inputs_of(node))
+                nothing: list[Tensor | None] = [None] * inputs_of(node)
+                received = buffers.pop(node, nothing)
                 if "AccumulateGrad" in node.name():
                     if received[0] is not None:
                         give(node.variable, received[0])
@@ -115,9 +118,9 @@ class Engine:
                 for i, (following, index) in enumerate(node.next_functions):
                     if following not in waits:
                         continue
-                    if i < len(out) and out[i] is not None:
-                        receive(buffers, following, index, out[i])
-                        out[i] = None
+                    if i < len(out) and (grad := out[i]) is not None:
+                        receive(buffers, following, index, grad)
+                        out[i] = grad = None
                     waits[following] -= 1
                     if waits[following] == 0:
                         push(following)
@@ -130,7 +133,7 @@ class Engine:
         if not isinstance(node, BackwardCFunction):
             out = node(*grads)
         else:  # a Function written in Python: torch gives it zeros for missing gradients
-            metadata = node._input_metadata
+            metadata = cast(Node, node)._input_metadata
             zeros = lambda m: torch.zeros(m.shape, dtype=m.dtype, device=m.device)
             out = node.apply(*(zeros(m) if g is None else g for g, m in zip(grads, metadata, strict=True)))
         if not keep:
@@ -147,9 +150,9 @@ def sequence(tensors: Any) -> Sequence[Tensor]:
 
 def edge_of(tensor: Tensor) -> tuple[Node, int]:
     """Return the node that made a tensor, and which of the node's outputs the tensor is."""
-    node = tensor.grad_fn
+    node: Node = tensor.grad_fn
     if node is None:
-        node = tensor.expand_as(tensor).grad_fn.next_functions[0][0]  # a leaf: the node that collects its gradient
+        node = cast(Node, tensor.expand_as(tensor).grad_fn).next_functions[0][0]  # a leaf: the node that collects its gradient
     return node, tensor.output_nr
 
 

@@ -63,7 +63,7 @@ class Rehearsal:
         return max(self.peaks.values())
 
 
-def taken_bytes(peak_bytes: int, device: str) -> float:
+def taken_bytes(peak_bytes: float, device: str) -> float:
     """Return the memory of a device that a run with this peak of live tensors takes."""
     return FRAGMENTS * peak_bytes + RUNTIME_GIB[device] * 2**30
 
@@ -121,7 +121,7 @@ class Sized(torch.optim.Optimizer):
         super().__init__(params, dict(lr=0.0))
         self.kind = kind
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # nothing here takes a closure
         for p in self.param_groups[0]["params"]:
             if p.grad is not None and p not in self.state:
                 size = optimizer.moment_bytes(self.kind, p)

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -69,7 +70,8 @@ class Simulated(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    # torch annotates this as an instance method
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         tensor = next(value for value in leaves(args) if isinstance(value, Simulated))
         return tensor.block.card.perform(func, args, kwargs or {})
 
@@ -107,7 +109,7 @@ def assigned(tensor: Tensor, value: Tensor) -> None:
         torch.utils.swap_tensors(tensor, alike(tensor, value.detach().view(value.shape)))
 
 
-DATA = torch.Tensor.data  # torch's own way to set it
+DATA: Any = vars(torch._C.TensorBase)["data"]  # torch's own way to set it
 
 
 def alike(tensor: Tensor, value: Tensor) -> Tensor:
@@ -310,7 +312,7 @@ class Card(TorchDispatchMode):
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.Tensor, "pin_memory", lambda tensor, *_: tensor),
             (F, "scaled_dot_product_attention", self.attention(F.scaled_dot_product_attention)),
-            (torch.Tensor, "data", property(torch.Tensor.data.__get__, assigned)),
+            (torch.Tensor, "data", property(DATA.__get__, assigned)),
             (torch, "tensor", copying(torch.tensor)),
             (torch, "as_tensor", copying(torch.as_tensor)),
         ]
@@ -449,7 +451,7 @@ def made_up(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def callers(depth: int = 8) -> list[str]:
     """Return the places in this package that are being called, innermost first, as file:line."""
     places: list[str] = []
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame and len(places) < depth:
         path = frame.f_code.co_filename
         if path.startswith(PACKAGE) and "/cost/simulation" not in path and "/cost/backward" not in path:
