@@ -206,7 +206,7 @@ def test_in_one_step_both_scores_wear_the_original_and_the_student_the_small_one
     turn = next(play(m, batch, 0))
     assert set(turn) == {"student", "fake"}
     assert set(turn["student"]) == {"features", "matching"}
-    assert [len(x) for x in seen] == [3, 6]  # the online model, and both halves of the teacher's guidance
+    assert [len(x) for x in seen] == [6, 3]  # both halves of the teacher's guidance, and the online model
     assert all(torch.equal(part, batch.cond.control) for x in seen for part in x.split(3))
     for who in ("student", "fake"):
         params = trained(m, who)

@@ -265,7 +265,7 @@ def test_a_rehearsal_takes_what_the_whole_command_takes(fastdiff, run):
 def test_the_readme_shows_the_golden_peaks():
     golden, text = json.loads(GOLDEN.read_text()), README.read_text()
     gib = lambda family, run: f"{max(golden[family][run].values()) / 2**30:.1f}" if run in golden[family] else ""
-    for run in ("train-lcm-lora", "dmd", "lightning", "prune", "sdxs", "distill-vae"):
+    for run in ("train-lcm-lora", "dmd", "lightning"):
         assert f"| `{run}` | {gib('sd15', run)} | {gib('sdxl', run)} |" in text
     assert max(golden["sdxl"]["train-lcm-lora"].values()) < 10 * 2**30  # for cards of 12 and 16 GiB
     assert max(golden["sdxl"]["lightning"].values()) < 10 * 2**30
