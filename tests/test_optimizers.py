@@ -1,6 +1,7 @@
 """Training with 8-bit AdamW and Adafactor: they learn, are resumed exactly, and what they need is told."""
 
 import io
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -9,9 +10,10 @@ import toy
 from torch import nn
 
 from fastdiff.runtime.errors import InputRefused, UsageError
-from fastdiff.training import offload, optimizer
+from fastdiff.training import offload, optimizer, resume
 from fastdiff.training.method import Phase
 from fastdiff.training.player import Player
+from fastdiff.training.run import Run
 
 needs_8bit = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes: fastdiff[8bit]")
 KINDS = ["adamw", "adafactor", pytest.param("adamw8bit", marks=needs_8bit)]
@@ -136,6 +138,14 @@ def test_a_state_of_another_optimizer_is_refused(tmp_path):
     toy.trainer_of(tmp_path, steps=2).fit()
     with pytest.raises(InputRefused, match="its optimiser was adamw"):
         toy.go_on(toy.trainer_of(tmp_path, steps=3, optimizer="adafactor"))
+    run, config = Run(tmp_path / "run", "toy"), toy.Config(optimizer="adafactor", lr=0.5)
+    begun = {"command": "toy", "config": resume.values_of(toy.Config())}
+    with pytest.raises(UsageError, match="begun with") as failure:
+        resume.refuse_changes(run, config, begun)
+    assert "to go on with the new ones" not in failure.value.hint  # only where that is possible
+    with pytest.raises(UsageError, match="begun with") as failure:
+        resume.refuse_changes(run, replace(config, optimizer="adamw"), begun)
+    assert "to go on with the new ones" in failure.value.hint
 
 
 def test_what_an_optimizer_lacks_is_told_before_anything_loads(tmp_path, monkeypatch):

@@ -187,16 +187,54 @@ def test_a_command_without_arithmetic_is_rehearsed_too(fastdiff, tiny_sd):
     assert told["metrics"]["device"] == "a CUDA card"
 
 
+def test_the_rehearsed_base_has_the_precision_of_the_run(fastdiff, tiny_sd, monkeypatch):
+    dtypes = []
+
+    def seen(method, config, base):
+        dtypes.append((config.precision, base.dtype))
+        return Rehearsal({"steps": 2**20})
+
+    monkeypatch.setattr(plan, "rehearse", seen)
+    for precision in ("auto", "fp16"):
+        code, _ = fastdiff("plan", "train-lcm-lora", "--base", tiny_sd, *SMALL, "--memory", "8G", "--precision", precision)
+        assert code == 0
+    assert dtypes == [("bf16", torch.bfloat16), ("fp16", torch.float16)]
+
+
+def test_a_time_that_is_not_known_is_none_and_the_settings_fit_80_columns(fastdiff, tiny_sd, monkeypatch, by_formula, capfd):
+    monkeypatch.setenv("COLUMNS", "200")
+    given = ["plan", "train-lcm-lora", "--base", tiny_sd, *SMALL]
+    code, told = fastdiff(*given, "--memory", "8G")
+    assert code == 0
+    assert (told["metrics"]["data_h"], told["metrics"]["training_h"]) == (None, None)
+    assert cli.main([*map(str, given), "--memory", "1G"]) == 4
+    tables = capfd.readouterr().err.partition("error:")[0]
+    assert "time and disk of the command as it is" in tables
+    assert "not known" in tables
+    settings = tables.partition("time and disk")[0]
+    assert max(len(line.rstrip()) for line in settings.splitlines() if tiny_sd.name not in line) <= 80
+    code, told = fastdiff(*given, "--memory", "8G", "--device", "cpu")
+    assert code == 2
+    assert "--memory 8G: plans for a CUDA card" in told["error"]["message"]
+
+
+def test_a_command_without_arithmetic_gets_the_time_of_its_data(fastdiff, tiny_sd):
+    code, told = fastdiff("plan", "distill-vae", "--base", tiny_sd, "--resolution", 64, "--width", 8, "--no-probe")
+    assert code == 0, told["error"]
+    assert told["metrics"]["data_h"] > 0
+    assert told["metrics"]["training_h"] is None
+
+
 def test_sizes_are_read_as_card_makers_write_them():
     assert [plan.size_in_bytes(text) for text in ("16G", "16GB", "16 GiB", "16", "0.5g")] == [2**34] * 4 + [2**29]
     assert plan.size_in_bytes("12000M") == 12000 * 2**20
 
 
 def test_an_alias_without_weights_is_counted_by_the_published_shapes():
-    found = plan.shapes_of(lcm.Config(base="sd15"))
+    found = plan.shapes_of(lcm.Config(base="sd15"), torch.bfloat16)
     assert found.unet_config["block_out_channels"] == [320, 640, 1280, 1280]
     with pytest.raises(ValueError, match="no such file or folder"):
-        plan.shapes_of(lcm.Config(base="./gone"))
+        plan.shapes_of(lcm.Config(base="./gone"), torch.bfloat16)
 
 
 # ---- the arithmetic

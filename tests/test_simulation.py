@@ -273,6 +273,11 @@ def test_the_readme_shows_the_golden_peaks():
     assert max(golden["sd15"]["dmd"].values()) < 7 * 2**30
 
 
+def test_the_rehearsed_lpips_warns_of_nothing(recwarn):
+    rehearsal.distance(None)(FAMILIES["sd15"], None)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("run", ["train-lcm-lora", "dmd --recipe dmd2", "distill-vae"])
 def test_a_step_reads_the_card_once_an_update(run):
     """All waits of the host for the card in a step: one for the figures of each turn, and none within."""

@@ -29,7 +29,7 @@ from fastdiff.runtime import console, disk
 from fastdiff.runtime.config import options
 from fastdiff.runtime.disk import cache_folder
 from fastdiff.runtime.errors import DoesNotFit, Result, UsageError, as_field
-from fastdiff.sampling.assemble import pick_device
+from fastdiff.sampling.assemble import pick_device, pick_dtype
 from fastdiff.training.method import Method
 from fastdiff.training.session import default_folder
 
@@ -67,16 +67,16 @@ def settings(config: Any, adapters_train: bool) -> list[Any]:
     return configs
 
 
-def shapes_of(config: TrainConfig) -> Checkpoint:
-    """The base. Where it is an alias whose weights are not on this machine, the published shapes of its family."""
+def shapes_of(config: TrainConfig, dtype: torch.dtype) -> Checkpoint:
+    """The base in a dtype. Where it is an alias whose weights are not on this machine, the published shapes of its family."""
     try:
-        return config.open_base()
+        return config.open_base(dtype)
     except UsageError:
         if config.base not in ALIASES:
             raise
     family = locate.family_of(config.base)
     console.info(f"--base {config.base}: its weights are not on this machine, so the published shapes of {family} are counted")
-    return checkpoint.load(str(family.home))
+    return checkpoint.load(str(family.home), dtype=dtype)
 
 
 UNITS = {"": 2**30, "g": 2**30, "gb": 2**30, "gib": 2**30, "m": 2**20, "mb": 2**20, "mib": 2**20}
@@ -137,6 +137,21 @@ class Row:
         """The row for the JSON object."""
         return self.changes | {k: v for k, v in vars(self).items() if k != "config"}
 
+    def cells(self) -> list[str]:
+        """The row for the table."""
+        config, yes = self.config, lambda value: "yes" if value else "no"
+        known = "" if self.measured or self.rehearsed else "~"
+        return [
+            f"{config.batch_size} x {config.grad_accum}",
+            yes(config.gradient_checkpointing),
+            yes(config.offload),
+            "" if config.quantize_base == "none" else config.quantize_base,
+            str(self.changes.get("lora_rank", "")),
+            "too much" if self.memory_bytes is None else f"{known}{self.memory_bytes / 2**30:.2f}",
+            "" if self.step_s is None else f"{self.step_s:.3g}",
+            yes(self.fits),
+        ]
+
 
 CHANGED = ("batch_size", "grad_accum", "gradient_checkpointing", "offload", "quantize_base", "lora_rank", "lora_alpha")
 
@@ -146,11 +161,11 @@ class Plan:
 
     def __init__(self, method: type[Method], config: TrainConfig, *, probe: bool, memory: int | None = None) -> None:
         self.command, self.method, self.config, self.probe, self.memory = method.name, method, config, probe, memory
-        elsewhere = memory is not None and config.device == "auto"
+        elsewhere = memory is not None
         self.device = torch.device("cuda") if elsewhere else pick_device(config.device)
-        on_cuda = self.device.type == "cuda"
-        self.dtype = DTYPES[("bf16" if on_cuda else "fp32") if config.precision == "auto" else config.precision]
-        self.base = config.open_base() if probe else shapes_of(config)
+        precision = "bf16" if elsewhere and config.precision == "auto" else config.precision
+        self.dtype = pick_dtype(precision, self.device)
+        self.base = config.open_base() if probe else shapes_of(config, self.dtype)
         self.data = data_plan(self.base, config, method.needs(config))
         self.room = memory_bytes(self.device) if memory is None else memory
         self.load = method.load(config, self.base)
@@ -165,10 +180,10 @@ class Plan:
     def estimated(self) -> list[Estimate]:
         """The calculated estimate of every setting; [] where the method does not say what a step costs."""
         load, rank = self.load, self.config.lora_rank
+        layers = adapters.ATTENTION if self.config.lora_layers == "attention" else adapters.TARGETS
+        self.shape = footprint.of_unet(self.base, self.px, self.dtype, rank if load and load.lora else None, layers)
         if load is None:
             return []
-        layers = adapters.ATTENTION if self.config.lora_layers == "attention" else adapters.TARGETS
-        self.shape = footprint.of_unet(self.base, self.px, self.dtype, rank if load.lora else None, layers)
         estimates = []
         for config in settings(self.config, bool(load.lora)):
             ratio = config.lora_rank / rank if load.lora else 1
@@ -224,6 +239,11 @@ class Plan:
         row.step_s = self.step_s(self.estimates[self.rows.index(row)]) if self.estimates else None
 
     @property
+    def device_name(self) -> str:
+        """What the plan is for, in words."""
+        return "a CUDA card" if self.memory is not None else named(self.device)
+
+    @property
     def chosen(self) -> Row | None:
         """The first setting that fits; None where none does."""
         return next((row for row in self.rows if row.fits), None)
@@ -233,17 +253,23 @@ class Plan:
         """The setting that the plan's figures describe: the first that fits, or else the config as given."""
         return self.chosen or self.rows[0]
 
-    def data_s(self) -> float:
-        """Seconds to make the data before training: the teacher's samples and the encoded pictures."""
+    def data_s(self) -> float | None:
+        """Seconds to make the data before training: the teacher's samples and the encoded pictures. None if not known."""
+        calls, pictures = self.data.calls, self.data.pictures
+        if not calls and not pictures:
+            return 0.0
         if self.measured:
-            return self.data.calls * self.measured.call_s + self.data.pictures * self.measured.picture_s
-        encoding = footprint.encoding_flops(self.base, self.px) if self.data.pictures and self.speed else 0
-        return (self.data.calls * self.shape.flops + self.data.pictures * encoding) / self.speed if self.speed else 0.0
+            return calls * self.measured.call_s + pictures * self.measured.picture_s
+        encoding = footprint.encoding_flops(self.base, self.px) if pictures and self.speed else 0
+        return (calls * self.shape.flops + pictures * encoding) / self.speed if self.speed else None
 
-    def training_s(self) -> float:
-        """Seconds of all training steps, at most `max_time`."""
-        took = (self.row.step_s or 0.0) * self.config.steps
-        return min(took, seconds("max_time", self.config.max_time) or took)
+    def training_s(self) -> float | None:
+        """Seconds of all training steps, at most `max_time`. None if not known."""
+        limit_s = seconds("max_time", self.config.max_time)
+        if self.row.step_s is None:
+            return None
+        took_s = self.row.step_s * self.config.steps
+        return min(took_s, limit_s or took_s)
 
     def disk(self) -> dict[str, tuple[Path, float]]:
         """{what: (folder, bytes)} of the cache, the saved states and the weights.
@@ -264,45 +290,32 @@ class Plan:
         disk_metrics = {name: {"folder": str(folder), "bytes": size} for name, (folder, size) in self.disk().items()}
         return {
             "command": self.command,
-            "device": "a CUDA card" if self.memory is not None else named(self.device),
+            "device": self.device_name,
             "memory_free_bytes": self.room,
             "probed": self.probe,
             "peaks": self.rehearsal and self.rehearsal.peaks,
             "settings": [row.metrics() for row in self.rows],
             "proposal": self.chosen and {k: v for k, v in self.chosen.metrics().items() if k in CHANGED},
             "data": asdict(self.data),
-            "data_h": self.data_s() / 3600,
-            "training_h": self.training_s() / 3600,
+            "data_h": hours(self.data_s()),
+            "training_h": hours(self.training_s()),
             "disk": disk_metrics,
         }
 
     def show(self) -> None:
         """Print the settings, and the time and disk of the first that fits, as tables."""
-        how = "measured" if self.probe else "rehearsed without a card"
-        gib = lambda size: "out of memory" if size is None else f"{size / 2**30:.2f}"
-        columns = ["images per step", "at once", "checkpointing", "offload", "base", "rank", "GiB", "s per step", "fits"]
+        how = "measured on" if self.probe else "rehearsed for"
+        columns = ["batch", "checkpointing", "offload", "base", "rank", "GiB", "s a step", "fits"]
         listed = [row for row in self.rows if row.fits][:3] + [row for row in self.rows if not row.fits]
-        rows = [
-            [
-                str(row.config.batch_size * row.config.grad_accum),
-                str(row.config.batch_size),
-                "yes" if row.config.gradient_checkpointing else "no",
-                "yes" if row.config.offload else "no",
-                {"none": ""}.get(row.config.quantize_base, row.config.quantize_base),
-                str(row.changes.get("lora_rank", "")),
-                gib(row.memory_bytes) + ("" if row.measured or row.rehearsed else " (estimated)"),
-                "" if row.step_s is None else f"{row.step_s:.3g}",
-                "yes" if row.fits else "no",
-            ]
-            for row in sorted(listed, key=self.rows.index)
-        ]
-        device = "a CUDA card" if self.memory is not None else named(self.device)
-        title = f"{self.command} on {self.config.base}, {how}: {device}, {self.room / 2**30:.1f} GiB"
-        console.table(title, columns, rows)
-        needs = [["data", self.data.what, f"{self.data_s() / 3600:.2f} h"]]
-        needs += [["training", f"{self.config.steps} steps", f"{self.training_s() / 3600:.2f} h"]]
+        rows = [row.cells() for row in sorted(listed, key=self.rows.index)]
+        notes = "batch: images at once x parts of a step; ~ is calculated"
+        console.table(f"{self.command}, {how} {self.device_name}, {disk.format_size(self.room)}\n{notes}", columns, rows)
+        time_text = lambda took_s: "not known" if took_s is None else f"{took_s / 3600:.2f} h"
+        needs = [["data", self.data.what, time_text(self.data_s())]]
+        needs += [["training", f"{self.config.steps} steps", time_text(self.training_s())]]
         needs += [[name, str(folder), disk.format_size(size)] for name, (folder, size) in self.disk().items()]
-        console.table("time and disk of the first setting that fits", ["what", "of", "takes"], needs)
+        which = "the first setting that fits" if self.chosen else "the command as it is"
+        console.table(f"time and disk of {which}", ["what", "of", "takes"], needs)
 
     def check(self) -> None:
         """DoesNotFit where no setting fits into memory, or the disks have too little room; its result has the whole plan."""
@@ -312,7 +325,9 @@ class Plan:
             need = f"at least {disk.format_size(least)}" if least else "more than there is"
             failure = DoesNotFit(
                 f"plan {self.command}: no setting fits: {need} of memory, and {disk.format_size(self.room)} are free",
-                "a smaller --resolution, a LoRA in place of full weights, or a larger device",
+                "a smaller --resolution"
+                + (", a LoRA in place of full weights," if self.load and self.load.full else "")
+                + " or a larger device",
             )
         needed: dict[int, float] = {}
         for folder, size in self.disk().values():
@@ -329,6 +344,11 @@ class Plan:
             raise failure
 
 
+def hours(time_s: float | None) -> float | None:
+    """Seconds as hours; None where they are not known."""
+    return None if time_s is None else time_s / 3600
+
+
 def named(device: torch.device) -> str:
     """The device in words: the name of the GPU, or the number of cores."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
@@ -342,6 +362,8 @@ def run(method: type[Method], config: TrainConfig, *, probe: bool, typed: str, m
     """
     if not config.steps:
         raise UsageError("--steps 0: nothing trains, so there is nothing to plan")
+    if memory is not None and config.device not in {"auto", "cuda"}:
+        raise UsageError(f"--memory {memory}: plans for a CUDA card, not for `device={config.device}`", "leave one of them out")
     plan = Plan(method, config, probe=probe and memory is None, memory=None if memory is None else size_in_bytes(memory))
     plan.show()
     plan.check()

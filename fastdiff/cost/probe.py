@@ -100,18 +100,20 @@ def probed(method_class: type[Method], config: TrainConfig, pictures: bool, fold
 
 
 def stepping_s(trainer: Trainer, length: int) -> float:
-    """Seconds of a step at the end of the current phase, when every loss that starts later in the phase is active.
-
-    `length` is the number of steps after which the method's work repeats; their mean is taken.
-    """
-    last = trainer.end - length
-    trainer.step = max(trainer.start, last - last % length)
+    """Seconds of a step at the end of the current phase: the mean of `length` steps, after which the method's work repeats."""
+    go_to_end(trainer, length)
     trainer.train_step()  # the first step is slow: it allocates memory and chooses kernels
     began = clock(trainer.device)
     for _ in range(length):
         trainer.train_step()
         trainer.step += 1
     return (clock(trainer.device) - began) / length
+
+
+def go_to_end(trainer: Trainer, length: int) -> None:
+    """Set a trainer to the last `length` steps of its phase, when every loss that starts later in the phase is active."""
+    last = trainer.end - length
+    trainer.step = max(trainer.start, last - last % length)
 
 
 def clock(device: torch.device) -> float:

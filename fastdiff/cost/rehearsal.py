@@ -8,8 +8,8 @@ import gc
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import nn
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.cost.probe import go_to_end
 from fastdiff.cost.simulation import Card
 from fastdiff.data import encode as data_encode
 from fastdiff.data import teacher as data_teacher
@@ -45,6 +46,7 @@ RUNTIME_GIB = {"cuda": 0.7, "mps": 0.5, "cpu": 0.6}
 FRAGMENTS = 1.05  # the allocator's blocks are larger than the tensors in them
 PROMPTS = 64  # prompts that the text encoders take at once
 UNKNOWN = "0" * 64  # stands for the hash of weights that are not there
+Part = Callable[[str], AbstractContextManager[None]]  # measures a part of a run by its name
 
 
 @dataclass
@@ -135,10 +137,8 @@ def distance(base: Checkpoint) -> Any:
     def opened(family: Any, weights: str | None, **how: Any) -> perceptual.PixelDistance:
         if weights == perceptual.EMBEDDED or (weights is None and family.judge_ships):
             return real(family, weights, **how)
-        import lpips
-
         with torch.device("meta"):
-            net = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False)
+            net = perceptual.lpips_net(heads=False)
         return perceptual.PixelDistance(net.eval().requires_grad_(False))
 
     return opened
@@ -146,7 +146,7 @@ def distance(base: Checkpoint) -> Any:
 
 def rehearse(method_class: type[Method], config: TrainConfig, base: Checkpoint, *, card: Card | None = None) -> Rehearsal:
     """Run the parts of a training run on a simulated card. `base` needs no weights; its `dtype` is the run's precision."""
-    card, found = card or Card(), Rehearsal()
+    card, result = card or Card(), Rehearsal()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines = read_prompts(Path(config.prompts)) if config.prompts else default_prompts(base.family)
@@ -157,8 +157,8 @@ def rehearse(method_class: type[Method], config: TrainConfig, base: Checkpoint, 
             tracker="none", output=str(folder / "run"), grad_accum=min(FEW, config.grad_accum), teacher_steps=FEW,
         )  # fmt: skip
         with card, without_weights(small, base, folder):
-            run_parts(method_class, small, hollow(base), Run(folder / "run", method_class.name), card, found)
-    return found
+            run_parts(method_class, small, hollow(base), Run(folder / "run", method_class.name), card, result)
+    return result
 
 
 def held(card: Card) -> int:
@@ -167,7 +167,7 @@ def held(card: Card) -> int:
     return card.live_bytes // 2**20
 
 
-def run_parts(method_class: type[Method], config: Any, base: Checkpoint, run: Run, card: Card, found: Rehearsal) -> None:
+def run_parts(method_class: type[Method], config: Any, base: Checkpoint, run: Run, card: Card, result: Rehearsal) -> None:
     """Run data, every phase, a contact sheet and the measurements, and note the peak of each."""
     card.watched = True
 
@@ -176,8 +176,8 @@ def run_parts(method_class: type[Method], config: Any, base: Checkpoint, run: Ru
         gc.collect()
         card.reset_peak()
         yield
-        if card.peak_bytes > found.peaks.get(name, -1):
-            found.peaks[name], found.places[name] = card.peak_bytes, card.peak_place
+        if card.peak_bytes > result.peaks.get(name, -1):
+            result.peaks[name], result.places[name] = card.peak_bytes, card.peak_place
 
     accelerator = open_accelerator(config, run)
     scene = Scene.of(config, base, accelerator.device)
@@ -195,31 +195,18 @@ def run_parts(method_class: type[Method], config: Any, base: Checkpoint, run: Ru
         exhibit.begin(method)
     known: set[Any] = set()
     trainer = Trainer(method, data, run, config, accelerator)
+    length = method_class.cycle(config)
     for index in range(len(trainer.phases)):
         if index:
             trainer.leave()
             trainer.enter(index)
-        name = trainer.phase.name or "steps"
         # A phase with the same players and the same memory before it takes what the other took.
-        same = (tuple((who, sum(p.numel() for p in player.params)) for who, player in trainer.players.items()), held(card))
+        sizes = tuple((who, sum(p.numel() for p in player.params)) for who, player in trainer.players.items())
+        same = (sizes, trainer.phase.exports, held(card))
         if same in known:
             continue
         known.add(same)
-        length = method_class.cycle(config)
-        last = trainer.end - length
-        trainer.step = max(trainer.start, last - last % length)
-        with part(name):
-            trainer.train_step()
-        card.syncs.clear()
-        with part(name):
-            for _ in range(length):
-                trainer.train_step()
-                trainer.step += 1
-        found.syncs[name] = Counter(card.syncs)
-        gc.collect()
-        found.resident_bytes = card.live_bytes
-        found.state_bytes = max(found.state_bytes, trainer.state_bytes)
-        found.trained_bytes = sum(p.numel() * p.element_size() for p in next(iter(trainer.players.values())).params)
+        run_phase(trainer, length, card, part, result)
         if trainer.phase.exports:
             if config.offload:
                 offload.set_aside(scene.vaes, method.networks())
@@ -233,3 +220,21 @@ def run_parts(method_class: type[Method], config: Any, base: Checkpoint, run: Ru
         with part("figures"):
             method.export(run)
             exhibit.figures(method, run)
+
+
+def run_phase(trainer: Trainer, length: int, card: Card, part: Part, result: Rehearsal) -> None:
+    """Run the steps at the end of the current phase: a first one, and `length` more of which the waits are counted."""
+    name = trainer.phase.name or "steps"
+    go_to_end(trainer, length)
+    with part(name):
+        trainer.train_step()
+    card.syncs.clear()
+    with part(name):
+        for _ in range(length):
+            trainer.train_step()
+            trainer.step += 1
+    result.syncs[name] = Counter(card.syncs)
+    gc.collect()
+    result.resident_bytes = card.live_bytes
+    result.state_bytes = max(result.state_bytes, trainer.state_bytes)
+    result.trained_bytes = sum(p.numel() * p.element_size() for p in next(iter(trainer.players.values())).params)

@@ -157,18 +157,23 @@ def locate(family: Family, weights: str | None, *, option: str = "lpips_weights"
     return weight_file(weights, VGG16_Weights.IMAGENET1K_V1.url, option=option, what="LPIPS", instead=instead)
 
 
-def lpips_vgg(features: dict[str, Tensor]) -> nn.Module:
-    """Build the lpips package's network with its linear heads (v0.1) and the given VGG-16 weights; frozen, fp32.
-
-    Raises UsageError if the weights lack a layer.
-    """
+def lpips_net(*, heads: bool = True) -> nn.Module:
+    """Build the lpips package's network, with its linear heads (v0.1) if `heads`; VGG-16's weights are random."""
     import warnings
 
     import lpips
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips passes a deprecated argument to torchvision
-        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        return lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=heads, verbose=False)
+
+
+def lpips_vgg(features: dict[str, Tensor]) -> nn.Module:
+    """Build the lpips package's network with its linear heads (v0.1) and the given VGG-16 weights; frozen, fp32.
+
+    Raises UsageError if the weights lack a layer.
+    """
+    net = lpips_net()
     # lpips cuts torchvision's `features` into slices and keeps their numbers: slice2.5.weight is features.5.weight.
     wanted = {key: "features." + key.split(".", 1)[1] for key in net.net.state_dict()}
     missing = [name for name in wanted.values() if name not in features]

@@ -131,11 +131,11 @@ def ending_with_process(work: Callable[[], None]) -> threading.Thread:
             work()
 
     def guard() -> None:
-        main, said = threading.main_thread(), sys.unraisablehook
+        main, hook = threading.main_thread(), sys.unraisablehook
         while thread.is_alive() and main.is_alive():
             main.join(POLL_S)
         if thread.is_alive():
-            sys.unraisablehook = lambda about: None if about.exc_type is Ending else said(about)
+            sys.unraisablehook = lambda about: None if about.exc_type is Ending else hook(about)
         while thread.is_alive():
             # Repeated, since Python drops an exception that is raised in a destructor.
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Ending))

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from fastdiff.training.previews import Judged, Measured, Preview
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene

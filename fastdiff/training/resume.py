@@ -79,9 +79,11 @@ def refuse_changes(run: Run, config: Any, manifest: dict[str, Any]) -> None:
     changed = [k for k in now if k not in FREE and k in then and now[k] != then[k]]
     if changed:
         differences = ", ".join(f"`{k}={as_text(then[k])}` (now {as_text(now[k])})" for k in changed)
+        # No optimiser can go on from the moments of another.
+        with_new = "" if "optimizer" in changed else f", or `resume={run.folder}` to go on with the new ones"
         raise UsageError(
             f"{run.folder}: its run was begun with {differences}",
-            f"repeat them, or `resume={run.folder}` to go on with the new ones, or `resume=never` to begin anew",
+            f"repeat them{with_new}, or `resume=never` to begin anew",
         )
 
 
@@ -130,7 +132,7 @@ def save(trainer: "Trainer") -> None:
 
 
 def restore(trainer: "Trainer", state: dict[str, Any]) -> None:
-    """Bring a fresh trainer to where a saved state was. InputRefused where the state is of another base or other networks."""
+    """Bring a fresh trainer to where a saved state was. InputRefused where it is of another base or of other networks."""
     method, run = trainer.method, trainer.run
     if "length" not in state:
         raise InputRefused(f"{run.folder}: a state of an earlier fastdiff", "start again with `resume=never`")
@@ -147,7 +149,8 @@ def restore(trainer: "Trainer", state: dict[str, Any]) -> None:
         try:
             player.load_state_dict(state["players"][k])
         except (KeyError, ValueError) as error:
-            raise InputRefused(f"{run.folder}: its state is of other networks ({k}: {error})") from error
+            problem = f"{run.folder}: its state does not fit this run ({k}: {error})"
+            raise InputRefused(problem, "start again with `resume=never`") from error
     for name in ("step", "best", "latest", "elapsed_s", "entered_s", "owed"):
         setattr(trainer, name, state[name])
     trainer.kept = state["kept"]
