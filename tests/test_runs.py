@@ -286,7 +286,7 @@ def test_another_config_is_refused_with_its_keys(tmp_path):
 
 def test_a_state_of_other_networks_is_refused(tmp_path):
     toy.trainer_of(tmp_path, steps=2).fit()
-    with pytest.raises(InputRefused, match="other networks"):
+    with pytest.raises(InputRefused, match="does not fit this run .student: 4 parameters"):
         toy.go_on(toy.trainer_of(tmp_path, steps=2, width=8))
     other = toy.trainer_of(tmp_path, steps=2)
     other.method.parent = "another"
