@@ -243,18 +243,18 @@ def test_peaks_are_the_golden_ones(request, family, run):
     try:
         peaks = rehearsed(run.split()[0], family, **RUNS[run]).peaks
     except UsageError as error:
-        pytest.skip(f"{run} has no preset that works for {family}: {error.message}")
+        pytest.skip(f"{run} has no preset that works for {family}: {error}")
     if request.config.getoption("--write-golden"):
         golden.setdefault(family, {})[run] = peaks
         GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
     assert peaks == pytest.approx(golden[family][run], rel=0.03)
 
 
-@pytest.mark.slow
 OFF = pytest.mark.xfail(strict=True, reason="31 % too high: a rehearsal encodes and decodes more than emoji's few pictures")
 SHORT = pytest.mark.xfail(strict=True, reason="13 % too low: the closing table of the shipped judge is not rehearsed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run",
     [
