@@ -583,3 +583,9 @@ def test_recipes_are_rows_over_their_family(family):
 def test_t_gen_without_room_for_the_steps_is_refused(tiny_sd, given):
     with pytest.raises(UsageError, match=f"`t_gen={given['t_gen']}`: must be"):
         method(tiny_sd, **given)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 6, 8, 12, 16, 32])
+def test_the_gan_head_fits_every_feature_map(side):
+    """Also sides that are no power of two: SD2.1 at 768 px has 12 x 12 features."""
+    assert Head(8, side)(torch.zeros(2, 8, side, side)).shape == (2, 1)

@@ -21,7 +21,7 @@ class Head(nn.Module):
         hidden = hidden or width
         groups = math.gcd(32, hidden)
         halvings = max(0, math.ceil(math.log2(side / 4)))
-        last = min(4, side)
+        last = min(4, side >> halvings)  # 3 for the 12 x 12 features of SD2.1 at 768 px
         layers: list[nn.Module] = []
         for kernel, stride, padding in [(4, 2, 1)] * halvings + [(last, last, 0)]:
             layers += [nn.Conv2d(width, hidden, kernel, stride, padding), nn.GroupNorm(groups, hidden), nn.SiLU()]
