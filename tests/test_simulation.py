@@ -18,7 +18,6 @@ from fastdiff.cost.footprint import condition
 from fastdiff.cost.simulation import Card
 from fastdiff.lora import adapters
 from fastdiff.runtime.config import resolve
-from fastdiff.runtime.errors import UsageError
 
 KIB = 2**10
 GOLDEN = Path(__file__).parent / "golden" / "peaks.json"
@@ -231,27 +230,25 @@ RUNS = {
 }
 FAST = [("emoji", "train-lcm-lora"), ("emoji", "dmd"), ("emoji", "distill-vae")]
 SAME = [("sdxl", "dmd --recipe dmd2")]  # what the preset says without it
-SLOW = [(family, run) for family in FAMILIES for run in RUNS if (family, run) not in (*FAST, *SAME)]
+WITHOUT = [(family, "distill-controlnet") for family in ("sd15", "sd21", "sdxl")]  # only emoji ships a ControlNet
+SLOW = [(family, run) for family in FAMILIES for run in RUNS if (family, run) not in (*FAST, *SAME, *WITHOUT)]
 
 
 @pytest.mark.parametrize(
     ("family", "run"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)], ids=lambda value: value
 )
 def test_peaks_are_the_golden_ones(request, family, run):
-    """Every part of a run, within 3 %. With --write-golden the figures are written anew, and the table of the README too."""
+    """Every part of a run, within 3 %. With --write-golden the figures are written anew."""
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    try:
-        peaks = rehearsed(run.split()[0], family, **RUNS[run]).peaks
-    except UsageError as error:
-        pytest.skip(f"{run} has no preset that works for {family}: {error}")
+    peaks = rehearsed(run.split()[0], family, **RUNS[run]).peaks
     if request.config.getoption("--write-golden"):
         golden.setdefault(family, {})[run] = peaks
         GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
     assert peaks == pytest.approx(golden[family][run], rel=0.03)
 
 
-OFF = pytest.mark.xfail(strict=True, reason="31 % too high: a rehearsal encodes and decodes more than emoji's few pictures")
-SHORT = pytest.mark.xfail(strict=True, reason="13 % too low: the closing table of the shipped judge is not rehearsed")
+OFF = pytest.mark.xfail(strict=True, reason="the rehearsal is 31 % too high; why is not known yet")
+SHORT = pytest.mark.xfail(strict=True, reason="the rehearsal is 13 % too low; why is not known yet")
 
 
 @pytest.mark.slow
