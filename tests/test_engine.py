@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -58,6 +59,21 @@ def sampler_of(base, backend=None, compile="auto"):
     sampler = Sampler(base, device="cpu", compile="off")
     sampler.engine = engine.Engine(sampler.denoiser, sampler.engine.decode, "cpu", compile=compile, backend=backend)
     return sampler
+
+
+@pytest.mark.parametrize("backend", [None, engine.Plain()])
+def test_a_sampler_that_is_not_used_any_more_is_gone_at_once(opened, backend):
+    """Its folded network takes 5 GiB for SDXL, and the next thing may need them before the garbage collector runs."""
+    base, cat, _, uncond = opened
+    sampler = sampler_of(base, backend)
+    assert len(list(sampler.stream_batches([(cat, uncond, [1]), (cat, uncond, [1, 2])], LCM, 64))) == 2
+    parts = [weakref.ref(part) for part in (sampler, sampler.engine, sampler.denoiser.net, sampler.vae)]
+    gc.disable()
+    try:
+        del sampler
+        assert not [part() for part in parts if part() is not None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("settings", [LCM, GUIDED])

@@ -19,10 +19,10 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints import checkpoint, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.cost.probe import go_to_end
-from fastdiff.cost.simulation import Card
+from fastdiff.cost.simulation import Card, Simulated
 from fastdiff.data import encode as data_encode
 from fastdiff.data import teacher as data_teacher
 from fastdiff.data.prompts import default_prompts, read_prompts
@@ -56,7 +56,6 @@ class Rehearsal:
     peaks: dict[str, int] = field(default_factory=dict)  # {part of the run: peak bytes}
     places: dict[str, list[str]] = field(default_factory=dict)  # {part of the run: file:line at the peak, innermost first}
     syncs: dict[str, Counter[str]] = field(default_factory=dict)  # {phase: waits of the host in one step, by file:line}
-    resident_bytes: int = 0  # between two steps of the last phase
     state_bytes: int = 0  # size of a state that a run can resume from
     trained_bytes: int = 0  # of the student's own parameters
 
@@ -100,11 +99,30 @@ def without_weights(config: TrainConfig, base: Checkpoint, folder: Path) -> Iter
             stack.enter_context(patch.object(module, "fingerprint", lambda net: UNKNOWN))
         stack.enter_context(patch.object(type(config), "open_base", lambda self, dtype=None: hollow(base)))
         stack.enter_context(patch.object(disk, "require", lambda *_: None))
+        stack.enter_context(patch.object(tensors, "raw", filled(tensors.raw)))
         stack.enter_context(patch.object(perceptual, "open_distance", distance(base)))
         stack.enter_context(patch.object(optimizer, "opened", opened(optimizer.opened)))
+        stack.enter_context(patch.object(nn.Module, "to", moved(nn.Module.to)))
+        nowhere = lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        stack.enter_context(patch.object(offload.Parking, "place_for", nowhere))
         usual = Settings.usual
         stack.enter_context(patch.object(Settings, "usual", lambda family: replace(usual(family), num_steps=FEW)))
         yield
+
+
+def filled(real: Any) -> Any:
+    """Return a stand-in for `tensors.raw`: a tensor without numbers is written as zeros."""
+    return lambda tensor: real(torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor)
+
+
+def moved(real: Any) -> Any:
+    """Return a stand-in for `nn.Module.to`: a network on the card has no weights that could come to the CPU."""
+
+    def to(net: nn.Module, *args: Any, **how: Any) -> nn.Module:
+        away = args and str(args[0]) == "cpu" and any(isinstance(p, Simulated) for p in net.parameters())
+        return real(net, *(("meta", *args[1:]) if away else args), **how)
+
+    return to
 
 
 def opened(real: Any) -> Any:
@@ -144,20 +162,33 @@ def distance(base: Checkpoint) -> Any:
     return opened
 
 
-def rehearse(method_class: type[Method], config: TrainConfig, base: Checkpoint, *, card: Card | None = None) -> Rehearsal:
-    """Run the parts of a training run on a simulated card. `base` needs no weights; its `dtype` is the run's precision."""
-    card, result = card or Card(), Rehearsal()
+def rehearse(
+    method_class: type[Method], config: TrainConfig, base: Checkpoint, *, report: Callable[[str], None] = lambda part: None
+) -> Rehearsal:
+    """Run the parts of a training run on a simulated card. `base` needs no weights; its `dtype` is the run's precision.
+
+    `report` gets the name of each part before it runs. At full size a part takes from seconds to a minute.
+    """
+    card, result, shown = Card(), Rehearsal(), (console.state, console.speaks)
+
+    def told(part: str) -> None:
+        with patch.object(console, "state", shown[0]), patch.object(console, "speaks", shown[1]):
+            report(part)
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines = read_prompts(Path(config.prompts)) if config.prompts else default_prompts(base.family)
         (folder / "prompts.txt").write_text("\n".join(lines[:PROMPTS]) + "\n")
-        side = (config.resolution or base.resolution_px) // base.pixels_per_latent
+        most = at_once((config.resolution or base.resolution_px) // base.pixels_per_latent)
+        base = copy(base)
+        base.family = replace(base.family, drift_prompts=min(FEW * most, base.family.drift_prompts))
+        proof = {"proof": min(config.proof, FEW * most)} if "proof" in vars(config) else {}  # not every method has a table
         small = replace(
-            config, device="cuda", prompts=str(folder / "prompts.txt"), pairs=max(4, at_once(side)), max_images=None,
-            tracker="none", output=str(folder / "run"), grad_accum=min(FEW, config.grad_accum), teacher_steps=FEW,
+            config, device="cuda", prompts=str(folder / "prompts.txt"), pairs=max(4, FEW * most), max_images=None,
+            tracker="none", output=str(folder / "run"), grad_accum=min(FEW, config.grad_accum), teacher_steps=FEW, **proof,
         )  # fmt: skip
         with card, without_weights(small, base, folder):
-            run_parts(method_class, small, hollow(base), Run(folder / "run", method_class.name), card, result)
+            run_parts(method_class, small, hollow(base), Run(folder / "run", method_class.name), card, result, told)
     return result
 
 
@@ -167,12 +198,15 @@ def held(card: Card) -> int:
     return card.live_bytes // 2**20
 
 
-def run_parts(method_class: type[Method], config: Any, base: Checkpoint, run: Run, card: Card, result: Rehearsal) -> None:
+def run_parts(
+    method_class: type[Method], config: Any, base: Checkpoint, run: Run, card: Card, result: Rehearsal, report: Callable[[str], None]
+) -> None:
     """Run data, every phase, a contact sheet and the measurements, and note the peak of each."""
     card.watched = True
 
     @contextmanager
     def part(name: str) -> Iterator[None]:
+        report(name)
         gc.collect()
         card.reset_peak()
         yield
@@ -215,7 +249,7 @@ def run_parts(method_class: type[Method], config: Any, base: Checkpoint, run: Ru
             if config.eval_every:
                 with part("measure"), trainer.averaged():
                     trainer.leading(lambda: exhibit.measure(method))
-    if type(exhibit).figures is not Exhibit.figures:
+    if exhibit.judged or type(exhibit).figures is not Exhibit.figures:
         run.folder.mkdir(parents=True, exist_ok=True)
         with part("figures"):
             method.export(run)
@@ -226,15 +260,13 @@ def run_phase(trainer: Trainer, length: int, card: Card, part: Part, result: Reh
     """Run the steps at the end of the current phase: a first one, and `length` more of which the waits are counted."""
     name = trainer.phase.name or "steps"
     go_to_end(trainer, length)
-    with part(name):
-        trainer.train_step()
+    with part(name), patch.object(trainer, "config", replace(trainer.config, grad_accum=1)):
+        trainer.train_step()  # makes the optimiser's moments
     card.syncs.clear()
     with part(name):
         for _ in range(length):
             trainer.train_step()
             trainer.step += 1
     result.syncs[name] = Counter(card.syncs)
-    gc.collect()
-    result.resident_bytes = card.live_bytes
     result.state_bytes = max(result.state_bytes, trainer.state_bytes)
     result.trained_bytes = sum(p.numel() * p.element_size() for p in next(iter(trainer.players.values())).params)

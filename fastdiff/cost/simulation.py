@@ -172,6 +172,8 @@ class Card(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if args and isinstance(args[0], Simulated):  # most operations, told at once
+            return self.perform(func, args, kwargs)
         device = kwargs.get("device")
         if (device is not None and device.type == "cuda") or any(
             isinstance(value, Simulated) for value in leaves((args, kwargs))
@@ -267,8 +269,10 @@ class Card(TorchDispatchMode):
             return NotImplemented
         torch.broadcast_shapes(target.shape, source.shape)
         if isinstance(source, Simulated):
-            self.sync()
-            target.copy_(made_up(source, target.dtype).expand_as(target))
+            if not (args[2] if len(args) > 2 else kwargs.get("non_blocking")):
+                self.sync()
+            if not target.is_meta:
+                target.copy_(made_up(source, target.dtype).expand_as(target))
         return target
 
     # ---- torch's view of the card

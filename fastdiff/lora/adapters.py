@@ -48,7 +48,7 @@ def attach(
     from peft import LoraConfig
 
     trained = [p for p in unet.parameters() if p.requires_grad and is_adapted(unet)]
-    LAYERS.pop(unet, None)
+    LAYERS.clear()  # also the lists of blocks
     unet.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is intended
@@ -182,17 +182,24 @@ def using(net: nn.Module, name: str | None) -> Iterator[None]:
     if not is_adapted(net):
         yield
         return
-    layers = adapted_layers(net)
+    with active(adapted_layers(net), name):
+        yield
+
+
+@contextmanager
+def active(layers: "list[LoraLayer]", name: str | None) -> "Iterator[None]":
+    """Context manager in which these layers use the adapter `name` alone, or none. It restores the active ones after."""
     # peft's own setters also turn off requires_grad of all other adapters. A backward pass after that gives them gradients of
     # exactly zero, and no warning. So the list of active adapters is written directly, and requires_grad stays as it is.
+    # It is written into `vars`, because a module's own way to set an attribute takes ten times as long, in every pass.
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
-        layer._active_adapter = [name] if name else []
+        vars(layer)["_active_adapter"] = [name] if name else []
     try:
         yield
     finally:
         for layer, kept in zip(layers, before, strict=True):
-            layer._active_adapter = kept
+            vars(layer)["_active_adapter"] = kept
 
 
 def active_adapter(net: nn.Module) -> str | None:
@@ -213,7 +220,7 @@ def checkpoint_gradients(net: nn.Module) -> None:
         name = active_adapter(net)
 
         def forward(*args: Any) -> Any:
-            with using(net, name):
+            with active(adapted_layers(block), name):
                 return block(*args)
 
         return checkpoint(forward, *args, use_reentrant=False)

@@ -67,6 +67,11 @@ def guidance_embedding(w: Tensor, width: int) -> Tensor:
     return nn.functional.pad(embedding, (0, width % 2))
 
 
+def dtype_of(net: nn.Module) -> torch.dtype:
+    """Return the dtype of a network's first floating-point parameter. diffusers' own `dtype` visits every module first."""
+    return next(p.dtype for p in net.parameters() if p.is_floating_point())
+
+
 class Reached(Exception):  # noqa: N818  (not an error: it ends a forward pass early)
     """Raised by a hook to end a forward pass once all requested features are computed."""
 
@@ -119,7 +124,7 @@ class Denoiser(nn.Module):
 
     def answer(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return the raw network output (B, C, h, w) in the network's dtype; t is a scalar or (B,) on the network's device."""
-        t, dtype, extra = t.expand(len(x_t)), self.net.dtype, self.extra(cond)
+        t, dtype, extra = t.expand(len(x_t)), dtype_of(self.net), self.extra(cond)
         residuals = self.controlled(x_t, t, cond, extra)
         with adapters.using(self.net, self.adapter):
             return self.net(x_t.to(dtype), t, cond.tokens.to(dtype), return_dict=False, **extra, **residuals)[0]
@@ -129,7 +134,7 @@ class Denoiser(nn.Module):
 
         Raises ValueError if the network embeds guidance and `cond.guidance` is None.
         """
-        dtype, kwargs = self.net.dtype, {}
+        dtype, kwargs = dtype_of(self.net), {}
         if cond.pooled is not None:
             kwargs["added_cond_kwargs"] = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids.to(dtype)}
         if self.guidance_embedded:
@@ -143,7 +148,7 @@ class Denoiser(nn.Module):
         """Return the ControlNet's residuals for the UNet, by diffusers' names; {} without a ControlNet or control picture."""
         if self.controlnet is None or cond.control is None:
             return {}
-        dtype = self.controlnet.dtype
+        dtype = dtype_of(self.controlnet)
         down, middle = self.controlnet(
             x_t.to(dtype),
             t,
@@ -153,7 +158,7 @@ class Denoiser(nn.Module):
             return_dict=False,
             **extra,
         )
-        own = self.net.dtype
+        own = dtype_of(self.net)
         return {
             "down_block_additional_residuals": [x.to(own) for x in down],
             "mid_block_additional_residual": middle.to(own),

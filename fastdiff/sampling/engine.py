@@ -66,7 +66,7 @@ class Converted(Caller):
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser)
-        step = super().__call__
+        step = Caller(denoiser)  # not a method of this object, which would then live until the garbage collector runs
         self.form = openvino.Compiled(lambda x, **inputs: step(x, 0, inputs), "the network")
 
     def __call__(self, x: Tensor, k: int, inputs: Inputs) -> Tensor:
@@ -108,6 +108,11 @@ def latents(call: Callable[[Tensor, int, Inputs], Tensor], walk: Walk, between: 
 def to_bytes(pixels: Tensor) -> Tensor:
     """Convert pixels in [-1, 1] to uint8 in 0..255, rounded like diffusers."""
     return (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def picturing(decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a function from latents (B, C, h, w) to pictures (B, H, W, 3), uint8."""
+    return lambda z: to_bytes(decode(z)).permute(0, 2, 3, 1).contiguous()
 
 
 # ---- captured: the same function as a CUDA graph
@@ -219,7 +224,8 @@ class Captured:
 
     def drawing(self, parts: Parts, between: Callable[[], None] = lambda: None) -> Callable[[], Tensor]:
         """Return the function that draws what is at the fixed places by these parts."""
-        return lambda: drawn(self.walk, parts, self.places, between)
+        walk, places = self.walk, self.places  # not `self`, which keeps the function
+        return lambda: drawn(walk, parts, places, between)
 
     def __call__(self, inputs: Inputs) -> Tensor:
         for name, tensor in inputs.items():
@@ -242,7 +248,10 @@ def drawn(walk: Walk, parts: Parts, tensors: Inputs, between: Callable[[], None]
 
 
 class Engine:
-    """Runs walks of one network and decoder. It keeps the captured functions of the last KEPT shapes: each holds GPU memory."""
+    """Runs walks of one network and decoder. It keeps the captured functions of the last KEPT shapes: each holds GPU memory.
+
+    What it keeps must not refer to it or to its sampler: the memory of a sampler that is no longer used is free at once then.
+    """
 
     KEPT = 4
 
@@ -274,14 +283,10 @@ class Engine:
         """Run a walk uncaptured and return latents (B, C, h, w), fp32. Raises Stopped after a stop signal."""
         return latents(self.call, walk, stop.check)
 
-    def picture(self, z: Tensor) -> Tensor:
-        """Decode latents (B, C, h, w) to pictures (B, H, W, 3), uint8."""
-        return to_bytes(self.decode(z)).permute(0, 2, 3, 1).contiguous()
-
     @torch.no_grad()
     def bytes(self, walk: Walk) -> Tensor:
         """Draw pictures (B, H, W, 3), uint8, on the device. The next call may overwrite them."""
-        tensors, parts = {"noise": walk.noise, **walk.inputs}, Parts(self.call, self.picture)
+        tensors, parts = {"noise": walk.noise, **walk.inputs}, Parts(self.call, picturing(self.decode))
         backend = self.backend
         if backend is None:
             return drawn(walk, parts, tensors, stop.check)

@@ -7,7 +7,7 @@ noise and all later noise.
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ class Sampler:
         """Move the networks to the device and make the engine for them."""
         self.denoiser, self.device = denoiser.to(device), device
         self.vae = drawing(self.base, vae, device)
-        self.engine = Engine(self.denoiser, lambda latents: autoencoder.decode(self.vae, latents), device, compile=compile)
+        self.engine = Engine(self.denoiser, partial(autoencoder.decode, self.vae), device, compile=compile)
         self.tables: dict[Settings, Table] = {}
         self.latest: tuple[tuple[Any, ...], Inputs] | None = None  # the last arguments of `inputs`, and the result
 

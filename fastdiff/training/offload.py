@@ -26,9 +26,13 @@ class Parking:
             if tensor.ndim and tensor not in self.places:
                 place = known.get(tensor)
                 if place is None or place.shape != tensor.shape:
-                    place = torch.empty_like(tensor, device="cpu", pin_memory=self.pinned)
+                    place = self.place_for(tensor)
                 self.places[tensor] = place.copy_(tensor, non_blocking=True)
                 tensor.data = place  # the device's memory is free for work that is queued behind the copy
+
+    def place_for(self, tensor: Tensor) -> Tensor:
+        """Return CPU memory for the values of a tensor."""
+        return torch.empty_like(tensor, device="cpu", pin_memory=self.pinned)
 
     @torch.no_grad()
     def fetch(self) -> None:
