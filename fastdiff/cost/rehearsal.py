@@ -26,7 +26,7 @@ from fastdiff.cost.simulation import Card, Simulated
 from fastdiff.data import encode as data_encode
 from fastdiff.data import teacher as data_teacher
 from fastdiff.data.prompts import default_prompts, read_prompts
-from fastdiff.models import perceptual
+from fastdiff.models import controlnet, perceptual
 from fastdiff.options.train import TrainConfig
 from fastdiff.runtime import console, disk
 from fastdiff.sampling.sampler import at_once
@@ -99,6 +99,7 @@ def without_weights(config: TrainConfig, base: Checkpoint, folder: Path) -> Iter
             stack.enter_context(patch.object(module, "fingerprint", lambda net: UNKNOWN))
         stack.enter_context(patch.object(type(config), "open_base", lambda self, dtype=None: hollow(base)))
         stack.enter_context(patch.object(disk, "require", lambda *_: None))
+        stack.enter_context(patch.object(controlnet, "load", controlnet.skeleton))
         stack.enter_context(patch.object(tensors, "raw", filled(tensors.raw)))
         stack.enter_context(patch.object(perceptual, "open_distance", distance(base)))
         stack.enter_context(patch.object(optimizer, "opened", opened(optimizer.opened)))
@@ -199,7 +200,13 @@ def held(card: Card) -> int:
 
 
 def run_parts(
-    method_class: type[Method], config: Any, base: Checkpoint, run: Run, card: Card, result: Rehearsal, report: Callable[[str], None]
+    method_class: type[Method],
+    config: Any,
+    base: Checkpoint,
+    run: Run,
+    card: Card,
+    result: Rehearsal,
+    report: Callable[[str], None],
 ) -> None:
     """Run data, every phase, a contact sheet and the measurements, and note the peak of each."""
     card.watched = True
@@ -251,6 +258,7 @@ def run_parts(
                     trainer.leading(lambda: exhibit.measure(method))
     if exhibit.judged or type(exhibit).figures is not Exhibit.figures:
         run.folder.mkdir(parents=True, exist_ok=True)
+        trainer.players.clear()
         with part("figures"):
             method.export(run)
             exhibit.figures(method, run)

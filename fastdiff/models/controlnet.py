@@ -1,14 +1,16 @@
 """Load ControlNets, and cut smaller ones for smaller UNets out of an existing one."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastdiff.checkpoints import component
 from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.models import unet
-from fastdiff.runtime.errors import InputRefused, as_field
+from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 
 EMBEDDED = SHIPPED.home / "controlnet"  # draws emoji pictures from Canny edges
 
@@ -83,6 +85,24 @@ def load(ref: str, unet_config: Mapping[str, Any], *, option: str = "controlnet"
     config = component.config_of(folder, option, ref, ("ControlNetModel",))
     check(config, unet_config, as_field(option, ref))
     return component.load(folder, option, ref, config)
+
+
+def skeleton(ref: str, unet_config: Mapping[str, Any], *, option: str = "controlnet") -> nn.Module:
+    """Build a ControlNet without weights, on the meta device, to find out how much memory it takes; fp32, frozen.
+
+    If `ref` is not on this machine, it has the shape that ControlNets usually have: that of the UNet's encoder.
+    """
+    from diffusers.models import ControlNetModel
+
+    try:
+        folder = EMBEDDED if ref == SHIPPED.name else component.locate(ref, option, "ControlNet")
+        config = component.config_of(folder, option, ref, ("ControlNetModel",))
+        check(config, unet_config, as_field(option, ref))
+    except UsageError:
+        known = inspect.signature(ControlNetModel.__init__).parameters
+        config = {key: value for key, value in unet_config.items() if key in known}
+    with torch.device("meta"):
+        return unet.unet_of(config, "ControlNetModel").requires_grad_(False)
 
 
 def check(config: Mapping[str, Any], unet_config: Mapping[str, Any], where: str) -> None:

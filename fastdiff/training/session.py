@@ -274,6 +274,7 @@ def train(method_class: type[Method], config: Any) -> Trained:
     metrics: dict[str, Any] = {"steps": trainer.step, **method.facts()}
     if trainer.kept:
         metrics["best"] = next(iter(trainer.kept.values())) if alone(trainer) else trainer.kept
+    trainer.players.clear()  # moments and averages: the closing figures need the room
     with console.timed("proof_s"):
         metrics |= trainer.spared("the closing figures", lambda: exhibit.figures(method, run)) or {}
     weights = written_weights(run)
