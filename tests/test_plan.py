@@ -81,7 +81,7 @@ def by_formula(monkeypatch):
         kept = 2**24 * (2 - config.offload - (config.quantize_base != "none"))
         return 2**30 + graph + kept + 2**20 * config.lora_rank
 
-    monkeypatch.setattr(plan, "rehearse", lambda method, config, base: Rehearsal({"steps": size(config)}))
+    monkeypatch.setattr(plan, "rehearse", lambda method, config, base, report: Rehearsal({"steps": size(config)}))
     monkeypatch.setattr(plan, "estimate", lambda load, shape, config, dtype: Estimate(size(config), 0, 1e9, 1e6, 1e6))
 
 

@@ -42,8 +42,9 @@ LEAST_RANK = 4
 def settings(config: Any, adapters_train: bool) -> list[Any]:
     """The config, then variants that take less and less memory for the same batch.
 
-    First the batch is split into smaller parts, then gradient checkpointing is switched on. A run with adapters then moves what
-    only an update uses to CPU memory, keeps the base in 8 bits, and halves the rank.
+    First the batch is split into smaller parts, then gradient checkpointing is switched on, and what only an update uses moves
+    to CPU memory. Then a run with adapters keeps the base in 8 bits and halves the rank, and a whole network trains with smaller
+    moments.
     """
     whole = config.batch_size * config.grad_accum
     parts = [n for n in range(config.batch_size, 0, -1) if whole % n == 0]
@@ -56,11 +57,12 @@ def settings(config: Any, adapters_train: bool) -> list[Any]:
     for again in [False, True] if not config.gradient_checkpointing else [True]:
         for n in parts:
             offer(config, batch_size=n, grad_accum=whole // n, gradient_checkpointing=again)
-    if adapters_train:
-        if not config.offload:
-            offer(configs[-1], offload=True)
-        if config.quantize_base == "none":
-            offer(configs[-1], quantize_base="int8")
+    if not config.offload:
+        offer(configs[-1], offload=True)
+    if adapters_train and config.quantize_base == "none":
+        offer(configs[-1], quantize_base="int8")
+    if not adapters_train and config.optimizer == "adamw":
+        offer(configs[-1], optimizer="adafactor")
     rank = config.lora_rank if adapters_train else 0
     while (rank := rank // 2) >= LEAST_RANK:
         offer(configs[-1], lora_rank=rank, lora_alpha=config.lora_alpha * rank / config.lora_rank)
@@ -147,13 +149,14 @@ class Row:
             yes(config.offload),
             "" if config.quantize_base == "none" else config.quantize_base,
             str(self.changes.get("lora_rank", "")),
+            config.optimizer,
             "too much" if self.memory_bytes is None else f"{known}{self.memory_bytes / 2**30:.2f}",
             "" if self.step_s is None else f"{self.step_s:.3g}",
             yes(self.fits),
         ]
 
 
-CHANGED = ("batch_size", "grad_accum", "gradient_checkpointing", "offload", "quantize_base", "lora_rank", "lora_alpha")
+CHANGED = ("batch_size", "grad_accum", "gradient_checkpointing", "offload", "quantize_base", "lora_rank", "lora_alpha", "optimizer")
 
 
 class Plan:
@@ -306,7 +309,7 @@ class Plan:
     def show(self) -> None:
         """Print the settings, and the time and disk of the first that fits, as tables."""
         how = "measured on" if self.probe else "rehearsed for"
-        columns = ["batch", "checkpointing", "offload", "base", "rank", "GiB", "s a step", "fits"]
+        columns = ["batch", "checkpointing", "offload", "base", "rank", "optimizer", "GiB", "s a step", "fits"]
         listed = [row for row in self.rows if row.fits][:3] + [row for row in self.rows if not row.fits]
         rows = [row.cells() for row in sorted(listed, key=self.rows.index)]
         notes = "batch: images at once x parts of a step; ~ is calculated"

@@ -46,11 +46,12 @@ def estimate(load: Load, shape: Footprint, config: Any, dtype: torch.dtype) -> E
     averaged = 4 * student if config.ema else 0
     graph = shape.checkpointed_bytes if config.gradient_checkpointing else shape.saved_bytes
     stored = dtype.itemsize if config.quantize_base == "none" else 1
-    moments = MOMENTS[config.optimizer] if not config.offload else 0
-    fixed = load.frozen * shape.parameters * stored + (adapter + whole) * (TRAINED + moments) + averaged * (not config.offload)
+    updating = averaged + (adapter + whole) * MOMENTS[config.optimizer]  # what only an update uses
+    held = load.frozen * shape.parameters * stored + (adapter + whole) * TRAINED
+    fixed = held + (0 if config.offload else updating)
     backward = 2 * (RECOMPUTED if config.gradient_checkpointing else 1)
     return Estimate(
-        fixed + graph * load.graph * config.batch_size,
+        max(fixed + graph * load.graph * config.batch_size, held + updating),
         fixed,
         shape.flops * (load.grad * (1 + backward) + load.free) * config.batch_size * config.grad_accum,
         (adapter + whole) * (TRAINED - 4 + MOMENTS[config.optimizer]) + averaged,

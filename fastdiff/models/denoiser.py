@@ -67,8 +67,10 @@ def guidance_embedding(w: Tensor, width: int) -> Tensor:
     return nn.functional.pad(embedding, (0, width % 2))
 
 
-def dtype_of(net: nn.Module) -> torch.dtype:
-    """Return the dtype of a network's first floating-point parameter. diffusers' own `dtype` visits every module first."""
+def dtype_of(net: Any) -> torch.dtype:
+    """Return the dtype that a network computes in. diffusers' own `dtype` visits every module before the first parameter."""
+    if not isinstance(net, nn.Module):  # a folded network
+        return net.dtype
     return next(p.dtype for p in net.parameters() if p.is_floating_point())
 
 
