@@ -190,7 +190,7 @@ def test_a_command_without_arithmetic_is_rehearsed_too(fastdiff, tiny_sd):
 def test_the_rehearsed_base_has_the_precision_of_the_run(fastdiff, tiny_sd, monkeypatch):
     dtypes = []
 
-    def seen(method, config, base):
+    def seen(method, config, base, report):
         dtypes.append((config.precision, base.dtype))
         return Rehearsal({"steps": 2**20})
 
@@ -276,4 +276,6 @@ def test_the_ladder_keeps_the_batch():
     assert all(c.batch_size * c.grad_accum == 12 for c in found)
     assert [c.batch_size for c in found[:4]] == [6, 4, 3, 2]
     assert (found[-1].lora_rank, found[-1].lora_alpha) == (4, 8)
-    assert [c.lora_rank for c in plan.settings(replace(config, full=True), False)] == [16] * 5
+    assert [(c.batch_size, c.offload, c.optimizer) for c in plan.settings(replace(config, full=True), False)] == [
+        *((n, False, "adamw") for n in (6, 4, 3, 2, 1)), (1, True, "adamw"), (1, True, "adafactor"),
+    ]  # fmt: skip

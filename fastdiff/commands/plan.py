@@ -124,6 +124,7 @@ class Row:
     """One setting, and how much memory and time it takes."""
 
     config: Any = field(repr=False)
+    trains: str = ""  # the rank of adapters, or the optimiser of a whole network
     memory_bytes: float | None = None  # None: the probe ran out of memory
     step_s: float | None = None
     measured: bool = False
@@ -137,7 +138,7 @@ class Row:
 
     def metrics(self) -> dict[str, Any]:
         """The row for the JSON object."""
-        return self.changes | {k: v for k, v in vars(self).items() if k != "config"}
+        return self.changes | {k: v for k, v in vars(self).items() if k not in ("config", "trains")}
 
     def cells(self) -> list[str]:
         """The row for the table."""
@@ -148,15 +149,23 @@ class Row:
             yes(config.gradient_checkpointing),
             yes(config.offload),
             "" if config.quantize_base == "none" else config.quantize_base,
-            str(self.changes.get("lora_rank", "")),
-            config.optimizer,
+            self.trains,
             "too much" if self.memory_bytes is None else f"{known}{self.memory_bytes / 2**30:.2f}",
             "" if self.step_s is None else f"{self.step_s:.3g}",
             yes(self.fits),
         ]
 
 
-CHANGED = ("batch_size", "grad_accum", "gradient_checkpointing", "offload", "quantize_base", "lora_rank", "lora_alpha", "optimizer")
+CHANGED = (
+    "batch_size",
+    "grad_accum",
+    "gradient_checkpointing",
+    "offload",
+    "quantize_base",
+    "lora_rank",
+    "lora_alpha",
+    "optimizer",
+)
 
 
 class Plan:
@@ -174,7 +183,9 @@ class Plan:
         self.load = method.load(config, self.base)
         self.px = config.resolution or self.base.resolution_px
         self.estimates = self.estimated()
-        self.rows = [Row(c) for c in settings(config, bool(self.load and self.load.lora))][: None if self.estimates else 1]
+        lora = bool(self.load and self.load.lora)
+        rows = [Row(c, f"rank {c.lora_rank}" if lora else c.optimizer) for c in settings(config, lora)]
+        self.rows = rows if self.estimates else rows[:1]
         self.measured: Measured | None = None
         self.rehearsal: Rehearsal | None = None  # of the last setting that was rehearsed
         self.speed = 0.0 if probe or memory is not None else PRODUCT_PART * product_flops(self.device, self.dtype)
@@ -309,7 +320,7 @@ class Plan:
     def show(self) -> None:
         """Print the settings, and the time and disk of the first that fits, as tables."""
         how = "measured on" if self.probe else "rehearsed for"
-        columns = ["batch", "checkpointing", "offload", "base", "rank", "optimizer", "GiB", "s a step", "fits"]
+        columns = ["batch", "checkpointing", "offload", "base", "trains", "GiB", "s a step", "fits"]
         listed = [row for row in self.rows if row.fits][:3] + [row for row in self.rows if not row.fits]
         rows = [row.cells() for row in sorted(listed, key=self.rows.index)]
         notes = "batch: images at once x parts of a step; ~ is calculated"

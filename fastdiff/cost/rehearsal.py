@@ -183,7 +183,7 @@ def rehearse(
         most = at_once((config.resolution or base.resolution_px) // base.pixels_per_latent)
         base = copy(base)
         base.family = replace(base.family, drift_prompts=min(FEW * most, base.family.drift_prompts))
-        proof = {"proof": min(config.proof, FEW * most)} if "proof" in vars(config) else {}  # not every method has a table
+        proof: Any = {"proof": min(config.proof, FEW * most)} if "proof" in vars(config) else {}  # not every method has a table
         small = replace(
             config, device="cuda", prompts=str(folder / "prompts.txt"), pairs=max(4, FEW * most), max_images=None,
             tracker="none", output=str(folder / "run"), grad_accum=min(FEW, config.grad_accum), teacher_steps=FEW, **proof,
