@@ -183,7 +183,7 @@ def test_a_command_without_arithmetic_is_rehearsed_too(fastdiff, tiny_sd):
     assert code == 0, told["error"]
     (row,) = told["metrics"]["settings"]
     assert (row["rehearsed"], row["fits"], row["step_s"]) == (True, True, None)
-    assert set(told["metrics"]["peaks"]) == {"data", "steps", "sheet", "figures"}
+    assert set(told["metrics"]["peaks"]) == {"data", "begin", "steps", "sheet", "figures"}
     assert told["metrics"]["device"] == "a CUDA card"
 
 

@@ -171,6 +171,8 @@ def test_every_command_runs_on_a_card(fastdiff, tiny_sd, tiny_controlnet, tiny_p
     given = [*words(command, base, tiny_controlnet, tiny_pruned, table), "--precision", precision, "-o", "run"]
     if precision == "fp16":
         given += ["--gradient-checkpointing"] * (command != "distill-vae")
+    if table is tiny.WHOLE:
+        given += ["--offload"]
     watched = command == "train-lcm-lora" and table is tiny.COMMANDS
     if watched:
         given += ["--eval-every", 2, "--preview-every", 2]

@@ -22,7 +22,7 @@ from fastdiff.checkpoints.locate import ALIASES
 from fastdiff.cost import footprint
 from fastdiff.cost.estimate import Estimate, data_plan, estimate
 from fastdiff.cost.probe import Measured, measure
-from fastdiff.cost.rehearsal import PICTURES, Rehearsal, rehearse, taken_bytes
+from fastdiff.cost.rehearsal import OTHERS, Rehearsal, rehearse, taken_bytes
 from fastdiff.lora import adapters
 from fastdiff.options.train import TrainConfig, seconds
 from fastdiff.runtime import console, disk
@@ -226,7 +226,7 @@ class Plan:
         if self.rehearsal is None:
             return known + steps
         pictures = expected.resident_bytes - first.resident_bytes
-        peaks = [size + (pictures if part in PICTURES else steps) for part, size in self.rehearsal.peaks.items()]
+        peaks = [size + (pictures if part in OTHERS else steps) for part, size in self.rehearsal.peaks.items()]
         return taken_bytes(max(peaks), self.device.type)
 
     def step_s(self, expected: Estimate) -> float | None:
@@ -323,7 +323,7 @@ class Plan:
         columns = ["batch", "checkpointing", "offload", "base", "trains", "GiB", "s a step", "fits"]
         listed = [row for row in self.rows if row.fits][:3] + [row for row in self.rows if not row.fits]
         rows = [row.cells() for row in sorted(listed, key=self.rows.index)]
-        notes = "batch: images at once x parts of a step; ~ is calculated"
+        notes = f"batch: images at once x parts of a step; ~ is calculated; fits: {FREE_PART:.0%} are enough"
         console.table(f"{self.command}, {how} {self.device_name}, {disk.format_size(self.room)}\n{notes}", columns, rows)
         time_text = lambda took_s: "not known" if took_s is None else f"{took_s / 3600:.2f} h"
         needs = [["data", self.data.what, time_text(self.data_s())]]
@@ -338,11 +338,11 @@ class Plan:
         if self.chosen is None:
             least = min((row.memory_bytes for row in self.rows if row.memory_bytes), default=None)
             need = f"at least {disk.format_size(least)}" if least else "more than there is"
+            whole = vars(self.config).get("full") or vars(self.config).get("student") == "full"
             failure = DoesNotFit(
-                f"plan {self.command}: no setting fits: {need} of memory, and {disk.format_size(self.room)} are free",
-                "a smaller --resolution"
-                + (", a LoRA in place of full weights," if self.load and self.load.full else "")
-                + " or a larger device",
+                f"plan {self.command}: no setting fits: {need} of memory, and a plan fills {disk.format_size(FREE_PART * self.room)}, "
+                f"{FREE_PART:.0%} of what is free",
+                "a smaller --resolution" + (", a LoRA in place of full weights," if whole else "") + " or a larger device",
             )
         needed: dict[int, float] = {}
         for folder, size in self.disk().values():

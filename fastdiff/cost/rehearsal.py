@@ -1,7 +1,8 @@
 """Rehearse a training run on the simulated card: real data, steps, contact sheets and measurements, without weights or numbers.
 
 `fastdiff plan --no-probe` takes its memory from here, and so do the tests of memory. Every part of a run has its own peak:
-`data` (text encoders, the teacher's samples or the VAE's encoder), each phase by name, `sheet`, `measure` and `figures`.
+`data` (text encoders, the teacher's samples or the VAE's encoder), `begin` (making the method's networks, and what is made anew
+between two phases), each phase by name, `sheet`, `measure` and `figures`.
 """
 
 import gc
@@ -21,6 +22,7 @@ from torch import nn
 
 from fastdiff.checkpoints import checkpoint, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.cost.probe import go_to_end
 from fastdiff.cost.simulation import Card, Simulated
 from fastdiff.data import encode as data_encode
@@ -39,7 +41,7 @@ from fastdiff.training.scene import Scene
 from fastdiff.training.session import COMPONENTS, data_of, open_accelerator
 from fastdiff.training.trainer import Trainer
 
-PICTURES = ("data", "sheet", "measure", "figures")  # parts of a run besides its phases
+OTHERS = ("data", "begin", "sheet", "measure", "figures")  # parts of a run besides its phases
 FEW = 2  # micro-batches and sampling steps: more of them take no more memory
 # What a run takes beside its tensors, in GiB: CUDA's context and the workspaces of cuBLAS; elsewhere the libraries.
 RUNTIME_GIB = {"cuda": 0.7, "mps": 0.5, "cpu": 0.6}
@@ -69,10 +71,11 @@ def taken_bytes(peak_bytes: float, device: str) -> float:
     return FRAGMENTS * peak_bytes + RUNTIME_GIB[device] * 2**30
 
 
-def hollow(base: Checkpoint) -> Checkpoint:
-    """Return a copy of a checkpoint whose networks have shapes but no weights: they are on the meta device."""
+def hollow(base: Checkpoint, dtype: torch.dtype | None = None) -> Checkpoint:
+    """Return a copy of a checkpoint, in its own or another dtype, whose networks have shapes but no weights (meta device)."""
     own = copy(base)
     own.__dict__ = dict(base.__dict__)
+    own.dtype = dtype or base.dtype
 
     def network(part: str, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
@@ -80,7 +83,7 @@ def hollow(base: Checkpoint) -> Checkpoint:
         return net.to(dtype).eval().requires_grad_(False)
 
     own.__dict__ |= {
-        "unet": network("unet", base.dtype),
+        "unet": network("unet", own.dtype),
         "vae": network("vae", torch.float32),
         "text_encoders": [network(part, torch.float32) for part in base.text_parts],
     }
@@ -97,11 +100,12 @@ def without_weights(config: TrainConfig, base: Checkpoint, folder: Path) -> Iter
         stack.enter_context(patch.dict(os.environ, FASTDIFF_CACHE=str(folder / "cache")))
         for module in (checkpoint, data_teacher, data_encode):
             stack.enter_context(patch.object(module, "fingerprint", lambda net: UNKNOWN))
-        stack.enter_context(patch.object(type(config), "open_base", lambda self, dtype=None: hollow(base)))
+        stack.enter_context(patch.object(type(config), "open_base", lambda self, dtype=None: hollow(base, dtype)))
         stack.enter_context(patch.object(disk, "require", lambda *_: None))
         stack.enter_context(patch.object(controlnet, "load", controlnet.skeleton))
         stack.enter_context(patch.object(tensors, "raw", filled(tensors.raw)))
         stack.enter_context(patch.object(perceptual, "open_distance", distance(base)))
+        stack.enter_context(patch.object(optimizer, "check", lambda *_: None))
         stack.enter_context(patch.object(optimizer, "opened", opened(optimizer.opened)))
         stack.enter_context(patch.object(nn.Module, "to", moved(nn.Module.to)))
         nowhere = lambda _, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -183,9 +187,12 @@ def rehearse(
         most = at_once((config.resolution or base.resolution_px) // base.pixels_per_latent)
         base = copy(base)
         base.family = replace(base.family, drift_prompts=min(FEW * most, base.family.drift_prompts))
+        # More pictures of a folder or stream take no more memory, only time.
+        own = config.data and config.data.partition(":")[0] not in {"teacher", SHIPPED.data}
         proof: Any = {"proof": min(config.proof, FEW * most)} if "proof" in vars(config) else {}  # not every method has a table
         small = replace(
-            config, device="cuda", prompts=str(folder / "prompts.txt"), pairs=max(4, FEW * most), max_images=None,
+            config, device="cuda", prompts=str(folder / "prompts.txt"), pairs=max(4, FEW * most),
+            max_images=max(4, FEW * most) if own else None,
             tracker="none", output=str(folder / "run"), grad_accum=min(FEW, config.grad_accum), teacher_steps=FEW, **proof,
         )  # fmt: skip
         with card, without_weights(small, base, folder):
@@ -231,16 +238,19 @@ def run_parts(
     networks = {"unet": base.unet, "vae": base.vae}
     for name in method_class.keeps:
         networks[name].to(scene.device)
-    method = method_class(base, config)
+    with part("begin"):
+        method = method_class(base, config)
     with part("data"):
         exhibit.begin(method)
     known: set[Any] = set()
-    trainer = Trainer(method, data, run, config, accelerator)
+    with part("begin"):
+        trainer = Trainer(method, data, run, config, accelerator)
     length = method_class.cycle(config)
     for index in range(len(trainer.phases)):
         if index:
-            trainer.leave()
-            trainer.enter(index)
+            with part("begin"):
+                trainer.leave()
+                trainer.enter(index)
         # A phase with the same players and the same memory before it takes what the other took.
         sizes = tuple((who, sum(p.numel() for p in player.params)) for who, player in trainer.players.items())
         same = (sizes, trainer.phase.exports, held(card))

@@ -259,7 +259,7 @@ class Card(TorchDispatchMode):
                 return NotImplemented
             self.sync()
             return made_up(source, dtype)
-        strides = contiguous(source.shape) if 0 in source.stride() else tuple(source.stride())
+        strides = torch.empty_like(empty(spec_of(source))).stride()  # dense, in the order of the source's
         return self.made((tuple(source.shape), strides, dtype))
 
     def written(self, packet: Any, args: Any, kwargs: Any) -> Any:
@@ -301,6 +301,7 @@ class Card(TorchDispatchMode):
             (torch.cuda, "is_bf16_supported", lambda *_, **__: self.capability >= (8, 0)),
             (torch.cuda, "get_device_name", lambda *_: "simulated CUDA"),
             (torch.cuda, "get_device_capability", lambda *_: self.capability),
+            (torch.cuda, "current_stream", lambda *_: Event()),
             (torch.cuda, "synchronize", lambda *_: self.sync()),
             (torch.cuda, "empty_cache", lambda: None),
             (torch.cuda, "get_rng_state_all", lambda: [torch.zeros(16, dtype=torch.uint8)]),
@@ -419,11 +420,6 @@ def empty(spec: Spec) -> Tensor:
     return torch.empty_strided(*spec[:2], dtype=spec[2], device="meta")
 
 
-def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the strides of a contiguous tensor."""
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
 def copying(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return `torch.tensor` or `torch.as_tensor` so that its copy to the card is an operation that the card sees."""
 
@@ -438,7 +434,7 @@ def copying(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Event:
-    """Stand-in for torch.cuda.Event: there is nothing to wait for."""
+    """Stand-in for torch.cuda.Event and torch.cuda.Stream: there is nothing to wait for."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def record(self, *_: Any) -> None: ...

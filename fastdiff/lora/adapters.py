@@ -152,11 +152,11 @@ def reset(unet: nn.Module, name: str) -> None:
 @torch.no_grad()
 def plain(unet: nn.Module, lora: Lora | None = None) -> nn.Module:
     """A trainable fp32 copy of a UNet without adapters, with `lora` added to the weights where one is given."""
-    state = {k.replace(".base_layer.", "."): v.float() for k, v in unet.state_dict().items() if ".lora_" not in k}
+    weights = {k.replace(".base_layer.", "."): v for k, v in unet.state_dict().items() if ".lora_" not in k}
     with torch.device("meta"):
         configured = cast("ConfigMixin", unet)
         copy = cast(nn.Module, type(configured).from_config(configured.config))
-    copy.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
+    copy.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in weights.items()}, assign=True)
     if lora:
         apply.fold(copy, [(lora, 1.0)])
     return copy.train().requires_grad_(True)

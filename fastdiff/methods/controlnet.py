@@ -29,6 +29,7 @@ from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.options.controlnet import EXAMPLES, PRESETS, Config
 from fastdiff.options.controlnet import Config as Options
+from fastdiff.runtime import console
 from fastdiff.sampling.sampler import drawing
 from fastdiff.training.card import Usage, load_expression
 from fastdiff.training.method import Load, Now, Phase, Trains, Turn, relative_size
@@ -73,6 +74,8 @@ class DistilControlNet(Segmented):
     def check(cls, config: Options) -> Options:
         """Check the extractor, the ControlNet and `init` now, so that wrong ones fail before anything is sampled."""
         control.extractor(config.control)
+        if not config.init:
+            console.warn("without `init` the student is a copy of its teacher, and has nothing to learn")
         base = config.open_base()
         assert config.controlnet is not None, "refused by the config"
         controlnet.load(config.controlnet, base.unet_config)

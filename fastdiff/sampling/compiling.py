@@ -85,6 +85,7 @@ class Forms:
         """Count a call for latents (B, C, h, w) whose network calls have `rows` rows; start to compile when it is time."""
         self.calls += 1
         if self.mode == "max" and self.calls == 1:
+            console.info("compiling: takes minutes, once for each size of picture")
             self.prepare(latents, rows, inputs)
         if self.mode == "auto" and self.calls == WORTH_COMPILING:
             self.thread = ending_with_process(lambda: self.prepare(latents, rows, inputs))
