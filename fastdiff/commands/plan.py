@@ -339,9 +339,9 @@ class Plan:
             least = min((row.memory_bytes for row in self.rows if row.memory_bytes), default=None)
             need = f"at least {disk.format_size(least)}" if least else "more than there is"
             whole = vars(self.config).get("full") or vars(self.config).get("student") == "full"
+            room = f"{disk.format_size(FREE_PART * self.room)}, {FREE_PART:.0%} of what is free"
             failure = DoesNotFit(
-                f"plan {self.command}: no setting fits: {need} of memory, and a plan fills {disk.format_size(FREE_PART * self.room)}, "
-                f"{FREE_PART:.0%} of what is free",
+                f"plan {self.command}: no setting fits: {need} of memory, and a plan fills {room}",
                 "a smaller --resolution" + (", a LoRA in place of full weights," if whole else "") + " or a larger device",
             )
         needed: dict[int, float] = {}
