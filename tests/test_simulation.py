@@ -273,7 +273,9 @@ def test_a_rehearsal_takes_what_the_whole_command_takes(fastdiff, run, precision
     with Card() as card:
         code, result = fastdiff(*words, "--device", "cuda", "--steps", steps, "--pairs", 200, "-o", "run")
     assert code == 0, result.get("error")
-    assert max(planned["metrics"]["peaks"].values()) == pytest.approx(card.peak_bytes, rel=0.1)
+    rehearsed_bytes = max(planned["metrics"]["peaks"].values())
+    print(f"{run} {precision}: {rehearsed_bytes / 2**20:.0f} MiB rehearsed, {card.peak_bytes / 2**20:.0f} in the whole command")
+    assert rehearsed_bytes == pytest.approx(card.peak_bytes, rel=0.1)
 
 
 def peaks_table():

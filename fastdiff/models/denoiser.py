@@ -69,9 +69,9 @@ def guidance_embedding(w: Tensor, width: int) -> Tensor:
 
 def dtype_of(net: Any) -> torch.dtype:
     """Return the dtype that a network computes in. diffusers' own `dtype` visits every module before the first parameter."""
-    if not isinstance(net, nn.Module):  # a folded network
-        return net.dtype
-    return next(p.dtype for p in net.parameters() if p.is_floating_point())
+    parameters = net.parameters() if isinstance(net, nn.Module) else iter(())  # a folded network says its dtype itself
+    first = next((p for p in parameters if p.is_floating_point()), net)
+    return first.dtype
 
 
 class Reached(Exception):  # noqa: N818  (not an error: it ends a forward pass early)
