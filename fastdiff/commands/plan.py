@@ -247,8 +247,8 @@ class Plan:
     def rehearse(self, row: Row) -> None:
         """Rehearse one setting on the simulated card and fill in its row."""
         config = replace(row.config, precision={v: k for k, v in DTYPES.items()}[self.dtype])
-        with console.progress(None, f"rehearsing {self.command}") as shown:
-            self.rehearsal = rehearse(self.method, config, self.base, report=lambda part: shown.update(part=part))
+        with console.progress(None, f"rehearsing {self.command}") as bar:
+            self.rehearsal = rehearse(self.method, config, self.base, report=lambda part: bar.update(part=part))
         row.memory_bytes = taken_bytes(self.rehearsal.peak_bytes, self.device.type)
         row.rehearsed, row.fits = True, row.memory_bytes <= FREE_PART * self.room
         row.step_s = self.step_s(self.estimates[self.rows.index(row)]) if self.estimates else None

@@ -174,10 +174,10 @@ def rehearse(
 
     `report` gets the name of each part before it runs. At full size a part takes from seconds to a minute.
     """
-    card, result, shown = Card(), Rehearsal(), (console.state, console.speaks)
+    card, result, outside = Card(), Rehearsal(), (console.state, console.speaks)
 
-    def told(part: str) -> None:
-        with patch.object(console, "state", shown[0]), patch.object(console, "speaks", shown[1]):
+    def report_outside(part: str) -> None:
+        with patch.object(console, "state", outside[0]), patch.object(console, "speaks", outside[1]):
             report(part)
 
     with tempfile.TemporaryDirectory() as name:
@@ -196,7 +196,7 @@ def rehearse(
             tracker="none", output=str(folder / "run"), grad_accum=min(FEW, config.grad_accum), teacher_steps=FEW, **proof,
         )  # fmt: skip
         with card, without_weights(small, base, folder):
-            run_parts(method_class, small, hollow(base), Run(folder / "run", method_class.name), card, result, told)
+            run_parts(method_class, small, hollow(base), Run(folder / "run", method_class.name), card, result, report_outside)
     return result
 
 

@@ -172,7 +172,7 @@ class Card(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if args and isinstance(args[0], Simulated):  # most operations, told at once
+        if args and isinstance(args[0], Simulated):  # most operations: no need to look at all arguments
             return self.perform(func, args, kwargs)
         device = kwargs.get("device")
         if (device is not None and device.type == "cuda") or any(
