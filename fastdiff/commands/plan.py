@@ -323,7 +323,7 @@ class Plan:
         columns = ["batch", "checkpointing", "offload", "base", "trains", "GiB", "s a step", "fits"]
         listed = [row for row in self.rows if row.fits][:3] + [row for row in self.rows if not row.fits]
         rows = [row.cells() for row in sorted(listed, key=self.rows.index)]
-        notes = f"batch: images at once x parts of a step; ~ is calculated; fits: {FREE_PART:.0%} are enough"
+        notes = f"batch: images at once x parts of a step; ~ is calculated; a plan fills {FREE_PART:.0%}"
         console.table(f"{self.command}, {how} {self.device_name}, {disk.format_size(self.room)}\n{notes}", columns, rows)
         time_text = lambda took_s: "not known" if took_s is None else f"{took_s / 3600:.2f} h"
         needs = [["data", self.data.what, time_text(self.data_s())]]
