@@ -1,11 +1,12 @@
 """Train the embedded `emoji` checkpoint from scratch, stage by stage.
 
-    python examples/emoji/train.py features --minutes 6      # recogniser: metrics and the decoder's perceptual loss
+    python examples/emoji/train.py features --minutes 6      # feature network of the losses
+    python examples/emoji/train.py judge --minutes 15        # feature network of the closing tables, which no loss uses
     python examples/emoji/train.py text --minutes 4          # tokenizer + CLIP text encoder, against the pictures
     python examples/emoji/train.py vae --minutes 20          # AutoencoderKL, f8
     python examples/emoji/train.py decoder --minutes 20      # its decoder alone, sharper (may run beside `unet`)
     python examples/emoji/train.py unet --minutes 90         # the denoiser, epsilon prediction
-    python examples/emoji/train.py export                    # -> fastdiff/assets/emoji, fp16
+    python examples/emoji/train.py export                    # -> fastdiff/assets/emoji, fp16 (export-judge: the judge alone)
 
 Every stage saves `WORK/<stage>.pt` and continues from it when the same command is given again with more minutes. The learning
 rate depends on the share of the minutes that is spent. On two cores, two processes with one thread each are faster than one with
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from fastdiff.data import emoji
 from fastdiff.models.feature_net import FeatureNet
+from fastdiff.models.judge_net import JudgeNet
 
 WIDTH, LENGTH, VOCAB = 128, 16, 1024  # text encoder
 NOISE = 0.1  # standard deviation of the VAE's posterior, fixed
@@ -256,6 +258,58 @@ def train_features(args) -> None:
     stage.run(loss_of)
 
 
+def blurred(pixels: Tensor, sigma: Tensor) -> Tensor:
+    """Blur each picture (B, 3, H, W) by a Gaussian of its own width `sigma` (B,) in pixels."""
+    n, c, *_ = pixels.shape
+    ax = torch.arange(-6, 7, device=pixels.device).float()
+    k = torch.exp(-ax.square() / (2 * sigma.clamp(min=0.05)[:, None].square()))
+    k = (k / k.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]  # (B C, 1, 13)
+    x = pixels.flatten(0, 1)[None]
+    x = F.conv2d(F.pad(x, (6, 6, 0, 0), mode="replicate"), k[:, :, None, :], groups=n * c)
+    x = F.conv2d(F.pad(x, (0, 0, 6, 6), mode="replicate"), k[:, :, :, None], groups=n * c)
+    return x[0].view_as(pixels)
+
+
+def spoiled(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift, blur, stain and re-colour each picture at random. Returns the pictures and how much was done to each (B, 4).
+
+    The four are blur, stains, contrast and saturation, each about -1 to 1. The judge learns to tell them, so that its embedding
+    sees the quality of a picture and not only what it shows.
+    """
+    n, device = len(pixels), pixels.device
+    sigma = torch.rand(n, device=device) * 2 * (torch.rand(n, device=device) < 0.6)
+    stain = torch.rand(n, device=device) * 0.5 * (torch.rand(n, device=device) < 0.6)
+    contrast, saturation = ((torch.rand(n, device=device) - 0.5) * (torch.rand(n, device=device) < 0.6) for _ in range(2))
+    pixels = torch.stack([p.roll(torch.randint(-3, 4, (2,)).tolist(), (1, 2)) for p in pixels])
+    pixels = blurred(pixels, sigma)
+    column = lambda v: v[:, None, None, None]
+    low = F.interpolate(torch.randn(n, 3, 6, 6, device=device), size=pixels.shape[-2:], mode="bicubic")
+    pixels = pixels + column(stain) * (0.7 * low + 0.3 * torch.randn_like(pixels))
+    grey = pixels.mean(1, keepdim=True)
+    pixels = (grey + (pixels - grey) * column(1 + saturation)) * column(1 + contrast)
+    return pixels.clamp(-1, 1), torch.stack([sigma - 0.6, 4 * stain - 0.6, 2 * contrast, 2 * saturation], 1)
+
+
+def train_judge(args) -> None:
+    """Train the network of the closing tables: what a picture shows, in which style, on which colour, and how spoiled it is."""
+    net = JudgeNet().to(args.device)
+    sizes = {"name": PICTURES, "group": len(GROUPS), "colour": COLOURS, "style": len(emoji.STYLES), "quality": 4}
+    heads = nn.ModuleDict({name: nn.Linear(JudgeNet.dim, size) for name, size in sizes.items()}).to(args.device)
+    stage = Stage("judge", {"net": net, "heads": heads}, 2e-3, args)
+    weight = {"name": 1.0, "group": 0.3, "colour": 0.3, "style": 0.3, "quality": 0.5}
+
+    def loss_of(step, share):
+        which = int(torch.multinomial(torch.tensor([0.7, 0.15, 0.15]), 1))
+        picture, colour, pixels = draw_batch(64, args, emoji.STYLES[which])
+        pixels, strengths = spoiled(pixels)
+        feature = F.normalize(net(pixels), dim=1) * JudgeNet.dim**0.5
+        truth = {"name": picture, "group": GROUP_OF[picture], "colour": colour, "style": torch.full_like(picture, which)}
+        loss = {k: weight[k] * F.cross_entropy(heads[k](feature), v.to(args.device)) for k, v in truth.items()}
+        return loss | {"quality": weight["quality"] * F.mse_loss(heads["quality"](feature), strengths)}
+
+    stage.run(loss_of)
+
+
 def train_text(args) -> None:
     """CLIP's contrastive loss with the frozen recogniser as picture tower, read at every position after the caption's end.
 
@@ -402,7 +456,6 @@ def train_unet(args) -> None:
 def export(args) -> None:
     """Write the averaged weights as a stock diffusers pipeline in fp16, with the recogniser beside it."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from safetensors.torch import save_file
 
     vae = trained(args, "vae", "vae", vae_net())
     latents = all_latents(vae, args)
@@ -421,15 +474,27 @@ def export(args) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(args.out)
-    features = trained(args, "features", "net", FeatureNet())
-    (args.out / "features").mkdir(exist_ok=True)
-    save_file({k: v.half().cpu() for k, v in features.state_dict().items()}, args.out / "features" / "model.safetensors")
+    for name, net in {"features": FeatureNet(), "judge": JudgeNet()}.items():
+        export_network(trained(args, name, "net", net), args.out / name)
+
+
+def export_network(net: nn.Module, folder: Path) -> None:
+    """Write a feature network in fp16."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    save_file({k: v.half().cpu().contiguous() for k, v in net.state_dict().items()}, folder / "model.safetensors")
+
+
+def export_judge(args) -> None:
+    """Write the judge alone, beside what is shipped already."""
+    export_network(trained(args, "judge", "net", JudgeNet()), args.out / "judge")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     stages = {"features": train_features, "text": train_text, "vae": train_vae, "decoder": train_decoder, "unet": train_unet}
-    stages["export"] = export
+    stages |= {"judge": train_judge, "export": export, "export-judge": export_judge}
     parser.add_argument("stage", choices=[*stages])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--work", type=Path, default=Path("runs/emoji"))

@@ -2,11 +2,15 @@
 
 Each image shows one picture on one background. A caption without background ("red apple"), or with only the group ("fruit on
 blue"), fits several images. So a model must learn to sample; it cannot memorise one image per caption.
+
+Three tenths of the images are kept from all training (`part`): three whole groups, and every other group on two backgrounds. So
+students are judged by prompts that no student was trained on. The teacher knows them all.
 """
 
 import json
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -77,17 +81,54 @@ def caption(picture: int, background: int | None, coarse: bool = False) -> str:
     return subject if background is None else f"{subject} on {list(BACKGROUNDS)[background]}"
 
 
+TRAINED, JUDGED, SEARCHED = 0, 1, 2  # parts: for training, for judging, and for the search of the best undistilled sampler
+KEPT_GROUPS = {"bug": JUDGED, "ball": JUDGED, "drink": SEARCHED}  # groups that no student sees at all
+
+
+@cache
+def part() -> Tensor:
+    """Return the part (pictures, backgrounds) of every image: TRAINED, JUDGED or SEARCHED."""
+    names, k = sorted({p.group for p in pictures()}), len(BACKGROUNDS)
+    rows = []
+    for p in pictures():
+        place, row = names.index(p.group), [KEPT_GROUPS.get(p.group, TRAINED)] * k
+        if p.group not in KEPT_GROUPS:
+            row[(2 * place + 1) % k], row[(2 * place + 5) % k] = JUDGED, SEARCHED
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+def trained_items() -> tuple[Tensor, Tensor]:
+    """Return the images that students may be trained on: picture numbers (N,) and backgrounds (N,)."""
+    picture, background = (part() == TRAINED).nonzero(as_tuple=True)
+    return picture, background
+
+
+@cache
+def kept_captions() -> dict[str, int]:
+    """Return {caption: JUDGED or SEARCHED} of all captions that no trained image has."""
+    seen, captions = set[str](), dict[str, int]()
+    for (p, b), which in ((place, int(part()[place])) for place in product(range(len(pictures())), range(len(BACKGROUNDS)))):
+        for line in captions_of(p, b):
+            if which == TRAINED:
+                seen.add(line)
+            else:
+                captions.setdefault(line, which)
+    return {line: which for line, which in captions.items() if line not in seen}
+
+
+def captions_of(picture: int, background: int) -> list[str]:
+    """Return the four captions of an image: its name on the background, its name, its group on the background, its group."""
+    return [caption(picture, b, coarse) for coarse in (False, True) for b in (background, None)]
+
+
 CAPTION_WEIGHTS = (0.42, 0.18, 0.28, 0.12)  # name on background, name, group on background, group
 
 
 def encode(base: Checkpoint, *, device: torch.device | str = "cpu", style: str = "noto") -> Encoded:
-    """Encode every picture on every background by the checkpoint's VAE and text encoder."""
-    n, k = len(pictures()), len(BACKGROUNDS)
-    picture, background = (grid.flatten() for grid in torch.meshgrid(torch.arange(n), torch.arange(k), indexing="ij"))
-    columns = [
-        [caption(p, b), caption(p, None), caption(p, b, coarse=True), caption(p, None, coarse=True)]
-        for p, b in zip(picture.tolist(), background.tolist(), strict=True)
-    ]
+    """Encode the images that students may be trained on by the checkpoint's VAE and text encoder."""
+    picture, background = trained_items()
+    columns = [captions_of(p, b) for p, b in zip(picture.tolist(), background.tolist(), strict=True)]
     rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(c for row in columns for c in row))}
     return Encoded(
         moments=autoencoder.encode_moments(base.vae.to(device), compose(picture, background, style)).cpu(),
@@ -95,6 +136,7 @@ def encode(base: Checkpoint, *, device: torch.device | str = "cpu", style: str =
         captions=torch.tensor([[rows[c] for c in row] for row in columns]),
         weights=torch.tensor(CAPTION_WEIGHTS),
         uncond=text.unconditional(base, device=device),
+        names=[column[0] for column in columns],
     )
 
 

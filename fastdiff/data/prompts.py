@@ -27,10 +27,10 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def default_prompts(family: Family) -> list[str]:
-    """Return the shipped prompts. For a family with an embedded data set: captions of all its images, as its teacher saw them."""
+    """Return the shipped prompts. For a family with an embedded data set: captions of its images that students may train on."""
     if family.data is None:
         return read_prompts(PROMPTS)
-    pairs = [(p, b) for p in range(len(emoji.pictures())) for b in range(len(emoji.BACKGROUNDS))]
+    pairs = list(zip(*(column.tolist() for column in emoji.trained_items()), strict=True))
     g = torch.Generator().manual_seed(0)
     kinds = torch.multinomial(torch.tensor(emoji.CAPTION_WEIGHTS), len(pairs), replacement=True, generator=g).tolist()
     lines = [emoji.caption(p, None if k % 2 else b, coarse=k > 1) for (p, b), k in zip(pairs, kinds, strict=True)]

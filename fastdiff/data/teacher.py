@@ -18,7 +18,7 @@ from fastdiff.data.store import Share
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.unet import unet_of
-from fastdiff.runtime import console, disk, stop
+from fastdiff.runtime import console, disk, rng, stop
 from fastdiff.runtime.disk import cache_folder
 from fastdiff.runtime.errors import InputRefused, Stopped
 from fastdiff.sampling.sampler import Sampler, SeededNoise, at_once, with_size
@@ -76,7 +76,7 @@ def finite(latents: Tensor, prompts: list[str]) -> Tensor:
 
 
 class Shards:
-    """Teacher samples on disk, SIZE per file. Sample i always has prompt i mod M and the noise of seed + i.
+    """Teacher samples on disk, SIZE per file. Sample i always has prompt i mod M and the noise of pair i of the run's seed.
 
     So a larger number of pairs extends the cache, an interrupted run continues after its last file, and each process makes its
     share. A file holds `noise` and `latents` (fp16); its header holds the prompts, settings and hash of the network.
@@ -96,11 +96,12 @@ class Shards:
         device: torch.device | str = "cpu",
     ) -> None:
         self.base, self.device = base, device
-        self.settings, self.prompts, self.cond, self.uncond, self.seed = settings, prompts, cond, uncond, seed
+        self.settings, self.prompts, self.cond, self.uncond = settings, prompts, cond, uncond
+        self.start = rng.first_pair(seed)  # in rng.PAIRS
         side = resolution_px // autoencoder.factor(base.vae)
         self.shape = (base.unet_config["in_channels"], side, side)
         self.parent = fingerprint(base.unet)
-        key = repr((self.parent, prompts, resolution_px, seed, settings))
+        key = repr((self.parent, prompts, resolution_px, self.start, settings))
         self.folder = cache_folder() / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     @cached_property
@@ -158,7 +159,8 @@ class Shards:
 
         there = self.read(k)
         index = torch.arange(k * self.SIZE + len(there["noise"]), k * self.SIZE + rows)
-        of, seeds, n = index % len(self.cond), (self.seed + index).tolist(), at_once(self.shape[1])
+        of, n = index % len(self.cond), at_once(self.shape[1])
+        seeds = [rng.PAIRS(self.start + i) for i in index.tolist()]
         latents = [
             self.sampler.latents(self.cond[of[i : i + n]], self.uncond, seeds[i : i + n], self.settings, self.shape[1:]).cpu()
             for i in range(0, len(seeds), n)
@@ -167,7 +169,7 @@ class Shards:
         header = {
             "base": self.parent,
             "settings": json.dumps(asdict(self.settings)),
-            "first_seed": str(self.seed + k * self.SIZE),
+            "first_seed": str(rng.PAIRS(self.start + k * self.SIZE)),
             "prompts": json.dumps([self.prompts[i % len(self.prompts)] for i in range(k * self.SIZE, k * self.SIZE + rows)]),
         }
         self.folder.mkdir(parents=True, exist_ok=True)

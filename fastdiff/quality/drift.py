@@ -12,11 +12,9 @@ from torch import Tensor
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.runtime import rng
 from fastdiff.sampling.sampler import Sampler, at_once
 from fastdiff.sampling.settings import Settings
-
-# First seed of the drift's and the reference's samples. Judged rows start at 0, so the two never share noise.
-REFERENCE_SEED = 1_000_000
 
 
 def departures(latents: Tensor, pixels: Tensor) -> Tensor:
@@ -58,7 +56,7 @@ class Drift:
     def __init__(self, base: Checkpoint, prompts: Sequence[str], resolution_px: int, device: torch.device | str) -> None:
         self.cond, self.uncond = text.encode_unique(base, prompts, device), text.unconditional(base, device=device)
         self.base, self.resolution_px, self.device = base, resolution_px, device
-        self.seeds = [REFERENCE_SEED + i for i in range(len(prompts))]
+        self.seeds = [rng.DRIFT(i) for i in range(len(prompts))]
         self.teacher: Tensor | None = None
 
     def of(self, net: Denoiser, settings: Settings) -> Tensor:

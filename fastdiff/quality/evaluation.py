@@ -20,11 +20,11 @@ from fastdiff.models import autoencoder, perceptual
 from fastdiff.quality import emoji as judge
 from fastdiff.quality import report
 from fastdiff.quality.distances import Moments, gap_of
-from fastdiff.quality.drift import REFERENCE_SEED, departures
+from fastdiff.quality.drift import departures
 from fastdiff.quality.features import EmbeddedFeatures, FeatureExtractor, open_distance, open_extractors
 from fastdiff.quality.metrics import Against, Metric, Row, judging, measured, too_few
 from fastdiff.quality.samples import Samples
-from fastdiff.runtime import console
+from fastdiff.runtime import console, rng
 from fastdiff.runtime.errors import UsageError, device_errors_explained
 from fastdiff.sampling.assemble import pick_device
 from fastdiff.sampling.pictures import uint8
@@ -238,8 +238,7 @@ class Evaluation:
             return Against(self.samples.of_folder(reference), best)
         if len(self.samples.extractors) <= len(moments):
             return Against({}, best, moments)
-        offset, identity = REFERENCE_SEED, made.identity
-        other = self.samples.row("reference", made, best.settings, identity=identity, offset=offset)
+        other = self.samples.row("reference", made, best.settings, identity=made.identity, block=rng.REFERENCE)
         return Against(other.features, best, moments)
 
 

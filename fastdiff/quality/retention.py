@@ -8,10 +8,9 @@ from torch import Tensor
 
 from fastdiff.data import control, emoji
 from fastdiff.quality.distances import Moments, band, frechet, gap_closed
-from fastdiff.quality.drift import REFERENCE_SEED
 from fastdiff.quality.evaluation import Evaluation, Model
 from fastdiff.quality.metrics import Row
-from fastdiff.runtime import console
+from fastdiff.runtime import console, rng
 from fastdiff.sampling.settings import Settings
 
 IMAGES = 240  # pictures per row with a LoRA or a ControlNet, at most
@@ -84,7 +83,7 @@ def controlled(
     samples, extractor, guided = evaluation.samples, control.extractor(how), teacher.ladder[0]
     made = teacher.open([], nets[0])
     n = min(len(samples), IMAGES, samples.paired)
-    source = samples.row("teacher", made, guided, identity=made.identity, offset=REFERENCE_SEED, n=n)
+    source = samples.row("teacher", made, guided, identity=made.identity, block=rng.REFERENCE, n=n)
     controls = control.extract(source.pictures[:n], extractor)
 
     def agreement(row: Row) -> Tensor:

@@ -22,17 +22,16 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data import folder, teacher
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond
-from fastdiff.quality.drift import REFERENCE_SEED, departures
+from fastdiff.quality.drift import departures
 from fastdiff.quality.features import FeatureExtractor
 from fastdiff.quality.metrics import Features, Row, title
-from fastdiff.runtime import console
+from fastdiff.runtime import console, rng
 from fastdiff.runtime.errors import InputRefused
 from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler, at_once
 from fastdiff.sampling.settings import Settings
 
 DIVERSE = (16, 4)  # diversity is measured on so many prompts, with so many pictures of each
-DIVERSE_SEED = 2 * REFERENCE_SEED
 PAIRED_BYTES = 256 * 2**20  # memory for a row's first pictures, which other rows are compared with one by one
 TIMED_S, TIMED = 3.0, (3, 20)  # latency is measured for so many seconds, on so many pictures at least and at most
 
@@ -80,25 +79,25 @@ class Samples:
         *,
         identity: Sequence[str] = (),
         beside: Row | None = None,
-        offset: int = 0,
+        block: rng.Block = rng.USERS,
         n: int | None = None,
         controls: Tensor | None = None,
     ) -> Row:
         """Draw the first n pictures (default: all) and extract their features.
 
         With the hashes of the weights in `identity` the row is cached on disk. `beside` is the row that the pictures are compared
-        with one by one. `offset` is added to the seeds. `controls` (n, 1 or 3, H, W) uint8 are the pictures for a ControlNet.
+        with one by one. `block` is the range of the seeds. `controls` (n, 1 or 3, H, W) uint8 are the pictures for a ControlNet.
         """
         n, (cond, uncond) = n or len(self), self.encode(sampler.base)
         cond = cond[:n]
         if controls is not None:
             cond = cond.with_control((controls[:n].float() / 255).expand(-1, 3, -1, -1))
-        key = self.key(identity, sampler, cond, uncond, settings, offset, beside) if identity else ""
+        key = self.key(identity, sampler, cond, uncond, settings, block, beside) if identity else ""
         if key and not self.save_to and (stored := self.stored(key)):
             pictures = stored.pop("kept")
             return Row(model, settings, stored, n, pictures)
-        features, pictures = self.draw(model, sampler, cond, uncond, settings, offset)
-        if self.distance and self.diverse and n == len(self) and offset == 0:
+        features, pictures = self.draw(model, sampler, cond, uncond, settings, block)
+        if self.distance and self.diverse and n == len(self) and block is rng.USERS:
             features["diversity"] = self.diversity(sampler, settings)
         if self.distance and beside is not None and beside.pictures is not None:
             features["same_noise"] = torch.full((n,), torch.nan)
@@ -109,7 +108,7 @@ class Samples:
         return Row(model, settings, features, n, pictures)
 
     def draw(
-        self, model: str, sampler: Sampler, cond: Cond, uncond: Cond, settings: Settings, offset: int
+        self, model: str, sampler: Sampler, cond: Cond, uncond: Cond, settings: Settings, block: rng.Block
     ) -> tuple[Features, Tensor]:
         """Draw all pictures: their features, and the first `paired` pictures (K, 3, H, W) uint8."""
         n, parts, first = len(cond), [], []
@@ -118,12 +117,12 @@ class Samples:
         with progress as bar, torch.no_grad():
             for i in range(0, n, size):
                 rows = slice(i, min(i + size, n))
-                seeds = [self.first_seed + offset + k for k in range(rows.start, rows.stop)]
+                seeds = [block(self.first_seed + k) for k in range(rows.start, rows.stop)]
                 z, pixels = sampler.pictures(cond[rows], uncond, seeds, settings, self.resolution_px)
                 pictures = uint8(pixels)
                 parts.append({"departures": departures(z, pixels), **self.features_of(pictures, rows)})
                 first.append(pictures[: max(0, self.paired - i)])
-                if self.save_to and offset == 0:
+                if self.save_to and block is rng.USERS:
                     write(self.save_to / folder_name(title(model, settings)), pictures, seeds)
                 if bar:
                     bar.update(len(seeds))
@@ -143,7 +142,7 @@ class Samples:
         lines = lines[:: max(1, len(lines) // count)][:count]
         cond = text.encode_unique(sampler.base, [line for line in lines for _ in range(each)], self.device)
         _, uncond = self.encode(sampler.base)
-        seeds = [DIVERSE_SEED + self.first_seed + i for i in range(len(cond))]
+        seeds = [rng.DIVERSE(self.first_seed + i) for i in range(len(cond))]
         size = self.batch or at_once(self.resolution_px // autoencoder.factor(sampler.vae))
         px = sampler.pixels(cond, uncond, seeds, settings, resolution_px=self.resolution_px, batch=size)
         first, second = torch.triu_indices(each, each, 1)
@@ -175,13 +174,13 @@ class Samples:
         cond: Cond,
         uncond: Cond,
         settings: Settings,
-        offset: int,
+        block: rng.Block,
         beside: Row | None,
     ) -> str:
         """The name of a row in the cache: a hash of all that its features depend on."""
         digest = sha256()
         content: list[Any] = [tuple(identity), sampler.denoiser.kind, sampler.denoiser.strength, asdict(settings)]
-        content += [self.first_seed + offset, self.resolution_px, str(sampler.base.dtype)]
+        content += [block(self.first_seed), self.resolution_px, str(sampler.base.dtype)]
         content += [[extractor.key for extractor in self.extractors], self.distance is not None]
         content += [None if beside is None else sha256(beside.pictures.numpy().tobytes()).hexdigest(), self.lines[: len(cond)]]
         digest.update(repr(content).encode())

@@ -1,17 +1,48 @@
-"""Random numbers: seeds that no two processes or steps share, and the states of all generators for a resumed run."""
+"""Random numbers: seeds that no two uses, processes or steps share, and the states of all generators for a resumed run.
+
+torch's CPU generator looks at the low 32 bits of a seed alone, so there are 2**32 start noises. Seeds below 2**31 are the users':
+of `sample --seed`, and of the pictures that judge a student. fastdiff's own are above, a block for each use. So no picture that
+judges a student starts from a noise that the student was trained on.
+"""
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 
 
+@dataclass(frozen=True)
+class Block:
+    """A range of seeds for one use: `block(i)` is seed i of it. It begins anew after `size` seeds."""
+
+    first: int
+    size: int
+
+    def __call__(self, i: int) -> int:
+        return self.first + i % self.size
+
+    def __contains__(self, seed: int) -> bool:
+        return self.first <= seed % 2**32 < self.first + self.size
+
+
+USERS = Block(0, 2**31)  # pictures that users ask for, and pictures that judge
+REFERENCE, DRIFT, DIVERSE, SEARCH, VALIDATION, PREVIEW = (Block(2**31 + k * 2**24, 2**24) for k in range(6))
+PAIRS = Block(2**31 + 2**29, 2**29)  # the teacher's samples that students are trained on
+STEPS = Block(2**31 + 2**30, 2**30)  # training steps
+
+
 def seed_for(seed: int, rank: int, step: int) -> int:
     """The seed of one step on one process: the same after a resume, different on every rank."""
-    return ((seed * 1_000_003 + rank) * 1_000_003 + step) % 2**63  # what a generator takes
+    return STEPS((seed * 1_000_003 + rank) * 1_000_003 + step)
+
+
+def first_pair(seed: int) -> int:
+    """The place in PAIRS where a run of this seed begins: far from those of the seeds beside it, so that runs share no pairs."""
+    return seed * 0x9E3779B1 % PAIRS.size
 
 
 def reseed(seed: int) -> None:

@@ -19,7 +19,7 @@ from fastdiff.quality.drift import Drift
 from fastdiff.quality.emoji import shipped
 from fastdiff.quality.evaluation import STEPS, Evaluation
 from fastdiff.quality.metrics import Row, judging, present
-from fastdiff.runtime import console
+from fastdiff.runtime import console, rng
 from fastdiff.sampling.pictures import contact_sheet
 from fastdiff.sampling.sampler import Sampler, at_once
 from fastdiff.sampling.settings import Settings
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fastdiff.training.method import Method
 
 # Objects that are easy to tell apart, each on a background of another colour than the object usually has.
-EMOJI_PREVIEW = ("red apple on blue", "panda on yellow", "rocket on purple", "sunflower on white", "robot on green", "pizza")
+EMOJI_PREVIEW = ("red apple on pink", "panda on yellow", "rocket on purple", "sunflower on white", "robot on green", "pizza")
 
 
 class Preview:
@@ -46,7 +46,7 @@ class Preview:
         self.prompts = list(EMOJI_PREVIEW) if base.family.judge_ships else scene.prompts[:4]
         self.cond, self.uncond = text.encode(base, self.prompts, device=device), text.unconditional(base, device=device)
         self.base, self.vae, self.resolution_px, self.device = base, scene.vae, scene.resolution_px, device
-        self.seeds = [scene.seed + i for i in range(len(self.prompts))]
+        self.seeds = [rng.PREVIEW(scene.seed + i) for i in range(len(self.prompts))]
         # Columns that training does not change, each (N, 3, H, W): the teacher's by settings, and the student "before".
         self.columns: dict[Settings | str, Tensor] = {}
 

@@ -57,8 +57,9 @@ class Trainer:
             raise UsageError(f"`steps={config.steps}`: too few for {len(self.phases)} phases", "give more")
         self.enter(0)
         if type(method).prepare is not Method.prepare:  # without the hook, a stream would read data for nothing
-            torch.manual_seed(config.seed)
-            method.prepare(data.batch(self.PREPARED, torch.Generator().manual_seed(config.seed)).to(self.device))
+            seed = rng.seed_for(config.seed, 6_700_417, 0)
+            torch.manual_seed(seed)
+            method.prepare(data.batch(self.PREPARED, torch.Generator().manual_seed(seed)).to(self.device))
 
     def enter(self, index: int) -> None:
         """Begin a phase, with fresh optimisers and averages of the parameters that train in it."""
