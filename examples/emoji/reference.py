@@ -1,136 +1,225 @@
-"""Compute the teacher's rows of the closing table, which are shipped in fastdiff/assets/emoji/reference.
+"""Draw the teacher's rows of the closing table, which are shipped in fastdiff/assets/emoji/reference.
 
-    python examples/emoji/reference.py [--samples 2000] [--search 500]
+    python examples/emoji/undistilled.py                    # first: searches the best sampling without distillation
+    python examples/emoji/reference.py --winners runs/undistilled/winners.json
 
-Every stock solver, guided and unguided, is tried at 1, 2, 4 and 8 network calls on --search samples. The best by retrieval and
-the best by Frechet distance are measured again on --samples, which decide. The reference statistics come from guided 25-step
-samples with other seeds.
+All rows have the judged prompts and seeds: half of the prompts are ones that no student is trained on. The search has chosen the
+finalists on other prompts and other noise. Of these the best on the judged prompts ship, so that the bar is rather too high than
+too low. The reference are guided 25-step samples of the same prompts with other seeds. Rows that are drawn already are kept.
 """
 
 import argparse
+import hashlib
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.data import emoji
-from fastdiff.models import perceptual
+from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.quality.distances import Moments
-from fastdiff.quality.drift import REFERENCE_SEED
-from fastdiff.quality.emoji import REFERENCE, Prompts
-from fastdiff.quality.evaluation import Evaluation
-from fastdiff.quality.features import EmbeddedFeatures
-from fastdiff.quality.metrics import Against, Row
+from fastdiff.models.feature_net import FeatureNet
+from fastdiff.quality import emoji as judge
+from fastdiff.quality import metrics
+from fastdiff.quality.distances import Moments, frechet
+from fastdiff.quality.drift import departures
+from fastdiff.quality.metrics import Against, Row, coverage, density
+from fastdiff.runtime import rng
+from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
 
-LADDER = 500  # samples of each row of the ladder
-KEPT = 500  # teacher pictures stored as latents, for comparison with students picture by picture
+BATCH = 100
+LADDER = 600  # pictures of each row of the ladder
+LATENTS = 512  # teacher pictures that are stored as latents, to show them beside a student's
+# What anyone would try: the same solvers that the search tries, as usual.
+USUAL = [
+    Settings("ddim", 1, 1.0, "trailing"),
+    Settings("ddim", 1, 1.0, timesteps=(749,)),
+    Settings("ddim", 2, 1.0, "trailing"),
+    Settings("dpm++", 4, 1.0, "trailing"),
+    Settings("ddim", 2, 3.0, "trailing"),
+    Settings("euler", 3, 3.0, timesteps=(999, 666, 333), step_guidance=(1.0, 3.0, 1.0)),
+    Settings("dpm++", 4, 2.0, "trailing"),
+    Settings("lcm", 4, 3.0, "lcm"),
+    Settings("dpm++", 5, 3.0, "trailing", step_guidance=(1.0, 3.0, 3.0, 3.0, 1.0)),
+]
 
 
-def candidates(calls: int, guidances: list[float]) -> list[Settings]:
-    """Stock settings that use exactly `calls` network calls: unguided, or guided with half as many steps.
+class Rows:
+    """Draws rows of judged pictures and keeps their latents on disk, and how the judge and the network of the losses see them."""
 
-    Euler is not tried, because its step equals DDIM's (fastdiff/diffusion/samplers.py).
-    """
-    ways = []
-    for solver, spacing in (
-        ("ddim", "trailing"),
-        ("ddim", "leading"),
-        ("dpm++", "trailing"),
-        ("lcm", "lcm"),
-    ):
-        ways.append(Settings(solver, calls, 1.0, spacing))
-        if calls > 1:
-            ways += [Settings(solver, calls // 2, w, spacing) for w in guidances]
-    return ways
+    def __init__(self, base: Checkpoint, folder: Path, n: int) -> None:
+        self.base, self.folder, self.prompts = base, folder, judge.Prompts.judged(n)
+        self.sampler = Sampler.of_networks(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
+        self.cond, self.uncond = self.sampler.conds(self.prompts.captions)
+        self.losses_net = FeatureNet.embedded()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def kept(self, name: str, key: Any, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors from a file, which is made if it is not there."""
+        path = self.folder / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.safetensors"
+        if not path.exists():
+            save_file({k: v.contiguous() for k, v in make().items()}, path)
+        return load_file(path)
+
+    def latents(self, settings: Settings, block: rng.Block, n: int) -> Tensor:
+        """Latents (n, C, h, w) of the first n judged prompts."""
+        side = emoji.CELL_PX // self.base.pixels_per_latent
+
+        def draw() -> dict[str, Tensor]:
+            parts = []
+            for i in range(0, n, BATCH):
+                rows = slice(i, min(i + BATCH, n))
+                seeds = [block(k) for k in range(rows.start, rows.stop)]
+                parts.append(self.sampler.latents(self.cond[rows], self.uncond, seeds, settings, (side, side)))
+            return {"latents": torch.cat(parts)}
+
+        return self.kept("latents", [given(settings), block.first, n], draw)["latents"]
+
+    def of(self, settings: Settings, block: rng.Block = rng.USERS, n: int | None = None) -> dict[str, Tensor]:
+        """{embedded, losses, background, departures, latents} of the first n judged prompts, drawn or read."""
+        n = n or len(self.prompts)
+        z = self.latents(settings, block, n)
+
+        def look() -> dict[str, Tensor]:
+            parts = [self.look(z[i : i + BATCH], slice(i, i + BATCH)) for i in range(0, n, BATCH)]
+            return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+
+        return {"latents": z, **self.kept("features", [given(settings), block.first, n, fingerprint(judge.judge_net())], look)}
+
+    def look(self, z: Tensor, rows: slice) -> dict[str, Tensor]:
+        """Features of the pictures of latents (B, C, h, w), judged as picture files are: in bytes."""
+        pixels = autoencoder.decode(self.base.vae, z)
+        seen = uint8(pixels).float() / 127.5 - 1
+        return {
+            "embedded": judge.embed(seen),
+            "losses": judge.embed(seen, self.losses_net),
+            "background": judge.backgrounds(seen, self.prompts[rows]),
+            "departures": departures(z, pixels).float(),
+        }
 
 
-def judged(n: int, against: Against | None = None) -> Evaluation:
-    """An evaluation of the first n judged prompts, without the shipped rows, which this script makes."""
-    lines = Prompts.judged(n).captions
-    distance = perceptual.open_distance(SHIPPED, None)
-    evaluation = Evaluation(lines, [EmbeddedFeatures(lines)], distance, resolution_px=emoji.CELL_PX, device="cpu", diverse=False)
-    if against is not None:
-        evaluation.against = against
-    return evaluation
+def given(settings: Settings) -> dict[str, Any]:
+    """The settings without those that are not used."""
+    return {k: v for k, v in asdict(settings).items() if v is not None}
 
 
-def figures_of(evaluation: Evaluation, row: Row) -> dict[str, Any]:
-    """The figures of a row that teacher.json stores."""
-    figures = evaluation.figures(row, bands=False)
-    return {**row.described, **{name: figures.get(name) for name in ("retrieval", "background", "frechet", "same_noise")}}
+class Yardstick:
+    """The reference as both networks see it: what rows of one part of the prompts are measured against."""
+
+    def __init__(self, reference: dict[str, Tensor], prompts: judge.Prompts, losses_net: FeatureNet) -> None:
+        self.reference, self.prompts, self.nets = reference, prompts, {"embedded": None, "losses": losses_net}
+        self.parts = judge.parts(prompts.captions)
+
+    def figures(self, row: dict[str, Tensor], part: str) -> dict[str, float]:
+        """Recognised and Frechet distance by both networks, and by the judge coverage, density and diversity, of one part."""
+        rows = self.parts[part]
+        rows = rows[rows < len(row["embedded"])]
+        prompts = judge.Prompts.of([self.prompts.captions[i] for i in rows.tolist()])
+        figures: dict[str, float] = {}
+        for name, net in self.nets.items():
+            features, real = row[name][rows].float(), self.reference[name][self.parts[part]].float()
+            suffix = "" if name == "embedded" else f"_{name}"
+            figures[f"retrieval{suffix}"] = judge.recognised(features, prompts, net).mean().item()
+            figures[f"frechet{suffix}"] = frechet(features, Moments.of(real))
+        features = row["embedded"][rows].float()
+        view = Row("", Settings(), {"embedded": features}, len(rows))
+        against, every = (
+            Against({"embedded": self.reference["embedded"][self.parts[part]].float()}, view),
+            torch.arange(len(rows)),
+        )
+        figures |= {"coverage": coverage(view, every, against), "density": density(view, every, against)}
+        figures["diversity"] = judge.diversity(features, prompts).nanmean().item()
+        return figures
 
 
-def best_of(rows: list[Row], calls: int, evaluation: Evaluation) -> dict[str, int]:
-    """{metric.calls: index of the best row} at that many network calls, by retrieval and by Frechet distance."""
-    figures = {i: figures_of(evaluation, row) for i, row in enumerate(rows) if row.calls == calls}
-    return {
-        f"retrieval.{calls}": max(figures, key=lambda i: figures[i]["retrieval"]),
-        f"frechet.{calls}": min(figures, key=lambda i: figures[i]["frechet"]),
-    }
+def finalists(winners: Path) -> list[Settings]:
+    """The settings that the search chose, and the usual ones, each once."""
+    chosen = [row["settings"] for of in json.loads(winners.read_text()).values() for row in of.values()]
+    return list(dict.fromkeys([*(judge.settings_of(row) for row in chosen), *USUAL]))
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """The settings of a row as teacher.json stores them."""
+    return Row("teacher", settings, {}, 0).described
+
+
+def best_of(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """{metric.calls: index of the best row} by the figures of unseen prompts; the first row is the teacher in many steps."""
+    best = {}
+    for calls in sorted({row["calls"] for row in rows[1:]}):
+        of = [i for i, row in enumerate(rows) if i and row["calls"] == calls]
+        best[f"retrieval.{calls}"] = max(
+            of, key=lambda i: (rows[i][judge.UNSEEN]["retrieval"], -rows[i][judge.UNSEEN]["frechet"])
+        )
+        best[f"frechet.{calls}"] = min(of, key=lambda i: rows[i][judge.UNSEEN]["frechet"])
+    return best
+
+
+def printed(rows: list[dict[str, Any]], best: dict[str, int]) -> str:
+    """All finalists as a Markdown table of unseen prompts; the best at their number of calls are marked."""
+    names = ["retrieval", "frechet", "coverage", "density", "diversity", "retrieval_losses", "frechet_losses"]
+    lines = ["| calls | sampling | " + " | ".join(names) + " |", "|" + " --- |" * (len(names) + 2)]
+    for i, row in sorted(enumerate(rows), key=lambda pair: pair[1]["calls"]):
+        marks = " ".join(key.partition(".")[0] for key, index in best.items() if index == i)
+        figures = [f"{row[judge.UNSEEN][name]:.3f}" for name in names]
+        way = metrics.title("teacher", judge.settings_of(row)) + (f" **best {marks}**" if marks else "")
+        lines.append(f"| {row['calls']} | {way} | {' | '.join(figures)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--search", type=int, default=500)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--winners", type=Path, default=Path("runs/undistilled/winners.json"))
+    parser.add_argument("--samples", type=int, default=judge.JUDGED)
+    parser.add_argument("--work", type=Path, default=Path("runs/reference"))
+    parser.add_argument("--out", type=Path, default=judge.REFERENCE)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    base = checkpoint.load("emoji")
-    sampler = Sampler.of_networks(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
-    teacher, samples = Settings.usual(SHIPPED), judged(args.samples).samples
-    other = samples.row("reference", sampler, teacher, offset=REFERENCE_SEED)
-    reference = Moments.of(other.features["embedded"])
-    many = samples.row("teacher", sampler, teacher)
-    many.pictures = many.pictures[:KEPT]
-    against = Against({}, many, {"embedded": reference})
-    full, small = judged(args.samples, against), judged(args.search, against)
-    rows = [many]
-    print(figures_of(full, many), flush=True)
-    best = {"retrieval.50": 0, "frechet.50": 0}
-    half = [(1 + teacher.guidance) / 2, teacher.guidance]
-    for calls in (1, 2, 4, 8):
-        tried = [small.row("teacher", sampler, s) for s in candidates(calls, half)]
-        figures = [figures_of(small, row) for row in tried]
-        for row in figures:
-            print(row, flush=True)
-        order = range(len(tried))
-        finalists = {max(order, key=lambda i: figures[i]["retrieval"]), min(order, key=lambda i: figures[i]["frechet"])}
-        for i in sorted(finalists):
-            rows.append(full.row("teacher", sampler, tried[i].settings))
-            print("finalist", figures_of(full, rows[-1]), flush=True)
-        best |= best_of(rows, calls, full)
-    # The ladder: the teacher's usual sampler with fewer and fewer calls. A metric must order it before it may judge. The last
+    teacher, drawn = Settings.usual(SHIPPED), Rows(checkpoint.load("emoji"), args.work, args.samples)
+    reference = drawn.of(teacher, rng.REFERENCE)
+    yardstick = Yardstick(reference, drawn.prompts, drawn.losses_net)
+    ways = [teacher, *finalists(args.winners)]
+    rows, tensors = [], list[dict[str, Tensor]]()
+    for settings in ways:
+        tensors.append(drawn.of(settings))
+        rows.append(described(settings) | {part: yardstick.figures(tensors[-1], part) for part in yardstick.parts})
+        print(json.dumps(rows[-1]), flush=True)
+    best = best_of(rows)
+    print(printed(rows, best))
+    # The ladder: the teacher's usual sampler with fewer and fewer calls. A network must order it before it may judge. The last
     # rows are unguided, because a single guided step is over-saturated and no better than one call.
     rungs = [replace(teacher, num_steps=n) for n in (25, 8, 4, 2)]
     rungs += [replace(teacher, num_steps=n, guidance=1.0) for n in (2, 1)]
-    short = judged(LADDER, against)
-    ladder = [short.row("teacher", sampler, s) for s in rungs]
+    ladder = [drawn.of(settings, n=min(LADDER, args.samples)) for settings in rungs]
+    kept = [0, *sorted(set(best.values()))]  # only the best ship
+    place = {old: new for new, old in enumerate(kept)}
     table = {
         "samples": args.samples,
-        "rows": [figures_of(full, row) for row in rows],
-        "best": best,
-        "ladder": [figures_of(short, row) for row in ladder],
+        "rows": [rows[i] for i in kept],
+        "best": {key: place[index] for key, index in best.items()},
+        "ladder": [described(settings) for settings in rungs],
     }
-    REFERENCE.mkdir(exist_ok=True)
-    (REFERENCE / "teacher.json").write_text(json.dumps(table, indent=1) + "\n")
-    cond, uncond = full.samples.encode(base)
-    parts = [slice(i, min(i + 100, KEPT, args.samples)) for i in range(0, min(KEPT, args.samples), 100)]
-    seeds = lambda part: range(part.start, part.stop)
-    latents = [sampler.pictures(cond[part], uncond, seeds(part), teacher, emoji.CELL_PX)[0] for part in parts]
-    tensors = {"mean": reference.mean.float(), "cov": reference.cov.float(), "latents": torch.cat(latents).half()}
-    tensors |= {f"features.{i}": row.features["embedded"].half().contiguous() for i, row in enumerate(rows)}
-    tensors |= {f"ladder.{row.calls}": row.features["embedded"].half().contiguous() for row in ladder}
-    save_file(tensors, REFERENCE / "teacher.safetensors")
-    print(json.dumps(table["ladder"], indent=1))
-    print(best)
+    args.out.mkdir(exist_ok=True)
+    (args.out / "teacher.json").write_text(json.dumps(table, indent=1) + "\n")
+    losses = Moments.of(reference["losses"].float())
+    shipped = {"reference": reference["embedded"].half(), "latents": tensors[0]["latents"][:LATENTS].half()}
+    shipped |= {"departures": tensors[0]["departures"], "losses.mean": losses.mean.float(), "losses.cov": losses.cov.float()}
+    for new, old in enumerate(kept):
+        shipped |= {f"features.{new}": tensors[old]["embedded"].half(), f"background.{new}": tensors[old]["background"].half()}
+    for i, row in enumerate(ladder):
+        shipped |= {f"ladder.{i}": row["embedded"].half(), f"ladder.losses.{i}": row["losses"].half()}
+    save_file({k: v.contiguous() for k, v in shipped.items()}, args.out / "teacher.safetensors")
 
 
 if __name__ == "__main__":

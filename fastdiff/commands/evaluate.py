@@ -14,7 +14,7 @@ from fastdiff.data.prompts import read_prompts
 from fastdiff.models.remap import is_pruned
 from fastdiff.options.evaluate import EXAMPLES, PRESETS, Config
 from fastdiff.quality import networks, retention
-from fastdiff.quality.evaluation import Evaluation, Model, known_moments, ladder_of, prompts_of
+from fastdiff.quality.evaluation import Evaluation, Model, known_features, ladder_of, prompts_of
 from fastdiff.quality.features import ClipFeatures, open_distance, open_extractors
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
@@ -139,7 +139,7 @@ def run(config: Config) -> Result:
         teacher,
         models,
         reference=config.reference_folder or config.reference,
-        moments=known_moments(family, guided, config.prompts),
+        known=known_features(family, guided, config.prompts),
         baseline=config.baseline,
     )
     metrics = report.metrics | {"reference": config.reference}

@@ -8,6 +8,7 @@ students are judged by prompts that no student was trained on. The teacher knows
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.family import SHIPPED
+from fastdiff.checkpoints.family import SHIPPED, Family
 from fastdiff.data.batch import Encoded
 from fastdiff.models import autoencoder, text
+from fastdiff.runtime import console
 
 PICTURES = SHIPPED.home / "pictures"
 STYLES = ("noto", "fluent", "twemoji")
@@ -115,6 +117,16 @@ def kept_captions() -> dict[str, int]:
             else:
                 captions.setdefault(line, which)
     return {line: which for line, which in captions.items() if line not in seen}
+
+
+def warn_of_kept(family: Family, lines: Iterable[str], source: str) -> None:
+    """Warn of captions that a user gives for training, but that judge the embedded checkpoint's students as unseen."""
+    kept = set(lines) & kept_captions().keys() if family.judge_ships else set()
+    if kept:
+        console.warn(
+            f"{source}: {len(kept)} captions, such as {min(kept)!r}, are among those that no student should be trained on; the "
+            "figures of unseen prompts will flatter this one"
+        )
 
 
 def captions_of(picture: int, background: int) -> list[str]:

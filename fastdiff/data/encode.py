@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
+from fastdiff.data import emoji
 from fastdiff.data.batch import Buckets, Data, Encoded
 from fastdiff.data.images import Framing, Refused, Sample, decode, hash_of, reasons
 from fastdiff.data.store import Share, Store, Stored
@@ -91,6 +92,7 @@ def encode(
     captions = Captions(base, share, device)
     pictures = Pictures(base, framing, captions, share, device)
     listing = pictures.listed(source, most)
+    emoji.warn_of_kept(base.family, (caption for _, _, caption in listing.rows), as_field("data", source.spec))
     not_finite = captions.encode(dict.fromkeys(caption for _, _, caption in listing.rows))
     base.release("text_encoders", "tokenizers")
     base.vae.to("cpu")

@@ -61,6 +61,7 @@ def open_data(
         return emoji.encode(base, device=device, style=spec.split(":")[1])
     if spec == "teacher":
         lines = read_prompts(Path(prompts)) if prompts else default_prompts(base.family)
+        emoji.warn_of_kept(base.family, lines, as_field("prompts", prompts))
         chosen = sampling or Settings.usual(base.family)
         n = 0 if needs == "prompts" else pairs
         return teacher.encode(base, lines, resolution_px, chosen, pairs=n, seed=seed, device=device)

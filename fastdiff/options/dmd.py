@@ -96,7 +96,9 @@ class Config(TrainConfig):
         "channels of the discriminator; default: those of the features (DMD2); 256 save 1.4 GiB on SDXL",
         Range(8),
     ] = None
-    proof: Annotated[int, "pictures per row of the closing table (emoji only); 0 = no table", Range(0, 2000)] = 500
+    proof: Annotated[
+        int, "pictures per row of the closing table (emoji only), half of prompts never trained on; 0 = no table", Range(0, 4000)
+    ] = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()

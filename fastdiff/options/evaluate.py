@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastdiff.checkpoints.family import FAMILIES
+from fastdiff.checkpoints.family import FAMILIES, SHIPPED
 from fastdiff.options.base import BaseConfig
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError, as_field
@@ -26,7 +26,10 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
                               metrics="fid,patch,clip"),
     "coco5k-sdxs": dict(num_images=5_000, resolution=512, teacher_guidance=7.5, metrics="fid,clip"),
 }  # fmt: skip
-PRESETS = {f"{family}:{name}": row for family, of in FAMILIES.items() if of.published for name, row in PROTOCOLS.items()}
+# Half of the shipped prompts of `emoji` are ones that no student was trained on, and each half is judged by itself.
+PRESETS = {SHIPPED.name: dict(num_images=1000)} | {
+    f"{family}:{name}": row for family, of in FAMILIES.items() if of.published for name, row in PROTOCOLS.items()
+}
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Config(BaseConfig):
     reference: Annotated[str, "what distributions are compared with: teacher:STEPS, or a folder of pictures"] = "teacher:25"
     baseline: Annotated[bool, "also judge the teacher at as many network calls as each student"] = True
     prompts: Annotated[str | None, "a file of prompts, one a line; default: those that ship with the family"] = None
-    num_images: Annotated[int, "pictures per row of the table; prompts take turns", Range(2)] = 500
+    num_images: Annotated[int, "pictures per row of the table; prompts take turns (1000 for emoji)", Range(2)] = 500
     metrics: Annotated[str, "auto, or some of fid, patch, clip, lpips: metrics that need a network of their own"] = "auto"
     protocol: Annotated[Literal["coco30k-dmd", "coco10k-lightning", "coco5k-sdxs"] | None, "settings of a published protocol"] = (
         None

@@ -52,7 +52,9 @@ class Config(TrainConfig):
     ] = "none"
     target_ema: Annotated[float, "decay of the averaged target of --full", Range(0, below=1)] = 0.95
     num_steps: Annotated[int, "sampling steps that the file's recipe asks for", Range(1, 50)] = 4
-    proof: Annotated[int, "pictures per row of the closing table (emoji only); 0 = no table", Range(0, 2000)] = 500
+    proof: Annotated[
+        int, "pictures per row of the closing table (emoji only), half of prompts never trained on; 0 = no table", Range(0, 4000)
+    ] = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -79,7 +79,9 @@ class Config(TrainConfig):
     late_detail_at: Annotated[
         int, "in one-step adversarial phases, the step from which low noise levels weigh more", Range(0)
     ] = 1000
-    proof: Annotated[int, "pictures per row of the closing table (emoji only); 0 = no table", Range(0, 2000)] = 500
+    proof: Annotated[
+        int, "pictures per row of the closing table (emoji only), half of prompts never trained on; 0 = no table", Range(0, 4000)
+    ] = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,7 +48,9 @@ class Config(TrainConfig):
     controlnet: Annotated[list[str], "folder of a ControlNet of the base that is cut the same way; repeatable"] = field(
         default_factory=list
     )
-    proof: Annotated[int, "pictures per row of the closing table (emoji only); 0 = no table", Range(0, 2000)] = 500
+    proof: Annotated[
+        int, "pictures per row of the closing table (emoji only), half of prompts never trained on; 0 = no table", Range(0, 4000)
+    ] = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,7 +35,9 @@ class Config(SegmentedConfig):
     gan_steps: Annotated[int, "steps at the end against a discriminator, with a LoRA of --gan-rank", Range(0)] = 0
     gan_rank: Annotated[int, "rank of that LoRA, which is folded into full weights", Range(1)] = 4
     gan_lr: Annotated[float | None, "learning rate of the discriminator steps; default --lr", Range(above=0)] = None
-    proof: Annotated[int, "pictures per row of the closing table (emoji only); 0 = no table", Range(0, 2000)] = 500
+    proof: Annotated[
+        int, "pictures per row of the closing table (emoji only), half of prompts never trained on; 0 = no table", Range(0, 4000)
+    ] = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()

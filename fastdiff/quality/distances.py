@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 BOOTSTRAPS = 200
+NEIGHBOURS = 5  # k of coverage and density (Naeem 2020, section 4)
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana 2024, section 4
 KID_SUBSETS, KID_SUBSET = 100, 1000  # Binkowski 2018, and torch-fidelity's defaults
 
@@ -73,6 +74,17 @@ def cmmd(a: Tensor, b: Tensor) -> float:
     return CMMD_SCALE * float(mmd2(k(x, x), k(x, y), k(y, y), unit_diagonal=True, mmd_est="biased"))
 
 
+def inside(features: Tensor, reference: Tensor) -> Tensor:
+    """Whether each picture (N, D) lies in the ball of each reference picture (M, D): (M, N) bool.
+
+    The ball of a reference picture reaches to the k-th nearest other reference picture (Naeem 2020, section 3.2), k = NEIGHBOURS.
+    """
+    real, drawn = reference.float(), features.float()
+    k = min(NEIGHBOURS, len(real) - 1)
+    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest of all is the picture itself
+    return torch.cdist(real, drawn) < radius[:, None]
+
+
 class Sized(Protocol):
     def __len__(self) -> int: ...
 
@@ -114,6 +126,13 @@ def band(row: R, statistic: Statistic, draws: int = BOOTSTRAPS) -> list[float]:
     return band_of(redrawn(row, statistic, len(row), draws))
 
 
+def verdict(low: float | None, high: float | None) -> str:
+    """What a 95 % band of a gain says."""
+    if low is None or high is None:
+        return ""
+    return "ahead" if low > 0 else "behind" if high < 0 else "not told apart"
+
+
 def gap_of(student: Tensor, teacher: Tensor, best: Tensor) -> dict[str, Any]:
     """`gap_closed` from the `redrawn` figures (1 + draws,) of three rows."""
     gap = (teacher - student) / (teacher - best)
@@ -130,6 +149,7 @@ def gap_of(student: Tensor, teacher: Tensor, best: Tensor) -> dict[str, Any]:
         "gain": better[0].item(),  # in the metric's own units; positive where the student is better
         "gain_low": gain_low,
         "gain_high": gain_high,
+        "verdict": verdict(gain_low, gain_high),
     }
 
 

@@ -1,12 +1,12 @@
-"""What ships with the embedded checkpoint to judge its students: prompts, a recognition network and the teacher's rows.
+"""What ships with the embedded checkpoint to judge its students: prompts, a judging network and the teacher's rows.
 
-`examples/emoji/reference.py` makes the teacher's rows at every number of network calls and the statistics of its guided
-25-step samples. So a closing table has to sample only the student.
+`examples/emoji/reference.py` makes the teacher's rows at every number of network calls and the features of its guided 25-step
+samples. So a closing table has to sample only the student.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -18,12 +18,15 @@ from torch import Tensor
 
 from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.data import emoji
-from fastdiff.models.feature_net import FeatureNet
-from fastdiff.quality.distances import Moments
-from fastdiff.quality.metrics import Row
+from fastdiff.models.judge_net import JudgeNet
+from fastdiff.quality.metrics import Features, Row
 from fastdiff.sampling.settings import Settings
 
 REFERENCE = EMOJI / "reference"
+
+
+UNSEEN, SEEN = "unseen", "seen"  # prompts that no student was trained on, and prompts that students are trained on
+JUDGED = 4000  # pictures of each shipped row, half of unseen prompts
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,29 @@ class Prompts:
     coarse: Tensor  # (N,) bool
 
     @classmethod
-    def judged(cls, n: int, seed: int = 0) -> "Prompts":
-        """The first n prompts of one fixed list: all pictures in turn, half by name, half by group, 70 % with a background."""
-        g = torch.Generator().manual_seed(seed)
-        k, rows = len(emoji.BACKGROUNDS), 20_000
-        background = torch.where(torch.rand(rows, generator=g) < 0.7, torch.randint(k, (rows,), generator=g), -1)
-        coarse = torch.rand(rows, generator=g) < 0.5
-        return cls(torch.arange(n) % len(emoji.pictures()), background[:n], coarse[:n])
+    def judged(cls, n: int) -> "Prompts":
+        """The first n prompts of one fixed list: an unseen and a seen one in turn, each by name and by group in turn.
+
+        There are more pictures than prompts: each prompt comes again with other noise, group prompts most often.
+        """
+        kept = [listed(emoji.JUDGED, coarse, seed) for coarse, seed in ((False, 1), (True, 2))]
+        shown = [listed(emoji.TRAINED, coarse, seed) for coarse, seed in ((False, 3), (True, 4))]
+        lists = [kept[0], shown[0], kept[1], shown[1]]  # of picture 0, 1, 2 and 3, and again from picture 4 on
+        return cls.of([lists[i % 4][i // 4 % len(lists[i % 4])] for i in range(n)])
 
     @classmethod
-    def of(cls, lines: Sequence[str]) -> "Prompts | None":
-        """The prompts that captions stand for; None where one of them is not a caption that the teacher was trained on."""
+    def of(cls, lines: Sequence[str]) -> "Prompts":
+        """The prompts that captions stand for. ValueError where one is not a caption that the teacher was trained on."""
         table = known_captions()
-        if any(line not in table for line in lines):
-            return None
+        if unknown := [line for line in lines if line not in table]:
+            raise ValueError(f"{unknown[0]!r} is not a caption of the embedded data set")
         picture, background, coarse = zip(*(table[line] for line in lines), strict=True)
         return cls(torch.tensor(picture), torch.tensor(background), torch.tensor(coarse))
+
+    @classmethod
+    def known(cls, lines: Sequence[str]) -> bool:
+        """Whether all lines are captions that the teacher was trained on."""
+        return all(line in known_captions() for line in lines)
 
     def __getitem__(self, rows: slice) -> "Prompts":
         return Prompts(self.picture[rows], self.background[rows], self.coarse[rows])
@@ -83,25 +93,56 @@ def known_captions() -> dict[str, tuple[int, int, bool]]:
     return captions
 
 
-@cache
-def feature_net() -> FeatureNet:
-    """The feature network that ships with the embedded checkpoint, opened once."""
-    return FeatureNet.embedded()
+def listed(which: int, coarse: bool, seed: int) -> list[str]:
+    """All captions of one part, by name or by group, in a fixed random order.
+
+    With a background they are the captions of the part's images; without one, those of no trained image, or of trained ones.
+    """
+    part, lines = emoji.part(), dict[str, None]()
+    for p, b in (part == which).nonzero().tolist():
+        lines |= dict.fromkeys([emoji.caption(p, b, coarse), emoji.caption(p, None, coarse)])
+    kept = emoji.kept_captions()
+    right = [line for line in lines if kept.get(line, emoji.TRAINED) == which]
+    return [right[i] for i in torch.randperm(len(right), generator=torch.Generator().manual_seed(seed))]
+
+
+def parts(lines: Sequence[str]) -> dict[str, Tensor]:
+    """{"unseen": indices, "seen": indices} of the prompts that no student was trained on, and of the others.
+
+    Where there are fewer than two of either, all prompts are in one part.
+    """
+    kept = torch.tensor([line in emoji.kept_captions() for line in lines])
+    split = {UNSEEN: kept.nonzero().flatten(), SEEN: (~kept).nonzero().flatten()}
+    if min(map(len, split.values())) < 2:
+        return {UNSEEN if kept.all() else SEEN if not kept.any() else "": torch.arange(len(lines))}
+    return split
+
+
+Network = Callable[[Tensor], Tensor]  # pixels (N, 3, H, W) in [-1, 1] -> embeddings (N, D)
 
 
 @cache
-def prototypes() -> Tensor:
-    """The mean embedding of every real picture over all backgrounds, normalised: (pictures, 128)."""
+def judge_net() -> JudgeNet:
+    """The network that judges, opened once."""
+    return JudgeNet.embedded()
+
+
+@cache
+def prototypes(net: Network | None = None) -> Tensor:
+    """The mean embedding of every real picture over all backgrounds, normalised: (pictures, D)."""
     every = torch.arange(len(emoji.pictures()))
-    columns = [embed(emoji.compose(every, torch.full_like(every, c))) for c in range(len(emoji.BACKGROUNDS))]
+    columns = [embed(emoji.compose(every, torch.full_like(every, c)), net) for c in range(len(emoji.BACKGROUNDS))]
     return F.normalize(torch.stack(columns).mean(0), dim=1)
 
 
 @torch.no_grad()
-def embed(pixels: Tensor) -> Tensor:
-    """Embeddings (N, 128) of pixels (N, 3, H, W): normalised, times sqrt(128) so that each coordinate's variance is about 1."""
-    parts = [F.normalize(feature_net()(part.cpu()), dim=1) for part in pixels.split(250)]
-    return torch.cat(parts) * 128**0.5
+def embed(pixels: Tensor, net: Network | None = None) -> Tensor:
+    """Embeddings (N, D) of pixels (N, 3, H, W): normalised, times sqrt(D) so that each coordinate's variance is about 1.
+
+    `net` is another network than the judge: the one of the losses, which must order known pictures as the judge does.
+    """
+    features = torch.cat([F.normalize((net or judge_net())(part.cpu()), dim=1) for part in pixels.split(250)])
+    return features * features.shape[1] ** 0.5
 
 
 @cache
@@ -111,14 +152,29 @@ def groups() -> Tensor:
     return torch.tensor([names.index(p.group) for p in emoji.pictures()])
 
 
-def recognised(features: Tensor, prompts: Prompts) -> Tensor:
-    """Whether each embedding (N, 128) is nearest to the real picture that its prompt names: (N,) of 0 and 1.
+def recognised(features: Tensor, prompts: Prompts, net: Network | None = None) -> Tensor:
+    """Whether each embedding (N, D) is nearest to the real picture that its prompt names: (N,) of 0 and 1.
 
     For a group prompt any picture of the group counts.
     """
-    nearest = (F.normalize(features, dim=1) @ prototypes().T).argmax(1)
+    nearest = (F.normalize(features, dim=1) @ prototypes(net).T).argmax(1)
     in_group = groups()[nearest] == groups()[prompts.picture]
     return torch.where(prompts.coarse, in_group, nearest == prompts.picture).float()
+
+
+def diversity(features: Tensor, prompts: Prompts) -> Tensor:
+    """How far each picture (N, D) is from the other pictures of its group prompt: (N,), NaN for the other prompts.
+
+    It is the distance to their mean, scaled so that its mean square is that of the distance of two pictures of one prompt.
+    """
+    apart = torch.full((len(features),), torch.nan)
+    keys = prompts.picture * (len(emoji.BACKGROUNDS) + 1) + prompts.background + 1
+    for key in keys[prompts.coarse].unique():
+        rows = ((keys == key) & prompts.coarse).nonzero().flatten()
+        if (m := len(rows)) > 1:
+            others = (features[rows].sum(0) - features[rows]) / (m - 1)
+            apart[rows] = (features[rows] - others).norm(dim=1) * (2 * (m - 1) / m) ** 0.5
+    return apart
 
 
 def backgrounds(pixels: Tensor, prompts: Prompts) -> Tensor:
@@ -134,10 +190,10 @@ def background_right(pixels: Tensor, prompts: Prompts) -> float:
 
 @torch.no_grad()
 def style_distances(pixels: Tensor, picture: Tensor) -> Tensor:
-    """Feature distances (N, styles) of images (N, 3, H, W) to their emoji `picture` (N,), drawn in each style."""
-    background = emoji.background_of(pixels)
-    drawn = [emoji.compose(picture, background, style) for style in emoji.STYLES]
-    return torch.stack([feature_net().distance(pixels, x) for x in drawn], 1)
+    """Distances (N, styles) of images (N, 3, H, W) to their emoji `picture` (N,), drawn in each style, as the judge sees them."""
+    background, features = emoji.background_of(pixels), embed(pixels)
+    drawn = [embed(emoji.compose(picture, background, style)) for style in emoji.STYLES]
+    return torch.stack([(features - x).norm(dim=1) for x in drawn], 1)
 
 
 @cache
@@ -154,7 +210,7 @@ def named_pictures(prompts: Sequence[str]) -> Tensor:
 def style_distance(pixels: Tensor, prompts: Sequence[str]) -> dict[str, Any] | None:
     """How near images (N, 3, H, W) are to each drawing style: {style: {"distance", "nearest"}}.
 
-    `distance` is the mean feature distance to the same emoji in that style, `nearest` the share of images that are nearest to
+    `distance` is the mean distance to the same emoji in that style, `nearest` the share of images that are nearest to
     it. Only prompts that name a picture ("a red apple on blue") count; None where no prompt does.
     """
     picture = named_pictures(prompts)
@@ -167,9 +223,9 @@ def style_distance(pixels: Tensor, prompts: Sequence[str]) -> dict[str, Any] | N
 
 
 class Shipped:
-    """The shipped teacher: statistics of its guided 25-step samples, its rows, and its latents for the first seeds.
+    """The shipped teacher: features of its guided 25-step samples of other seeds, its rows, and its first pictures as latents.
 
-    A row holds stored features. Of metrics that need the pictures themselves only the figure is stored.
+    Every row has the first `JUDGED` judged prompts.
     """
 
     def __init__(self, folder: Path = REFERENCE) -> None:
@@ -177,33 +233,30 @@ class Shipped:
 
         tensors = {k: v.float() for k, v in load_file(folder / "teacher.safetensors").items()}
         self.table = json.loads((folder / "teacher.json").read_text())
-        self.moments = Moments(tensors["mean"].double(), tensors["cov"].double())
-        self.latents = tensors["latents"]  # (500, C, h, w), seeds 0..499
-        self.features = {k: v for k, v in tensors.items() if k.startswith(("features.", "ladder."))}
-        self.calls = sorted({int(key.split(".")[1]) for key in self.table["best"]})  # 1, 2, 4, 8, and 50 for 25 guided steps
+        self.reference: Features = {"embedded": tensors["reference"]}
+        self.lines = Prompts.judged(len(tensors["reference"])).captions  # the prompts of every row and of the reference
+        self.latents = tensors["latents"]  # (K, C, h, w), of the first seeds
+        teacher = self.table["rows"][0]
+        first = {"embedded": tensors["features.0"], "departures": tensors["departures"], "background": tensors["background.0"]}
+        self.teacher = row_of(teacher, first)
+        others = zip(self.table["rows"][1:], range(1, len(self.table["rows"])), strict=True)
+        stored = lambda i: {"embedded": tensors[f"features.{i}"], "background": tensors[f"background.{i}"]}
+        self.rows = [self.teacher, *(row_of(entry, stored(i), self.teacher) for entry, i in others)]
+        self.ladder = [row_of(entry, {"embedded": tensors[f"ladder.{i}"]}) for i, entry in enumerate(self.table["ladder"])]
+        self.calls = sorted({int(key.split(".")[1]) for key in self.table["best"]})  # 1, 2, 4, 8
 
-    def row(self, index: int, n: int) -> Row:
-        """Row `index` of the table, over its first n samples."""
-        return shipped_row(self.table["rows"][index], self.features[f"features.{index}"][:n])
-
-    def best(self, calls: int, metric: str, n: int) -> Row:
-        """The teacher's best row by `metric` in `calls` network calls, over its first n samples."""
-        return self.row(self.table["best"][f"{metric}.{calls}"], n)
-
-    def ladder(self, calls: int) -> Row:
-        """The teacher's usual way of sampling in 50, 16, 8, 4, 2 or 1 network calls, over the first 500 samples."""
-        entry = next(row for row in self.table["ladder"] if row["calls"] == calls)
-        return shipped_row(entry, self.features[f"ladder.{calls}"])
+    def best(self, calls: int, metric: str) -> Row:
+        """The undistilled teacher's best row by `metric` in `calls` network calls."""
+        return self.rows[self.table["best"][f"{metric}.{calls}"]]
 
     def undistilled(self, calls: int) -> dict[str, Settings]:
         """{metric: the teacher's best stock settings by it} in exactly `calls` network calls; {} where none is shipped."""
         best = {key.split(".")[0]: index for key, index in self.table["best"].items() if key.endswith(f".{calls}")}
-        return {metric: settings_of(self.table["rows"][index]) for metric, index in best.items()}
+        return {metric: self.rows[index].settings for metric, index in best.items()}
 
     def nearest(self, calls: int) -> int:
         """The largest number of network calls with shipped rows that is not above `calls`; at least the smallest number."""
-        few = self.calls[:-1]
-        return max(c for c in few if c <= max(calls, few[0]))
+        return max(c for c in self.calls if c <= max(calls, self.calls[0]))
 
 
 @cache
@@ -214,11 +267,15 @@ def shipped() -> Shipped:
 
 def settings_of(entry: dict[str, Any]) -> Settings:
     """The sampling settings of an entry of teacher.json."""
-    return Settings(entry["solver"], entry["num_steps"], entry["guidance"], entry["spacing"])
+    several = {k: tuple(entry[k]) for k in ("timesteps", "step_guidance") if entry.get(k)}
+    return Settings(entry["solver"], entry["num_steps"], entry["guidance"], entry["spacing"], **several)
 
 
-def shipped_row(entry: dict[str, Any], features: Tensor) -> Row:
-    """A row of the teacher from an entry of teacher.json and its stored features (N, 128)."""
-    hits = recognised(features, Prompts.judged(len(features)))
-    known = {name: entry[name] for name in ("background", "same_noise") if entry[name] is not None}
-    return Row("teacher", settings_of(entry), {"embedded": features, "hits": hits}, len(features), known=known)
+def row_of(entry: dict[str, Any], features: Features, teacher: Row | None = None) -> Row:
+    """A row of the teacher from an entry of teacher.json and its stored features, compared with `teacher` of the same noise."""
+    embedded = features["embedded"]
+    prompts = Prompts.judged(len(embedded))
+    hits = {"hits": recognised(embedded, prompts), "diversity": diversity(embedded, prompts)}
+    if teacher is not None:
+        hits["same_noise"] = (embedded - teacher.features["embedded"]).norm(dim=1)
+    return Row("teacher", settings_of(entry), features | hits, len(embedded))

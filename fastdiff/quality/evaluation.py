@@ -16,13 +16,12 @@ from torch import nn
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.data.prompts import default_prompts, read_prompts
-from fastdiff.models import autoencoder, perceptual
+from fastdiff.models import autoencoder
 from fastdiff.quality import emoji as judge
 from fastdiff.quality import report
-from fastdiff.quality.distances import Moments, gap_of
-from fastdiff.quality.drift import departures
-from fastdiff.quality.features import EmbeddedFeatures, FeatureExtractor, open_distance, open_extractors
-from fastdiff.quality.metrics import Against, Metric, Row, judging, measured, too_few
+from fastdiff.quality.distances import gap_of
+from fastdiff.quality.features import FeatureExtractor, JudgeFeatures, open_distance, open_extractors
+from fastdiff.quality.metrics import Against, Features, Metric, Row, judging, measured, too_few
 from fastdiff.quality.samples import Samples
 from fastdiff.runtime import console, rng
 from fastdiff.runtime.errors import UsageError, device_errors_explained
@@ -63,7 +62,7 @@ class Report:
 
     @property
     def title(self) -> str:
-        return f"{self.metrics['samples']} pictures a row; ± half of the 95 % band"
+        return report.title(self.metrics)
 
     @property
     def table(self) -> str:
@@ -84,7 +83,8 @@ class Report:
 class Evaluation:
     """Draws rows of the same prompts and seeds, measures them, and computes how much of a gap each student closes.
 
-    `lines` has one prompt per picture. `distance` maps two batches of pixels (B, 3, H, W) to (B,): LPIPS or its substitute.
+    `lines` has one prompt per picture. `distance` maps two batches of pixels (B, 3, H, W) to (B,): LPIPS. Where `extractors` hold
+    the embedded judge, prompts that no student was trained on are measured apart from the others: see `parts`.
     """
 
     def __init__(
@@ -96,51 +96,66 @@ class Evaluation:
         resolution_px: int,
         device: torch.device | str,
         first_seed: int = 0,
+        block: rng.Block = rng.USERS,
         batch: int | None = None,
         save_to: Path | None = None,
-        diverse: bool = True,
         silent: bool = False,
     ) -> None:
         self.samples = Samples(
-            lines, first_seed, resolution_px, extractors, distance, device, batch, save_to, diverse=diverse, silent=silent
+            lines, first_seed, resolution_px, extractors, distance, device, batch, save_to, block=block, silent=silent
         )
+        judged = any(isinstance(extractor, JudgeFeatures) for extractor in extractors)
+        # {name: indices of its pictures}; the figures of the first part come first. Without a judge there is one part, "".
+        self.parts: dict[str, Tensor] = judge.parts(lines) if judged else {"": torch.arange(len(lines))}
         self.undistilled: list[Row] = []  # the teacher in few network calls
         self.chosen: dict[tuple[str, int], Row] = {}  # (metric, calls) -> the best of these rows, where it is known already
         self.students: list[Row] = []
-        self.against: Against
+        self.teacher: Row  # in many guided steps
+        self.against: dict[str, Against]  # by part
+        self.views: dict[tuple[Row, str], Row] = {}  # the part of each row, kept because figures are remembered by row
 
     @classmethod
-    def shipped(cls, base: Checkpoint, n: int, *, device: torch.device | str, quick: bool = False) -> "Evaluation":
+    def shipped(cls, base: Checkpoint, n: int, *, device: torch.device | str) -> "Evaluation":
         """An evaluation on the embedded checkpoint with the teacher's shipped rows, so that only students have to be drawn.
 
-        The first `n` judged prompts are encoded now. `quick` is for the middle of training: it leaves out the comparisons
-        picture by picture and shows no progress.
+        It has the first `n` judged prompts, half of which no student was trained on. They are encoded now.
         """
         lines, shipped = judge.Prompts.judged(n).captions, judge.shipped()
-        distance = None if quick else perceptual.open_distance(base.family, None)
-        how = dict(resolution_px=base.resolution_px, device=device, silent=quick)
-        # No diversity is measured: the shipped rows hold none to compare with.
-        self = cls(lines, [EmbeddedFeatures(lines)], distance, diverse=False, **how)
+        self = cls(lines, [JudgeFeatures(lines)], None, resolution_px=base.resolution_px, device=device)
         self.samples.encode(base)
-        rows = {index: shipped.row(index, n) for index in shipped.table["best"].values()}
+        of = {index: shipped.rows[index].part(torch.arange(n)) for index in shipped.table["best"].values()}
         for key, index in shipped.table["best"].items():
             metric, calls = key.split(".")
-            self.chosen[metric, int(calls)] = rows[index]
-        many = self.chosen["retrieval", shipped.calls[-1]]
-        self.undistilled = [row for row in rows.values() if row is not many]
-        self.against = Against({}, many, {"embedded": shipped.moments})
-        if not quick:
-            latents = shipped.latents[:n]
-            pixels = autoencoder.decode(drawing(base, base.vae, device), latents.to(device)).cpu()
-            many.pictures = uint8(pixels)
-            if len(latents) == n:
-                many.features["departures"] = departures(latents, pixels)
+            self.chosen[metric, int(calls)] = of[index]
+        self.undistilled = list(of.values())
+        self.compare_with(shipped.reference, shipped.teacher.part(torch.arange(n)), shipped.lines)
+        pixels = autoencoder.decode(drawing(base, base.vae, device), shipped.latents[:n].to(device)).cpu()
+        self.teacher.pictures = uint8(pixels)
         return self
 
-    @property
-    def teacher(self) -> Row:
-        """The row of the teacher in many guided steps."""
-        return self.against.teacher
+    @classmethod
+    def validating(cls, base: Checkpoint, n: int, *, device: torch.device | str) -> "Evaluation":
+        """An evaluation for the middle of training: n seen prompts, and noise that no closing table uses. It shows no progress.
+
+        So weights that are chosen by it were not chosen by the pictures that judge them.
+        """
+        shipped = judge.shipped()
+        seen = judge.parts(shipped.lines)[judge.SEEN][:n]
+        lines = [shipped.lines[i] for i in seen.tolist()]
+        how = dict(resolution_px=base.resolution_px, device=device, block=rng.VALIDATION, silent=True)
+        self = cls(lines, [JudgeFeatures(lines)], None, **how)
+        self.samples.encode(base)
+        self.compare_with(shipped.reference, shipped.teacher.part(seen), shipped.lines)
+        return self
+
+    def compare_with(self, reference: Features, teacher: Row, lines: Sequence[str] = ()) -> None:
+        """Set what rows are compared with: the teacher's row, and features of a reference whose pictures have the prompts `lines`.
+
+        Unseen prompts are compared with the reference's unseen ones, and seen with seen; without `lines` all with all of it.
+        """
+        self.teacher, parts = teacher, judge.parts(lines) if "" not in self.parts and lines else {}
+        of = lambda name: {k: v[parts[name]] for k, v in reference.items()} if name in parts else reference
+        self.against = {name: Against(of(name), teacher.part(rows)) for name, rows in self.parts.items()}
 
     # ---- rows
 
@@ -152,29 +167,53 @@ class Evaluation:
         """The row of a student that has been drawn with these settings."""
         return next(row for row in self.students if (row.model, row.settings) == (model, settings))
 
+    @property
+    def main(self) -> str:
+        """The part whose figures come first: of prompts that no student was trained on, where there are such."""
+        return next(iter(self.parts))
+
+    def part(self, row: Row, name: str) -> Row:
+        """The pictures of a row that are of one part. The row itself where there is one part."""
+        if len(self.parts) == 1:
+            return row
+        if (row, name) not in self.views:
+            self.views[row, name] = row.part(self.parts[name])
+        return self.views[row, name]
+
     def figures(self, row: Row, *, bands: bool = True) -> dict[str, Any]:
-        """How a row was drawn (model, solver, steps, ...), and all metrics that it has."""
-        return {**row.described, **measured(row, self.against, bands=bands)}
+        """How a row was drawn (model, solver, steps, ...), and all metrics that it has; those of a second part under its name."""
+        first, *others = [(name, measured(self.part(row, name), against, bands=bands)) for name, against in self.against.items()]
+        return {**row.described, **first[1], **dict(others)}
 
     # ---- gaps
 
+    def judging(self) -> list[Metric]:
+        """The metrics with which gaps are measured."""
+        return judging(self.part(self.teacher, self.main), self.against[self.main])
+
     def best_undistilled(self, metric: Metric, calls: int) -> Row | None:
         """The undistilled teacher's best row by a metric in `calls` network calls; None where there is none."""
-        rows = [row for row in self.undistilled if row.calls == calls and metric.computable(row, self.against)]
-        if (metric.name, calls) in self.chosen or not rows:
-            return self.chosen.get((metric.name, calls))
-        return (max if metric.better == "higher" else min)(rows, key=lambda row: metric.value(row, self.against))
+        if (metric.name, calls) in self.chosen:
+            return self.chosen[metric.name, calls]
+        against = self.against[self.main]
+        rows = {row: self.part(row, self.main) for row in self.undistilled if row.calls == calls}
+        values = {row: metric.value(view, against) for row, view in rows.items() if metric.computable(view, against)}
+        return (max if metric.better == "higher" else min)(values, key=values.__getitem__) if values else None
 
-    def gap(self, metric: Metric, student: Row, teacher: Row) -> dict[str, Any]:
-        """How much of the gap between `teacher` and the teacher's many steps the student closes, with a 95 % band."""
-        rows = (student, teacher, self.teacher)
+    def gap(self, metric: Metric, student: Row, teacher: Row, part: str | None = None) -> dict[str, Any]:
+        """How much of the gap between `teacher` and the teacher's many steps the student closes, with a 95 % band.
+
+        It is measured on one part of the pictures, by default the first.
+        """
+        name = self.main if part is None else part
+        rows = [self.part(row, name) for row in (student, teacher, self.teacher)]
         n = min(map(len, rows))
-        return gap_of(*(metric.redrawn(row, self.against, n) for row in rows))
+        return gap_of(*(metric.redrawn(row, self.against[name], n) for row in rows))
 
-    def gaps(self, student: Row, calls: int) -> dict[str, dict[str, Any]]:
+    def gaps(self, student: Row, calls: int, part: str | None = None) -> dict[str, dict[str, Any]]:
         """{metric: the student's `gap`}, where the gap starts at the undistilled teacher's best row in `calls` network calls."""
-        pairs = [(metric, self.best_undistilled(metric, calls)) for metric in judging(student, self.against)]
-        return {metric.name: self.gap(metric, student, row) for metric, row in pairs if row is not None}
+        pairs = [(metric, self.best_undistilled(metric, calls)) for metric in self.judging()]
+        return {metric.name: self.gap(metric, student, row, part) for metric, row in pairs if row is not None}
 
     def recovered(self, before: Row, student: Row) -> dict[str, dict[str, Any]]:
         """{metric: (before - student) / (before - teacher), with a band}: the part of a damage that training has repaired.
@@ -182,7 +221,7 @@ class Evaluation:
         `before` is the row of the network before training, for example just after blocks were cut out.
         """
         figures = {}
-        for metric in judging(student, self.against):
+        for metric in self.judging():
             gap = self.gap(metric, student, before)
             figures[metric.name] = {"recovered": gap["gap_closed"], "low": gap["low"], "high": gap["high"]}
             figures[metric.name] |= {"before": gap["teacher"], "student": gap["student"], "teacher": gap["teacher_50"]}
@@ -196,18 +235,18 @@ class Evaluation:
         students: Sequence[Model],
         *,
         reference: Path | str,
-        moments: dict[str, Moments] | None = None,
+        known: Features | None = None,
         baseline: bool = True,
     ) -> Report:
         """Draw all rows and measure them, with one network in memory at a time.
 
         FID, KID and the like compare with `reference`: a folder of pictures, or the teacher's pictures of other seeds, whose
-        `moments` may be known already. `baseline`: also judge the teacher in as many network calls as each student.
+        features may be `known` already. `baseline`: also judge the teacher in as many network calls as each student.
         """
         made, guided = teacher.open([], None), teacher.ladder[0]
         best = self.samples.row(teacher.name, made, guided, identity=made.identity)
-        self.against = self.references(made, best, reference, moments or {})
-        warn_of_few(best, self.against)
+        self.set_reference(made, best, reference, known or {})
+        warn_of_few(self.part(best, self.main), self.against[self.main])
         latency_ms = {best: self.samples.latency_ms(made, guided)}
         family = made.base.family
         for calls in sorted({settings.calls for model in students for settings in model.ladder}) if baseline else []:
@@ -223,7 +262,13 @@ class Evaluation:
         with console.timed("figures_s"):
             rows = [self.figures(row) for row in order]
             gaps = {f"{row.model} {row.settings.num_steps}": self.gaps(row, row.calls) for row in self.students}
-        measurements = {"samples": len(self.samples), "reference": str(reference), "rows": rows, "gap_closed": gaps}
+            measurements = {"samples": len(self.samples), "reference": str(reference), "rows": rows, "gap_closed": gaps}
+            for name in list(self.parts)[1:]:
+                measurements[name] = {
+                    "gap_closed": {
+                        f"{row.model} {row.settings.num_steps}": self.gaps(row, row.calls, name) for row in self.students
+                    }
+                }
         return Report(measurements, order, [latency_ms[row] for row in order], self.samples.lines)
 
     def timed(self, model: str, made: Sampler, settings: Settings, latency_ms: dict[Row, float]) -> Row:
@@ -232,14 +277,14 @@ class Evaluation:
         latency_ms[row] = self.samples.latency_ms(made, settings)
         return row
 
-    def references(self, made: Sampler, best: Row, reference: Path | str, moments: dict[str, Moments]) -> Against:
-        """The references to measure against: features of the folder's pictures, or of the teacher's pictures of other seeds."""
+    def set_reference(self, made: Sampler, best: Row, reference: Path | str, known: Features) -> None:
+        """Compare with features of the folder's pictures, or of the teacher's pictures of other seeds; `known`: those shipped."""
         if isinstance(reference, Path):
-            return Against(self.samples.of_folder(reference), best)
-        if len(self.samples.extractors) <= len(moments):
-            return Against({}, best, moments)
+            return self.compare_with(self.samples.of_folder(reference), best)
+        if known and len(self.samples.extractors) == 1:
+            return self.compare_with(known, best, judge.shipped().lines)
         other = self.samples.row("reference", made, best.settings, identity=made.identity, block=rng.REFERENCE)
-        return Against(other.features, best, moments)
+        return self.compare_with(other.features, best, self.samples.lines)
 
 
 def warn_of_few(row: Row, against: Against) -> None:
@@ -283,13 +328,13 @@ def prompts_of(family: Family, prompts: str | Path | Sequence[str] | None, n: in
     return [lines[i % len(lines)] for i in range(n)]
 
 
-def known_moments(family: Family, settings: Settings, prompts: Any) -> dict[str, Moments]:
-    """The shipped feature moments of the teacher's pictures, which then need not be drawn; {} where none are shipped.
+def known_features(family: Family, settings: Settings, prompts: Any) -> Features:
+    """The shipped features of the teacher's pictures, which then need not be drawn; {} where none are shipped.
 
     They exist for `emoji` with its usual settings and prompts.
     """
     usual = family.judge_ships and settings == Settings.usual(family) and prompts is None
-    return {"embedded": judge.shipped().moments} if usual else {}
+    return judge.shipped().reference if usual else {}
 
 
 def ladder_of(recipe: Any, family: Family, num_steps: Sequence[int] | None) -> list[Settings]:
@@ -348,6 +393,6 @@ def evaluate(
         Model("teacher", opened, [guided]),
         [Model("student", lambda loras, controlnet: student, ladder)],
         reference=f"teacher:{teacher_steps}" if reference is None else Path(reference),
-        moments=known_moments(family, guided, prompts),
+        known=known_features(family, guided, prompts),
         baseline=baseline,
     )

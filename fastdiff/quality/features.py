@@ -1,7 +1,7 @@
 """Feature extractors: each turns a batch of pictures into numbers, one row per picture. B pictures, D features."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +19,29 @@ from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError
 
 
-class FeatureExtractor(Protocol):
+class FeatureExtractor(ABC):
     """Turns a batch of pictures into features, one row per picture."""
 
     key: str  # extractors with equal keys give equal features
-    side_px: int | None  # size at which to read reference pictures from files; None: the size of the evaluation
+    side_px: int | None = None  # size at which to read reference pictures from files; None: the size of the evaluation
 
+    @abstractmethod
     def extract(self, pictures: Tensor, rows: slice | None) -> Features:
         """Features of pictures (B, 3, H, W) uint8 drawn for the prompts `rows`; None: the pictures have no prompts."""
 
+    def compared(self, features: Features, beside: Features | None) -> Features:
+        """Features that need all pictures of a row, or the row `beside` it of the same prompts and seeds; {} where there are none."""
+        return {}
 
-class EmbeddedFeatures:
-    """The embedding of `emoji`'s feature network; for known captions also whether the picture and background are right."""
 
-    side_px = None
+class JudgeFeatures(FeatureExtractor):
+    """The embedding of `emoji`'s judge; for known captions also whether the picture and background are right."""
 
     def __init__(self, lines: Sequence[str], *, styles: bool = False) -> None:
         """`styles`: add the distance to the named emoji in each drawing style; NaN for prompts that name none."""
-        self.prompts, self.named = judge.Prompts.of(lines), judge.named_pictures(lines) if styles else None
-        self.key = "embedded with styles" if styles else "embedded"
+        self.prompts = judge.Prompts.of(lines) if judge.Prompts.known(lines) else None
+        self.named = judge.named_pictures(lines) if styles else None
+        self.key = f"judge {fingerprint(judge.judge_net())[:16]}{' with styles' if styles else ''}"
 
     def extract(self, pictures: Tensor, rows: slice | None) -> Features:
         pixels = pictures.float() / 127.5 - 1
@@ -52,8 +56,18 @@ class EmbeddedFeatures:
             features["style"][named >= 0] = judge.style_distances(pixels[named >= 0], named[named >= 0])
         return features
 
+    def compared(self, features: Features, beside: Features | None) -> Features:
+        """How far each picture is from the others of its group prompt, and from the picture of the same noise in `beside`."""
+        embedded = features["embedded"]
+        n, further = len(embedded), {}
+        if self.prompts:
+            further["diversity"] = judge.diversity(embedded, self.prompts[:n])
+        if beside is not None:
+            further["same_noise"] = (embedded - beside["embedded"][:n]).norm(dim=1)
+        return further
 
-class InceptionFeatures:
+
+class InceptionFeatures(FeatureExtractor):
     """Inception features (B, 2048) of the whole picture, which is resized to `side_px` first if that is given."""
 
     def __init__(self, net: Inception, device: torch.device, side_px: int | None) -> None:
@@ -64,10 +78,8 @@ class InceptionFeatures:
         return {"inception": self.net(resized(pictures, self.side_px).to(self.device)).cpu()}
 
 
-class CentreFeatures:
+class CentreFeatures(FeatureExtractor):
     """Inception features (B, 2048) of a centre crop of 299 px at native size."""
-
-    side_px = None
 
     def __init__(self, net: Inception, device: torch.device) -> None:
         self.net, self.device = net.to(device), device
@@ -77,10 +89,8 @@ class CentreFeatures:
         return {"patch": self.net(patch(pictures).to(self.device)).cpu()}
 
 
-class ClipFeatures:
+class ClipFeatures(FeatureExtractor):
     """CLIP's embedding of the picture (B, D), and 100 times its cosine with the embedding of the prompt (B,)."""
-
-    side_px = None
 
     def __init__(self, net: Clip, device: torch.device, lines: Sequence[str]) -> None:
         self.net, self.key = net.to(device), f"clip {net.spec}"
@@ -112,7 +122,7 @@ def open_extractors(
     `emoji` always uses its own network, and others only if `asked` names them. UsageError where a named one is not available.
     """
     shipped = family.judge_ships
-    extractors: list[FeatureExtractor] = [EmbeddedFeatures(lines, styles=styles)] if shipped else []
+    extractors: list[FeatureExtractor] = [JudgeFeatures(lines, styles=styles)] if shipped else []
     wanted = asked or ([] if shipped else list(METRIC_NETWORKS))
     try:
         if {"fid", "patch"} & set(wanted):
@@ -130,8 +140,11 @@ def open_extractors(
 
 
 def open_distance(family: Family, *, asked: Sequence[str] = (), lpips_weights: str | None = None) -> nn.Module | None:
-    """Open the distance between two pictures: LPIPS, or on `emoji` the embedded network. None if not asked, or not available."""
-    if asked and "lpips" not in asked and not family.judge_ships:
+    """Open LPIPS, the distance between two pictures. None if it is not asked, not available, or the family ships a judge.
+
+    A judge measures distances too. The embedded network in LPIPS's place does not judge: losses look through it.
+    """
+    if family.judge_ships or (asked and "lpips" not in asked):
         return None
     try:
         return perceptual.open_distance(family, lpips_weights)

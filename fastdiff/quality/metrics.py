@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastdiff.quality.distances import BOOTSTRAPS, Moments, band_of, cmmd, frechet, kid, redrawn
+from fastdiff.quality.distances import BOOTSTRAPS, NEIGHBOURS, Moments, band_of, cmmd, frechet, inside, kid, redrawn
 from fastdiff.quality.drift import drift
 from fastdiff.sampling.settings import Settings
 
 Features = dict[str, Tensor]  # each (N, ...)
 COSTLY_DRAWS, COSTLY_PICTURES = 20, 10_000  # bootstraps of a metric that takes seconds; above so many pictures there are none
+SEEN_BY = ("embedded", "inception")  # features in whose space neighbours are counted: the first that is there
 ENOUGH = 300  # pictures per row: with fewer a Frechet distance is not reliable
 
 
@@ -30,10 +31,15 @@ class Row:
     features: Features
     samples: int
     pictures: Tensor | None = None  # (K, 3, H, W) uint8, the first ones
-    known: Mapping[str, float] = field(default_factory=dict)  # figures that are stored, because their features are not
 
     def __len__(self) -> int:
         return self.samples
+
+    def part(self, rows: Tensor) -> "Row":
+        """Return the row of some of the pictures, given by their indices (n,); those beyond the last picture are left out."""
+        rows = rows[rows < len(self)]
+        there = {k: v[rows] for k, v in self.features.items() if len(v) == len(self)}
+        return Row(self.model, self.settings, there, len(rows))
 
     @property
     def calls(self) -> int:
@@ -63,13 +69,20 @@ class Against:
 
     features: Features
     teacher: Row
-    known: Mapping[str, Moments] = field(default_factory=dict)  # moments that are stored, without features
     figures: dict[tuple[Row, str, int], Tensor] = field(default_factory=dict)  # bootstraps, kept for bands and gaps
+    balls: dict[tuple[Row, str], Tensor] = field(default_factory=dict)  # what `inside` gave for a row
 
     @cached_property
     def moments(self) -> dict[str, Moments]:
         """{feature: mean and covariance over the reference}."""
-        return {name: Moments.of(x) for name, x in self.features.items() if x.ndim == 2} | dict(self.known)
+        return {name: Moments.of(x) for name, x in self.features.items() if x.ndim == 2}
+
+    def inside(self, row: Row) -> Tensor:
+        """Whether each picture of a row (n,) lies in the ball of each of the first n reference pictures (n, n): see `inside`."""
+        name = next(name for name in SEEN_BY if name in row.features)
+        if (row, name) not in self.balls:
+            self.balls[row, name] = inside(row.features[name], self.features[name][: len(row)])
+        return self.balls[row, name]
 
 
 @dataclass(frozen=True)
@@ -78,38 +91,28 @@ class Metric:
 
     name: str  # the key in JSON
     label: str  # the heading of its column
-    needs: str
+    needs: str  # a feature, or several of which one is enough: "embedded|inception"
     of: Callable[[Row, Tensor, Against], float]
     better: Literal["lower", "higher"]
-    reference: Literal["moments", "features", "teacher"] | None = None  # what the row is compared with, in the same feature
+    reference: Literal["reference", "teacher"] | None = None  # what the row is compared with, in the same feature
     judges: bool = False  # whether the gap that a student closes is measured with it
     enough: int = 2  # pictures per row that make the figure reliable
     costly: bool = False
-    per_picture: bool = True  # whether it can be bootstrapped over pictures
     own_band: Callable[[Row, Against], list[float]] | None = None  # a band of its own, where a bootstrap would be wrong
     parts: Callable[[Row, Against], dict[str, float]] | None = None  # the figures that it is the sum of
 
     def computable(self, row: Row, against: Against) -> bool:
         """Whether the features that it needs are there, so that it can be computed and bootstrapped."""
-        there = {
-            None: {self.needs},
-            "moments": against.features.keys() | against.known.keys(),
-            "features": against.features.keys(),
-            "teacher": against.teacher.features.keys(),
-        }
-        return self.needs in row.features and self.needs in there[self.reference]
-
-    def known(self, row: Row, against: Against) -> bool:
-        """Whether the row has this metric, stored or computable."""
-        return self.name in row.known or self.computable(row, against)
+        of = {None: row, "reference": against, "teacher": against.teacher}[self.reference]
+        return any(name in row.features and name in of.features for name in self.needs.split("|"))
 
     def value(self, row: Row, against: Against) -> float:
         """The figure over all pictures of the row."""
-        return row.known[self.name] if self.name in row.known else self.of(row, torch.arange(len(row)), against)
+        return self.of(row, torch.arange(len(row)), against)
 
-    def draws(self, n: int) -> int:
-        """The number of bootstrap sets for n pictures."""
-        if not self.per_picture:
+    def draws(self, row: Row, n: int) -> int:
+        """The number of bootstrap sets of the row's first n pictures. None where a feature is not one of each picture."""
+        if any(len(row.features[name]) != len(row) for name in self.needs.split("|") if name in row.features):
             return 0
         return BOOTSTRAPS if not self.costly else COSTLY_DRAWS if n <= COSTLY_PICTURES else 0
 
@@ -118,21 +121,26 @@ class Metric:
         n = n or len(row)
         key = (row, self.name, n)
         if key not in against.figures:
-            against.figures[key] = redrawn(row, lambda r, i: self.of(r, i, against), n, self.draws(n))
+            against.figures[key] = redrawn(row, lambda r, i: self.of(r, i, against), n, self.draws(row, n))
         return against.figures[key]
 
     def band(self, row: Row, against: Against) -> list[float] | None:
         """The 95 % band [low, high]; None where there is none."""
-        if self.name in row.known or not self.computable(row, against):
+        if not self.computable(row, against):
             return None
         if self.own_band is not None:
             return self.own_band(row, against)
-        return band_of(self.redrawn(row, against)) if self.draws(len(row)) else None
+        return band_of(self.redrawn(row, against)) if self.draws(row, len(row)) else None
 
 
 def mean(name: str) -> Callable[[Row, Tensor, Against], float]:
-    """A metric's function: the mean of a feature (N,) over pictures, without its NaN."""
-    return lambda row, i, against: row.features[name][i].nanmean().item()
+    """A metric's function: the mean of a feature (N,) over pictures, without its NaN; over all of it if it is of other pictures."""
+
+    def of(row: Row, i: Tensor, against: Against) -> float:
+        feature = row.features[name]
+        return (feature[i] if len(feature) == len(row) else feature).nanmean().item()
+
+    return of
 
 
 def distance(name: str) -> Callable[[Row, Tensor, Against], float]:
@@ -151,20 +159,36 @@ def drift_parts(row: Row, against: Against) -> dict[str, float]:
     return drift(against.teacher.features["departures"][: len(row)], row.features["departures"])
 
 
+def coverage(row: Row, i: Tensor, against: Against) -> float:
+    """The part of the reference pictures that have a picture of the row in their ball (Naeem 2020, equation 6).
+
+    A student that draws the same picture for every noise is recognised well, and covers little.
+    """
+    drawn = torch.zeros(len(row))
+    drawn[i] = 1
+    return (against.inside(row).float() @ drawn > 0).float().mean().item()
+
+
+def density(row: Row, i: Tensor, against: Against) -> float:
+    """In how many balls of reference pictures a picture of the row lies, over the number to be expected (Naeem, equation 5)."""
+    return against.inside(row).sum(0)[i].float().mean().item() / NEIGHBOURS
+
+
 METRICS = [
     Metric("retrieval", "recognised", "hits", mean("hits"), "higher", judges=True),
     Metric("background", "background", "background", mean("background"), "higher"),
-    Metric("frechet", "Frechet", "embedded", distance("embedded"), "lower", "moments", judges=True, enough=ENOUGH),
-    Metric("fid", "FID", "inception", distance("inception"), "lower", "moments", judges=True, enough=ENOUGH, costly=True),
-    Metric("patch_fid", "patch FID", "patch", distance("patch"), "lower", "moments", enough=ENOUGH, costly=True),
+    Metric("frechet", "Frechet", "embedded", distance("embedded"), "lower", "reference", judges=True, enough=ENOUGH),
+    Metric("fid", "FID", "inception", distance("inception"), "lower", "reference", judges=True, enough=ENOUGH, costly=True),
+    Metric("patch_fid", "patch FID", "patch", distance("patch"), "lower", "reference", enough=ENOUGH, costly=True),
     Metric("kid", "KID", "inception", lambda r, i, a: kid(r.features["inception"][i], a.features["inception"])[0], "lower",
-           "features", costly=True, own_band=kid_band),
+           "reference", costly=True, own_band=kid_band),
     Metric("cmmd", "CMMD", "clip", lambda r, i, a: cmmd(r.features["clip"][i], a.features["clip"]), "lower",
-           "features", costly=True),
+           "reference", costly=True),
     Metric("clip_score", "CLIP", "clip_score", mean("clip_score"), "higher", judges=True),
+    Metric("coverage", "coverage", "|".join(SEEN_BY), coverage, "higher", "reference", enough=ENOUGH),
+    Metric("density", "density", "|".join(SEEN_BY), density, "higher", "reference", enough=ENOUGH),
     Metric("same_noise", "to teacher", "same_noise", mean("same_noise"), "lower"),
-    Metric("diversity", "diversity", "diversity", lambda r, i, a: r.features["diversity"].mean().item(), "higher",
-           per_picture=False),
+    Metric("diversity", "diversity", "diversity", mean("diversity"), "higher"),
     Metric("drift", "drift", "departures",
            lambda r, i, a: drift(a.teacher.features["departures"][i], r.features["departures"][i])["drift"], "lower",
            "teacher", parts=drift_parts),
@@ -178,7 +202,7 @@ def judging(row: Row, against: Against) -> list[Metric]:
 
 def too_few(row: Row, against: Against) -> list[Metric]:
     """The row's metrics that are not reliable, because it has too few pictures."""
-    return [metric for metric in METRICS if len(row) < metric.enough and metric.known(row, against)]
+    return [metric for metric in METRICS if len(row) < metric.enough and metric.computable(row, against)]
 
 
 def present(rows: Sequence[Mapping[str, Any]]) -> list[Metric]:
@@ -190,7 +214,7 @@ def measured(row: Row, against: Against, *, bands: bool = True) -> dict[str, Any
     """{metric: figure} of every metric that the row has, and unless `bands` is false `band`, {metric: [low, high]}."""
     figures: dict[str, Any] = {}
     ends: dict[str, list[float]] = {}
-    for metric in (m for m in METRICS if m.known(row, against)):
+    for metric in (m for m in METRICS if m.computable(row, against)):
         figures[metric.name] = metric.value(row, against)
         if bands and (low_high := metric.band(row, against)) is not None:
             ends[metric.name] = low_high

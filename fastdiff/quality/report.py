@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.quality.metrics import Metric, Row, present
+from fastdiff.quality import emoji as judge
+from fastdiff.quality.metrics import METRICS, Metric, Row, present
 from fastdiff.runtime.console import fmt
 from fastdiff.runtime.disk import ASSETS, write_atomic
 from fastdiff.sampling.pictures import contact_sheet
@@ -22,30 +23,72 @@ COLOURS = ("#57606a", "#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df", "#b
 LEFT, RIGHT, TOP, BOTTOM = 52, 302, 30, 176  # the area of the curves in an SVG, in its units
 
 
+def title(metrics: dict[str, Any]) -> str:
+    """The title of a table: how many pictures a row has, and of what prompts."""
+    n, second = metrics["samples"], next((name for name in (judge.SEEN, judge.UNSEEN) if name in metrics["rows"][0]), None)
+    what = f"{n} pictures a row; ± half of the 95 % band"
+    if second is None:
+        return what
+    return f"{what}; of prompts that no student was trained on, and in columns that say {second} of the others"
+
+
 def half_band(row: dict[str, Any], name: str) -> str:
     """Half of the width of a metric's band as text; empty where there is no band."""
-    low, high = row["band"].get(name, (0.0, 0.0))
+    low, high = row.get("band", {}).get(name, (0.0, 0.0))
     return f"{(high - low) / 2:.2g}" if high > low else ""
+
+
+def columns_of(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, Metric]]:
+    """The columns of a table of measured rows: (heading, part of the row, metric).
+
+    All metrics of the first part of the pictures, whose figures are in the row itself (part ""), then of a second part those that
+    judge.
+    """
+    columns = [(metric.label, "", metric) for metric in present(rows)]
+    for name in (judge.UNSEEN, judge.SEEN):
+        second = [row[name] for row in rows if isinstance(row.get(name), dict)]
+        columns += [(f"{metric.label}, {name}", name, metric) for metric in present(second) if metric.judges]
+    return columns
 
 
 def text_table(rows: Sequence[dict[str, Any]], latency_ms: Sequence[float] | None = None) -> tuple[list[str], list[list[str]]]:
     """The columns and the cells of a table of measured rows. Each figure has ± half of the width of its band."""
-    metrics = present(rows)
+    metrics = columns_of(rows)
 
-    def cell(row: dict[str, Any], name: str) -> str:
-        half = half_band(row, name)
-        return fmt(row.get(name)) + (f" ±{half}" if half else "")
+    def cell(row: dict[str, Any], part: str, name: str) -> str:
+        figures = row.get(part) or {} if part else row
+        half = half_band(figures, name)
+        return fmt(figures.get(name)) + (f" ±{half}" if half else "")
 
-    columns = ["model", "solver", "steps", "guidance", "calls", *(metric.label for metric in metrics)]
+    columns = ["model", "solver", "steps", "guidance", "calls", *(heading for heading, *_ in metrics)]
     cells = [
-        [row["model"], row["solver"], *(fmt(row[k]) for k in ("num_steps", "guidance", "calls"))]
-        + [cell(row, metric.name) for metric in metrics]
+        [row["model"], row["solver"], fmt(row["num_steps"]), guidance_of(row), fmt(row["calls"])]
+        + [cell(row, part, metric.name) for _, part, metric in metrics]
         for row in rows
     ]
     if latency_ms is not None:
         columns.append("ms")
         cells = [[*line, f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}"] for line, ms in zip(cells, latency_ms, strict=True)]
     return columns, cells
+
+
+def guidance_of(row: dict[str, Any]) -> str:
+    """The guidance of a row as text: one number, or one for each step."""
+    return " ".join(f"{w:g}" for w in row["step_guidance"]) if row.get("step_guidance") else fmt(row["guidance"])
+
+
+def verdicts(gaps: dict[str, dict[str, dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+    """A table of what the pictures can tell: {student and steps: {metric: gap}} to columns and cells.
+
+    The gain is how much better the student is than the best undistilled sampler at equal calls, in the metric's own units.
+    """
+    lines = []
+    for name, of in gaps.items():
+        for metric in [m for m in METRICS if m.name in of]:
+            gap = of[metric.name]
+            band = "" if gap["gain_low"] is None else f"{fmt(gap['gain_low'])} to {fmt(gap['gain_high'])}"
+            lines.append([name, metric.label, fmt(gap["teacher"]), fmt(gap["student"]), band, gap["verdict"]])
+    return ["student and steps", "metric", "undistilled", "student", "gain, 95 % band", "the student is"], lines
 
 
 def plain(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -123,12 +166,15 @@ def write(
     from jinja2 import Environment
 
     figures, columns = metrics["rows"], present(metrics["rows"])
+    headed = columns_of(figures)
+    within = lambda row, part: row.get(part) or {} if part else row
+    cells_of = lambda row: [(fmt(within(row, p).get(m.name)), half_band(within(row, p), m.name)) for _, p, m in headed]
     kept = min(len(row.pictures) for row in rows)
     chosen = [i * kept // PICTURES for i in range(min(PICTURES, kept))]  # the first prompts are often alike
     models = list(dict.fromkeys(row["model"] for row in figures))
     colours = dict(zip(models, (COLOURS * len(models))[: len(models)], strict=True))
     table = [
-        [drawn.title, (row["calls"], ""), *((fmt(row.get(m.name)), half_band(row, m.name)) for m in columns), (f"{ms:.1f}", "")]
+        [drawn.title, (row["calls"], ""), *cells_of(row), (f"{ms:.1f}", "")]
         for row, drawn, ms in zip(figures, rows, latency_ms, strict=True)
     ]
     closed = [m for m in columns if any(m.name in gap for gap in metrics["gap_closed"].values())]
@@ -147,7 +193,7 @@ def write(
         samples=metrics["samples"],
         reference=metrics["reference"],
         machine=f"ms: one picture alone, {machine}.",
-        columns=["calls", *(m.label for m in columns), "ms"],
+        columns=["calls", *(heading for heading, *_ in headed), "ms"],
         table=table,
         gap_names=[m.label for m in closed],
         gaps=gaps,

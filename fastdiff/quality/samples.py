@@ -33,6 +33,7 @@ from fastdiff.sampling.settings import Settings
 
 DIVERSE = (16, 4)  # diversity is measured on so many prompts, with so many pictures of each
 PAIRED_BYTES = 256 * 2**20  # memory for a row's first pictures, which other rows are compared with one by one
+SHOWN = 256  # pictures of a row that are kept where features alone are compared
 TIMED_S, TIMED = 3.0, (3, 20)  # latency is measured for so many seconds, on so many pictures at least and at most
 
 
@@ -40,8 +41,8 @@ TIMED_S, TIMED = 3.0, (3, 20)  # latency is measured for so many seconds, on so 
 class Samples:
     """Draws rows of pictures and extracts their features. `lines` has one prompt per picture; picture i has seed first_seed + i.
 
-    `distance` maps two batches of pixels (B, 3, H, W) to (B,): LPIPS or its substitute. `diverse`: also draw a few more
-    pictures of some prompts, and measure how far apart those of one prompt are.
+    `distance` maps two batches of pixels (B, 3, H, W) to (B,): LPIPS. With it a few more pictures of some prompts are drawn, to
+    measure how far apart those of one prompt are.
     """
 
     lines: list[str]
@@ -52,7 +53,7 @@ class Samples:
     device: torch.device | str
     batch: int | None = None
     save_to: Path | None = None
-    diverse: bool = True
+    block: rng.Block = rng.USERS  # where the seeds are taken from
     silent: bool = False  # show no progress, because another one is on the screen
     prompts: tuple[ref[Checkpoint], Cond, Cond] | None = None  # as encoded by the checkpoint that was sampled last
 
@@ -61,8 +62,8 @@ class Samples:
 
     @property
     def paired(self) -> int:
-        """How many of a row's first pictures are kept to compare with other rows."""
-        return max(2, min(len(self), PAIRED_BYTES // (3 * self.resolution_px**2)))
+        """How many of a row's first pictures are kept: to show them, and where there is a distance to compare them."""
+        return max(2, min(len(self), PAIRED_BYTES // (3 * self.resolution_px**2) if self.distance else SHOWN))
 
     def encode(self, base: Checkpoint) -> tuple[Cond, Cond]:
         """All prompts, one row each, and the unconditional branch, encoded by a checkpoint. The last checkpoint's are kept."""
@@ -79,33 +80,44 @@ class Samples:
         *,
         identity: Sequence[str] = (),
         beside: Row | None = None,
-        block: rng.Block = rng.USERS,
+        block: rng.Block | None = None,
         n: int | None = None,
         controls: Tensor | None = None,
     ) -> Row:
         """Draw the first n pictures (default: all) and extract their features.
 
         With the hashes of the weights in `identity` the row is cached on disk. `beside` is the row that the pictures are compared
-        with one by one. `block` is the range of the seeds. `controls` (n, 1 or 3, H, W) uint8 are the pictures for a ControlNet.
+        with one by one. `block` is where the seeds are taken from (default: as usual). `controls` (n, 1 or 3, H, W) uint8 are the
+        pictures for a ControlNet.
         """
-        n, (cond, uncond) = n or len(self), self.encode(sampler.base)
+        n, block, (cond, uncond) = n or len(self), block or self.block, self.encode(sampler.base)
         cond = cond[:n]
         if controls is not None:
             cond = cond.with_control((controls[:n].float() / 255).expand(-1, 3, -1, -1))
         key = self.key(identity, sampler, cond, uncond, settings, block, beside) if identity else ""
         if key and not self.save_to and (stored := self.stored(key)):
-            pictures = stored.pop("kept")
-            return Row(model, settings, stored, n, pictures)
+            features, pictures = stored, stored.pop("kept")
+        else:
+            features, pictures = self.drawn(model, sampler, cond, uncond, settings, block, beside)
+            if key:
+                self.store(key, features, pictures)
+        for extractor in self.extractors:
+            features |= extractor.compared(features, None if beside is None else beside.features)
+        return Row(model, settings, features, n, pictures)
+
+    def drawn(
+        self, model: str, sampler: Sampler, cond: Cond, uncond: Cond, settings: Settings, block: rng.Block, beside: Row | None
+    ) -> tuple[Features, Tensor]:
+        """Draw all pictures, and measure what the distance network measures."""
+        n = len(cond)
         features, pictures = self.draw(model, sampler, cond, uncond, settings, block)
-        if self.distance and self.diverse and n == len(self) and block is rng.USERS:
+        if self.distance and n == len(self) and block is self.block:
             features["diversity"] = self.diversity(sampler, settings)
         if self.distance and beside is not None and beside.pictures is not None:
             features["same_noise"] = torch.full((n,), torch.nan)
             k = min(len(pictures), len(beside.pictures))
             features["same_noise"][:k] = self.apart(pictures[:k], beside.pictures[:k])
-        if key:
-            self.store(key, features, pictures)
-        return Row(model, settings, features, n, pictures)
+        return features, pictures
 
     def draw(
         self, model: str, sampler: Sampler, cond: Cond, uncond: Cond, settings: Settings, block: rng.Block
@@ -122,7 +134,7 @@ class Samples:
                 pictures = uint8(pixels)
                 parts.append({"departures": departures(z, pixels), **self.features_of(pictures, rows)})
                 first.append(pictures[: max(0, self.paired - i)])
-                if self.save_to and block is rng.USERS:
+                if self.save_to and block is self.block:
                     write(self.save_to / folder_name(title(model, settings)), pictures, seeds)
                 if bar:
                     bar.update(len(seeds))
@@ -182,7 +194,8 @@ class Samples:
         content: list[Any] = [tuple(identity), sampler.denoiser.kind, sampler.denoiser.strength, asdict(settings)]
         content += [block(self.first_seed), self.resolution_px, str(sampler.base.dtype)]
         content += [[extractor.key for extractor in self.extractors], self.distance is not None]
-        content += [None if beside is None else sha256(beside.pictures.numpy().tobytes()).hexdigest(), self.lines[: len(cond)]]
+        compared = beside is not None and beside.pictures is not None and self.distance is not None
+        content += [sha256(beside.pictures.numpy().tobytes()).hexdigest() if compared else None, self.lines[: len(cond)]]
         digest.update(repr(content).encode())
         for tensor in (cond.tokens, uncond.tokens, cond.control):
             if tensor is not None:

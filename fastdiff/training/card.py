@@ -164,8 +164,9 @@ def files_section(weights: Sequence[Path]) -> list[str]:
 def measured_section(metrics: Mapping[str, Any]) -> list[str]:
     """Return the section with the closing table; for runs without such a table, with their own figures."""
     if "rows" in metrics:
-        keys = ("model", "solver", "calls", "retrieval", "frechet", "same_noise")
-        return ["", "## Measured", "", *table(keys, [[row[key] for key in keys] for row in metrics["rows"]])]
+        keys = ("model", "solver", "calls", "retrieval", "frechet", "coverage", "diversity")
+        text = f"{metrics['samples'] // 2} pictures a row, of prompts that no student was trained on."
+        return ["", "## Measured", "", text, "", *table(keys, [[row.get(key) for key in keys] for row in metrics["rows"]])]
     figures = [(name, value) for name, value in metrics.items() if isinstance(value, int | float)]
     return ["", "## Measured", "", *table(["figure", "value"], figures)] if len(figures) > 1 else []
 

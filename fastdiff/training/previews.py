@@ -14,11 +14,12 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.options.train import TrainConfig
+from fastdiff.quality import emoji as judge
 from fastdiff.quality import report
 from fastdiff.quality.drift import Drift
 from fastdiff.quality.emoji import shipped
 from fastdiff.quality.evaluation import STEPS, Evaluation
-from fastdiff.quality.metrics import Row, judging, present
+from fastdiff.quality.metrics import Row, present
 from fastdiff.runtime import console, rng
 from fastdiff.sampling.pictures import contact_sheet
 from fastdiff.sampling.sampler import Sampler, at_once
@@ -81,7 +82,7 @@ class Measured:
     """Measures the student for `eval_every`: the drift of a few pictures, and for `emoji` the Frechet distance of 200.
 
     `score` decides which weights are the best; less is better. It is the drift, plus for `emoji` the student's Frechet
-    distance divided by the teacher's, minus 1.
+    distance divided by the teacher's, minus 1. Neither prompts nor noise are those of the closing table.
     """
 
     JUDGED = 200  # pictures that are compared by Frechet distance
@@ -92,7 +93,7 @@ class Measured:
         prompts = [lines[i % len(lines)] for i in range(base.family.drift_prompts)]
         self.drift = Drift(base, prompts, scene.resolution_px, scene.device)
         judged = base.family.judge_ships
-        self.evaluation = Evaluation.shipped(base, self.JUDGED, device=scene.device, quick=True) if judged else None
+        self.evaluation = Evaluation.validating(base, self.JUDGED, device=scene.device) if judged else None
 
     def measure(self, method: "Method") -> dict[str, float]:
         """Measure the student as it is now: `score`, the drift and its parts, and for `emoji` `frechet` and `retrieval`."""
@@ -134,40 +135,50 @@ class Judged:
             self.before = self.evaluation.row("before", sampler, method.settings())
 
     def prove(self, students: list[Path], config: TrainConfig) -> dict[str, Any]:
-        """Read back and judge the written weights; print the table and return {samples, rows, gap_closed}.
+        """Read back and judge the written weights; print the tables and return {samples, rows, gap_closed, seen}.
 
-        `gap_closed` is {file: gaps} for several files. Methods whose baseline is the student return `recovered` instead.
+        `gap_closed` is {file: gaps} for several files, and `seen` has the same of prompts that students are trained on. Methods
+        whose baseline is the student return `recovered` instead.
         """
         tables = {path.name: self.table(path, config, "student" if len(students) == 1 else path.stem) for path in students}
         distinct = {json.dumps(row): row for table in tables.values() for row in table["rows"]}  # a teacher's row once
         rows, first = list(distinct.values()), next(iter(tables.values()))
-        console.table(f"{first['samples']} samples a row; ± half of the 95 % band", *report.text_table(rows))
+        metrics = {"samples": first["samples"], "rows": rows}
+        console.table(report.title(metrics), *report.text_table(rows))
+        compared = {
+            f"{name}, {steps}" if len(tables) > 1 else steps: gap
+            for name, table in tables.items()
+            for steps, gap in by_steps(table.get("gap_closed", {})).items()
+        }
+        if compared:
+            console.table("what these pictures can tell, on unseen prompts", *report.verdicts(compared))
         if len(students) == 1:
             return first
-        gaps = {name: table["gap_closed"] for name, table in tables.items()}
-        return {"samples": first["samples"], "rows": rows, "gap_closed": gaps}
+        of = lambda part: {name: part(table)["gap_closed"] for name, table in tables.items()}
+        return metrics | {"gap_closed": of(lambda table: table), judge.SEEN: {"gap_closed": of(lambda table: table[judge.SEEN])}}
 
     def table(self, path: Path, config: TrainConfig, name: str) -> dict[str, Any]:
         """Judge one LoRA file or checkpoint folder; return its rows with `gap_closed`, or with `recovered`."""
-        sampler = reopened(path, config, self.device)
+        evaluation, sampler = self.evaluation, reopened(path, config, self.device)
         recipe = sampler.recipe
         if self.before:
-            student = self.evaluation.row(name, sampler, self.before.settings)
-            table = self.rows([self.evaluation.teacher, self.before, student])
-            return {**table, "recovered": self.evaluation.recovered(self.before, student)}
-        rows, judged = [self.evaluation.teacher], judging(self.evaluation.teacher, self.evaluation.against)
-        gaps: dict[str, dict[str, Any]] = {metric.name: {} for metric in judged}
+            student = evaluation.row(name, sampler, self.before.settings)
+            table = self.rows([evaluation.teacher, self.before, student])
+            return {**table, "recovered": evaluation.recovered(self.before, student)}
+        rows, judged = [evaluation.teacher], evaluation.judging()
+        gaps: dict[str, dict[str, dict[str, Any]]] = {p: {metric.name: {} for metric in judged} for p in evaluation.parts}
         for num_steps in (recipe.num_steps,) if recipe.fixed and recipe.num_steps is not None else STEPS:
             settings = Settings.of(recipe, Settings.usual(self.base.family), num_steps=num_steps)
-            student = self.evaluation.row(name, sampler, settings)
+            student = evaluation.row(name, sampler, settings)
             if num_steps <= max(STEPS):  # in more steps than these the undistilled teacher leaves no gap to close
                 calls = shipped().nearest(num_steps)
-                teachers = [self.evaluation.best_undistilled(metric, calls) for metric in judged]
+                teachers = [evaluation.best_undistilled(metric, calls) for metric in judged]
                 rows += dict.fromkeys(row for row in teachers if row is not None)
-                for metric, gap in self.evaluation.gaps(student, calls).items():
-                    gaps.setdefault(metric, {})[str(num_steps)] = gap
+                for part in evaluation.parts:
+                    for metric, gap in evaluation.gaps(student, calls, part).items():
+                        gaps[part].setdefault(metric, {})[str(num_steps)] = gap
             rows.append(student)
-        return {**self.rows(rows), "gap_closed": gaps}
+        return {**self.rows(rows), "gap_closed": gaps[evaluation.main], judge.SEEN: {"gap_closed": gaps[judge.SEEN]}}
 
     def rows(self, drawn: list[Row]) -> dict[str, Any]:
         """Measure rows and return them as {samples, rows}; all have the same keys, with None for a metric that one lacks."""
@@ -175,6 +186,15 @@ class Judged:
         names = [metric.name for metric in present(measured)]
         rows = [{**row, **{name: None for name in names if name not in row}} for row in measured]
         return {"samples": len(self.evaluation.samples), "rows": rows}
+
+
+def by_steps(gaps: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{metric: {steps: gap}} as {steps: {metric: gap}}."""
+    turned: dict[str, dict[str, dict[str, Any]]] = {}
+    for metric, of in gaps.items():
+        for steps, gap in of.items():
+            turned.setdefault(f"{steps} step{'s' * (steps != '1')}", {})[metric] = gap
+    return turned
 
 
 def reopened(path: Path, config: TrainConfig, device: torch.device) -> Sampler:

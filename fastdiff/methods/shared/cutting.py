@@ -21,7 +21,7 @@ from fastdiff.checkpoints.tensors import Entry
 from fastdiff.data.prompts import default_prompts
 from fastdiff.models import controlnet, text, unet
 from fastdiff.models.denoiser import Cond, Denoiser
-from fastdiff.runtime import console, stop
+from fastdiff.runtime import console, rng, stop
 from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling.sampler import Sampler, with_size
 from fastdiff.sampling.settings import Settings
@@ -217,7 +217,11 @@ def probes_of(base: Checkpoint, device: torch.device | str) -> list[Probe]:
         cond, uncond = (with_size(c, base.resolution_px) for c in (cond, uncond))
     schedule, side = base.schedule(), base.resolution_px // base.pixels_per_latent
     sampler = Sampler.of_networks(base, Denoiser(base.unet, schedule, base.prediction_type), base.vae, device=device)
-    quick, generator, probes = replace(Settings.usual(base.family), num_steps=10), torch.Generator().manual_seed(0), []
+    quick, generator, probes = (
+        replace(Settings.usual(base.family), num_steps=10),
+        torch.Generator().manual_seed(rng.seed_for(0, 0, 0)),
+        [],
+    )
     for i in range(len(prompts)):
         x0 = sampler.latents(cond[i : i + 1], uncond, [i], quick, (side, side))
         eps, t = torch.randn(x0.shape, generator=generator).to(device), torch.tensor([LEVELS[i % len(LEVELS)]], device=device)

@@ -1,0 +1,139 @@
+"""No student is trained on what judges it: neither on its prompts nor on its images nor on its start noise."""
+
+import pytest
+import torch
+from test_autocast import CASES, METHODS, folders, trainer_of  # noqa: F401  (folders is a fixture)
+
+from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.family import SHIPPED
+from fastdiff.data import emoji
+from fastdiff.data.open import open_data
+from fastdiff.data.prompts import default_prompts
+from fastdiff.models import autoencoder, text
+from fastdiff.quality import emoji as judge
+from fastdiff.quality.evaluation import Evaluation
+from fastdiff.runtime import console, rng
+from fastdiff.runtime.config import resolve
+from fastdiff.sampling.sampler import Sampler, SeededNoise
+from fastdiff.training import previews, session
+from fastdiff.training.scene import Scene
+
+JUDGED = judge.JUDGED  # pictures of a judged row
+
+
+def marks(rows):
+    """The first numbers of each row, by which noise is told: a generator's first numbers are the same for every shape."""
+    return {tuple(row[:6]) for row in rows.flatten(1).double().mul(1e4).round().tolist()}
+
+
+@pytest.fixture(scope="module")
+def judged_noise():
+    return marks(SeededNoise(range(JUDGED), (4, 8, 8), "cpu")())
+
+
+def test_three_tenths_are_kept_from_training_and_whole_groups_among_them():
+    part = emoji.part()
+    assert part.shape == (240, 9)
+    assert (part != emoji.TRAINED).float().mean() >= 0.25
+    groups = {p.group for i, p in enumerate(emoji.pictures()) if (part[i] != emoji.TRAINED).all()}
+    assert groups == {"bug", "ball", "drink"}
+    others = [i for i, p in enumerate(emoji.pictures()) if p.group not in groups]
+    for which in (emoji.JUDGED, emoji.SEARCHED):
+        assert ((part[others] == which).sum(1) == 1).all()  # one background of every other group
+
+
+def test_judged_prompts_are_one_fixed_list_and_half_of_it_is_unseen():
+    captions = judge.Prompts.judged(JUDGED).captions
+    assert captions[:500] == judge.Prompts.judged(500).captions
+    trained, kept = set(default_prompts(SHIPPED)), emoji.kept_captions()
+    unseen, seen = (judge.parts(captions)[name].tolist() for name in (judge.UNSEEN, judge.SEEN))
+    assert unseen == list(range(0, JUDGED, 2))
+    assert seen == list(range(1, JUDGED, 2))
+    assert all(kept[captions[i]] == emoji.JUDGED for i in unseen)
+    assert not {captions[i] for i in unseen} & trained
+    prompts = judge.Prompts.judged(JUDGED)
+    assert prompts.coarse.float().mean() == 0.5
+    assert len({captions[i] for i in unseen}) > 350
+
+
+def test_the_blocks_of_seeds_share_no_noise():
+    blocks = [rng.USERS, rng.REFERENCE, rng.DRIFT, rng.DIVERSE, rng.SEARCH, rng.VALIDATION, rng.PREVIEW, rng.PAIRS, rng.STEPS]
+    for i, a in enumerate(blocks):
+        assert a.first + a.size <= 2**32  # torch's CPU generator looks at 32 bits
+        assert all(a.first + a.size <= b.first or b.first + b.size <= a.first for b in blocks[i + 1 :])
+    for seed in (0, 1, 2, 2**31 - 1):
+        assert all(rng.seed_for(seed, rank, step) in rng.STEPS for rank in (0, 1, 7_919) for step in (0, 1, 10**6))
+        assert rng.PAIRS(rng.first_pair(seed) + 10**5) in rng.PAIRS
+    starts = sorted(rng.first_pair(seed) for seed in range(100))
+    assert min(b - a for a, b in zip(starts, starts[1:], strict=False)) > 10**5  # runs of other seeds share no pairs
+
+
+def data_of(name, base, tmp_path, monkeypatch):
+    """The training data of a command with its presets, where the teacher's samples are its noise: nothing is drawn."""
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
+    as_drawn = lambda self, cond, uncond, seeds, settings, size: SeededNoise(seeds, (4, *size), "cpu")()
+    monkeypatch.setattr(Sampler, "latents", as_drawn)
+    method = METHODS[name]
+    config = resolve(method.Config, dict(base="emoji"), presets=method.presets, family_of=lambda values: "emoji", environ={})
+    scene = Scene.of(config, base, torch.device("cpu"))
+    return session.data_of(scene, config, method.needs(config), [])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_training_item_of_every_command(name, tmp_path, monkeypatch, judged_noise):
+    base = checkpoint.load("emoji")
+    kept = text.encode(base, list(emoji.kept_captions()), device="cpu").tokens
+    data = data_of(name, base, tmp_path, monkeypatch)
+    assert len(data) > 50
+    texts = data.texts.tokens[data.captions.flatten().unique()]
+    assert torch.cdist(texts.flatten(1), kept.flatten(1)).min() > 1e-3  # no caption of any item
+    if data.noise is not None:
+        assert not marks(data.noise.float()) & marks(SeededNoise(range(JUDGED), (4, 8, 8), "cpu")().half().float())
+    elif not data.moments.isnan().any():
+        picture, background = (emoji.part() != emoji.TRAINED).nonzero(as_tuple=True)
+        images = autoencoder.encode_moments(checkpoint.load("emoji").vae, emoji.compose(picture, background))
+        assert torch.cdist(data.moments.flatten(1), images.flatten(1)).min() > 1e-3  # no image either
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_step_of_any_command_draws_judged_noise(name, folders, tmp_path, monkeypatch, judged_noise):  # noqa: F811
+    drawn = []
+
+    def spied(function):
+        def draw(*args, **kwargs):
+            noise = function(*args, **kwargs)
+            if noise.ndim == 4 and noise[0].numel() >= 6:
+                drawn.append(noise.detach().clone())
+            return noise
+
+        return draw
+
+    for function in ("randn", "randn_like"):
+        monkeypatch.setattr(torch, function, spied(getattr(torch, function)))  # by name: both are wrapped alike
+    trainer = trainer_of(name, next(iter(CASES.get(name, {"defaults": {}}))), folders, "fp32", tmp_path)
+    drawn.clear()  # what the test's own data was made of
+    for _ in range(2):
+        trainer.train_step()
+    assert drawn or name in {"prune", "distill-vae", "distill-controlnet"}
+    assert not any(marks(noise) & judged_noise for noise in drawn)
+
+
+def test_previews_and_measurements_are_drawn_from_noise_and_prompts_of_their_own():
+    base = checkpoint.load("emoji")
+    scene = Scene(base, torch.device("cpu"), 64, default_prompts(SHIPPED), previews.Settings.usual(SHIPPED), 0)
+    preview = previews.Preview(scene)
+    assert not set(preview.prompts) & emoji.kept_captions().keys()
+    assert all(seed in rng.PREVIEW for seed in preview.seeds)
+    validation = Evaluation.validating(base, 40, device="cpu")
+    assert not set(validation.samples.lines) & emoji.kept_captions().keys()
+    assert validation.samples.block is rng.VALIDATION
+
+
+def test_a_user_who_trains_on_judged_prompts_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
+    console.reset(quiet=True)
+    (tmp_path / "mine.txt").write_text("ant on red\nfox on white\n")
+    open_data(checkpoint.load("emoji"), "teacher", prompts=str(tmp_path / "mine.txt"), needs="prompts")
+    (warning,) = [w for w in console.state.warnings if "judge" in w or "unseen" in w]
+    assert "1 captions" in warning
+    assert "'ant on red'" in warning
