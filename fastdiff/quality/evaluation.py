@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
@@ -149,7 +149,7 @@ class Evaluation:
         return self
 
     def compare_with(self, reference: Features, teacher: Row, lines: Sequence[str] = ()) -> None:
-        """Set what rows are compared with: the teacher's row, and features of a reference whose pictures have the prompts `lines`.
+        """Set what rows are compared with: the teacher's row, and features of a reference of pictures with the prompts `lines`.
 
         Unseen prompts are compared with the reference's unseen ones, and seen with seen; without `lines` all with all of it.
         """

@@ -30,7 +30,7 @@ class FeatureExtractor(ABC):
         """Features of pictures (B, 3, H, W) uint8 drawn for the prompts `rows`; None: the pictures have no prompts."""
 
     def compared(self, features: Features, beside: Features | None) -> Features:
-        """Features that need all pictures of a row, or the row `beside` it of the same prompts and seeds; {} where there are none."""
+        """Features that need all pictures of a row, or the row `beside` it of the same prompts and seeds, if there are any."""
         return {}
 
 

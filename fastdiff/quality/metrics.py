@@ -134,7 +134,7 @@ class Metric:
 
 
 def mean(name: str) -> Callable[[Row, Tensor, Against], float]:
-    """A metric's function: the mean of a feature (N,) over pictures, without its NaN; over all of it if it is of other pictures."""
+    """A metric's function: the mean of a feature (N,) over pictures, without NaN; of all of it, where it is of other pictures."""
 
     def of(row: Row, i: Tensor, against: Against) -> float:
         feature = row.features[name]
