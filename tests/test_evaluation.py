@@ -10,7 +10,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.quality import emoji as judge
 from fastdiff.quality import metrics, samples
-from fastdiff.quality.distances import frechet
+from fastdiff.quality.distances import Moments, frechet
 from fastdiff.quality.evaluation import Evaluation, evaluate
 from fastdiff.quality.metrics import Metric
 from fastdiff.runtime import console
@@ -35,41 +35,49 @@ def untrained():
 
 
 def test_a_closing_row_has_the_figures_of_its_pictures(untrained):
-    """Picture i of seed i, as bytes; what bytes change is small. Nothing of the teacher is drawn."""
+    """Picture i of seed i, as bytes; what bytes change is small. Nothing of the teacher is drawn. Unseen prompts come first."""
     n, settings, shipped = 60, Settings("ddim", 4, 1.0), judge.shipped()
     evaluation = Evaluation.shipped(untrained.base, n, device="cpu")
-    found = evaluation.figures(evaluation.row("student", untrained, settings))
+    figures = evaluation.figures(evaluation.row("student", untrained, settings))
     prompts, (cond, uncond) = judge.Prompts.judged(n), evaluation.samples.encode(untrained.base)
     floats = untrained.pixels(cond, uncond, range(n), settings, resolution_px=64)
     pixels = uint8(floats).float() / 127.5 - 1
-    features = judge.embed(pixels)
-    assert found["retrieval"] == pytest.approx(judge.recognised(features, prompts).mean().item(), abs=1e-4)
-    assert found["background"] == pytest.approx(judge.background_right(pixels, prompts), abs=1e-4)
-    assert found["frechet"] == pytest.approx(frechet(features, shipped.moments), abs=1e-2)
-    assert found["frechet"] == pytest.approx(frechet(judge.embed(floats), shipped.moments), rel=1e-3)
-    theirs = untrained.vae.decode(shipped.latents[:n] / untrained.vae.config.scaling_factor).sample.clamp(-1, 1)
-    distance = judge.feature_net().distance(floats, theirs).mean().item()
-    assert found["same_noise"] == pytest.approx(distance, rel=1e-3)
-    assert set(found["band"]) == {"retrieval", "background", "frechet", "same_noise", "drift"}
-    teacher = evaluation.figures(evaluation.teacher)
-    first = shipped.table["rows"][0]
-    assert (teacher["model"], teacher["calls"], teacher["background"]) == ("teacher", 50, first["background"])
-    assert teacher["frechet"] == pytest.approx(frechet(shipped.best(50, "frechet", n).features["embedded"], shipped.moments))
+    features, every = judge.embed(pixels), shipped.reference["embedded"]
+    teacher = shipped.teacher.features["embedded"]
+    for start, part in ((0, figures), (1, figures["seen"])):
+        of = slice(start, None, 2)
+        hits = judge.recognised(features, prompts)[of]
+        assert part["retrieval"] == pytest.approx(hits.mean().item(), abs=1e-4)
+        assert part["background"] == pytest.approx(judge.backgrounds(pixels, prompts)[of].nanmean().item(), abs=1e-4)
+        assert part["frechet"] == pytest.approx(frechet(features[of], Moments.of(every[of])), rel=1e-3)
+        assert part["frechet"] == pytest.approx(frechet(judge.embed(floats)[of], Moments.of(every[of])), rel=1e-2)
+        assert part["same_noise"] == pytest.approx((features - teacher[:n])[of].norm(dim=1).mean().item(), rel=1e-3)
+        names = {"retrieval", "background", "frechet", "same_noise", "drift", "coverage", "density", "diversity"}
+        assert set(part["band"]) == names
+    row = evaluation.figures(evaluation.teacher)
+    assert (row["model"], row["calls"]) == ("teacher", 50)
+    assert row["frechet"] == pytest.approx(frechet(teacher[:n:2], Moments.of(every[::2])))
 
 
 def test_the_teacher_of_the_closing_table_is_shipped_in_every_number_of_calls(untrained):
-    evaluation = Evaluation.shipped(untrained.base, 40, device="cpu", quick=True)
+    evaluation = Evaluation.shipped(untrained.base, 40, device="cpu")
     student = evaluation.row("student", untrained, Settings("ddim", 2, 1.0))
     gaps = evaluation.gaps(student, 2)
     assert set(gaps) == {"retrieval", "frechet"}
+    first = judge.shipped().best(2, "frechet").part(torch.arange(40))
     for name, gap in gaps.items():
-        assert gap["teacher"] == pytest.approx(evaluation.figures(judge.shipped().best(2, name, 40))[name])
+        best = judge.shipped().best(2, name).part(torch.arange(40))
+        assert gap["teacher"] == pytest.approx(evaluation.figures(best)[name])
         assert gap["low"] <= gap["gap_closed"] <= gap["high"]
+        assert gap["verdict"] in {"ahead", "behind", "not told apart"}
+    seen = evaluation.gaps(student, 2, judge.SEEN)["frechet"]
+    assert seen["teacher"] == pytest.approx(evaluation.figures(first)["seen"]["frechet"])
+    assert seen["student"] != gaps["frechet"]["student"]
     assert not evaluation.gaps(student, 3)  # nothing is shipped for three; who asks takes the nearest below
     assert [judge.shipped().nearest(calls) for calls in (1, 2, 3, 7, 8, 20)] == [1, 2, 2, 4, 8, 8]
     worse = evaluation.row("before", untrained, Settings("ddim", 1, 1.0))
-    found = evaluation.recovered(worse, student)["frechet"]
-    assert set(found) == {"recovered", "low", "high", "before", "student", "teacher"}
+    recovered = evaluation.recovered(worse, student)["frechet"]
+    assert set(recovered) == {"recovered", "low", "high", "before", "student", "teacher"}
 
 
 def test_a_metric_is_one_entry(fastdiff, tmp_path, monkeypatch):
@@ -155,7 +163,7 @@ def test_what_eval_every_measures_is_the_closing_row_of_fewer_pictures(untrained
         settings = staticmethod(lambda: Settings("ddim", 1, 1.0))
 
     found = previews.Measured(scene).measure(Trained())
-    evaluation = Evaluation.shipped(untrained.base, 30, device="cpu", quick=True)
+    evaluation = Evaluation.validating(untrained.base, 30, device="cpu")
     row = evaluation.figures(evaluation.row("student", untrained, Settings("ddim", 1, 1.0)))
     teacher = evaluation.figures(evaluation.teacher)
     assert (found["frechet"], found["retrieval"]) == (row["frechet"], row["retrieval"])
@@ -166,19 +174,23 @@ def test_what_eval_every_measures_is_the_closing_row_of_fewer_pictures(untrained
 def test_the_script_of_the_shipped_rows(tmp_path, monkeypatch):
     """A table and tensors that `Shipped` reads."""
     import importlib.util
+    import json
     import sys
 
     path = Path(__file__).parent.parent / "examples" / "emoji" / "reference.py"
     spec = importlib.util.spec_from_file_location("reference", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    monkeypatch.setattr(script, "REFERENCE", tmp_path / "reference")
-    monkeypatch.setattr(script, "LADDER", 4)
-    monkeypatch.setattr(script, "candidates", lambda calls, guidances: [Settings("ddim", calls, 1.0, "trailing")])
-    monkeypatch.setattr(sys, "argv", ["reference.py", "--samples", "6", "--search", "4", "--threads", "1"])
+    monkeypatch.setattr(script, "USUAL", [Settings("ddim", calls, 1.0, "trailing") for calls in (1, 2, 4, 8)])
+    way = script.described(Settings("euler", 3, 3.0, timesteps=(999, 666, 333), step_guidance=(1.0, 3.0, 1.0)))
+    (tmp_path / "winners.json").write_text(json.dumps({"4": {"retrieval": {"settings": way}}}))
+    into = ["--out", str(tmp_path / "made"), "--work", str(tmp_path / "work"), "--winners", str(tmp_path / "winners.json")]
+    monkeypatch.setattr(sys, "argv", ["reference.py", "--samples", "24", *into])
     script.main()
-    made = judge.Shipped(tmp_path / "reference")
-    assert made.calls == [1, 2, 4, 8, 50]
-    assert made.latents.shape == (6, 4, 8, 8)
-    assert made.best(1, "frechet", 6).known.keys() == {"background", "same_noise"}
-    assert len(made.ladder(50)) == 4
+    made = judge.Shipped(tmp_path / "made")
+    assert made.calls == [1, 2, 4, 8]
+    assert made.latents.shape == (24, 4, 8, 8)
+    assert made.teacher.calls == 50
+    assert len(made.ladder) == 6
+    assert {row.calls for row in made.rows[1:]} == {1, 2, 4, 8}
+    assert all(row.features["hits"].shape == (24,) for row in made.rows)

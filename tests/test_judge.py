@@ -2,20 +2,24 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torchvision.transforms.functional import adjust_saturation, gaussian_blur
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.data import emoji
+from fastdiff import quality
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.quality import emoji as judge
-from fastdiff.quality.distances import Moments, frechet, gap_closed
+from fastdiff.models.feature_net import FeatureNet
+from fastdiff.quality.distances import Moments, frechet, gap_closed, inside
 from fastdiff.quality.drift import Drift
 from fastdiff.quality.emoji import Prompts, Shipped, embed, recognised
-from fastdiff.quality.metrics import Row
+from fastdiff.quality.metrics import METRICS, Against, Row, measured
 from fastdiff.sampling.settings import Settings
 
 
@@ -26,8 +30,20 @@ def reference():
 
 @pytest.fixture(scope="module")
 def teacher_pixels(reference):
-    """The teacher's guided 25-step pictures of the first 500 judged prompts."""
-    return autoencoder.decode(checkpoint.load("emoji").vae, reference.latents)
+    """The teacher's guided 25-step pictures of the first judged prompts."""
+    return autoencoder.decode(checkpoint.load("emoji").vae, reference.latents[:500])
+
+
+@pytest.fixture(scope="module")
+def ladders(reference):
+    """Of each network its features of the ladder's rows, the moments of the reference and what its recognition needs."""
+    stored = load_file(judge.REFERENCE / "teacher.safetensors")
+    rungs = range(len(reference.ladder))
+    losses = Moments(stored["losses.mean"].double(), stored["losses.cov"].double())
+    return {
+        "judge": ([row.features["embedded"] for row in reference.ladder], Moments.of(reference.reference["embedded"]), None),
+        "losses": ([stored[f"ladder.losses.{i}"].float() for i in rungs], losses, FeatureNet.embedded()),
+    }
 
 
 def test_frechet_of_gaussians_in_closed_form():
@@ -49,29 +65,80 @@ def test_the_recogniser_knows_every_real_picture():
             assert recognised(features, prompts).mean() > 0.99
 
 
-def test_judged_prompts_are_one_fixed_list():
-    a, b = Prompts.judged(500), Prompts.judged(2000)
-    assert b.captions[:500] == a.captions
-    assert 0.45 < b.coarse.float().mean() < 0.55
-    assert 0.65 < (b.background >= 0).float().mean() < 0.75
-
-
-def test_fewer_calls_are_worse_in_every_judging_metric(reference):
+@pytest.mark.parametrize("network", ["judge", "losses"])
+def test_fewer_calls_are_worse_in_every_judging_metric(network, ladders):
     """The ladder of the teacher's own sampler: 25, 8, 4 and 2 guided steps, then 2 and 1 unguided."""
-    rungs = [reference.ladder(calls) for calls in (50, 16, 8, 4, 2, 1)]
-    distance = [frechet(row.features["embedded"], reference.moments) for row in rungs]
+    features, moments, net = ladders[network]
+    distance = [frechet(x, moments) for x in features]
     assert distance == sorted(distance)
-    retrieval = [row.features["hits"].mean().item() for row in rungs]
-    assert all(better > worse - 0.01 for better, worse in pairwise(retrieval))  # 16 calls are the 25-step quality already
+    retrieval = [recognised(x, Prompts.judged(len(x)), net).mean().item() for x in features]
+    assert all(better > worse - 0.015 for better, worse in pairwise(retrieval))  # 16 calls are the 25-step quality already
     assert retrieval[0] > retrieval[3] > retrieval[5]
 
 
+def test_the_two_networks_have_nothing_in_common():
+    """Neither architecture nor weights; and no evaluation opens the one that losses look through."""
+    losses, net = FeatureNet.embedded(), judge.judge_net()
+    assert not {tuple(p.shape) for p in losses.parameters() if p.ndim > 1} & {tuple(p.shape) for p in net.parameters()}
+    assert not any("feature_net" in path.read_text() for path in Path(quality.__file__).parent.glob("*.py"))
+
+
 def test_the_best_undistilled_rows_get_better_with_every_call(reference):
-    n = reference.table["samples"]
-    distance = [frechet(reference.best(c, "frechet", n).features["embedded"], reference.moments) for c in (1, 2, 4, 8, 50)]
+    unseen = judge.parts(reference.lines)[judge.UNSEEN]
+    of = lambda row: measured(row.part(unseen), Against({"embedded": reference.reference["embedded"][unseen]}, row), bands=False)
+    rows = [{m: of(reference.best(calls, m))[m] for m in ("frechet", "retrieval")} for calls in (1, 2, 4, 8)]
+    rows.append({m: of(reference.teacher)[m] for m in ("frechet", "retrieval")})
+    distance, retrieval = ([row[m] for row in rows] for m in ("frechet", "retrieval"))
     assert distance == sorted(distance, reverse=True)
-    retrieval = [reference.best(c, "retrieval", n).features["hits"].mean().item() for c in (1, 2, 4, 8, 50)]
     assert retrieval == sorted(retrieval)
+
+
+# ---- collapse
+
+
+def test_a_collapsed_student_is_told_by_coverage_while_recognition_is_high(reference):
+    """One picture a prompt, whatever the noise: each is as good as the teacher's own."""
+    unseen = judge.parts(reference.lines)[judge.UNSEEN]
+    lines = [reference.lines[i] for i in unseen.tolist()]
+    first = torch.tensor([lines.index(line) for line in lines])
+    teacher = reference.teacher.part(unseen)
+    against = Against({"embedded": reference.reference["embedded"][unseen]}, teacher)
+    embedded = teacher.features["embedded"][first]
+    prompts = Prompts.of(lines)
+    features = {"embedded": embedded, "hits": recognised(embedded, prompts), "diversity": judge.diversity(embedded, prompts)}
+    healthy, collapsed = (measured(row, against) for row in (teacher, Row("collapsed", Settings(), features, len(lines))))
+    assert collapsed["retrieval"] > healthy["retrieval"] - 0.03
+    assert healthy["coverage"] > 0.9
+    assert collapsed["coverage"] < 0.8 * healthy["coverage"]
+    assert collapsed["band"]["coverage"][1] < healthy["band"]["coverage"][0]
+    assert collapsed["diversity"] < 0.01 * healthy["diversity"]
+
+
+def test_coverage_and_density_count_neighbours_as_published():
+    """Naeem 2020, equations 5 and 6, against loops over the pictures."""
+    g = torch.Generator().manual_seed(0)
+    real, drawn = torch.randn(40, 3, generator=g), torch.randn(40, 3, generator=g) + 0.5
+    row = Row("x", Settings(), {"embedded": drawn}, 40)
+    against = Against({"embedded": real}, row)
+    apart = lambda a, b: (a - b).square().sum().sqrt().item()
+    radius = [sorted(apart(x, y) for j, y in enumerate(real) if j != i)[4] for i, x in enumerate(real)]
+    held = [[apart(x, y) < r for y in drawn] for x, r in zip(real, radius, strict=True)]
+    assert inside(drawn, real).tolist() == held
+    figures = measured(row, against)
+    assert figures["coverage"] == pytest.approx(sum(map(any, held)) / 40)
+    assert figures["density"] == pytest.approx(sum(map(sum, held)) / 40 / 5)
+    part = torch.arange(10)
+    by_name = {metric.name: metric for metric in METRICS}
+    assert by_name["coverage"].of(row, part, against) == pytest.approx(sum(any(h[:10]) for h in held) / 40)
+
+
+def test_diversity_is_how_far_two_pictures_of_a_group_prompt_are_apart():
+    prompts = Prompts.of(["fruit", "red apple", "fruit", "fruit", "bug on red", "red apple"])
+    features = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    apart = judge.diversity(features, prompts)
+    assert apart[[1, 4, 5]].isnan().all()  # a named picture is nearly one image, and a group with one picture has no pair
+    pairs = [(features[i] - features[j]).square().sum() for i, j in ((0, 2), (0, 3), (2, 3))]
+    assert apart[[0, 2, 3]].square().mean().item() == pytest.approx((sum(pairs) / 3).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("spoil", ["blurred", "over-saturated"])
@@ -80,9 +147,10 @@ def test_spoiled_pictures_are_worse_in_every_judging_metric(spoil, teacher_pixel
     bad = [gaussian_blur(unit, 11, s) if spoil == "blurred" else adjust_saturation(unit, s) for s in ((1.5, 3.0))]
     prompts = Prompts.judged(500)
     features = [embed(teacher_pixels), *(embed(x * 2 - 1) for x in bad)]
-    distance = [frechet(f, reference.moments) for f in features]
+    moments = Moments.of(reference.reference["embedded"])
+    distance = [frechet(f, moments) for f in features]
     assert distance == sorted(distance)
-    near = [judge.feature_net().distance(x * 2 - 1, teacher_pixels).mean().item() for x in bad]
+    near = [(f - features[0]).norm(dim=1).mean().item() for f in features[1:]]
     assert 0 < near[0] < near[1]
     hits = [recognised(f, prompts).mean().item() for f in features]
     assert hits[2] <= hits[0]

@@ -217,13 +217,10 @@ def probes_of(base: Checkpoint, device: torch.device | str) -> list[Probe]:
         cond, uncond = (with_size(c, base.resolution_px) for c in (cond, uncond))
     schedule, side = base.schedule(), base.resolution_px // base.pixels_per_latent
     sampler = Sampler.of_networks(base, Denoiser(base.unet, schedule, base.prediction_type), base.vae, device=device)
-    quick, generator, probes = (
-        replace(Settings.usual(base.family), num_steps=10),
-        torch.Generator().manual_seed(rng.seed_for(0, 0, 0)),
-        [],
-    )
+    quick, probes = replace(Settings.usual(base.family), num_steps=10), []
+    generator = torch.Generator().manual_seed(rng.VALIDATION(0))
     for i in range(len(prompts)):
-        x0 = sampler.latents(cond[i : i + 1], uncond, [i], quick, (side, side))
+        x0 = sampler.latents(cond[i : i + 1], uncond, [rng.VALIDATION(i)], quick, (side, side))
         eps, t = torch.randn(x0.shape, generator=generator).to(device), torch.tensor([LEVELS[i % len(LEVELS)]], device=device)
         probes.append(Probe(schedule.add_noise(x0, eps, t), t, cond[i : i + 1].map(lambda v: v.to(device))))
     return probes
