@@ -18,7 +18,8 @@ teacher's usual guided 25-step samples of the same prompts. A recognised picture
 both figures, by the judge and by the network of the losses.
 
 Every figure is appended at once to OUT/evaluated.jsonl, and is never computed again; a stopped search continues from there. The
-end prints a table and writes OUT/winners.json: {calls: {metric: setting with its figures}}. The budget counts processor time.
+end prints a table and writes OUT/winners.json: {calls: {metric: setting with its figures}}. The budget counts processor time;
+with a budget of 0 the table of what is known is made. `piped` draws a setting with a stock diffusers pipeline.
 """
 
 import argparse
@@ -67,6 +68,11 @@ METRICS: dict[str, Callable[[dict[str, Any]], tuple[float, float]]] = {  # small
 }
 # How much worse than the best so far a setting may be on few pictures and still be tried on more.
 SLACK = {"recognised": lambda key: (key[0] + 0.025, float("inf")), "frechet": lambda key: (key[0] * 1.03, float("inf"))}
+# Whether coordinate search takes the step from figures `old` to `new`. Smaller gains in Frechet distance are chance.
+GAINS = {
+    "recognised": lambda new, old: new[0] < old[0] or (new[0] == old[0] and new[1] < 0.995 * old[1]),
+    "frechet": lambda new, old: new[0] < 0.995 * old[0],
+}
 
 EULER, HEUN, DPM, LCM = "EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"
 SINGLE, TCD = "DPMSolverSinglestepScheduler", "TCDScheduler"
@@ -106,10 +112,14 @@ class Setting:
         """Steps of the scheduler. Heun's evaluate the network twice, except the last."""
         return (len(self.guidance) + 1) // 2 if self.scheduler == HEUN else len(self.guidance)
 
+    def unset(self, config: dict[str, Any]) -> Any:
+        """Return the diffusers scheduler for a checkpoint's scheduler config, without timesteps."""
+        # getattr: a setting names the diffusers class
+        return getattr(diffusers, self.scheduler).from_config(config, **dict(self.options))
+
     def made(self, config: dict[str, Any]) -> Any:
         """Return the diffusers scheduler, ready to step."""
-        # getattr: a setting names the diffusers class
-        made = getattr(diffusers, self.scheduler).from_config({**config, **dict(self.options)})
+        made = self.unset(config)
         if self.timesteps is None:
             made.set_timesteps(self.num_steps)
         else:
@@ -130,6 +140,31 @@ def setting(scheduler: str, options: dict[str, Any], guidance: tuple[float, ...]
     """Make a setting from plain values; equal settings are equal, whatever the order of their options."""
     grid = None if timesteps is None else tuple(int(t) for t in timesteps)
     return Setting(scheduler, tuple(sorted(options.items())), tuple(float(w) for w in guidance), grid)
+
+
+def piped(pipe: Any, s: Setting, prompts: list[str], **inputs: Any) -> Any:
+    """Draw prompts by a setting with a stock StableDiffusionPipeline, freshly opened, since the setting changes its scheduler.
+
+    The pipeline has one guidance weight. A callback sets the next one after every evaluation, and gives the encoded empty
+    prompts only to guided evaluations, so that an unguided one costs one call.
+    """
+    pipe.scheduler = s.unset(pipe.scheduler.config)
+    cond, uncond = pipe.encode_prompt(prompts, pipe.device, 1, True)
+
+    def set_guidance(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe._guidance_scale = w = (*s.guidance, 1.0)[i + 1]
+        return {"prompt_embeds": torch.cat([uncond, cond]) if w > 1 else cond}
+
+    grid = {"num_inference_steps": s.num_steps} if s.timesteps is None else {"timesteps": list(s.timesteps)}
+    return pipe(
+        prompt_embeds=cond,
+        negative_prompt_embeds=uncond,
+        guidance_scale=s.guidance[0],
+        callback_on_step_end=set_guidance,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+        **grid,
+        **inputs,
+    )
 
 
 # ---- stage 1 and the well-known settings
@@ -239,7 +274,7 @@ def moves(s: Setting, step: int, *, coarse: bool) -> Iterator[Callable[[Setting]
 
 
 def freed(s: Setting, config: dict[str, Any]) -> Setting | None:
-    """Return the setting with its timesteps written out, so that they can move; None if they already are, or for EDM-like ones.
+    """Return the setting with its timesteps written out, so that they can move; None if they already are, or if two are equal.
 
     A scheduler that takes no free timesteps becomes one with the same or a similar step that does.
     """
@@ -309,8 +344,7 @@ class Bench:
     def __init__(self, out: Path, judge: str, n: int) -> None:
         self.out, self.n = out, n
         self.base = checkpoint.load("emoji")
-        skipped = {"_class_name", "_diffusers_version"}
-        self.config = {k: v for k, v in self.base.scheduler_config.items() if k not in skipped}
+        self.config = {k: v for k, v in self.base.scheduler_config.items() if not k.startswith("_")}
         lines = searched_prompts(n)
         prompts = Prompts.of(lines)
         assert prompts is not None, "every caption of the data set is known"
@@ -409,9 +443,10 @@ class Search:
             row["timesteps"] = [round(float(t), 2) for t in s.made(self.bench.config).timesteps]
             row |= {name: eye.figures(features[name]) for name, eye in self.bench.eyes.items()}
             row |= {"judge_id": self.bench.judge_id, "reference": self.bench.n}
+            line = json.dumps(row)
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            self.known[s, n] = row
+                file.write(line + "\n")
+            self.known[s, n] = json.loads(line)
             print(shown(s, row), file=sys.stderr, flush=True)
         return self.known[s, n]
 
@@ -426,7 +461,7 @@ class Search:
         key = METRICS[metric]
         if key(self.figures(s, 0)) > SLACK[metric](key(self.figures(best, 0))):
             return False
-        return key(self.figures(s, 1)) < key(self.figures(best, 1))
+        return GAINS[metric](key(self.figures(s, 1)), key(self.figures(best, 1)))
 
     def climb(self, best: Setting, metric: str, deadline: float) -> None:
         """Coordinate search from a setting: keep every change that is better, and go on in the same direction."""
@@ -456,19 +491,29 @@ class Search:
             for s in self.rows(calls, 0, metric)[:PROMOTED]:
                 self.figures(s, 1)
         end = deadline - most * (calls + 2) * self.seconds_per_call
-        leaders = {metric: self.rows(calls, 1, metric)[:STARTS] for metric in METRICS}
+        leaders = {metric: varied(self.rows(calls, 1, metric), STARTS, alike=1) for metric in METRICS}
         for k, metric in itertools.product(range(STARTS), METRICS):
             for start in leaders[metric][k : k + 1]:
                 for s in (freed(start, self.bench.config), start):
                     if s is not None and time.process_time() < end:
                         self.climb(s, metric, end)
-        finalists = [s for metric in METRICS for s in self.rows(calls, 1, metric)[:FINALISTS]]
+        finalists = [s for metric in METRICS for s in varied(self.rows(calls, 1, metric), FINALISTS, alike=2)]
         for s in dict.fromkeys([*final, *finalists]):
             self.figures(s, 2)
 
     def winner(self, calls: int, metric: str) -> Setting:
         """Return the best setting on all pictures."""
         return self.rows(calls, 2, metric)[0]
+
+
+def varied(settings: list[Setting], n: int, *, alike: int) -> list[Setting]:
+    """Return the first n settings, of which at most `alike` have the same scheduler, options and number of evaluations."""
+    chosen: list[Setting] = []
+    kind = lambda s: (s.scheduler, s.options, len(s.guidance))
+    for s in settings:
+        if len(chosen) < n and sum(kind(s) == kind(other) for other in chosen) < alike:
+            chosen.append(s)
+    return chosen
 
 
 def shown(s: Setting, row: dict[str, Any]) -> str:
