@@ -1,6 +1,6 @@
 """The search of the best undistilled sampling (examples/emoji/undistilled.py): costs, pictures, prompts and resuming."""
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -13,17 +13,16 @@ from fastdiff.runtime import rng
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
 
-SCRIPT = Path(__file__).parent.parent / "examples/emoji/undistilled.py"
+FOLDER = Path(__file__).parent.parent / "examples/emoji"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("undistilled", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)  # where `python examples/emoji/undistilled.py` looks for the other scripts
+        yield importlib.import_module("undistilled")
+    for name in ("undistilled", "stock"):
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +71,7 @@ STOCK = [
 
 @pytest.mark.parametrize("row", STOCK, ids=lambda row: f"{row[0]}-{row[2]}")
 def test_a_stock_pipeline_draws_the_same_pictures_in_as_many_calls(script, bench, row, monkeypatch):
+    stock = sys.modules["stock"]
     s = script.setting(*row)
     noise = script.SeededNoise([rng.SEARCH(i) for i in range(2)], script.LATENT, "cpu")
     latents, pipe, rows = noise(), bench.base.pipeline(), []
@@ -79,7 +79,7 @@ def test_a_stock_pipeline_draws_the_same_pictures_in_as_many_calls(script, bench
     forward = pipe.unet.forward
     monkeypatch.setattr(pipe.unet, "forward", lambda x, *args, **kwargs: (rows.append(len(x)), forward(x, *args, **kwargs))[1])
     lines = script.searched_prompts(2)
-    drawn = script.piped(pipe, s, lines, latents=latents, generator=noise.generators, output_type="latent").images
+    drawn = stock.piped(pipe, s, lines, latents=latents, generator=noise.generators, output_type="latent").images
     torch.testing.assert_close(drawn, bench.latents(s, slice(0, 2)), atol=5e-4, rtol=2e-3)
     assert sum(rows) == 2 * s.calls
 

@@ -19,7 +19,7 @@ both figures, by the judge and by the network of the losses.
 
 Every figure is appended at once to OUT/evaluated.jsonl, and is never computed again; a stopped search continues from there. The
 end prints a table and writes OUT/winners.json: {calls: {metric: setting with its figures}}. The budget counts processor time;
-with a budget of 0 the table of what is known is made. `piped` draws a setting with a stock diffusers pipeline.
+with a budget of 0 the table of what is known is made. `piped` in stock.py draws a setting with a stock diffusers pipeline.
 """
 
 import argparse
@@ -30,16 +30,15 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from stock import HEUN, Setting, setting
+from torch import Tensor
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.family import SHIPPED
@@ -50,7 +49,7 @@ from fastdiff.models.fast.unet import Folded, unet_of
 from fastdiff.models.feature_net import FeatureNet
 from fastdiff.models.judge_net import JudgeNet
 from fastdiff.quality.distances import Moments, frechet
-from fastdiff.quality.emoji import Prompts, groups
+from fastdiff.quality.emoji import Prompts, embed, listed, recognised
 from fastdiff.runtime import rng
 from fastdiff.sampling.sampler import Sampler, SeededNoise
 from fastdiff.sampling.settings import Settings
@@ -74,7 +73,7 @@ GAINS = {
     "frechet": lambda new, old: new[0] < 0.995 * old[0],
 }
 
-EULER, HEUN, DPM, LCM = "EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"
+EULER, DPM, LCM = "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"
 SINGLE, TCD = "DPMSolverSinglestepScheduler", "TCDScheduler"
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 # Schedulers that take free timesteps. Euler's step is DDIM's; the spacing only says how it scales the start noise: "leading"
@@ -91,80 +90,6 @@ FREE: list[tuple[str, dict[str, Any]]] = [
     (TCD, {}),
     (HEUN, {"timestep_spacing": "leading"}),
 ]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A way to sample: a diffusers scheduler, options for its config, timesteps, and guidance for every network evaluation."""
-
-    scheduler: str  # class name
-    options: tuple[tuple[str, Any], ...]
-    guidance: tuple[float, ...]  # w in u + w (c - u), in the order of the evaluations; 1: unguided
-    timesteps: tuple[int, ...] | None = None  # None: the scheduler spaces them
-
-    @property
-    def calls(self) -> int:
-        """Network calls per picture."""
-        return sum(1 if w == 1 else 2 for w in self.guidance)
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of the scheduler. Heun's evaluate the network twice, except the last."""
-        return (len(self.guidance) + 1) // 2 if self.scheduler == HEUN else len(self.guidance)
-
-    def unset(self, config: dict[str, Any]) -> Any:
-        """Return the diffusers scheduler for a checkpoint's scheduler config, without timesteps."""
-        # getattr: a setting names the diffusers class
-        return getattr(diffusers, self.scheduler).from_config(config, **dict(self.options))
-
-    def made(self, config: dict[str, Any]) -> Any:
-        """Return the diffusers scheduler, ready to step."""
-        made = self.unset(config)
-        if self.timesteps is None:
-            made.set_timesteps(self.num_steps)
-        else:
-            made.set_timesteps(timesteps=list(self.timesteps))
-        if len(made.timesteps) != len(self.guidance):
-            raise ValueError(f"{self.scheduler} evaluates {len(made.timesteps)} times, for {len(self.guidance)} guidance weights")
-        return made
-
-    @property
-    def line(self) -> str:
-        """The setting in one line."""
-        options = " ".join(f"{k}={v}" for k, v in self.options)
-        grid = "" if self.timesteps is None else f" at {','.join(map(str, self.timesteps))}"
-        return f"{self.scheduler.removesuffix('Scheduler')} {options}{grid} w={','.join(f'{w:g}' for w in self.guidance)}"
-
-
-def setting(scheduler: str, options: dict[str, Any], guidance: tuple[float, ...], timesteps: Any = None) -> Setting:
-    """Make a setting from plain values; equal settings are equal, whatever the order of their options."""
-    grid = None if timesteps is None else tuple(int(t) for t in timesteps)
-    return Setting(scheduler, tuple(sorted(options.items())), tuple(float(w) for w in guidance), grid)
-
-
-def piped(pipe: Any, s: Setting, prompts: list[str], **inputs: Any) -> Any:
-    """Draw prompts by a setting with a stock StableDiffusionPipeline, freshly opened, since the setting changes its scheduler.
-
-    The pipeline has one guidance weight. A callback sets the next one after every evaluation, and gives the encoded empty
-    prompts only to guided evaluations, so that an unguided one costs one call.
-    """
-    pipe.scheduler = s.unset(pipe.scheduler.config)
-    cond, uncond = pipe.encode_prompt(prompts, pipe.device, 1, True)
-
-    def set_guidance(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        pipe._guidance_scale = w = (*s.guidance, 1.0)[i + 1]
-        return {"prompt_embeds": torch.cat([uncond, cond]) if w > 1 else cond}
-
-    grid = {"num_inference_steps": s.num_steps} if s.timesteps is None else {"timesteps": list(s.timesteps)}
-    return pipe(
-        prompt_embeds=cond,
-        negative_prompt_embeds=uncond,
-        guidance_scale=s.guidance[0],
-        callback_on_step_end=set_guidance,
-        callback_on_step_end_tensor_inputs=["prompt_embeds"],
-        **grid,
-        **inputs,
-    )
 
 
 # ---- stage 1 and the well-known settings
@@ -296,45 +221,9 @@ def freed(s: Setting, config: dict[str, Any]) -> Setting | None:
 # ---- pictures and figures
 
 
-class Eye:
-    """A network that judges pictures: its normalised embeddings, and the mean embedding of every real picture."""
-
-    def __init__(self, net: nn.Module, prompts: Prompts) -> None:
-        self.net, self.prompts = net, prompts
-
-    @torch.no_grad()
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Return embeddings (N, D) of length sqrt(D), so that each coordinate's variance is about 1."""
-        parts = torch.cat([F.normalize(self.net(part), dim=1) for part in pixels.split(250)])
-        return parts * parts.shape[1] ** 0.5
-
-    @cached_property
-    def real(self) -> Tensor:
-        """The mean embedding of every real picture over all backgrounds: (pictures, D), normalised."""
-        every = torch.arange(len(emoji.pictures()))
-        columns = [self.embed(emoji.compose(every, torch.full_like(every, c))) for c in range(len(emoji.BACKGROUNDS))]
-        return F.normalize(torch.stack(columns).mean(0), dim=1)
-
-    def set_reference(self, pixels: Tensor) -> None:
-        """Take the pictures whose distribution samples should have."""
-        self.reference = Moments.of(self.embed(pixels))
-
-    def figures(self, features: Tensor) -> dict[str, float]:
-        """Return the share of recognised pictures (for group prompts, any of the group) and the Frechet distance."""
-        prompts = self.prompts[: len(features)]
-        nearest = (features @ self.real.T).argmax(1)
-        in_group = groups()[nearest] == groups()[prompts.picture]
-        hits = torch.where(prompts.coarse, in_group, nearest == prompts.picture).float()
-        return {"recognised": round(hits.mean().item(), 4), "frechet": round(frechet(features, self.reference), 4)}
-
-
 def searched_prompts(n: int) -> list[str]:
     """Return n prompts that are kept for this search: in turn one that names a picture and one that names a group."""
-    kept = [line for line, part in emoji.kept_captions().items() if part == emoji.SEARCHED]
-    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0)).tolist()
-    parsed = Prompts.of(kept)
-    assert parsed is not None, "every caption of the data set is known"
-    kinds = [[kept[i] for i in order if bool(parsed.coarse[i]) == coarse] for coarse in (False, True)]
+    kinds = [listed(emoji.SEARCHED, coarse, seed) for coarse, seed in ((False, 5), (True, 6))]
     return [kinds[i % 2][i // 2 % len(kinds[i % 2])] for i in range(n)]
 
 
@@ -346,8 +235,7 @@ class Bench:
         self.base = checkpoint.load("emoji")
         self.config = {k: v for k, v in self.base.scheduler_config.items() if not k.startswith("_")}
         lines = searched_prompts(n)
-        prompts = Prompts.of(lines)
-        assert prompts is not None, "every caption of the data set is known"
+        self.prompts = Prompts.of(lines)
         self.cond, self.uncond = text.encode_unique(self.base, lines, "cpu"), text.unconditional(self.base)
         self.net = unet_of(self.base)
         first = torch.tensor([0])
@@ -358,10 +246,8 @@ class Bench:
         if judge != "random":
             net.load_state_dict({k: v.float() for k, v in load_file(judge).items()})
         self.judge_id = judge if judge == "random" else hashlib.sha256(Path(judge).read_bytes()).hexdigest()[:12]
-        self.eyes = {"judge": Eye(net, prompts), "losses": Eye(FeatureNet.embedded(), prompts)}
-        reference = self.decoded(self.reference_latents())
-        for eye in self.eyes.values():
-            eye.set_reference(reference)
+        self.nets = {"judge": net, "losses": FeatureNet.embedded()}
+        self.reference = {name: Moments.of(x) for name, x in self.embedded(self.reference_latents()).items()}
 
     def reference_latents(self) -> Tensor:
         """Return the teacher's usual samples of the same prompts from other noises, drawn once and kept in OUT."""
@@ -377,9 +263,15 @@ class Bench:
             save_file({"latents": torch.cat(drawn)}, path)
         return load_file(path)["latents"]
 
-    def decoded(self, latents: Tensor) -> Tensor:
-        """Return pixels (B, 3, 64, 64)."""
-        return autoencoder.decode(self.base.vae, latents, most=BATCH)
+    def embedded(self, latents: Tensor) -> dict[str, Tensor]:
+        """Return {network: embeddings (B, D)} of the pictures of latents (B, C, h, w)."""
+        pixels = autoencoder.decode(self.base.vae, latents, most=BATCH)
+        return {name: embed(pixels, net) for name, net in self.nets.items()}
+
+    def figures(self, name: str, features: Tensor) -> dict[str, float]:
+        """Return the share of recognised pictures and the Frechet distance of the first pictures, as a network sees them."""
+        hits = recognised(features, self.prompts[: len(features)], self.nets[name])
+        return {"recognised": round(hits.mean().item(), 4), "frechet": round(frechet(features, self.reference[name]), 4)}
 
     def predicted(self, x: Tensor, t: Tensor, rows: slice, w: float) -> Tensor:
         """Return the network's answer for x at timestep t, guided by w."""
@@ -405,13 +297,10 @@ class Bench:
         return x.nan_to_num(0, 0, 0)  # some solvers divide by 0 in few steps; a grey picture is judged as badly as it should be
 
     def features(self, s: Setting, rows: slice) -> dict[str, Tensor]:
-        """Return {eye: embeddings (B, D)} of some of the pictures."""
+        """Return {network: embeddings (B, D)} of some of the pictures."""
         parts = [slice(i, min(i + BATCH, rows.stop)) for i in range(rows.start, rows.stop, BATCH)]
-        embedded = []
-        for part in parts:
-            pixels = self.decoded(self.latents(s, part))
-            embedded.append({name: eye.embed(pixels) for name, eye in self.eyes.items()})
-        return {name: torch.cat([e[name] for e in embedded]) for name in self.eyes}
+        embedded = [self.embedded(self.latents(s, part)) for part in parts]
+        return {name: torch.cat([e[name] for e in embedded]) for name in self.nets}
 
 
 class Search:
@@ -441,7 +330,7 @@ class Search:
             row: dict[str, Any] = {"calls": s.calls, **asdict(s), "options": dict(s.options), "n": n}
             row["given_timesteps"] = row.pop("timesteps")
             row["timesteps"] = [round(float(t), 2) for t in s.made(self.bench.config).timesteps]
-            row |= {name: eye.figures(features[name]) for name, eye in self.bench.eyes.items()}
+            row |= {name: self.bench.figures(name, x) for name, x in features.items()}
             row |= {"judge_id": self.bench.judge_id, "reference": self.bench.n}
             line = json.dumps(row)
             with self.path.open("a") as file:
@@ -518,7 +407,7 @@ def varied(settings: list[Setting], n: int, *, alike: int) -> list[Setting]:
 
 def shown(s: Setting, row: dict[str, Any]) -> str:
     """Return a line of the table."""
-    figures = "  ".join(f"{row[eye]['recognised']:.3f} {row[eye]['frechet']:6.2f}" for eye in ("judge", "losses"))
+    figures = "  ".join(f"{row[net]['recognised']:.3f} {row[net]['frechet']:6.2f}" for net in ("judge", "losses"))
     return f"{s.calls}  {row['n']:5}  {figures}  {s.line}"
 
 
