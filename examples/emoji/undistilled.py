@@ -57,10 +57,10 @@ from fastdiff.sampling.settings import Settings
 BATCH = 80  # pictures drawn at once
 LATENT = (4, 8, 8)
 SHARES = {1: 0.06, 2: 0.16, 4: 0.32, 8: 0.46}  # of the budget
-SWEEP_SHARE = 0.5  # of the budget of one number of calls; the sweep stops there
+SWEEP_SHARE = 0.4  # of the budget of one number of calls; the sweep stops there
 WEIGHTS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.0)  # guidance weights of guided evaluations
 MOVES = (100, 50, 25)  # by how much coordinate search shifts a timestep
-PROMOTED, STARTS, FINALISTS = 10, 3, 4  # settings by each metric: into stage 2, into stage 3, into stage 4
+PROMOTED, STARTS, FINALISTS = 10, 3, 3  # settings by each metric: into stage 2, into stage 3, into stage 4
 METRICS: dict[str, Callable[[dict[str, Any]], tuple[float, float]]] = {  # smaller is better; ties are decided by the other
     "recognised": lambda row: (-row["judge"]["recognised"], row["judge"]["frechet"]),
     "frechet": lambda row: (row["judge"]["frechet"], -row["judge"]["recognised"]),
@@ -121,6 +121,9 @@ def sweep(calls: int) -> list[Setting]:
     rows = []
     for guidance in orders(calls, (2.0, 3.5) if calls == 2 else (2.5,)):
         n = len(guidance)
+        if n == 1:  # a single guided step
+            rows += [setting(*free, guidance, (t,)) for t in range(999, 550, -50) for free in FREE[:3]]
+            continue
         rows += [setting(*kind, guidance) for kind in stock if kind[0] != HEUN or n % 2]
         for start in (899, 799, 699, 599) if calls == 2 else (899, 749):
             grid = [round(start * (n - i) / n) for i in range(n)]
@@ -321,12 +324,7 @@ class Search:
         """Return the figures of a setting over the pictures of a level (0, 1 or 2)."""
         n = self.levels[level]
         if (s, n) not in self.known:
-            began, drawn = time.process_time(), self.drawn.get(s)
-            done = len(drawn["judge"]) if drawn else 0
-            more = self.bench.features(s, slice(done, n))
-            features = {k: torch.cat([drawn[k], v]) for k, v in more.items()} if drawn else more
-            self.drawn[s] = features
-            self.seconds_per_call = (time.process_time() - began) / (n - done) / (s.calls + 2)
+            features = {name: x[:n] for name, x in self.more(s, n).items()}
             row: dict[str, Any] = {"calls": s.calls, **asdict(s), "options": dict(s.options), "n": n}
             row["given_timesteps"] = row.pop("timesteps")
             row["timesteps"] = [round(float(t), 2) for t in s.made(self.bench.config).timesteps]
@@ -338,6 +336,17 @@ class Search:
             self.known[s, n] = json.loads(line)
             print(shown(s, row), file=sys.stderr, flush=True)
         return self.known[s, n]
+
+    def more(self, s: Setting, n: int) -> dict[str, Tensor]:
+        """Return the embeddings of at least n pictures of a setting, and draw only those that this run has not drawn yet."""
+        drawn = self.drawn.get(s)
+        done = len(drawn["judge"]) if drawn else 0
+        if done < n:
+            began = time.process_time()
+            new = self.bench.features(s, slice(done, n))
+            self.drawn[s] = {name: torch.cat([drawn[name], x]) for name, x in new.items()} if drawn else new
+            self.seconds_per_call = (time.process_time() - began) / (n - done) / (s.calls + 2)
+        return self.drawn[s]
 
     def rows(self, calls: int, level: int, metric: str) -> list[Setting]:
         """Return the settings of so many calls with figures of a level, the best by the metric first."""
@@ -369,7 +378,7 @@ class Search:
     def run(self, calls: int, deadline: float) -> None:
         """Search one number of calls until the processor time `deadline`; the last stage may end a little later."""
         began, final = time.process_time(), well_known(calls)
-        most = (2 * FINALISTS + len(final)) * self.levels[2]
+        most = 2 * FINALISTS * (self.levels[2] - self.levels[1]) + len(final) * self.levels[2]  # pictures of the last stage
         candidates, end = sweep(calls), began + SWEEP_SHARE * (deadline - began)
         print(f"{calls} calls: {len(candidates)} settings in the sweep", file=sys.stderr)
         for s in candidates:
