@@ -20,7 +20,7 @@ from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import jump
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
-from fastdiff.sampling.pictures import contact_sheet
+from fastdiff.sampling.sheet import Sheet
 
 STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -256,7 +256,7 @@ def main() -> None:
         apart = (images - goal).square().mean()
         print(f"{name}: spread {images.std():.3f}, squared distance to the teacher's 18 steps {apart:.4f}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet([images[:12].clamp(-1, 1) for images in columns.values()], scale=4).save(args.output)
+    Sheet.of_columns([(name.replace(", ", "\n"), images[:12].clamp(-1, 1)) for name, images in columns.items()]).save(args.output)
     print(args.output, "columns:", " | ".join(columns))
 
 

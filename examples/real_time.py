@@ -21,9 +21,9 @@ from fastdiff.models import text
 from fastdiff.quality.evaluation import Evaluation
 from fastdiff.runtime import console
 from fastdiff.sampling.assemble import pick_device, pick_dtype
-from fastdiff.sampling.pictures import contact_sheet
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
+from fastdiff.sampling.sheet import Sheet, in_calls
 from fastdiff.training.previews import EMOJI_PREVIEW
 
 
@@ -105,8 +105,9 @@ def main() -> None:
                 print(f"{name}: {metric} gap closed {gap['gap_closed']:.0%} [{gap['low']:.0%}, {gap['high']:.0%}]")
     columns = []
     for name in ("the base, 25 guided steps", "small network, tiny decoder", "one step, tiny decoder"):
-        columns.append(ways[name].draw(prompts[:6], px).permute(0, 3, 1, 2) / 127.5 - 1)
-    contact_sheet(columns, scale=max(1, 128 // px)).save(args.runs / "real_time.png")
+        pictures = ways[name].draw(prompts[:6], px).permute(0, 3, 1, 2) / 127.5 - 1
+        columns.append((in_calls(name.partition(", 25")[0], ways[name].settings.calls), pictures))
+    Sheet.of_columns(columns, prompts[:6]).save(args.runs / "real_time.png")
     kept = json.loads((args.runs / "control.json").read_text())["metrics"]
     results["control"] = {k: v for k, v in kept.items() if k.startswith(("edges", "change"))}
     print(f"edges of the control kept in one step: {kept['edges_student']:.2f}, by the base {kept['edges_teacher']:.2f} (F1)")

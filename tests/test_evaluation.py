@@ -15,6 +15,7 @@ from fastdiff.quality.evaluation import Evaluation, evaluate
 from fastdiff.quality.metrics import Metric
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError
+from fastdiff.sampling import sheet
 from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
@@ -126,7 +127,11 @@ def test_evaluate_for_users_of_the_library(tmp_path, monkeypatch):
     assert len(report.table.splitlines()) == 3 + len(report.rows)
     few = [w for w in console.state.warnings if "`num_images=6`" in w]
     assert len(few) == 1
-    assert report.save(tmp_path, "mine").exists()
+    assert report.save(tmp_path, "mine") == [tmp_path / "contact.png"]
+    monkeypatch.setattr(sheet, "LEAST_PX", 16)
+    monkeypatch.setattr(sheet, "MOST_PX", 32)
+    assert report.save(tmp_path, "large") == [tmp_path / "contact.png", tmp_path / "contact-full.png"]
+    assert 'href="contact-full.png"' in (tmp_path / "report.html").read_text()
     alone = fd.evaluate(fast, teacher=base, num_steps=1, num_images=2, teacher_steps=1, prompts=["fox on red"], baseline=False)
     assert [row["model"] for row in alone.rows] == ["teacher", "student"]
     assert alone.metrics["gap_closed"] == {"student 1": {}}

@@ -13,12 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from fastdiff.checkpoints.locate import EMOJI
 from fastdiff.data import emoji
-from fastdiff.sampling.pictures import contact_sheet
+from fastdiff.sampling.sheet import Sheet, in_calls
 
 STYLE = EMOJI / "style.safetensors"
 SHOWN = ("red apple", "fox", "rocket", "pizza", "octopus", "house", "basketball", "mushroom")
@@ -54,7 +53,7 @@ def main() -> None:
             "few-step LoRA, 4 steps": ["--lora", args.accel],
             "merged with the style, 4 steps": ["--lora", merged],
         }
-        columns = []
+        pictures, rows = [], []
         print("| | network calls | distance to Noto | to Fluent | nearest to Fluent | images / s |\n|" + " --- |" * 6)
         for i, (label, flags) in enumerate(variants.items()):
             out = folder / str(i)
@@ -66,18 +65,11 @@ def main() -> None:
             share = 100 * style["fluent"]["nearest"]
             calls = report["metrics"]["calls"]
             print(f"| {label} | {calls} | {noto:.3f} | {fluent:.3f} | {share:.0f} % | {speed:.0f} |", flush=True)
-            columns.append(torch.stack([pixels(path) for path in sorted(out.glob("*.png"))]))
-    count = len(SHOWN)
-    contact_sheet([torch.stack([c[i] for c in columns]) for i in range(count)]).save(args.out / "style.png", optimize=True)
-    sheet = columns[0][:: max(1, len(prompts) // 60)][:60]
-    contact_sheet([sheet[i::12] for i in range(12)]).save(args.out / "teacher.png", optimize=True)
-
-
-def pixels(path: Path) -> torch.Tensor:
-    """A picture file as (3, H, W) in [-1, 1]."""
-    import numpy as np
-
-    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+            rows.append(in_calls(label.rpartition(", ")[0], calls))
+            pictures.append([Image.open(path).convert("RGB") for path in sorted(out.glob("*.png"))])
+    count, every = len(SHOWN), max(1, len(prompts) // 60)
+    Sheet([p for row in pictures for p in row[:count]], prompts[:count], rows).save(args.out / "style.png")
+    Sheet(pictures[0][::every][:60], [""] * 12, captions=prompts[::every][:60]).save(args.out / "teacher.png")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ from fastdiff import lora
 from fastdiff.checkpoints import locate
 from fastdiff.data.prompts import default_prompts
 from fastdiff.lora.file import Lora
-from fastdiff.sampling.pictures import contact_sheet, uint8
+from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
+from fastdiff.sampling.sheet import Sheet, in_calls
 
 SEEDS = (0, 1, 2, 3)
 
@@ -25,8 +26,10 @@ def drawn(ref: str, loras: list[tuple[Lora, float]], prompts: list[str], setting
     return sampler.pixels(cond, uncond, SEEDS[: len(prompts)], settings, resolution_px=px, batch=4), settings
 
 
-def before_and_after(ref: str, loras: list[tuple[Lora, float]], output: Path, *, baked: bool) -> tuple[Path, dict[str, float]]:
-    """Draw with the separate LoRAs (left) and with the written file (right): the path of the sheet, and the differences.
+def before_and_after(
+    ref: str, loras: list[tuple[Lora, float]], output: Path, *, baked: bool
+) -> tuple[list[Path], dict[str, float]]:
+    """Draw with the separate LoRAs (left) and with the written file (right): the paths of the sheet, and the differences.
 
     The differences are on a scale of 0 to 255. `baked`: `output` is a checkpoint and not a LoRA.
     """
@@ -34,7 +37,7 @@ def before_and_after(ref: str, loras: list[tuple[Lora, float]], output: Path, *,
     prompts = default_prompts(family)[: len(SEEDS)]
     before, settings = drawn(ref, loras, prompts, None)
     after, _ = drawn(str(output), [], prompts, settings) if baked else drawn(ref, [(lora.load(output), 1.0)], prompts, settings)
-    sheet = output.with_name(f"{output.stem}-check.png")
-    contact_sheet([before, after], scale=max(1, 128 // before.shape[-1])).save(sheet)
+    columns = [(in_calls(name, settings.calls), drawn) for name, drawn in (("separate LoRAs", before), (output.name, after))]
+    sheets = Sheet.of_columns(columns, prompts).save(output.with_name(f"{output.stem}-check.png"))
     apart = (uint8(before).float() - uint8(after).float()).abs()
-    return sheet, {"max_difference": apart.max().item(), "mean_difference": apart.mean().item()}
+    return sheets, {"max_difference": apart.max().item(), "mean_difference": apart.mean().item()}

@@ -153,8 +153,8 @@ def run(config: Config) -> Result:
     console.state.timings |= {f"latency_ms/{row.title}": ms for row, ms in latency}
     report.show()
     write_atomic(output / "metrics.json", json.dumps(console.jsonable(metrics), indent=2) + "\n")
-    sheet = report.save(output, f"{config.base} and its students")
-    return Result([output / "report.html", output / "metrics.json", sheet], metrics)
+    sheets = report.save(output, f"{config.base} and its students")
+    return Result([output / "report.html", output / "metrics.json", *sheets], metrics)
 
 
 # Every row is cached as soon as it is drawn, so the same command goes on after a stop.

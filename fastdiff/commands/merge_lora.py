@@ -151,8 +151,8 @@ def run(config: Config) -> Result:
         base = f"--base {merged.family} " if merged.family else ""
         command = f'fastdiff sample {base}--lora {shlex.quote(str(output))} --prompt "a red apple"'
     if config.check:
-        sheet, metrics["check"] = compare.before_and_after(config.check, loras, output, baked=bool(config.base))
-        outputs.append(sheet)
+        sheets, metrics["check"] = compare.before_and_after(config.check, loras, output, baked=bool(config.base))
+        outputs += sheets
     return Result(outputs, metrics, command)
 
 

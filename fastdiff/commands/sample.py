@@ -25,7 +25,7 @@ from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling import openvino
 from fastdiff.sampling.assemble import pick_device, pick_dtype
-from fastdiff.sampling.pictures import portrait, tiled, write_picture
+from fastdiff.sampling.pictures import portrait, sheet_of, write_picture
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings, asked
 
@@ -107,8 +107,7 @@ def run(config: Config) -> Result:
             bar.update(len(batch))
     outputs = [item.result() for item in written]
     if config.grid and len(seeds) > 1:
-        outputs.append(folder / "grid.png")
-        tiled(drawn, config.num_images).save(outputs[-1])
+        outputs += sheet_of(drawn, config.num_images).save(folder / "grid.png")
     metrics = {"images": len(seeds), "calls": chosen.calls, "settings": asdict(chosen), "loras": sampler.coverage}
     if base.family.judge_ships:
         stack = torch.stack([torch.from_numpy(np.array(image)) for image in drawn]).permute(0, 3, 1, 2) / 127.5 - 1

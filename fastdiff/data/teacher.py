@@ -61,7 +61,9 @@ def encode(
         noise, latents, of = noise[good], latents[good], of[good]
         moments = torch.cat([latents, torch.zeros_like(latents)], 1)  # samples have no posterior: the deviation is 0
     sizes = None if texts.time_ids is None else texts.time_ids[of]
-    return Encoded(moments, texts, of[:, None], torch.ones(1), uncond, sizes, noise=noise)
+    names = list(unique)
+    items = [names[i] for i in of.tolist()]
+    return Encoded(moments, texts, of[:, None], torch.ones(1), uncond, sizes, noise=noise, names=items)
 
 
 def finite(latents: Tensor, prompts: list[str]) -> Tensor:

@@ -73,8 +73,8 @@ class Report:
         """Print the table on stderr."""
         console.table(self.title, *report.text_table(self.rows, self.latency_ms))
 
-    def save(self, folder: Path, title: str) -> Path:
-        """Write report.html and contact.png to a folder; returns the path of contact.png."""
+    def save(self, folder: Path, title: str) -> list[Path]:
+        """Write report.html and a sheet of pictures to a folder; returns the paths of the sheet."""
         return report.write(
             folder, title=title, metrics=self.metrics, rows=self.drawn, latency_ms=self.latency_ms, lines=self.lines
         )

@@ -15,7 +15,7 @@ from fastdiff.quality import emoji as judge
 from fastdiff.quality.metrics import METRICS, Metric, Row, present
 from fastdiff.runtime.console import fmt
 from fastdiff.runtime.disk import ASSETS, write_atomic
-from fastdiff.sampling.pictures import contact_sheet
+from fastdiff.sampling.sheet import MOST_PX, Sheet, in_calls
 
 TEMPLATE = ASSETS / "report.html"
 PICTURES = 6  # of each row
@@ -130,12 +130,18 @@ def curve(metric: Metric, rows: Sequence[dict[str, Any]], colours: dict[str, str
 
 
 def encoded(picture: Tensor) -> str:
-    """A picture (3, H, W) uint8 as base64 PNG."""
+    """A picture (3, H, W) uint8 as base64 PNG, reduced to what a page of many pictures can show."""
     from PIL import Image
 
-    buffer = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    buffer, image = io.BytesIO(), Image.fromarray(picture.permute(1, 2, 0).numpy())
+    image.thumbnail((MOST_PX, MOST_PX), Image.Resampling.LANCZOS)
+    image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def label(row: Row) -> str:
+    """Return the label of a row's pictures: its model, settings and network calls, a line each."""
+    return in_calls(row.title.replace(f"{row.model}, ", f"{row.model}\n", 1), row.calls)
 
 
 def style_table(figures: dict[str, Any]) -> tuple[str, str, list[str], list[list[str]]]:
@@ -161,8 +167,11 @@ def control_table(figures: dict[str, Any]) -> tuple[str, str, list[str], list[li
 
 def write(
     folder: Path, *, title: str, metrics: dict[str, Any], rows: Sequence[Row], latency_ms: Sequence[float], lines: list[str]
-) -> Path:
-    """Write report.html and contact.png to a folder; returns the path of contact.png."""
+) -> list[Path]:
+    """Write report.html and a sheet of pictures to a folder.
+
+    Returns the paths of the sheet: contact.png, and of large pictures contact-full.png.
+    """
     from jinja2 import Environment
 
     figures, columns = metrics["rows"], present(metrics["rows"])
@@ -188,6 +197,8 @@ def write(
         if torch.cuda.is_available()
         else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     )
+    stacks = [(label(row), row.pictures[chosen].float() / 127.5 - 1) for row in rows]
+    sheets = Sheet.of_columns(stacks, [lines[i] for i in chosen]).save(folder / "contact.png")
     page = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         samples=metrics["samples"],
@@ -201,10 +212,8 @@ def write(
         curves=[curve(m, figures, colours) for m in columns if any(is_finite(row, m) for row in figures)],
         legend=list(colours.items()),
         prompts=[lines[i] for i in chosen],
-        pictures=[(row.title, [encoded(p) for p in row.pictures[chosen]]) for row in rows],
+        sheet=sheets[-1].name,
+        pictures=[(label(row), [encoded(p) for p in row.pictures[chosen]]) for row in rows],
     )  # fmt: skip
     write_atomic(folder / "report.html", page)
-    sheet = folder / "contact.png"
-    stacks = [row.pictures[chosen].float() / 127.5 - 1 for row in rows]
-    contact_sheet(stacks, scale=max(1, 128 // stacks[0].shape[-1])).save(sheet)
-    return sheet
+    return sheets

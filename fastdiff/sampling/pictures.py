@@ -1,4 +1,4 @@
-"""Finished pictures: bytes, PIL pictures with metadata, lists and contact sheets; and reading of control pictures."""
+"""Finished pictures: bytes, PIL pictures with metadata, and lists that can be saved; and reading of control pictures."""
 
 import json
 import math
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 from fastdiff.sampling import engine
+from fastdiff.sampling.sheet import Sheet
+
+ONE_ROW = 6  # the most pictures of one prompt that lie in one row of a sheet
 
 
 def uint8(pixels: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ def write_picture(image: Any, path: Path) -> Path:
 
 
 class Pictures(Sequence):
-    """A list of PIL pictures with file names that can be saved; `columns` is the width of its contact sheet in pictures."""
+    """A list of PIL pictures with file names that can be saved; `columns` is the width of its sheet in pictures."""
 
     def __init__(self, images: Iterable[Any], *, names: Sequence[str] | None = None, columns: int = 1) -> None:
         self.images = list(images)
@@ -57,12 +60,13 @@ class Pictures(Sequence):
         return self.images[index]
 
     def sheet(self) -> Any:
-        """Return all pictures side by side as one PIL picture."""
-        return tiled(self.images, self.columns)
+        """Return all pictures side by side as one PIL picture, with their prompts and seeds as labels."""
+        return sheet_of(self.images, self.columns).image()
 
     def save(self, path: str | Path) -> list[Path]:
         """Save to a file (one picture, or a sheet of several) or to a folder (a file each). Returns the written paths.
 
+        A sheet shows large pictures reduced; the same sheet in full size is then written beside it, as NAME-full.
         Raises UsageError if there are no pictures.
         """
         path = Path(path).expanduser()
@@ -74,35 +78,23 @@ class Pictures(Sequence):
         path.parent.mkdir(parents=True, exist_ok=True)
         if len(self.images) == 1:
             return [write_picture(self.images[0], path)]
-        self.sheet().save(path)
-        return [path]
+        return sheet_of(self.images, self.columns).save(path)
 
 
-def tiled(images: Sequence[Any], columns: int, *, gap_px: int = 4) -> Any:
-    """Join PIL pictures of one size row by row; with one column, into an almost square sheet."""
-    from PIL import Image
+def sheet_of(images: Sequence[Any], columns: int) -> Sheet:
+    """Make a sheet of PIL pictures, row by row: a row for each prompt and a column for each seed.
 
-    columns = columns if columns > 1 else math.ceil(len(images) ** 0.5)
-    width, height = (side + gap_px for side in images[0].size)
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * width - gap_px, rows * height - gap_px), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * width, i // columns * height))
-    return sheet
-
-
-def contact_sheet(columns: Sequence[Tensor], *, scale: int = 1, gap_px: int = 4) -> Any:
-    """Join equally long stacks of images (N, 3, H, W) in [-1, 1] to a PIL picture: a column per stack, a row per image."""
-    from PIL import Image
-
-    n, _, height, width = columns[0].shape
-    height, width = height * scale, width * scale
-    sheet = Image.new("RGB", (len(columns) * (width + gap_px) - gap_px, n * (height + gap_px) - gap_px), "white")
-    for x, column in enumerate(columns):
-        for y, image in enumerate(uint8(column)):
-            tile = Image.fromarray(image.permute(1, 2, 0).numpy())
-            sheet.paste(tile.resize((width, height), Image.Resampling.LANCZOS), (x * (width + gap_px), y * (height + gap_px)))
-    return sheet
+    With one column, or one prompt in many seeds, the sheet is almost square, and the label is below each picture.
+    """
+    prompts = [image.info.get("prompt", "") for image in images]
+    facts = [json.loads(image.info.get("fastdiff", "{}")) for image in images]
+    seeds = [f"seed {fact['seed']}" if "seed" in fact else "" for fact in facts]
+    if 1 < columns < len(images) or 1 < columns <= ONE_ROW:
+        return Sheet(images, seeds[:columns], prompts[::columns])
+    square = [""] * math.ceil(len(images) ** 0.5)
+    if len(set(prompts)) == 1:
+        return Sheet(images, square, prompts[:1], captions=seeds)
+    return Sheet(images, square, captions=prompts)
 
 
 def control_of(image: Any, side_px: int) -> Tensor:

@@ -18,6 +18,7 @@ from fastdiff.diffusion.samplers import SOLVERS
 from fastdiff.runtime.console import fmt
 from fastdiff.runtime.disk import sha256, write_atomic
 from fastdiff.sampling.settings import Settings
+from fastdiff.sampling.sheet import FULL
 from fastdiff.training.run import Run
 
 # The name of each sampler of a recipe in stock diffusers, and below in ComfyUI and A1111.
@@ -109,7 +110,8 @@ def write_card(
     `base` is the checkpoint that the weights are used with, `facts` are lines about the training ({label: text}).
     """
     weights = run.weights()
-    picture = next((path for path in reversed(run.outputs) if path.suffix == ".png"), None)
+    sheets = [path for path in run.outputs if path.suffix == ".png" and not path.stem.endswith(FULL)]
+    picture = sheets[-1] if sheets else None
     picture_line = f"![same prompts and seeds: {usage.picture}]({picture.relative_to(run.folder).as_posix()})" if picture else ""
     rows = {"method": usage.method or recipe.method or "", **facts, **usage.rows, "licence": usage.licence}
     if usage.sampling:

@@ -2,13 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fastdiff.sampling.sheet import Sheet
 from fastdiff.training.previews import Judged, Measured, Preview
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from fastdiff.training.method import Method
 
 
@@ -36,7 +35,7 @@ class Exhibit:
         if self.judged:
             self.judged.begin(method)
 
-    def sheet(self, method: "Method") -> "Image.Image":
+    def sheet(self, method: "Method") -> Sheet:
         """Draw a contact sheet of the student as it is now, beside what it is compared with."""
         return self.preview.sheet(method)
 

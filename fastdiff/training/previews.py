@@ -21,14 +21,12 @@ from fastdiff.quality.emoji import shipped
 from fastdiff.quality.evaluation import STEPS, Evaluation
 from fastdiff.quality.metrics import Row, present
 from fastdiff.runtime import console, rng
-from fastdiff.sampling.pictures import contact_sheet
 from fastdiff.sampling.sampler import Sampler, at_once
 from fastdiff.sampling.settings import Settings
+from fastdiff.sampling.sheet import Sheet, in_calls
 from fastdiff.training.scene import Scene
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from fastdiff.training.method import Method
 
 # Objects that are easy to tell apart, each on a background of another colour than the object usually has.
@@ -56,20 +54,21 @@ class Preview:
         if method.baseline == "student":
             self.columns["before"] = self.draw(method.student, method.settings())
 
-    def sheet(self, method: "Method") -> "Image.Image":
-        """Draw the columns side by side in one picture. Columns that do not change are drawn once."""
+    def sheet(self, method: "Method") -> Sheet:
+        """Draw the columns side by side on one sheet. Columns that do not change are drawn once."""
         student = method.settings()
-        fixed = [Settings.usual(self.base.family)]
+        teachers = {"teacher": Settings.usual(self.base.family)}
         if "before" not in self.columns:
-            fixed.append(undistilled(self.base, student.calls))
-        for settings in fixed:
+            teachers["undistilled"] = undistilled(self.base, student.calls)
+        columns = []
+        for name, settings in teachers.items():
             if settings not in self.columns:
                 self.columns[settings] = self.draw(method.teacher, settings)
-        columns = [self.columns[settings] for settings in fixed]
+            columns.append((in_calls(name, settings.calls), self.columns[settings]))
         if "before" in self.columns:
-            columns.append(self.columns["before"])
-        columns.append(self.draw(method.student, student))
-        return contact_sheet(columns, scale=max(1, 128 // self.resolution_px))
+            columns.append((in_calls("before training", student.calls), self.columns["before"]))
+        columns.append((in_calls("student", student.calls), self.draw(method.student, student)))
+        return Sheet.of_columns(columns, self.prompts)
 
     def draw(self, net: Denoiser, settings: Settings) -> Tensor:
         """Draw the prompts with a network: (N, 3, H, W) in [-1, 1], on the CPU."""

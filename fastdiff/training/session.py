@@ -196,11 +196,9 @@ class Session:
                 offload.set_aside(self.scene.vaes, method.networks())
             return result
 
-        def draw(name: str) -> Path:
-            path, picture = run.folder / "previews" / f"{name}.png", decoding(lambda: exhibit.sheet(method))
-            if processes.first():
-                picture.save(path)
-            return path
+        def draw(name: str) -> list[Path]:
+            path, sheet = run.folder / "previews" / f"{name}.png", decoding(lambda: exhibit.sheet(method))
+            return sheet.save(path) if processes.first() else sheet.paths(path)
 
         def write(into: Run) -> None:
             with sharding.gathered(method.networks()) if trainer.sharded else nullcontext():
@@ -209,7 +207,7 @@ class Session:
 
         def finished(phase: Phase) -> None:
             write(run)
-            if path := trainer.spared("the contact sheet", lambda: draw("final" if alone(trainer) else phase.name)):
+            for path in trainer.spared("the contact sheet", lambda: draw("final" if alone(trainer) else phase.name)) or ():
                 run.wrote(path)
 
         def preview(step: int) -> None:

@@ -1,6 +1,6 @@
 """Decodes the training pictures of a tiny decoder once, and compares the tiny decoder with the VAE's own."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,13 @@ from fastdiff.data.batch import Buckets, Data, Encoded
 from fastdiff.models import autoencoder
 from fastdiff.quality import decoders
 from fastdiff.runtime import console, stop
-from fastdiff.sampling.pictures import contact_sheet, uint8
+from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import at_once
+from fastdiff.sampling.sheet import Sheet
 from fastdiff.training.exhibit import Exhibit
 from fastdiff.training.method import Method
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 PICTURES_GIB = 8  # most memory that decoded pictures may take
 
@@ -36,9 +34,16 @@ class Decoded(Exhibit):
         assert self.held_out is not None
         self.latents = self.held_out.latents.to(self.scene.device)
 
-    def sheet(self, method: Any) -> "Image.Image":
-        """Draw a contact sheet of the two decoders' pictures and their difference."""
-        return sheet(method, self.latents)
+    def sheet(self, method: Any) -> Sheet:
+        """Decode six latents in three columns: the VAE's own picture, the tiny decoder's, and four times their difference."""
+        assert self.held_out is not None
+        own, tiny = (autoencoder.decode(vae, self.latents[:6]).cpu() for vae in (method.teacher, method.student))
+        columns = [
+            ("the VAE's own", own),
+            ("tiny decoder", tiny),
+            ("4 x difference", (4 * (tiny - own)).clamp(-1, 1)),
+        ]
+        return Sheet.of_columns(columns, (self.held_out.names or [])[:6])
 
     def figures(self, method: Any, run: Run) -> dict[str, Any]:
         """Compare the written decoder with the VAE's own on the held-out latents."""
@@ -85,10 +90,3 @@ def figures(scene: Scene, student: nn.Module, latents: Tensor, distance: nn.Modu
     if config.encoder:
         metrics["encoder_error"] = decoders.encoder_error(base.vae, student, latents)
     return metrics
-
-
-def sheet(method: Any, latents: Tensor) -> "Image.Image":
-    """Draw six latents in three columns: the VAE's own picture, the tiny decoder's, and four times their difference."""
-    z = latents[:6]
-    a, b = (autoencoder.decode(vae, z).cpu() for vae in (method.teacher, method.student))
-    return contact_sheet([a, b, (4 * (b - a)).clamp(-1, 1)], scale=max(1, 128 // a.shape[-1]))

@@ -1,6 +1,6 @@
 """Contact sheets and figures of ControlNet distillation: how well drawn pictures follow control pictures that were held out."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -9,22 +9,21 @@ from fastdiff.data.batch import Encoded
 from fastdiff.models import controlnet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime import console
-from fastdiff.sampling.pictures import contact_sheet, uint8
+from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler, at_once
 from fastdiff.sampling.settings import Settings
+from fastdiff.sampling.sheet import Sheet, in_calls
 from fastdiff.training.exhibit import Exhibit
 from fastdiff.training.method import Method
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 class Edges(Exhibit):
     """Draws the items that were held out of training, with their texts, seeds and control pictures."""
 
     controls: Tensor  # (N, 1 or 3, H, W) uint8
+    names: list[str]  # of the N items: prompts or file names; may be empty
 
     def __init__(self, scene: Scene, config: Any) -> None:  # nothing of the usual exhibit: neither prompts nor judge
         self.prompt = scene.base.family.example_prompt
@@ -34,11 +33,15 @@ class Edges(Exhibit):
     def keep(self, held_out: Encoded) -> None:
         """Take the items that were held out of training; all of them have control pictures."""
         assert held_out.controls is not None
-        self.controls, self.uncond = held_out.controls, held_out.uncond
+        self.controls, self.uncond, self.names = held_out.controls, held_out.uncond, held_out.names or []
         self.cond = held_out.texts[held_out.captions[:, 0]]
 
     def begin(self, method: Method) -> None:
         """Nothing has to be drawn before the first step."""
+
+    def settings(self, method: Method, denoiser: Denoiser) -> Settings:
+        """Return the settings that one of the method's networks is sampled with."""
+        return Settings.usual(self.base.family) if denoiser is method.teacher else method.settings()
 
     def draw(self, method: Method, denoiser: Denoiser, controls: Tensor | None, n: int | None = None) -> Tensor:
         """Draw the first n items, or all, with a network of the method: (N, 3, H, W) on the CPU. Item i has seed i."""
@@ -46,7 +49,7 @@ class Edges(Exhibit):
         if controls is not None:
             cond = cond.with_control((controls[:n].float() / 255).expand(-1, 3, -1, -1))
         sampler, seeds = Sampler.of_networks(self.base, denoiser, self.vae, device=self.device), list(range(len(cond)))
-        settings = Settings.usual(self.base.family) if denoiser is method.teacher else method.settings()
+        settings = self.settings(method, denoiser)
         n = min(8, at_once(self.px // self.base.pixels_per_latent, training=True))
         return sampler.pixels(cond, self.uncond, seeds, settings, resolution_px=self.px, batch=n)
 
@@ -54,11 +57,13 @@ class Edges(Exhibit):
         """Return the mean F1 between the edges of pictures (N, 3, H, W) and those of control pictures."""
         return control.agreement(control.extract(uint8(pictures), self.how), controls).mean().item()
 
-    def sheet(self, method: Method) -> "Image.Image":
+    def sheet(self, method: Method) -> Sheet:
         """Draw six items in three columns: control, teacher, student."""
-        controls = (self.controls[:6].float() / 127.5 - 1).expand(-1, 3, -1, -1)
-        drawn = [self.draw(method, denoiser, self.controls, 6) for denoiser in (method.teacher, method.student)]
-        return contact_sheet([controls, *drawn], scale=max(1, 128 // self.px))
+        columns = [("control", (self.controls[:6].float() / 127.5 - 1).expand(-1, 3, -1, -1))]
+        for name, denoiser in (("teacher", method.teacher), ("student", method.student)):
+            label = in_calls(name, self.settings(method, denoiser).calls)
+            columns.append((label, self.draw(method, denoiser, self.controls, 6)))
+        return Sheet.of_columns(columns, self.names[:6])
 
     def figures(self, method: Method, run: Run) -> dict[str, Any]:
         """Measure how well the written ControlNet follows the controls, and what changes without it or with other controls."""
