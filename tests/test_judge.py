@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torchvision.transforms.functional import adjust_saturation, gaussian_blur
 
+from fastdiff import quality
 from fastdiff.checkpoints import checkpoint
 from fastdiff.data import emoji
-from fastdiff import quality
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.quality import emoji as judge
 from fastdiff.models.feature_net import FeatureNet
+from fastdiff.quality import emoji as judge
 from fastdiff.quality.distances import Moments, frechet, gap_closed, inside
 from fastdiff.quality.drift import Drift
 from fastdiff.quality.emoji import Prompts, Shipped, embed, recognised
