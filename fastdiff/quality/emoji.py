@@ -7,7 +7,7 @@ samples. So a closing table has to sample only the student.
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -267,8 +267,9 @@ def shipped() -> Shipped:
 
 def settings_of(entry: dict[str, Any]) -> Settings:
     """The sampling settings of an entry of teacher.json."""
-    several = {k: tuple(entry[k]) for k in ("timesteps", "step_guidance") if entry.get(k)}
-    return Settings(entry["solver"], entry["num_steps"], entry["guidance"], entry["spacing"], **several)
+    timesteps, step_guidance = (tuple(entry[k]) if entry.get(k) else None for k in ("timesteps", "step_guidance"))
+    way = Settings(entry["solver"], entry["num_steps"], entry["guidance"], entry["spacing"])
+    return replace(way, timesteps=timesteps, step_guidance=step_guidance)
 
 
 def row_of(entry: dict[str, Any], features: Features, teacher: Row | None = None) -> Row:

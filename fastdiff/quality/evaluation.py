@@ -142,8 +142,8 @@ class Evaluation:
         shipped = judge.shipped()
         seen = judge.parts(shipped.lines)[judge.SEEN][:n]
         lines = [shipped.lines[i] for i in seen.tolist()]
-        how = dict(resolution_px=base.resolution_px, device=device, block=rng.VALIDATION, silent=True)
-        self = cls(lines, [JudgeFeatures(lines)], None, **how)
+        px, judges = base.resolution_px, [JudgeFeatures(lines)]
+        self = cls(lines, judges, None, resolution_px=px, device=device, block=rng.VALIDATION, silent=True)
         self.samples.encode(base)
         self.compare_with(shipped.reference, shipped.teacher.part(seen), shipped.lines)
         return self

@@ -103,8 +103,8 @@ class Metric:
 
     def computable(self, row: Row, against: Against) -> bool:
         """Whether the features that it needs are there, so that it can be computed and bootstrapped."""
-        of = {None: row, "reference": against, "teacher": against.teacher}[self.reference]
-        return any(name in row.features and name in of.features for name in self.needs.split("|"))
+        of = {None: row.features, "reference": against.features, "teacher": against.teacher.features}[self.reference]
+        return any(name in row.features and name in of for name in self.needs.split("|"))
 
     def value(self, row: Row, against: Against) -> float:
         """The figure over all pictures of the row."""

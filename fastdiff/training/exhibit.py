@@ -46,4 +46,9 @@ class Exhibit:
 
     def figures(self, method: "Method", run: Run) -> dict[str, Any]:
         """Read back the weights that the run wrote, and measure them for metrics and model card."""
-        return self.judged.prove(run.weights(), self.config) if self.judged else {}
+        if not self.judged:
+            return {}
+        figures = self.judged.prove(run.weights(), self.config)
+        for path in self.judged.sheet(self.config).save(run.folder / "previews" / "unseen.png"):
+            run.wrote(path)
+        return figures

@@ -122,10 +122,13 @@ def undistilled(base: Checkpoint, calls: int) -> Settings:
 class Judged:
     """Makes the closing table of `n` samples a row. Its prompts are encoded before training frees the text encoders."""
 
+    SHOWN = (0, 4, 8, 12, 2, 6, 10)  # pictures of the closing sheet: four named and three group prompts, all of them unseen
+
     def __init__(self, scene: Scene, n: int) -> None:
         self.base, self.device = scene.base, scene.device
         self.evaluation = Evaluation.shipped(scene.base, n, device=scene.device)
         self.before: Row | None = None
+        self.judged: dict[int, Row] = {}  # by network calls, the students of the closing sheet
 
     def begin(self, method: "Method") -> None:
         """Judge the student before training, for methods whose baseline that is."""
@@ -162,6 +165,7 @@ class Judged:
         recipe = sampler.recipe
         if self.before:
             student = evaluation.row(name, sampler, self.before.settings)
+            self.judged[student.calls] = student
             table = self.rows([evaluation.teacher, self.before, student])
             return {**table, "recovered": evaluation.recovered(self.before, student)}
         rows, judged = [evaluation.teacher], evaluation.judging()
@@ -177,7 +181,25 @@ class Judged:
                     for metric, gap in evaluation.gaps(student, calls, part).items():
                         gaps[part].setdefault(metric, {})[str(num_steps)] = gap
             rows.append(student)
+            self.judged.setdefault(student.calls, student)
         return {**self.rows(rows), "gap_closed": gaps[evaluation.main], judge.SEEN: {"gap_closed": gaps[judge.SEEN]}}
+
+    def sheet(self, config: TrainConfig) -> Sheet:
+        """Show prompts that no student was trained on, drawn by the teacher and for each number of calls by what is compared."""
+        samples = self.evaluation.samples
+        rows = torch.tensor([i for i in self.SHOWN if i < len(samples)])
+        columns = [(in_calls("teacher", self.evaluation.teacher.calls), pixels_of(self.evaluation.teacher, rows))]
+        base = Sampler(config.open_base(torch.float32), device=self.device, compile="off")
+        (cond, uncond), seeds = samples.encode(base.base), [samples.block(samples.first_seed + i) for i in rows.tolist()]
+        for calls, student in sorted(self.judged.items()):
+            if self.before:
+                columns.append((in_calls("before training", calls), pixels_of(self.before, rows)))
+            elif calls <= max(STEPS):
+                settings = undistilled(self.base, calls)
+                pixels = base.pixels(cond[rows], uncond, seeds, settings, resolution_px=samples.resolution_px)
+                columns.append((in_calls("undistilled", settings.calls), pixels))
+            columns.append((in_calls("student", calls), pixels_of(student, rows)))
+        return Sheet.of_columns(columns, [samples.lines[i] for i in rows.tolist()])
 
     def rows(self, drawn: list[Row]) -> dict[str, Any]:
         """Measure rows and return them as {samples, rows}; all have the same keys, with None for a metric that one lacks."""
@@ -185,6 +207,12 @@ class Judged:
         names = [metric.name for metric in present(measured)]
         rows = [{**row, **{name: None for name in names if name not in row}} for row in measured]
         return {"samples": len(self.evaluation.samples), "rows": rows}
+
+
+def pixels_of(row: Row, rows: Tensor) -> Tensor:
+    """The pixels (N, 3, H, W) in [-1, 1] of some of a row's first pictures."""
+    assert row.pictures is not None, "the pictures of judged rows are kept"
+    return row.pictures[rows].float() / 127.5 - 1
 
 
 def by_steps(gaps: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
