@@ -28,6 +28,7 @@ from fastdiff.sampling.settings import Settings
 
 WATCHDOG_S = 300  # ends a test that would hang
 LCM, GUIDED = Settings("lcm", 2, 1.0), Settings("dpm++", 3, 4.0)
+MIXED = Settings("dpm++", 3, step_guidance=(1, 4, 1))  # its guided step has twice the rows of the others
 
 
 class Fake(engine.Plain):
@@ -76,7 +77,7 @@ def test_a_sampler_that_is_not_used_any_more_is_gone_at_once(opened, backend):
         gc.enable()
 
 
-@pytest.mark.parametrize("settings", [LCM, GUIDED])
+@pytest.mark.parametrize("settings", [LCM, GUIDED, MIXED])
 def test_a_captured_walk_draws_what_the_plain_one_does(opened, settings):
     base, cat, dog, uncond = opened
     jobs = [(cat, uncond, [1]), (cat, uncond, [2]), (dog, uncond, [2]), (cat, uncond, [1]), (cat, uncond, [3])]
@@ -303,9 +304,10 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize(
     ("kind", "folded", "settings"),
     [
-        ("small", True, GUIDED),
+        ("small", True, MIXED),
         ("small", False, LCM),
         pytest.param("tiny_sd", True, LCM, marks=pytest.mark.slow),
+        pytest.param("tiny_sdxl", True, MIXED, marks=pytest.mark.slow),
         pytest.param("tiny_sdxl", True, GUIDED, marks=pytest.mark.slow),
         pytest.param("tiny_sdxl", False, GUIDED, marks=pytest.mark.slow),
     ],
@@ -330,7 +332,7 @@ def test_openvino_draws_what_torch_does(kind, folded, settings, request):
     a, b = (s.engine.latents(s.walk(pair, uncond, [4, 5], settings, (8, 8), 64)) for s in (plain, other))
     assert (a - b).abs().max() <= 1e-4 * a.abs().max().clamp(min=1)
     forms = other.engine.call.form.forms
-    assert len(forms) == 2  # one a batch size, whatever the steps
+    assert len(forms) == len({n * (2 if w > 1 else 1) for n in (1, 2) for w in settings.weights})  # one a number of rows
     assert all(form is not other.engine.call.form.function for form in forms.values())
 
 
@@ -420,7 +422,7 @@ class NothingLeaves(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("settings", [LCM, GUIDED, Settings("tcd", 2, 1.0, eta=0.3), Settings("euler", 2, 2.0)])
+@pytest.mark.parametrize("settings", [LCM, GUIDED, MIXED, Settings("tcd", 2, 1.0, eta=0.3), Settings("euler", 2, 2.0)])
 @pytest.mark.parametrize("kind", ["tiny_sd", "tiny_sdxl"])
 def test_nothing_is_read_back_inside(kind, settings, request):
     base = checkpoint.load(str(request.getfixturevalue(kind)))

@@ -11,10 +11,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fastdiff import cli, lora
-from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints import checkpoint, write
 from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.data import emoji
 from fastdiff.lora import adapters
+from fastdiff.methods.lcm import guidance_embedded
 from fastdiff.quality import features, networks, samples
 from fastdiff.quality.distances import Moments, band, cmmd, frechet, gap_closed, kid
 from fastdiff.sampling.settings import Settings
@@ -219,9 +220,10 @@ def test_rows_figures_and_a_page_that_needs_nothing_else(fastdiff, tiny_sd, trai
     rows = told["metrics"]["rows"]
     ways = [(row["model"], row["num_steps"], row["guidance"] > 1, row["calls"]) for row in rows]
     assert ways == [
-        *(("teacher", 3, True, 6), ("teacher", 1, False, 1), ("lcm", 1, False, 1)),
+        *(("teacher", 3, True, 6), ("teacher", 1, False, 1), ("teacher", 1, False, 1), ("lcm", 1, False, 1)),
         *(("teacher", 2, False, 2), ("teacher", 1, True, 2), ("lcm", 2, False, 2)),
     ]
+    assert [row["timesteps"] for row in rows[1:3]] == [None, [749]]
     assert (rows[0]["drift"], rows[0].get("same_noise")) == (0, None)
     assert all(row["same_noise"] > 0 and row["drift"] > 0 and row["diversity"] > 0 for row in rows[1:])
     latencies = {name for name in told["timings"] if name.startswith("latency_ms/")}
@@ -301,6 +303,7 @@ def test_protocols_set_what_they_say(tmp_path, tiny_sdxl, monkeypatch):
         (["--student-controlnet", "emoji"], 2, "--with-controlnet"),
         (["--protocol", "coco30k-dmd"], 2, "give a folder as --reference"),
         (["--student", "emoji"], 2, "of emoji, but --base is sd15"),
+        (["--teacher-row", "steps=3 guidance=1,3"], 2, "--teacher-row steps=3 guidance=1,3: 2 guidances for 3 steps"),
     ],
 )
 def test_refused_in_one_line(flags, code, words, fastdiff, tiny_sd, tmp_path, monkeypatch):
@@ -328,12 +331,41 @@ def test_what_auto_cannot_have_is_left_out_with_a_word(fastdiff, tiny_sd, tmp_pa
     assert cli.main(["evaluate", "--help"]) == 0
 
 
+def test_a_gap_may_start_at_a_row_that_was_asked_for(fastdiff):
+    """Here it is the only one with as many calls as the student."""
+    rows = ["scheduler=dpm++ timesteps=999,666,333 guidance=1,3,1", "start=749 steps=1 guidance=1"]
+    flags = ["--student", "emoji", "--num-steps", 2, "--reference", "teacher:2", "--num-images", 4, "--no-baseline"]
+    code, told = fastdiff("evaluate", *flags, *(word for row in rows for word in ("--teacher-row", row)))
+    assert code == 0, told
+    table = told["metrics"]["rows"]
+    ways = [(row["solver"], row["guidance"], row["timesteps"], row["step_guidance"], row["calls"]) for row in table[1:3]]
+    assert ways == [("ddim", 1.0, [749], None, 1), ("dpm++", 3.0, [999, 666, 333], [1.0, 3.0, 1.0], 4)]
+    gaps = told["metrics"]["gap_closed"]["emoji 2"]
+    assert {name: gap["teacher"] for name, gap in gaps.items()} == {name: table[2][name] for name in ("retrieval", "frechet")}
+    assert "latency_ms/teacher, 3 steps, guidance 1, 3, 1 at 999, 666, 333 (dpm++)" in told["timings"]
+
+
+def test_a_base_with_embedded_guidance_has_no_rows_of_several(fastdiff, tiny_sd, tmp_path):
+    base = checkpoint.load(str(tiny_sd))
+    base.__dict__["unet"] = guidance_embedded(base.unet, 16).requires_grad_(False)
+    write.to_folder(base, tmp_path / "embedded")
+    flags = ["evaluate", "--base", "embedded", "--student", "embedded", "--num-images", 2, "--prompts", "prompts.txt"]
+    flags += ["--num-steps", 2, "--reference", "teacher:1"]
+    code, told = fastdiff(*flags)
+    assert code == 0, told
+    assert [row["step_guidance"] for row in told["metrics"]["rows"]] == [None] * 4
+    code, told = fastdiff(*flags, "--teacher-row", "steps=3 guidance=1,3,1")
+    assert code == 2
+    assert "one guidance for all steps" in told["error"]["message"]
+
+
 def test_the_best_stock_ways_of_so_many_calls():
     from fastdiff.quality.evaluation import undistilled_ways as ways
 
     assert ways(FAMILIES["sdxl"], 4) == [
         Settings("dpm++", 4, 1.0, "trailing"),
         Settings("dpm++", 2, 5.0, "trailing"),
+        Settings("dpm++", 3, 5.0, "trailing", step_guidance=(1, 5, 1)),
     ]
     for calls in (1, 2, 4, 8):
         found = ways(FAMILIES["emoji"], calls)

@@ -118,7 +118,17 @@ def test_evaluate_for_users_of_the_library(tmp_path, monkeypatch):
     base = checkpoint.load("emoji")
     fast = Sampler(checkpoint.load("emoji"), device="cpu", compile="off", identified=True)
     assert fd.evaluate is evaluate
-    report = fd.evaluate(fast, teacher=base, num_steps=[1, 2], num_images=6, teacher_steps=3)
+    rows = ["scheduler=dpm++ steps=3 guidance=1,3,1", Settings("ddim", 1, 1.0, timesteps=(749,))]
+    report = fd.evaluate(fast, teacher=base, num_steps=[1, 2], num_images=6, teacher_steps=3, teacher_rows=rows * 2)
+    once = [row["calls"] for row in report.rows if row["step_guidance"] == [1, 3, 1] or row["timesteps"] == [749]]
+    assert once == [1, 4]
+    assert "1, 3, 1" in report.table
+    assert "1 at 749" in report.table
+    undistilled = [row for row in report.rows if (row["model"], row["calls"]) == ("teacher", 4)]
+    assert len(undistilled) > 1
+    gap = report.metrics["gap_closed"]["student 2"]
+    assert gap["frechet"]["teacher"] == min(row["frechet"] for row in undistilled)
+    assert gap["retrieval"]["teacher"] == max(row["retrieval"] for row in undistilled)
     ways = [(row["model"], row["num_steps"]) for row in report.rows if row["model"] == "student"]
     assert ways == [("student", 1), ("student", 2)]
     assert report.rows is report.metrics["rows"]
@@ -152,6 +162,8 @@ def test_student_and_teacher_are_of_one_family(tiny_sd):
     fast = Sampler(checkpoint.load(str(tiny_sd)), device="cpu", compile="off")
     with pytest.raises(UsageError, match="of sd15, but the teacher is of emoji"):
         evaluate(fast, teacher=checkpoint.load("emoji"))
+    with pytest.raises(UsageError, match="teacher_row=steps=3 guidance=1,3"):
+        evaluate(fast, teacher=fast.base, teacher_rows=["steps=3 guidance=1,3"])
     with pytest.raises(UsageError, match="num_images=1"):
         evaluate(fast, teacher=fast.base, num_images=1)
 

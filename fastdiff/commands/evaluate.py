@@ -14,7 +14,7 @@ from fastdiff.data.prompts import read_prompts
 from fastdiff.models.remap import is_pruned
 from fastdiff.options.evaluate import EXAMPLES, PRESETS, Config
 from fastdiff.quality import networks, retention
-from fastdiff.quality.evaluation import Evaluation, Model, known_features, ladder_of, prompts_of
+from fastdiff.quality.evaluation import Evaluation, Model, known_features, ladder_of, prompts_of, teacher_row
 from fastdiff.quality.features import ClipFeatures, open_distance, open_extractors
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
@@ -141,6 +141,7 @@ def run(config: Config) -> Result:
         reference=config.reference_folder or config.reference,
         known=known_features(family, guided, config.prompts),
         baseline=config.baseline,
+        teacher_rows=[teacher_row(row, family) for row in config.teacher_row],
     )
     metrics = report.metrics | {"reference": config.reference}
     if config.with_lora:

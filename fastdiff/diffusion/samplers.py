@@ -26,6 +26,7 @@ class Grid:
     final_index: int | None = 0  # timestep where the last DDIM step ends (set_alpha_to_one=False); None: on x0
     start_scale: bool = False  # whether Euler scales the first noise, as its scheduler does on trailing and linspace grids
     eta: float = 0.0  # TCD's gamma: 0 is deterministic, 1 is LCM
+    explicit: bool = False  # whether the timesteps are not those of a DDIM spacing: DDIM then steps from each to the next
 
     def __len__(self) -> int:
         return len(self.t)
@@ -43,10 +44,14 @@ def jump(schedule: NoiseSchedule, p: Prediction, s: Tensor | int | None) -> Tens
 
 
 def ddim(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
-    """DDIMScheduler with eta 0. Like diffusers, it steps by T // n, which on uneven grids may miss the grid's next timestep."""
+    """DDIMScheduler with eta 0, which steps by T // n: with some n that is not exactly the grid's next timestep.
+
+    DDIMScheduler takes no explicit timesteps. On an explicit grid every step ends on the grid's next timestep, as with
+    EulerDiscreteScheduler, whose step equals DDIM's.
+    """
     skip = len(grid.schedule) // len(grid)
-    for t in grid.t:
-        s = int(t) - skip
+    ends = [*grid.t[1:].tolist(), -1] if grid.explicit else [int(t) - skip for t in grid.t]
+    for t, s in zip(grid.t, ends, strict=True):
         x = jump(grid.schedule, denoise(x, t), s if s >= 0 else grid.final_index)
     return x
 

@@ -29,6 +29,16 @@ class Prediction(NamedTuple):
         return Prediction(guide(self.x0, uncond.x0, w), guide(self.eps, uncond.eps, w))
 
 
+def timesteps_from(start: int, num_steps: int) -> tuple[int, ...]:
+    """Descending timesteps: `start`, and the others evenly below it. From T - 1 they are those of "trailing" spacing.
+
+    ValueError where fewer than `num_steps` timesteps lie between 0 and `start`.
+    """
+    if not 1 <= num_steps <= start + 1:
+        raise ValueError(f"`start={start}`: has room for 1 to {start + 1} steps, not for {num_steps}")
+    return tuple(round((start + 1) * (num_steps - k) / num_steps) - 1 for k in range(num_steps))
+
+
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
     """Reshape a scalar or (B,) `value` so that it broadcasts over `like` (B, ...)."""
     return value.reshape(-1, *(1,) * (like.ndim - 1)) if value.ndim else value

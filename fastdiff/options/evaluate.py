@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from fastdiff.checkpoints.family import FAMILIES, SHIPPED
 from fastdiff.options.base import BaseConfig
+from fastdiff.options.teacher_row import read_teacher_row
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError, as_field
 
@@ -15,6 +16,7 @@ EXAMPLES = """fastdiff evaluate --lora lcm.safetensors
 fastdiff evaluate --student lcm.safetensors --student runs/dmd-emoji/dmd.safetensors --num-images 2000
 fastdiff evaluate --base sdxl --lora lcm.safetensors --num-steps 1,2,4,8 --prompts prompts.txt --reference teacher:25
 fastdiff evaluate --base sdxl --lora fast.safetensors --protocol coco10k-lightning --reference val2014 --prompts coco.txt
+fastdiff evaluate --lora lcm.safetensors --num-steps 4 --teacher-row "scheduler=dpm++ steps=3 guidance=1,3,1"
 fastdiff evaluate --lora lcm.safetensors --with-lora style.safetensors"""
 # Published protocols: (DMD, appendix D) 30,000 prompts of COCO-2014 val, 512 px reduced to 256 by Lanczos, FID against all its
 # pictures, OpenCLIP-bigG; (SDXL-Lightning, section 5) its first 10,000 prompts, guidance 6, FID at 299 px whole and of a 299 px
@@ -47,6 +49,9 @@ class Config(BaseConfig):
     ] = None
     reference: Annotated[str, "what distributions are compared with: teacher:STEPS, or a folder of pictures"] = "teacher:25"
     baseline: Annotated[bool, "also judge the teacher at as many network calls as each student"] = True
+    teacher_row: Annotated[
+        list[str], 'another row of the undistilled teacher, as "scheduler=dpm++ steps=5 guidance=1,3,3,3,1"; repeatable'
+    ] = field(default_factory=list)
     prompts: Annotated[str | None, "a file of prompts, one a line; default: those that ship with the family"] = None
     num_images: Annotated[int, "pictures per row of the table; prompts take turns (1000 for emoji)", Range(2)] = 500
     metrics: Annotated[str, "auto, or some of fid, patch, clip, lpips: metrics that need a network of their own"] = "auto"
@@ -96,7 +101,7 @@ class Config(BaseConfig):
             raise UsageError(
                 f"{as_field('metrics', self.metrics)}: {sorted(unknown)[0]!r} is not one of auto, {', '.join(METRIC_NETWORKS)}"
             )
-        _ = self.steps, self.reference_folder
+        _ = self.steps, self.reference_folder, [read_teacher_row(row) for row in self.teacher_row]
 
     @property
     def asked(self) -> list[str]:

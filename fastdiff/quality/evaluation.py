@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.data.prompts import default_prompts, read_prompts
+from fastdiff.diffusion.samplers import SOLVERS
+from fastdiff.diffusion.schedule import timesteps_from
 from fastdiff.models import autoencoder
+from fastdiff.options.teacher_row import read_teacher_row
 from fastdiff.quality import emoji as judge
 from fastdiff.quality import report
 from fastdiff.quality.distances import gap_of
 from fastdiff.quality.features import FeatureExtractor, JudgeFeatures, open_distance, open_extractors
-from fastdiff.quality.metrics import Against, Features, Metric, Row, judging, measured, too_few
+from fastdiff.quality.metrics import Against, Features, Metric, Row, judging, measured, title, too_few
 from fastdiff.quality.samples import Samples
 from fastdiff.runtime import console, rng
 from fastdiff.runtime.errors import UsageError, device_errors_explained
@@ -237,21 +240,27 @@ class Evaluation:
         reference: Path | str,
         known: Features | None = None,
         baseline: bool = True,
+        teacher_rows: Sequence[Settings] = (),
     ) -> Report:
         """Draw all rows and measure them, with one network in memory at a time.
 
         FID, KID and the like compare with `reference`: a folder of pictures, or the teacher's pictures of other seeds, whose
-        features may be `known` already. `baseline`: also judge the teacher in as many network calls as each student.
+        features may be `known` already. `baseline`: also judge the teacher in as many network calls as each student. It is judged
+        with the settings `teacher_rows` in any case.
         """
         made, guided = teacher.open([], None), teacher.ladder[0]
+        if made.denoiser.guidance_embedded and any(way.step_guidance for way in teacher_rows):
+            raise UsageError("`teacher_row`: the base takes one guidance for all steps, as an input", "give one guidance a row")
         best = self.samples.row(teacher.name, made, guided, identity=made.identity)
         self.set_reference(made, best, reference, known or {})
         warn_of_few(self.part(best, self.main), self.against[self.main])
         latency_ms = {best: self.samples.latency_ms(made, guided)}
-        family = made.base.family
-        for calls in sorted({settings.calls for model in students for settings in model.ladder}) if baseline else []:
-            for settings in undistilled_ways(family, calls):
-                self.undistilled.append(self.timed(teacher.name, made, settings, latency_ms))
+        few = sorted({settings.calls for model in students for settings in model.ladder}) if baseline else []
+        ways = [way for calls in few for way in undistilled_ways(made.base.family, calls)]
+        if made.denoiser.guidance_embedded:  # such a network is told one w for all steps
+            ways = [way for way in ways if way.step_guidance is None]
+        for settings in {title(teacher.name, way): way for way in [*ways, *teacher_rows]}.values():
+            self.undistilled.append(self.timed(teacher.name, made, settings, latency_ms))
         del made  # frees its memory before the next network is opened
         for model in students:
             made = model.open([], None)
@@ -298,18 +307,44 @@ def warn_of_few(row: Row, against: Against) -> None:
 
 
 def undistilled_ways(family: Family, calls: int) -> list[Settings]:
-    """The ways to sample an undistilled teacher in `calls` network calls, with guidance and without.
+    """The strongest known ways to sample an undistilled teacher in exactly `calls` network calls, that any diffusers user has.
 
-    The solvers are the stock ones that measured best on `emoji`. For `emoji` itself they are the shipped best settings.
+    They are the stock solvers that measured best on `emoji`: one call at the last timestep and one at three quarters of the
+    schedule; more calls without guidance, with guidance, and with guidance in the middle steps alone (a "guidance interval"),
+    or for an odd number of calls after the first step. For `emoji` itself they are the shipped best settings.
     """
     usual = Settings.usual(family)
     ways = [replace(usual, scheduler="ddim" if calls == 1 else "dpm++", num_steps=calls, guidance=1.0, spacing="trailing")]
-    if calls > 1 and usual.guided:
+    if calls > 1 and calls % 2 == 0 and usual.guided:
         ways.append(replace(usual, scheduler="dpm++", num_steps=calls // 2, spacing="trailing"))
     if family.judge_ships:
         known = list(dict.fromkeys(judge.shipped().undistilled(calls).values()))
-        ways = known + [way for way in ways if way.guided not in {k.guided for k in known}]
+        return known + [way for way in ways if way.guided not in {k.guided for k in known}]
+    if calls == 1:
+        ways.append(Settings("ddim", 1, 1.0, timesteps=timesteps_from(749, 1)))
+    if usual.guided and calls > 2:
+        weights = (1.0, *[usual.guidance] * ((calls - 1) // 2), *([1.0] if calls % 2 == 0 else []))
+        ways.append(Settings("dpm++", len(weights), spacing="trailing", step_guidance=weights))
     return ways
+
+
+def teacher_row(row: Settings | str, family: Family) -> Settings:
+    """The settings of a row of the undistilled teacher, given as they are or as "scheduler=dpm++ steps=5 guidance=1,3,3,3,1".
+
+    What the text does not say is as usual for the family. UsageError for a text that is not understood.
+    """
+    if isinstance(row, Settings):
+        return row
+    usual, values = Settings.usual(family), read_teacher_row(row)
+    scheduler, weights = values.get("scheduler", usual.scheduler), values.get("guidance", (usual.guidance,))
+    return Settings(
+        scheduler,
+        values["steps"],
+        weights[0],
+        values.get("spacing", SOLVERS[scheduler].spacing),
+        timesteps=timesteps_from(values["start"], values["steps"]) if "start" in values else values.get("timesteps"),
+        step_guidance=weights if len(weights) > 1 else None,
+    )
 
 
 def prompts_of(family: Family, prompts: str | Path | Sequence[str] | None, n: int) -> list[str]:
@@ -355,6 +390,7 @@ def evaluate(
     reference: str | Path | None = None,
     teacher_steps: int = 25,
     baseline: bool = True,
+    teacher_rows: Sequence[Settings | str] = (),
     resolution_px: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -368,14 +404,18 @@ def evaluate(
     list, or a file with one prompt per line; they are used in turn, and picture i has seed `seed` + i. `metrics`: any of fid,
     patch, clip and lpips; by default all whose networks are available. `reference`: a folder of pictures that FID and the like
     compare with; by default the teacher's pictures of other seeds. `baseline`: also judge the teacher in as many network calls
-    as the student. `device`: where the teacher draws; by default where the student does. UsageError where student and teacher
-    are of different families, `num_images` is below 2, or there are no prompts.
+    as the student. `teacher_rows`: further ways to judge the teacher, each Settings or text such as
+    "scheduler=dpm++ steps=5 guidance=1,3,3,3,1"; keys are scheduler, steps, timesteps=999,666,333, start=749, guidance (one
+    number, or one for each step) and spacing. A student's gap starts at the best row with as many calls. `device`: where the
+    teacher draws; by default where the student does. UsageError where student and teacher are of different families,
+    `num_images` is below 2, there are no prompts, or a row is not understood.
     """
     family, where = teacher.family, student.device if device is None else pick_device(device)
     if student.base.family != family:
         raise UsageError(f"`student`: of {student.base.family}, but the teacher is of {family}", "give its own base as teacher")
     if num_images < 2:
         raise UsageError(f"`num_images={num_images}`: must be at least 2")
+    rows = [teacher_row(row, family) for row in teacher_rows]
     px, lines = resolution_px or teacher.resolution_px, prompts_of(family, prompts, num_images)
     ladder = ladder_of(student.recipe, family, (num_steps,) if isinstance(num_steps, int) else num_steps)
     guided = replace(Settings.usual(family), num_steps=teacher_steps)
@@ -395,4 +435,5 @@ def evaluate(
         reference=f"teacher:{teacher_steps}" if reference is None else Path(reference),
         known=known_features(family, guided, prompts),
         baseline=baseline,
+        teacher_rows=rows,
     )

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.samplers import SOLVERS
 from fastdiff.quality.distances import BOOTSTRAPS, NEIGHBOURS, Moments, band_of, cmmd, frechet, inside, kid, redrawn
 from fastdiff.quality.drift import drift
-from fastdiff.sampling.settings import Settings
+from fastdiff.sampling.settings import Settings, listed
 
 Features = dict[str, Tensor]  # each (N, ...)
 COSTLY_DRAWS, COSTLY_PICTURES = 20, 10_000  # bootstraps of a metric that takes seconds; above so many pictures there are none
@@ -54,13 +55,18 @@ class Row:
         """The model and the settings, as keys of the row in JSON."""
         s = self.settings
         way = dict(model=self.model, solver=s.scheduler, spacing=s.spacing, num_steps=s.num_steps, guidance=s.guidance)
-        return {**way, "calls": self.calls}
+        one_by_one = dict(timesteps=s.timesteps and list(s.timesteps), step_guidance=s.step_guidance and list(s.step_guidance))
+        return {**way, **one_by_one, "calls": self.calls}
 
 
 def title(model: str, settings: Settings) -> str:
-    """A unique name of a row. It has the guidance, because the teacher is sampled in equal steps with guidance and without."""
-    guided = f", guidance {settings.guidance:g}" if settings.guided else ""
-    return f"{model}, {settings.num_steps} steps{guided} ({settings.scheduler})"
+    """A unique name of a row: it has all that the ways differ in, in which one model is sampled with equal steps."""
+    s = settings
+    guided = f", guidance {listed(s.step_guidance or [s.guidance])}" if s.guided else ""
+    at = f" at {listed(s.timesteps)}" if s.timesteps else ""
+    spacing = f" {s.spacing}" if s.spacing not in {None, SOLVERS[s.scheduler].spacing} else ""
+    random = f", eta {s.eta:g}" if s.eta else ""
+    return f"{model}, {s.num_steps} steps{guided}{at} ({s.scheduler}{spacing}{random})"
 
 
 @dataclass(eq=False)

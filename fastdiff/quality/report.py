@@ -15,6 +15,7 @@ from fastdiff.quality import emoji as judge
 from fastdiff.quality.metrics import METRICS, Metric, Row, present
 from fastdiff.runtime.console import fmt
 from fastdiff.runtime.disk import ASSETS, write_atomic
+from fastdiff.sampling.settings import listed
 from fastdiff.sampling.sheet import MOST_PX, Sheet, in_calls
 
 TEMPLATE = ASSETS / "report.html"
@@ -51,6 +52,12 @@ def columns_of(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, Metric]]:
     return columns
 
 
+def steps_and_guidance(row: dict[str, Any]) -> tuple[str, str]:
+    """The cells of a measured row: its steps, with the timesteps if they are explicit, and the guidance of each step."""
+    at = f" at {listed(row['timesteps'])}" if row.get("timesteps") else ""
+    return fmt(row["num_steps"]) + at, listed(row["step_guidance"]) if row.get("step_guidance") else fmt(row["guidance"])
+
+
 def text_table(rows: Sequence[dict[str, Any]], latency_ms: Sequence[float] | None = None) -> tuple[list[str], list[list[str]]]:
     """The columns and the cells of a table of measured rows. Each figure has ± half of the width of its band."""
     metrics = columns_of(rows)
@@ -62,7 +69,7 @@ def text_table(rows: Sequence[dict[str, Any]], latency_ms: Sequence[float] | Non
 
     columns = ["model", "solver", "steps", "guidance", "calls", *(heading for heading, *_ in metrics)]
     cells = [
-        [row["model"], row["solver"], fmt(row["num_steps"]), guidance_of(row), fmt(row["calls"])]
+        [row["model"], row["solver"], *steps_and_guidance(row), fmt(row["calls"])]
         + [cell(row, part, metric.name) for _, part, metric in metrics]
         for row in rows
     ]
@@ -70,11 +77,6 @@ def text_table(rows: Sequence[dict[str, Any]], latency_ms: Sequence[float] | Non
         columns.append("ms")
         cells = [[*line, f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}"] for line, ms in zip(cells, latency_ms, strict=True)]
     return columns, cells
-
-
-def guidance_of(row: dict[str, Any]) -> str:
-    """The guidance of a row as text: one number, or one for each step."""
-    return " ".join(f"{w:g}" for w in row["step_guidance"]) if row.get("step_guidance") else fmt(row["guidance"])
 
 
 def verdicts(gaps: dict[str, dict[str, dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:

@@ -119,18 +119,24 @@ def open_controlnet(base: Checkpoint, controlnet: str | Path | nn.Module | None)
     return controlnets.load(str(controlnet), base.unet_config).to(base.dtype)
 
 
-def stock_scheduler(name: str, config: dict[str, Any], *, spacing: str | None, kind: str) -> Any:
-    """Build the diffusers scheduler that equals our solver `name`, for a scheduler config and a prediction type `kind`."""
-    import diffusers
-
-    spacing, wanted = spacing or SOLVERS[name].spacing, dict[str, Any](prediction_type=kind)
+def scheduler_arguments(name: str, spacing: str | None) -> dict[str, Any]:
+    """Return the config entries with which the diffusers scheduler of our solver `name` gives the same result."""
+    spacing, wanted = spacing or SOLVERS[name].spacing, dict[str, Any]()
     if spacing != "lcm":  # LCM and TCD schedulers know no other spacing
         wanted["timestep_spacing"] = spacing
     if name == "dpm++":
         wanted["final_sigmas_type"] = "zero"
     elif name != "euler":  # diffusers clips x0 to -1..1 unless a config says no; a PNDM or Euler config need not say it
         wanted["clip_sample"] = False
+    return wanted
+
+
+def stock_scheduler(name: str, config: dict[str, Any], *, spacing: str | None, kind: str) -> Any:
+    """Build the diffusers scheduler that equals our solver `name`, for a scheduler config and a prediction type `kind`."""
+    import diffusers
+
     kept = {k: v for k, v in config.items() if k not in {"_class_name", "_diffusers_version"}}
+    wanted = {"prediction_type": kind, **scheduler_arguments(name, spacing)}
     # getattr: the solver's row names the diffusers class
     return getattr(diffusers, SOLVERS[name].stock).from_config({**kept, **wanted})
 

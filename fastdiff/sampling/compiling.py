@@ -6,7 +6,7 @@ One compiled network call serves every step of every walk of that shape, so the 
 import ctypes
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FunctionType
 from typing import Any, Literal, NamedTuple, Protocol
@@ -29,6 +29,15 @@ class Parts(NamedTuple):
 
     call: Callable[[Tensor, int, Inputs], Tensor]  # x (B, C, h, w), k, inputs of all timesteps -> the k-th network output
     picture: Callable[[Tensor], Tensor]  # latents (B, C, h, w) -> uint8 pictures (B, H, W, 3)
+
+
+def first_rows(inputs: Inputs, n: int) -> Inputs:
+    """Return the inputs of the first n rows of the batch, as views; what all rows share stays as it is."""
+    batch = lambda name, v: 1 if name in PER_STEP else 0
+    return {
+        name: v.narrow(batch(name, v), 0, n) if v.ndim > batch(name, v) and v.shape[batch(name, v)] > n else v
+        for name, v in inputs.items()
+    }
 
 
 def at_step(inputs: Inputs, k: int) -> Inputs:
@@ -81,8 +90,8 @@ class Forms:
         self.ready: Parts | None = None
         self.thread: threading.Thread | None = None
 
-    def count(self, latents: Tensor, rows: int, inputs: Inputs) -> None:
-        """Count a call for latents (B, C, h, w) whose network calls have `rows` rows; start to compile when it is time."""
+    def count(self, latents: Tensor, rows: Sequence[int], inputs: Inputs) -> None:
+        """Count a call for latents (B, C, h, w) whose network calls have these numbers of rows; compile when it is time."""
         self.calls += 1
         if self.mode == "max" and self.calls == 1:
             console.info("compiling: takes minutes, once for each size of picture")
@@ -90,17 +99,21 @@ class Forms:
         if self.mode == "auto" and self.calls == WORTH_COMPILING:
             self.thread = ending_with_process(lambda: self.prepare(latents, rows, inputs))
 
-    def prepare(self, latents: Tensor, rows: int, inputs: Inputs) -> None:
-        """Compile both parts and run each once on tensors of these shapes, since kernels are built at the first call."""
+    def prepare(self, latents: Tensor, rows: Sequence[int], inputs: Inputs) -> None:
+        """Compile both parts and run each once on tensors of these shapes, since kernels are built at the first call.
+
+        The network call is compiled once for each number of rows.
+        """
         call, picture = self.parts
         try:
-            step = self.backend.compile(lambda x, **inputs: call(x, 0, inputs), MODES[self.mode])
+            steps = {n: self.backend.compile(lambda x, **inputs: call(x, 0, inputs), MODES[self.mode]) for n in rows}
             decode = self.backend.compile(picture, MODES[self.mode])
             with torch.no_grad(), self.backend.aside():
                 copies = {name: v.clone() for name, v in inputs.items()}
-                step(torch.zeros(rows, *latents.shape[1:], device=latents.device), **at_step(copies, 0))
+                for n, step in steps.items():
+                    step(torch.zeros(n, *latents.shape[1:], device=latents.device), **at_step(first_rows(copies, n), 0))
                 decode(torch.zeros(latents.shape, device=latents.device))  # zeros leave the random numbers alone
-            self.ready = Parts(lambda x, k, inputs: step(x, **at_step(inputs, k)), decode)
+            self.ready = Parts(lambda x, k, inputs: steps[len(x)](x, **at_step(inputs, k)), decode)
         except Exception as error:
             self.refuse(error, "compiling failed")
 

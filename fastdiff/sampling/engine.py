@@ -21,7 +21,7 @@ from fastdiff.models.fast.unet import Folded, FoldedUNet
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.errors import quoted
 from fastdiff.sampling import openvino
-from fastdiff.sampling.compiling import Compile, Forms, Inputs, Parts, at_step, compiled_once
+from fastdiff.sampling.compiling import Compile, Forms, Inputs, Parts, at_step, compiled_once, first_rows
 from fastdiff.sampling.linear_walk import Table
 
 
@@ -74,21 +74,28 @@ class Converted(Caller):
 
 
 class Walk(NamedTuple):
-    """One batch to draw: the solver's table, noise (draws, B, C, h, w), inputs of the network, and the guidance weight w.
+    """One batch to draw: the solver's table, noise (draws, B, C, h, w), inputs of the network, and guidance w of each step.
 
-    With guidance, the inputs hold 2 B rows, prompts first, and the outputs c and u are combined as u + w (c - u).
+    If any step is guided, the inputs hold 2 B rows, prompts first. A guided step calls the network with all of them and
+    combines the outputs c and u as u + w (c - u). A step without guidance, where w is None, calls it with the first B.
     """
 
     table: Table
     noise: Tensor
     inputs: Inputs
-    guidance: float | None
+    guidance: tuple[float | None, ...]
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The different numbers of rows with which the network is called: B, 2 B or both."""
+        return tuple(sorted({self.noise.shape[1] * (1 if w is None else 2) for w in self.guidance}))
 
 
 def latents(call: Callable[[Tensor, int, Inputs], Tensor], walk: Walk, between: Callable[[], None] = lambda: None) -> Tensor:
     """Run a walk and return its latents (B, C, h, w), fp32. `between` runs before every network call."""
-    table, noise, inputs, w = walk
+    table, noise, inputs, guidance = walk
     shape, draw, k = noise.shape[1:], 0, 0
+    prompts_only = first_rows(inputs, shape[0])
     columns = torch.empty(len(table.fresh), noise[0].numel(), device=noise.device)
     for j, fresh in enumerate(table.fresh):
         if fresh:
@@ -96,8 +103,9 @@ def latents(call: Callable[[Tensor, int, Inputs], Tensor], walk: Walk, between: 
             continue
         between()
         x = (table.rows[k, :j] @ columns[:j]).reshape(shape)
+        w = guidance[k]
         if w is None:
-            out = call(x, k, inputs).float()
+            out = call(x, k, prompts_only).float()
         else:
             c, u = call(torch.cat([x, x]), k, inputs).float().chunk(2)
             out = guide_fused(c, u, w)
@@ -234,7 +242,7 @@ class Captured:
                 self.given[name] = tensor
         if self.state != "plain":  # otherwise a compiled form would not be captured either
             noise, others = self.places["noise"][0], {k: v for k, v in self.places.items() if k != "noise"}
-            self.forms.count(noise, len(noise) * (1 if self.walk.guidance is None else 2), others)
+            self.forms.count(noise, self.walk.rows, others)
         if self.replay is None or (self.state == "graph" and self.forms.ready is not None):
             self.record()
         assert self.replay is not None
@@ -295,7 +303,7 @@ class Engine:
         if key not in self.captured:
             backend.wait()  # a graph must not go while it runs
             one_step = [(k, tuple(v.shape)) for k, v in at_step(walk.inputs, 0).items()]
-            shape = (tuple(walk.noise.shape[1:]), walk.guidance is None, *one_step)
+            shape = (tuple(walk.noise.shape[1:]), walk.rows, *one_step)
             forms = kept(self.forms, shape, lambda: Forms(parts, self.compile, backend), self.KEPT)
             kept(self.captured, key, lambda: Captured(walk, parts, tensors, forms, backend), self.KEPT)
         return self.captured[key](tensors)

@@ -8,7 +8,7 @@ whole walk needs nothing back from the device and can be captured as one CUDA gr
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,6 @@ def table(scheduler: str, grid: Grid, kind: PredictionType) -> Table:
         t.append(int(at))
         return schedule.predict(column(False), x, torch.as_tensor(at).cpu(), kind)
 
-    grid = Grid(schedule, grid.t.cpu(), grid.final_index, grid.start_scale, grid.eta)
+    grid = replace(grid, schedule=schedule, t=grid.t.cpu())
     last = SOLVERS[scheduler].run(denoise, column(True), grid, lambda: column(True))
     return Table(torch.tensor(t), torch.stack([*seen, last.flatten()])[:, : len(fresh)], tuple(fresh))

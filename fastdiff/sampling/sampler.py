@@ -32,7 +32,7 @@ from fastdiff.sampling import assemble, linear_walk, pictures
 from fastdiff.sampling.engine import Compile, Copy, Engine, Inputs, Walk, on_cuda
 from fastdiff.sampling.linear_walk import Table
 from fastdiff.sampling.pictures import Pictures
-from fastdiff.sampling.settings import Settings, asked
+from fastdiff.sampling.settings import Settings, asked, listed
 
 
 class SeededNoise:
@@ -274,9 +274,20 @@ class Sampler:
         self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int], px: int | None = None
     ) -> Walk:
         """Prepare the walk of one batch for latent size (h, w); `px` is the picture's side, for SDXL's size conditioning."""
-        guided, table = settings.guided and not self.denoiser.guidance_embedded, self.table(settings)
+        guided, table = settings.guided and self.guided_outside(settings), self.table(settings)
         inputs = self.inputs(table, cond, uncond if guided else None, settings, px)
-        return Walk(table, self.noise(table, seeds, size), inputs, settings.guidance if guided else None)
+        weights = tuple(w if guided and w > 1 else None for w in settings.weights)
+        return Walk(table, self.noise(table, seeds, size), inputs, weights)
+
+    def guided_outside(self, settings: Settings) -> bool:
+        """Return whether guidance combines two answers of the network, because the network does not take w as an input.
+
+        Raises UsageError if it takes w and the settings give each step its own: its inputs are computed for one w.
+        """
+        if self.denoiser.guidance_embedded and settings.step_guidance is not None:
+            steps = as_field("step_guidance", listed(settings.step_guidance))
+            raise UsageError(f"{steps}: this network takes one guidance for all steps, as an input", "give one `guidance`")
+        return not self.denoiser.guidance_embedded
 
     def latents(self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int]) -> Tensor:
         """Draw scaled latents (B, C, h, w) for latent size (h, w). `cond` has B rows, `uncond` one or B."""
@@ -292,10 +303,12 @@ class Sampler:
         cond, uncond = (c.map(lambda v: v.to(self.device)) for c in (cond, uncond))
         uncond = uncond if len(uncond) == len(cond) else uncond.expand(len(cond))
 
+        weights = iter(settings.weights)  # a solver calls `denoise` once a step
+
         def denoise(x: Tensor, t: Tensor) -> Prediction:
             stop.check()
-            p = self.denoiser(x, t, cond)
-            return p.guide(self.denoiser(x, t, uncond), settings.guidance) if settings.guided else p
+            p, w = self.denoiser(x, t, cond), next(weights)
+            return p.guide(self.denoiser(x, t, uncond), w) if w > 1 else p
 
         grid = settings.grid(self.denoiser.schedule, self.base.scheduler_config)
         return SOLVERS[settings.scheduler].run(denoise, noise(), grid, noise)

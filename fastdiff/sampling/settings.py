@@ -1,6 +1,7 @@
 """Sampling settings: scheduler, steps and guidance, taken from the user, a recipe or the family; and warnings on conflicts."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,7 +15,18 @@ from fastdiff.runtime.errors import as_field
 
 @dataclass(frozen=True)
 class Settings:
-    """How to sample an image. Raises ValueError for an unknown scheduler, or an eta outside [0, 1]."""
+    """How to sample an image.
+
+    With explicit `timesteps`, `num_steps` is their number. Wherever they begin, the walk begins with standard normal noise, as
+    with the diffusers schedulers that take `timesteps=`. Only "euler" scales it by sigma of the first timestep, as
+    EulerDiscreteScheduler does with trailing (the default) and linspace spacing; with leading spacing it does not. DDIMScheduler
+    takes no timesteps: "ddim" with explicit ones equals EulerDiscreteScheduler with leading spacing.
+
+    With `step_guidance`, `guidance` is the largest of them. A published guidance interval is the case (1, ..., w, ..., 1).
+
+    Raises ValueError for an unknown scheduler, an eta outside [0, 1], timesteps that do not descend, or a `step_guidance` of
+    another length than `num_steps`.
+    """
 
     scheduler: str = "dpm++"
     num_steps: int = 25
@@ -22,12 +34,33 @@ class Settings:
     spacing: str | None = None  # of the timesteps; None: the scheduler's default
     eta: float = 0.0  # randomness in [0, 1]; TCD's gamma
     timesteps: tuple[int, ...] | None = None  # explicit, descending; these override spacing and num_steps
+    step_guidance: tuple[float, ...] | None = None  # w of each step; a step of 1 or less calls the network once, any other twice
 
     def __post_init__(self) -> None:
         if self.scheduler not in SOLVERS:
             raise ValueError(f"{as_field('scheduler', self.scheduler)}: use one of {', '.join(SOLVERS)}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"`eta` must be between 0 and 1, not {self.eta}")
+        if self.timesteps is not None:
+            timesteps = tuple(self.timesteps)
+            if not timesteps or timesteps != tuple(sorted({t for t in timesteps if t >= 0}, reverse=True)):
+                raise ValueError(f"`timesteps` must descend to 0 or above, not {listed(timesteps)}")
+            self._set(timesteps=timesteps, num_steps=len(timesteps))
+        if self.step_guidance is not None:
+            weights = tuple(max(1.0, float(w)) for w in self.step_guidance)
+            if len(weights) != self.num_steps:
+                raise ValueError(f"`step_guidance`: {len(weights)} weights for {self.num_steps} steps; give one for each step")
+            self._set(guidance=max(weights), step_guidance=weights if len(set(weights)) > 1 else None)
+
+    def _set(self, **values: Any) -> None:
+        """Bring fields of a new object into their one form, so that settings that draw alike are equal."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the class is frozen
+
+    def __repr__(self) -> str:
+        """The fields in order. An unset `step_guidance` is left out: cached teacher samples are named by this text."""
+        values = {k: v for k, v in vars(self).items() if k != "step_guidance" or v is not None}
+        return f"Settings({', '.join(f'{k}={v!r}' for k, v in values.items())})"
 
     @classmethod
     def usual(cls, family: Family) -> "Settings":
@@ -36,35 +69,63 @@ class Settings:
 
     @classmethod
     def of(cls, recipe: Recipe, default: "Settings", **given: Any) -> "Settings":
-        """Combine settings: given values come first, then the recipe's, then the default's."""
-        names = ("scheduler", "num_steps", "guidance", "spacing", "eta", "timesteps")
-        from_recipe = {k: v for k, v in vars(recipe).items() if k in names and v is not None}
-        chosen = from_recipe | {k: v for k, v in given.items() if v is not None}
-        if "scheduler" in chosen and "spacing" not in chosen:
-            chosen["spacing"] = None  # the default's spacing belongs to the default's scheduler
-        if given.get("spacing") or len(chosen.get("timesteps") or ()) != chosen.get("num_steps"):
-            chosen["timesteps"] = None  # explicit timesteps are valid for their own number of steps only
-        return replace(default, **chosen)
+        """Combine settings: given values come first, then the recipe's, then the default's.
+
+        Explicit timesteps and guidance of single steps are kept only as long as no value before them names another number of
+        steps, another spacing or another guidance.
+        """
+        given = {k: v for k, v in given.items() if v is not None}
+        chosen = dict[str, Any]()
+        for values in (vars(default), vars(recipe), given):
+            new = {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None}
+            if "timesteps" in new:
+                new["num_steps"] = len(new["timesteps"])
+            other_steps = "num_steps" in new and new["num_steps"] != chosen.get("num_steps")
+            if "scheduler" in new:
+                chosen["spacing"] = None  # an earlier spacing belongs to the earlier scheduler
+            if other_steps or "spacing" in new:
+                chosen["timesteps"] = None
+            if other_steps or "guidance" in new:
+                chosen["step_guidance"] = None
+            chosen |= new
+        return cls(**chosen)
 
     @property
     def guided(self) -> bool:
-        """Whether classifier-free guidance is on."""
+        """Whether classifier-free guidance is on, in any step."""
         return self.guidance > 1
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The guidance w of each step (num_steps,)."""
+        return self.step_guidance or (self.guidance,) * self.num_steps
 
     @property
     def calls(self) -> int:
         """The number of network evaluations per image; a guided step costs two."""
-        return self.num_steps * (2 if self.guided else 1)
+        return sum(2 if w > 1 else 1 for w in self.weights)
 
     def grid(self, schedule: Any, scheduler_config: dict[str, Any]) -> Grid:
-        """Return the timesteps of these settings on a noise schedule, with the options of a diffusers scheduler config."""
+        """Return the timesteps of these settings on a noise schedule, with the options of a diffusers scheduler config.
+
+        ValueError where they are not timesteps of the schedule.
+        """
         spacing = self.spacing or SOLVERS[self.scheduler].spacing
-        if self.timesteps:
+        explicit = self.timesteps is not None or spacing == "lcm"  # DDIMScheduler knows neither
+        if self.timesteps is None:
+            t = schedule.grid(self.num_steps, spacing, scheduler_config.get("steps_offset", 0))
+        elif self.timesteps[0] < len(schedule):
             t = torch.tensor(self.timesteps)
         else:
-            t = schedule.grid(self.num_steps, spacing, scheduler_config.get("steps_offset", 0))
-        final = None if scheduler_config.get("set_alpha_to_one", True) else 0
-        return Grid(schedule, t, final, start_scale=spacing in {"trailing", "linspace"}, eta=self.eta)
+            raise ValueError(f"`timesteps` must be below {len(schedule)}, not {listed(self.timesteps)}")
+        final = None if scheduler_config.get("set_alpha_to_one", True) or explicit else 0
+        scaled = spacing in {"trailing", "linspace"}
+        return Grid(schedule, t, final, start_scale=scaled, eta=self.eta, explicit=explicit)
+
+
+def listed(values: Iterable[float]) -> str:
+    """Numbers as text with commas: 1, 7.5, 1."""
+    return ", ".join(f"{v:g}" for v in values)
 
 
 def asked(recipe: Recipe, default: Settings, **given: Any) -> Settings:

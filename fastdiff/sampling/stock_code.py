@@ -1,0 +1,96 @@
+"""The Python code that draws the same pictures as given settings do, with the schedulers and pipelines of stock diffusers.
+
+So every row of a table can be checked by somebody who does not trust this package.
+"""
+
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.diffusion.samplers import SOLVERS
+from fastdiff.runtime.errors import UsageError
+from fastdiff.sampling.assemble import scheduler_arguments
+from fastdiff.sampling.settings import Settings, listed
+
+# The spacings that a diffusers scheduler computes exactly as NoiseSchedule.grid does. DPMSolverMultistepScheduler's "leading" and
+# "linspace" divide by one more, Euler's "linspace" is not rounded: these timesteps have to be given one by one.
+OWN_SPACINGS = {
+    "ddim": {"trailing", "leading", "linspace"},
+    "euler": {"trailing", "leading"},
+    "dpm++": {"trailing"},
+    "lcm": {"lcm"},
+    "tcd": {"lcm"},
+}
+SD_GUIDANCE = """\
+cond, uncond = pipe.encode_prompt(prompt, pipe.device, 1, True)
+
+
+def guide_next_step(pipe, step, timestep, tensors):
+    w = guidance[min(step + 1, len(guidance) - 1)]
+    pipe._guidance_scale = w
+    return {"prompt_embeds": torch.cat([uncond, cond]) if w > 1 else cond}
+"""
+SDXL_GUIDANCE = """\
+cond, uncond, pooled, uncond_pooled = pipe.encode_prompt(prompt, device=pipe.device)
+
+
+def guide_next_step(pipe, step, timestep, tensors):
+    w = guidance[min(step + 1, len(guidance) - 1)]
+    pipe._guidance_scale = w
+    ids = tensors["add_time_ids"][: len(cond)]
+    if w <= 1:
+        return {"prompt_embeds": cond, "add_text_embeds": pooled, "add_time_ids": ids}
+    pairs = {"prompt_embeds": (uncond, cond), "add_text_embeds": (uncond_pooled, pooled), "add_time_ids": (ids, ids)}
+    return {name: torch.cat(pair) for name, pair in pairs.items()}
+"""
+
+
+def literal(value: str | bool) -> str:
+    """A value as Python source, text in double quotes."""
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def stock_code(base: Checkpoint, settings: Settings) -> str:
+    """Return Python code that draws the variable `prompt` from the integer `seed`, and names the picture `image`.
+
+    It expects `pipe`, a StableDiffusionPipeline or StableDiffusionXLPipeline of the base in fp32, and gives it the scheduler. The
+    pictures are those of `Sampler`, up to rounding. Where steps differ in guidance, a callback sets the guidance of the next
+    step, and an unguided step calls the network for the prompt alone.
+
+    Raises UsageError for guidance of single steps with a base that takes the guidance weight as an input.
+    """
+    if settings.step_guidance is not None and base.unet_config.get("time_cond_proj_dim") is not None:
+        raise UsageError("`step_guidance`: this base takes one guidance for all steps, as an input", "give one `guidance`")
+    name, spacing = settings.scheduler, settings.spacing or SOLVERS[settings.scheduler].spacing
+    if settings.timesteps is None and spacing in OWN_SPACINGS[name]:
+        steps, wanted = f"num_inference_steps={settings.num_steps}", scheduler_arguments(name, spacing)
+    else:
+        steps = f"timesteps=[{listed(settings.grid(base.schedule(), base.scheduler_config).t.tolist())}]"
+        if name == "ddim":  # DDIMScheduler takes none; Euler's steps equal DDIM's, and with leading spacing the noise is as given
+            name, spacing = "euler", "leading"
+        wanted = scheduler_arguments(name, "leading" if spacing == "lcm" else spacing)
+        if name != "euler":
+            wanted.pop("timestep_spacing")  # it would have no effect; on Euler's start noise it has
+    if base.prediction_type != base.scheduler_config.get("prediction_type", "epsilon"):
+        wanted["prediction_type"] = base.prediction_type
+    config, stock = "".join(f", {key}={literal(value)}" for key, value in wanted.items()), SOLVERS[name].stock
+    eta = f", eta={settings.eta:g}" if settings.eta and settings.scheduler == "tcd" else ""
+    lines = [
+        "import torch",
+        f"from diffusers import {stock}",
+        "",
+        f"pipe.scheduler = {stock}.from_config(pipe.scheduler.config{config})",
+    ]
+    drawn = f"{steps}{eta}, generator=torch.Generator().manual_seed(seed)"
+    if settings.step_guidance is None:
+        return "\n".join([*lines, f"image = pipe(prompt, guidance_scale={settings.guidance:g}, {drawn}).images[0]", ""])
+    sized = base.family.size_conditioned
+    names = ", ".join(map(literal, ("prompt_embeds", "add_text_embeds", "add_time_ids") if sized else ("prompt_embeds",)))
+    lines += [
+        f"guidance = [{listed(settings.step_guidance)}]",
+        *(SDXL_GUIDANCE if sized else SD_GUIDANCE).splitlines(),
+        "",
+        "",
+        f"how = dict({drawn})",
+        f"how |= dict(callback_on_step_end=guide_next_step, callback_on_step_end_tensor_inputs=[{names}])",
+        "image = pipe(prompt, guidance_scale=guidance[0], **how).images[0]",
+        "",
+    ]
+    return "\n".join(lines)
