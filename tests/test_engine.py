@@ -435,10 +435,11 @@ def test_nothing_is_read_back_inside(kind, settings, request):
 
 
 @pytest.mark.slow
-def test_the_whole_walk_is_one_graph_for_a_compiler(opened):
+@pytest.mark.parametrize("settings", [LCM, MIXED])
+def test_the_whole_walk_is_one_graph_for_a_compiler(opened, settings):
     base, cat, _, uncond = opened
     sampler = Sampler(base, device="cpu", compile="off")
-    walk = sampler.walk(cat, uncond, [1], LCM, (8, 8))
+    walk = sampler.walk(cat, uncond, [1], settings, (8, 8))
     expected = sampler.engine.bytes(walk)
 
     def draw(noise, **inputs):

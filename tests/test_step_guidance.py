@@ -275,7 +275,7 @@ def test_a_network_that_is_told_one_guidance_refuses_several(tiny_sd):
     base.__dict__["unet"] = guidance_embedded(base.unet).requires_grad_(False)
     sampler = Sampler.of_networks(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
     cond, uncond = text.encode(base, ["a cat"]), text.unconditional(base)
-    with pytest.raises(UsageError, match=r"`step_guidance=1, 3, 1`: this network takes one guidance for all steps"):
+    with pytest.raises(UsageError, match="step_guidance 1, 3, 1: this network takes one for all steps"):
         sampler.latents(cond, uncond, [1], THREE, (8, 8))
     assert sampler.latents(cond, uncond, [1], Settings("dpm++", 2, 3.0), (8, 8)).isfinite().all()
 
@@ -391,11 +391,11 @@ def test_a_row_as_text():
         ("steps=3 guidance=nan", "each from 0"),
         ("timesteps=333,666", "do not descend"),
         ("timesteps=1000", "each from 0 to 999"),
-        ("timesteps=999,499 steps=3", "leave out `start` and `steps`"),
-        ("timesteps=999,499 start=999", "leave out `start` and `steps`"),
+        ("timesteps=999,499 steps=3", "leave out start and steps"),
+        ("timesteps=999,499 start=999", "leave out start and steps"),
         ("start=749", "give steps=N"),
         ("start=1 steps=3", "only 2 timesteps"),
-        ("start=749 steps=3 spacing=leading", "leave out `spacing`"),
+        ("start=749 steps=3 spacing=leading", "leave out spacing"),
         ("scheduler=lcm steps=51", "lcm spacing has 50 timesteps"),
     ],
 )

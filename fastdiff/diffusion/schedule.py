@@ -35,7 +35,7 @@ def timesteps_from(start: int, num_steps: int) -> tuple[int, ...]:
     ValueError where fewer than `num_steps` timesteps lie between 0 and `start`.
     """
     if not 1 <= num_steps <= start + 1:
-        raise ValueError(f"`start={start}`: has room for 1 to {start + 1} steps, not for {num_steps}")
+        raise ValueError(f"start {start}: it has room for 1 to {start + 1} steps, not for {num_steps}")
     return tuple(round((start + 1) * (num_steps - k) / num_steps) - 1 for k in range(num_steps))
 
 

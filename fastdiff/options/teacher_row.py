@@ -80,7 +80,7 @@ def check_timesteps(row: str, values: dict[str, Any]) -> None:
     if timesteps != tuple(sorted(set(timesteps), reverse=True)):
         raise refusal(row, "the timesteps do not descend", "give each once, the largest first")
     if "start" in values or values.get("steps", len(timesteps)) != len(timesteps):
-        raise refusal(row, "timesteps already say the start and the number of steps", "leave out `start` and `steps`")
+        raise refusal(row, "timesteps already say the start and the number of steps", "leave out start and steps")
 
 
 def check_steps(row: str, values: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ def check_steps(row: str, values: dict[str, Any]) -> None:
         raise refusal(row, "the number of steps is missing", "give steps=N, or timesteps")
     steps = values["steps"]
     if "start" in values and "spacing" in values:
-        raise refusal(row, "after `start` the steps are spaced evenly", "leave out `spacing`")
+        raise refusal(row, "after the start the steps are spaced evenly", "leave out spacing")
     if "start" in values and steps > values["start"] + 1:
         raise refusal(row, f"only {values['start'] + 1} timesteps lie between 0 and the start", "give fewer steps")
     spacing = values.get("spacing", "lcm" if values.get("scheduler") in {"lcm", "tcd"} else None)

@@ -285,8 +285,8 @@ class Sampler:
         Raises UsageError if it takes w and the settings give each step its own: its inputs are computed for one w.
         """
         if self.denoiser.guidance_embedded and settings.step_guidance is not None:
-            steps = as_field("step_guidance", listed(settings.step_guidance))
-            raise UsageError(f"{steps}: this network takes one guidance for all steps, as an input", "give one `guidance`")
+            weights = listed(settings.step_guidance)
+            raise UsageError(f"step_guidance {weights}: this network takes one for all steps, as an input", "give one `guidance`")
         return not self.denoiser.guidance_embedded
 
     def latents(self, cond: Cond, uncond: Cond, seeds: Sequence[int], settings: Settings, size: tuple[int, int]) -> Tensor:

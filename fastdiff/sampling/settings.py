@@ -44,12 +44,12 @@ class Settings:
         if self.timesteps is not None:
             timesteps = tuple(self.timesteps)
             if not timesteps or timesteps != tuple(sorted({t for t in timesteps if t >= 0}, reverse=True)):
-                raise ValueError(f"`timesteps` must descend to 0 or above, not {listed(timesteps)}")
+                raise ValueError(f"explicit timesteps must descend to 0 or above, not {listed(timesteps)}")
             self._set(timesteps=timesteps, num_steps=len(timesteps))
         if self.step_guidance is not None:
             weights = tuple(max(1.0, float(w)) for w in self.step_guidance)
             if len(weights) != self.num_steps:
-                raise ValueError(f"`step_guidance`: {len(weights)} weights for {self.num_steps} steps; give one for each step")
+                raise ValueError(f"step_guidance: {len(weights)} weights for {self.num_steps} steps; give one for each step")
             self._set(guidance=max(weights), step_guidance=weights if len(set(weights)) > 1 else None)
 
     def _set(self, **values: Any) -> None:
@@ -117,7 +117,7 @@ class Settings:
         elif self.timesteps[0] < len(schedule):
             t = torch.tensor(self.timesteps)
         else:
-            raise ValueError(f"`timesteps` must be below {len(schedule)}, not {listed(self.timesteps)}")
+            raise ValueError(f"explicit timesteps must be below {len(schedule)}, not {listed(self.timesteps)}")
         final = None if scheduler_config.get("set_alpha_to_one", True) or explicit else 0
         scaled = spacing in {"trailing", "linspace"}
         return Grid(schedule, t, final, start_scale=scaled, eta=self.eta, explicit=explicit)

@@ -57,7 +57,7 @@ def stock_code(base: Checkpoint, settings: Settings) -> str:
     Raises UsageError for guidance of single steps with a base that takes the guidance weight as an input.
     """
     if settings.step_guidance is not None and base.unet_config.get("time_cond_proj_dim") is not None:
-        raise UsageError("`step_guidance`: this base takes one guidance for all steps, as an input", "give one `guidance`")
+        raise UsageError("step_guidance: this base takes one guidance for all steps, as an input", "give one `guidance`")
     name, spacing = settings.scheduler, settings.spacing or SOLVERS[settings.scheduler].spacing
     if settings.timesteps is None and spacing in OWN_SPACINGS[name]:
         steps, wanted = f"num_inference_steps={settings.num_steps}", scheduler_arguments(name, spacing)
