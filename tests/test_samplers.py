@@ -92,6 +92,18 @@ def test_lcm(kind, n, monkeypatch):
     close(ours("lcm", kind, n, "lcm", noises=noises.values), theirs(scheduler, n))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2, 4, 10])
+def test_dpmpp_2m_sde(kind, n, monkeypatch):
+    import diffusers.schedulers.scheduling_dpmsolver_multistep as module
+
+    noises = Noises(monkeypatch, module, n)
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        **SD, prediction_type=kind, timestep_spacing="trailing", final_sigmas_type="zero", algorithm_type="sde-dpmsolver++"
+    )
+    close(ours("dpm++sde", kind, n, "trailing", noises=noises.values), theirs(scheduler, n))
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("n", [1, 4])
 def test_tcd(eta, n, monkeypatch):

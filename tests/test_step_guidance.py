@@ -324,6 +324,7 @@ UNEVEN = Settings("ddim", timesteps=(900, 640, 300), step_guidance=(3, 1, 2))
         Settings("euler", 3, 3.0, "linspace"),
         Settings("euler", 2, 1.0, timesteps=(900, 300)),
         Settings("dpm++", 4, 1.0, "leading"),
+        Settings("dpm++sde", timesteps=(999, 600, 300), step_guidance=(1, 3, 1)),
         Settings("tcd", 2, 1.0, eta=0.3),
         Settings("tcd", 2, 1.0),
     ],

@@ -31,7 +31,9 @@ class Config(BaseConfig):
     allow_partial: Annotated[bool, "apply the fitting modules of a LoRA that does not fit completely"] = False
     num_images: Annotated[int, "images per prompt, with seeds --seed, --seed + 1, ...", Range(1)] = 1
     seed: Annotated[int, "seed of the first image of each prompt", Range(0, 2**63 - 1)] = 0
-    scheduler: Annotated[Literal["ddim", "euler", "dpm++", "lcm", "tcd"] | None, "sampler; default: the recipe's"] = None
+    scheduler: Annotated[Literal["ddim", "euler", "dpm++", "dpm++sde", "lcm", "tcd"] | None, "sampler; default: the recipe's"] = (
+        None
+    )
     spacing: Annotated[
         Literal["trailing", "leading", "linspace", "lcm"] | None, "spacing of the timesteps; default: the scheduler's"
     ] = None

@@ -9,7 +9,7 @@ from fastdiff.runtime.errors import UsageError, as_field
 
 LAST = 999  # the last timestep of every family's schedule
 LCM_GRID = 50  # how many timesteps "lcm" spacing chooses from
-NAMES = {"scheduler": ("ddim", "euler", "dpm++", "lcm", "tcd"), "spacing": ("trailing", "leading", "linspace", "lcm")}
+NAMES = {"scheduler": ("ddim", "euler", "dpm++", "dpm++sde", "lcm", "tcd"), "spacing": ("trailing", "leading", "linspace", "lcm")}
 
 
 class Numbers(NamedTuple):

@@ -124,8 +124,8 @@ def scheduler_arguments(name: str, spacing: str | None) -> dict[str, Any]:
     spacing, wanted = spacing or SOLVERS[name].spacing, dict[str, Any]()
     if spacing != "lcm":  # LCM and TCD schedulers know no other spacing
         wanted["timestep_spacing"] = spacing
-    if name == "dpm++":
-        wanted["final_sigmas_type"] = "zero"
+    if name in {"dpm++", "dpm++sde"}:
+        wanted |= {"final_sigmas_type": "zero", "algorithm_type": "dpmsolver++" if name == "dpm++" else "sde-dpmsolver++"}
     elif name != "euler":  # diffusers clips x0 to -1..1 unless a config says no; a PNDM or Euler config need not say it
         wanted["clip_sample"] = False
     return wanted

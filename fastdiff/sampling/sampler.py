@@ -173,8 +173,8 @@ class Sampler:
     ) -> Iterator[Any]:
         """Yield PIL pictures one by one, each prompt from every seed. The next batch is drawn while the caller uses this one.
 
-        With one prompt, seeds may be endless (`itertools.count()`). Steps, scheduler (ddim, euler, dpm++, lcm, tcd), guidance
-        (w in u + w (c - u); 1 or less: none), spacing of the timesteps and eta (TCD's gamma) default to the recipe's.
+        With one prompt, seeds may be endless (`itertools.count()`). Steps, scheduler (ddim, euler, dpm++, dpm++sde, lcm, tcd),
+        guidance (w in u + w (c - u); 1 or less: none), spacing of the timesteps and eta (TCD's gamma) default to the recipe's.
         `negative` is a prompt of what to avoid. `resolution_px` is the side in pixels (default: the base's). `control_image`,
         for a ControlNet, is a path, a PIL picture or pixels (3, H, W) in [0, 1]. `batch_size` pictures are drawn at once.
         Raises UsageError if only one of ControlNet and `control_image` is there, and ValueError for invalid settings.

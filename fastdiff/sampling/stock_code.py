@@ -15,6 +15,7 @@ OWN_SPACINGS = {
     "ddim": {"trailing", "leading", "linspace"},
     "euler": {"trailing", "leading"},
     "dpm++": {"trailing"},
+    "dpm++sde": {"trailing"},
     "lcm": {"lcm"},
     "tcd": {"lcm"},
 }

@@ -21,15 +21,8 @@ from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.sheet import FULL
 from fastdiff.training.run import Run
 
-# The name of each sampler of a recipe in stock diffusers, and below in ComfyUI and A1111.
-DIFFUSERS = {
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "lcm": "LCMScheduler",
-    "tcd": "TCDScheduler",
-}
-ELSEWHERE = {"ddim": "DDIM", "euler": "Euler", "dpm++": "DPM++ 2M", "lcm": "LCM", "tcd": "TCD"}
+# The name of each sampler of a recipe in ComfyUI and A1111.
+ELSEWHERE = {"ddim": "DDIM", "euler": "Euler", "dpm++": "DPM++ 2M", "dpm++sde": "DPM++ 2M SDE", "lcm": "LCM", "tcd": "TCD"}
 FENCE = "```"
 
 
@@ -56,7 +49,7 @@ def usage_of_recipe(weights: Path, base: Checkpoint, recipe: Recipe) -> Usage:
     """
     if recipe.scheduler is None:
         return usage_like_base(weights, base, f"{weights.stem}: {base.ref}", recipe.method or "", "")
-    is_lora, scheduler = weights.suffix == ".safetensors", DIFFUSERS[recipe.scheduler]
+    is_lora, scheduler = weights.suffix == ".safetensors", SOLVERS[recipe.scheduler].stock
     call = f"num_inference_steps={recipe.num_steps}"
     if recipe.timesteps:
         call += f", timesteps={list(recipe.timesteps)}"
@@ -64,6 +57,7 @@ def usage_of_recipe(weights: Path, base: Checkpoint, recipe: Recipe) -> Usage:
         call += f", eta={recipe.eta}"
     spacing = recipe.spacing or SOLVERS[recipe.scheduler].spacing
     arguments = ', timestep_spacing="trailing"' if spacing == "trailing" and not recipe.timesteps else ""
+    arguments += ', algorithm_type="sde-dpmsolver++"' if recipe.scheduler == "dpm++sde" else ""
     arguments += f', prediction_type="{recipe.prediction_type}"' if recipe.prediction_type != base.prediction_type else ""
     load = load_expression(base) if is_lora else f'DiffusionPipeline.from_pretrained("{weights.name}")'
     load = f"pipe = {load}\npipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{arguments})\n"
