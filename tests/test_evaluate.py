@@ -228,7 +228,7 @@ def test_rows_figures_and_a_page_that_needs_nothing_else(fastdiff, tiny_sd, trai
     assert all(row["same_noise"] > 0 and row["drift"] > 0 and row["diversity"] > 0 for row in rows[1:])
     latencies = {name for name in told["timings"] if name.startswith("latency_ms/")}
     assert len(latencies) == len(rows)  # as many names as rows: guided and not are two
-    assert {"latency_ms/teacher, 3 steps, guidance 7.5 (dpm++)", "latency_ms/lcm, 1 steps (lcm)"} <= latencies
+    assert {"latency_ms/teacher, 3 steps, guidance 7.5 (dpm++)", "latency_ms/lcm, 1 step (lcm)"} <= latencies
     page = (tmp_path / told["outputs"][0]["path"]).read_text()
     assert page.count("data:image/png;base64,") == len(rows) * 6
     assert not re.search(r"(src|href)=.(http|/)", page)

@@ -80,7 +80,7 @@ def test_timesteps_beyond_the_schedule_are_refused():
 def test_titles_name_all_that_rows_differ_in():
     assert title("teacher", THREE) == "teacher, 3 steps, guidance 1, 3, 1 at 999, 666, 333 (dpm++)"
     assert title("teacher", INTERVAL) == "teacher, 5 steps, guidance 1, 3, 3, 3, 1 (dpm++)"
-    assert title("teacher", Settings("ddim", 1, 1.0, timesteps=(749,))) == "teacher, 1 steps at 749 (ddim)"
+    assert title("teacher", Settings("ddim", 1, 1.0, timesteps=(749,))) == "teacher, 1 step at 749 (ddim)"
     assert title("lcm", Settings("ddim", 2, 3.0, "trailing")) == "lcm, 2 steps, guidance 3 (ddim)"
     assert title("lcm", Settings("ddim", 2, 3.0, "leading")) == "lcm, 2 steps, guidance 3 (ddim leading)"
     assert title("tcd", Settings("tcd", 4, 1.0, eta=0.3)) == "tcd, 4 steps (tcd, eta 0.3)"

@@ -26,6 +26,7 @@ from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.data import emoji
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.fast.unet import unet_of
 from fastdiff.models.feature_net import FeatureNet
 from fastdiff.quality import emoji as judge
 from fastdiff.quality import metrics
@@ -37,7 +38,7 @@ from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
 
-BATCH = 100
+BATCH = 64
 LADDER = 600  # pictures of each row of the ladder
 LATENTS = 512  # teacher pictures that are stored as latents, to show them beside a student's
 # What anyone would try: the same solvers that the search tries, as usual.
@@ -54,12 +55,24 @@ USUAL = [
 ]
 
 
+# Classes of diffusers, with their algorithm where they have several, and our solvers.
+STOCK = {
+    ("DDIMScheduler", ""): "ddim",
+    ("EulerDiscreteScheduler", ""): "euler",
+    ("DPMSolverMultistepScheduler", ""): "dpm++",
+    ("DPMSolverMultistepScheduler", "dpmsolver++"): "dpm++",
+    ("DPMSolverMultistepScheduler", "sde-dpmsolver++"): "dpm++sde",
+    ("LCMScheduler", ""): "lcm",
+}
+
+
 class Rows:
     """Draws rows of judged pictures and keeps their latents on disk, and how the judge and the network of the losses see them."""
 
     def __init__(self, base: Checkpoint, folder: Path, n: int) -> None:
         self.base, self.folder, self.prompts = base, folder, judge.Prompts.judged(n)
-        self.sampler = Sampler.of_networks(base, Denoiser(base.unet, base.schedule(), base.prediction_type), base.vae)
+        net = Denoiser(unet_of(base, device="cpu"), base.schedule(), base.prediction_type)
+        self.sampler = Sampler.of_networks(base, net, base.vae)
         self.cond, self.uncond = self.sampler.conds(self.prompts.captions)
         self.losses_net = FeatureNet.embedded()
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,8 +157,23 @@ class Yardstick:
 
 def finalists(winners: Path) -> list[Settings]:
     """The settings that the search chose, and the usual ones, each once."""
-    chosen = [row["settings"] for of in json.loads(winners.read_text()).values() for row in of.values()]
-    return list(dict.fromkeys([*(judge.settings_of(row) for row in chosen), *USUAL]))
+    chosen = [row for of in json.loads(winners.read_text()).values() for row in of.values()]
+    return list(dict.fromkeys([*map(as_settings, chosen), *USUAL]))
+
+
+def as_settings(row: dict[str, Any]) -> Settings:
+    """What the search calls a diffusers scheduler with options as our settings. ValueError where we have no such solver."""
+    options, at = row["options"], row["given_timesteps"] and tuple(row["given_timesteps"])
+    name, spacing = STOCK.get((row["scheduler"], options.get("algorithm_type", ""))), options.get("timestep_spacing")
+    others = options.keys() - {"timestep_spacing", "algorithm_type", "solver_order"}
+    first_order = name in {"dpm++", "dpm++sde"} and options.get("solver_order", 2) != 2 and len(row["guidance"]) > 2
+    if name is None or others or first_order:
+        raise ValueError(f"no solver of fastdiff equals {row['scheduler']} with {options}")
+    if at and name == "euler" and spacing == "leading":
+        name = "ddim"  # the same steps, and the noise is not scaled
+    spacing = spacing if name == "euler" or not at else None
+    weights = tuple(row["guidance"])
+    return Settings(name, len(weights), max(weights), spacing, timesteps=at, step_guidance=weights)
 
 
 def described(settings: Settings) -> dict[str, Any]:

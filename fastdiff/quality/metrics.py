@@ -66,7 +66,8 @@ def title(model: str, settings: Settings) -> str:
     at = f" at {listed(s.timesteps)}" if s.timesteps else ""
     spacing = f" {s.spacing}" if s.spacing not in {None, SOLVERS[s.scheduler].spacing} else ""
     random = f", eta {s.eta:g}" if s.eta else ""
-    return f"{model}, {s.num_steps} steps{guided}{at} ({s.scheduler}{spacing}{random})"
+    steps = f"{s.num_steps} step{'s' * (s.num_steps != 1)}"
+    return f"{model}, {steps}{guided}{at} ({s.scheduler}{spacing}{random})"
 
 
 @dataclass(eq=False)
