@@ -63,6 +63,7 @@ STOCK = {
     ("DPMSolverMultistepScheduler", "dpmsolver++"): "dpm++",
     ("DPMSolverMultistepScheduler", "sde-dpmsolver++"): "dpm++sde",
     ("LCMScheduler", ""): "lcm",
+    ("TCDScheduler", ""): "tcd",
 }
 
 
@@ -173,7 +174,8 @@ def as_settings(row: dict[str, Any]) -> Settings:
         name = "ddim"  # the same steps, and the noise is not scaled
     spacing = spacing if name == "euler" or not at else None
     weights = tuple(row["guidance"])
-    return Settings(name, len(weights), max(weights), spacing, timesteps=at, step_guidance=weights)
+    eta = 0.3 if name == "tcd" else 0.0  # what TCDScheduler steps with, if it is not told
+    return Settings(name, len(weights), max(weights), spacing, eta, timesteps=at, step_guidance=weights)
 
 
 def described(settings: Settings) -> dict[str, Any]:

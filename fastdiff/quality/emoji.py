@@ -269,7 +269,7 @@ def settings_of(entry: dict[str, Any]) -> Settings:
     """The sampling settings of an entry of teacher.json."""
     timesteps, step_guidance = (tuple(entry[k]) if entry.get(k) else None for k in ("timesteps", "step_guidance"))
     way = Settings(entry["solver"], entry["num_steps"], entry["guidance"], entry["spacing"])
-    return replace(way, timesteps=timesteps, step_guidance=step_guidance)
+    return replace(way, eta=entry["eta"], timesteps=timesteps, step_guidance=step_guidance)
 
 
 def row_of(entry: dict[str, Any], features: Features, teacher: Row | None = None) -> Row:

@@ -56,7 +56,7 @@ class Row:
         s = self.settings
         way = dict(model=self.model, solver=s.scheduler, spacing=s.spacing, num_steps=s.num_steps, guidance=s.guidance)
         one_by_one = dict(timesteps=s.timesteps and list(s.timesteps), step_guidance=s.step_guidance and list(s.step_guidance))
-        return {**way, **one_by_one, "calls": self.calls}
+        return {**way, "eta": s.eta, **one_by_one, "calls": self.calls}
 
 
 def title(model: str, settings: Settings) -> str:
