@@ -5,7 +5,7 @@
 #   examples/emoji/long_proof.sh [SEED]
 set -euo pipefail
 seed=${1:-0}
-shared=(--warmup 50 --proof 2000 --seed "$seed" --json)
+shared=(--warmup 50 --proof 4000 --seed "$seed" --json)
 lcm=(--ema 0.99 --batch-size 32 --lora-rank 64 --lora-alpha 64)
 dmd=(--ema 0.99 --lora-layers all --lora-rank 32 --lora-alpha 32 --lr 5e-4 --pairs 4320 --reg-batch 12)
 fastdiff train-lcm-lora "${shared[@]}" "${lcm[@]}" --steps 1500 --weighting inverse-step -o "runs/long-lcm-$seed" > "long-lcm-$seed.json"
@@ -18,7 +18,7 @@ small=(--seed "$seed" --json)
 fastdiff prune "${small[@]}" --layout sdxs-512 --steps 2000 --ema 0.99 -o "runs/long-small-$seed" > "long-small-$seed.json"
 fastdiff distill-vae "${small[@]}" --width 24 --blocks 3,3,2,0 --pairs 4320 --steps 2500 --lambda-lpips 0.3 \
     --lambda-gan 0.03 -o "runs/long-vae-$seed" > "long-vae-$seed.json"
-fastdiff sdxs --ema 0.99 --proof 2000 "${small[@]}" --init "runs/long-small-$seed/model" --vae "runs/long-vae-$seed/tiny-vae" \
+fastdiff sdxs --ema 0.99 --proof 4000 "${small[@]}" --init "runs/long-small-$seed/model" --vae "runs/long-vae-$seed/tiny-vae" \
     --steps 2400 --match-steps 200 --pairs 4320 -o "runs/long-sdxs-$seed" > "long-sdxs-$seed.json"
 names=(LCM PCM DMD Lightning SDXS)
 files=(lcm pcm dmd light sdxs)
