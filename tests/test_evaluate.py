@@ -360,7 +360,7 @@ def test_a_base_with_embedded_guidance_has_no_rows_of_several(fastdiff, tiny_sd,
 
 
 def test_the_best_stock_ways_of_so_many_calls():
-    from fastdiff.quality.evaluation import undistilled_ways as ways
+    from fastdiff.quality.ways import undistilled_ways as ways
 
     assert ways(FAMILIES["sdxl"], 4) == [
         Settings("dpm++", 4, 1.0, "trailing"),

@@ -14,8 +14,9 @@ from fastdiff.data.prompts import read_prompts
 from fastdiff.models.remap import is_pruned
 from fastdiff.options.evaluate import EXAMPLES, PRESETS, Config
 from fastdiff.quality import networks, retention
-from fastdiff.quality.evaluation import Evaluation, Model, known_features, ladder_of, prompts_of, teacher_row
+from fastdiff.quality.evaluation import Evaluation, Model, known_features, prompts_of
 from fastdiff.quality.features import ClipFeatures, open_distance, open_extractors
+from fastdiff.quality.ways import ladder_of, teacher_row
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.disk import write_atomic

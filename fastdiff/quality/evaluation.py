@@ -16,24 +16,20 @@ from torch import Tensor, nn
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.data.prompts import default_prompts, read_prompts
-from fastdiff.diffusion.samplers import SOLVERS
-from fastdiff.diffusion.schedule import timesteps_from
 from fastdiff.models import autoencoder
-from fastdiff.options.teacher_row import read_teacher_row
 from fastdiff.quality import emoji as judge
 from fastdiff.quality import report
 from fastdiff.quality.distances import gap_of
 from fastdiff.quality.features import FeatureExtractor, JudgeFeatures, open_distance, open_extractors
 from fastdiff.quality.metrics import Against, Features, Metric, Row, judging, measured, title, too_few
 from fastdiff.quality.samples import Samples
+from fastdiff.quality.ways import ladder_of, teacher_row, undistilled_ways
 from fastdiff.runtime import console, rng
 from fastdiff.runtime.errors import UsageError, device_errors_explained
 from fastdiff.sampling.assemble import pick_device
 from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler, drawing
 from fastdiff.sampling.settings import Settings
-
-STEPS = (1, 2, 4, 8)  # judged where neither the caller nor the student's recipe fixes the steps
 
 
 @dataclass
@@ -306,47 +302,6 @@ def warn_of_few(row: Row, against: Against) -> None:
         )
 
 
-def undistilled_ways(family: Family, calls: int) -> list[Settings]:
-    """The strongest known ways to sample an undistilled teacher in exactly `calls` network calls, that any diffusers user has.
-
-    They are the stock solvers that measured best on `emoji`: one call at the last timestep and one at three quarters of the
-    schedule; more calls without guidance, with guidance, and with guidance in the middle steps alone (a "guidance interval"),
-    or for an odd number of calls after the first step. For `emoji` itself they are the shipped best settings.
-    """
-    usual = Settings.usual(family)
-    ways = [replace(usual, scheduler="ddim" if calls == 1 else "dpm++", num_steps=calls, guidance=1.0, spacing="trailing")]
-    if calls > 1 and calls % 2 == 0 and usual.guided:
-        ways.append(replace(usual, scheduler="dpm++", num_steps=calls // 2, spacing="trailing"))
-    if family.judge_ships:
-        known = list(dict.fromkeys(judge.shipped().undistilled(calls).values()))
-        return known + [way for way in ways if way.guided not in {k.guided for k in known}]
-    if calls == 1:
-        ways.append(Settings("ddim", 1, 1.0, timesteps=timesteps_from(749, 1)))
-    if usual.guided and calls > 2:
-        weights = (1.0, *[usual.guidance] * ((calls - 1) // 2), *([1.0] if calls % 2 == 0 else []))
-        ways.append(Settings("dpm++", len(weights), spacing="trailing", step_guidance=weights))
-    return ways
-
-
-def teacher_row(row: Settings | str, family: Family) -> Settings:
-    """The settings of a row of the undistilled teacher, given as they are or as "scheduler=dpm++ steps=5 guidance=1,3,3,3,1".
-
-    What the text does not say is as usual for the family. UsageError for a text that is not understood.
-    """
-    if isinstance(row, Settings):
-        return row
-    usual, values = Settings.usual(family), read_teacher_row(row)
-    scheduler, weights = values.get("scheduler", usual.scheduler), values.get("guidance", (usual.guidance,))
-    return Settings(
-        scheduler,
-        values["steps"],
-        weights[0],
-        values.get("spacing", SOLVERS[scheduler].spacing),
-        timesteps=timesteps_from(values["start"], values["steps"]) if "start" in values else values.get("timesteps"),
-        step_guidance=weights if len(weights) > 1 else None,
-    )
-
-
 def prompts_of(family: Family, prompts: str | Path | Sequence[str] | None, n: int) -> list[str]:
     """n prompts, one per picture, taken in turn from a file, a list, or by default from the prompts that ship with the family.
 
@@ -372,12 +327,6 @@ def known_features(family: Family, settings: Settings, prompts: Any) -> Features
     return judge.shipped().reference if usual else {}
 
 
-def ladder_of(recipe: Any, family: Family, num_steps: Sequence[int] | None) -> list[Settings]:
-    """A student's settings for each number of steps: `num_steps`, or the one its recipe fixes, or 1, 2, 4 and 8."""
-    own = (recipe.num_steps,) if recipe.fixed and recipe.num_steps else STEPS
-    return [Settings.of(recipe, Settings.usual(family), num_steps=n) for n in num_steps or own]
-
-
 @device_errors_explained()
 def evaluate(
     student: Any,
@@ -385,7 +334,7 @@ def evaluate(
     teacher: Checkpoint,
     num_steps: int | Sequence[int] | None = None,
     prompts: str | Path | Sequence[str] | None = None,
-    num_images: int = 500,
+    num_images: int | None = None,
     metrics: Sequence[str] = (),
     reference: str | Path | None = None,
     teacher_steps: int = 25,
@@ -401,7 +350,8 @@ def evaluate(
         print(fastdiff.evaluate(fast, teacher=base, num_steps=[1, 2, 4]).table)
 
     `student` is a Sampler, and its recipe says how it is sampled; each number in `num_steps` is a row of the table. `prompts`: a
-    list, or a file with one prompt per line; they are used in turn, and picture i has seed `seed` + i. `metrics`: any of fid,
+    list, or a file with one prompt per line; they are used in turn, and picture i has seed `seed` + i. `num_images`: pictures a
+    row, by default 500, and for `emoji` 1000, half of them of prompts that no student was trained on. `metrics`: any of fid,
     patch, clip and lpips; by default all whose networks are available. `reference`: a folder of pictures that FID and the like
     compare with; by default the teacher's pictures of other seeds. `baseline`: also judge the teacher in as many network calls
     as the student. `teacher_rows`: further ways to judge the teacher, each Settings or text such as
@@ -413,6 +363,8 @@ def evaluate(
     family, where = teacher.family, student.device if device is None else pick_device(device)
     if student.base.family != family:
         raise UsageError(f"`student`: of {student.base.family}, but the teacher is of {family}", "give its own base as teacher")
+    if num_images is None:
+        num_images = 1000 if family.judge_ships else 500
     if num_images < 2:
         raise UsageError(f"`num_images={num_images}`: must be at least 2")
     rows = [teacher_row(row, family) for row in teacher_rows]

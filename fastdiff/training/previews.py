@@ -18,8 +18,9 @@ from fastdiff.quality import emoji as judge
 from fastdiff.quality import report
 from fastdiff.quality.drift import Drift
 from fastdiff.quality.emoji import shipped
-from fastdiff.quality.evaluation import STEPS, Evaluation
+from fastdiff.quality.evaluation import Evaluation
 from fastdiff.quality.metrics import Row, present
+from fastdiff.quality.ways import STEPS
 from fastdiff.runtime import console, rng
 from fastdiff.sampling.sampler import Sampler, at_once
 from fastdiff.sampling.settings import Settings
