@@ -167,8 +167,10 @@ def as_settings(row: dict[str, Any]) -> Settings:
     options, at = row["options"], row["given_timesteps"] and tuple(row["given_timesteps"])
     name, spacing = STOCK.get((row["scheduler"], options.get("algorithm_type", ""))), options.get("timestep_spacing")
     others = options.keys() - {"timestep_spacing", "algorithm_type", "solver_order"}
-    first_order = name in {"dpm++", "dpm++sde"} and options.get("solver_order", 2) != 2 and len(row["guidance"]) > 2
-    if name is None or others or first_order:
+    order, n = options.get("solver_order", 2), len(row["guidance"])
+    # Up to four steps the third order equals the second: diffusers takes the first and the last two steps in lower orders.
+    other_order = name in {"dpm++", "dpm++sde"} and not (order == 2 or n == 1 or (order == 3 and n <= 4))
+    if name is None or others or other_order:
         raise ValueError(f"no solver of fastdiff equals {row['scheduler']} with {options}")
     if at and name == "euler" and spacing == "leading":
         name = "ddim"  # the same steps, and the noise is not scaled
