@@ -233,7 +233,8 @@ def main() -> None:
     # rows are unguided, because a single guided step is over-saturated and no better than one call.
     rungs = [replace(teacher, num_steps=n) for n in (25, 8, 4, 2)]
     rungs += [replace(teacher, num_steps=n, guidance=1.0) for n in (2, 1)]
-    ladder = [drawn.of(settings, n=min(LADDER, args.samples)) for settings in rungs]
+    n = min(LADDER, args.samples)
+    ladder = [{k: v[:n] for k, v in tensors[0].items()}, *(drawn.of(settings, n=n) for settings in rungs[1:])]
     kept = [0, *sorted(set(best.values()))]  # only the best ship
     place = {old: new for new, old in enumerate(kept)}
     table = {
