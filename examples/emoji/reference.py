@@ -105,7 +105,7 @@ class Rows:
         z = self.latents(settings, block, n)
 
         def look() -> dict[str, Tensor]:
-            parts = [self.look(z[i : i + BATCH], slice(i, i + BATCH)) for i in range(0, n, BATCH)]
+            parts = [self.look(z[i : i + BATCH], slice(i, min(i + BATCH, n))) for i in range(0, n, BATCH)]
             return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
         return {"latents": z, **self.kept("features", [given(settings), block.first, n, fingerprint(judge.judge_net())], look)}
