@@ -60,7 +60,7 @@ def test_kid_and_cmmd_in_their_own_formulas():
 
 def test_without_draws_a_gap_has_no_band():
     x = torch.arange(4.0)
-    found = gap_closed(x + 1, x, x + 2, lambda r, i: r[i].mean().item(), draws=0)
+    found = gap_closed(x + 1, x, x + 2, lambda r, i: r[i].mean().item(), "higher", draws=0)
     assert (found["gap_closed"], found["low"], found["gain_high"]) == (0.5, None, None)
 
 

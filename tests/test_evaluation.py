@@ -61,13 +61,14 @@ def test_a_closing_row_has_the_figures_of_its_pictures(untrained):
 
 
 def test_the_teacher_of_the_closing_table_is_shipped_in_every_number_of_calls(untrained):
-    evaluation = Evaluation.shipped(untrained.base, 40, device="cpu")
+    n = 160
+    evaluation = Evaluation.shipped(untrained.base, n, device="cpu")
     student = evaluation.row("student", untrained, Settings("ddim", 2, 1.0))
     gaps = evaluation.gaps(student, 2)
     assert set(gaps) == {"retrieval", "frechet"}
-    first = judge.shipped().best(2, "frechet").part(torch.arange(40))
+    first = judge.shipped().best(2, "frechet").part(torch.arange(n))
     for name, gap in gaps.items():
-        best = judge.shipped().best(2, name).part(torch.arange(40))
+        best = judge.shipped().best(2, name).part(torch.arange(n))
         assert gap["teacher"] == pytest.approx(evaluation.figures(best)[name])
         assert gap["low"] <= gap["gap_closed"] <= gap["high"]
         assert gap["verdict"] in {"ahead", "behind", "not told apart"}
@@ -103,6 +104,10 @@ def test_a_metric_is_one_entry(fastdiff, tmp_path, monkeypatch):
         assert closing[name] == pytest.approx(evaluated[name], rel=2e-2, abs=2e-2)
         assert len(closing["band"][name]) == len(evaluated["band"][name]) == 2
     assert "light" in told["metrics"]["gap_closed"]["lcm 1"]
+    verdicts = [cells for columns, cells in tables if "model" not in columns]
+    assert [line[1] for line in verdicts[0][:3]] == ["recognised", "Frechet", "mean light"]
+    assert verdicts[0][0][-1] in {"ahead", "behind", "not told apart"}
+    tables = [(columns, cells) for columns, cells in tables if "model" in columns]
     assert all("mean light" in columns for columns, _ in tables)
     assert len(tables) == 2
     assert all(any("±" in cell for line in cells for cell in line) for _, cells in tables)
@@ -132,7 +137,9 @@ def test_evaluate_for_users_of_the_library(tmp_path, monkeypatch):
     ways = [(row["model"], row["num_steps"]) for row in report.rows if row["model"] == "student"]
     assert ways == [("student", 1), ("student", 2)]
     assert report.rows is report.metrics["rows"]
-    assert set(report.metrics) == {"samples", "reference", "rows", "gap_closed"}
+    assert set(report.metrics) == {"samples", "reference", "rows", "gap_closed", "seen"}
+    assert set(report.metrics["seen"]["gap_closed"]) == {"student 1", "student 2"}
+    assert all(row["seen"].keys() >= {"retrieval", "frechet", "coverage", "band"} for row in report.rows)
     assert report.table.splitlines()[2].split()[:5] == ["model", "solver", "steps", "guidance", "calls"]
     assert len(report.table.splitlines()) == 3 + len(report.rows)
     few = [w for w in console.state.warnings if "`num_images=6`" in w]

@@ -39,7 +39,7 @@ from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
 
 BATCH = 64
-LADDER = 600  # pictures of each row of the ladder
+LADDER, STORED = 2000, 600  # pictures of each row of the ladder, and how many of them are stored
 LATENTS = 512  # teacher pictures that are stored as latents, to show them beside a student's
 # What anyone would try: the same solvers that the search tries, as usual.
 USUAL = [
@@ -235,23 +235,26 @@ def main() -> None:
     rungs += [replace(teacher, num_steps=n, guidance=1.0) for n in (2, 1)]
     n = min(LADDER, args.samples)
     ladder = [{k: v[:n] for k, v in tensors[0].items()}, *(drawn.of(settings, n=n) for settings in rungs[1:])]
+    seen_by = {"judge": "embedded", "losses": "losses"}
+    every = {name: (key, Moments.of(reference[key].float())) for name, key in seen_by.items()}
+    distances = [{name: {"frechet": frechet(row[key].float(), m)} for name, (key, m) in every.items()} for row in ladder]
     kept = [0, *sorted(set(best.values()))]  # only the best ship
     place = {old: new for new, old in enumerate(kept)}
     table = {
         "samples": args.samples,
         "rows": [rows[i] for i in kept],
         "best": {key: place[index] for key, index in best.items()},
-        "ladder": [described(settings) for settings in rungs],
+        "ladder": [described(settings) | of for settings, of in zip(rungs, distances, strict=True)],
     }
     args.out.mkdir(exist_ok=True)
     (args.out / "teacher.json").write_text(json.dumps(table, indent=1) + "\n")
-    losses = Moments.of(reference["losses"].float())
+    losses = every["losses"][1]
     shipped = {"reference": reference["embedded"].half(), "latents": tensors[0]["latents"][:LATENTS].half()}
     shipped |= {"departures": tensors[0]["departures"], "losses.mean": losses.mean.float(), "losses.cov": losses.cov.float()}
     for new, old in enumerate(kept):
         shipped |= {f"features.{new}": tensors[old]["embedded"].half(), f"background.{new}": tensors[old]["background"].half()}
     for i, row in enumerate(ladder):
-        shipped |= {f"ladder.{i}": row["embedded"].half(), f"ladder.losses.{i}": row["losses"].half()}
+        shipped |= {f"ladder.{i}": row["embedded"][:STORED].half(), f"ladder.losses.{i}": row["losses"][:STORED].half()}
     save_file({k: v.contiguous() for k, v in shipped.items()}, args.out / "teacher.safetensors")
 
 

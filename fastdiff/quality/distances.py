@@ -6,11 +6,12 @@ Shapes: N pictures, D features.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+Better = Literal["lower", "higher"]
 BOOTSTRAPS = 200
 NEIGHBOURS = 5  # k of coverage and density (Naeem 2020, section 4)
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana 2024, section 4
@@ -133,12 +134,14 @@ def verdict(low: float | None, high: float | None) -> str:
     return "ahead" if low > 0 else "behind" if high < 0 else "not told apart"
 
 
-def gap_of(student: Tensor, teacher: Tensor, best: Tensor) -> dict[str, Any]:
-    """`gap_closed` from the `redrawn` figures (1 + draws,) of three rows."""
+def gap_of(student: Tensor, teacher: Tensor, best: Tensor, better: Better) -> dict[str, Any]:
+    """`gap_closed` from the `redrawn` figures (1 + draws,) of three rows, of a metric whose lower or higher figures are better."""
     gap = (teacher - student) / (teacher - best)
-    better = (teacher - student) * (1 if teacher[0] > best[0] else -1)
-    none = [None, None]
-    (low, high), (gain_low, gain_high) = (quantiles(gap[1:]), quantiles(better[1:])) if len(gap) > 1 else (none, none)
+    gain = (teacher - student) * (1 if better == "lower" else -1)
+    none: list[float | None] = [None, None]
+    (low, high), (gain_low, gain_high) = (quantiles(gap[1:]), quantiles(gain[1:])) if len(gap) > 1 else (none, none)
+    if not gap[1:].isfinite().all():  # in some draws there is no gap to close
+        low, high = none
     return {
         "gap_closed": gap[0].item(),
         "low": low,
@@ -146,18 +149,20 @@ def gap_of(student: Tensor, teacher: Tensor, best: Tensor) -> dict[str, Any]:
         "teacher": teacher[0].item(),
         "student": student[0].item(),
         "teacher_50": best[0].item(),
-        "gain": better[0].item(),  # in the metric's own units; positive where the student is better
+        "gain": gain[0].item(),  # in the metric's own units; positive where the student is better
         "gain_low": gain_low,
         "gain_high": gain_high,
         "verdict": verdict(gain_low, gain_high),
     }
 
 
-def gap_closed(student: R, teacher: R, best: R, statistic: Statistic, *, draws: int = BOOTSTRAPS) -> dict[str, Any]:
+def gap_closed(
+    student: R, teacher: R, best: R, statistic: Statistic, better: Better = "lower", *, draws: int = BOOTSTRAPS
+) -> dict[str, Any]:
     """The part of a teacher's gap that a student closes: (m(teacher) - m(student)) / (m(teacher) - m(best)).
 
     `teacher` has as few steps as the student, `best` is the teacher with many. The result has the 95 % bootstrap band over
     pictures, for which all three rows are redrawn alike. Without draws the ends of the band are None.
     """
     n = min(len(row) for row in (student, teacher, best))
-    return gap_of(*(redrawn(row, statistic, n, draws) for row in (student, teacher, best)))
+    return gap_of(*(redrawn(row, statistic, n, draws) for row in (student, teacher, best)), better)

@@ -207,7 +207,8 @@ class Evaluation:
         name = self.main if part is None else part
         rows = [self.part(row, name) for row in (student, teacher, self.teacher)]
         n = min(map(len, rows))
-        return gap_of(*(metric.redrawn(row, self.against[name], n) for row in rows))
+        student_figures, teacher_figures, best = (metric.redrawn(row, self.against[name], n) for row in rows)
+        return gap_of(student_figures, teacher_figures, best, metric.better)
 
     def gaps(self, student: Row, calls: int, part: str | None = None) -> dict[str, dict[str, Any]]:
         """{metric: the student's `gap`}, where the gap starts at the undistilled teacher's best row in `calls` network calls."""

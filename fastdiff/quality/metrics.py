@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.samplers import SOLVERS
-from fastdiff.quality.distances import BOOTSTRAPS, NEIGHBOURS, Moments, band_of, cmmd, frechet, inside, kid, redrawn
+from fastdiff.quality.distances import BOOTSTRAPS, NEIGHBOURS, Better, Moments, band_of, cmmd, frechet, inside, kid, redrawn
 from fastdiff.quality.drift import drift
 from fastdiff.sampling.settings import Settings, listed
 
@@ -100,7 +100,7 @@ class Metric:
     label: str  # the heading of its column
     needs: str  # a feature, or several of which one is enough: "embedded|inception"
     of: Callable[[Row, Tensor, Against], float]
-    better: Literal["lower", "higher"]
+    better: Better
     reference: Literal["reference", "teacher"] | None = None  # what the row is compared with, in the same feature
     judges: bool = False  # whether the gap that a student closes is measured with it
     enough: int = 2  # pictures per row that make the figure reliable
