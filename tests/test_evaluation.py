@@ -105,7 +105,7 @@ def test_a_metric_is_one_entry(fastdiff, tmp_path, monkeypatch):
         assert len(closing["band"][name]) == len(evaluated["band"][name]) == 2
     assert "light" in told["metrics"]["gap_closed"]["lcm 1"]
     verdicts = [cells for columns, cells in tables if "model" not in columns]
-    assert [line[1] for line in verdicts[0][:3]] == ["recognised", "Frechet", "mean light"]
+    assert [line[1] for line in verdicts[0][:2]] == ["recognised", "Frechet"]
     assert verdicts[0][0][-1] in {"ahead", "behind", "not told apart"}
     tables = [(columns, cells) for columns, cells in tables if "model" in columns]
     assert all("mean light" in columns for columns, _ in tables)
@@ -114,7 +114,7 @@ def test_a_metric_is_one_entry(fastdiff, tmp_path, monkeypatch):
     page = (tmp_path / told["outputs"][0]["path"]).read_text()
     assert "<th>mean light" in page
     assert "mean light (higher is better)" in page
-    assert sum("Frechet needs at least 300 pictures" in w for w in told["warnings"]) == 1
+    assert sum("Frechet, coverage and density need at least 600 pictures" in w for w in told["warnings"]) == 1
 
 
 def test_evaluate_for_users_of_the_library(tmp_path, monkeypatch):

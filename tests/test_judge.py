@@ -224,7 +224,7 @@ def test_drift_is_nothing_against_oneself_and_tells_what_is_off(tiny_sd):
 
 
 def test_over_guided_and_one_step_pictures_drift_and_a_better_solver_does_not():
-    """On the embedded checkpoint: thrice the guidance is too strong and too sharp."""
+    """On the embedded checkpoint: thrice the guidance is too sharp."""
     base = checkpoint.load("emoji")
     denoiser = Denoiser(base.unet, base.schedule(), base.prediction_type)
     drift = Drift(base, ["panda on yellow", "red apple on blue", "rocket on purple", "fruit"] * 8, 64, "cpu")
@@ -233,5 +233,4 @@ def test_over_guided_and_one_step_pictures_drift_and_a_better_solver_does_not():
     close = drift.measure(teacher, (denoiser, Settings("ddim", 12, 3.0)))
     assert close["drift"] < 0.3 * min(more["drift"], fewer["drift"])
     assert more["drift_spread"] > 5 * close["drift_spread"]
-    assert more["saturation"] > 1.02
     assert more["sharpness"] > 1.05

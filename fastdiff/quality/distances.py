@@ -135,7 +135,7 @@ def verdict(low: float | None, high: float | None) -> str:
 
 
 def gap_of(student: Tensor, teacher: Tensor, best: Tensor, better: Better) -> dict[str, Any]:
-    """`gap_closed` from the `redrawn` figures (1 + draws,) of three rows, of a metric whose lower or higher figures are better."""
+    """`gap_closed` from the `redrawn` figures (1 + draws,) of three rows; `better` is the metric's direction."""
     gap = (teacher - student) / (teacher - best)
     gain = (teacher - student) * (1 if better == "lower" else -1)
     none: list[float | None] = [None, None]

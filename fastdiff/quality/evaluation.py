@@ -250,7 +250,7 @@ class Evaluation:
             raise UsageError("`teacher_row`: the base takes one guidance for all steps, as an input", "give one guidance a row")
         best = self.samples.row(teacher.name, made, guided, identity=made.identity)
         self.set_reference(made, best, reference, known or {})
-        warn_of_few(self.part(best, self.main), self.against[self.main])
+        warn_of_few(self.part(best, self.main), self.against[self.main], len(self.samples))
         latency_ms = {best: self.samples.latency_ms(made, guided)}
         few = sorted({settings.calls for model in students for settings in model.ladder}) if baseline else []
         ways = [way for calls in few for way in undistilled_ways(made.base.family, calls)]
@@ -293,14 +293,20 @@ class Evaluation:
         return self.compare_with(other.features, best, self.samples.lines)
 
 
-def warn_of_few(row: Row, against: Against) -> None:
-    """Warn once where a row has too few pictures for a distance between distributions."""
+def warn_of_few(row: Row, against: Against, n: int) -> None:
+    """Warn once where a row, or the first part of its n pictures, is too small for a distance between distributions."""
     if few := too_few(row, against):
-        names = " and ".join(m.label for m in few)
+        names, least = listed_in_words([m.label for m in few]), few[0].enough * round(n / len(row))
         console.warn(
-            f"`num_images={len(row)}`: {names} need{'s' if len(few) == 1 else ''} at least {few[0].enough} pictures per row "
+            f"`num_images={n}`: {names} need{'s' if len(few) == 1 else ''} at least {least} pictures per row "
             f"and may rank models wrongly with fewer; the other figures have wide bands"
         )
+
+
+def listed_in_words(names: Sequence[str]) -> str:
+    """Names as in a sentence: a, b and c."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def prompts_of(family: Family, prompts: str | Path | Sequence[str] | None, n: int) -> list[str]:
