@@ -69,8 +69,8 @@ def test_every_family_from_its_own_samples(kind, family, train, tmp_path, reques
 @pytest.mark.parametrize(
     ("args", "file", "scheduler"),
     [
-        (["--target", "edge", "--phases", "2"], "pcm.safetensors", "ddim"),
-        (["--target", "random"], "tcd.safetensors", "tcd"),
+        (["--target", "edge", "--phases", "2"], "lcm.safetensors", "ddim"),
+        (["--target", "random"], "lcm.safetensors", "tcd"),
         (["--finetune"], "lcm.safetensors", "lcm"),
         (["--loss", "l2", "--grad-accum", "2", "--gradient-checkpointing", "--ema", "0.5"], "lcm.safetensors", "lcm"),
         (["--guidance-min", "2", "--guidance-max", "5", "--skip", "5", "--lr-schedule", "cosine"], "lcm.safetensors", "lcm"),

@@ -31,6 +31,7 @@ from fastdiff.models.unet import unet_of
 from fastdiff.options.lcm import EXAMPLES, PRESETS, Config
 from fastdiff.options.lcm import Config as Options
 from fastdiff.training.method import Load, Method, Now, Phase, Stateful, Trains, Turn, equation
+from fastdiff.training.run import Run
 
 SCHEDULERS = {"zero": "lcm", "edge": "ddim", "random": "tcd"}
 
@@ -63,6 +64,10 @@ class LCM(Method):
 
     def state(self) -> dict[str, Stateful]:
         return {"target": self.target} if self.target else {}
+
+    def export(self, run: Run) -> None:
+        """Write the student as `lcm.safetensors`, whatever the target (the header names it), or as the folder `model`."""
+        self.save_student(run, None if self.config.full else "lcm")
 
     def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """Compute the consistency loss between two points of one trajectory (LCM, algorithm 1; LCF, algorithm 4)."""
