@@ -287,6 +287,8 @@ class Evaluation:
         """Compare with features of the folder's pictures, or of the teacher's pictures of other seeds; `known`: those shipped."""
         if isinstance(reference, Path):
             return self.compare_with(self.samples.of_folder(reference), best)
+        if not self.samples.extractors:  # nothing compares distributions
+            return self.compare_with({}, best)
         if known and len(self.samples.extractors) == 1:
             return self.compare_with(known, best, judge.shipped().lines)
         other = self.samples.row("reference", made, best.settings, identity=made.identity, block=rng.REFERENCE)
