@@ -19,6 +19,7 @@ from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.quality.metrics import Row, title
 from fastdiff.quality.report import text_table
+from fastdiff.quality import emoji as judge
 from fastdiff.quality.ways import teacher_row, undistilled_ways
 from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling import compiling, engine
@@ -332,6 +333,11 @@ UNEVEN = Settings("ddim", timesteps=(900, 640, 300), step_guidance=(3, 1, 2))
 )
 def test_the_code_draws_the_same_in_stock_diffusers(stock, settings):
     assert apart(*stock, settings, "fox on red") < 1e-4
+
+
+def test_the_code_draws_every_shipped_row_of_the_undistilled_teacher(stock):
+    for row in judge.shipped().rows:
+        assert apart(*stock, row.settings, "bug on red") < 1e-4, row.title
 
 
 @pytest.mark.parametrize("kind", ["tiny_sdxl", "tiny_v"])

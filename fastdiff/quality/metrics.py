@@ -4,6 +4,7 @@ A feature extractor (features.py) turns pictures into numbers, one row per pictu
 pictures need not be kept, and a metric can have a bootstrap band over pictures. N pictures, D features.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -222,7 +223,10 @@ def measured(row: Row, against: Against, *, bands: bool = True) -> dict[str, Any
     figures: dict[str, Any] = {}
     ends: dict[str, list[float]] = {}
     for metric in (m for m in METRICS if m.computable(row, against)):
-        figures[metric.name] = metric.value(row, against)
+        value = metric.value(row, against)
+        if math.isnan(value):  # for example the diversity of pictures that all have prompts of their own
+            continue
+        figures[metric.name] = value
         if bands and (low_high := metric.band(row, against)) is not None:
             ends[metric.name] = low_high
         if metric.parts is not None:
