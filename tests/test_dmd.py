@@ -170,6 +170,58 @@ def test_the_exact_denoiser_of_the_example_is_exact():
     torch.testing.assert_close(mixture(x_t, t).x0[0], expected, atol=5e-3, rtol=0)
 
 
+def test_heun_of_the_example_follows_the_flow_of_a_gaussian():
+    """Where x0 is N(0, s^2), the flow takes x at sigma to s x / sqrt(s^2 + sigma^2). Heun's error falls with the square."""
+    module, schedule = example(), NoiseSchedule.karras(1000, 0.002, 80.0)
+
+    def gaussian(x, t, label):
+        _, sigma = schedule.coefficients(t, x)
+        return schedule.predict(x * 0.25 / (0.25 + sigma**2), x, t, "sample")
+
+    gaussian.schedule = schedule
+    z, label = module.noise(4, 2, seed=0)
+    ways = {(kind, n): module.Way(tuple(schedule.grid(n).tolist()), kind) for kind in ("heun", "euler") for n in (18, 72)}
+    expected = 80 * z * 0.5 / (0.25 + 80**2) ** 0.5
+    error = {key: ((module.walk(gaussian, z, label, way) - expected).norm() / expected.norm()) for key, way in ways.items()}
+    assert error["heun", 72] < 0.005
+    assert error["heun", 72] < error["heun", 18] / 8
+    assert error["euler", 72] > error["euler", 18] / 8
+    assert ways["heun", 18].calls == 35
+
+
+def test_the_yardstick_of_the_example_tells_a_collapsed_student():
+    """One background per class: every picture is recognised, and the other columns fall."""
+    module = example()
+    data = module.pictures(3)
+    label, shade = torch.arange(270) % 3, torch.arange(270) // 3 % 9
+    dim = 0.02 * torch.randn(270, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    reference = data[label, shade] + dim.roll(1, 0)
+    yardstick = module.Yardstick(data, reference, draws=20)
+    full, collapsed = (yardstick.figures(data[label, which] + dim, label) for which in (shade, 0 * shade))
+    assert full["recognised"][0] == collapsed["recognised"][0] == 1
+    assert full["pictures of 27"][0] == pytest.approx(27, abs=0.01)
+    assert collapsed["pictures of 27"][0] == pytest.approx(3, abs=0.01)
+    assert collapsed["coverage"][1][1] < 0.5 < full["coverage"][1][0]
+    assert collapsed["diversity"][1][1] < 0.5 * full["diversity"][1][0]
+    for name in ("Frechet to real", "Frechet to teacher"):
+        assert full[name][1][1] < collapsed[name][1][0]
+
+
+def test_the_table_of_the_example_has_every_row_in_the_same_noise():
+    module = example()
+    rows, made = module.emoji_rows(2, 2, classes=2, samples=16, batch=4, draws=2, widths=(16, 16))
+    assert list(rows) == list(made)
+    assert [name.split(",")[0] for name in rows] == ["teacher"] * 4 + ["DMD with regression", "DMD without regression"]
+    assert [name.split("calls: ")[1] for name in rows] == ["35", "1", "1", "2", "1", "1"]
+    assert {images.shape for images in made.values()} == {(16, 3, 16, 16)}
+    start, *students = (made[name] for name in list(rows)[1:2] + list(rows)[4:])
+    for student in students:  # two steps from the teacher's one call of the same noise
+        assert 0 < (student - start).norm() < 0.2 * start.norm()
+    lines = module.table(rows).splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert {line.count("|") for line in lines} == {8}
+
+
 # ---- roles on one network
 
 

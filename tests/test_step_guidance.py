@@ -17,9 +17,9 @@ from fastdiff.diffusion.schedule import NoiseSchedule, timesteps_from
 from fastdiff.methods.lcm import guidance_embedded
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.quality import emoji as judge
 from fastdiff.quality.metrics import Row, title
 from fastdiff.quality.report import text_table
-from fastdiff.quality import emoji as judge
 from fastdiff.quality.ways import teacher_row, undistilled_ways
 from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling import compiling, engine
