@@ -1,12 +1,14 @@
 """No student is trained on what judges it: neither on its prompts nor on its images nor on its start noise."""
 
+from hashlib import sha256
+
 import pytest
 import torch
 from test_autocast import CASES, METHODS, folders, trainer_of  # noqa: F401  (folders is a fixture)
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.family import SHIPPED
-from fastdiff.data import emoji
+from fastdiff.data import emoji, teacher
 from fastdiff.data.open import open_data
 from fastdiff.data.prompts import default_prompts
 from fastdiff.models import autoencoder, text
@@ -15,9 +17,12 @@ from fastdiff.quality.evaluation import Evaluation
 from fastdiff.runtime import console, rng
 from fastdiff.runtime.config import resolve
 from fastdiff.sampling.sampler import Sampler, SeededNoise
+from fastdiff.sampling.settings import Settings
 from fastdiff.training import previews, session
 from fastdiff.training.scene import Scene
 
+RED_APPLE = next(i for i, p in enumerate(emoji.pictures()) if p.name == "red apple")
+KEPT_AND_NOT = [(RED_APPLE, list(emoji.BACKGROUNDS).index(colour)) for colour in ("blue", "yellow")]
 JUDGED = judge.JUDGED  # pictures of a judged row
 
 
@@ -127,6 +132,32 @@ def test_no_step_of_any_command_draws_judged_noise(name, folders, tmp_path, monk
         trainer.train_step()
     assert drawn or name in {"prune", "distill-vae", "distill-controlnet"}
     assert not any(marks(noise) & judged_noise for noise in drawn)
+
+
+def test_samples_of_the_teacher_that_show_what_is_kept_are_left_out(tmp_path, monkeypatch):
+    """ "fruit" names no background, so the teacher may draw one on which all fruits are kept from training."""
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
+    console.reset(quiet=True)
+    base, places = checkpoint.load("emoji"), [(emoji.pictures()[i].group, b) for i, b in KEPT_AND_NOT]
+    assert [emoji.may_train(group, b) for group, b in places] == [False, True]
+    picture, background = (torch.tensor(column) for column in zip(*KEPT_AND_NOT, strict=True))
+    latents = autoencoder.encode_moments(base.vae, emoji.compose(picture, background)).chunk(2, 1)[0]
+    turns = iter(range(2))
+    monkeypatch.setattr(Sampler, "latents", lambda self, *a: latents[[next(turns) for _ in a[2]]])
+    (tmp_path / "mine.txt").write_text("fruit\nred apple\n")
+    data = open_data(base, "teacher", prompts=str(tmp_path / "mine.txt"), pairs=2, needs="pairs")
+    assert data.names == ["red apple"]
+    assert len(data) == len(data.noise) == len(data.captions) == 1
+
+
+def test_caches_of_other_seeds_are_not_used():
+    """A folder of samples is named by where their noise lies, not by the number of the run's seed."""
+    base = checkpoint.load("emoji")
+    how = ["fruit"], None, None
+    made = {teacher.Shards(base, Settings("ddim", 2), *how, seed, 64).folder for seed in (0, 1)}
+    old = repr((checkpoint.fingerprint(base.unet), ["fruit"], 64, 0, Settings("ddim", 2)))
+    assert len(made) == 2
+    assert f"teacher-{sha256(old.encode()).hexdigest()[:16]}" not in {folder.name for folder in made}
 
 
 def test_previews_and_measurements_are_drawn_from_noise_and_prompts_of_their_own():

@@ -8,6 +8,7 @@ students are judged by prompts that no student was trained on. The teacher knows
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -119,9 +120,30 @@ def kept_captions() -> dict[str, int]:
     return {line: which for line, which in captions.items() if line not in seen}
 
 
+def plain(line: str) -> str:
+    """A prompt as the captions are written: without an article, in lower case."""
+    return re.sub(r"^an? ", "", line.strip().lower())
+
+
+@cache
+def kept_places() -> frozenset[tuple[str, int]]:
+    """All (name or group, background) that are kept from training; a group where all its pictures are."""
+    places = {(picture.name, b): bool(part()[i, b]) for i, picture in enumerate(pictures()) for b in range(len(BACKGROUNDS))}
+    for picture in pictures():
+        for b in range(len(BACKGROUNDS)):
+            key = picture.group, b
+            places[key] = places.get(key, True) and places[picture.name, b]
+    return frozenset(place for place, kept in places.items() if kept)
+
+
+def may_train(line: str, background: int) -> bool:
+    """Whether a student may be trained on a sample of a prompt that shows this background."""
+    return (plain(line).split(" on ")[0], background) not in kept_places()
+
+
 def warn_of_kept(family: Family, lines: Iterable[str], source: str) -> None:
     """Warn of captions that a user gives for training, but that judge the embedded checkpoint's students as unseen."""
-    kept = set(lines) & kept_captions().keys() if family.judge_ships else set()
+    kept = set(map(plain, lines)) & kept_captions().keys() if family.judge_ships else set()
     if kept:
         console.warn(
             f"{source}: {len(kept)} captions, such as {min(kept)!r}, are among those that no student should be trained on; the "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
+from fastdiff.data import emoji
 from fastdiff.data.batch import Encoded
 from fastdiff.data.store import Share
 from fastdiff.models import autoencoder, text
@@ -57,7 +58,10 @@ def encode(
         if pairs < len(prompts):
             console.warn(f"`pairs={pairs}`: only the first {pairs} of the {len(prompts)} prompts are used")
         noise, latents = Shards(base, settings, prompts, texts[row], uncond, seed, resolution_px, device).first(pairs)
-        good = finite(latents, [prompts[i % len(prompts)] for i in range(pairs)])
+        lines = [prompts[i % len(prompts)] for i in range(pairs)]
+        good = finite(latents, lines)
+        if base.family.judge_ships:
+            good = trainable(base, latents, lines, good, device)
         noise, latents, of = noise[good], latents[good], of[good]
         moments = torch.cat([latents, torch.zeros_like(latents)], 1)  # samples have no posterior: the deviation is 0
     sizes = None if texts.time_ids is None else texts.time_ids[of]
@@ -75,6 +79,22 @@ def finite(latents: Tensor, prompts: list[str]) -> Tensor:
     if bad:
         console.warn(f"`data=teacher`: {len(bad)} of {len(prompts)} samples are not finite and left out; the first: {bad[0]}")
     return good.nonzero().flatten()
+
+
+def trainable(base: Checkpoint, latents: Tensor, prompts: list[str], rows: Tensor, device: torch.device | str) -> Tensor:
+    """Return those of the sample numbers `rows` (N,) that do not happen to show a picture on a background kept from training.
+
+    "red apple" names no background, so the teacher may draw one on which fruits are kept for judging.
+    """
+    vae, shown = base.vae.to(device), []
+    for part in rows.split(256):
+        pixels = autoencoder.decode(vae, latents[part].to(device).float()).cpu()
+        backgrounds = emoji.background_of(pixels).tolist()
+        shown += [emoji.may_train(prompts[i], b) for i, b in zip(part.tolist(), backgrounds, strict=True)]
+    kept = rows[torch.tensor(shown)]
+    if len(kept) < len(rows):
+        console.info(f"{len(rows) - len(kept)} of {len(rows)} samples of the teacher show what is kept from training: left out")
+    return kept
 
 
 class Shards:
@@ -103,7 +123,7 @@ class Shards:
         side = resolution_px // autoencoder.factor(base.vae)
         self.shape = (base.unet_config["in_channels"], side, side)
         self.parent = fingerprint(base.unet)
-        key = repr((self.parent, prompts, resolution_px, self.start, settings))
+        key = repr((self.parent, prompts, resolution_px, rng.PAIRS(self.start), settings))
         self.folder = cache_folder() / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     @cached_property

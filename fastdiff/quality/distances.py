@@ -82,8 +82,11 @@ def inside(features: Tensor, reference: Tensor) -> Tensor:
     """
     real, drawn = reference.float(), features.float()
     k = min(NEIGHBOURS, len(real) - 1)
-    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest of all is the picture itself
-    return torch.cdist(real, drawn) < radius[:, None]
+    parts = []
+    for part in real.split(1000):  # the distances of all at once would take gigabytes
+        radius = torch.cdist(part, real).kthvalue(k + 1, dim=1).values  # the nearest of all is the picture itself
+        parts.append(torch.cdist(part, drawn) < radius[:, None])
+    return torch.cat(parts)
 
 
 class Sized(Protocol):
@@ -131,7 +134,7 @@ def verdict(low: float | None, high: float | None) -> str:
     """What a 95 % band of a gain says."""
     if low is None or high is None:
         return ""
-    return "ahead" if low > 0 else "behind" if high < 0 else "not told apart"
+    return "ahead" if low > 0 else "behind" if high < 0 else "no clear difference"
 
 
 def gap_of(student: Tensor, teacher: Tensor, best: Tensor, better: Better) -> dict[str, Any]:

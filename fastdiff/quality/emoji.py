@@ -55,16 +55,15 @@ class Prompts:
     @classmethod
     def of(cls, lines: Sequence[str]) -> "Prompts":
         """The prompts that captions stand for. ValueError where one is not a caption that the teacher was trained on."""
-        table = known_captions()
-        if unknown := [line for line in lines if line not in table]:
+        if unknown := [line for line in lines if not cls.known([line])]:
             raise ValueError(f"{unknown[0]!r} is not a caption of the embedded data set")
-        picture, background, coarse = zip(*(table[line] for line in lines), strict=True)
+        picture, background, coarse = zip(*(known_captions()[emoji.plain(line)] for line in lines), strict=True)
         return cls(torch.tensor(picture), torch.tensor(background), torch.tensor(coarse))
 
     @classmethod
     def known(cls, lines: Sequence[str]) -> bool:
         """Whether all lines are captions that the teacher was trained on."""
-        return all(line in known_captions() for line in lines)
+        return all(emoji.plain(line) in known_captions() for line in lines)
 
     def __getitem__(self, rows: slice) -> "Prompts":
         return Prompts(self.picture[rows], self.background[rows], self.coarse[rows])
@@ -109,9 +108,11 @@ def listed(which: int, coarse: bool, seed: int) -> list[str]:
 def parts(lines: Sequence[str]) -> dict[str, Tensor]:
     """{"unseen": indices, "seen": indices} of the prompts that no student was trained on, and of the others.
 
-    Where there are fewer than two of either, all prompts are in one part.
+    All prompts are in one part where there are fewer than two of either, or where one is no caption of the data set.
     """
-    kept = torch.tensor([line in emoji.kept_captions() for line in lines])
+    if not Prompts.known(lines):
+        return {"": torch.arange(len(lines))}
+    kept = torch.tensor([emoji.plain(line) in emoji.kept_captions() for line in lines])
     split = {UNSEEN: kept.nonzero().flatten(), SEEN: (~kept).nonzero().flatten()}
     if min(map(len, split.values())) < 2:
         return {UNSEEN if kept.all() else SEEN if not kept.any() else "": torch.arange(len(lines))}
@@ -245,6 +246,12 @@ class Shipped:
         self.ladder = [row_of(entry, {"embedded": tensors[f"ladder.{i}"]}) for i, entry in enumerate(self.table["ladder"])]
         self.calls = sorted({int(key.split(".")[1]) for key in self.table["best"]})  # 1, 2, 4, 8
 
+    def first(self, index: int, n: int) -> Row:
+        """Row `index` of the table, of its first n pictures alone: also what compares pictures with each other."""
+        stored = ("embedded", "background", "departures")
+        features = {k: v[:n] for k, v in self.rows[index].features.items() if k in stored}
+        return row_of(self.table["rows"][index], features, self.teacher if index else None)
+
     def best(self, calls: int, metric: str) -> Row:
         """The undistilled teacher's best row by `metric` in `calls` network calls."""
         return self.rows[self.table["best"][f"{metric}.{calls}"]]
@@ -278,5 +285,5 @@ def row_of(entry: dict[str, Any], features: Features, teacher: Row | None = None
     prompts = Prompts.judged(len(embedded))
     hits = {"hits": recognised(embedded, prompts), "diversity": diversity(embedded, prompts)}
     if teacher is not None:
-        hits["same_noise"] = (embedded - teacher.features["embedded"]).norm(dim=1)
+        hits["same_noise"] = (embedded - teacher.features["embedded"][: len(embedded)]).norm(dim=1)
     return Row("teacher", settings_of(entry), features | hits, len(embedded))

@@ -122,12 +122,12 @@ class Evaluation:
         lines, shipped = judge.Prompts.judged(n).captions, judge.shipped()
         self = cls(lines, [JudgeFeatures(lines)], None, resolution_px=base.resolution_px, device=device)
         self.samples.encode(base)
-        of = {index: shipped.rows[index].part(torch.arange(n)) for index in shipped.table["best"].values()}
+        of = {index: shipped.first(index, n) for index in shipped.table["best"].values()}
         for key, index in shipped.table["best"].items():
             metric, calls = key.split(".")
             self.chosen[metric, int(calls)] = of[index]
         self.undistilled = list(of.values())
-        self.compare_with(shipped.reference, shipped.teacher.part(torch.arange(n)), shipped.lines)
+        self.compare_with(shipped.reference, shipped.first(0, n), shipped.lines)
         pixels = autoencoder.decode(drawing(base, base.vae, device), shipped.latents[:n].to(device)).cpu()
         self.teacher.pictures = uint8(pixels)
         return self

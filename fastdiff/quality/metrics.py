@@ -21,6 +21,7 @@ from fastdiff.sampling.settings import Settings, listed
 Features = dict[str, Tensor]  # each (N, ...)
 COSTLY_DRAWS, COSTLY_PICTURES = 20, 10_000  # bootstraps of a metric that takes seconds; above so many pictures there are none
 SEEN_BY = ("embedded", "inception")  # features in whose space neighbours are counted: the first that is there
+NEAR = 2500  # pictures a row up to which neighbours are quickly counted
 ENOUGH = 300  # pictures per row: with fewer a Frechet distance is not reliable
 
 
@@ -105,7 +106,7 @@ class Metric:
     reference: Literal["reference", "teacher"] | None = None  # what the row is compared with, in the same feature
     judges: bool = False  # whether the gap that a student closes is measured with it
     enough: int = 2  # pictures per row that make the figure reliable
-    costly: bool = False
+    costly_above: int | None = None  # pictures a row above which a figure takes seconds
     own_band: Callable[[Row, Against], list[float]] | None = None  # a band of its own, where a bootstrap would be wrong
     parts: Callable[[Row, Against], dict[str, float]] | None = None  # the figures that it is the sum of
 
@@ -122,7 +123,9 @@ class Metric:
         """The number of bootstrap sets of the row's first n pictures. None where a feature is not one of each picture."""
         if any(len(row.features[name]) != len(row) for name in self.needs.split("|") if name in row.features):
             return 0
-        return BOOTSTRAPS if not self.costly else COSTLY_DRAWS if n <= COSTLY_PICTURES else 0
+        if self.costly_above is None or n <= self.costly_above:
+            return BOOTSTRAPS
+        return COSTLY_DRAWS if n <= COSTLY_PICTURES else 0
 
     def redrawn(self, row: Row, against: Against, n: int | None = None) -> Tensor:
         """The figure of the row's first n pictures, then of bootstrap sets of them: (1 + draws,)."""
@@ -186,15 +189,17 @@ METRICS = [
     Metric("retrieval", "recognised", "hits", mean("hits"), "higher", judges=True),
     Metric("background", "background", "background", mean("background"), "higher"),
     Metric("frechet", "Frechet", "embedded", distance("embedded"), "lower", "reference", judges=True, enough=ENOUGH),
-    Metric("fid", "FID", "inception", distance("inception"), "lower", "reference", judges=True, enough=ENOUGH, costly=True),
-    Metric("patch_fid", "patch FID", "patch", distance("patch"), "lower", "reference", enough=ENOUGH, costly=True),
+    Metric("fid", "FID", "inception", distance("inception"), "lower", "reference", judges=True, enough=ENOUGH, costly_above=0),
+    Metric("patch_fid", "patch FID", "patch", distance("patch"), "lower", "reference", enough=ENOUGH, costly_above=0),
     Metric("kid", "KID", "inception", lambda r, i, a: kid(r.features["inception"][i], a.features["inception"])[0], "lower",
-           "reference", costly=True, own_band=kid_band),
+           "reference", costly_above=0, own_band=kid_band),
     Metric("cmmd", "CMMD", "clip", lambda r, i, a: cmmd(r.features["clip"][i], a.features["clip"]), "lower",
-           "reference", costly=True),
+           "reference", costly_above=0),
     Metric("clip_score", "CLIP", "clip_score", mean("clip_score"), "higher", judges=True),
-    Metric("coverage", "coverage", "|".join(SEEN_BY), coverage, "higher", "reference", enough=ENOUGH),
-    Metric("density", "density", "|".join(SEEN_BY), density, "higher", "reference", enough=ENOUGH),
+    Metric("coverage", "coverage", "|".join(SEEN_BY), coverage, "higher", "reference", enough=ENOUGH,
+           costly_above=NEAR),
+    Metric("density", "density", "|".join(SEEN_BY), density, "higher", "reference", enough=ENOUGH,
+           costly_above=NEAR),
     Metric("same_noise", "to teacher", "same_noise", mean("same_noise"), "lower"),
     Metric("diversity", "diversity", "diversity", mean("diversity"), "higher"),
     Metric("drift", "drift", "departures",

@@ -20,6 +20,7 @@ from fastdiff.sampling.sheet import MOST_PX, Sheet, in_calls
 
 TEMPLATE = ASSETS / "report.html"
 PICTURES = 6  # of each row
+VERDICTS = "is the student better than the best undistilled sampler in as many network calls? (unseen prompts; 95 % bands)"
 COLOURS = ("#57606a", "#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df", "#bc4c00", "#116329")
 LEFT, RIGHT, TOP, BOTTOM = 52, 302, 30, 176  # the area of the curves in an SVG, in its units
 
@@ -27,10 +28,10 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 302, 30, 176  # the area of the curves in an SVG,
 def title(metrics: dict[str, Any]) -> str:
     """The title of a table: how many pictures a row has, and of what prompts."""
     n, second = metrics["samples"], next((name for name in (judge.SEEN, judge.UNSEEN) if name in metrics["rows"][0]), None)
-    what = f"{n} pictures a row; ± half of the 95 % band"
     if second is None:
-        return what
-    return f"{what}; of prompts that no student was trained on, and in columns that say {second} of the others"
+        return f"{n} pictures a row; ± half of the 95 % band"
+    halves = f"{n} pictures a row: half of prompts that no student was trained on, half of others"
+    return f"{halves} (columns that say {second}); ± half of the 95 % band"
 
 
 def half_band(row: dict[str, Any], name: str) -> str:
@@ -90,7 +91,7 @@ def verdicts(gaps: dict[str, dict[str, dict[str, Any]]]) -> tuple[list[str], lis
             gap = of[metric.name]
             band = "" if gap["gain_low"] is None else f"{fmt(gap['gain_low'])} to {fmt(gap['gain_high'])}"
             lines.append([name, metric.label, fmt(gap["teacher"]), fmt(gap["student"]), band, gap["verdict"]])
-    return ["student and steps", "metric", "undistilled", "student", "gain, 95 % band", "the student is"], lines
+    return ["student", "metric", "undistilled", "student", "gain (above 0: student better)", "verdict"], lines
 
 
 def plain(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -246,7 +246,8 @@ class Samples:
                     features |= extractor.extract(of_side[extractor.side_px or self.resolution_px], None)
                 parts.append(features)
                 bar.update(1)
-        return together(parts)
+        mixed = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))  # the first ones may be all of one kind
+        return {name: feature[mixed] for name, feature in together(parts).items()}
 
 
 def together(parts: Sequence[Features]) -> Features:

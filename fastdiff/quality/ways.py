@@ -25,8 +25,7 @@ def undistilled_ways(family: Family, calls: int) -> list[Settings]:
     ways = [replace(usual, scheduler="ddim" if calls == 1 else "dpm++", num_steps=calls, guidance=1.0, spacing="trailing")]
     if calls > 1 and calls % 2 == 0 and usual.guided:
         ways.append(replace(usual, scheduler="dpm++", num_steps=calls // 2, spacing="trailing"))
-    if family.judge_ships:
-        known = list(dict.fromkeys(judge.shipped().undistilled(calls).values()))
+    if family.judge_ships and (known := list(dict.fromkeys(judge.shipped().undistilled(calls).values()))):
         return known + [way for way in ways if way.guided not in {k.guided for k in known}]
     if calls == 1:
         ways.append(Settings("ddim", 1, 1.0, timesteps=timesteps_from(749, 1)))

@@ -15,10 +15,12 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import aliases, named
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.diffusion.samplers import SOLVERS
+from fastdiff.quality.report import steps_and_guidance
 from fastdiff.runtime.console import fmt
 from fastdiff.runtime.disk import sha256, write_atomic
 from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.sheet import FULL
+from fastdiff.training.exhibit import UNSEEN
 from fastdiff.training.run import Run
 
 # The name of each sampler of a recipe in ComfyUI and A1111.
@@ -105,7 +107,7 @@ def write_card(
     """
     weights = run.weights()
     sheets = [path for path in run.outputs if path.suffix == ".png" and not path.stem.endswith(FULL)]
-    picture = sheets[-1] if sheets else None
+    picture = next((path for path in reversed(sheets) if path.stem != UNSEEN), None)
     picture_line = f"![same prompts and seeds: {usage.picture}]({picture.relative_to(run.folder).as_posix()})" if picture else ""
     rows = {"method": usage.method or recipe.method or "", **facts, **usage.rows, "licence": usage.licence}
     if usage.sampling:
@@ -160,9 +162,11 @@ def files_section(weights: Sequence[Path]) -> list[str]:
 def measured_section(metrics: Mapping[str, Any]) -> list[str]:
     """Return the section with the closing table; for runs without such a table, with their own figures."""
     if "rows" in metrics:
-        keys = ("model", "solver", "calls", "retrieval", "frechet", "coverage", "diversity")
-        text = f"{metrics['samples'] // 2} pictures a row, of prompts that no student was trained on."
-        return ["", "## Measured", "", text, "", *table(keys, [[row.get(key) for key in keys] for row in metrics["rows"]])]
+        keys = ("calls", "retrieval", "frechet", "coverage", "diversity")
+        names = [f"{row['model']}, {row['solver']}, {', guidance '.join(steps_and_guidance(row))}" for row in metrics["rows"]]
+        cells = [[name, *(row.get(key) for key in keys)] for name, row in zip(names, metrics["rows"], strict=True)]
+        text = f"{metrics['samples']} pictures a row; where two kinds of prompts are judged, half of them, of unseen prompts."
+        return ["", "## Measured", "", text, "", *table(("model, sampler, steps", *keys), cells)]
     figures = [(name, value) for name, value in metrics.items() if isinstance(value, int | float)]
     return ["", "## Measured", "", *table(["figure", "value"], figures)] if len(figures) > 1 else []
 

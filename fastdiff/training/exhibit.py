@@ -10,6 +10,8 @@ from fastdiff.training.scene import Scene
 if TYPE_CHECKING:
     from fastdiff.training.method import Method
 
+UNSEEN = "unseen"  # the name of the closing sheet
+
 
 class Exhibit:
     """Draws a few prompts by teacher, undistilled teacher and student, and measures the student.
@@ -49,6 +51,6 @@ class Exhibit:
         if not self.judged:
             return {}
         figures = self.judged.prove(run.weights(), self.config)
-        for path in self.judged.sheet(self.config).save(run.folder / "previews" / "unseen.png"):
+        for path in self.judged.sheet(self.config).save(run.folder / "previews" / f"{UNSEEN}.png"):
             run.wrote(path)
         return figures

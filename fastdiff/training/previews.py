@@ -14,7 +14,6 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.models import text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.options.train import TrainConfig
-from fastdiff.quality import emoji as judge
 from fastdiff.quality import report
 from fastdiff.quality.drift import Drift
 from fastdiff.quality.emoji import shipped
@@ -154,11 +153,13 @@ class Judged:
             for steps, gap in by_steps(table.get("gap_closed", {})).items()
         }
         if compared:
-            console.table("what these pictures can tell, on unseen prompts", *report.verdicts(compared))
+            console.table(report.VERDICTS, *report.verdicts(compared))
         if len(students) == 1:
             return first
-        of = lambda part: {name: part(table)["gap_closed"] for name, table in tables.items()}
-        return metrics | {"gap_closed": of(lambda table: table), judge.SEEN: {"gap_closed": of(lambda table: table[judge.SEEN])}}
+        metrics["gap_closed"] = {name: table["gap_closed"] for name, table in tables.items()}
+        for part in list(self.evaluation.parts)[1:]:
+            metrics[part] = {"gap_closed": {name: table[part]["gap_closed"] for name, table in tables.items()}}
+        return metrics
 
     def table(self, path: Path, config: TrainConfig, name: str) -> dict[str, Any]:
         """Judge one LoRA file or checkpoint folder; return its rows with `gap_closed`, or with `recovered`."""
@@ -183,7 +184,8 @@ class Judged:
                         gaps[part].setdefault(metric, {})[str(num_steps)] = gap
             rows.append(student)
             self.judged.setdefault(student.calls, student)
-        return {**self.rows(rows), "gap_closed": gaps[evaluation.main], judge.SEEN: {"gap_closed": gaps[judge.SEEN]}}
+        first, *others = [{"gap_closed": of} for of in gaps.values()]
+        return {**self.rows(rows), **first, **dict(zip(list(gaps)[1:], others, strict=True))}
 
     def sheet(self, config: TrainConfig) -> Sheet:
         """Show prompts that no student was trained on, drawn by the teacher and for each number of calls by what is compared."""
