@@ -67,7 +67,7 @@ def test_the_recogniser_knows_every_real_picture():
 
 @pytest.mark.parametrize("network", ["judge", "losses"])
 def test_fewer_calls_are_worse_in_every_judging_metric(network, ladders):
-    """The ladder of the teacher's own sampler: 25, 8, 4 and 2 guided steps, then 2 and 1 unguided."""
+    """The ladder of the teacher's own sampler: 25, 8, 4 and 3 guided steps, then 2 and 1 unguided."""
     features, moments, net = ladders[network]
     distance = [frechet(x, moments) for x in features]
     assert distance[1:] == sorted(distance[1:])
