@@ -242,7 +242,7 @@ def test_the_fifteen_lines(tmp_path, monkeypatch):
     table = fd.evaluate(fast, teacher=base, num_steps=[1, 2], num_images=8, teacher_steps=2, baseline=False).table
     assert run.weights.as_posix() == "runs/train-lcm-lora-emoji/lcm.safetensors"
     assert Image.open("apples.png").width > 4 * 128  # four pictures side by side, with labels
-    assert fd.lora.load("fast-anime.safetensors").recipe.scheduler == "lcm"
+    assert fd.lora.load("fast-anime.safetensors").recipe.scheduler == "tcd"
     assert "student" in table
     assert not any(".lora_" in name for name, _ in base.unet.named_parameters())  # the base that was given stays as it is
     assert (tmp_path / "runs/train-lcm-lora-emoji/README.md").exists()

@@ -25,7 +25,7 @@ METHODS = {c.name: c.load().method for c in cli.COMMANDS if c.load().method}
 # is one latent position, whose group norm divides by the spread of four values; a teacher step of LCM over 2 of 100 points
 # leaves a difference of nearly equal predictions, of which the Huber loss takes the sign.
 COMMON = dict(steps=40, batch_size=2, device="cpu", resolution=128, seed=3)
-APART = dict(skip=20)
+APART = dict(skip=20, batch_size=4)
 DMD2 = dict(recipe="dmd2", lambda_reg=0, gan_weight=1e-3, num_steps=2, fake_steps_per_gen=1)
 STAGES = dict(d_warmup=0, adversarial_lr=1e-4, full_lr=1e-4, stages="2:1", phases="mse,cond,full", late_detail_at=0)
 HEADS = dict(STAGES, stages="4:2", phases="uncond", discriminator="full", d_features="every", gan="paired", r1=1.0)
