@@ -21,7 +21,7 @@ from fastdiff.data.batch import Buckets
 from fastdiff.data.images import Framing, Refused, decode, sizes_near
 from fastdiff.data.open import open_data
 from fastdiff.models import autoencoder, text
-from fastdiff.runtime import console, disk
+from fastdiff.runtime import console, disk, rng
 from fastdiff.runtime.errors import DoesNotFit, InputRefused, UsageError
 
 OPEN = dict(prompts=None, pairs=0, seed=0, device="cpu")
@@ -492,5 +492,5 @@ def test_the_teachers_samples_serve_another_method(tiny_sd, tmp_path, monkeypatc
         config = method.Config(**given, teacher_guidance=3.0)
         scene = Scene.of(config, checkpoint.load(str(tiny_sd)), torch.device("cpu"))
         found.append(data_of(scene, config, method.needs(config), []))
-    assert sampled == [[0, 1, 2]]
+    assert sampled == [[rng.PAIRS(i) for i in range(3)]]
     assert all(torch.equal(found[0].moments, other.moments) for other in found[1:])

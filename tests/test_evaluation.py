@@ -37,7 +37,7 @@ def untrained():
 
 def test_a_closing_row_has_the_figures_of_its_pictures(untrained):
     """Picture i of seed i, as bytes; what bytes change is small. Nothing of the teacher is drawn. Unseen prompts come first."""
-    n, settings, shipped = 60, Settings("ddim", 4, 1.0), judge.shipped()
+    n, settings, shipped = 200, Settings("ddim", 4, 1.0), judge.shipped()
     evaluation = Evaluation.shipped(untrained.base, n, device="cpu")
     figures = evaluation.figures(evaluation.row("student", untrained, settings))
     prompts, (cond, uncond) = judge.Prompts.judged(n), evaluation.samples.encode(untrained.base)
@@ -54,7 +54,8 @@ def test_a_closing_row_has_the_figures_of_its_pictures(untrained):
         assert part["frechet"] == pytest.approx(frechet(judge.embed(floats)[of], Moments.of(every[of])), rel=1e-2)
         assert part["same_noise"] == pytest.approx((features - teacher[:n])[of].norm(dim=1).mean().item(), rel=1e-3)
         names = {"retrieval", "background", "frechet", "same_noise", "drift", "coverage", "density", "diversity"}
-        assert set(part["band"]) == names
+        # Two of 200 seen pictures may not have a group prompt in common: then nothing is known of their diversity.
+        assert names - ({"diversity"} if start else set()) <= set(part["band"]) <= names
     row = evaluation.figures(evaluation.teacher)
     assert (row["model"], row["calls"]) == ("teacher", 50)
     assert row["frechet"] == pytest.approx(frechet(teacher[:n:2], Moments.of(every[::2])))
@@ -71,7 +72,7 @@ def test_the_teacher_of_the_closing_table_is_shipped_in_every_number_of_calls(un
         best = judge.shipped().best(2, name).part(torch.arange(n))
         assert gap["teacher"] == pytest.approx(evaluation.figures(best)[name])
         assert gap["low"] <= gap["gap_closed"] <= gap["high"]
-        assert gap["verdict"] in {"ahead", "behind", "not told apart"}
+        assert gap["verdict"] in {"ahead", "behind", "no clear difference"}
     seen = evaluation.gaps(student, 2, judge.SEEN)["frechet"]
     assert seen["teacher"] == pytest.approx(evaluation.figures(first)["seen"]["frechet"])
     assert seen["student"] != gaps["frechet"]["student"]
@@ -106,7 +107,7 @@ def test_a_metric_is_one_entry(fastdiff, tmp_path, monkeypatch):
     assert "light" in told["metrics"]["gap_closed"]["lcm 1"]
     verdicts = [cells for columns, cells in tables if "model" not in columns]
     assert [line[1] for line in verdicts[0][:2]] == ["recognised", "Frechet"]
-    assert verdicts[0][0][-1] in {"ahead", "behind", "not told apart"}
+    assert verdicts[0][0][-1] in {"ahead", "behind", "no clear difference"}
     tables = [(columns, cells) for columns, cells in tables if "model" in columns]
     assert all("mean light" in columns for columns, _ in tables)
     assert len(tables) == 2

@@ -83,7 +83,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     scope = {}
     exec(text, scope)
     assert scope["picture"].size == (64, 64)
-    assert type(scope["pipe"].scheduler).__name__ == "LCMScheduler"
+    assert type(scope["pipe"].scheduler).__name__ == "TCDScheduler"
     assert {"apples.png", "fast-anime.safetensors"} <= {path.name for path in tmp_path.iterdir()}
 
 

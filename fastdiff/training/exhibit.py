@@ -51,6 +51,8 @@ class Exhibit:
         if not self.judged:
             return {}
         figures = self.judged.prove(run.weights(), self.config)
-        for path in self.judged.sheet(self.config).save(run.folder / "previews" / f"{UNSEEN}.png"):
+        previews = run.folder / "previews"
+        previews.mkdir(parents=True, exist_ok=True)
+        for path in self.judged.sheet(self.config).save(previews / f"{UNSEEN}.png"):
             run.wrote(path)
         return figures

@@ -192,17 +192,18 @@ class Judged:
         samples = self.evaluation.samples
         rows = torch.tensor([i for i in self.SHOWN if i < len(samples)])
         columns = [(in_calls("teacher", self.evaluation.teacher.calls), pixels_of(self.evaluation.teacher, rows))]
-        base = Sampler(config.open_base(torch.float32), device=self.device, compile="off")
-        (cond, uncond), seeds = samples.encode(base.base), [samples.block(samples.first_seed + i) for i in rows.tolist()]
+        lines, seeds = [samples.lines[i] for i in rows.tolist()], [samples.block(samples.first_seed + i) for i in rows.tolist()]
+        base = Sampler(config.open_base(torch.float32), device=self.device, compile="off")  # the students are closed by now
+        cond, uncond = base.conds(lines)
         for calls, student in sorted(self.judged.items()):
             if self.before:
                 columns.append((in_calls("before training", calls), pixels_of(self.before, rows)))
             elif calls <= max(STEPS):
                 settings = undistilled(self.base, calls)
-                pixels = base.pixels(cond[rows], uncond, seeds, settings, resolution_px=samples.resolution_px)
+                pixels = base.pixels(cond, uncond, seeds, settings, resolution_px=samples.resolution_px)
                 columns.append((in_calls("undistilled", settings.calls), pixels))
             columns.append((in_calls("student", calls), pixels_of(student, rows)))
-        return Sheet.of_columns(columns, [samples.lines[i] for i in rows.tolist()])
+        return Sheet.of_columns(columns, lines)
 
     def rows(self, drawn: list[Row]) -> dict[str, Any]:
         """Measure rows and return them as {samples, rows}; all have the same keys, with None for a metric that one lacks."""
