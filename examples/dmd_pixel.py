@@ -8,8 +8,8 @@ real pictures; the class is the condition, so each class has nine. The teacher h
 judge is the network that ships with fastdiff, so a Frechet distance here compares rows of this table only. "teacher" as a
 reference is 2,000 many-step samples of other noise. The best undistilled sampling is chosen on 500 noises of its own, by Frechet
 distance to the real pictures, among 17 start levels in one call, and Euler and re-noising over 33 pairs of levels in two. The
-script prints 95 % bands of 2,000 samples (11 minutes of one core of an AMD EPYC, one seed); "pictures" is the effective number of
-real pictures drawn:
+script prints 95 % bands of 2,000 samples (one seed; about 11 minutes of one core of an AMD EPYC, added up from its parts);
+"pictures" is the effective number of real pictures drawn:
 
 | 2,000 samples | calls | Frechet to real | to teacher | recognised | coverage | diversity | pictures of 90 |
 |---|---|---|---|---|---|---|---|
@@ -406,11 +406,11 @@ def main() -> None:
     rows, made = emoji_rows(args.teacher_steps, args.steps or 400, samples=args.samples)
     print(table(rows))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    shown = torch.tensor([10 * k + c for c in range(6) for k in range(2)])  # two of each of six classes
+    chosen = torch.tensor([10 * k + c for c in range(6) for k in range(2)])  # two of each of six classes
     names = [emoji.pictures()[c * (len(emoji.pictures()) // 10)].name for c in range(6) for _ in range(2)]
     heads = [name.rpartition(", calls: ")[::2] for name in made]
     labels = [in_calls(name.split(" 999 ")[0], int(calls)) for name, calls in heads]
-    columns = [(label, images[shown].clamp(-1, 1)) for label, images in zip(labels, made.values(), strict=True)]
+    columns = [(label, images[chosen].clamp(-1, 1)) for label, images in zip(labels, made.values(), strict=True)]
     Sheet.of_columns(columns, names).save(args.output)
     print(args.output)
     print(f"{time.process_time() / 60:.1f} minutes of one CPU core")

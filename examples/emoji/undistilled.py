@@ -334,7 +334,7 @@ class Search:
             with self.path.open("a") as file:
                 file.write(line + "\n")
             self.known[s, n] = json.loads(line)
-            print(shown(s, row), file=sys.stderr, flush=True)
+            print(line_of(s, row), file=sys.stderr, flush=True)
         return self.known[s, n]
 
     def more(self, s: Setting, n: int) -> dict[str, Tensor]:
@@ -414,7 +414,7 @@ def varied(settings: list[Setting], n: int, *, alike: int) -> list[Setting]:
     return chosen
 
 
-def shown(s: Setting, row: dict[str, Any]) -> str:
+def line_of(s: Setting, row: dict[str, Any]) -> str:
     """Return a line of the table."""
     figures = "  ".join(f"{row[net]['recognised']:.3f} {row[net]['frechet']:6.2f}" for net in ("judge", "losses"))
     return f"{s.calls}  {row['n']:5}  {figures}  {s.line}"
@@ -447,7 +447,7 @@ def main() -> None:
         for s in search.rows(calls, 2, "frechet"):
             marks = [metric for metric, winner in best.items() if winner == s]
             marks += ["well known"] if s in well_known(calls) else []
-            print(shown(s, search.figures(s, 2)), *(f"({mark})" for mark in marks))
+            print(line_of(s, search.figures(s, 2)), *(f"({mark})" for mark in marks))
     (args.out / "winners.json").write_text(json.dumps(winners, indent=1) + "\n")
 
 

@@ -87,13 +87,13 @@ def trainable(base: Checkpoint, latents: Tensor, prompts: list[str], rows: Tenso
     "red apple" names no background, so the teacher may draw one on which fruits are kept for judging.
     """
     before = next(base.vae.parameters()).device
-    vae, shown = base.vae.to(device), []
+    vae, allowed = base.vae.to(device), list[bool]()
     for part in rows.split(256):
         pixels = autoencoder.decode(vae, latents[part].to(device).float()).cpu()
         backgrounds = emoji.background_of(pixels).tolist()
-        shown += [emoji.may_train(prompts[i], b) for i, b in zip(part.tolist(), backgrounds, strict=True)]
+        allowed += [emoji.may_train(prompts[i], b) for i, b in zip(part.tolist(), backgrounds, strict=True)]
     vae.to(before)
-    kept = rows[torch.tensor(shown)]
+    kept = rows[torch.tensor(allowed)]
     if len(kept) < len(rows):
         console.info(f"{len(rows) - len(kept)} of {len(rows)} samples of the teacher show what is kept from training: left out")
     return kept

@@ -68,8 +68,12 @@ def euler(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
     return x
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
-    """DPMSolverMultistepScheduler: "dpmsolver++", order 2, midpoint (Lu 2022, algorithm 2). The last step is first order."""
+# (x, t, s, h, d) -> the next x: from timestep t to s, with the step h in log SNR and the extrapolated x0 `d`
+Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def multistep(denoise: Denoise, x: Tensor, grid: Grid, update: Update) -> Tensor:
+    """The second-order midpoint scheme of DPM-Solver++ (Lu 2022, algorithm 2). The last step is first order."""
     schedule = grid.schedule
     log_snr = (schedule.alpha.double().log() - schedule.sigma.double().log()).float()
     last: tuple[Tensor, Tensor] | None = None  # x0 and h of the step before
@@ -78,28 +82,27 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
         if s is None:
             return x0
         h = log_snr[s] - log_snr[t]
-        d = x0 if last is None else x0 + 0.5 * (h / last[1]) * (x0 - last[0])
-        x = schedule.sigma[s] / schedule.sigma[t] * x - schedule.alpha[s] * torch.expm1(-h) * d
+        x = update(x, t, s, h, x0 if last is None else x0 + 0.5 * (h / last[1]) * (x0 - last[0]))
         last = x0, h
     return x
+
+
+def dpmpp_2m(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
+    """DPMSolverMultistepScheduler: "dpmsolver++", order 2, midpoint (Lu 2022, algorithm 2)."""
+    alpha, sigma = grid.schedule.alpha, grid.schedule.sigma
+    return multistep(denoise, x, grid, lambda x, t, s, h, d: sigma[s] / sigma[t] * x - alpha[s] * torch.expm1(-h) * d)
 
 
 def dpmpp_2m_sde(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:
     """DPMSolverMultistepScheduler: "sde-dpmsolver++", order 2, midpoint (Lu 2022): DPM++ 2M with fresh noise."""
-    schedule = grid.schedule
-    log_snr = (schedule.alpha.double().log() - schedule.sigma.double().log()).float()
-    last: tuple[Tensor, Tensor] | None = None  # x0 and h of the step before
-    for t, s in zip(grid.t, [*grid.t[1:], None], strict=True):
-        x0 = denoise(x, t).x0
-        if s is None:
-            return x0
-        h = log_snr[s] - log_snr[t]
-        d = x0 if last is None else x0 + 0.5 * (h / last[1]) * (x0 - last[0])
-        kept, fresh = torch.exp(-h), -torch.expm1(-2 * h)
-        x = schedule.sigma[s] / schedule.sigma[t] * kept * x + schedule.alpha[s] * fresh * d
-        x = x + schedule.sigma[s] * fresh.sqrt() * noise()
-        last = x0, h
-    return x
+    alpha, sigma = grid.schedule.alpha, grid.schedule.sigma
+
+    def update(x: Tensor, t: Tensor, s: Tensor, h: Tensor, d: Tensor) -> Tensor:
+        fresh = -torch.expm1(-2 * h)
+        x = sigma[s] / sigma[t] * torch.exp(-h) * x + alpha[s] * fresh * d
+        return x + sigma[s] * fresh.sqrt() * noise()
+
+    return multistep(denoise, x, grid, update)
 
 
 def lcm(denoise: Denoise, x: Tensor, grid: Grid, noise: Noise) -> Tensor:

@@ -48,8 +48,8 @@ class Prompts:
         There are more pictures than prompts: each prompt comes again with other noise, group prompts most often.
         """
         kept = [listed(emoji.JUDGED, coarse, seed) for coarse, seed in ((False, 1), (True, 2))]
-        shown = [listed(emoji.TRAINED, coarse, seed) for coarse, seed in ((False, 3), (True, 4))]
-        lists = [kept[0], shown[0], kept[1], shown[1]]  # of picture 0, 1, 2 and 3, and again from picture 4 on
+        trained = [listed(emoji.TRAINED, coarse, seed) for coarse, seed in ((False, 3), (True, 4))]
+        lists = [kept[0], trained[0], kept[1], trained[1]]  # of picture 0, 1, 2 and 3, and again from picture 4 on
         return cls.of([lists[i % 4][i // 4 % len(lists[i % 4])] for i in range(n)])
 
     @classmethod
