@@ -315,7 +315,7 @@ class Card(TorchDispatchMode):
             (torch.cuda, "reset_peak_memory_stats", lambda *_: self.reset_peak()),
             (torch.cuda, "Event", Event),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
-            (torch.Tensor, "pin_memory", lambda tensor, *_: tensor),
+            (torch.Tensor, "pin_memory", pinned),
             (F, "scaled_dot_product_attention", self.attention(F.scaled_dot_product_attention)),
             (torch.Tensor, "data", property(DATA.__get__, assigned)),
             (torch, "tensor", copying(torch.tensor)),
@@ -431,6 +431,11 @@ def copying(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return make(value, *args, device="cpu", **kwargs).to(device)
 
     return made
+
+
+def pinned(tensor: Tensor, *_: Any) -> Tensor:
+    """Stand in for Tensor.pin_memory: like the driver's, it refuses a tensor in which one value stands for many."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 class Event:

@@ -184,8 +184,9 @@ class OfficialStep:
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Cond:
         """Prompts through the text encoders."""
-        cond = text.encode(self.base, prompts, device=self.device).map(lambda v: v.to(self.device))
-        return with_size(cond, self.base.resolution_px) if self.base.family.size_conditioned else cond
+        cond = text.encode(self.base, prompts, device=self.device)
+        cond = with_size(cond, self.base.resolution_px) if self.base.family.size_conditioned else cond
+        return cond.map(lambda v: v.to(self.device))
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:

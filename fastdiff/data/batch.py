@@ -11,10 +11,13 @@ from fastdiff.models.denoiser import Cond
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device. A copy to CUDA goes through pinned memory, so that it does not wait for the device's work."""
+    """Return a tensor on a device. A copy to CUDA goes through pinned memory, so that it does not wait for the device's work.
+
+    Pinned memory keeps the strides of a tensor, so one row that stands for many is written out first.
+    """
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
