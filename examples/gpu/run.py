@@ -6,7 +6,7 @@
     python examples/gpu/run.py --rehearse                     # the same rows with tiny networks, on the CPU
 
 Groups of rows run in turn, the most telling first; the rows of a group run side by side, but one that needs the files of another
-runs after it. Results are written after every row: a run that is cut off keeps them, and a second run with the same --output
+runs after it. Tests and what the compiler takes minutes for run beside all groups. Results are written after every row: a run that is cut off keeps them, and a second run with the same --output
 repeats only those that failed or are missing. `row.py` is what a row's process runs.
 """
 
@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
 
-from rows import ROWS, Row  # noqa: E402
+from rows import BESIDE, ROWS, Row  # noqa: E402
 
 SLOWER = 20  # a rehearsal's limits are so many times as long: CPUs have few cores
 # What the table shows of a row's figures, by the last part of their names.
@@ -64,14 +64,16 @@ class Runs:
     def all(self, rows: Sequence[Row]) -> bool:
         """Run the rows, group by group; returns whether all of them ended as they should."""
         (self.folder / "prompts.txt").write_text("a red apple\na rocket\n")
-        for group in sorted({row.group for row in rows}):
-            with ThreadPoolExecutor(max(1, len(rows))) as pool:
-                begun: dict[str, Future] = {}
+        with ThreadPoolExecutor(max(1, len(rows))) as pool:
+            begun: dict[str, Future] = {}
+            for group in sorted({row.group for row in rows}):
+                for row in (row for row in rows if row.group == group):
+                    begun[row.name] = pool.submit(self.run, row, begun.get(row.after))
                 for row in rows:
-                    if row.group == group:
-                        begun[row.name] = pool.submit(self.run, row, begun.get(row.after))
-                for future in begun.values():
-                    future.result()
+                    if row.group == group != BESIDE:
+                        begun[row.name].result()
+            for future in begun.values():
+                future.result()
         return all(self.results[row.name]["ok"] for row in rows)
 
     def run(self, row: Row, before: Future | None) -> None:
@@ -195,14 +197,15 @@ def wanted(name: str) -> bool:
 
 
 def longest_s(rows: Sequence[Row]) -> float:
-    """Seconds that the rows can take at most, if all rows of a group fit side by side: the sum of the groups' longest chains."""
+    """Seconds that the rows can take at most, if all that run at once fit side by side: the sum of the groups' longest chains."""
     ends: dict[str, float] = {}
     groups: dict[str, float] = {}
     for row in rows:
         before = next((other for other in rows if other.name == row.after and other.group == row.group), None)
         ends[row.name] = row.limit_s + (ends[before.name] if before else 0)
         groups[row.group] = max(groups.get(row.group, 0), ends[row.name])
-    return sum(groups.values())
+    beside = groups.pop(BESIDE, 0)
+    return max(beside, sum(groups.values()))
 
 
 def install(wheels: Path, target: Path) -> None:
@@ -218,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="default: gpu, for a rehearsal gpu-rehearsal")
     parser.add_argument("--minutes", type=float, help="default: 8, for a rehearsal 60")
-    parser.add_argument("--jobs", type=int, help="processes at once; default: 16, for a rehearsal 1")
+    parser.add_argument("--jobs", type=int, help="processes at once; default: 20, for a rehearsal 1")
     parser.add_argument("--only", action="append", default=[], help="rows whose name contains this; repeat it for more")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels that the rows' processes need")
     parser.add_argument("--rehearse", action="store_true", help="tiny networks on the CPU: that no row fails for another reason")
@@ -229,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as site:
         if args.wheels:
             install(args.wheels, Path(site))
-        minutes, jobs = args.minutes or (60 if args.rehearse else 8), args.jobs or (1 if args.rehearse else 16)
+        minutes, jobs = args.minutes or (60 if args.rehearse else 8), args.jobs or (1 if args.rehearse else 20)
         runs = Runs(output.resolve(), minutes, jobs=jobs, rehearse=args.rehearse, path=[site] if args.wheels else [])
         return 0 if runs.all(rows) else 1
 
