@@ -17,7 +17,7 @@ from fastdiff.training.method import Load
 from fastdiff.training.scene import teacher_sampling
 
 TRAINED = 8  # bytes per trained parameter: the value and its gradient, each fp32
-MOMENTS = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # and what the optimiser keeps
+MOMENTS = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "muon": 4}  # and what the optimiser keeps
 RECOMPUTED = 1.33  # a step with gradient checkpointing takes this many times as long
 
 

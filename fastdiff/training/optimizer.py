@@ -1,4 +1,4 @@
-"""The optimisers that a player can train with: AdamW, AdamW with 8-bit moments, and Adafactor."""
+"""The optimisers that a player can train with: AdamW, AdamW with 8-bit moments, Adafactor, and Muon."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.runtime.errors import UsageError
+from fastdiff.training.muon import Muon
 
 SMALL = 4096  # bitsandbytes keeps the moments of smaller parameters in 32 bits
 BLOCK = 256  # 8-bit moments that share one 32-bit scale
@@ -38,6 +39,8 @@ def opened(
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(params, lr=lr, betas=betas, weight_decay=decay)
+    if config.optimizer == "muon":
+        return Muon(params, lr=lr, betas=betas, weight_decay=decay, fused=device.type != "mps")
     # No fused kernel takes split and whole parameters together.
     fast = dict(foreach=False) if mixed else dict(fused=device.type != "mps")
     return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=decay, **fast)
@@ -50,4 +53,5 @@ def moment_bytes(kind: str, p: Tensor) -> int:
         return entries * p.element_size()
     if kind == "adamw8bit":
         return 2 * (p.numel() + 4 * -(-p.numel() // BLOCK)) if p.numel() >= SMALL else 8 * p.numel()
-    return 2 * p.element_size() * p.numel()
+    moments = 1 if kind == "muon" and p.ndim > 1 else 2
+    return moments * p.element_size() * p.numel()
