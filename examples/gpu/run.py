@@ -6,8 +6,8 @@
     python examples/gpu/run.py --rehearse                     # the same rows with tiny networks, on the CPU
 
 Groups of rows run in turn, the most telling first; the rows of a group run side by side, but one that needs the files of another
-runs after it. Tests and what the compiler takes minutes for run beside all groups. Results are written after every row: a run that
-is cut off keeps them, and a second run with the same --output repeats only those that failed or are missing. `row.py` is what a
+runs after it. Tests and what the compiler takes minutes for run beside all groups. Results are written after every row, so a run
+that is cut off keeps them; a second run with the same --output repeats only those that failed or are missing. `row.py` is what a
 row's process runs.
 """
 
