@@ -128,6 +128,7 @@ class Evaluation:
             self.chosen[metric, int(calls)] = of[index]
         self.undistilled = list(of.values())
         self.compare_with(shipped.reference, shipped.first(0, n), shipped.lines)
+        warn_of_few(self.part(self.teacher, self.main), self.against[self.main], n, "proof")
         pixels = autoencoder.decode(drawing(base, base.vae, device), shipped.latents[:n].to(device)).cpu()
         self.teacher.pictures = uint8(pixels)
         return self
@@ -295,12 +296,12 @@ class Evaluation:
         return self.compare_with(other.features, best, self.samples.lines)
 
 
-def warn_of_few(row: Row, against: Against, n: int) -> None:
+def warn_of_few(row: Row, against: Against, n: int, option: str = "num_images") -> None:
     """Warn once where a row, or the first part of its n pictures, is too small for a distance between distributions."""
     if few := too_few(row, against):
         names, least = listed_in_words([m.label for m in few]), few[0].enough * round(n / len(row))
         console.warn(
-            f"`num_images={n}`: {names} need{'s' if len(few) == 1 else ''} at least {least} pictures per row "
+            f"`{option}={n}`: {names} need{'s' if len(few) == 1 else ''} at least {least} pictures per row "
             f"and may rank models wrongly with fewer; the other figures have wide bands"
         )
 

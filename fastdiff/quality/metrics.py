@@ -107,6 +107,7 @@ class Metric:
     judges: bool = False  # whether the gap that a student closes is measured with it
     enough: int = 2  # pictures per row that make the figure reliable
     costly_above: int | None = None  # pictures a row above which a figure takes seconds
+    share: bool = False  # whether it lies between 0 and 1
     own_band: Callable[[Row, Against], list[float]] | None = None  # a band of its own, where a bootstrap would be wrong
     parts: Callable[[Row, Against], dict[str, float]] | None = None  # the figures that it is the sum of
 
@@ -141,7 +142,10 @@ class Metric:
             return None
         if self.own_band is not None:
             return self.own_band(row, against)
-        return band_of(self.redrawn(row, against)) if self.draws(row, len(row)) else None
+        if not self.draws(row, len(row)):
+            return None
+        ends = band_of(self.redrawn(row, against))
+        return [min(1.0, max(0.0, end)) for end in ends] if self.share else ends
 
 
 def mean(name: str) -> Callable[[Row, Tensor, Against], float]:
@@ -186,8 +190,8 @@ def density(row: Row, i: Tensor, against: Against) -> float:
 
 
 METRICS = [
-    Metric("retrieval", "recognised", "hits", mean("hits"), "higher", judges=True),
-    Metric("background", "background", "background", mean("background"), "higher"),
+    Metric("retrieval", "recognised", "hits", mean("hits"), "higher", judges=True, share=True),
+    Metric("background", "background", "background", mean("background"), "higher", share=True),
     Metric("frechet", "Frechet", "embedded", distance("embedded"), "lower", "reference", judges=True, enough=ENOUGH),
     Metric("fid", "FID", "inception", distance("inception"), "lower", "reference", judges=True, enough=ENOUGH, costly_above=0),
     Metric("patch_fid", "patch FID", "patch", distance("patch"), "lower", "reference", enough=ENOUGH, costly_above=0),
@@ -197,7 +201,7 @@ METRICS = [
            "reference", costly_above=0),
     Metric("clip_score", "CLIP", "clip_score", mean("clip_score"), "higher", judges=True),
     Metric("coverage", "coverage", "|".join(SEEN_BY), coverage, "higher", "reference", enough=ENOUGH,
-           costly_above=NEAR),
+           costly_above=NEAR, share=True),
     Metric("density", "density", "|".join(SEEN_BY), density, "higher", "reference", enough=ENOUGH,
            costly_above=NEAR),
     Metric("same_noise", "to teacher", "same_noise", mean("same_noise"), "lower"),

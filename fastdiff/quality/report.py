@@ -182,7 +182,9 @@ def write(
     within = lambda row, part: row.get(part) or {} if part else row
     cells_of = lambda row: [(fmt(within(row, p).get(m.name)), half_band(within(row, p), m.name)) for _, p, m in headed]
     kept = min(len(row.pictures) for row in rows)
-    chosen = [i * kept // PICTURES for i in range(min(PICTURES, kept))]  # the first prompts are often alike
+    # The first prompts are often alike. An odd stride reaches every kind of prompt where kinds alternate.
+    stride = max(1, (kept // PICTURES - 1) | 1)
+    chosen = [i * stride for i in range(min(PICTURES, kept))]
     models = list(dict.fromkeys(row["model"] for row in figures))
     colours = dict(zip(models, (COLOURS * len(models))[: len(models)], strict=True))
     table = [
