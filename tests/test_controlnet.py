@@ -230,7 +230,7 @@ def test_a_share_of_the_noise_is_drawn_anew(tiny_sd, tiny_pruned, tiny_controlne
     monkeypatch.setattr(m.student, "forward", lambda x_t, t, c: (seen.update(x_t=x_t), real(x_t, t, c))[1])
     batch = batch_for(n=8)
     next(play(m, batch, 0))
-    kept = (seen["x_t"] == batch.noise).all(1)[: m._pairs(batch, now(m))].float().mean()
+    kept = (seen["x_t"] == batch.noise).all(1)[: m.paired(len(batch.latents), now(m))].float().mean()
     assert kept == pytest.approx(1 - share, abs=0.12)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.data import emoji, folder, teacher
-from fastdiff.data.batch import Encoded
+from fastdiff.data.batch import Batch, Encoded
 from fastdiff.data.open import open_data
 from fastdiff.data.prompts import default_prompts, read_prompts
 from fastdiff.models import autoencoder, text
@@ -303,3 +303,24 @@ def test_an_article_does_not_change_what_is_drawn():
             moved = (answer(said) - wanted).square().mean()
             signal = (answer([""] * len(plain)) - wanted).square().mean()
             assert moved < 0.25 * signal, f"t = {t}: {moved / signal:.2f}"
+
+
+def test_mixed_prompts_lie_between_those_of_the_batch():
+    """c + w (a - b) in a share of the rows, w in [0, 1]; rows of pairs keep theirs, and so do all other fields."""
+    n = 400
+    generator = torch.Generator().manual_seed(0)
+    tokens, pooled, ids = torch.eye(n)[:, None], torch.eye(n), torch.zeros(n, 6)
+    batch = Batch(torch.randn(n, 4, 2, 2, generator=generator), Cond(tokens, pooled, ids), Cond(tokens, pooled, ids))
+    mixed = batch.mixed(0.5, generator, first=100)
+    moved = mixed.cond.tokens[:, 0] - tokens[:, 0]
+    assert torch.equal(moved, mixed.cond.pooled - pooled)  # both by the same two prompts
+    assert torch.equal(moved[:100], torch.zeros(100, n))
+    assert mixed.latents is batch.latents
+    assert mixed.cond.time_ids is ids
+    assert mixed.uncond is batch.uncond
+    w = moved.clamp(min=0).sum(1)
+    assert torch.equal(w, moved.clamp(max=0).sum(1).neg())  # one prompt is added as much as another is taken away
+    changed = (w > 0)[100:]
+    assert 0.4 < changed.float().mean() < 0.6
+    assert 0.4 < w[100:][changed].mean() < 0.6
+    assert w.max() <= 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from playing import play, trained, trainees
+from playing import entered, now, play, trained, trainees
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.data.batch import Batch
@@ -502,7 +502,8 @@ def test_simulation_is_the_lcm_sampler_of_diffusers_up_to_that_step():
 def test_regression_rows_start_from_their_pairs_noise_and_the_others_from_fresh(tiny_sd):
     m, base = method(tiny_sd, lambda_reg=0.25, batch_size=4)
     batch = batch_for(base)
-    x = m.start(batch, 0, m._pairs(batch))
+    entered(m)
+    x = m.start(batch, 0, m.paired(4, now(m)))
     assert torch.equal(x[:2], batch.noise[:2])
     assert not torch.equal(x[2:], batch.noise[2:])
     assert set(next(play(m, batch, 0))["student"]) == {"matching", "regression"}

@@ -37,6 +37,23 @@ class Batch:
         noise, pixels = (None if v is None else move(v) for v in (self.noise, self.pixels))
         return Batch(move(self.latents), self.cond.map(move), self.uncond.map(move), noise, pixels, self.items)
 
+    def mixed(self, share: float, generator: torch.Generator, first: int = 0) -> "Batch":
+        """Return the batch with other prompts for a share of its rows from `first` on.
+
+        The embedding c of a row becomes c + w (a - b), with a and b those of two other rows and w uniform in [0, 1]. A student
+        that equals its teacher there too keeps more of what the prompts do not name.
+        """
+        n = len(self.latents)
+        a, b = (self.cond[torch.randperm(n, generator=generator)] for _ in range(2))
+        w = torch.rand(n, generator=generator) * (torch.rand(n, generator=generator) < share)
+        w[:first] = 0
+
+        def moved(name: str) -> Tensor | None:
+            c, plus, minus = (vars(cond)[name] for cond in (self.cond, a, b))
+            return None if c is None else c + w.view(n, *[1] * (c.ndim - 1)).to(c.dtype) * (plus - minus)
+
+        return replace(self, cond=replace(self.cond, tokens=moved("tokens"), pooled=moved("pooled")))
+
 
 @dataclass
 class Encoded:

@@ -124,7 +124,7 @@ class DistilControlNet(Segmented):
     def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """Compute the losses of section 3.2 for a one-step student, or of section 3.1 for several steps."""
         if self.config.one_step:
-            pairs = self._pairs(batch, now)
+            pairs = self.paired(len(batch.latents), now)
             yield self.turn(self.generated(batch, pairs, self.config.redraw), batch, now, pairs)
             return
         t = torch.randint(len(self.schedule), (len(batch.latents),), device=batch.latents.device)

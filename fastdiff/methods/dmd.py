@@ -124,7 +124,7 @@ class DMD(Scores):
         alone = step < config.reg_steps
         turn = alone or step % config.fake_steps_per_gen == 0
         k = 0 if alone else self._step_index(step)
-        pairs = self._pairs(batch, alone) if turn and k == 0 else 0  # only the first step starts from a pair's noise
+        pairs = self.paired(len(batch.latents), now) if turn and k == 0 else 0  # only the first step starts from a pair's noise
         self.timesteps = self.timesteps.to(batch.latents.device)
         x_t, t = self.start(batch, k, pairs), self.timesteps[k].expand(len(batch.latents))
         with torch.set_grad_enabled(turn):
@@ -180,11 +180,11 @@ class DMD(Scores):
         g = torch.Generator().manual_seed(seed_for(self.config.seed, 999_983, step))
         return int(torch.randint(len(self.timesteps), (), generator=g))
 
-    def _pairs(self, batch: Batch, alone: bool = False) -> int:
-        """Return how many of the batch's first rows take part in the regression; all of them if it trains `alone`."""
+    def paired(self, n: int, now: Now) -> int:
+        """Return how many of the batch's first rows take part in the regression; all of them where it trains alone."""
+        alone = now.step < self.config.reg_steps
         if not (alone or self.config.lambda_reg):
             return 0
-        n = len(batch.latents)
         return n if alone else min(n, self.config.reg_batch or -(-n // 2))
 
 

@@ -129,7 +129,7 @@ class SDXS(Segmented):
 
     def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """Run algorithm 1 of the paper on samples x of the student; phase `gan` has losses of its own."""
-        pairs = self._pairs(batch, now)
+        pairs = self.paired(len(batch.latents), now)
         x = self.generated(batch, pairs)
         if now.phase.name == "gan":
             yield from self.finish(x, batch, pairs)

@@ -61,6 +61,11 @@ class TrainConfig(BaseConfig):
     max_grad_norm: Annotated[float, "gradients of a larger norm are scaled down to it", Range(above=0)] = 1.0
     ema: Annotated[float, "decay of the averaged weights (EMA), which are exported; 0 = no averaging", Range(0, below=1)] = 0.0
     empty_prompts: Annotated[float, "share of items trained with an empty prompt", Range(0, 1)] = 0.0
+    mix_prompts: Annotated[
+        float,
+        "share of items whose prompt is moved by the difference of two other prompts; keeps more of what the prompts do not name",
+        Range(0, 1),
+    ] = 0.0
     resolution: Annotated[int | None, "width and height in pixels; default: the size of the base", Range(8, multiple_of=8)] = None
     seed: Annotated[int, "seed of all random numbers", Range(0, 2**31 - 1)] = 0
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to train"] = "auto"

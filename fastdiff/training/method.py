@@ -219,6 +219,10 @@ class Method(ABC):
         """Return the planned phases of the run, in order."""
         return [Phase("", self.config.steps)]
 
+    def paired(self, n: int, now: "Now") -> int:
+        """Return how many of a batch's first rows keep their prompts under `mix_prompts`: latents belong to their prompts there."""
+        return 0
+
     def prepare(self, batch: Batch) -> None:  # noqa: B027  (an optional hook)
         """Measure something on a batch of the data, before the first step."""
 

@@ -83,9 +83,8 @@ class Segmented(Scores):
         student["matching"] = losses.along(x, self.gradient(seen, real, fake))
         return {"fake": self.denoising(seen, fake), "student": student}
 
-    def _pairs(self, batch: Batch, now: Now) -> int:
+    def paired(self, n: int, now: Now) -> int:
         """Return how many of the batch's first rows are compared with the teacher's pictures of the same noise."""
-        n = len(batch.latents)
         if now.phase.name == "match":
             return n
         return min(n, self.config.fm_batch or -(-n // 2)) if max(self.config.lambda_fm_start, self.config.lambda_fm_end) else 0
