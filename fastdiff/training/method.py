@@ -220,7 +220,7 @@ class Method(ABC):
         return [Phase("", self.config.steps)]
 
     def paired(self, n: int, now: "Now") -> int:
-        """Return how many of a batch's first rows keep their prompts under `mix_prompts`: latents belong to their prompts there."""
+        """Return how many of a batch's first rows keep their prompts under `mix_prompts`: their latents belong to them."""
         return 0
 
     def prepare(self, batch: Batch) -> None:  # noqa: B027  (an optional hook)
