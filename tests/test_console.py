@@ -64,6 +64,18 @@ def test_table(capsys):
     assert all(word in err for word in ("Title", "name", "value", "[a]", "1.235", "b"))
 
 
+@pytest.mark.parametrize(("width", "left_out"), [(80, []), (40, ["density"]), (30, ["density", "drift"])])
+def test_a_narrow_terminal_does_without_optional_columns(capsys, width, left_out):
+    console.reset()
+    console.terminal().width = width
+    columns = ["model", "recognised", "density", "drift"]
+    console.table("Title", columns, [["student", 0.9, 1.0, 0.1]], optional=["density", "drift"])
+    table, _, said = capsys.readouterr().err.partition("left out")
+    assert all((name in table) == (name not in left_out) for name in columns)
+    assert all(name in said for name in left_out)
+    assert bool(said) == bool(left_out)
+
+
 def test_plain_progress_is_sparse(capsys, clock):
     with console.progress(1000, "training") as bar:
         for _ in range(1000):

@@ -70,7 +70,7 @@ class Report:
 
     def show(self) -> None:
         """Print the table on stderr."""
-        console.table(self.title, *report.text_table(self.rows, self.latency_ms))
+        console.table(self.title, *report.text_table(self.rows, self.latency_ms), optional=report.OPTIONAL)
 
     def save(self, folder: Path, title: str) -> list[Path]:
         """Write report.html and a sheet of pictures to a folder; returns the paths of the sheet."""

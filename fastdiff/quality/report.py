@@ -34,6 +34,11 @@ def title(metrics: dict[str, Any]) -> str:
     return f"{halves} (columns that say {second}); ± half of the 95 % band"
 
 
+# Columns that a narrow terminal does without, the first ones first.
+OPTIONAL = ("density", "diversity", "background", "to teacher", "drift", "solver", "coverage", "guidance", "Frechet, seen",
+            "recognised, seen")  # fmt: skip
+
+
 def half_band(row: dict[str, Any], name: str) -> str:
     """Half of the width of a metric's band as text; empty where there is no band."""
     low, high = row.get("band", {}).get(name, (0.0, 0.0))

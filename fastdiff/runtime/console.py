@@ -122,8 +122,11 @@ def format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table on stderr, unless --quiet is set. Columns of numbers are aligned right."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, optional: Sequence[str] = ()) -> None:
+    """Print a table on stderr, unless --quiet is set. Columns of numbers are aligned right.
+
+    Where the terminal is too narrow, columns named in `optional` are left out, the first named first, and a line names them.
+    """
     if state.quiet or not speaks():
         return
     from rich import box
@@ -131,6 +134,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     from rich.text import Text
 
     rows = [list(row) for row in rows]
+    kept, left_out = list(range(len(columns))), []
+    width = lambda i: 3 + max([len(columns[i]), *(len(format_value(row[i])) for row in rows)])
+    for name in optional:
+        if name in columns and sum(map(width, kept)) > terminal().width:
+            kept.remove(columns.index(name))
+            left_out.append(name)
+    columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
     for i, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[i], int | float | NoneType) for row in rows)
@@ -138,6 +148,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     for row in rows:
         drawn.add_row(*(Text(format_value(v)) for v in row))
     terminal().print(drawn)
+    if left_out:
+        info(f"left out, for the terminal is too narrow: {', '.join(left_out)}; --json has all of it")
 
 
 @contextmanager

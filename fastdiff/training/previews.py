@@ -146,7 +146,7 @@ class Judged:
         distinct = {json.dumps(row): row for table in tables.values() for row in table["rows"]}  # a teacher's row once
         rows, first = list(distinct.values()), next(iter(tables.values()))
         metrics = {"samples": first["samples"], "rows": rows}
-        console.table(report.title(metrics), *report.text_table(rows))
+        console.table(report.title(metrics), *report.text_table(rows), optional=report.OPTIONAL)
         compared = {
             f"{name}, {steps}" if len(tables) > 1 else steps: gap
             for name, table in tables.items()
