@@ -55,7 +55,8 @@ class TrainConfig(BaseConfig):
     optimizer: Annotated[
         Literal["adamw", "adamw8bit", "adafactor", "muon"],
         "adamw8bit: its moments in a quarter of the memory, needs bitsandbytes; adafactor: means of rows and columns in their "
-        "place, no momentum; muon: orthogonal updates and half the moments, for whole networks; all take the --lr of adamw",
+        "place, no momentum; muon: half the moments, orthogonal updates, for networks that start at random, as a tiny decoder; "
+        "all take the --lr of adamw",
     ] = "adamw"
     weight_decay: Annotated[float, "decoupled weight decay, as AdamW's", Range(0)] = 0.0
     max_grad_norm: Annotated[float, "gradients of a larger norm are scaled down to it", Range(above=0)] = 1.0
