@@ -134,6 +134,14 @@ def test_no_step_of_any_command_draws_judged_noise(name, folders, tmp_path, monk
     assert not any(marks(noise) & judged_noise for noise in drawn)
 
 
+def test_control_is_judged_on_images_that_were_kept_from_training():
+    method = METHODS["distill-controlnet"]
+    config = resolve(method.Config, dict(base="emoji"), presets=method.presets, family_of=lambda values: "emoji", environ={})
+    exhibit = method.exhibit(Scene.of(config, checkpoint.load("emoji"), torch.device("cpu")), config)
+    assert len(exhibit.unseen) == config.proof
+    assert set(exhibit.unseen.names) <= emoji.kept_captions().keys()
+
+
 def test_samples_of_the_teacher_that_show_what_is_kept_are_left_out(tmp_path, monkeypatch):
     """ "fruit" names no background, so the teacher may draw one on which all fruits are kept from training."""
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))

@@ -101,10 +101,15 @@ def part() -> Tensor:
     return torch.tensor(rows)
 
 
+def items_of(which: int) -> tuple[Tensor, Tensor]:
+    """Return the images of a part, as TRAINED: picture numbers (N,) and backgrounds (N,)."""
+    picture, background = (part() == which).nonzero(as_tuple=True)
+    return picture, background
+
+
 def trained_items() -> tuple[Tensor, Tensor]:
     """Return the images that students may be trained on: picture numbers (N,) and backgrounds (N,)."""
-    picture, background = (part() == TRAINED).nonzero(as_tuple=True)
-    return picture, background
+    return items_of(TRAINED)
 
 
 @cache
@@ -159,9 +164,9 @@ def captions_of(picture: int, background: int) -> list[str]:
 CAPTION_WEIGHTS = (0.42, 0.18, 0.28, 0.12)  # name on background, name, group on background, group
 
 
-def encode(base: Checkpoint, *, device: torch.device | str = "cpu", style: str = "noto") -> Encoded:
-    """Encode the images that students may be trained on by the checkpoint's VAE and text encoder."""
-    picture, background = trained_items()
+def encode(base: Checkpoint, *, device: torch.device | str = "cpu", style: str = "noto", which: int = TRAINED) -> Encoded:
+    """Encode the images of a part, those that students may be trained on, by the checkpoint's VAE and text encoder."""
+    picture, background = items_of(which)
     columns = [captions_of(p, b) for p, b in zip(picture.tolist(), background.tolist(), strict=True)]
     rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(c for row in columns for c in row))}
     return Encoded(

@@ -94,8 +94,13 @@ class DistilControlNet(Segmented):
     def arrange(cls, scene: Scene, data: Data, exhibit: Edges, config: Options) -> Data:
         """Extract a control picture from every item, and hold out items for the closing figures."""
         assert isinstance(data, Encoded), "`buckets` is refused by the config"
-        control.of_samples(drawing(scene.base, scene.base.vae, scene.device), data, exhibit.how)
-        data, held_out = data.split(config.proof)
+        vae = drawing(scene.base, scene.base.vae, scene.device)
+        control.of_samples(vae, data, exhibit.how)
+        if exhibit.unseen is None:
+            data, held_out = data.split(config.proof)
+        else:
+            held_out = exhibit.unseen
+            control.of_samples(vae, held_out, exhibit.how)
         exhibit.keep(held_out)
         return data
 

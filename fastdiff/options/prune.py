@@ -18,7 +18,7 @@ CARD = dict(lr=5e-5, lr_schedule="cosine", warmup=100, ema=0.999, steps=20_000, 
 PRESETS = Presets(
     emoji=dict(
         layout="bk-base", lr=1e-3, lr_schedule="cosine", warmup=20, ema=0.98, batch_size=24, steps=300, empty_prompts=0.1,
-        weight_decay=0.0,
+        weight_decay=0.0, mix_prompts=0.5,
     ),
     sd15=dict(**CARD, layout="sdxs-512", batch_size=8, grad_accum=4),
     sd21=dict(**CARD, layout="sdxs-512", batch_size=8, grad_accum=4),

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.data import control
+from fastdiff.data import control, emoji
 from fastdiff.data.batch import Encoded
 from fastdiff.models import controlnet
 from fastdiff.models.denoiser import Denoiser
@@ -20,7 +20,10 @@ from fastdiff.training.scene import Scene
 
 
 class Edges(Exhibit):
-    """Draws the items that were held out of training, with their texts, seeds and control pictures."""
+    """Draws items that were held out of training, with their texts, seeds and control pictures.
+
+    On the embedded checkpoint they are images whose captions no student is trained on.
+    """
 
     controls: Tensor  # (N, 1 or 3, H, W) uint8
     names: list[str]  # of the N items: prompts or file names; may be empty
@@ -29,6 +32,10 @@ class Edges(Exhibit):
         self.prompt = scene.base.family.example_prompt
         self.base, self.vae, self.device, self.px = scene.base, scene.vae, scene.device, scene.resolution_px
         self.how = control.extractor(config.control)
+        self.unseen: Encoded | None = None
+        if scene.base.family.judge_ships:
+            unseen = emoji.encode(scene.base, device=scene.device, which=emoji.JUDGED)
+            self.unseen = unseen.rows(slice(None, None, max(1, len(unseen) // config.proof))).rows(slice(config.proof))
 
     def keep(self, held_out: Encoded) -> None:
         """Take the items that were held out of training; all of them have control pictures."""
