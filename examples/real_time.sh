@@ -7,13 +7,10 @@ set -euo pipefail
 base=${BASE:-emoji} layout=${LAYOUT:-sdxs-512} controlnet=${CONTROLNET:-emoji} out=${1:-runs/real-time}
 shift || true # what is left goes to real_time.py
 shared=(--base "$base" --json ${PROMPTS:+--prompts "$PROMPTS"} ${DEVICE:+--device "$DEVICE"})
-# A tiny decoder of `emoji` needs more than a fifteenth of its VAE, which is tiny itself, and then takes more of the discriminator
-# (examples/emoji/README.md).
-decoder=() && [ "$base" = emoji ] && decoder=(--width 24 --blocks 3,3,2,0 --lambda-gan 0.03)
 python -c 'import cv2' 2> /dev/null || { echo 'error: edges for control need OpenCV: pip install ".[control]"' >&2; exit 2; }
 mkdir -p "$out"
 fastdiff prune "${shared[@]}" --layout "$layout" -o "$out/small" > "$out/prune.json"
-fastdiff distill-vae "${shared[@]}" "${decoder[@]}" -o "$out/vae" > "$out/vae.json"
+fastdiff distill-vae "${shared[@]}" -o "$out/vae" > "$out/vae.json"
 fastdiff sdxs "${shared[@]}" --init "$out/small/model" --vae "$out/vae/tiny-vae" -o "$out/one" > "$out/one.json"
 fastdiff distill-controlnet "${shared[@]}" --controlnet "$controlnet" --init "$out/one/model" --one-step \
     --vae "$out/vae/tiny-vae" -o "$out/control" > "$out/control.json"

@@ -24,7 +24,7 @@ SMALL = dict(steps=4, batch_size=4, seed=3, device="cpu", lr=1e-3)
 CHAIN = {  # in four steps there is no time for all stages
     "lightning": dict(stages="8:4", phases="cond,uncond", d_warmup=0),
     "sdxs": dict(match_steps=0, gan_steps=1),
-    "distill-vae": dict(gan_from=0, encoder=True),
+    "distill-vae": dict(gan_from=0, encoder=True, lambda_gan=0.004),
 }
 METHODS = {c.name: c.load().method for c in cli.COMMANDS if c.load().method}
 

