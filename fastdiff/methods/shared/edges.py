@@ -34,7 +34,9 @@ class Edges(Exhibit):
         self.how = control.extractor(config.control)
         self.unseen: Encoded | None = None
         if scene.base.family.judge_ships:
+            before = next(scene.base.vae.parameters()).device
             unseen = emoji.encode(scene.base, device=scene.device, which=emoji.JUDGED)
+            scene.base.vae.to(before)
             self.unseen = unseen.rows(slice(None, None, max(1, len(unseen) // config.proof))).rows(slice(config.proof))
 
     def keep(self, held_out: Encoded) -> None:
