@@ -124,8 +124,9 @@ def main() -> None:
         columns.append((in_calls(name.partition(", 25")[0], ways[name].settings.calls), pictures))
     Sheet.of_columns(columns, prompts[:6]).save(args.runs / "real_time.png")
     kept = json.loads((args.runs / "control.json").read_text())["metrics"]
-    results["control"] = {k: v for k, v in kept.items() if k.startswith(("edges", "change"))}
+    results["control"] = {k: v for k, v in kept.items() if k.startswith(("edges", "change", "steered"))}
     print(f"edges of the control kept in one step: {kept['edges_student']:.2f}, by the base {kept['edges_teacher']:.2f} (F1)")
+    print(f"another picture's edges are followed {kept['steered_kept']:.0%} as far as by the base")
     (args.runs / "real_time.json").write_text(json.dumps(results, indent=2) + "\n")
 
 

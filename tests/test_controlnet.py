@@ -273,6 +273,8 @@ def test_from_a_pruned_checkpoint_to_a_controlled_picture(fastdiff, tmp_path):
     assert code == 0, told
     assert told["metrics"]["items"] == 4
     assert told["metrics"]["change_off"] > 0
+    steered = {who: told["metrics"][f"steered_{who}"] for who in ("teacher", "student")}  # better than without control by so much
+    assert told["metrics"]["steered_kept"] == pytest.approx(steered["student"] / max(steered["teacher"], 1e-9))
     card = (tmp_path / "guide/README.md").read_text()
     assert 'ControlNetModel.from_pretrained("controlnet")' in card
 

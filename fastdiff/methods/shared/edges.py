@@ -75,12 +75,21 @@ class Edges(Exhibit):
         return Sheet.of_columns(columns, self.names[:6])
 
     def figures(self, method: Method, run: Run) -> dict[str, Any]:
-        """Measure how well the written ControlNet follows the controls, and what changes without it or with other controls."""
+        """Measure how well the written ControlNet follows the controls, and what changes without it or with other controls.
+
+        A prompt alone draws many of the edges that its own control asks for. So what control does is told by the controls of
+        other items: `steered` is how much better pictures agree with those when asked to than when drawn without control.
+        """
         written = controlnet.load(str(run.folder / "controlnet"), method.student.net.config)
         method.student.controlnet = written.to(self.device)
         others = self.controls.roll(1, 0)
         teacher = self.draw(method, method.teacher, self.controls)
         on, off, other = (self.draw(method, method.student, c) for c in (self.controls, None, others))
+        teacher_off, teacher_other = (self.draw(method, method.teacher, c) for c in (None, others))
+        steered = {
+            "steered_teacher": self.agreement(teacher_other, others) - self.agreement(teacher_off, others),
+            "steered_student": self.agreement(other, others) - self.agreement(off, others),
+        }
         figures = {
             "edges_teacher": self.agreement(teacher, self.controls),
             "edges_student": self.agreement(on, self.controls),
@@ -88,8 +97,12 @@ class Edges(Exhibit):
             "edges_other_control": self.agreement(other, others),
             "change_off": (on - off).abs().mean().item(),
             "change_other_control": (on - other).abs().mean().item(),
+            **steered,
         }
-        figures = {"items": len(on), **figures, "edges_kept": figures["edges_student"] / max(figures["edges_teacher"], 1e-9)}
+        kept = {
+            f"{what}_kept": figures[f"{what}_student"] / max(figures[f"{what}_teacher"], 1e-9) for what in ("edges", "steered")
+        }
+        figures = {"items": len(on), **figures, **kept}
         console.table(
             f"edges of the control and of {len(on)} pictures (F1), and what the control changes",
             ["figure", "value"],
