@@ -89,7 +89,7 @@ def test_a_metric_is_one_entry(fastdiff, tmp_path, monkeypatch):
                    "higher", judges=True)  # fmt: skip
     monkeypatch.setattr(metrics, "METRICS", [*metrics.METRICS, light])
     tables = []
-    monkeypatch.setattr(console, "table", lambda title, columns, rows: tables.append((columns, rows)))
+    monkeypatch.setattr(console, "table", lambda title, columns, rows, **how: tables.append((columns, rows)))
     code, trained = fastdiff(
         *("train-lcm-lora", "--data", "teacher", "--pairs", 2, "--teacher-steps", 1, "--steps", 1, "--batch-size", 2),
         *("--proof", 4, "-o", "run", "--prompts", "prompts.txt"),

@@ -48,11 +48,11 @@ class Batch:
         w = torch.rand(n, generator=generator) * (torch.rand(n, generator=generator) < share)
         w[:first] = 0
 
-        def moved(name: str) -> Tensor | None:
+        def between(name: str) -> Tensor | None:
             c, plus, minus = (vars(cond)[name] for cond in (self.cond, a, b))
             return None if c is None else c + w.view(n, *[1] * (c.ndim - 1)).to(c.dtype) * (plus - minus)
 
-        return replace(self, cond=replace(self.cond, tokens=moved("tokens"), pooled=moved("pooled")))
+        return replace(self, cond=replace(self.cond, tokens=between("tokens"), pooled=between("pooled")))
 
 
 @dataclass

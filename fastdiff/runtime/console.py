@@ -149,7 +149,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
         drawn.add_row(*(Text(format_value(v)) for v in row))
     terminal().print(drawn)
     if left_out:
-        info(f"left out, for the terminal is too narrow: {', '.join(left_out)}; --json has all of it")
+        info(f"left out, for the terminal is too narrow: {', '.join(left_out)}")
 
 
 @contextmanager
