@@ -46,9 +46,8 @@ class Muon(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # the trainer gives no closure
         """Update all parameters that have a gradient."""
-        assert closure is None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             (self.by_muon if group["muon"] else self.by_adamw)(group, params)
@@ -74,10 +73,9 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 zero = torch.zeros((), dtype=torch.float32, device=p.device)
                 self.state[p].update(step=zero, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        columns = [[self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step")]
         grads = [p.grad for p in params if p.grad is not None]
+        means, squares, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
+        first, second = group["betas"]
+        how = dict(amsgrad=False, maximize=False, beta1=first, beta2=second, eps=1e-8, weight_decay=group["weight_decay"])
         if params:
-            adamw(
-                list(params), grads, *columns[:2], [], columns[2], fused=group["fused"], amsgrad=False, maximize=False, eps=1e-8,
-                beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
-            )  # fmt: skip
+            adamw(list[Tensor](params), grads, means, squares, [], steps, fused=group["fused"], lr=group["lr"], **how)
