@@ -34,7 +34,7 @@ SHOWN = [
     "fox",
     "octopus on pink",
     "house",
-    "mushroom on green",
+    "sunflower on white",
 ]
 
 

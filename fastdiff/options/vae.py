@@ -12,8 +12,8 @@ from fastdiff.runtime.errors import UsageError
 # fmt: off
 CARD = dict(lr=3e-4, lr_schedule="cosine", warmup=100, ema=0.999, batch_size=8, steps=30_000, pairs=1024, data="teacher")
 PRESETS = Presets(
-    # Its own decoder costs 1/68 of SD's a pixel. A fifteenth of that has 12 channels and draws blots; a third to a quarter draws
-    # clean pictures (examples/emoji/README.md).
+    # Its own decoder costs 1/68 of SD's a pixel. A fifteenth of that has 12 channels and draws blots; a third to a quarter does
+    # not (examples/emoji/README.md). The last options serve those who set `lambda_gan`.
     emoji=dict(
         data="teacher", pairs=2160, teacher_steps=8, width=24, blocks="4,4,2,0", optimizer="muon", lr=7e-3, lr_schedule="cosine",
         warmup=20, ema=0.99, batch_size=32, steps=1500, lambda_pixel=1.0, lambda_lpips=0.2, lambda_gan=0.0, gan_from=200,

@@ -324,8 +324,7 @@ class Trainer:
         shared = torch.Generator().manual_seed(rng.seed_for(self.config.seed, 15_485_863, self.step))
         batches = [self.data.batch(self.config.batch_size, generator, shared) for _ in range(n)]
         if share := self.config.mix_prompts:
-            mixing = torch.Generator().manual_seed(seed)
-            batches = [batch.mixed(share, mixing, self.method.paired(len(batch.latents), self.now)) for batch in batches]
+            batches = [batch.mixed(share, generator, self.method.paired(len(batch.latents), self.now)) for batch in batches]
         return [batch.to(self.device) for batch in batches], rng.streams(seed, n)
 
     def figures(self, losses: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
