@@ -1,6 +1,8 @@
 """No student is trained on what judges it: neither on its prompts nor on its images nor on its start noise."""
 
+import runpy
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +61,26 @@ def test_judged_prompts_are_one_fixed_list_and_half_of_it_is_unseen():
     prompts = judge.Prompts.judged(JUDGED)
     assert prompts.coarse.float().mean() == 0.5
     assert len({captions[i] for i in unseen}) > 350
+
+
+def test_the_prompts_of_the_long_runs_show_and_name_nothing_that_is_kept():
+    script = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "emoji" / "prompts.py"))
+    lines = script["prompts"](3000)
+    assert lines == script["prompts"](3000)
+    assert not set(lines) & emoji.kept_captions().keys()
+    words = {p.group in emoji.KEPT_GROUPS: set[str]() for p in emoji.pictures()}
+    for p in emoji.pictures():
+        words[p.group in emoji.KEPT_GROUPS] |= {*p.name.split(), p.group}
+    subjects = [emoji.subject_of(line) for line in lines]
+    assert not {word for subject in subjects for word in subject.split()} & (words[True] - words[False])
+    pictures = {name: i for i, p in enumerate(emoji.pictures()) for name in (p.name, p.group)}
+    compounds = [line for line, subject in zip(lines, subjects, strict=True) if subject not in pictures]
+    assert 0.3 < len(compounds) / len(lines) < 0.36
+    for line in compounds:  # a whole name of one picture in a compound is not on a background that it is kept on
+        subject, _, colour = line.rpartition(" on ")
+        b = list(emoji.BACKGROUNDS).index(colour)
+        for name in (n for n in pictures if f" {n} " in f" {subject} "):
+            assert (name, b) not in emoji.kept_places() or " " not in name, line
 
 
 def test_the_blocks_of_seeds_share_no_noise():
@@ -148,6 +170,10 @@ def test_samples_of_the_teacher_that_show_what_is_kept_are_left_out(tmp_path, mo
     console.reset(quiet=True)
     base, places = checkpoint.load("emoji"), [(emoji.pictures()[i].group, b) for i, b in KEPT_AND_NOT]
     assert [emoji.may_train(group, b) for group, b in places] == [False, True]
+    meat = next(i for i, p in enumerate(emoji.pictures()) if p.name == "meat on bone")  # its name alone is no background
+    for b, colour in enumerate(emoji.BACKGROUNDS):
+        allowed = bool(emoji.part()[meat, b] == emoji.TRAINED)
+        assert [emoji.may_train(line, b) for line in ("meat on bone", f"A meat on bone on {colour}")] == [allowed, allowed]
     picture, background = (torch.tensor(column) for column in zip(*KEPT_AND_NOT, strict=True))
     latents = autoencoder.encode_moments(base.vae, emoji.compose(picture, background)).chunk(2, 1)[0]
     turns = iter(range(2))

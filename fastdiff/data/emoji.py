@@ -130,6 +130,12 @@ def plain(line: str) -> str:
     return re.sub(r"^an? ", "", line.strip().lower())
 
 
+def subject_of(line: str) -> str:
+    """The name or group in a prompt, without the background ("meat on bone" names none)."""
+    subject, _, colour = plain(line).rpartition(" on ")
+    return subject if colour in BACKGROUNDS else plain(line)
+
+
 @cache
 def kept_places() -> frozenset[tuple[str, int]]:
     """All (name or group, background) that are kept from training; a group where all its pictures are."""
@@ -143,7 +149,7 @@ def kept_places() -> frozenset[tuple[str, int]]:
 
 def may_train(line: str, background: int) -> bool:
     """Whether a student may be trained on a sample of a prompt that shows this background."""
-    return (plain(line).split(" on ")[0], background) not in kept_places()
+    return (subject_of(line), background) not in kept_places()
 
 
 def warn_of_kept(family: Family, lines: Iterable[str], source: str) -> None:
