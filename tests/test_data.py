@@ -258,6 +258,17 @@ def test_prompts_alone_cost_no_sampling_and_their_latents_cannot_be_used_unnotic
     assert batch.noise is None
 
 
+def test_prompts_of_a_file_that_get_no_sample_are_told(tmp_path, monkeypatch, capsys):
+    """The shipped ones of `emoji` are more than most runs sample, which is no mistake of the user."""
+    monkeypatch.setattr("fastdiff.data.open.teacher.encode", lambda *args, **options: None)
+    (tmp_path / "mine.txt").write_text("a\nb\nc\n")
+    base = checkpoint.load("emoji")
+    for prompts, pairs in ((None, 2), (str(tmp_path / "mine.txt"), 3), (str(tmp_path / "mine.txt"), 2)):
+        assert not capsys.readouterr().err
+        open_data(base, "teacher", prompts=prompts, pairs=pairs)
+    assert "`pairs=2`: only the first 2 of the 3 prompts are used" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_pairs_come_from_the_teacher_alone(tmp_path):
     with pytest.raises(UsageError, match="needs pairs of noise and picture") as error:
         open_data(checkpoint.load("emoji"), "emoji", **OPEN, needs="pairs")
@@ -266,14 +277,20 @@ def test_pairs_come_from_the_teacher_alone(tmp_path):
 
 def test_default_prompts_of_full_size_models_exist():
     assert len(default_prompts(FAMILIES["sdxl"])) >= 50
+
+
+def test_the_shipped_prompts_of_emoji_are_captions_and_compounds_of_their_words():
     lines = default_prompts(FAMILIES["emoji"])
-    assert len(lines) == (emoji.part() == emoji.TRAINED).sum()
-    assert sum(" on " in line for line in lines) / len(lines) == pytest.approx(0.70, abs=0.04)  # as the teacher was trained
-    assert sum(line.split(" on ")[0] in groups() for line in lines) / len(lines) == pytest.approx(0.40, abs=0.04)
-
-
-def groups():
-    return {p.group for p in emoji.pictures()}
+    captions = {c for place in zip(*emoji.trained_items(), strict=True) for c in emoji.captions_of(*map(int, place))}
+    groups = {p.group for p in emoji.pictures()}
+    third = pytest.approx(1 / 3, abs=0.03)
+    assert sum(emoji.subject_of(line) in groups for line in lines) / len(lines) == third
+    assert sum(line in captions and emoji.subject_of(line) not in groups for line in lines) / len(lines) == third
+    compounds = [line for line in lines if line not in captions]
+    assert len(compounds) / len(lines) == third
+    words = {word for p in emoji.pictures() for word in f"{p.name} {p.group}".split()}
+    assert {word for line in compounds for word in emoji.subject_of(line).split()} <= words
+    assert len(set(compounds)) > 0.7 * len(compounds)
 
 
 def test_text_equals_the_pipelines(tiny_sd, tiny_sdxl):

@@ -12,6 +12,7 @@ from fastdiff.data import emoji, encode, folder, streams, teacher
 from fastdiff.data.batch import Batch, Buckets, Data, Encoded
 from fastdiff.data.images import Framing
 from fastdiff.data.prompts import default_prompts, read_prompts
+from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError, as_field
 from fastdiff.sampling.settings import Settings
 
@@ -64,6 +65,8 @@ def open_data(
         emoji.warn_of_kept(base.family, lines, as_field("prompts", prompts))
         chosen = sampling or Settings.usual(base.family)
         n = 0 if needs == "prompts" else pairs
+        if prompts and 0 < n < len(lines):
+            console.warn(f"`pairs={n}`: only the first {n} of the {len(lines)} prompts are used")
         return teacher.encode(base, lines, resolution_px, chosen, pairs=n, seed=seed, device=device)
     framing = replace(framing, least_px=base.pixels_per_latent)
     if spec.startswith(("wds:", "hf:")):

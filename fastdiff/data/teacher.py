@@ -55,8 +55,6 @@ def encode(
         moments = torch.full((1, 2 * shape[0], side, side), float("nan")).expand(len(of), -1, -1, -1)
     else:
         of = row[torch.arange(pairs) % len(row)]
-        if pairs < len(prompts):
-            console.warn(f"`pairs={pairs}`: only the first {pairs} of the {len(prompts)} prompts are used")
         noise, latents = Shards(base, settings, prompts, texts[row], uncond, seed, resolution_px, device).first(pairs)
         lines = [prompts[i % len(prompts)] for i in range(pairs)]
         good = finite(latents, lines)
