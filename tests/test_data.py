@@ -159,6 +159,15 @@ def test_more_pairs_are_added_to_those_that_are_there(teacher_data, tmp_path, mo
     assert torch.equal(data(1).moments, many.moments[:1])
 
 
+def test_only_prompts_that_get_a_sample_are_encoded(teacher_data):
+    data, sampled = teacher_data
+    one, three = data(1), data(3)
+    assert [len(one.texts), len(three.texts), len(data(0, needs="prompts").texts)] == [1, 2, 2]
+    assert sampled == [[0], [1, 2]]
+    assert torch.equal(one.moments, three.moments[:1])
+    assert torch.equal(one.texts.tokens, three.texts.tokens[:1])
+
+
 def test_an_interrupted_sampling_goes_on_after_its_last_file(teacher_data, tmp_path, monkeypatch):
     data, sampled = teacher_data
     monkeypatch.setattr(teacher.Shards, "SIZE", 2)

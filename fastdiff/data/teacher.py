@@ -41,8 +41,9 @@ def encode(
     With `pairs=0` it holds the prompts alone and its latents are NaN. Raises InputRefused if no sample is finite, and
     DoesNotFit if the disk is too small. Afterwards the text encoders are released.
     """
-    unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    row = torch.tensor([unique[prompt] for prompt in prompts])
+    used = prompts[:pairs] if pairs else prompts  # text encoders are slow, and lists of prompts long
+    unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(used))}
+    row = torch.tensor([unique[prompt] for prompt in used])
     texts, uncond = text.encode(base, list(unique), device=device), text.unconditional(base, device=device)
     base.release("text_encoders", "tokenizers")
     if base.family.size_conditioned:
