@@ -147,14 +147,40 @@ def kept_places() -> frozenset[tuple[str, int]]:
     return frozenset(place for place, kept in places.items() if kept)
 
 
+@cache
+def kept_names(background: int) -> frozenset[frozenset[str]]:
+    """Return the words of each name or group that is kept from training on a background."""
+    return frozenset(frozenset(name.split()) for name, b in kept_places() if b == background)
+
+
+@cache
+def known_names() -> frozenset[str]:
+    """Return the names and groups of all pictures."""
+    return frozenset(name for picture in pictures() for name in (picture.name, picture.group))
+
+
 def may_train(line: str, background: int) -> bool:
-    """Whether a student may be trained on a sample of a prompt that shows this background."""
-    return (subject_of(line), background) not in kept_places()
+    """Whether a student may be trained on a sample of a prompt that shows this background.
+
+    A prompt that is no caption must not have all words of a name or group that is kept on that background.
+    """
+    subject = subject_of(line)
+    if subject in known_names():
+        return (subject, background) not in kept_places()
+    words = set(subject.split())
+    return not any(words >= name for name in kept_names(background))
+
+
+def is_kept(line: str) -> bool:
+    """Whether a prompt names what is kept from training: on the background that it names, or on all if it names none."""
+    colour = plain(line).rpartition(" on ")[2]
+    named = [list(BACKGROUNDS).index(colour)] if colour in BACKGROUNDS else range(len(BACKGROUNDS))
+    return not any(may_train(line, b) for b in named)
 
 
 def warn_of_kept(family: Family, lines: Iterable[str], source: str) -> None:
-    """Warn of captions that a user gives for training, but that judge the embedded checkpoint's students as unseen."""
-    kept = set(map(plain, lines)) & kept_captions().keys() if family.judge_ships else set()
+    """Warn of captions that a user gives for training, but that name what judges the embedded checkpoint's students as unseen."""
+    kept = set(filter(is_kept, lines)) if family.judge_ships else set()
     if kept:
         console.warn(
             f"{source}: {len(kept)} captions, such as {min(kept)!r}, are among those that no student should be trained on; the "

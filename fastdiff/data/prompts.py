@@ -10,8 +10,9 @@ from fastdiff.runtime.disk import ASSETS
 from fastdiff.runtime.errors import UsageError, as_field
 
 PROMPTS = ASSETS / "prompts.txt"
+COUNT = 8640  # prompts for `emoji`, some of them equal
 COLOURS = list(emoji.BACKGROUNDS)
-ON_BACKGROUND = 0.7  # share of the captions that name a background, as the teacher was trained
+ON_BACKGROUND = emoji.CAPTION_WEIGHTS[0] + emoji.CAPTION_WEIGHTS[2]  # share of the captions that name a background
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -30,53 +31,56 @@ def read_prompts(path: Path) -> list[str]:
 
 def default_prompts(family: Family) -> list[str]:
     """Return the shipped prompts; for a family with an embedded data set, `emoji_prompts`."""
-    return read_prompts(PROMPTS) if family.data is None else emoji_prompts()
-
-
-def emoji_prompts(n: int = 8640, seed: int = 0) -> list[str]:
-    """Return `n` prompts for the teacher of the embedded checkpoint; none is among the captions that are kept from training.
-
-    A third names a picture ("red apple on blue"), a third a group ("fruit"), and a third puts words of two captions together
-    ("hat fruit on pink"). Nobody drew pictures of these compounds, but the teacher answers them too. A student that learned the
-    answers draws more of what it was never trained on.
-    """
-    rng, kept, lines = random.Random(seed), emoji.kept_captions(), list[str]()
-    while len(lines) < n:
-        kind = rng.random()
-        line = (named if kind < 0.33 else grouped if kind < 0.66 else compound)(rng)
-        if line not in kept:
-            lines.append(line)
-    return lines
+    return read_prompts(PROMPTS) if family.data is None else list(emoji_prompts())
 
 
 @cache
-def trained() -> tuple[list[int], list[int], list[tuple[str, int]]]:
-    """Return what students may see: picture numbers and backgrounds of all images, and all (group, background)."""
-    picture, background = (column.tolist() for column in emoji.trained_items())
-    places = {(emoji.pictures()[p].group, b) for p, b in zip(picture, background, strict=True)}
-    return picture, background, sorted(places)
+def emoji_prompts() -> tuple[str, ...]:
+    """Return COUNT prompts for the teacher of the embedded checkpoint; they name nothing that is kept from training.
+
+    A third names a picture ("red apple on blue"), a third a group ("fruit"), and a third puts words of two captions together
+    ("hat fruit on pink"). No picture of such a compound exists, but the teacher draws it too. A student that learned from the
+    teacher's pictures of compounds draws more of what it was never trained on.
+    """
+    draw = random.Random(0)
+    return tuple(draw.choice((name_prompt, group_prompt, compound_prompt))(draw) for _ in range(COUNT))
 
 
-def named(rng: random.Random) -> str:
-    """A caption with the name of a picture, seven times in ten on a background."""
-    picture, background, _ = trained()
-    k = rng.randrange(len(picture))
-    return emoji.caption(picture[k], background[k] if rng.random() < ON_BACKGROUND else None)
+@cache
+def trained_places() -> list[tuple[int, int]]:
+    """Return the picture number and background of each image that students may see."""
+    return list(zip(*(column.tolist() for column in emoji.trained_items()), strict=True))
 
 
-def grouped(rng: random.Random) -> str:
-    """A caption with the name of a group, seven times in ten on a background; each pair of both is as frequent as the others."""
-    name, background = rng.choice(trained()[2])
-    return f"{name} on {COLOURS[background]}" if rng.random() < ON_BACKGROUND else name
+@cache
+def trained_groups() -> list[tuple[str, int]]:
+    """Return every group with each background that students may see it on."""
+    return sorted({(emoji.pictures()[picture].group, background) for picture, background in trained_places()})
 
 
-def compound(rng: random.Random) -> str:
-    """Up to four words of two names or groups, in any order, on a background that neither picture is kept on."""
-    pair = [rng.choice(trained()[0]) for _ in range(2)]
-    parts = [emoji.caption(picture, None, coarse=rng.random() >= 0.5).split() for picture in pair]
-    free = [b for b in range(len(COLOURS)) if all(emoji.part()[picture, b] == emoji.TRAINED for picture in pair)]
-    if not free:
-        return compound(rng)
-    words = [word for own in parts for word in rng.sample(own, rng.randint(1, len(own)))]
-    rng.shuffle(words)
-    return f"{' '.join(words[:4])} on {COLOURS[rng.choice(free)]}"
+def name_prompt(draw: random.Random) -> str:
+    """The name of a picture, seven times in ten on a background."""
+    picture, background = draw.choice(trained_places())
+    return emoji.caption(picture, background if draw.random() < ON_BACKGROUND else None)
+
+
+def group_prompt(draw: random.Random) -> str:
+    """The name of a group, seven times in ten on a background; each pair of both is as frequent as the others."""
+    group, background = draw.choice(trained_groups())
+    return f"{group} on {COLOURS[background]}" if draw.random() < ON_BACKGROUND else group
+
+
+def compound_prompt(draw: random.Random) -> str:
+    """Up to four words from the names or groups of two pictures, mixed, and a background that both are trained on."""
+    while True:
+        pair = [emoji.pictures()[draw.choice(trained_places())[0]] for _ in range(2)]
+        first, second = ((p.group if draw.random() < 0.5 else p.name).split() for p in pair)
+        words = [word for part in (first, second) for word in draw.sample(part, draw.randint(1, len(part)))]
+        draw.shuffle(words)
+        mixed = list(dict.fromkeys(words))[:4]
+        background = draw.randrange(len(COLOURS))
+        line = f"{' '.join(mixed)} on {COLOURS[background]}"
+        of_both = set(mixed) - set(first) and set(mixed) - set(second)
+        trained = all((picture.name, background) not in emoji.kept_places() for picture in pair)
+        if of_both and trained and emoji.may_train(line, background):
+            return line

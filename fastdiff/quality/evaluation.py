@@ -135,9 +135,10 @@ class Evaluation:
 
     @classmethod
     def validating(cls, base: Checkpoint, n: int, *, device: torch.device | str) -> "Evaluation":
-        """An evaluation for the middle of training: n seen prompts, and noise that no closing table uses. It shows no progress.
+        """An evaluation for the middle of training: the first n seen prompts, and noise that no closing table uses.
 
-        So weights that are chosen by it were not chosen by the pictures that judge them.
+        The judge measures it. So where `keep=best` chose the weights, the judge chose them, but by no unseen prompt. It shows no
+        progress.
         """
         shipped = judge.shipped()
         seen = judge.parts(shipped.lines)[judge.SEEN][:n]
