@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The long proof on `emoji`: how much of the gap between n network calls and the teacher's 50 a long distillation closes.
-# Students as published for their steps: LCM's family (TCD), DMD (1 call), Lightning (from 32 steps down), SDXS (a pruned network
-# and a tiny decoder; 1 call). All of them learn from the teacher's samples of the shipped prompts, none from the pictures.
-# About two hours of one CPU core, minutes on a GPU.
+# Each method with the steps that it was published for: LCM's family (TCD), DMD (1 call), Lightning (from 32 steps down), SDXS (a
+# pruned network and a tiny decoder; 1 call). All of them learn from the teacher's samples of the shipped prompts, none from the pictures.
+# About two hours of one CPU core.
 #   examples/emoji/long_proof.sh [SEED]
 set -euo pipefail
 seed=${1:-0}

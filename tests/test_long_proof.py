@@ -1,0 +1,48 @@
+"""examples/emoji/long_proof.sh without its hours: its commands are accepted, and its table says what the results say."""
+
+import json
+import os
+import runpy
+import shlex
+import subprocess
+from pathlib import Path
+
+from fastdiff import cli
+
+FOLDER = Path(__file__).parent.parent / "examples" / "emoji"
+
+
+def test_every_command_of_the_script_is_accepted(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for name, does in (("fastdiff", 'printf "%s " "$@" >> commands; echo >> commands; echo {}'), ("python", "true")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run([FOLDER / "long_proof.sh", "2"], env={**os.environ, **path}, check=True)
+    lines = [shlex.split(line) for line in Path("commands").read_text().splitlines()]
+    assert [line[0] for line in lines] == ["train-lcm-lora", "dmd", "lightning", "distill-vae", "prune", "sdxs"]
+    written = [line[line.index("-o") + 1] for line in lines]
+    for line in lines:
+        assert line[line.index("--seed") + 1] == "2"
+        for flag, stand_in in (("--init", "emoji"), ("--vae", None)):  # what an earlier line writes
+            if flag in line:
+                at = line.index(flag)
+                assert any(line[at + 1].startswith(f"{folder}/") for folder in written)
+                line[at : at + 2] = [flag, stand_in] if stand_in else []
+        assert cli.main([*line, "--dry-run"]) == 0, capfd.readouterr().err
+
+
+def test_the_table_has_unseen_and_seen_prompts_and_says_where_a_student_is_not_ahead(tmp_path, monkeypatch, capsys):
+    gap = dict(student=0.95, gap_closed=0.876, low=0.8, high=0.9, verdict="ahead")
+    behind = dict(student=3.0, gap_closed=-1.0, low=-2.0, high=-0.5, verdict="behind")
+    one = {"retrieval": {"1": gap}, "frechet": {"1": behind}}
+    several = {"a-8step": {m: {"8": gap} for m in one}, "a-1step": one, "a-1step-full": one}
+    for name, gaps in (("one", one), ("several", several)):
+        Path(tmp_path / f"{name}.json").write_text(json.dumps({"metrics": {"gap_closed": gaps, "seen": {"gap_closed": gaps}}}))
+    monkeypatch.setattr("sys.argv", ["table.py", f"DMD={tmp_path}/one.json", f"L={tmp_path}/several.json"])
+    runpy.run_path(str(FOLDER / "table.py"), run_name="__main__")
+    head, rule, *rows = capsys.readouterr().out.splitlines()
+    assert head.count("|") == rule.count("|") == 11
+    figures = "0.950 | 88 % [80, 90] | 3.000 | behind"
+    assert rows[0] == f"| DMD | 1 | {figures} | {figures} |"
+    assert [row.split(" | ")[:2] for row in rows[1:]] == [["| L", "1"], ["| L, full weights", "1"], ["| L", "8"]]
