@@ -290,7 +290,7 @@ def test_default_prompts_of_full_size_models_exist():
 
 def test_the_shipped_prompts_of_emoji_are_captions_and_compounds_of_their_words():
     lines, names = default_prompts(FAMILIES["emoji"]), {p.name for p in emoji.pictures()}
-    subjects = [emoji.subject_of(line) for line in lines]
+    subjects = [emoji.subject_and_background(line)[0] for line in lines]
     compounds = [subject for subject in subjects if subject not in emoji.known_names()]
     named = [line != subject for line, subject in zip(lines, subjects, strict=True) if subject in names]
     assert (len(lines), len(set(lines)), len(named), len(compounds)) == (8640, 3991, 2920, 2856)

@@ -67,9 +67,10 @@ def test_the_shipped_prompts_name_nothing_that_is_kept():
     assert not set(lines) & emoji.kept_captions().keys()
     for line in lines:
         subject, _, colour = line.rpartition(" on ")
-        if line not in {name for p in emoji.pictures() for name in (p.name, p.group)} and subject not in emoji.known_names():
-            b = list(emoji.BACKGROUNDS).index(colour)
-            assert not [name for name, at in emoji.kept_places() if at == b and set(name.split()) <= set(subject.split())], line
+        if {line, subject} & emoji.known_names():  # a caption, which the line above looked at
+            continue
+        b = list(emoji.BACKGROUNDS).index(colour)
+        assert not [name for name, at in emoji.kept_places() if at == b and set(name.split()) <= set(subject.split())], line
 
 
 def test_what_is_kept_is_known_by_its_words_too():

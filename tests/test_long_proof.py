@@ -7,6 +7,9 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import pytest
+import torch
+
 from fastdiff import cli
 
 FOLDER = Path(__file__).parent.parent / "examples" / "emoji"
@@ -30,6 +33,16 @@ def test_every_command_of_the_script_is_accepted(tmp_path, monkeypatch, capfd):
                 assert any(line[at + 1].startswith(f"{folder}/") for folder in written)
                 line[at : at + 2] = [flag, stand_in] if stand_in else []
         assert cli.main([*line, "--dry-run"]) == 0, capfd.readouterr().err
+
+
+def test_frequencies_count_the_pictures_that_would_have_to_change():
+    script = runpy.run_path(str(FOLDER / "frequencies.py"))
+    drawn, wanted, group = torch.tensor([[0, 0, 1, 1, 5, 6], [0, 1, 1, 1, 6, 5], [0, 0, 0, 0, 1, 1]])
+    assert script["distance"](drawn, wanted, group) == 1 / 6  # one more of picture 1; the second group has another order alone
+    assert script["distance"](wanted, wanted, group) == 0
+    assert script["file_and_steps"]("a:b.safetensors:4") == ("a:b.safetensors", 4)
+    with pytest.raises(Exception, match="write FILE:STEPS"):
+        script["file_and_steps"]("a.safetensors")
 
 
 def test_the_table_has_unseen_and_seen_prompts_and_says_where_a_student_is_not_ahead(tmp_path, monkeypatch, capsys):

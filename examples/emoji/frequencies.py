@@ -11,7 +11,6 @@ how large that share is by chance.
 import argparse
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.checkpoints import checkpoint
@@ -33,11 +32,6 @@ def parts(prompts: judge.Prompts) -> dict[str, Tensor]:
     return {name: (rows & prompts.coarse).nonzero().flatten() for name, rows in chosen.items()}
 
 
-def nearest(features: Tensor) -> Tensor:
-    """Return the number of the real picture that is nearest to each embedding (N, D)."""
-    return (F.normalize(features, dim=1) @ judge.prototypes().T).argmax(1)
-
-
 def distance(drawn: Tensor, wanted: Tensor, group: Tensor) -> float:
     """Return the total variation distance of picture numbers (N,) from those of the teacher (N,), of the same groups (N,)."""
     changed = 0.0
@@ -47,10 +41,18 @@ def distance(drawn: Tensor, wanted: Tensor, group: Tensor) -> float:
     return changed / len(drawn)
 
 
+def file_and_steps(argument: str) -> tuple[str, int]:
+    """Read FILE:STEPS. Raises ArgumentTypeError if it has no number of steps."""
+    file, _, steps = argument.rpartition(":")
+    if not file or not steps.isdecimal():
+        raise argparse.ArgumentTypeError(f"{argument}: write FILE:STEPS, as dmd.safetensors:1")
+    return file, int(steps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("students", nargs="*", metavar="FILE:STEPS")
-    students = [argument.rpartition(":")[::2] for argument in parser.parse_args().students]
+    parser.add_argument("students", nargs="*", metavar="FILE:STEPS", type=file_and_steps)
+    students = parser.parse_args().students
     shipped, prompts = judge.shipped(), judge.Prompts.judged(N)
     rows = {"teacher, 50 calls": shipped.teacher}
     rows |= {f"undistilled, {calls} calls": shipped.best(calls, "frechet") for calls in shipped.calls}
@@ -58,12 +60,12 @@ def main() -> None:
         evaluation = Evaluation.shipped(checkpoint.load("emoji"), N, device="cpu")
         for file, steps in students:
             sampler = Sampler("emoji", loras=[file], device="cpu", compile="off")
-            settings = Settings.of(sampler.recipe, Settings.usual(SHIPPED), num_steps=int(steps))
+            settings = Settings.of(sampler.recipe, Settings.usual(SHIPPED), num_steps=steps)
             rows[f"{file}, {settings.calls} calls"] = evaluation.row(file, sampler, settings)
-    wanted, group, chosen = nearest(shipped.reference["embedded"][:N]), judge.groups()[prompts.picture], parts(prompts)
+    wanted, group, chosen = judge.nearest(shipped.reference["embedded"][:N]), judge.groups()[prompts.picture], parts(prompts)
     print(f"| | {' | '.join(f'{name} ({len(part)} pictures)' for name, part in chosen.items())} |\n|" + " --- |" * 4)
     for name, row in rows.items():
-        drawn = nearest(row.features["embedded"][:N])
+        drawn = judge.nearest(row.features["embedded"][:N])
         figures = [f"{100 * distance(drawn[part], wanted[part], group[part]):.0f} %" for part in chosen.values()]
         print(f"| {name} | {' | '.join(figures)} |")
 

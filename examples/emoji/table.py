@@ -4,8 +4,8 @@ RESULT.json is what a training command prints with --json --proof 4000. Unseen p
 that the student is behind the undistilled teacher at as many network calls, or that the pictures cannot tell them apart.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,19 @@ def lines(label: str, metrics: dict[str, Any]) -> list[str]:
     return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
 
+def label_and_file(argument: str) -> tuple[str, Path]:
+    """Read LABEL=RESULT.json. Raises ArgumentTypeError if it has another form or the file is not there."""
+    label, _, path = argument.partition("=")
+    if not path or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{argument}: write LABEL=RESULT.json, with a file that exists")
+    return label, Path(path)
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", metavar="LABEL=RESULT.json", type=label_and_file)
+    results = parser.parse_args().results
     heads = [f"{part}: {name} | gap closed" for part in ("unseen", "seen") for name in METRICS.values()]
     print(f"| | calls | {' | '.join(heads)} |\n|" + " --- |" * 10)
-    for label, path in (argument.split("=", 1) for argument in sys.argv[1:]):
-        print("\n".join(lines(label, json.loads(Path(path).read_text())["metrics"])))
+    for label, path in results:
+        print("\n".join(lines(label, json.loads(path.read_text())["metrics"])))

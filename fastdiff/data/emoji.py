@@ -130,10 +130,10 @@ def plain(line: str) -> str:
     return re.sub(r"^an? ", "", line.strip().lower())
 
 
-def subject_of(line: str) -> str:
-    """The name or group in a prompt, without the background ("meat on bone" names none)."""
+def subject_and_background(line: str) -> tuple[str, int | None]:
+    """Split a prompt into its subject and the index of the background that it names ("meat on bone" names none)."""
     subject, _, colour = plain(line).rpartition(" on ")
-    return subject if colour in BACKGROUNDS else plain(line)
+    return (subject, list(BACKGROUNDS).index(colour)) if colour in BACKGROUNDS else (plain(line), None)
 
 
 @cache
@@ -164,7 +164,7 @@ def may_train(line: str, background: int) -> bool:
 
     A prompt that is no caption must not have all words of a name or group that is kept on that background.
     """
-    subject = subject_of(line)
+    subject, _ = subject_and_background(line)
     if subject in known_names():
         return (subject, background) not in kept_places()
     words = set(subject.split())
@@ -173,9 +173,8 @@ def may_train(line: str, background: int) -> bool:
 
 def is_kept(line: str) -> bool:
     """Whether a prompt names what is kept from training: on the background that it names, or on all if it names none."""
-    colour = plain(line).rpartition(" on ")[2]
-    named = [list(BACKGROUNDS).index(colour)] if colour in BACKGROUNDS else range(len(BACKGROUNDS))
-    return not any(may_train(line, b) for b in named)
+    _, background = subject_and_background(line)
+    return not any(may_train(line, b) for b in (range(len(BACKGROUNDS)) if background is None else [background]))
 
 
 def warn_of_kept(family: Family, lines: Iterable[str], source: str) -> None:

@@ -39,8 +39,8 @@ def emoji_prompts() -> tuple[str, ...]:
     """Return COUNT prompts for the teacher of the embedded checkpoint; they name nothing that is kept from training.
 
     A third names a picture ("red apple on blue"), a third a group ("fruit"), and a third puts words of two captions together
-    ("hat fruit on pink"). No picture of such a compound exists, but the teacher draws it too. A student that learned from the
-    teacher's pictures of compounds draws more of what it was never trained on.
+    ("hat fruit on pink"). No picture of such a compound exists, but the teacher draws it too. So a student sees how the teacher
+    treats many more prompts (measured: examples/emoji/README.md).
     """
     draw = random.Random(0)
     return tuple(draw.choice((name_prompt, group_prompt, compound_prompt))(draw) for _ in range(COUNT))

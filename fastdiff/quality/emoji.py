@@ -153,14 +153,19 @@ def groups() -> Tensor:
     return torch.tensor([names.index(p.group) for p in emoji.pictures()])
 
 
+def nearest(features: Tensor, net: Network | None = None) -> Tensor:
+    """The number (N,) of the real picture that is nearest to each embedding (N, D)."""
+    return (F.normalize(features, dim=1) @ prototypes(net).T).argmax(1)
+
+
 def recognised(features: Tensor, prompts: Prompts, net: Network | None = None) -> Tensor:
     """Whether each embedding (N, D) is nearest to the real picture that its prompt names: (N,) of 0 and 1.
 
     For a group prompt any picture of the group counts.
     """
-    nearest = (F.normalize(features, dim=1) @ prototypes(net).T).argmax(1)
-    in_group = groups()[nearest] == groups()[prompts.picture]
-    return torch.where(prompts.coarse, in_group, nearest == prompts.picture).float()
+    found = nearest(features, net)
+    in_group = groups()[found] == groups()[prompts.picture]
+    return torch.where(prompts.coarse, in_group, found == prompts.picture).float()
 
 
 def diversity(features: Tensor, prompts: Prompts) -> Tensor:

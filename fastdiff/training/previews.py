@@ -81,7 +81,7 @@ class Measured:
     """Measures the student for `eval_every`: the drift of a few pictures, and for `emoji` the Frechet distance of 200.
 
     `score` decides which weights are the best; less is better. It is the drift, plus for `emoji` the student's Frechet
-    distance divided by the teacher's, minus 1. The noise is not that of the closing table, and no prompt is an unseen one.
+    distance divided by the teacher's, minus 1. Its noise is its own; its prompts are seen ones of the closing table.
     """
 
     JUDGED = 200  # pictures that are compared by Frechet distance
