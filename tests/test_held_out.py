@@ -8,7 +8,7 @@ from test_autocast import CASES, METHODS, folders, trainer_of  # noqa: F401  (fo
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.family import SHIPPED
-from fastdiff.data import emoji, teacher
+from fastdiff.data import emoji, held_out, teacher
 from fastdiff.data.open import open_data
 from fastdiff.data.prompts import default_prompts
 from fastdiff.models import autoencoder, text
@@ -22,7 +22,7 @@ from fastdiff.training import previews, session
 from fastdiff.training.scene import Scene
 
 RED_APPLE = next(i for i, p in enumerate(emoji.pictures()) if p.name == "red apple")
-KEPT_AND_NOT = [(RED_APPLE, list(emoji.BACKGROUNDS).index(colour)) for colour in ("blue", "yellow")]
+HELD_OUT_AND_NOT = [(RED_APPLE, list(emoji.BACKGROUNDS).index(colour)) for colour in ("blue", "yellow")]
 JUDGED = judge.JUDGED  # pictures of a judged row
 
 
@@ -36,50 +36,50 @@ def judged_noise():
     return marks(SeededNoise(range(JUDGED), (4, 8, 8), "cpu")())
 
 
-def test_three_tenths_are_kept_from_training_and_whole_groups_among_them():
-    part = emoji.part()
+def test_three_tenths_are_held_out_and_whole_groups_among_them():
+    part = held_out.part()
     assert part.shape == (240, 9)
-    assert (part != emoji.TRAINED).float().mean() >= 0.25
-    groups = {p.group for i, p in enumerate(emoji.pictures()) if (part[i] != emoji.TRAINED).all()}
+    assert (part != held_out.TRAINED).float().mean() >= 0.25
+    groups = {p.group for i, p in enumerate(emoji.pictures()) if (part[i] != held_out.TRAINED).all()}
     assert groups == {"bug", "ball", "drink"}
     others = [i for i, p in enumerate(emoji.pictures()) if p.group not in groups]
-    for which in (emoji.JUDGED, emoji.SEARCHED):
+    for which in (held_out.JUDGED, held_out.SEARCHED):
         assert ((part[others] == which).sum(1) == 1).all()  # one background of every other group
 
 
 def test_judged_prompts_are_one_fixed_list_and_half_of_it_is_unseen():
     captions = judge.Prompts.judged(JUDGED).captions
     assert captions[:500] == judge.Prompts.judged(500).captions
-    trained, kept = set(default_prompts(SHIPPED)), emoji.kept_captions()
+    trained, part_of = set(default_prompts(SHIPPED)), held_out.captions()
     unseen, seen = (judge.parts(captions)[name].tolist() for name in (judge.UNSEEN, judge.SEEN))
     assert unseen == list(range(0, JUDGED, 2))
     assert seen == list(range(1, JUDGED, 2))
-    assert all(kept[captions[i]] == emoji.JUDGED for i in unseen)
+    assert all(part_of[captions[i]] == held_out.JUDGED for i in unseen)
     assert not {captions[i] for i in unseen} & trained
     prompts = judge.Prompts.judged(JUDGED)
     assert prompts.coarse.float().mean() == 0.5
     assert len({captions[i] for i in unseen}) > 350
 
 
-def test_the_shipped_prompts_name_nothing_that_is_kept():
-    """Not even by words in another order, as "snowman ball on orange", where balls are kept from training."""
+def test_the_shipped_prompts_name_nothing_that_is_held_out():
+    """Not even by words in another order, as "snowman ball on orange", where balls are held out."""
     lines = default_prompts(SHIPPED)
-    assert not set(lines) & emoji.kept_captions().keys()
+    assert not set(lines) & held_out.captions().keys()
     for line in lines:
         subject, _, colour = line.rpartition(" on ")
         if {line, subject} & emoji.known_names():  # a caption, which the line above looked at
             continue
         b = list(emoji.BACKGROUNDS).index(colour)
-        assert not [name for name, at in emoji.kept_places() if at == b and set(name.split()) <= set(subject.split())], line
+        assert not [name for name, at in held_out.subjects() if at == b and set(name.split()) <= set(subject.split())], line
 
 
-def test_what_is_kept_is_known_by_its_words_too():
+def test_what_is_held_out_is_known_by_its_words_too():
     captions = {line for p in range(240) for b in range(9) for line in emoji.captions_of(p, b)}
-    assert {line for line in captions if emoji.is_kept(line)} == emoji.kept_captions().keys()
-    kept = ("A photo of a soccer ball", "ball of soccer on white", "ant on red", "face tiger thing on red", "a fox on black")
-    assert all(map(emoji.is_kept, kept))
+    assert {line for line in captions if held_out.names_held_out(line)} == held_out.captions().keys()
+    held = ("A photo of a soccer ball", "ball of soccer on white", "ant on red", "face tiger thing on red", "a fox on black")
+    assert all(map(held_out.names_held_out, held))
     trained = ("rice ball on orange", "tiger face on red", "face tiger thing on pink", "a castle in the sky on blue", "fruit", "")
-    assert not any(map(emoji.is_kept, trained))
+    assert not any(map(held_out.names_held_out, trained))
 
 
 def test_the_blocks_of_seeds_share_no_noise():
@@ -112,20 +112,20 @@ def data_of(name, tmp_path, monkeypatch, **given):
 
 
 @pytest.fixture(scope="module")
-def kept():
+def never_trained():
     """What no student may see: the text states of captions, and the latent moments of images."""
     base = checkpoint.load("emoji")
-    picture, background = (emoji.part() != emoji.TRAINED).nonzero(as_tuple=True)
+    picture, background = (held_out.part() != held_out.TRAINED).nonzero(as_tuple=True)
     images = autoencoder.encode_moments(base.vae, emoji.compose(picture, background))
-    return text.encode(base, list(emoji.kept_captions()), device="cpu").tokens, images
+    return text.encode(base, list(held_out.captions()), device="cpu").tokens, images
 
 
 SAMPLED = [(name, {"data": "teacher"}) for name in ("train-lcm-lora", "lightning", "prune")]  # what the long runs do
 
 
 @pytest.mark.parametrize(("name", "given"), [*((name, {}) for name in METHODS), *SAMPLED, ("dmd", {"recipe": "dmd2"})])
-def test_every_training_item_of_every_command(name, given, tmp_path, monkeypatch, judged_noise, kept):
-    captions, images = kept
+def test_every_training_item_of_every_command(name, given, tmp_path, monkeypatch, judged_noise, never_trained):
+    captions, images = never_trained
     data = data_of(name, tmp_path, monkeypatch, **given)
     assert len(data) > 50
     texts = data.texts.tokens[data.captions.flatten().unique()]
@@ -159,26 +159,26 @@ def test_no_step_of_any_command_draws_judged_noise(name, folders, tmp_path, monk
     assert not any(marks(noise) & judged_noise for noise in drawn)
 
 
-def test_control_is_judged_on_images_that_were_kept_from_training():
+def test_control_is_judged_on_images_that_are_held_out():
     method = METHODS["distill-controlnet"]
     config = resolve(method.Config, dict(base="emoji"), presets=method.presets, family_of=lambda values: "emoji", environ={})
     exhibit = method.exhibit(Scene.of(config, checkpoint.load("emoji"), torch.device("cpu")), config)
     assert len(exhibit.unseen) == config.proof
-    assert set(exhibit.unseen.names) <= emoji.kept_captions().keys()
+    assert set(exhibit.unseen.names) <= held_out.captions().keys()
 
 
-def test_samples_of_the_teacher_that_show_what_is_kept_are_left_out(tmp_path, monkeypatch):
-    """ "fruit" names no background, so the teacher may draw one on which all fruits are kept from training."""
+def test_samples_of_the_teacher_that_show_what_is_held_out_are_not_used(tmp_path, monkeypatch):
+    """ "fruit" names no background, so the teacher may draw one on which all fruits are held out."""
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
     console.reset(quiet=True)
-    base, places = checkpoint.load("emoji"), [(emoji.pictures()[i].group, b) for i, b in KEPT_AND_NOT]
-    assert [emoji.may_train(group, b) for group, b in places] == [False, True]
+    base, places = checkpoint.load("emoji"), [(emoji.pictures()[i].group, b) for i, b in HELD_OUT_AND_NOT]
+    assert [held_out.may_train(group, b) for group, b in places] == [False, True]
     meat = next(i for i, p in enumerate(emoji.pictures()) if p.name == "meat on bone")  # its name alone is no background
     for b, colour in enumerate(emoji.BACKGROUNDS):
-        allowed = bool(emoji.part()[meat, b] == emoji.TRAINED)
-        assert [emoji.may_train(line, b) for line in ("meat on bone", f"A meat on bone on {colour}")] == [allowed, allowed]
-        assert emoji.may_train(f"hat bone on meat on {colour}", b) == allowed
-    picture, background = (torch.tensor(column) for column in zip(*KEPT_AND_NOT, strict=True))
+        allowed = bool(held_out.part()[meat, b] == held_out.TRAINED)
+        assert [held_out.may_train(line, b) for line in ("meat on bone", f"A meat on bone on {colour}")] == [allowed, allowed]
+        assert held_out.may_train(f"hat bone on meat on {colour}", b) == allowed
+    picture, background = (torch.tensor(column) for column in zip(*HELD_OUT_AND_NOT, strict=True))
     latents = autoencoder.encode_moments(base.vae, emoji.compose(picture, background)).chunk(2, 1)[0]
     turns = iter(range(2))
     monkeypatch.setattr(Sampler, "latents", lambda self, *a: latents[[next(turns) for _ in a[2]]])
@@ -202,10 +202,10 @@ def test_previews_and_measurements_are_drawn_from_noise_and_prompts_of_their_own
     base = checkpoint.load("emoji")
     scene = Scene(base, torch.device("cpu"), 64, default_prompts(SHIPPED), previews.Settings.usual(SHIPPED), 0)
     preview = previews.Preview(scene)
-    assert not set(preview.prompts) & emoji.kept_captions().keys()
+    assert not set(preview.prompts) & held_out.captions().keys()
     assert all(seed in rng.PREVIEW for seed in preview.seeds)
     validation = Evaluation.validating(base, 40, device="cpu")
-    assert not set(validation.samples.lines) & emoji.kept_captions().keys()
+    assert not set(validation.samples.lines) & held_out.captions().keys()
     assert validation.samples.block is rng.VALIDATION
 
 

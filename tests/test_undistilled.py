@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff.data import emoji
+from fastdiff.data import emoji, held_out
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime import rng
 from fastdiff.sampling.sampler import Sampler
@@ -92,8 +92,8 @@ def test_pictures_do_not_depend_on_their_place_in_a_batch(script, bench):
 
 def test_the_prompts_are_kept_for_the_search(script):
     lines = script.searched_prompts(100)
-    kept, names = emoji.kept_captions(), {p.group for p in emoji.pictures()}
-    assert {kept[line] for line in lines} == {emoji.SEARCHED}
+    part_of, names = held_out.captions(), {p.group for p in emoji.pictures()}
+    assert {part_of[line] for line in lines} == {held_out.SEARCHED}
     assert sum(line.split(" on ")[0] in names for line in lines) >= 50
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.family import SHIPPED
-from fastdiff.data import emoji
+from fastdiff.data import emoji, held_out
 from fastdiff.quality import emoji as judge
 from fastdiff.quality.evaluation import Evaluation
 from fastdiff.sampling.sampler import Sampler
@@ -26,8 +26,8 @@ N = judge.JUDGED
 
 def parts(prompts: judge.Prompts) -> dict[str, Tensor]:
     """Return the rows of group prompts: of held-out groups, of new pairings of group and background, and of trained ones."""
-    unseen = torch.tensor([emoji.is_kept(line) for line in prompts.captions])
-    whole = torch.tensor([emoji.pictures()[picture].group in emoji.KEPT_GROUPS for picture in prompts.picture.tolist()])
+    unseen = torch.tensor([held_out.names_held_out(line) for line in prompts.captions])
+    whole = torch.tensor([emoji.pictures()[picture].group in held_out.GROUPS for picture in prompts.picture.tolist()])
     chosen = {"held-out groups": unseen & whole, "new pairings": unseen & ~whole, "seen": ~unseen}
     return {name: (rows & prompts.coarse).nonzero().flatten() for name, rows in chosen.items()}
 

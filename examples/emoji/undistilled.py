@@ -42,7 +42,7 @@ from torch import Tensor
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.family import SHIPPED
-from fastdiff.data import emoji
+from fastdiff.data import held_out
 from fastdiff.models import autoencoder, judge_net, text
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.fast.unet import Folded, unet_of
@@ -226,7 +226,7 @@ def freed(s: Setting, config: dict[str, Any]) -> Setting | None:
 
 def searched_prompts(n: int) -> list[str]:
     """Return n prompts that are kept for this search: in turn one that names a picture and one that names a group."""
-    kinds = [listed(emoji.SEARCHED, coarse, seed) for coarse, seed in ((False, 5), (True, 6))]
+    kinds = [listed(held_out.SEARCHED, coarse, seed) for coarse, seed in ((False, 5), (True, 6))]
     return [kinds[i % 2][i // 2 % len(kinds[i % 2])] for i in range(n)]
 
 

@@ -3,25 +3,21 @@
 Each image shows one picture on one background. A caption without background ("red apple"), or with only the group ("fruit on
 blue"), fits several images. So a model must learn to sample; it cannot memorise one image per caption.
 
-Three tenths of the images are kept from all training (`part`): three whole groups, and every other group on two backgrounds. So
-students are judged by prompts that no student was trained on. The teacher knows them all.
+The teacher was trained on all of it. `held_out.py` tells what no student may be trained on.
 """
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.family import SHIPPED, Family
+from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.data.batch import Encoded
 from fastdiff.models import autoencoder, text
-from fastdiff.runtime import console
 
 PICTURES = SHIPPED.home / "pictures"
 STYLES = ("noto", "fluent", "twemoji")
@@ -84,47 +80,6 @@ def caption(picture: int, background: int | None, coarse: bool = False) -> str:
     return subject if background is None else f"{subject} on {list(BACKGROUNDS)[background]}"
 
 
-TRAINED, JUDGED, SEARCHED = 0, 1, 2  # parts: for training, for judging, and for the search of the best undistilled sampler
-KEPT_GROUPS = {"bug": JUDGED, "ball": JUDGED, "drink": SEARCHED}  # groups that no student sees at all
-
-
-@cache
-def part() -> Tensor:
-    """Return the part (pictures, backgrounds) of every image: TRAINED, JUDGED or SEARCHED."""
-    names, k = sorted({p.group for p in pictures()}), len(BACKGROUNDS)
-    rows = []
-    for p in pictures():
-        place, row = names.index(p.group), [KEPT_GROUPS.get(p.group, TRAINED)] * k
-        if p.group not in KEPT_GROUPS:
-            row[(2 * place + 1) % k], row[(2 * place + 5) % k] = JUDGED, SEARCHED
-        rows.append(row)
-    return torch.tensor(rows)
-
-
-def items_of(which: int) -> tuple[Tensor, Tensor]:
-    """Return the images of a part, as TRAINED: picture numbers (N,) and backgrounds (N,)."""
-    picture, background = (part() == which).nonzero(as_tuple=True)
-    return picture, background
-
-
-def trained_items() -> tuple[Tensor, Tensor]:
-    """Return the images that students may be trained on: picture numbers (N,) and backgrounds (N,)."""
-    return items_of(TRAINED)
-
-
-@cache
-def kept_captions() -> dict[str, int]:
-    """Return {caption: JUDGED or SEARCHED} of all captions that no trained image has."""
-    seen, captions = set[str](), dict[str, int]()
-    for (p, b), which in ((place, int(part()[place])) for place in product(range(len(pictures())), range(len(BACKGROUNDS)))):
-        for line in captions_of(p, b):
-            if which == TRAINED:
-                seen.add(line)
-            else:
-                captions.setdefault(line, which)
-    return {line: which for line, which in captions.items() if line not in seen}
-
-
 def plain(line: str) -> str:
     """A prompt as the captions are written: without an article, in lower case."""
     return re.sub(r"^an? ", "", line.strip().lower())
@@ -137,54 +92,9 @@ def subject_and_background(line: str) -> tuple[str, int | None]:
 
 
 @cache
-def kept_places() -> frozenset[tuple[str, int]]:
-    """All (name or group, background) that are kept from training; a group where all its pictures are."""
-    places = {(picture.name, b): bool(part()[i, b]) for i, picture in enumerate(pictures()) for b in range(len(BACKGROUNDS))}
-    for picture in pictures():
-        for b in range(len(BACKGROUNDS)):
-            key = picture.group, b
-            places[key] = places.get(key, True) and places[picture.name, b]
-    return frozenset(place for place, kept in places.items() if kept)
-
-
-@cache
-def kept_names(background: int) -> frozenset[frozenset[str]]:
-    """Return the words of each name or group that is kept from training on a background."""
-    return frozenset(frozenset(name.split()) for name, b in kept_places() if b == background)
-
-
-@cache
 def known_names() -> frozenset[str]:
     """Return the names and groups of all pictures."""
     return frozenset(name for picture in pictures() for name in (picture.name, picture.group))
-
-
-def may_train(line: str, background: int) -> bool:
-    """Whether a student may be trained on a sample of a prompt that shows this background.
-
-    A prompt that is no caption must not have all words of a name or group that is kept on that background.
-    """
-    subject, _ = subject_and_background(line)
-    if subject in known_names():
-        return (subject, background) not in kept_places()
-    words = set(subject.split())
-    return not any(words >= name for name in kept_names(background))
-
-
-def is_kept(line: str) -> bool:
-    """Whether a prompt names what is kept from training: on the background that it names, or on all if it names none."""
-    _, background = subject_and_background(line)
-    return not any(may_train(line, b) for b in (range(len(BACKGROUNDS)) if background is None else [background]))
-
-
-def warn_of_kept(family: Family, lines: Iterable[str], source: str) -> None:
-    """Warn of captions that a user gives for training, but that name what judges the embedded checkpoint's students as unseen."""
-    kept = set(filter(is_kept, lines)) if family.judge_ships else set()
-    if kept:
-        console.warn(
-            f"{source}: {len(kept)} captions, such as {min(kept)!r}, are among those that no student should be trained on; the "
-            "figures of unseen prompts will flatter this one"
-        )
 
 
 def captions_of(picture: int, background: int) -> list[str]:
@@ -195,9 +105,10 @@ def captions_of(picture: int, background: int) -> list[str]:
 CAPTION_WEIGHTS = (0.42, 0.18, 0.28, 0.12)  # name on background, name, group on background, group
 
 
-def encode(base: Checkpoint, *, device: torch.device | str = "cpu", style: str = "noto", which: int = TRAINED) -> Encoded:
-    """Encode the images of a part, those that students may be trained on, by the checkpoint's VAE and text encoder."""
-    picture, background = items_of(which)
+def encode(
+    base: Checkpoint, picture: Tensor, background: Tensor, *, device: torch.device | str = "cpu", style: str = "noto"
+) -> Encoded:
+    """Encode images, given by picture numbers (N,) and backgrounds (N,), by the checkpoint's VAE and text encoder."""
     columns = [captions_of(p, b) for p, b in zip(picture.tolist(), background.tolist(), strict=True)]
     rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(c for row in columns for c in row))}
     return Encoded(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
-from fastdiff.data import emoji
+from fastdiff.data import held_out
 from fastdiff.data.batch import Buckets, Data, Encoded
 from fastdiff.data.images import Framing, Refused, Sample, decode, hash_of, reasons
 from fastdiff.data.store import Share, Store, Stored
@@ -92,7 +92,7 @@ def encode(
     captions = Captions(base, share, device)
     pictures = Pictures(base, framing, captions, share, device)
     listing = pictures.listed(source, most)
-    emoji.warn_of_kept(base.family, (caption for _, _, caption in listing.rows), as_field("data", source.spec))
+    held_out.warn_of(base.family, (caption for _, _, caption in listing.rows), as_field("data", source.spec))
     not_finite = captions.encode(dict.fromkeys(caption for _, _, caption in listing.rows))
     base.release("text_encoders", "tokenizers")
     base.vae.to("cpu")

@@ -8,7 +8,7 @@ import torch
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import SHIPPED
-from fastdiff.data import emoji, encode, folder, streams, teacher
+from fastdiff.data import emoji, encode, folder, held_out, streams, teacher
 from fastdiff.data.batch import Batch, Buckets, Data, Encoded
 from fastdiff.data.images import Framing
 from fastdiff.data.prompts import default_prompts, read_prompts
@@ -57,12 +57,12 @@ def open_data(
     if spec == SHIPPED.data:
         if resolution_px != emoji.CELL_PX:
             raise UsageError(f"`data={spec}`: the pictures are {emoji.CELL_PX} px; use `resolution={emoji.CELL_PX}`")
-        return emoji.encode(base, device=device)
+        return emoji.encode(base, *held_out.images(held_out.TRAINED), device=device)
     if spec in {f"{SHIPPED.data}:{style}" for style in emoji.STYLES}:
-        return emoji.encode(base, device=device, style=spec.split(":")[1])
+        return emoji.encode(base, *held_out.images(held_out.TRAINED), device=device, style=spec.split(":")[1])
     if spec == "teacher":
         lines = read_prompts(Path(prompts)) if prompts else default_prompts(base.family)
-        emoji.warn_of_kept(base.family, lines, as_field("prompts", prompts))
+        held_out.warn_of(base.family, lines, as_field("prompts", prompts))
         chosen = sampling or Settings.usual(base.family)
         n = 0 if needs == "prompts" else pairs
         if prompts and 0 < n < len(lines):

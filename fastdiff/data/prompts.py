@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from fastdiff.checkpoints.family import Family
-from fastdiff.data import emoji
+from fastdiff.data import emoji, held_out
 from fastdiff.runtime.disk import ASSETS
 from fastdiff.runtime.errors import UsageError, as_field
 
@@ -36,7 +36,7 @@ def default_prompts(family: Family) -> list[str]:
 
 @cache
 def emoji_prompts() -> tuple[str, ...]:
-    """Return COUNT prompts for the teacher of the embedded checkpoint; they name nothing that is kept from training.
+    """Return COUNT prompts for the teacher of the embedded checkpoint; they name nothing that is held out.
 
     A third names a picture ("red apple on blue"), a third a group ("fruit"), and a third puts words of two captions together
     ("hat fruit on pink"). No picture of such a compound exists, but the teacher draws it too. So a student sees how the teacher
@@ -49,7 +49,7 @@ def emoji_prompts() -> tuple[str, ...]:
 @cache
 def trained_places() -> list[tuple[int, int]]:
     """Return the picture number and background of each image that students may see."""
-    return list(zip(*(column.tolist() for column in emoji.trained_items()), strict=True))
+    return list(zip(*(column.tolist() for column in held_out.images(held_out.TRAINED)), strict=True))
 
 
 @cache
@@ -81,6 +81,6 @@ def compound_prompt(draw: random.Random) -> str:
         background = draw.randrange(len(COLOURS))
         line = f"{' '.join(mixed)} on {COLOURS[background]}"
         of_both = set(mixed) - set(first) and set(mixed) - set(second)
-        trained = all((picture.name, background) not in emoji.kept_places() for picture in pair)
-        if of_both and trained and emoji.may_train(line, background):
+        trained = all((picture.name, background) not in held_out.subjects() for picture in pair)
+        if of_both and trained and held_out.may_train(line, background):
             return line

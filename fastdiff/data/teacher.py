@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
-from fastdiff.data import emoji
+from fastdiff.data import emoji, held_out
 from fastdiff.data.batch import Encoded
 from fastdiff.data.store import Share
 from fastdiff.models import autoencoder, text
@@ -81,21 +81,21 @@ def finite(latents: Tensor, prompts: list[str]) -> Tensor:
 
 
 def trainable(base: Checkpoint, latents: Tensor, prompts: list[str], rows: Tensor, device: torch.device | str) -> Tensor:
-    """Return those of the sample numbers `rows` (N,) that do not happen to show a picture on a background kept from training.
+    """Return those of the sample numbers `rows` (N,) that do not happen to show what is held out.
 
-    "red apple" names no background, so the teacher may draw one on which fruits are kept for judging.
+    "red apple" names no background, so the teacher may draw one on which fruits are held out.
     """
     before = next(base.vae.parameters()).device
     vae, allowed = base.vae.to(device), list[bool]()
     for part in rows.split(256):
         pixels = autoencoder.decode(vae, latents[part].to(device).float()).cpu()
         backgrounds = emoji.background_of(pixels).tolist()
-        allowed += [emoji.may_train(prompts[i], b) for i, b in zip(part.tolist(), backgrounds, strict=True)]
+        allowed += [held_out.may_train(prompts[i], b) for i, b in zip(part.tolist(), backgrounds, strict=True)]
     vae.to(before)
-    kept = rows[torch.tensor(allowed)]
-    if len(kept) < len(rows):
-        console.info(f"{len(rows) - len(kept)} of {len(rows)} samples of the teacher show what is kept from training: left out")
-    return kept
+    trained = rows[torch.tensor(allowed)]
+    if len(trained) < len(rows):
+        console.info(f"{len(rows) - len(trained)} of {len(rows)} samples of the teacher show what is held out: not used")
+    return trained
 
 
 class Shards:

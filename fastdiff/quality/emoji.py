@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.checkpoints.locate import EMOJI
-from fastdiff.data import emoji
+from fastdiff.data import emoji, held_out
 from fastdiff.models.judge_net import JudgeNet
 from fastdiff.quality.metrics import Features, Row
 from fastdiff.sampling.settings import Settings
@@ -47,9 +47,9 @@ class Prompts:
 
         There are more pictures than prompts: each prompt comes again with other noise, group prompts most often.
         """
-        kept = [listed(emoji.JUDGED, coarse, seed) for coarse, seed in ((False, 1), (True, 2))]
-        trained = [listed(emoji.TRAINED, coarse, seed) for coarse, seed in ((False, 3), (True, 4))]
-        lists = [kept[0], trained[0], kept[1], trained[1]]  # of picture 0, 1, 2 and 3, and again from picture 4 on
+        unseen = [listed(held_out.JUDGED, coarse, seed) for coarse, seed in ((False, 1), (True, 2))]
+        trained = [listed(held_out.TRAINED, coarse, seed) for coarse, seed in ((False, 3), (True, 4))]
+        lists = [unseen[0], trained[0], unseen[1], trained[1]]  # of picture 0, 1, 2 and 3, and again from picture 4 on
         return cls.of([lists[i % 4][i // 4 % len(lists[i % 4])] for i in range(n)])
 
     @classmethod
@@ -97,11 +97,11 @@ def listed(which: int, coarse: bool, seed: int) -> list[str]:
 
     With a background they are the captions of the part's images; without one, those of no trained image, or of trained ones.
     """
-    part, lines = emoji.part(), dict[str, None]()
+    part, lines = held_out.part(), dict[str, None]()
     for p, b in (part == which).nonzero().tolist():
         lines |= dict.fromkeys([emoji.caption(p, b, coarse), emoji.caption(p, None, coarse)])
-    kept = emoji.kept_captions()
-    right = [line for line in lines if kept.get(line, emoji.TRAINED) == which]
+    part_of = held_out.captions()
+    right = [line for line in lines if part_of.get(line, held_out.TRAINED) == which]
     return [right[i] for i in torch.randperm(len(right), generator=torch.Generator().manual_seed(seed))]
 
 
@@ -112,10 +112,10 @@ def parts(lines: Sequence[str]) -> dict[str, Tensor]:
     """
     if not Prompts.known(lines):
         return {"": torch.arange(len(lines))}
-    kept = torch.tensor([emoji.plain(line) in emoji.kept_captions() for line in lines])
-    split = {UNSEEN: kept.nonzero().flatten(), SEEN: (~kept).nonzero().flatten()}
+    unseen = torch.tensor([emoji.plain(line) in held_out.captions() for line in lines])
+    split = {UNSEEN: unseen.nonzero().flatten(), SEEN: (~unseen).nonzero().flatten()}
     if min(map(len, split.values())) < 2:
-        return {UNSEEN if kept.all() else SEEN if not kept.any() else "": torch.arange(len(lines))}
+        return {UNSEEN if unseen.all() else SEEN if not unseen.any() else "": torch.arange(len(lines))}
     return split
 
 

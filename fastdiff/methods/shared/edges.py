@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.data import control, emoji
+from fastdiff.data import control, emoji, held_out
 from fastdiff.data.batch import Encoded
 from fastdiff.models import controlnet
 from fastdiff.models.denoiser import Denoiser
@@ -35,15 +35,15 @@ class Edges(Exhibit):
         self.unseen: Encoded | None = None
         if scene.base.family.judge_ships:
             before = next(scene.base.vae.parameters()).device
-            unseen = emoji.encode(scene.base, device=scene.device, which=emoji.JUDGED)
+            unseen = emoji.encode(scene.base, *held_out.images(held_out.JUDGED), device=scene.device)
             scene.base.vae.to(before)
             self.unseen = unseen.rows(slice(None, None, max(1, len(unseen) // config.proof))).rows(slice(config.proof))
 
-    def keep(self, held_out: Encoded) -> None:
+    def keep(self, unseen: Encoded) -> None:
         """Take the items that were held out of training; all of them have control pictures."""
-        assert held_out.controls is not None
-        self.controls, self.uncond, self.names = held_out.controls, held_out.uncond, held_out.names or []
-        self.cond = held_out.texts[held_out.captions[:, 0]]
+        assert unseen.controls is not None
+        self.controls, self.uncond, self.names = unseen.controls, unseen.uncond, unseen.names or []
+        self.cond = unseen.texts[unseen.captions[:, 0]]
 
     def begin(self, method: Method) -> None:
         """Nothing has to be drawn before the first step."""
