@@ -1,6 +1,8 @@
 """No student is trained on what judges it: neither on its prompts nor on its images nor on its start noise."""
 
+import importlib
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from fastdiff.quality import emoji as judge
 from fastdiff.quality.evaluation import Evaluation
 from fastdiff.runtime import console, rng
 from fastdiff.runtime.config import resolve
+from fastdiff.runtime.errors import InputRefused, UsageError
 from fastdiff.sampling.sampler import Sampler, SeededNoise
 from fastdiff.sampling.settings import Settings
 from fastdiff.training import previews, session
@@ -76,7 +79,8 @@ def test_the_shipped_prompts_name_nothing_that_is_held_out():
 def test_what_is_held_out_is_known_by_its_words_too():
     captions = {line for p in range(240) for b in range(9) for line in emoji.captions_of(p, b)}
     assert {line for line in captions if held_out.names_held_out(line)} == held_out.captions().keys()
-    held = ("A photo of a soccer ball", "ball of soccer on white", "ant on red", "face tiger thing on red", "a fox on black")
+    held = ["A photo of a soccer ball", "ball of soccer on white", "ant on red", "face tiger thing on red", "a fox on black"]
+    held += ["red apple on a blue background", "Red apple, blue background.", "red apple on  blue", "Ants on red", "soccer-ball"]
     assert all(map(held_out.names_held_out, held))
     trained = ("rice ball on orange", "tiger face on red", "face tiger thing on pink", "a castle in the sky on blue", "fruit", "")
     assert not any(map(held_out.names_held_out, trained))
@@ -94,14 +98,21 @@ def test_the_blocks_of_seeds_share_no_noise():
     assert min(b - a for a, b in zip(starts, starts[1:], strict=False)) > 10**5  # runs of other seeds share no pairs
 
 
-ENCODED = []
+ENCODED = {}
 
 
 def data_of(name, tmp_path, monkeypatch, **given):
     """The training data of a command with its presets, where the teacher's samples are its noise: nothing is drawn."""
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
     real = emoji.encode  # three commands train on the pictures themselves, which are encoded once here
-    monkeypatch.setattr(emoji, "encode", lambda *args, **how: (ENCODED or ENCODED.append(real(*args, **how)), ENCODED[0])[1])
+
+    def encoded_once(base, picture, background, **how):
+        key = *picture.tolist(), *background.tolist(), how.get("style")
+        if key not in ENCODED:
+            ENCODED[key] = real(base, picture, background, **how)
+        return ENCODED[key]
+
+    monkeypatch.setattr(emoji, "encode", encoded_once)
     as_drawn = lambda self, cond, uncond, seeds, settings, size: SeededNoise(seeds, (4, *size), "cpu")()
     monkeypatch.setattr(Sampler, "latents", as_drawn)
     method = METHODS[name]
@@ -167,6 +178,29 @@ def test_control_is_judged_on_images_that_are_held_out():
     assert set(exhibit.unseen.names) <= held_out.captions().keys()
 
 
+def test_control_of_another_size_is_refused():
+    method = METHODS["distill-controlnet"]
+    config = resolve(
+        method.Config, dict(base="emoji", resolution=128), presets=method.presets, family_of=lambda values: "emoji", environ={}
+    )
+    with pytest.raises(UsageError, match="64 px"):
+        method.exhibit(Scene.of(config, checkpoint.load("emoji"), torch.device("cpu")), config)
+
+
+def test_what_makes_the_teachers_files_sees_all_images(monkeypatch):
+    """The ControlNet and the style belong to the teacher, which was trained on all 2,160 images."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples/emoji")
+    script = importlib.import_module("controlnet")
+    monkeypatch.setattr(script.autoencoder, "encode_moments", lambda vae, pixels: torch.zeros(len(pixels), 8, 1, 1))
+    monkeypatch.setattr(script.control, "extract", lambda pictures, how: pictures[:, :1])
+    base = checkpoint.load("emoji")
+    data = emoji.encode(base, *emoji.all_images())
+    script.add_moved(base, data, variants=1)
+    assert len(data) == len(data.captions) == len(data.controls) == len(data.names) == 2 * 2160
+    batch = data.batch(4, torch.Generator().manual_seed(0))
+    assert len(batch.cond.control) == 4
+
+
 def test_samples_of_the_teacher_that_show_what_is_held_out_are_not_used(tmp_path, monkeypatch):
     """ "fruit" names no background, so the teacher may draw one on which all fruits are held out."""
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
@@ -186,6 +220,9 @@ def test_samples_of_the_teacher_that_show_what_is_held_out_are_not_used(tmp_path
     data = open_data(base, "teacher", prompts=str(tmp_path / "mine.txt"), pairs=2, needs="pairs")
     assert data.names == ["red apple"]
     assert len(data) == len(data.noise) == len(data.captions) == 1
+    turns = iter([0])
+    with pytest.raises(InputRefused, match="every sample shows what is held out"):
+        open_data(checkpoint.load("emoji"), "teacher", prompts=str(tmp_path / "mine.txt"), pairs=1, seed=1, needs="pairs")
 
 
 def test_caches_of_other_seeds_are_not_used():
@@ -215,5 +252,5 @@ def test_a_user_who_trains_on_judged_prompts_is_told(tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("ant on red\nfox on white\n")
     open_data(checkpoint.load("emoji"), "teacher", prompts=str(tmp_path / "mine.txt"), needs="prompts")
     (warning,) = [w for w in console.state.warnings if "judge" in w or "unseen" in w]
-    assert "1 captions" in warning
+    assert "1 of its lines" in warning
     assert "'ant on red'" in warning

@@ -41,8 +41,7 @@ def main() -> None:
         return torch.func.functional_call(encoder, {key: weight}, (padded,)).last_hidden_state
 
     n, k = len(emoji.pictures()), len(emoji.BACKGROUNDS)
-    every = torch.arange(n * k)  # the checkpoint itself was trained on all images: nothing is held out
-    data = emoji.encode(base, every // k, every % k)
+    data = emoji.encode(base, *emoji.all_images())  # the checkpoint itself was trained on all: nothing is held out
     generator, drawn = torch.Generator().manual_seed(0), random.Random(0)
     optimizer = torch.optim.Adam([rows], lr=LR)
     for step in range(args.steps):

@@ -15,7 +15,6 @@ import torch
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.data import control, emoji
-from fastdiff.data.open import open_data
 from fastdiff.diffusion import losses
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Denoiser
@@ -81,13 +80,12 @@ def moved(rgba: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
 
 def add_moved(base, data, variants: int) -> None:
     """Add `variants` moved copies of every picture on every background to the data, and the edges of all pictures."""
-    n, k = len(emoji.pictures()), len(emoji.BACKGROUNDS)
-    picture, background = (grid.flatten() for grid in torch.meshgrid(torch.arange(n), torch.arange(k), indexing="ij"))
+    picture, background = emoji.all_images()
     pixels = [emoji.compose(picture, background)]
     for _ in range(variants):
         pixels.append(moved(emoji.sprites()[picture], background))
         data.moments = torch.cat([data.moments, autoencoder.encode_moments(base.vae, pixels[-1]).cpu()])
-    data.captions = data.captions.repeat(variants + 1, 1)
+    data.captions, data.names = data.captions.repeat(variants + 1, 1), (data.names or []) * (variants + 1)
     data.controls = torch.cat([control.extract(uint8(part), control.canny) for part in pixels])
 
 
@@ -100,7 +98,7 @@ def main() -> None:
     config = Config(steps=args.steps, lr=args.lr, lr_schedule="cosine", warmup=50, batch_size=24, ema=0.99, empty_prompts=0.5)
     base, run = checkpoint.load("emoji"), Run(args.output, "controlnet")
     accelerator = open_accelerator(config, run)
-    data = open_data(base, "emoji", prompts=None, resolution_px=64, pairs=0, seed=0, device=accelerator.device)
+    data = emoji.encode(base, *emoji.all_images(), device=accelerator.device)  # the teacher's ControlNet: nothing is held out
     data.empty_prompts = config.empty_prompts
     torch.manual_seed(config.seed)
     add_moved(base, data, variants=3)

@@ -218,10 +218,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    teacher, drawn = Settings.usual(SHIPPED), Rows(checkpoint.load("emoji"), args.work, args.samples)
+    teacher = Settings.usual(SHIPPED)
+    ways = [teacher, *finalists(args.winners)]
+    drawn = Rows(checkpoint.load("emoji"), args.work, args.samples)
     reference = drawn.of(teacher, rng.REFERENCE)
     yardstick = Yardstick(reference, drawn.prompts, drawn.losses_net)
-    ways = [teacher, *finalists(args.winners)]
     rows, tensors = [], list[dict[str, Tensor]]()
     for settings in ways:
         tensors.append(drawn.of(settings))

@@ -1,4 +1,4 @@
-"""Train a second drawing style as a LoRA on the embedded checkpoint: the `anime.safetensors` of the demo.
+"""Train a second drawing style as a LoRA on the embedded checkpoint: the `style.safetensors` that ships with it.
 
     python examples/emoji/style_lora.py --style fluent --output runs/style
 
@@ -13,7 +13,7 @@ import torch
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.data.open import open_data
+from fastdiff.data import emoji
 from fastdiff.diffusion import losses
 from fastdiff.options.train import TrainConfig
 from fastdiff.training.method import Method, Trains
@@ -62,7 +62,8 @@ def main() -> None:
     config = Config(steps=args.steps, lr=args.lr, lr_schedule="cosine", warmup=50, batch_size=32, ema=0.99, empty_prompts=0.1)
     base, run = checkpoint.load("emoji"), Run(args.output, "style")
     accelerator = open_accelerator(config, run)
-    data = open_data(base, f"emoji:{args.style}", prompts=None, resolution_px=64, pairs=0, seed=0, device=accelerator.device)
+    # A style belongs to the teacher, so nothing is held out.
+    data = emoji.encode(base, *emoji.all_images(), device=accelerator.device, style=args.style)
     data.empty_prompts = config.empty_prompts
     method = StyleLora(base, config)
     trainer = Trainer(method, data, run, config, accelerator)

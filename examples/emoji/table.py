@@ -1,7 +1,8 @@
 """Print the gaps that training results close, as a Markdown table: python examples/emoji/table.py LABEL=RESULT.json ...
 
 RESULT.json is what a training command prints with --json --proof 4000. Unseen prompts come first. A cell without a figure says
-that the student is behind the undistilled teacher at as many network calls, or that the pictures cannot tell them apart.
+only whether the student is ahead of the undistilled teacher at as many network calls, behind it, or not clearly different: the
+share of a gap has no meaning there.
 """
 
 import argparse

@@ -12,8 +12,8 @@ two calls (with and without the prompt), an unguided one costs one. For each num
 4. the finalists, and well-known settings for comparison, on all pictures.
 
 The prompts and start noises are kept for this search: nothing is trained on them or judged by them (`SEARCHED` in
-fastdiff/data/emoji.py, `SEARCH` in fastdiff/runtime/rng.py). All settings get the same ones. Two figures are optimised, each by
-itself: the share of pictures in which the judge network recognises what the prompt asks for, and the Frechet distance to the
+fastdiff/data/held_out.py, `SEARCH` in fastdiff/runtime/rng.py). All settings get the same ones. Two figures are optimised, each
+by itself: the share of pictures in which the judge network recognises what the prompt asks for, and the Frechet distance to the
 teacher's usual guided 25-step samples of the same prompts. A recognised picture can still be over-saturated, so every row shows
 both figures, by the judge and by the network of the losses.
 
@@ -428,7 +428,7 @@ def main() -> None:
         "--levels", type=int, nargs=3, default=[80, 240, 1000], help="pictures of the sweep, of its best, of finalists"
     )
     parser.add_argument("--judge", default=str(judge_net.WEIGHTS), help="the judge's weights, or `random` to try the script")
-    parser.add_argument("--out", type=Path, default=Path("undistilled"))
+    parser.add_argument("--out", type=Path, default=Path("runs/undistilled"))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -27,7 +27,7 @@ from fastdiff.cost.probe import go_to_end
 from fastdiff.cost.simulation import Card, Simulated
 from fastdiff.data import encode as data_encode
 from fastdiff.data import teacher as data_teacher
-from fastdiff.data.prompts import default_prompts, read_prompts
+from fastdiff.data.prompts import training_prompts
 from fastdiff.models import controlnet, perceptual
 from fastdiff.options.train import TrainConfig
 from fastdiff.runtime import console, disk
@@ -182,7 +182,7 @@ def rehearse(
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        lines = read_prompts(Path(config.prompts)) if config.prompts else default_prompts(base.family)
+        lines = training_prompts(base.family, config.prompts)
         (folder / "prompts.txt").write_text("\n".join(lines[:PROMPTS]) + "\n")
         most = at_once((config.resolution or base.resolution_px) // base.pixels_per_latent)
         base = copy(base)

@@ -74,6 +74,12 @@ def compose(picture: Tensor, background: Tensor, style: str = "noto") -> Tensor:
     return (rgba[:, :3] * alpha + colours[background][:, :, None, None] * (1 - alpha)) * 2 - 1
 
 
+def all_images() -> tuple[Tensor, Tensor]:
+    """Return every picture on every background: picture numbers (N,) and backgrounds (N,)."""
+    every = torch.arange(len(pictures()) * len(BACKGROUNDS))
+    return every // len(BACKGROUNDS), every % len(BACKGROUNDS)
+
+
 def caption(picture: int, background: int | None, coarse: bool = False) -> str:
     """Return a caption: "red apple on blue" or, without background, "red apple"; if `coarse`, "fruit on blue" or "fruit"."""
     subject = pictures()[picture].group if coarse else pictures()[picture].name
@@ -85,10 +91,20 @@ def plain(line: str) -> str:
     return re.sub(r"^an? ", "", line.strip().lower())
 
 
+COLOUR = "|".join(BACKGROUNDS)
+ON_A_BACKGROUND = re.compile(rf"(.+?)\W+(?:on +(?:an? +|the +)?({COLOUR})(?: +background)?|({COLOUR}) +background)\W*")
+
+
 def subject_and_background(line: str) -> tuple[str, int | None]:
-    """Split a prompt into its subject and the index of the background that it names ("meat on bone" names none)."""
-    subject, _, colour = plain(line).rpartition(" on ")
-    return (subject, list(BACKGROUNDS).index(colour)) if colour in BACKGROUNDS else (plain(line), None)
+    """Split a prompt into its subject and the index of the background that it names ("meat on bone" names none).
+
+    "red apple on blue", "a red apple on a blue background" and "Red apple, blue background." are read alike.
+    """
+    line = plain(line)
+    if match := ON_A_BACKGROUND.fullmatch(line):
+        subject, *colours = match.groups()
+        return subject, list(BACKGROUNDS).index(next(filter(None, colours)))
+    return line, None
 
 
 @cache

@@ -1,10 +1,11 @@
 """What no student of the embedded checkpoint may be trained on, so that it can be judged by what it never saw.
 
 Three tenths of the images are held out: three whole groups, and every other group on two backgrounds. All that gives training
-items asks this file: the pictures, the shipped prompts, the teacher's samples, and the warning about a user's own captions.
-A "subject" is the name or the group of a picture: "red apple" or "fruit".
+items asks this file: the pictures, the shipped prompts, the teacher's samples, and the warning about a user's own captions and
+prompts. A user's own pictures are not looked at. A "subject" is the name or the group of a picture: "red apple" or "fruit".
 """
 
+import re
 from collections.abc import Iterable
 from functools import cache
 from itertools import product
@@ -66,10 +67,15 @@ def subjects() -> frozenset[tuple[str, int]]:
     return frozenset(key for key, is_held in held.items() if is_held)
 
 
+def words(text: str) -> frozenset[str]:
+    """Return the words of a text in lower case and without a plural's s: "Ants, a soccer-ball" has ant, a, soccer and ball."""
+    return frozenset(word.removesuffix("s") for word in re.findall(r"[a-z]+", text.lower()))
+
+
 @cache
-def words(background: int) -> frozenset[frozenset[str]]:
+def words_on(background: int) -> frozenset[frozenset[str]]:
     """Return the words of each subject that is held out on a background."""
-    return frozenset(frozenset(subject.split()) for subject, b in subjects() if b == background)
+    return frozenset(words(subject) for subject, b in subjects() if b == background)
 
 
 def may_train(line: str, background: int) -> bool:
@@ -80,7 +86,7 @@ def may_train(line: str, background: int) -> bool:
     subject, _ = emoji.subject_and_background(line)
     if subject in emoji.known_names():
         return (subject, background) not in subjects()
-    return not any(set(subject.split()) >= held for held in words(background))
+    return not any(words(subject) >= held for held in words_on(background))
 
 
 def names_held_out(line: str) -> bool:
@@ -90,10 +96,10 @@ def names_held_out(line: str) -> bool:
 
 
 def warn_of(family: Family, lines: Iterable[str], source: str) -> None:
-    """Warn of training captions from a user that name what is held out to judge students of the embedded checkpoint."""
+    """Warn of a user's captions or prompts that name what is held out to judge students of the embedded checkpoint."""
     held = set(filter(names_held_out, lines)) if family.judge_ships else set()
     if held:
         console.warn(
-            f"{source}: {len(held)} captions, such as {min(held)!r}, are among those that no student should be trained on; the "
-            "figures of unseen prompts will flatter this one"
+            f"{source}: {len(held)} of its lines, as {min(held)!r}, name what no student should be trained on; the figures of "
+            "unseen prompts will flatter this one"
         )

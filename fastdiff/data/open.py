@@ -11,7 +11,7 @@ from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.data import emoji, encode, folder, held_out, streams, teacher
 from fastdiff.data.batch import Batch, Buckets, Data, Encoded
 from fastdiff.data.images import Framing
-from fastdiff.data.prompts import default_prompts, read_prompts
+from fastdiff.data.prompts import training_prompts
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError, as_field
 from fastdiff.sampling.settings import Settings
@@ -54,15 +54,13 @@ def open_data(
     if given and spec.partition(":")[0] in {SHIPPED.data, "teacher"}:
         hint = "it applies to pictures that are read: from a folder, wds: or hf:"
         raise UsageError(f"{as_field(given)}: has no effect with {as_field('data', spec)}", hint)
-    if spec == SHIPPED.data:
+    if spec in {SHIPPED.data, *(f"{SHIPPED.data}:{style}" for style in emoji.STYLES)}:
         if resolution_px != emoji.CELL_PX:
             raise UsageError(f"`data={spec}`: the pictures are {emoji.CELL_PX} px; use `resolution={emoji.CELL_PX}`")
-        return emoji.encode(base, *held_out.images(held_out.TRAINED), device=device)
-    if spec in {f"{SHIPPED.data}:{style}" for style in emoji.STYLES}:
-        return emoji.encode(base, *held_out.images(held_out.TRAINED), device=device, style=spec.split(":")[1])
+        style = spec.partition(":")[2] or emoji.STYLES[0]
+        return emoji.encode(base, *held_out.images(held_out.TRAINED), device=device, style=style)
     if spec == "teacher":
-        lines = read_prompts(Path(prompts)) if prompts else default_prompts(base.family)
-        held_out.warn_of(base.family, lines, as_field("prompts", prompts))
+        lines = training_prompts(base.family, prompts)
         chosen = sampling or Settings.usual(base.family)
         n = 0 if needs == "prompts" else pairs
         if prompts and 0 < n < len(lines):

@@ -34,6 +34,18 @@ def default_prompts(family: Family) -> list[str]:
     return read_prompts(PROMPTS) if family.data is None else list(emoji_prompts())
 
 
+def training_prompts(family: Family, prompts: str | None) -> list[str]:
+    """Return the prompts of a run: of a file, or the shipped ones of the family.
+
+    Warns of prompts that name what is held out to judge students of the embedded checkpoint. Raises UsageError as `read_prompts`.
+    """
+    if prompts is None:
+        return default_prompts(family)
+    lines = read_prompts(Path(prompts))
+    held_out.warn_of(family, lines, as_field("prompts", prompts))
+    return lines
+
+
 @cache
 def emoji_prompts() -> tuple[str, ...]:
     """Return COUNT prompts for the teacher of the embedded checkpoint; they name nothing that is held out.

@@ -38,8 +38,9 @@ def encode(
 ) -> Encoded:
     """Make a data set of `pairs` teacher samples, with their start noise, for the prompts in turn.
 
-    With `pairs=0` it holds the prompts alone and its latents are NaN. Raises InputRefused if no sample is finite, and
-    DoesNotFit if the disk is too small. Afterwards the text encoders are released.
+    With `pairs=0` it holds the prompts alone and its latents are NaN. Samples that are not finite, and those of the embedded
+    checkpoint that show what is held out, are not used. Raises InputRefused if no sample is left, and DoesNotFit if the disk is
+    too small. Afterwards the text encoders are released.
     """
     used = prompts[:pairs] if pairs else prompts  # text encoders are slow, and lists of prompts long
     unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(used))}
@@ -93,6 +94,8 @@ def trainable(base: Checkpoint, latents: Tensor, prompts: list[str], rows: Tenso
         allowed += [held_out.may_train(prompts[i], b) for i, b in zip(part.tolist(), backgrounds, strict=True)]
     vae.to(before)
     trained = rows[torch.tensor(allowed)]
+    if not len(trained):
+        raise InputRefused("`data=teacher`: every sample shows what is held out for judging", "give other `prompts`")
     if len(trained) < len(rows):
         console.info(f"{len(rows) - len(trained)} of {len(rows)} samples of the teacher show what is held out: not used")
     return trained

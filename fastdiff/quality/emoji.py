@@ -5,7 +5,6 @@ samples. So a closing table has to sample only the student.
 """
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -189,11 +188,6 @@ def backgrounds(pixels: Tensor, prompts: Prompts) -> Tensor:
     return torch.where(prompts.background >= 0, right, torch.nan)
 
 
-def background_right(pixels: Tensor, prompts: Prompts) -> float:
-    """The share of pictures with the right background, among the prompts that name one."""
-    return backgrounds(pixels, prompts).nanmean().item()
-
-
 @torch.no_grad()
 def style_distances(pixels: Tensor, picture: Tensor) -> Tensor:
     """Distances (N, styles) of images (N, 3, H, W) to their emoji `picture` (N,), drawn in each style, as the judge sees them."""
@@ -210,7 +204,7 @@ def pictures_by_name() -> dict[str, int]:
 
 def named_pictures(prompts: Sequence[str]) -> Tensor:
     """The index (N,) of the picture that each prompt names ("a red apple on blue"), or -1."""
-    return torch.tensor([pictures_by_name().get(re.sub(r"^an? | on \w+$", "", prompt.lower()), -1) for prompt in prompts])
+    return torch.tensor([pictures_by_name().get(emoji.subject_and_background(prompt)[0], -1) for prompt in prompts])
 
 
 def style_distance(pixels: Tensor, prompts: Sequence[str]) -> dict[str, Any] | None:

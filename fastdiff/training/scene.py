@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
-from fastdiff.data.prompts import default_prompts, read_prompts
+from fastdiff.data.prompts import training_prompts
 from fastdiff.models import autoencoder
 from fastdiff.options.train import TrainConfig
 from fastdiff.sampling.settings import Settings
@@ -30,7 +29,7 @@ class Scene:
     @classmethod
     def of(cls, config: TrainConfig, base: Checkpoint, device: torch.device) -> "Scene":
         """Resolve a config; what it leaves open follows the family of the base."""
-        prompts = read_prompts(Path(config.prompts)) if config.prompts else default_prompts(base.family)
+        prompts = training_prompts(base.family, config.prompts)
         teacher = teacher_sampling(config, base.family)
         return cls(base, device, config.resolution or base.resolution_px, prompts, teacher, config.seed, config.vae)
 

@@ -9,6 +9,7 @@ from fastdiff.data.batch import Encoded
 from fastdiff.models import controlnet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.runtime import console
+from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler, at_once
 from fastdiff.sampling.settings import Settings
@@ -22,7 +23,7 @@ from fastdiff.training.scene import Scene
 class Edges(Exhibit):
     """Draws items that were held out of training, with their texts, seeds and control pictures.
 
-    On the embedded checkpoint they are images whose captions no student is trained on.
+    On the embedded checkpoint they are images that no student is trained on, each with its name and background as the prompt.
     """
 
     controls: Tensor  # (N, 1 or 3, H, W) uint8
@@ -34,6 +35,8 @@ class Edges(Exhibit):
         self.how = control.extractor(config.control)
         self.unseen: Encoded | None = None
         if scene.base.family.judge_ships:
+            if self.px != emoji.CELL_PX:
+                raise UsageError(f"`resolution={self.px}`: the pictures that judge control are {emoji.CELL_PX} px")
             before = next(scene.base.vae.parameters()).device
             unseen = emoji.encode(scene.base, *held_out.images(held_out.JUDGED), device=scene.device)
             scene.base.vae.to(before)
