@@ -144,8 +144,22 @@ def test_teacher_data_is_sampled_once_and_cached(teacher_data, tmp_path):
     second = data()
     assert torch.equal(first.moments, second.moments)
     assert len(sampled) == 1
-    with pytest.raises(UsageError, match="no such file"):
-        read_prompts(tmp_path / "gone.txt")
+
+
+def test_files_that_are_no_prompts_are_refused_by_name(tmp_path):
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa cat\n")
+    assert read_prompts(tmp_path / "marked.txt") == ["a cat"]  # editors on Windows begin a file with a mark
+    (tmp_path / "latin.txt").write_bytes(b"a caf\xe9\n")
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    for name, problem in (
+        ("gone.txt", "no such file"),
+        ("", "is a folder"),
+        ("latin.txt", "not UTF-8"),
+        ("empty.txt", "no prompts"),
+    ):
+        with pytest.raises(UsageError, match=problem) as refused:
+            read_prompts(tmp_path / name)
+        assert str(tmp_path / name) in str(refused.value)
 
 
 def test_more_pairs_are_added_to_those_that_are_there(teacher_data, tmp_path, monkeypatch):

@@ -81,6 +81,7 @@ def test_what_is_held_out_is_known_by_its_words_too():
     assert {line for line in captions if held_out.names_held_out(line)} == held_out.captions().keys()
     held = ["A photo of a soccer ball", "ball of soccer on white", "ant on red", "face tiger thing on red", "a fox on black"]
     held += ["red apple on a blue background", "Red apple, blue background.", "red apple on  blue", "Ants on red", "soccer-ball"]
+    held += ["butterflies", "wine glasses", "Strawberries (blue)", "fruit on\tblue", "fruit on a blue backdrop"]
     assert all(map(held_out.names_held_out, held))
     trained = ("rice ball on orange", "tiger face on red", "face tiger thing on pink", "a castle in the sky on blue", "fruit", "")
     assert not any(map(held_out.names_held_out, trained))

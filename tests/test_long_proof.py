@@ -35,14 +35,15 @@ def test_every_command_of_the_script_is_accepted(tmp_path, monkeypatch, capfd):
         assert cli.main([*line, "--dry-run"]) == 0, capfd.readouterr().err
 
 
-def test_frequencies_count_the_pictures_that_would_have_to_change():
+def test_frequencies_count_the_pictures_that_would_have_to_change(tmp_path):
     script = runpy.run_path(str(FOLDER / "frequencies.py"))
     drawn, wanted, group = torch.tensor([[0, 0, 1, 1, 5, 6], [0, 1, 1, 1, 6, 5], [0, 0, 0, 0, 1, 1]])
     assert script["distance"](drawn, wanted, group) == 1 / 6  # one more of picture 1; the second group has another order alone
     assert script["distance"](wanted, wanted, group) == 0
-    assert script["file_and_steps"]("a:b.safetensors:4") == ("a:b.safetensors", 4)
+    (tmp_path / "a:b.safetensors").touch()
+    assert script["file_and_steps"](f"{tmp_path}/a:b.safetensors:4") == (f"{tmp_path}/a:b.safetensors", 4)
     with pytest.raises(Exception, match="write FILE:STEPS"):
-        script["file_and_steps"]("a.safetensors")
+        script["file_and_steps"](f"{tmp_path}/a:b.safetensors")
 
 
 def test_the_table_has_unseen_and_seen_prompts_and_says_where_a_student_is_not_ahead(tmp_path, monkeypatch, capsys):
@@ -59,3 +60,24 @@ def test_the_table_has_unseen_and_seen_prompts_and_says_where_a_student_is_not_a
     figures = "0.950 | 88 % [80, 90] | 3.000 | behind"
     assert rows[0] == f"| DMD | 1 | {figures} | {figures} |"
     assert [row.split(" | ")[:2] for row in rows[1:]] == [["| L", "1"], ["| L, full weights", "1"], ["| L", "8"]]
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "problem"),
+    [
+        ("table.py", "DMD=gone.json", "a file that exists"),
+        ("table.py", "DMD=other.json", "not what a training command prints"),
+        ("frequencies.py", "gone.safetensors:1", "a LoRA that exists"),
+        ("frequencies.py", "other.json:0", "a LoRA that exists"),
+        ("reference.py", "--winners=gone.json", "run undistilled.py first"),
+    ],
+)
+def test_scripts_say_what_is_wrong_with_a_file(script, argument, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(FOLDER)
+    (tmp_path / "other.json").write_text('{"metrics": {}}')
+    monkeypatch.setattr("sys.argv", [script, argument])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
+    assert ended.value.code == 2
+    assert problem in capsys.readouterr().err

@@ -9,6 +9,7 @@ how large that share is by chance.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -42,10 +43,10 @@ def distance(drawn: Tensor, wanted: Tensor, group: Tensor) -> float:
 
 
 def file_and_steps(argument: str) -> tuple[str, int]:
-    """Read FILE:STEPS. Raises ArgumentTypeError if it has no number of steps."""
+    """Read FILE:STEPS. Raises ArgumentTypeError if the file is not there or the number of steps is not above 0."""
     file, _, steps = argument.rpartition(":")
-    if not file or not steps.isdecimal():
-        raise argparse.ArgumentTypeError(f"{argument}: write FILE:STEPS, as dmd.safetensors:1")
+    if not Path(file).is_file() or not steps.isdecimal() or int(steps) < 1:
+        raise argparse.ArgumentTypeError(f"{argument}: write FILE:STEPS with a LoRA that exists, as dmd.safetensors:1")
     return file, int(steps)
 
 

@@ -214,9 +214,11 @@ def main() -> None:
     parser.add_argument("--winners", type=Path, default=Path("runs/undistilled/winners.json"))
     parser.add_argument("--samples", type=int, default=judge.JUDGED)
     parser.add_argument("--work", type=Path, default=Path("runs/reference"))
-    parser.add_argument("--out", type=Path, default=judge.REFERENCE)
+    parser.add_argument("--out", type=Path, default=judge.REFERENCE, help="what is written; default: the files that ship")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if not args.winners.is_file():
+        parser.error(f"{args.winners}: no such file; run undistilled.py first")
     torch.set_num_threads(args.threads)
     teacher = Settings.usual(SHIPPED)
     ways = [teacher, *finalists(args.winners)]

@@ -53,4 +53,8 @@ if __name__ == "__main__":
     heads = [f"{part}: {name} | gap closed" for part in ("unseen", "seen") for name in METRICS.values()]
     print(f"| | calls | {' | '.join(heads)} |\n|" + " --- |" * 10)
     for label, path in results:
-        print("\n".join(lines(label, json.loads(path.read_text())["metrics"])))
+        try:
+            rows = lines(label, json.loads(path.read_text())["metrics"])
+        except (ValueError, KeyError, IndexError):
+            parser.error(f"{path}: not what a training command prints with --json and a closing table")
+        print("\n".join(rows))

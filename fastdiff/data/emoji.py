@@ -92,13 +92,16 @@ def plain(line: str) -> str:
 
 
 COLOUR = "|".join(BACKGROUNDS)
-ON_A_BACKGROUND = re.compile(rf"(.+?)\W+(?:on +(?:an? +|the +)?({COLOUR})(?: +background)?|({COLOUR}) +background)\W*")
+BACKGROUND = r"\s+back(?:ground|drop)"
+ON_A_BACKGROUND = re.compile(
+    rf"(.+?)(?:(?:\W+on\s+(?:an?\s+|the\s+)?|\s*[,;(]\s*)({COLOUR})(?:{BACKGROUND})?|\W+({COLOUR}){BACKGROUND})\W*"
+)
 
 
 def subject_and_background(line: str) -> tuple[str, int | None]:
     """Split a prompt into its subject and the index of the background that it names ("meat on bone" names none).
 
-    "red apple on blue", "a red apple on a blue background" and "Red apple, blue background." are read alike.
+    "red apple on blue", "a red apple on a blue background" and "Red apple (blue)." are read alike.
     """
     line = plain(line)
     if match := ON_A_BACKGROUND.fullmatch(line):

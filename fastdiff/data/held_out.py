@@ -67,9 +67,17 @@ def subjects() -> frozenset[tuple[str, int]]:
     return frozenset(key for key, is_held in held.items() if is_held)
 
 
+PLURALS = ((r"ies$", "y"), (r"(ss|sh|ch|x)es$", r"\1"), (r"(?<!s)s$", ""))  # only the first that fits is applied
+
+
 def words(text: str) -> frozenset[str]:
-    """Return the words of a text in lower case and without a plural's s: "Ants, a soccer-ball" has ant, a, soccer and ball."""
-    return frozenset(word.removesuffix("s") for word in re.findall(r"[a-z]+", text.lower()))
+    """Return the words of a text, lower case and singular: "Ants, wine-glasses, cherries" has ant, wine, glass and cherry."""
+    return frozenset(map(singular, re.findall(r"[a-z]+", text.lower())))
+
+
+def singular(word: str) -> str:
+    """Return a word without the ending of an English plural."""
+    return next((new for ending, to in PLURALS if (new := re.sub(ending, to, word)) != word), word)
 
 
 @cache

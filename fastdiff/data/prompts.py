@@ -16,13 +16,19 @@ ON_BACKGROUND = emoji.CAPTION_WEIGHTS[0] + emoji.CAPTION_WEIGHTS[2]  # share of 
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read prompts from a file, one per line; blank lines and lines that start with # are skipped.
+    """Read prompts from a UTF-8 file, one per line; blank lines and lines that start with # are skipped.
 
-    Raises UsageError if the file does not exist or has no prompts.
+    Raises UsageError if the file does not exist, is no UTF-8 text or has no prompts.
     """
     if not path.exists():
         raise UsageError(f"{as_field('prompts', path)}: no such file")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    if path.is_dir():
+        raise UsageError(f"{as_field('prompts', path)}: is a folder", "give a text file of prompts, one per line")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        problem = f"byte {error.start} is not UTF-8 text"
+        raise UsageError(f"{as_field('prompts', path)}: {problem}", "save the file as UTF-8") from error
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise UsageError(f"{as_field('prompts', path)}: the file has no prompts (one per line)")
