@@ -91,10 +91,9 @@ def plain(line: str) -> str:
     return re.sub(r"^an? ", "", line.strip().lower())
 
 
-COLOUR = "|".join(BACKGROUNDS)
-BACKGROUND = r"\s+back(?:ground|drop)"
+COLOUR, BACKDROP = "|".join(BACKGROUNDS), r"\s+back(?:ground|drop)"
 ON_A_BACKGROUND = re.compile(
-    rf"(.+?)(?:(?:\W+on\s+(?:an?\s+|the\s+)?|\s*[,;(]\s*)({COLOUR})(?:{BACKGROUND})?|\W+({COLOUR}){BACKGROUND})\W*"
+    rf"(.+?)(?:(?:\W+on\s+(?:an?\s+|the\s+)?|\s*[,;(]\s*)({COLOUR})(?:{BACKDROP})?|\W+({COLOUR}){BACKDROP})\W*"
 )
 
 

@@ -162,9 +162,9 @@ def recognised(features: Tensor, prompts: Prompts, net: Network | None = None) -
 
     For a group prompt any picture of the group counts.
     """
-    found = nearest(features, net)
-    in_group = groups()[found] == groups()[prompts.picture]
-    return torch.where(prompts.coarse, in_group, found == prompts.picture).float()
+    picture = nearest(features, net)
+    in_group = groups()[picture] == groups()[prompts.picture]
+    return torch.where(prompts.coarse, in_group, picture == prompts.picture).float()
 
 
 def diversity(features: Tensor, prompts: Prompts) -> Tensor:
