@@ -224,6 +224,7 @@ RUNS = {
     "train-lcm-lora --full": {"full": True},
     "dmd": {},
     "dmd --recipe dmd2": {"recipe": "dmd2"},
+    "tdm": {},
     "lightning": {"lora_only": True},
     "sdxs": {},
     "prune": {},
@@ -253,6 +254,7 @@ WHOLE = [
     "train-lcm-lora --full",
     "dmd",
     "dmd --recipe dmd2",
+    "tdm",
     "lightning --stages 4:2,2:1 --phases mse,cond,full --d-warmup 0",
     "prune --layout bk-tiny",
     "distill-vae",
@@ -303,6 +305,7 @@ def test_presets_fit_the_cards_that_they_are_made_for():
     most = lambda family, run: max(golden[family][run].values())
     assert most("sdxl", "train-lcm-lora") < 10 * 2**30  # for cards of 12 and 16 GiB
     assert most("sdxl", "lightning") < 10 * 2**30
+    assert most("sdxl", "tdm") < 10 * 2**30
     assert most("sdxl", "dmd") < 14 * 2**30
     assert most("sd15", "dmd") < 7 * 2**30
 

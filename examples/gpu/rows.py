@@ -82,6 +82,7 @@ ROWS = [
     emoji("lcm full", "train-lcm-lora --full --proof 0"),
     emoji("dmd", "dmd --proof 0"),
     emoji("dmd2", "dmd --recipe dmd2 --num-steps 4 --proof 0"),
+    emoji("tdm", "tdm --proof 0"),
     emoji("lightning", "lightning --stages 8:4 --proof 0", 90, "--stages 8:4 --phases cond,full --steps 4"),
     emoji("prune", "prune --layout bk-tiny --proof 0"),
     emoji("vae fp16", "distill-vae --encoder --precision fp16", 75, "--precision fp32"),

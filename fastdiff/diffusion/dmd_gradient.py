@@ -19,6 +19,22 @@ class Noised(NamedTuple):
     x_t: Tensor
 
 
+def diffused_on(schedule: NoiseSchedule, p: Prediction, start: Tensor, t: Tensor, noise: Tensor) -> Noised:
+    """Take the point of a deterministic trajectory at timesteps `start`, and add fresh noise up to timesteps `t` >= `start`.
+
+        x_start = alpha_start x0 + sigma_start eps                                                         x0, eps of `p`
+        x_t     = r x_start + sqrt(sigma_t^2 - (r sigma_start)^2) noise,    r = alpha_t / alpha_start      Luo 2025 (TDM)
+
+    It is the forward process from `start` to t. `start` and `t` are (B,), `noise` is (B, C, h, w); where `start` is negative the
+    point is x0 itself, and x_t is `schedule.add_noise(x0, noise, t)`. The result names x0 as the sample, and as `eps` the whole
+    noise in x_t, that of the trajectory and the fresh one together; so x_t = alpha_t x + sigma_t eps holds here too.
+    """
+    alpha, sigma = schedule.coefficients(t, p.x0)
+    kept = per_sample(torch.where(start < 0, 0.0, schedule.noise_scale(start.clamp(min=0))), p.x0) * alpha  # r sigma_start
+    eps = (kept * p.eps.float() + (sigma.square() - kept.square()).clamp(min=0).sqrt() * noise) / sigma
+    return Noised(p.x0, eps, t, alpha * p.x0.float() + sigma * eps)
+
+
 @torch.no_grad()
 def score_difference(
     schedule: NoiseSchedule, seen: Noised, real: Prediction, fake: Prediction, weighting: Weighting = "dmd"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.diffusion.dmd_gradient import Noised as Noised
+from fastdiff.diffusion.dmd_gradient import diffused_on as diffused_on
 from fastdiff.diffusion.dmd_gradient import score_difference as score_difference
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction, PredictionType
 

@@ -1,0 +1,178 @@
+"""Trajectory distribution matching (Luo et al. 2025, TDM): a few deterministic steps, from prompts alone.
+
+    trajectory   x_K = sigma z;   x_{k-1} = DDIM step of student(x_k, t_k) to t_{k-1}, ...       the student's own, no gradient
+    one step     p = student(x_k, t_k)                         with gradient; the batch holds every k about as often
+    on           x_tau = (x_{t_{k-1}} of p) diffused on to tau in [t_{k-1}, t_k)                 diffusion/dmd_gradient.py
+    real, fake   teacher(x_tau, tau; c, empty; w)  guided,     fake_score(x_tau, tau; c)  not guided
+    g            = (fake.x0 - real.x0) / mean|p.x0 - real.x0|
+    student:     dL/dx = g / numel,    x = p.x0, or the point x_{t_{k-1}} / alpha_{t_{k-1}} of p
+    fake score:  min(SNR, 5) (fake.x0 - p.x0)^2, times the importance weight of x_tau
+
+Distribution matching asks that the student's pictures look like the teacher's at every noise level. Here each of K steps answers
+for the noise levels that it crosses, and for those alone. No pictures are needed, and the student is sampled by a common
+deterministic scheduler. Teacher, student and fake score are one network with two adapters.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import lora
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.data.batch import Batch, moved
+from fastdiff.data.open import Needs
+from fastdiff.diffusion import losses
+from fastdiff.diffusion.losses import Noised
+from fastdiff.diffusion.samplers import jump
+from fastdiff.diffusion.schedule import Prediction, per_sample
+from fastdiff.methods.shared.scores import Scores, start_from
+from fastdiff.options.tdm import EXAMPLES, PRESETS, Config
+from fastdiff.options.tdm import Config as Options
+from fastdiff.training.method import Load, Now, Phase, Trains, Turn, equation
+
+BETAS = (0.0, 0.95)  # AdamW's in the authors' script
+LOWEST = 20  # timestep below which no scores are compared, as in DMD
+MAX_SNR = 5.0  # of the fake score's loss
+GAP = 10  # least distance in timesteps from the student's own input
+
+
+class TDM(Scores):
+    """Trajectory distribution matching. Players: `student`, and `fake`, the fake score."""
+
+    config: Options
+
+    name, Config, presets, examples = "tdm", Config, PRESETS, EXAMPLES
+
+    def __init__(self, base: Checkpoint, config: Options) -> None:
+        super().__init__(base, config)
+        self.student, students = self.trained("student")
+        self.fake, fakes = self.trained("fake")
+        if config.init:
+            start_from(self.student, lora.load(config.init, allow_pickle=config.allow_pickle))
+        self.trains = {
+            "student": Trains(students, betas=BETAS, averaged=True),
+            "fake": Trains(fakes, config.fake_lr, betas=BETAS),
+        }
+        if config.noise_guidance is not None:
+            self.guidance = torch.linspace(config.guidance, config.noise_guidance, len(self.schedule))
+        self.recipe = replace(
+            self.recipe,
+            scheduler="ddim" if config.any_steps else "euler",  # a recipe of Euler steps is for one number of them
+            spacing="trailing",
+            num_steps=config.num_steps,
+            guidance=1.0,
+        )
+
+    @classmethod
+    def check(cls, config: Options) -> Options:
+        """Read the LoRA of `init` now, so that a wrong file fails before anything else."""
+        if config.init:
+            lora.load(config.init, allow_pickle=config.allow_pickle)
+        return config
+
+    @classmethod
+    def needs(cls, config: Options) -> Needs:
+        return "prompts"
+
+    @classmethod
+    def load(cls, config: Options, base: Checkpoint) -> Load:
+        turn = 1 / config.fake_steps_per_gen
+        return Load(lora=2, graph=2, grad=1 + turn, free=2 * turn + (1 - turn) + (config.num_steps - 1) / 2)
+
+    @classmethod
+    def cycle(cls, config: Options) -> int:
+        return config.fake_steps_per_gen
+
+    def players(self, phase: Phase) -> dict[str, Trains]:
+        return self.trains
+
+    def networks(self) -> list[nn.Module]:
+        return [self.teacher, self.student, self.fake]
+
+    def prepare(self, batch: Batch) -> None:
+        """Move the guidance of each noise level to the device."""
+        if isinstance(self.guidance, Tensor):
+            self.guidance = self.guidance.to(batch.latents.device)
+
+    def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
+        """Train student and fake score on the same step of the student, each with the other's old weights.
+
+        The fake score is called once: its prediction is used in g and in its own loss.
+        """
+        turn = now.step % self.config.fake_steps_per_gen == 0
+        x_t, t, end = self.start(batch)
+        with torch.set_grad_enabled(turn):
+            p = self.student(x_t, t, batch.cond)
+        noise = torch.randn_like(x_t)
+        seen = self.further(p, t, end, noise)
+        real = self.real_score(seen, batch) if turn else None
+        fake = self.fake(seen.x_t, seen.t, batch.cond)
+        players: Turn = {"fake": {"denoising": self.fake_loss(seen, fake, noise)}}
+        if real is not None:
+            players["student"] = {"matching": self.matching(p, seen, real, fake, end)}
+        yield players
+
+    @equation("TDM, algorithm 1")
+    @torch.no_grad()
+    def start(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Walk along the student's trajectory, each row of the batch up to one of its steps.
+
+        Returns x_t (B, C, h, w), its timesteps t (B,), and the timesteps (B,) where these steps end: -1 is the clean latent.
+        Steps are shared out evenly over the batch, from a random one on; with `any_steps`, their number is drawn too. The rows
+        are sorted by the length of their walk, so that a part of the batch is a slice and nothing waits for the device.
+        """
+        config, noise = self.config, torch.randn_like(batch.latents)
+        num_steps = 2 ** int(torch.randint(config.num_steps.bit_length(), ())) if config.any_steps else config.num_steps
+        grid = self.schedule.grid(num_steps, "trailing")
+        first = int(torch.randint(num_steps, ()))
+        step = sorted(((first + row) % num_steps for row in range(len(noise))), reverse=True)
+        x = self.schedule.sigma[grid[0]] * noise  # as EulerDiscreteScheduler starts
+        for k in range(step[0]):
+            n = sum(s > k for s in step)  # rows that go further
+            x = torch.cat([jump(self.schedule, self.student(x[:n], grid[k], batch.cond[:n]), grid[k + 1]), x[n:]])
+        ends = torch.cat([grid[1:], torch.tensor([-1])])
+        return x, moved(grid[step], x.device), moved(ends[step], x.device)
+
+    @equation("TDM, equations 6 and 7")
+    def further(self, p: Prediction, t: Tensor, end: Tensor, noise: Tensor) -> Noised:
+        """Move along predictions `p` to where the steps from t to `end` (both (B,)) end, and diffuse on to a random level.
+
+        `noise` is (B, C, h, w). The level is below t, or with `match=above` below T, and no less than `end`. With
+        `random_ends` the walk already ends at a random point of the step.
+        """
+        p = Prediction(p.x0.detach(), p.eps.detach())
+        total, (where, level) = len(self.schedule), torch.rand(2, len(t), device=t.device)
+        if self.config.random_ends:
+            end = (end + where * (t - LOWEST - end).clamp(min=0)).long()
+        low = end.clamp(min=LOWEST)
+        high = torch.maximum((t if self.config.match == "segment" else torch.full_like(t, total)) - GAP, low + 1)
+        return losses.diffused_on(self.schedule, p, end, (low + level * (high - low)).long(), noise)
+
+    @equation("TDM, equation 8")
+    def matching(self, p: Prediction, seen: Noised, real: Prediction, fake: Prediction, end: Tensor) -> Tensor:
+        """Compute the student's loss, whose gradient moves its prediction `p` along the difference of the scores.
+
+        With `moved=point` it moves the point of the trajectory at `end`, x0 + (sigma / alpha) eps in units of x0, as the chain
+        rule has it: x0 of a step that ends at high noise is only a part of the way there. With `moved=x0` it moves x0 (the paper).
+        """
+        g = self.gradient(seen, real, fake)
+        x = p.x0
+        if self.config.moved == "point":
+            x = x + per_sample(torch.where(end < 0, 0.0, self.schedule.noise_scale(end.clamp(min=0))), x) * p.eps
+        return losses.along(x, g) if self.config.distance == "squared" else losses.pseudo_huber(x, (x - g).detach())
+
+    @equation("TDM, equations 9 and 10")
+    def fake_loss(self, seen: Noised, fake: Prediction, noise: Tensor) -> Tensor:
+        """Compute the fake score's loss: the squared error of x0, with weight min(SNR, 5).
+
+        The importance weight corrects that the whole noise in x_t, `seen.eps`, is not drawn from a normal distribution: it is
+        that of the trajectory and the fresh `noise` together.
+        """
+        weight = self.schedule.snr(seen.t).clamp(max=MAX_SNR)
+        if self.config.importance_weights:
+            ratio = ((noise.square() - seen.eps.square()).flatten(1).mean(1) / 2).exp()
+            self.log(importance=ratio.mean())
+            weight = weight * ratio
+        return losses.squared(fake.x0, seen.x, per_sample(weight, seen.x))

@@ -1,0 +1,336 @@
+"""Trajectory distribution matching: its formulas, its roles on one network, and a world with exact scores."""
+
+import importlib.util
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from playing import play, trained, trainees
+from test_dmd import batch_for, disturb
+
+from fastdiff.checkpoints import checkpoint
+from fastdiff.data.batch import Batch
+from fastdiff.diffusion import losses
+from fastdiff.diffusion.losses import Noised
+from fastdiff.diffusion.samplers import SOLVERS, jump
+from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
+from fastdiff.methods.dmd import DMD
+from fastdiff.methods.dmd import Config as DMDConfig
+from fastdiff.methods.tdm import BETAS, TDM, Config
+from fastdiff.models.denoiser import Cond
+from fastdiff.sampling.settings import Settings
+
+SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+EXAMPLE = Path(__file__).parent.parent / "examples" / "dmd_pixel.py"
+
+
+def method(path, **config):
+    base = checkpoint.load(str(path))
+    torch.manual_seed(0)
+    return TDM(base, Config(**(dict(lora_rank=4, lora_alpha=8, guidance=1.0) | config))), base
+
+
+# ---- noise from one level on to another
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize(("start", "t"), [(-1, 20), (-1, 989), (249, 249), (249, 489), (499, 739), (749, 989)])
+def test_noise_that_goes_on_has_the_law_of_the_forward_process(start, t, zero_snr):
+    """Mean and variance of x_t given x_start, and of x_t given x0, within 1e-3: by formula and from a million samples."""
+    schedule = NoiseSchedule.from_config({**SD, "rescale_betas_zero_snr": zero_snr})
+    n, g = 1_000_000, torch.Generator().manual_seed(0)
+    eps, noise = torch.randn(2, n, generator=g).double()
+    eps, noise = ((v - v.mean()) / v.std(correction=0) for v in (eps, noise))
+    noise -= (noise * eps).mean() * eps  # samples whose first two moments are exact
+    noise /= noise.std(correction=0)
+    x0, at = torch.full((n,), 0.7), lambda v: torch.full((n,), v)
+    seen = losses.diffused_on(schedule, Prediction(x0, eps.float()), at(start), at(t), noise.float())
+    alpha, sigma = schedule.alpha[t].item(), schedule.sigma[t].item()
+    assert seen.x_t.mean().item() == pytest.approx(0.7 * alpha, abs=1e-3)
+    assert seen.x_t.std().item() == pytest.approx(sigma, abs=1e-3)
+    torch.testing.assert_close(seen.x_t, alpha * seen.x + sigma * seen.eps)
+    a, s = (schedule.alpha[start].item(), schedule.sigma[start].item()) if start >= 0 else (1.0, 0.0)
+    x_start = (a * x0 + s * eps).float()
+    rest = seen.x_t - alpha / a * x_start  # what is added to the point of the trajectory
+    assert rest.mean().item() == pytest.approx(0, abs=1e-3)
+    assert rest.std().item() == pytest.approx(max(0.0, sigma**2 - (alpha * s / a) ** 2) ** 0.5, abs=1e-3)
+    assert (rest * eps).mean().item() == pytest.approx(0, abs=1e-3)
+
+
+def test_from_the_clean_latent_it_is_add_noise_and_over_no_distance_the_ddim_step():
+    schedule = NoiseSchedule.from_config(SD)
+    x0, eps, noise = torch.randn(3, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t, p = torch.tensor([20, 300, 700, 980]), Prediction(x0, eps)
+    clean = losses.diffused_on(schedule, p, torch.full((4,), -1), t, noise)
+    assert torch.equal(clean.x_t, schedule.add_noise(x0, noise, t))
+    torch.testing.assert_close(clean.eps, noise)
+    torch.testing.assert_close(losses.diffused_on(schedule, p, t, t, noise).x_t, jump(schedule, p, t), atol=2e-3, rtol=0)
+
+
+# ---- the method on a network
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+def test_rows_walk_the_students_own_euler_steps_and_share_the_steps_evenly(tiny_sd, num_steps):
+    m, base = method(tiny_sd, num_steps=num_steps)
+    disturb(m)
+    batch = batch_for(base, n=8)
+    state = torch.random.get_rng_state()
+    x_t, t, end = m.start(batch)
+    torch.random.set_rng_state(state)
+    noise = torch.randn_like(batch.latents)
+    grid = Settings(scheduler="euler", num_steps=num_steps).grid(m.schedule, base.scheduler_config)
+    visited = []
+
+    def spy(x, at):
+        visited.append(x)
+        return m.student(x, at, batch.cond)
+
+    with torch.no_grad():
+        SOLVERS["euler"].run(spy, noise, grid, None)
+    for row in range(8):
+        k = grid.t.tolist().index(int(t[row]))
+        torch.testing.assert_close(x_t[row], visited[k][row], atol=1e-5, rtol=1e-5)
+        assert end[row] == (grid.t[k + 1] if k + 1 < num_steps else -1)
+    assert sorted(t.tolist()) == sorted(grid.t.tolist() * (8 // num_steps))
+
+
+def test_any_steps_draws_their_number_and_its_recipe_does_not_fix_it(tiny_sd):
+    m, base = method(tiny_sd, num_steps=8, any_steps=True)
+    batch, firsts = batch_for(base, n=8), set()
+    for _ in range(16):
+        _, t, end = m.start(batch)
+        firsts.add(len(t.unique()))
+        pairs = dict(zip(t.tolist(), end.tolist(), strict=True))
+        assert all(e == -1 or e in pairs for e in pairs.values())
+    assert firsts == {1, 2, 4, 8}
+    assert (m.recipe.fixed, m.recipe.scheduler, m.recipe.num_steps) == (False, "ddim", 8)
+    assert method(tiny_sd)[0].recipe.fixed
+
+
+@pytest.mark.parametrize(("match", "random_ends"), [("segment", False), ("above", False), ("segment", True)])
+def test_a_step_is_matched_at_the_noise_levels_that_it_crosses(tiny_sd, match, random_ends):
+    m, _ = method(tiny_sd, match=match, random_ends=random_ends)
+    grid = m.schedule.grid(4)
+    t, end = grid.repeat(5000), torch.cat([grid[1:], torch.tensor([-1])]).repeat(5000)
+    p = Prediction(*torch.zeros(2, len(t), 1, 1, 1))
+    level = m.further(p, t, end, torch.zeros(len(t), 1, 1, 1)).t
+    for k, (first, last) in enumerate(zip(grid, [*grid[1:], torch.tensor(20)], strict=True)):
+        mine = level[k::4]
+        assert mine.min() >= max(20, int(last))
+        assert mine.min() <= int(last) + (40 if random_ends else 2)
+        assert mine.max() == (989 if match == "above" else int(first) - 11)
+
+
+@pytest.mark.parametrize("moved", ["x0", "point"])
+@pytest.mark.parametrize("distance", ["squared", "huber"])
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_v", "tiny_sdxl"])
+def test_without_guidance_nothing_moves_the_student_at_the_start_and_its_difference_does(family, distance, moved, request):
+    """Fake score and teacher are equal then, so the gradient is exactly 0; it is not once the fake score differs."""
+    m, base = method(request.getfixturevalue(family), distance=distance, moved=moved)
+    batch = batch_for(base)
+    grads = []
+    for _ in range(2):
+        (turn,) = play(m, batch)
+        grads.append(torch.autograd.grad(turn["student"]["matching"], trained(m, "student")))
+        disturb(m, ("fake",))
+    assert all(g.abs().max() == 0 for g in grads[0])
+    assert max(g.abs().max() for g in grads[1]) > 1e-5
+
+
+def test_one_step_over_all_noise_levels_has_the_gradient_of_dmd(tiny_sd):
+    m, base = method(tiny_sd, num_steps=1, match="above", guidance=3.0)
+    disturb(m)
+    batch = batch_for(base)
+    x_t, t, end = m.start(batch)
+    p = m.student(x_t, t, batch.cond)
+    noise = torch.randn_like(x_t)
+    seen = m.further(p, t, end, noise)
+    assert torch.equal(seen.x_t, m.schedule.add_noise(p.x0.detach(), noise, seen.t))
+    fake = m.fake(seen.x_t, seen.t, batch.cond)
+    loss = m.matching(p, seen, m.real_score(seen, batch), fake, end)
+
+    other = checkpoint.load(str(tiny_sd))
+    torch.manual_seed(0)
+    d = DMD(other, DMDConfig(lora_rank=4, lora_alpha=8, guidance=3.0, lambda_reg=0.0))
+    other.unet.load_state_dict(base.unet.state_dict())
+    x = d.student(x_t, torch.tensor(999), batch.cond).x0
+    noised = Noised(x.detach(), noise, seen.t, d.schedule.add_noise(x.detach(), noise, seen.t))
+    same = d.fake(noised.x_t, noised.t, batch.cond)
+    expected = losses.along(x, d.gradient(noised, d.real_score(noised, batch), same))
+    for a, b in zip(
+        torch.autograd.grad(loss, trained(m, "student")), torch.autograd.grad(expected, trained(d, "student")), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+def test_the_point_moves_by_the_chain_rule(tiny_sd):
+    """With x_t fixed, the point is x_t's eps put back: a change of x0 moves it by 1 - ratio of the noise scales."""
+    schedule = NoiseSchedule.from_config(SD)
+    m, base = method(tiny_sd)
+    x_t, eps, g = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t, end = torch.tensor([999, 249]), torch.tensor([749, -1])
+    x0 = schedule.predict(eps, x_t, t, "epsilon").x0.requires_grad_(True)
+    alpha, sigma = schedule.coefficients(t, x_t)
+    seen = Noised(x0.detach(), eps, t, x_t)
+    m.gradient = lambda *_: g
+    loss = m.matching(Prediction(x0, (x_t - alpha * x0) / sigma), seen, None, None, end)
+    (found,) = torch.autograd.grad(loss, x0)
+    left = torch.tensor([schedule.noise_scale(torch.tensor(749)) / schedule.noise_scale(torch.tensor(999)), 0.0])
+    torch.testing.assert_close(found * g.numel(), (1 - left).reshape(-1, 1, 1, 1) * g, atol=1e-4, rtol=1e-4)
+
+
+def test_the_fake_score_loses_the_weighted_error_of_x0(tiny_sd):
+    m, _ = method(tiny_sd)
+    n = 4
+    x, eps, noise = torch.randn(3, n, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([20, 249, 600, 980])
+    seen, fake = Noised(x, eps, t, m.schedule.add_noise(x, eps, t)), Prediction(x + 0.1, eps)
+    snr = (m.schedule.alpha[t] / m.schedule.sigma[t]).square().clamp(max=5)
+    likely = torch.exp(-eps.square().mean((1, 2, 3)) / 2) / torch.exp(-noise.square().mean((1, 2, 3)) / 2)
+    assert m.fake_loss(seen, fake, noise).item() == pytest.approx((0.01 * snr * likely).mean().item(), rel=1e-4)
+    m.config.importance_weights = False
+    assert m.fake_loss(seen, fake, noise).item() == pytest.approx((0.01 * snr).mean().item(), rel=1e-4)
+
+
+def test_guidance_goes_evenly_from_low_to_high_noise(tiny_sd, monkeypatch):
+    m, base = method(tiny_sd, guidance=5.0, noise_guidance=2.0)
+    batch, given = batch_for(base, n=3), []
+    m.prepare(batch)
+    real = m.teacher.guided
+    monkeypatch.setattr(m.teacher, "guided", lambda x, t, c, u, w: (given.append(w), real(x, t, c, u, w))[1])
+    x = torch.zeros(3, 4, 8, 8)
+    m.real_score(Noised(x, x, torch.tensor([0, 333, 999]), x), batch)
+    torch.testing.assert_close(given[0], torch.tensor([5.0, 4.0, 2.0]))
+
+
+def test_the_student_rests_between_updates_and_adam_has_the_published_betas(tiny_sd):
+    m, base = method(tiny_sd, fake_steps_per_gen=3)
+    batch = batch_for(base)
+    assert [sorted(next(play(m, batch, step))) for step in range(4)] == [
+        ["fake", "student"],
+        ["fake"],
+        ["fake"],
+        ["fake", "student"],
+    ]
+    assert m.cycle(m.config) == 3
+    assert {one.betas for one in m.played.values()} == {BETAS}
+    assert set(trainees(m)) == {"student", "fake"}
+
+
+def test_zero_terminal_snr(tiny_v):
+    base = checkpoint.load(str(tiny_v))
+    base.scheduler_config["rescale_betas_zero_snr"] = True
+    m = TDM(base, Config(lora_rank=4, lora_alpha=8, guidance=3.0))
+    assert m.schedule.zero_terminal_snr
+    disturb(m)
+    (turn,) = play(m, batch_for(base, n=8))
+    for who, terms in turn.items():
+        grads = torch.autograd.grad(sum(terms.values()), trained(m, who), retain_graph=True)
+        assert all(g.isfinite().all() for g in grads)
+        assert sum(g.norm() for g in grads) > 0
+
+
+# ---- a world with exact scores
+
+
+class Net(torch.nn.Module):
+    """A small v-prediction network of points (B, 2), called as a Denoiser is."""
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule, self.kind = schedule, "v_prediction"
+        wide = torch.nn.Linear(128, 128)
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(18, 128),
+            torch.nn.SiLU(),
+            wide,
+            torch.nn.SiLU(),
+            deepcopy(wide),
+            torch.nn.SiLU(),
+            torch.nn.Linear(128, 2),
+        )
+
+    def forward(self, x, t, cond=None):
+        t = t.expand(len(x))
+        angle = t[:, None] / len(self.schedule) * torch.pi * 2 ** torch.arange(8)
+        return self.schedule.predict(self.layers(torch.cat([x, angle.sin(), angle.cos()], 1)), x, t, self.kind)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A mixture of Gaussians whose scores are known exactly, and a network that has learned them: a pretrained student."""
+    spec = importlib.util.spec_from_file_location("dmd_pixel", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    schedule = NoiseSchedule.from_config(SD)
+    means, weights = torch.tensor([[1.2, 0.3], [-0.6, 1.0], [-0.3, -0.9]]), torch.tensor([0.5, 0.3, 0.2])
+    mixture, net = module.Mixture(means, weights, 0.25, schedule), Net(schedule)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(1500):
+        x0, t = mixture.sample(512), torch.randint(1000, (512,))
+        x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
+        goal = schedule.output(mixture(x_t, t), t, net.kind)
+        optimizer.zero_grad()
+        losses.squared(schedule.output(net(x_t, t), t, net.kind), goal).backward()
+        optimizer.step()
+    return mixture, net
+
+
+def matched(world, num_steps, steps=1200, rate=1e-3, *, with_fake=True, **config):
+    """Train a student by the method's own losses against exact scores; returns 40,000 of its samples (40000, 2)."""
+    mixture, net = world
+    torch.manual_seed(0)
+    m, schedule = TDM.__new__(TDM), mixture.schedule
+    m.config, m.schedule, m.guidance, m._figures = Config(num_steps=num_steps, **config), schedule, 1.0, {}
+    m.student, m.fake = deepcopy(net), deepcopy(net)
+    if not with_fake:  # the sample itself takes the place of what the fake score predicts
+        further, latest = m.further, []
+        m.further = lambda *a: (latest.clear(), latest.append(further(*a)), latest[0])[2]
+        m.fake = lambda x_t, t, cond: Prediction(latest[0].x, latest[0].eps)
+    m.teacher = SimpleNamespace(guided=lambda x, t, cond, uncond, w: mixture(x, t))
+    cond = Cond(torch.zeros(512, 1, 1))
+    batch = Batch(torch.full((512, 2), torch.nan), cond, cond)
+    optimizers = {"student": torch.optim.AdamW(m.student.parameters(), rate, BETAS)}
+    if with_fake:
+        optimizers["fake"] = torch.optim.AdamW(m.fake.parameters(), rate, BETAS)
+    for step in range(steps):
+        for turn in m.losses(batch, SimpleNamespace(step=step)):
+            for optimizer in optimizers.values():
+                optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+                optimizer.zero_grad()
+            sum(sum(turn[who].values()) for who in optimizers).backward()
+            for optimizer in optimizers.values():
+                optimizer.step()
+    grid = Settings(scheduler="euler", num_steps=num_steps).grid(schedule, {})
+    with torch.no_grad():
+        return SOLVERS["euler"].run(m.student, torch.randn(40_000, 2), grid, None)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_the_students_trajectory_reaches_the_mean_and_covariance_of_exact_scores(world, num_steps):
+    mixture, net = world
+    mean, covariance = mixture.moments()
+    scale = covariance.diagonal().sqrt()
+
+    def errors(samples):
+        apart = (samples.T.cov() - covariance).abs() / torch.outer(scale, scale)
+        return max(((samples.mean(0) - mean).abs() / scale).max().item(), apart.max().item())
+
+    with torch.no_grad():
+        grid = Settings(scheduler="euler", num_steps=num_steps).grid(mixture.schedule, {})
+        untrained = SOLVERS["euler"].run(net, torch.randn(40_000, 2), grid, None)
+    samples = matched(world, num_steps)
+    print(f"{num_steps} steps: {errors(untrained):.3f} before, {errors(samples):.3f} after")
+    assert errors(untrained) > 0.3
+    assert errors(samples) < 0.05
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_without_a_fake_score_the_students_samples_collapse(world, num_steps):
+    samples = matched(world, num_steps, steps=300 * num_steps, with_fake=False)
+    print(num_steps, samples.T.cov())
+    assert samples.T.cov().trace() < 0.05 * world[0].moments()[1].trace()
