@@ -63,6 +63,7 @@ COMMANDS = [
     Command("distill-vae", ".methods.vae:TinyVAE", "Train a tiny decoder for a checkpoint's VAE (SDXS, TAESD)", "Train"),
     Command("train-lcm-lora", ".methods.lcm:LCM", "Distil a few-step LoRA (LCM, PCM, TCD)", "Train"),
     Command("dmd", ".methods.dmd:DMD", "Distil a one-step or few-step model (DMD, DMD2)", "Train"),
+    Command("sid", ".methods.sid:SiD", "Distil one step from prompts alone (SiD with long-short guidance)", "Train"),
     Command("tdm", ".methods.tdm:TDM", "Distil 4 steps from prompts alone (trajectory distribution matching)", "Train"),
     Command("lightning", ".methods.lightning:Lightning", "Distil 128 steps down to 1, stage by stage (SDXL-Lightning)", "Train"),
     Command("sdxs", ".methods.sdxs:SDXS", "Train a small network to draw in one step (SDXS)", "Train"),

@@ -254,6 +254,55 @@ def test_both_scores_see_the_same_noised_sample_at_levels_in_range(tiny_sd, monk
     assert len(t_a.unique()) > 20
 
 
+def test_with_fresh_noise_the_fake_score_learns_at_every_level_and_the_gradient_stays_the_same(tiny_sd, monkeypatch):
+    found = {}
+    for noise in ("same", "fresh"):
+        m, base = method(tiny_sd, t_min=0.1, t_max=0.2, fake_noise=noise, fake_steps_per_gen=2, guidance=3.0)
+        disturb(m)
+        batch, calls = batch_for(base, n=64), []
+
+        def spy(x_t, t, cond, calls=calls, forward=m.fake.forward):
+            calls.append((t, torch.is_grad_enabled()))
+            return forward(x_t, t, cond)
+
+        monkeypatch.setattr(m.fake, "forward", spy)
+        torch.manual_seed(3)
+        (turn,) = play(m, batch)
+        torch.manual_seed(4)
+        (alone,) = play(m, batch, 1)
+        assert set(alone) == {"fake"}
+        found[noise] = turn["student"]["matching"], torch.autograd.grad(turn["student"]["matching"], trained(m, "student")), calls
+    assert torch.equal(found["same"][0], found["fresh"][0])
+    assert all(torch.equal(a, b) for a, b in zip(found["same"][1], found["fresh"][1], strict=True))
+    assert [graph for _, graph in found["same"][2]] == [True, True]
+    assert [graph for _, graph in found["fresh"][2]] == [False, True, True]
+    inside, own, alone = (t for t, _ in found["fresh"][2])
+    assert 100 <= inside.min() <= inside.max() <= 200
+    for t in (own, alone):
+        assert t.min() < 100
+        assert t.max() > 900
+
+
+def test_an_aligned_fake_score_follows_the_students_updates_alone(tiny_sd):
+    m, _ = method(tiny_sd, align_fake=0.5, fake_steps_per_gen=2, reg_steps=2, lambda_reg=1.0)
+    entered(m)
+    student, fake = (trained(m, who) for who in ("student", "fake"))
+    assert all(torch.equal(a, b) for a, b in zip(student, fake, strict=True))
+    disturb(m, ("student",))
+    before = [p.detach().clone() for p in fake]
+    for step in (0, 3):  # the regression alone, and a step of the fake score alone
+        m.after_update(now(m, step))
+        assert all(torch.equal(a, b) for a, b in zip(fake, before, strict=True))
+    m.after_update(now(m, 2))
+    for p, old, goal in zip(fake, before, student, strict=True):
+        torch.testing.assert_close(p, (old + goal) / 2)
+
+
+def test_a_lora_is_not_aligned_with_whole_weights():
+    with pytest.raises(UsageError, match="align_fake=0.1"):
+        Config(align_fake=0.1, student="full")
+
+
 def test_noise_levels_reach_both_ends(tiny_sd):
     m, _ = method(tiny_sd)
     t = m.noised(torch.zeros(20_000, 1, 1, 1), m.config.t_min, m.config.t_max).t

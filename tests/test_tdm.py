@@ -1,17 +1,12 @@
 """Trajectory distribution matching: its formulas, its roles on one network, and a world with exact scores."""
 
-import importlib.util
-from copy import deepcopy
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 import torch
-from playing import play, trained, trainees
+from exact import SD, World
+from playing import now, play, trained, trainees
 from test_dmd import batch_for, disturb
 
 from fastdiff.checkpoints import checkpoint
-from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import SOLVERS, jump
@@ -19,11 +14,7 @@ from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
 from fastdiff.methods.dmd import DMD
 from fastdiff.methods.dmd import Config as DMDConfig
 from fastdiff.methods.tdm import BETAS, TDM, Config
-from fastdiff.models.denoiser import Cond
 from fastdiff.sampling.settings import Settings
-
-SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-EXAMPLE = Path(__file__).parent.parent / "examples" / "dmd_pixel.py"
 
 
 def method(path, **config):
@@ -220,6 +211,20 @@ def test_the_student_rests_between_updates_and_adam_has_the_published_betas(tiny
     assert set(trainees(m)) == {"student", "fake"}
 
 
+def test_an_aligned_fake_score_begins_as_the_student_and_is_pulled_towards_it(tiny_sd):
+    m, _ = method(tiny_sd, align_fake=0.25, fake_steps_per_gen=2)
+    student, fake = (trained(m, who) for who in ("student", "fake"))
+    assert all(torch.equal(a, b) for a, b in zip(student, fake, strict=True))
+    disturb(m, ("student",))
+    before = [p.detach().clone() for p in fake]
+    m.after_update(now(m, 1))  # the student rested
+    assert all(torch.equal(a, b) for a, b in zip(fake, before, strict=True))
+    m.after_update(now(m, 2))
+    for p, old, goal in zip(fake, before, student, strict=True):
+        torch.testing.assert_close(p, old + 0.25 * (goal - old))
+    assert max((p - old).abs().max() for p, old in zip(fake, before, strict=True)) > 1e-3
+
+
 def test_zero_terminal_snr(tiny_v):
     base = checkpoint.load(str(tiny_v))
     base.scheduler_config["rescale_betas_zero_snr"] = True
@@ -236,101 +241,28 @@ def test_zero_terminal_snr(tiny_v):
 # ---- a world with exact scores
 
 
-class Net(torch.nn.Module):
-    """A small v-prediction network of points (B, 2), called as a Denoiser is."""
-
-    def __init__(self, schedule):
-        super().__init__()
-        self.schedule, self.kind = schedule, "v_prediction"
-        wide = torch.nn.Linear(128, 128)
-        self.layers = torch.nn.Sequential(
-            torch.nn.Linear(18, 128),
-            torch.nn.SiLU(),
-            wide,
-            torch.nn.SiLU(),
-            deepcopy(wide),
-            torch.nn.SiLU(),
-            torch.nn.Linear(128, 2),
-        )
-
-    def forward(self, x, t, cond=None):
-        t = t.expand(len(x))
-        angle = t[:, None] / len(self.schedule) * torch.pi * 2 ** torch.arange(8)
-        return self.schedule.predict(self.layers(torch.cat([x, angle.sin(), angle.cos()], 1)), x, t, self.kind)
-
-
 @pytest.fixture(scope="module")
 def world():
-    """A mixture of Gaussians whose scores are known exactly, and a network that has learned them: a pretrained student."""
-    spec = importlib.util.spec_from_file_location("dmd_pixel", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    torch.manual_seed(0)
-    schedule = NoiseSchedule.from_config(SD)
-    means, weights = torch.tensor([[1.2, 0.3], [-0.6, 1.0], [-0.3, -0.9]]), torch.tensor([0.5, 0.3, 0.2])
-    mixture, net = module.Mixture(means, weights, 0.25, schedule), Net(schedule)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    for _ in range(1500):
-        x0, t = mixture.sample(512), torch.randint(1000, (512,))
-        x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
-        goal = schedule.output(mixture(x_t, t), t, net.kind)
-        optimizer.zero_grad()
-        losses.squared(schedule.output(net(x_t, t), t, net.kind), goal).backward()
-        optimizer.step()
-    return mixture, net
+    return World()
 
 
-def matched(world, num_steps, steps=1200, rate=1e-3, *, with_fake=True, **config):
-    """Train a student by the method's own losses against exact scores; returns 40,000 of its samples (40000, 2)."""
-    mixture, net = world
-    torch.manual_seed(0)
-    m, schedule = TDM.__new__(TDM), mixture.schedule
-    m.config, m.schedule, m.guidance, m._figures = Config(num_steps=num_steps, **config), schedule, 1.0, {}
-    m.student, m.fake = deepcopy(net), deepcopy(net)
-    if not with_fake:  # the sample itself takes the place of what the fake score predicts
-        further, latest = m.further, []
-        m.further = lambda *a: (latest.clear(), latest.append(further(*a)), latest[0])[2]
-        m.fake = lambda x_t, t, cond: Prediction(latest[0].x, latest[0].eps)
-    m.teacher = SimpleNamespace(guided=lambda x, t, cond, uncond, w: mixture(x, t))
-    cond = Cond(torch.zeros(512, 1, 1))
-    batch = Batch(torch.full((512, 2), torch.nan), cond, cond)
-    optimizers = {"student": torch.optim.AdamW(m.student.parameters(), rate, BETAS)}
-    if with_fake:
-        optimizers["fake"] = torch.optim.AdamW(m.fake.parameters(), rate, BETAS)
-    for step in range(steps):
-        for turn in m.losses(batch, SimpleNamespace(step=step)):
-            for optimizer in optimizers.values():
-                optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
-                optimizer.zero_grad()
-            sum(sum(turn[who].values()) for who in optimizers).backward()
-            for optimizer in optimizers.values():
-                optimizer.step()
-    grid = Settings(scheduler="euler", num_steps=num_steps).grid(schedule, {})
-    with torch.no_grad():
-        return SOLVERS["euler"].run(m.student, torch.randn(40_000, 2), grid, None)
+@torch.no_grad()
+def drawn(student, num_steps):
+    """40,000 samples (40000, 2) by Euler's steps."""
+    grid = Settings(scheduler="euler", num_steps=num_steps).grid(student.schedule, {})
+    return SOLVERS["euler"].run(student, torch.randn(40_000, 2), grid, None)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4])
 def test_the_students_trajectory_reaches_the_mean_and_covariance_of_exact_scores(world, num_steps):
-    mixture, net = world
-    mean, covariance = mixture.moments()
-    scale = covariance.diagonal().sqrt()
-
-    def errors(samples):
-        apart = (samples.T.cov() - covariance).abs() / torch.outer(scale, scale)
-        return max(((samples.mean(0) - mean).abs() / scale).max().item(), apart.max().item())
-
-    with torch.no_grad():
-        grid = Settings(scheduler="euler", num_steps=num_steps).grid(mixture.schedule, {})
-        untrained = SOLVERS["euler"].run(net, torch.randn(40_000, 2), grid, None)
-    samples = matched(world, num_steps)
-    print(f"{num_steps} steps: {errors(untrained):.3f} before, {errors(samples):.3f} after")
-    assert errors(untrained) > 0.3
-    assert errors(samples) < 0.05
+    before = world.errors(drawn(world.net, num_steps))
+    after = world.errors(drawn(world.train(TDM, Config(num_steps=num_steps), 1200), num_steps))
+    print(f"{num_steps} steps: {before:.3f} before, {after:.3f} after")
+    assert before > 0.3
+    assert after < 0.05
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4])
 def test_without_a_fake_score_the_students_samples_collapse(world, num_steps):
-    samples = matched(world, num_steps, steps=300 * num_steps, with_fake=False)
-    print(num_steps, samples.T.cov())
-    assert samples.T.cov().trace() < 0.05 * world[0].moments()[1].trace()
+    student = world.train(TDM, Config(num_steps=num_steps), 300 * num_steps, with_fake=False)
+    assert world.spread(drawn(student, num_steps)) < 0.01

@@ -26,7 +26,7 @@ from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import simulate
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
-from fastdiff.methods.shared.scores import Scores, fitted_guidance, start_from
+from fastdiff.methods.shared.scores import Scores, align, fitted_guidance, start_from
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.discriminator import Head
@@ -50,6 +50,8 @@ class DMD(Scores):
         self.fake, fakes = self.trained("fake", fake_net)
         if config.init:
             start_from(self.student, lora.load(config.init, allow_pickle=config.allow_pickle))
+        if config.align_fake:
+            align(self.fake, self.student, 1.0)
         self.head: Head | None = None
         if config.gan_weight:
             self.watched = self.fake if config.gan_features == "fake" else self.teacher
@@ -96,7 +98,8 @@ class DMD(Scores):
     def load(cls, config: Options, base: Checkpoint) -> Load:
         full, turn = (config.student == "full") + (config.fake == "full"), 1 / config.fake_steps_per_gen
         gan = 1.5 if config.gan_weight else 0.0
-        return Load(full, 2 - full, 1, 2 + gan / 2, 1 + turn + gan, 2 * turn + (config.num_steps - 1) / 2)
+        free = (3 if config.fake_noise == "fresh" else 2) * turn + (config.num_steps - 1) / 2
+        return Load(full, 2 - full, 1, 2 + gan / 2, 1 + turn + gan, free)
 
     @classmethod
     def cycle(cls, config: Options) -> int:
@@ -118,7 +121,8 @@ class DMD(Scores):
     def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """Train student and fake score on the same x, each with the other's old weights (DMD, algorithm 1; DMD2, section 4).
 
-        The fake score is called once: its prediction is used in g and in its own loss, at the same noise and noise level.
+        With `fake_noise=same` the fake score is called once: its prediction is used in g and in its own loss. With `fresh` its
+        loss has noise of its own, at any of the T levels.
         """
         config, step = self.config, now.step
         alone = step < config.reg_steps
@@ -137,15 +141,28 @@ class DMD(Scores):
             yield {"student": student}
             return
         seen = self.noised(x.detach(), config.t_min, config.t_max)
-        real = self.real_score(seen, batch) if turn else None
-        fake = self.fake(seen.x_t, seen.t, batch.cond)
-        players = {"fake": self.fake_losses(seen, fake, batch)}
-        if real is not None:
+        if turn:
+            real = self.real_score(seen, batch)
+        same = config.fake_noise == "same"
+        if turn or same:
+            with torch.set_grad_enabled(same):
+                fake = self.fake(seen.x_t, seen.t, batch.cond)
+        if turn:
             student["matching"] = losses.along(x, self.gradient(seen, real, fake))
+        if not same:
+            seen = self.noised(x.detach(), 0, 1)
+            fake = self.fake(seen.x_t, seen.t, batch.cond)
+        players = {"fake": self.fake_losses(seen, fake, batch)}
+        if turn:
             if self.head:
                 student["gan"] = config.gan_weight * losses.gan_real(self.logits(x, batch.cond))
             players["student"] = student
         yield players
+
+    def after_update(self, now: Now) -> None:
+        """Pull the fake score towards the student after each of the student's updates, for `align_fake`."""
+        if self.config.align_fake and now.step >= self.config.reg_steps and now.step % self.config.fake_steps_per_gen == 0:
+            align(self.fake, self.student, self.config.align_fake)
 
     @equation("DMD, equation 6; DMD2, section 4.3")
     def fake_losses(self, seen: Noised, fake: Prediction, batch: Batch) -> Losses:

@@ -27,7 +27,7 @@ from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import jump
 from fastdiff.diffusion.schedule import Prediction, per_sample
-from fastdiff.methods.shared.scores import Scores, start_from
+from fastdiff.methods.shared.scores import Scores, align, start_from
 from fastdiff.options.tdm import EXAMPLES, PRESETS, Config
 from fastdiff.options.tdm import Config as Options
 from fastdiff.training.method import Load, Now, Phase, Trains, Turn, equation
@@ -51,6 +51,8 @@ class TDM(Scores):
         self.fake, fakes = self.trained("fake")
         if config.init:
             start_from(self.student, lora.load(config.init, allow_pickle=config.allow_pickle))
+        if config.align_fake:
+            align(self.fake, self.student, 1.0)
         self.trains = {
             "student": Trains(students, betas=BETAS, averaged=True),
             "fake": Trains(fakes, config.fake_lr, betas=BETAS),
@@ -114,6 +116,11 @@ class TDM(Scores):
             players["student"] = {"matching": self.matching(p, seen, real, fake, end)}
         yield players
 
+    def after_update(self, now: Now) -> None:
+        """Pull the fake score towards the student after each of the student's updates, for `align_fake`."""
+        if self.config.align_fake and now.step % self.config.fake_steps_per_gen == 0:
+            align(self.fake, self.student, self.config.align_fake)
+
     @equation("TDM, algorithm 1")
     @torch.no_grad()
     def start(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,7 +162,7 @@ class TDM(Scores):
         """Compute the student's loss, whose gradient moves its prediction `p` along the difference of the scores.
 
         With `moved=point` it moves the point of the trajectory at `end`, x0 + (sigma / alpha) eps in units of x0, as the chain
-        rule has it: x0 of a step that ends at high noise is only a part of the way there. With `moved=x0` it moves x0 (the paper).
+        rule has it: x0 of a step that ends at high noise is only part of the way there. With `moved=x0` it moves x0 (the paper).
         """
         g = self.gradient(seen, real, fake)
         x = p.x0

@@ -79,6 +79,15 @@ class Config(TrainConfig):
         int, "updates of the fake score per update of the student; --steps counts the former", Range(1)
     ] = 1
     fake_lr: Annotated[float | None, "learning rate of the fake score; default --lr", Range(above=0)] = None
+    fake_noise: Annotated[
+        Literal["same", "fresh"],
+        "noise on which the fake score learns: that of the gradient, which saves a call, or its own at any level (as published)",
+    ] = "same"
+    align_fake: Annotated[
+        float,
+        "share by which each update of the student pulls the fake score's weights to the student's (SenseFlow)",
+        Range(0, 1),
+    ] = 0.0
     lambda_reg: Annotated[float, "weight of the regression to the teacher's picture from the same noise; 0 = none", Range(0)] = (
         0.25
     )
@@ -104,6 +113,11 @@ class Config(TrainConfig):
         super().__post_init__()
         if self.t_min > self.t_max:
             raise UsageError(f"`t_min={self.t_min:g}`: must be at most `t_max={self.t_max:g}`")
+        if self.align_fake and self.student != self.fake:
+            raise UsageError(
+                f"`align_fake={self.align_fake:g}`: a LoRA and whole weights cannot be aligned",
+                "let `student` and `fake` be both lora, or both full",
+            )
 
     @property
     def trains_whole(self) -> str | None:

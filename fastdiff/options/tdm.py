@@ -57,6 +57,11 @@ class Config(TrainConfig):
     fake_steps_per_gen: Annotated[
         int, "updates of the fake score per update of the student; --steps counts the former", Range(1)
     ] = 1
+    align_fake: Annotated[
+        float,
+        "share by which each update of the student pulls the fake score's weights to the student's (SenseFlow)",
+        Range(0, 1),
+    ] = 0.0
     fake_lr: Annotated[float | None, "learning rate of the fake score; default --lr", Range(above=0)] = None
     proof: Annotated[
         int, "pictures per row of the closing table (emoji only), half of prompts never trained on; 0 = no table", Range(0, 4000)

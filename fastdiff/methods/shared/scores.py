@@ -62,6 +62,19 @@ class Scores(Method):
         return {"denoising": losses.denoising(self.schedule, self.fake.kind, fake, seen.x, seen.eps, seen.t)}
 
 
+@torch.no_grad()
+def align(fake: Denoiser, student: Denoiser, share: float) -> None:
+    """Move the fake score's weights a `share` of the way to the student's, for implicit distribution alignment (SenseFlow).
+
+    With a share of 1 adapters become equal; a smaller one takes for granted that they began as equal ones.
+    """
+    mine, goal = (
+        list(role.net.parameters()) if role.adapter is None else adapters.parameters(role.net, role.adapter)
+        for role in (fake, student)
+    )
+    torch._foreach_lerp_([p.data for p in mine], [p.data for p in goal], share)
+
+
 def start_from(role: Denoiser, start: Lora) -> None:
     """Initialise a role with a LoRA: copied into the role's adapter, or folded into its weights if it has no adapter."""
     if role.adapter is None:

@@ -1,0 +1,128 @@
+"""Score identity distillation with long-short guidance (Zhou et al. 2024, SiD and SiD-LSG), to one step or few.
+
+    x    = G(z, t_k)                             the student's x0 from pure noise, or from its own trajectory up to step k
+    x_t  = alpha_t x + sigma_t eps
+    f    = teacher(x_t, t; c, empty; w).x0       guided
+    g    = fake_score(x_t, t; c, empty; w').x0   guided too, with a weight of its own
+    student:     (f - g) (f - x - a (f - g)) / mean|x - f|,      gradients through x, and through x_t into f and g
+    fake score:  its training loss on x, of its guided prediction with w', weight SNR / (SNR + 1) on x0
+
+Distribution matching follows the difference of two scores; here the student also learns how that difference changes with its
+pictures, for a backward pass through the teacher and through the fake score. Prompts alone are needed. All roles are one network.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import lora
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.data.batch import Batch
+from fastdiff.data.open import Needs
+from fastdiff.diffusion import losses
+from fastdiff.diffusion.losses import Noised
+from fastdiff.diffusion.samplers import simulate
+from fastdiff.diffusion.schedule import per_sample, timesteps_from
+from fastdiff.methods.shared.scores import Scores, align, start_from
+from fastdiff.options.sid import EXAMPLES, PRESETS, Config
+from fastdiff.options.sid import Config as Options
+from fastdiff.runtime.errors import UsageError
+from fastdiff.training.method import Load, Now, Phase, Trains, Turn, equation
+
+FIRST = 0.625  # of T: where the student is called first (SiD's t_init = 625)
+
+
+class SiD(Scores):
+    """Score identity distillation. Players: `student`, and `fake`, the fake score."""
+
+    config: Options
+
+    name, Config, presets, examples = "sid", Config, PRESETS, EXAMPLES
+
+    def __init__(self, base: Checkpoint, config: Options) -> None:
+        super().__init__(base, config)
+        self.student, students = self.trained("student")
+        self.fake, fakes = self.trained("fake")
+        if config.init:
+            start_from(self.student, lora.load(config.init, allow_pickle=config.allow_pickle))
+        if config.align_fake:
+            align(self.fake, self.student, 1.0)
+        self.trains = {"student": Trains(students, averaged=True), "fake": Trains(fakes, config.fake_lr)}
+        first = round(FIRST * len(self.schedule)) if config.t_first is None else config.t_first
+        if not config.num_steps <= first + 1 <= len(self.schedule):
+            low, high = config.num_steps - 1, len(self.schedule) - 1
+            raise UsageError(f"`t_first={first}`: must be a timestep from {low} to {high} for {config.num_steps} steps")
+        self.timesteps = torch.tensor(timesteps_from(first, config.num_steps))
+        self.recipe = replace(
+            self.recipe,
+            scheduler="lcm",
+            spacing="trailing",
+            num_steps=config.num_steps,
+            timesteps=tuple(self.timesteps.tolist()),
+            guidance=1.0,
+        )
+
+    @classmethod
+    def check(cls, config: Options) -> Options:
+        """Read the LoRA of `init` now, so that a wrong file fails before anything else."""
+        if config.init:
+            lora.load(config.init, allow_pickle=config.allow_pickle)
+        return config
+
+    @classmethod
+    def needs(cls, config: Options) -> Needs:
+        return "prompts"
+
+    @classmethod
+    def load(cls, config: Options, base: Checkpoint) -> Load:
+        turn, both = 1 / config.fake_steps_per_gen, 2 if config.fake_guidance > 1 else 1
+        return Load(lora=2, graph=3 + both, grad=both + turn * (3 + both), free=1 - turn + (config.num_steps - 1) / 2)
+
+    @classmethod
+    def cycle(cls, config: Options) -> int:
+        return config.fake_steps_per_gen
+
+    def players(self, phase: Phase) -> dict[str, Trains]:
+        return self.trains
+
+    def networks(self) -> list[nn.Module]:
+        return [self.teacher, self.student, self.fake]
+
+    def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
+        """Train the student on its samples, and the fake score on the same samples with other noise."""
+        turn = now.step % self.config.fake_steps_per_gen == 0
+        step = int(torch.randint(len(self.timesteps), ()))
+        self.timesteps = self.timesteps.to(batch.latents.device)
+        walk = lambda x, t: self.student(x, t, batch.cond)
+        x_t = simulate(walk, torch.randn_like(batch.latents), self.schedule, self.timesteps, step)
+        with torch.set_grad_enabled(turn):
+            x = self.student(x_t, self.timesteps[step], batch.cond).x0
+        players: Turn = {"fake": {"denoising": self.fake_loss(x.detach(), batch)}}
+        if turn:
+            seen = self.noised(x, self.config.t_min, self.config.t_max)
+            players["student"] = {"identity": self.identity_loss(seen, batch)}
+        yield players
+
+    def after_update(self, now: Now) -> None:
+        """Pull the fake score towards the student after each of the student's updates, for `align_fake`."""
+        if self.config.align_fake and now.step % self.config.fake_steps_per_gen == 0:
+            align(self.fake, self.student, self.config.align_fake)
+
+    @equation("SiD, equation 23; SiD-LSG, equation 11")
+    def identity_loss(self, seen: Noised, batch: Batch) -> Tensor:
+        """Compute the student's loss on its samples. It is zero where teacher and fake score agree."""
+        f = self.teacher.guided(seen.x_t, seen.t, batch.cond, batch.uncond, self.config.guidance).x0
+        g = self.fake.guided(seen.x_t, seen.t, batch.cond, batch.uncond, self.config.fake_guidance).x0
+        scale = (seen.x.float() - f).abs().flatten(1).mean(1).clamp(min=1e-6).detach()
+        self.log(difference=(f - g).detach().abs().mean())
+        return ((f - g) * (f - seen.x - self.config.identity * (f - g)) / per_sample(scale, f)).mean()
+
+    @equation("SiD-LSG, equation 10")
+    def fake_loss(self, x: Tensor, batch: Batch) -> Tensor:
+        """Compute the fake score's loss on samples x (B, C, h, w): that of its guided prediction, at any noise level."""
+        seen = self.noised(x, 0, 1)
+        fake = self.fake.guided(seen.x_t, seen.t, batch.cond, batch.uncond, self.config.fake_guidance)
+        snr = self.schedule.snr(seen.t)
+        return losses.squared(fake.x0, x, per_sample(snr / (snr + 1), x))
