@@ -1,4 +1,4 @@
-"""examples/emoji/long_proof.sh without its hours: its commands are accepted, and its table says what the results say."""
+"""The long proofs of examples/emoji without their hours: their commands are accepted, and the table says what the results say."""
 
 import json
 import os
@@ -15,16 +15,24 @@ from fastdiff import cli
 FOLDER = Path(__file__).parent.parent / "examples" / "emoji"
 
 
-def test_every_command_of_the_script_is_accepted(tmp_path, monkeypatch, capfd):
+LONG = ["train-lcm-lora", "dmd", "lightning", "distill-vae", "prune", "sdxs"]
+EQUAL = [*["train-lcm-lora"] * 3, "dmd", "sid", "dmd", "lightning", *["tdm"] * 4]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "names"), [("long_proof.sh", ["2"], LONG), ("equal_minutes.sh", ["10", "2"], EQUAL)]
+)
+def test_every_command_of_the_script_is_accepted(script, arguments, names, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for name, does in (("fastdiff", 'printf "%s " "$@" >> commands; echo >> commands; echo {}'), ("python", "true")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    subprocess.run([FOLDER / "long_proof.sh", "2"], env={**os.environ, **path}, check=True)
+    subprocess.run([FOLDER / script, *arguments], env={**os.environ, **path}, check=True)
     lines = [shlex.split(line) for line in Path("commands").read_text().splitlines()]
-    assert [line[0] for line in lines] == ["train-lcm-lora", "dmd", "lightning", "distill-vae", "prune", "sdxs"]
+    assert [line[0] for line in lines] == names
     written = [line[line.index("-o") + 1] for line in lines]
+    assert len({*written}) == len(written)
     for line in lines:
         assert line[line.index("--seed") + 1] == "2"
         for flag, stand_in in (("--init", "emoji"), ("--vae", None)):  # what an earlier line writes
