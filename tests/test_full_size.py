@@ -129,6 +129,7 @@ def measured(folder, *command):
         ("train-lcm-lora", "lcm"),
         ("dmd --fake-steps-per-gen 1", "dmd2"),
         ("dmd --recipe dmd --lpips-weights embedded", "dmd"),
+        ("sid", "sid"),
         ("tdm", "tdm"),
         ("lightning --stages 8:4 --phases cond,uncond", "lightning-4step"),
     ],

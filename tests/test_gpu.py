@@ -36,6 +36,7 @@ ROW = Path(__file__).parent.parent / "examples" / "gpu" / "row.py"
 FALLS = {
     "train-lcm-lora": "student/consistency",
     "dmd": "fake/denoising",
+    "sid": "fake/denoising",
     "tdm": "fake/denoising",
     "lightning": "discriminator/gan",
     "sdxs": "student/features",

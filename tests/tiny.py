@@ -9,6 +9,7 @@ CONTROL = "--controlnet {controlnet} --init {pruned}"
 COMMANDS = {  # every player trains, in every phase
     "train-lcm-lora": "--lora-rank 4 --num-steps 2 --guidance-min 3 --guidance-max 3",
     "dmd": "--recipe dmd2 --lora-rank 4 --num-steps 2 --gan-weight 1e-3 --fake-steps-per-gen 2 --lambda-reg 0",
+    "sid": "--lora-rank 4 --num-steps 2 --fake-steps-per-gen 2 --fake-guidance 2",
     "tdm": "--lora-rank 4 --fake-steps-per-gen 2",
     "lightning": f"{LIGHTNING} --phases cond,uncond,full",
     "sdxs": "--lora-rank 4 --match-steps 3 --gan-steps 3",

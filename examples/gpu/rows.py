@@ -64,6 +64,7 @@ def bench(name: str, words: str, group: str = "c", limit_s: float = 105, tiny: s
 
 SDXS = "--base sd21 --layout sdxs-512 --num-steps 1 --decoder tiny --stock-decoder tiny --resolution 512"
 DMD2 = "dmd --base sdxl --recipe dmd2 --eval-every 0 --keep last --patience 0"
+TDM = "tdm --base sdxl --eval-every 0 --keep last --patience 0"
 SMALL = "--quantize-base int8 --optimizer adafactor --offload"  # an option that this version lacks is a failed row
 OFF, AUTO, MAX = "--compile off --calls 10", "--compile auto --calls 10", "--compile max --against compiled --calls 10"
 UNCOMPILED = "--compile off --against eager"  # a CPU's compiler takes minutes
@@ -82,6 +83,7 @@ ROWS = [
     emoji("lcm full", "train-lcm-lora --full --proof 0"),
     emoji("dmd", "dmd --proof 0"),
     emoji("dmd2", "dmd --recipe dmd2 --num-steps 4 --proof 0"),
+    emoji("sid", "sid --proof 0"),
     emoji("tdm", "tdm --proof 0"),
     emoji("lightning", "lightning --stages 8:4 --proof 0", 90, "--stages 8:4 --phases cond,full --steps 4"),
     emoji("prune", "prune --layout bk-tiny --proof 0"),
@@ -106,6 +108,7 @@ ROWS = [
     steps("sdxl lcm", "train-lcm-lora --base sdxl", 12),
     steps("sdxl lightning", "lightning --base sdxl --stages 8:4 --phases cond --d-warmup 0", 16),
     steps("sdxl dmd2", DMD2, 24),
+    steps("sdxl tdm", TDM, 12),
     steps("sd15 dmd", "dmd --base sd15 --lpips-weights embedded --eval-every 0 --keep last --patience 0", 12),
     steps("sdxl lcm, 8-bit base", f"train-lcm-lora --base sdxl {SMALL}", 8),
 

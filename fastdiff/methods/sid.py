@@ -15,27 +15,25 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdiff import lora
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.batch import Batch
-from fastdiff.data.open import Needs
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import simulate
 from fastdiff.diffusion.schedule import per_sample, timesteps_from
-from fastdiff.methods.shared.scores import Scores, align, start_from
+from fastdiff.methods.shared.from_prompts import FromPrompts
 from fastdiff.options.sid import EXAMPLES, PRESETS, Config
 from fastdiff.options.sid import Config as Options
 from fastdiff.runtime.errors import UsageError
-from fastdiff.training.method import Load, Now, Phase, Trains, Turn, equation
+from fastdiff.training.method import Load, Now, Turn, equation
 
 FIRST = 0.625  # of T: where the student is called first (SiD's t_init = 625)
 
 
-class SiD(Scores):
-    """Score identity distillation. Players: `student`, and `fake`, the fake score."""
+class SiD(FromPrompts):
+    """Score identity distillation."""
 
     config: Options
 
@@ -43,13 +41,6 @@ class SiD(Scores):
 
     def __init__(self, base: Checkpoint, config: Options) -> None:
         super().__init__(base, config)
-        self.student, students = self.trained("student")
-        self.fake, fakes = self.trained("fake")
-        if config.init:
-            start_from(self.student, lora.load(config.init, allow_pickle=config.allow_pickle))
-        if config.align_fake:
-            align(self.fake, self.student, 1.0)
-        self.trains = {"student": Trains(students, averaged=True), "fake": Trains(fakes, config.fake_lr)}
         first = round(FIRST * len(self.schedule)) if config.t_first is None else config.t_first
         if not config.num_steps <= first + 1 <= len(self.schedule):
             low, high = config.num_steps - 1, len(self.schedule) - 1
@@ -65,34 +56,13 @@ class SiD(Scores):
         )
 
     @classmethod
-    def check(cls, config: Options) -> Options:
-        """Read the LoRA of `init` now, so that a wrong file fails before anything else."""
-        if config.init:
-            lora.load(config.init, allow_pickle=config.allow_pickle)
-        return config
-
-    @classmethod
-    def needs(cls, config: Options) -> Needs:
-        return "prompts"
-
-    @classmethod
     def load(cls, config: Options, base: Checkpoint) -> Load:
         turn, both = 1 / config.fake_steps_per_gen, 2 if config.fake_guidance > 1 else 1
         return Load(lora=2, graph=3 + both, grad=both + turn * (3 + both), free=1 - turn + (config.num_steps - 1) / 2)
 
-    @classmethod
-    def cycle(cls, config: Options) -> int:
-        return config.fake_steps_per_gen
-
-    def players(self, phase: Phase) -> dict[str, Trains]:
-        return self.trains
-
-    def networks(self) -> list[nn.Module]:
-        return [self.teacher, self.student, self.fake]
-
     def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """Train the student on its samples, and the fake score on the same samples with other noise."""
-        turn = now.step % self.config.fake_steps_per_gen == 0
+        turn = self._student_trains(now)
         step = int(torch.randint(len(self.timesteps), ()))
         self.timesteps = self.timesteps.to(batch.latents.device)
         walk = lambda x, t: self.student(x, t, batch.cond)
@@ -104,11 +74,6 @@ class SiD(Scores):
             seen = self.noised(x, self.config.t_min, self.config.t_max)
             players["student"] = {"identity": self.identity_loss(seen, batch)}
         yield players
-
-    def after_update(self, now: Now) -> None:
-        """Pull the fake score towards the student after each of the student's updates, for `align_fake`."""
-        if self.config.align_fake and now.step % self.config.fake_steps_per_gen == 0:
-            align(self.fake, self.student, self.config.align_fake)
 
     @equation("SiD, equation 23; SiD-LSG, equation 11")
     def identity_loss(self, seen: Noised, batch: Batch) -> Tensor:

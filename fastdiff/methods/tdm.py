@@ -17,46 +17,34 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdiff import lora
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.batch import Batch, moved
-from fastdiff.data.open import Needs
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import jump
 from fastdiff.diffusion.schedule import Prediction, per_sample
-from fastdiff.methods.shared.scores import Scores, align, start_from
+from fastdiff.methods.shared.from_prompts import FromPrompts
 from fastdiff.options.tdm import EXAMPLES, PRESETS, Config
 from fastdiff.options.tdm import Config as Options
-from fastdiff.training.method import Load, Now, Phase, Trains, Turn, equation
+from fastdiff.training.method import Load, Now, Turn, equation
 
-BETAS = (0.0, 0.95)  # AdamW's in the authors' script
 LOWEST = 20  # timestep below which no scores are compared, as in DMD
 MAX_SNR = 5.0  # of the fake score's loss
 GAP = 10  # least distance in timesteps from the student's own input
 
 
-class TDM(Scores):
-    """Trajectory distribution matching. Players: `student`, and `fake`, the fake score."""
+class TDM(FromPrompts):
+    """Trajectory distribution matching."""
 
     config: Options
 
     name, Config, presets, examples = "tdm", Config, PRESETS, EXAMPLES
+    _betas = (0.0, 0.95)  # as in the authors' script
 
     def __init__(self, base: Checkpoint, config: Options) -> None:
         super().__init__(base, config)
-        self.student, students = self.trained("student")
-        self.fake, fakes = self.trained("fake")
-        if config.init:
-            start_from(self.student, lora.load(config.init, allow_pickle=config.allow_pickle))
-        if config.align_fake:
-            align(self.fake, self.student, 1.0)
-        self.trains = {
-            "student": Trains(students, betas=BETAS, averaged=True),
-            "fake": Trains(fakes, config.fake_lr, betas=BETAS),
-        }
         if config.noise_guidance is not None:
             self.guidance = torch.linspace(config.guidance, config.noise_guidance, len(self.schedule))
         self.recipe = replace(
@@ -68,30 +56,9 @@ class TDM(Scores):
         )
 
     @classmethod
-    def check(cls, config: Options) -> Options:
-        """Read the LoRA of `init` now, so that a wrong file fails before anything else."""
-        if config.init:
-            lora.load(config.init, allow_pickle=config.allow_pickle)
-        return config
-
-    @classmethod
-    def needs(cls, config: Options) -> Needs:
-        return "prompts"
-
-    @classmethod
     def load(cls, config: Options, base: Checkpoint) -> Load:
         turn = 1 / config.fake_steps_per_gen
         return Load(lora=2, graph=2, grad=1 + turn, free=2 * turn + (1 - turn) + (config.num_steps - 1) / 2)
-
-    @classmethod
-    def cycle(cls, config: Options) -> int:
-        return config.fake_steps_per_gen
-
-    def players(self, phase: Phase) -> dict[str, Trains]:
-        return self.trains
-
-    def networks(self) -> list[nn.Module]:
-        return [self.teacher, self.student, self.fake]
 
     def prepare(self, batch: Batch) -> None:
         """Move the guidance of each noise level to the device."""
@@ -103,7 +70,7 @@ class TDM(Scores):
 
         The fake score is called once: its prediction is used in g and in its own loss.
         """
-        turn = now.step % self.config.fake_steps_per_gen == 0
+        turn = self._student_trains(now)
         x_t, t, end = self.start(batch)
         with torch.set_grad_enabled(turn):
             p = self.student(x_t, t, batch.cond)
@@ -115,11 +82,6 @@ class TDM(Scores):
         if real is not None:
             players["student"] = {"matching": self.matching(p, seen, real, fake, end)}
         yield players
-
-    def after_update(self, now: Now) -> None:
-        """Pull the fake score towards the student after each of the student's updates, for `align_fake`."""
-        if self.config.align_fake and now.step % self.config.fake_steps_per_gen == 0:
-            align(self.fake, self.student, self.config.align_fake)
 
     @equation("TDM, algorithm 1")
     @torch.no_grad()
@@ -136,11 +98,12 @@ class TDM(Scores):
         first = int(torch.randint(num_steps, ()))
         step = sorted(((first + row) % num_steps for row in range(len(noise))), reverse=True)
         x = self.schedule.sigma[grid[0]] * noise  # as EulerDiscreteScheduler starts
+        at = moved(torch.cat([grid, torch.tensor([-1])]), x.device)
         for k in range(step[0]):
             n = sum(s > k for s in step)  # rows that go further
-            x = torch.cat([jump(self.schedule, self.student(x[:n], grid[k], batch.cond[:n]), grid[k + 1]), x[n:]])
-        ends = torch.cat([grid[1:], torch.tensor([-1])])
-        return x, moved(grid[step], x.device), moved(ends[step], x.device)
+            x = torch.cat([jump(self.schedule, self.student(x[:n], at[k], batch.cond[:n]), at[k + 1]), x[n:]])
+        rows = moved(torch.tensor(step), x.device)
+        return x, at[rows], at[rows + 1]
 
     @equation("TDM, equations 6 and 7")
     def further(self, p: Prediction, t: Tensor, end: Tensor, noise: Tensor) -> Noised:

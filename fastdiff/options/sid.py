@@ -1,10 +1,10 @@
 """The options of `sid`, and their presets."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from fastdiff.checkpoints.family import Presets
-from fastdiff.options.train import TrainConfig
+from fastdiff.options.from_prompts import FromPromptsConfig
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError
 
@@ -29,19 +29,13 @@ fastdiff sid --base sd21 --num-steps 4 --guidance 4.5 --fake-guidance 4.5"""
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(FromPromptsConfig):
     PANEL: ClassVar[str] = "Score identity"
     ESSENTIALS: ClassVar[str] = "base num_steps guidance fake_guidance prompts output steps init batch_size max_time"
 
-    data: Annotated[str | None, "teacher: prompts alone are used, no pictures"] = "teacher"
-    num_steps: Annotated[int, "sampling steps of the student", Range(1, 50)] = 1
     t_first: Annotated[
         int | None, "timestep of the student's first call; the others lie evenly below it; default: 625 of 1000 (SiD)", Range(0)
     ] = None
-    init: Annotated[str | None, "a few-step LoRA of the same base that the student starts from"] = None
-    lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64
-    lora_alpha: Annotated[float, "scale of the adapters is alpha / rank", Range(above=0)] = 64
-    lora_layers: Annotated[Literal["all", "attention"], "layers that get an adapter; attention is faster and smaller"] = "all"
     guidance: Annotated[float, "guidance w of the teacher, u + w (c - u)", Range(1)] = 1.5
     fake_guidance: Annotated[
         float, "guidance of the fake score, in the student's loss and in its own (long-short guidance)", Range(1)
@@ -49,18 +43,6 @@ class Config(TrainConfig):
     identity: Annotated[float, "a in the loss: how far the squared difference of the scores is subtracted", Range(0)] = 1.0
     t_min: Annotated[float, "lowest noise level of the scores, as a part of the timesteps", Range(0, 1)] = 0.02
     t_max: Annotated[float, "highest noise level of the scores", Range(0, 1)] = 0.98
-    fake_steps_per_gen: Annotated[
-        int, "updates of the fake score per update of the student; --steps counts the former", Range(1)
-    ] = 1
-    align_fake: Annotated[
-        float,
-        "share by which each update of the student pulls the fake score's weights to the student's (SenseFlow)",
-        Range(0, 1),
-    ] = 0.0
-    fake_lr: Annotated[float | None, "learning rate of the fake score; default --lr", Range(above=0)] = None
-    proof: Annotated[
-        int, "pictures per row of the closing table (emoji only), half of prompts never trained on; 0 = no table", Range(0, 4000)
-    ] = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from fastdiff.checkpoints.family import Presets
-from fastdiff.options.train import TrainConfig
+from fastdiff.options.from_prompts import FromPromptsConfig
 from fastdiff.runtime.config import Range
 
 # fmt: off
@@ -26,18 +26,12 @@ fastdiff tdm --base sd15 --num-steps 2 --init tdm.safetensors"""
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(FromPromptsConfig):
     PANEL: ClassVar[str] = "Trajectory distribution matching"
     ESSENTIALS: ClassVar[str] = "base num_steps any_steps prompts output steps guidance init batch_size max_time"
 
-    data: Annotated[str | None, "teacher: prompts alone are used, no pictures"] = "teacher"
     num_steps: Annotated[int, "sampling steps of the student", Range(1, 50)] = 4
     any_steps: Annotated[bool, "train for 1, 2, 4, ... up to --num-steps sampling steps in one"] = False
-    init: Annotated[str | None, "a few-step LoRA of the same base that the student starts from"] = None
-    lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64
-    lora_alpha: Annotated[float, "scale of the adapters is alpha / rank", Range(above=0)] = 64
-    lora_layers: Annotated[Literal["all", "attention"], "layers that get an adapter; attention is faster and smaller"] = "all"
-    guidance: Annotated[float, "guidance w of the teacher, u + w (c - u)", Range(1)] = 3.5
     noise_guidance: Annotated[
         float | None, "guidance at the highest noise level, from where it goes evenly to --guidance at the lowest", Range(1)
     ] = None
@@ -54,15 +48,3 @@ class Config(TrainConfig):
         "weighting of the gradient: DMD's algorithm 2, DMD's equation 8, Diff-Instruct, SDS",
     ] = "dmd"
     importance_weights: Annotated[bool, "weigh the fake score's loss by how likely its noise is"] = True
-    fake_steps_per_gen: Annotated[
-        int, "updates of the fake score per update of the student; --steps counts the former", Range(1)
-    ] = 1
-    align_fake: Annotated[
-        float,
-        "share by which each update of the student pulls the fake score's weights to the student's (SenseFlow)",
-        Range(0, 1),
-    ] = 0.0
-    fake_lr: Annotated[float | None, "learning rate of the fake score; default --lr", Range(above=0)] = None
-    proof: Annotated[
-        int, "pictures per row of the closing table (emoji only), half of prompts never trained on; 0 = no table", Range(0, 4000)
-    ] = 1000
