@@ -1,9 +1,11 @@
 """Trajectory distribution matching: its formulas, its roles on one network, and a world with exact scores."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from exact import SD, World
-from playing import now, play, trained, trainees
+from playing import entered, now, play, trained, trainees
 from test_dmd import batch_for, disturb
 
 from fastdiff.checkpoints import checkpoint
@@ -69,7 +71,7 @@ def test_rows_walk_the_students_own_euler_steps_and_share_the_steps_evenly(tiny_
     disturb(m)
     batch = batch_for(base, n=8)
     state = torch.random.get_rng_state()
-    x_t, t, end = m.start(batch)
+    x_t, t, end = m.start(batch, m._grid())
     torch.random.set_rng_state(state)
     noise = torch.randn_like(batch.latents)
     grid = Settings(scheduler="euler", num_steps=num_steps).grid(m.schedule, base.scheduler_config)
@@ -92,13 +94,45 @@ def test_any_steps_draws_their_number_and_its_recipe_does_not_fix_it(tiny_sd):
     m, base = method(tiny_sd, num_steps=8, any_steps=True)
     batch, firsts = batch_for(base, n=8), set()
     for _ in range(16):
-        _, t, end = m.start(batch)
+        _, t, end = m.start(batch, m._grid())
         firsts.add(len(t.unique()))
         pairs = dict(zip(t.tolist(), end.tolist(), strict=True))
         assert all(e == -1 or e in pairs for e in pairs.values())
     assert firsts == {1, 2, 4, 8}
     assert (m.recipe.fixed, m.recipe.scheduler, m.recipe.num_steps) == (False, "ddim", 8)
     assert method(tiny_sd)[0].recipe.fixed
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_following_learns_the_teachers_own_walk_and_no_fake_score_trains(tiny_sd, num_steps):
+    """From pure noise the goal lies on the teacher's DDIM walk; the loss is the squared distance of the student's own step."""
+    m, base = method(tiny_sd, num_steps=num_steps, steps=12, follow=0.25, teacher_steps=8, guidance=3.0)
+    assert [(phase.name, phase.steps, phase.exports) for phase in m.phases()] == [("follow", 3, False), ("match", 9, True)]
+    disturb(m)
+    batch = batch_for(base)
+    torch.manual_seed(1)
+    (turn,) = play(m, batch, 2)
+    assert set(turn) == {"student"}
+    torch.manual_seed(1)
+    x_t, t, end = m.start(batch, m._grid())
+    goal = m.teacher_walk(x_t, t, end, batch, 8 // num_steps)
+    mine = jump(m.schedule, m.student(x_t, t, batch.cond), end)
+    torch.testing.assert_close(turn["student"]["follow"], (mine - goal).square().mean())
+    grid = Settings(scheduler="euler", num_steps=8).grid(m.schedule, base.scheduler_config)
+    rows = torch.tensor([i for i in range(4) if t[i] == 999])
+    assert len(rows) == 4 // num_steps
+    walked, visited = x_t[rows], []
+
+    def spy(x, at):
+        visited.append(x)
+        return m.teacher.guided(x, at, batch.cond[rows], batch.uncond[rows], 3.0)
+
+    with torch.no_grad():
+        last = SOLVERS["ddim"].run(spy, walked, replace(grid, final_index=None), None)
+    torch.testing.assert_close(goal[rows], [*visited, last][8 // num_steps], atol=1e-3, rtol=1e-3)
+    assert set(trainees(m)) == {"student"}
+    entered(m, "match")
+    assert set(trainees(m)) == set(next(play(m, batch, 3))) == {"student", "fake"}
 
 
 @pytest.mark.parametrize(("match", "random_ends"), [("segment", False), ("above", False), ("segment", True)])
@@ -135,7 +169,7 @@ def test_one_step_over_all_noise_levels_has_the_gradient_of_dmd(tiny_sd):
     m, base = method(tiny_sd, num_steps=1, match="above", guidance=3.0)
     disturb(m)
     batch = batch_for(base)
-    x_t, t, end = m.start(batch)
+    x_t, t, end = m.start(batch, m._grid())
     p = m.student(x_t, t, batch.cond)
     noise = torch.randn_like(x_t)
     seen = m.further(p, t, end, noise)

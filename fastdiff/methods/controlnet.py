@@ -24,7 +24,7 @@ from fastdiff.data.open import Needs
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
 from fastdiff.methods.shared.edges import Edges
-from fastdiff.methods.shared.segmented import Segmented, planned
+from fastdiff.methods.shared.segmented import Segmented
 from fastdiff.models import controlnet, unet
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.options.controlnet import EXAMPLES, PRESETS, Config
@@ -32,7 +32,7 @@ from fastdiff.options.controlnet import Config as Options
 from fastdiff.runtime import console
 from fastdiff.sampling.sampler import drawing
 from fastdiff.training.card import Usage, load_expression
-from fastdiff.training.method import Load, Now, Phase, Trains, Turn, relative_size
+from fastdiff.training.method import Load, Now, Phase, Trains, Turn, planned, relative_size
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
 

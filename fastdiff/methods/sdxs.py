@@ -24,13 +24,13 @@ from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.lora import adapters
 from fastdiff.lora.kinds import Factors
-from fastdiff.methods.shared.segmented import Segmented, planned
+from fastdiff.methods.shared.segmented import Segmented
 from fastdiff.models.denoiser import Denoiser, trainable_copy
 from fastdiff.models.discriminator import Discriminator
 from fastdiff.options.sdxs import EXAMPLES, PRESETS, Config
 from fastdiff.options.sdxs import Config as Options
 from fastdiff.runtime.console import warn
-from fastdiff.training.method import Load, Now, Phase, Stateful, Trains, Turn, equation, relative_size
+from fastdiff.training.method import Load, Now, Phase, Stateful, Trains, Turn, equation, planned, relative_size
 from fastdiff.training.run import Run
 
 NOISED_TO = 0.5  # the discriminator sees latents with noise up to this fraction of the timesteps

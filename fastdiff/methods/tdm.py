@@ -28,7 +28,7 @@ from fastdiff.diffusion.schedule import Prediction, per_sample
 from fastdiff.methods.shared.from_prompts import FromPrompts
 from fastdiff.options.tdm import EXAMPLES, PRESETS, Config
 from fastdiff.options.tdm import Config as Options
-from fastdiff.training.method import Load, Now, Turn, equation
+from fastdiff.training.method import Load, Now, Phase, Trains, Turn, equation, planned
 
 LOWEST = 20  # timestep below which no scores are compared, as in DMD
 MAX_SNR = 5.0  # of the fake score's loss
@@ -60,6 +60,13 @@ class TDM(FromPrompts):
         turn = 1 / config.fake_steps_per_gen
         return Load(lora=2, graph=2, grad=1 + turn, free=2 * turn + (1 - turn) + (config.num_steps - 1) / 2)
 
+    def phases(self) -> list[Phase]:
+        following = round(self.config.follow * self.config.steps)
+        return planned(follow=following, match=self.config.steps - following)
+
+    def players(self, phase: Phase) -> dict[str, Trains]:
+        return {"student": self.trains["student"]} if phase.name == "follow" else self.trains
+
     def prepare(self, batch: Batch) -> None:
         """Move the guidance of each noise level to the device."""
         if isinstance(self.guidance, Tensor):
@@ -70,8 +77,13 @@ class TDM(FromPrompts):
 
         The fake score is called once: its prediction is used in g and in its own loss.
         """
+        grid = self._grid()
+        x_t, t, end = self.start(batch, grid)
+        if now.phase.name == "follow":
+            goal = self.teacher_walk(x_t, t, end, batch, -(-self.config.teacher_steps // len(grid)))
+            yield {"student": {"follow": losses.squared(jump(self.schedule, self.student(x_t, t, batch.cond), end), goal)}}
+            return
         turn = self._student_trains(now)
-        x_t, t, end = self.start(batch)
         with torch.set_grad_enabled(turn):
             p = self.student(x_t, t, batch.cond)
         noise = torch.randn_like(x_t)
@@ -83,20 +95,22 @@ class TDM(FromPrompts):
             players["student"] = {"matching": self.matching(p, seen, real, fake, end)}
         yield players
 
+    def _grid(self) -> Tensor:
+        """Return the timesteps (K,) of the student's calls; with `any_steps` their number K is drawn anew."""
+        most = self.config.num_steps
+        return self.schedule.grid(2 ** int(torch.randint(most.bit_length(), ())) if self.config.any_steps else most, "trailing")
+
     @equation("TDM, algorithm 1")
     @torch.no_grad()
-    def start(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Walk along the student's trajectory, each row of the batch up to one of its steps.
+    def start(self, batch: Batch, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Walk along the student's trajectory over the timesteps `grid` (K,), each row of the batch up to one of its steps.
 
         Returns x_t (B, C, h, w), its timesteps t (B,), and the timesteps (B,) where these steps end: -1 is the clean latent.
-        Steps are shared out evenly over the batch, from a random one on; with `any_steps`, their number is drawn too. The rows
-        are sorted by the length of their walk, so that a part of the batch is a slice and nothing waits for the device.
+        Steps are shared out evenly over the batch, from a random one on. The rows are sorted by the length of their walk, so
+        that a part of the batch is a slice and nothing waits for the device.
         """
-        config, noise = self.config, torch.randn_like(batch.latents)
-        num_steps = 2 ** int(torch.randint(config.num_steps.bit_length(), ())) if config.any_steps else config.num_steps
-        grid = self.schedule.grid(num_steps, "trailing")
-        first = int(torch.randint(num_steps, ()))
-        step = sorted(((first + row) % num_steps for row in range(len(noise))), reverse=True)
+        noise, first = torch.randn_like(batch.latents), int(torch.randint(len(grid), ()))
+        step = sorted(((first + row) % len(grid) for row in range(len(noise))), reverse=True)
         x = self.schedule.sigma[grid[0]] * noise  # as EulerDiscreteScheduler starts
         at = moved(torch.cat([grid, torch.tensor([-1])]), x.device)
         for k in range(step[0]):
@@ -104,6 +118,16 @@ class TDM(FromPrompts):
             x = torch.cat([jump(self.schedule, self.student(x[:n], at[k], batch.cond[:n]), at[k + 1]), x[n:]])
         rows = moved(torch.tensor(step), x.device)
         return x, at[rows], at[rows + 1]
+
+    @equation("SDXL-Lightning, section 2.3")
+    @torch.no_grad()
+    def teacher_walk(self, x: Tensor, t: Tensor, end: Tensor, batch: Batch, count: int) -> Tensor:
+        """Take `count` DDIM steps of the guided teacher from x (B, C, h, w) at t to `end`, both (B,)."""
+        for left in range(count - 1, -1, -1):
+            s = end + ((t - end) * left).div(left + 1, rounding_mode="floor")
+            w = self.guidance[t] if isinstance(self.guidance, Tensor) else self.guidance
+            x, t = jump(self.schedule, self.teacher.guided(x, t, batch.cond, batch.uncond, w), s), s
+        return x
 
     @equation("TDM, equations 6 and 7")
     def further(self, p: Prediction, t: Tensor, end: Tensor, noise: Tensor) -> Noised:

@@ -32,6 +32,10 @@ class Config(FromPromptsConfig):
 
     num_steps: Annotated[int, "sampling steps of the student", Range(1, 50)] = 4
     any_steps: Annotated[bool, "train for 1, 2, 4, ... up to --num-steps sampling steps in one"] = False
+    follow: Annotated[
+        float, "share of --steps, at the start, that teaches where the teacher's own walk leads, by distance", Range(0, below=1)
+    ] = 0.0
+    teacher_steps: Annotated[int, "sampling steps of the teacher's walk for --follow", Range(1, 1000)] = 16
     noise_guidance: Annotated[
         float | None, "guidance at the highest noise level, from where it goes evenly to --guidance at the lowest", Range(1)
     ] = None

@@ -48,6 +48,12 @@ class Phase:
     exports: bool = True  # whether weights are written at its end
 
 
+def planned(**lengths: int) -> list[Phase]:
+    """Make phases of these names and lengths in steps, without the empty ones. Only the last one exports weights."""
+    names = [name for name, steps in lengths.items() if steps]
+    return [Phase(name, lengths[name], exports=name == names[-1]) for name in names]
+
+
 @dataclass(frozen=True)
 class Now:
     """The progress of the run, as a method sees it. `max_time` may shorten a phase; `fraction` still rises to 1 smoothly."""

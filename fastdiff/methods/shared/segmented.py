@@ -18,7 +18,7 @@ from fastdiff.diffusion import losses
 from fastdiff.methods.shared.scores import Scores
 from fastdiff.models import feature_matching
 from fastdiff.options.segmented import SegmentedConfig
-from fastdiff.training.method import Losses, Now, Phase, Turn, equation
+from fastdiff.training.method import Losses, Now, Turn, equation
 from fastdiff.training.scene import open_vae
 
 
@@ -103,9 +103,3 @@ class Segmented(Scores):
         """Compute the feature-matching loss of the first `pairs` rows: a scalar."""
         rows = slice(pairs)
         return self.matching(x[rows], batch.latents[rows], batch.cond[rows]).mean()
-
-
-def planned(**lengths: int) -> list[Phase]:
-    """Make phases of these names and lengths in steps, without the empty ones. Only the last one exports weights."""
-    names = [name for name, steps in lengths.items() if steps]
-    return [Phase(name, lengths[name], exports=name == names[-1]) for name in names]
