@@ -111,7 +111,7 @@ class TDM(FromPrompts):
         """
         noise, first = torch.randn_like(batch.latents), int(torch.randint(len(grid), ()))
         step = sorted(((first + row) % len(grid) for row in range(len(noise))), reverse=True)
-        x = self.schedule.sigma[grid[0]] * noise  # as EulerDiscreteScheduler starts
+        x = self.schedule.coefficients(grid[0], noise)[1] * noise  # by sigma, as EulerDiscreteScheduler starts
         at = moved(torch.cat([grid, torch.tensor([-1])]), x.device)
         for k in range(step[0]):
             n = sum(s > k for s in step)  # rows that go further
