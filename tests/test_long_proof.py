@@ -54,6 +54,15 @@ def test_frequencies_count_the_pictures_that_would_have_to_change(tmp_path):
         script["file_and_steps"](f"{tmp_path}/a:b.safetensors")
 
 
+def test_the_picture_of_few_steps_takes_names_files_and_steps(tmp_path):
+    script = runpy.run_path(str(FOLDER / "few_steps.py"))
+    (tmp_path / "a:b=c.safetensors").touch()
+    assert script["student"](f"TDM={tmp_path}/a:b=c.safetensors:4") == ("TDM", f"{tmp_path}/a:b=c.safetensors", 4)
+    for wrong in ("TDM", f"{tmp_path}/a:b=c.safetensors:4", f"TDM={tmp_path}/a:b=c.safetensors", "TDM=nowhere.safetensors:4"):
+        with pytest.raises(Exception, match="write NAME=FILE:STEPS"):
+            script["student"](wrong)
+
+
 def test_the_table_has_unseen_and_seen_prompts_and_says_where_a_student_is_not_ahead(tmp_path, monkeypatch, capsys):
     gap = dict(student=0.95, gap_closed=0.876, low=0.8, high=0.9, verdict="ahead")
     behind = dict(student=3.0, gap_closed=-1.0, low=-2.0, high=-0.5, verdict="behind")
