@@ -149,9 +149,10 @@ def test_a_step_is_matched_at_the_noise_levels_that_it_crosses(tiny_sd, match, r
         assert mine.max() == (989 if match == "above" else int(first) - 11)
 
 
-@pytest.mark.parametrize("moved", ["x0", "point"])
-@pytest.mark.parametrize("distance", ["squared", "huber"])
-@pytest.mark.parametrize("family", ["tiny_sd", "tiny_v", "tiny_sdxl"])
+@pytest.mark.parametrize(
+    ("family", "distance", "moved"),
+    [("tiny_sd", "squared", "point"), ("tiny_sd", "huber", "x0"), ("tiny_v", "squared", "x0"), ("tiny_sdxl", "huber", "point")],
+)
 def test_without_guidance_nothing_moves_the_student_at_the_start_and_its_difference_does(family, distance, moved, request):
     """Fake score and teacher are equal then, so the gradient is exactly 0; it is not once the fake score differs."""
     m, base = method(request.getfixturevalue(family), distance=distance, moved=moved)
@@ -296,7 +297,7 @@ def test_the_students_trajectory_reaches_the_mean_and_covariance_of_exact_scores
     assert after < 0.05
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 4])
+@pytest.mark.parametrize("num_steps", [1, 4])
 def test_without_a_fake_score_the_students_samples_collapse(world, num_steps):
     student = world.train(TDM, Config(num_steps=num_steps), 300 * num_steps, with_fake=False)
     assert world.spread(drawn(student, num_steps)) < 0.01
