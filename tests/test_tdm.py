@@ -130,6 +130,7 @@ def test_following_learns_the_teachers_own_walk_and_no_fake_score_trains(tiny_sd
     with torch.no_grad():
         last = SOLVERS["ddim"].run(spy, walked, replace(grid, final_index=None), None)
     torch.testing.assert_close(goal[rows], [*visited, last][8 // num_steps], atol=1e-3, rtol=1e-3)
+    assert [phase.steps for phase in method(tiny_sd, steps=3, follow=0.99)[0].phases()] == [2, 1]  # matching is never left out
     assert set(trainees(m)) == {"student"}
     entered(m, "match")
     assert set(trainees(m)) == set(next(play(m, batch, 3))) == {"student", "fake"}

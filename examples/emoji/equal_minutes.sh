@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every few-step method on `emoji` for as many minutes of training: each by its preset, with as many steps as fit.
-# LCM's family learns from the pictures, DMD in one call and Lightning's first stages from samples of the teacher, TDM, SiD and DMD2 from
-# prompts alone. Drawing the teacher's samples comes on top; the JSON tells it as `data_s`.
+# LCM's family and Lightning learn from the pictures, DMD in one call from samples of the teacher, TDM, SiD and DMD2 from prompts alone.
+# Drawing the teacher's samples comes on top; the JSON tells it as `data_s`.
 #   examples/emoji/equal_minutes.sh MINUTES [SEED]
 set -euo pipefail
 minutes=$1 seed=${2:-0}

@@ -30,7 +30,7 @@ def diffused_on(schedule: NoiseSchedule, p: Prediction, start: Tensor, t: Tensor
     noise in x_t, that of the trajectory and the fresh one together; so x_t = alpha_t x + sigma_t eps holds here too.
     """
     alpha, sigma = schedule.coefficients(t, p.x0)
-    kept = per_sample(torch.where(start < 0, 0.0, schedule.noise_scale(start.clamp(min=0))), p.x0) * alpha  # r sigma_start
+    kept = alpha * per_sample(schedule.noise_scale(start), p.x0)  # r sigma_start
     eps = (kept * p.eps.float() + (sigma.square() - kept.square()).clamp(min=0).sqrt() * noise) / sigma
     return Noised(p.x0, eps, t, alpha * p.x0.float() + sigma * eps)
 

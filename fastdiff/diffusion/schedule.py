@@ -156,8 +156,12 @@ class NoiseSchedule(nn.Module):
         return (self.at(self.alpha, t) / self.at(self.sigma, t)).square()
 
     def noise_scale(self, t: Tensor) -> Tensor:
-        """Noise level sigma / alpha at timesteps `t`, in the unit of Karras 2022; infinite where alpha = 0."""
-        return self.at(self.sigma, t) / self.at(self.alpha, t)
+        """Noise level sigma / alpha at timesteps `t`, in the unit of Karras 2022; infinite where alpha = 0.
+
+        A negative timestep is the clean sample, as in `samplers.jump`: its noise level is 0.
+        """
+        at = t.clamp(min=0)
+        return torch.where(t.to(self.sigma.device) < 0, 0.0, self.at(self.sigma, at) / self.at(self.alpha, at))
 
     def boundary(self, t: Tensor, like: Tensor, sigma_data: float = 0.5, scaling: float = 10.0) -> tuple[Tensor, Tensor]:
         """Coefficients (c_skip, c_out) of the consistency function f = c_skip x_t + c_out x0, shaped to broadcast over `like`.

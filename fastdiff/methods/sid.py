@@ -75,7 +75,7 @@ class SiD(FromPrompts):
             players["student"] = {"identity": self.identity_loss(seen, batch)}
         yield players
 
-    @equation("SiD, equation 23; SiD-LSG, equation 11")
+    @equation("SiD, equation 23, with the guidance of SiD-LSG")
     def identity_loss(self, seen: Noised, batch: Batch) -> Tensor:
         """Compute the student's loss on its samples. It is zero where teacher and fake score agree."""
         f = self.teacher.guided(seen.x_t, seen.t, batch.cond, batch.uncond, self.config.guidance).x0
@@ -84,7 +84,7 @@ class SiD(FromPrompts):
         self.log(difference=(f - g).detach().abs().mean())
         return ((f - g) * (f - seen.x - self.config.identity * (f - g)) / per_sample(scale, f)).mean()
 
-    @equation("SiD-LSG, equation 10")
+    @equation("SiD-LSG, the fake score's loss")
     def fake_loss(self, x: Tensor, batch: Batch) -> Tensor:
         """Compute the fake score's loss on samples x (B, C, h, w): that of its guided prediction, at any noise level."""
         seen = self.noised(x, 0, 1)

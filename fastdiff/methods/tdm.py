@@ -61,7 +61,7 @@ class TDM(FromPrompts):
         return Load(lora=2, graph=2, grad=1 + turn, free=2 * turn + (1 - turn) + (config.num_steps - 1) / 2)
 
     def phases(self) -> list[Phase]:
-        following = round(self.config.follow * self.config.steps)
+        following = min(round(self.config.follow * self.config.steps), self.config.steps - 1)  # matching is never left out
         return planned(follow=following, match=self.config.steps - following)
 
     def players(self, phase: Phase) -> dict[str, Trains]:
@@ -100,7 +100,7 @@ class TDM(FromPrompts):
         most = self.config.num_steps
         return self.schedule.grid(2 ** int(torch.randint(most.bit_length(), ())) if self.config.any_steps else most, "trailing")
 
-    @equation("TDM, algorithm 1")
+    @equation("TDM, the student's trajectory")
     @torch.no_grad()
     def start(self, batch: Batch, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Walk along the student's trajectory over the timesteps `grid` (K,), each row of the batch up to one of its steps.
@@ -125,11 +125,10 @@ class TDM(FromPrompts):
         """Take `count` DDIM steps of the guided teacher from x (B, C, h, w) at t to `end`, both (B,)."""
         for left in range(count - 1, -1, -1):
             s = end + ((t - end) * left).div(left + 1, rounding_mode="floor")
-            w = self.guidance[t] if isinstance(self.guidance, Tensor) else self.guidance
-            x, t = jump(self.schedule, self.teacher.guided(x, t, batch.cond, batch.uncond, w), s), s
+            x, t = jump(self.schedule, self.teacher.guided(x, t, batch.cond, batch.uncond, self._guidance_at(t)), s), s
         return x
 
-    @equation("TDM, equations 6 and 7")
+    @equation("TDM, diffusing on inside of a segment")
     def further(self, p: Prediction, t: Tensor, end: Tensor, noise: Tensor) -> Noised:
         """Move along predictions `p` to where the steps from t to `end` (both (B,)) end, and diffuse on to a random level.
 
@@ -144,7 +143,7 @@ class TDM(FromPrompts):
         high = torch.maximum((t if self.config.match == "segment" else torch.full_like(t, total)) - GAP, low + 1)
         return losses.diffused_on(self.schedule, p, end, (low + level * (high - low)).long(), noise)
 
-    @equation("TDM, equation 8")
+    @equation("TDM, the student's loss")
     def matching(self, p: Prediction, seen: Noised, real: Prediction, fake: Prediction, end: Tensor) -> Tensor:
         """Compute the student's loss, whose gradient moves its prediction `p` along the difference of the scores.
 
@@ -154,10 +153,10 @@ class TDM(FromPrompts):
         g = self.gradient(seen, real, fake)
         x = p.x0
         if self.config.moved == "point":
-            x = x + per_sample(torch.where(end < 0, 0.0, self.schedule.noise_scale(end.clamp(min=0))), x) * p.eps
+            x = x + per_sample(self.schedule.noise_scale(end), x) * p.eps
         return losses.along(x, g) if self.config.distance == "squared" else losses.pseudo_huber(x, (x - g).detach())
 
-    @equation("TDM, equations 9 and 10")
+    @equation("TDM, the fake score's loss")
     def fake_loss(self, seen: Noised, fake: Prediction, noise: Tensor) -> Tensor:
         """Compute the fake score's loss: the squared error of x0, with weight min(SNR, 5).
 

@@ -45,8 +45,11 @@ class Scores(Method):
     @torch.no_grad()
     def real_score(self, seen: Noised, batch: Batch) -> Prediction:
         """Predict with the guided teacher. Called before there is a graph of another role, it adds nothing to their memory."""
-        w = self.guidance[seen.t] if isinstance(self.guidance, Tensor) else self.guidance
-        return self.teacher.guided(seen.x_t, seen.t, batch.cond, batch.uncond, w)
+        return self.teacher.guided(seen.x_t, seen.t, batch.cond, batch.uncond, self._guidance_at(seen.t))
+
+    def _guidance_at(self, t: Tensor) -> float | Tensor:
+        """Return the guidance of the teacher at timesteps t (B,): one number, or one for each row."""
+        return self.guidance[t] if isinstance(self.guidance, Tensor) else self.guidance
 
     @equation("DMD, equation 7 and algorithm 2")
     def gradient(self, seen: Noised, real: Prediction, fake: Prediction) -> Tensor:
