@@ -172,6 +172,18 @@ def test_gradients_in_bf16_are_those_of_fp32(name, case, folders, tmp_path):
     assert not wrong
 
 
+@pytest.mark.parametrize("precision", ["run", "fp32"])
+def test_a_fake_score_in_full_precision_predicts_under_autocast_what_it_predicts_without(precision, folders, tmp_path):
+    trainer = trainer_of("dmd", "full", folders, "bf16", tmp_path, fake_precision=precision)
+    (batch,), _ = trainer.draw(1)
+    fake, t = trainer.method.fake, torch.tensor([100, 600])
+    with torch.no_grad():
+        plain, features = fake(batch.latents, t, batch.cond), fake.bottleneck(batch.latents, t, batch.cond)
+        with trainer.accelerator.autocast():
+            run, seen = fake(batch.latents, t, batch.cond), fake.bottleneck(batch.latents, t, batch.cond)
+    assert torch.equal(plain.x0, run.x0) == torch.equal(features, seen) == (precision == "fp32")
+
+
 def test_the_format_itself_takes_this_much_of_a_plain_gradient(folders):
     """Beside the figures above: the same network's denoising loss, without anything of fastdiff."""
     cosine, ratio = plain(folders, torch.bfloat16)

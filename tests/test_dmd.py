@@ -298,6 +298,11 @@ def test_an_aligned_fake_score_follows_the_students_updates_alone(tiny_sd):
         torch.testing.assert_close(p, (old + goal) / 2)
 
 
+def test_a_lora_has_no_precision_of_its_own():
+    with pytest.raises(UsageError, match="fake_precision=fp32"):
+        Config(fake_precision="fp32")
+
+
 def test_a_lora_is_not_aligned_with_whole_weights():
     with pytest.raises(UsageError, match="align_fake=0.1"):
         Config(align_fake=0.1, student="full")

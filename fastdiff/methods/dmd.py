@@ -48,6 +48,7 @@ class DMD(Scores):
         student_net, fake_net = (self.copied() if kind == "full" else None for kind in (config.student, config.fake))
         self.student, students = self.trained("student", student_net)
         self.fake, fakes = self.trained("fake", fake_net)
+        self.fake.full_precision = config.fake_precision == "fp32"
         if config.init:
             start_from(self.student, lora.load(config.init, allow_pickle=config.allow_pickle))
         if config.align_fake:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -85,7 +85,11 @@ class Denoiser(nn.Module):
     adapters. A `controlnet` adds its residuals for `Cond.control`, times `strength` (Zhang 2023, ControlNet); it does not run
     if `Cond.control` is None. Raises ValueError for an epsilon network with a zero-terminal-SNR schedule: alpha_T = 0 leaves
     x0 undefined there (Lin 2024).
+
+    With `full_precision` the networks compute in the dtype of their weights, also under autocast.
     """
+
+    full_precision = False
 
     def __init__(
         self,
@@ -127,8 +131,9 @@ class Denoiser(nn.Module):
     def answer(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Return the raw network output (B, C, h, w) in the network's dtype; t is a scalar or (B,) on the network's device."""
         t, dtype, extra = t.expand(len(x_t)), dtype_of(self.net), self.extra(cond)
-        residuals = self.controlled(x_t, t, cond, extra)
-        with adapters.using(self.net, self.adapter):
+        as_weights = torch.autocast(x_t.device.type, enabled=False) if self.full_precision else nullcontext()
+        with as_weights, adapters.using(self.net, self.adapter):
+            residuals = self.controlled(x_t, t, cond, extra)
             return self.net(x_t.to(dtype), t, cond.tokens.to(dtype), return_dict=False, **extra, **residuals)[0]
 
     def extra(self, cond: Cond) -> dict[str, Any]:

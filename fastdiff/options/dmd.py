@@ -83,6 +83,10 @@ class Config(TrainConfig):
         Literal["same", "fresh"],
         "noise on which the fake score learns: that of the gradient, which saves a call, or its own at any level (as published)",
     ] = "same"
+    fake_precision: Annotated[
+        Literal["run", "fp32"],
+        "precision in which the fake score computes: that of the run, or fp32 (as published), with --fake full",
+    ] = "run"
     align_fake: Annotated[
         float,
         "share by which each update of the student pulls the fake score's weights to the student's (SenseFlow)",
@@ -113,6 +117,11 @@ class Config(TrainConfig):
         super().__post_init__()
         if self.t_min > self.t_max:
             raise UsageError(f"`t_min={self.t_min:g}`: must be at most `t_max={self.t_max:g}`")
+        if self.fake_precision == "fp32" and self.fake == "lora":
+            raise UsageError(
+                "`fake_precision=fp32`: a fake score that is a LoRA computes with the base's network, in the run's precision",
+                "use `fake=full`, or `precision=fp32` for the whole run",
+            )
         if self.align_fake and self.student != self.fake:
             raise UsageError(
                 f"`align_fake={self.align_fake:g}`: a LoRA and whole weights cannot be aligned",
