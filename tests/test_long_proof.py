@@ -16,11 +16,16 @@ FOLDER = Path(__file__).parent.parent / "examples" / "emoji"
 
 
 LONG = ["train-lcm-lora", "dmd", "lightning", "distill-vae", "prune", "sdxs"]
-EQUAL = [*["train-lcm-lora"] * 3, "dmd", "sid", "dmd", "lightning", *["tdm"] * 4]
+EQUAL = ["tdm", "lightning", *["train-lcm-lora"] * 3, *["dmd"] * 2, "sid", *["tdm"] * 3]
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "names"), [("long_proof.sh", ["2"], LONG), ("equal_minutes.sh", ["10", "2"], EQUAL)]
+    ("script", "arguments", "names"),
+    [
+        ("long_proof.sh", ["2"], LONG),
+        ("equal_minutes.sh", ["10", "2"], EQUAL),
+        ("equal_minutes.sh", ["10", "2", "tdm2", "lightning"], ["lightning", "tdm"]),
+    ],
 )
 def test_every_command_of_the_script_is_accepted(script, arguments, names, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
@@ -41,6 +46,25 @@ def test_every_command_of_the_script_is_accepted(script, arguments, names, tmp_p
                 assert any(line[at + 1].startswith(f"{folder}/") for folder in written)
                 line[at : at + 2] = [flag, stand_in] if stand_in else []
         assert cli.main([*line, "--dry-run"]) == 0, capfd.readouterr().err
+
+
+def test_the_curves_of_a_run_are_its_measurements_over_the_minutes_of_its_training(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    curves = runpy.run_path(str(FOLDER / "convergence.py"))["curves"]
+    rows = [
+        {"step": 9, "loss": 1.0},
+        {"step": 9, "frechet": 4.0, "retrieval": 0.5},
+        {"step": 19, "frechet": 2.0, "retrieval": 0.9},
+    ]
+    run, result = tmp_path / "run", tmp_path / "result.json"
+    run.mkdir()
+    outputs, timings = [{"path": str(run / "tdm.safetensors")}], {"training_s": 600.0}
+    result.write_text(json.dumps({"outputs": outputs, "metrics": {"steps": 20}, "timings": timings}))
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert curves(result) == {"retrieval": [(5.0, 0.5), (10.0, 0.9)], "frechet": [(5.0, 4.0), (10.0, 2.0)]}
+    (run / "metrics.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(ValueError, match="--eval-every"):
+        curves(result)
 
 
 def test_frequencies_count_the_pictures_that_would_have_to_change(tmp_path):
