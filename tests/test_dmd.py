@@ -8,6 +8,7 @@ import pytest
 import torch
 from playing import entered, now, play, trained, trainees
 
+from fastdiff import cli
 from fastdiff.checkpoints import checkpoint
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
@@ -686,10 +687,15 @@ def test_recipes_are_rows_over_their_family(family):
     )
 
 
-@pytest.mark.parametrize("given", [dict(t_gen=1000), dict(t_gen=2, num_steps=4)])
-def test_t_gen_without_room_for_the_steps_is_refused(tiny_sd, given):
-    with pytest.raises(UsageError, match=f"`t_gen={given['t_gen']}`: must be"):
-        method(tiny_sd, **given)
+def test_t_gen_without_room_for_the_steps_is_refused():
+    with pytest.raises(UsageError, match="`t_gen=2`: must be at least 3"):
+        Config(t_gen=2, num_steps=4)
+
+
+@pytest.mark.parametrize("words", ["dmd --t-gen 1000", "sid --t-first 1000", "sdxs --t-gen 1000"])
+def test_a_timestep_above_the_last_is_refused_before_anything_is_loaded(words, capsys):
+    assert cli.main([*words.split(), "--dry-run"]) == 2
+    assert "at most 999" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 6, 8, 12, 16, 32])

@@ -16,6 +16,7 @@ class Sampling(NamedTuple):
     guidance: float  # u + w (c - u)
 
 
+LAST_TIMESTEP = 999  # of every family's noise schedule
 LDM = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}  # what a single file calls them, in every family
 
 

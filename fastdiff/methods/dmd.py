@@ -25,7 +25,7 @@ from fastdiff.data.open import Needs
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import simulate
-from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
+from fastdiff.diffusion.schedule import NoiseSchedule, Prediction, timesteps_from
 from fastdiff.methods.shared.scores import Scores, align, fitted_guidance, start_from
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.denoiser import Cond
@@ -33,7 +33,6 @@ from fastdiff.models.discriminator import Head
 from fastdiff.options.dmd import EXAMPLES, PRESETS, Config
 from fastdiff.options.dmd import Config as Options
 from fastdiff.runtime.console import info
-from fastdiff.runtime.errors import UsageError
 from fastdiff.runtime.rng import seed_for
 from fastdiff.training.method import Load, Losses, Now, Phase, Trains, Turn, equation
 
@@ -209,10 +208,7 @@ class DMD(Scores):
 def sampling_timesteps(schedule: NoiseSchedule, config: Config) -> Tensor:
     """Return the timesteps at which the student is called, (num_steps,), descending and evenly spaced from `t_gen`.
 
-    Four steps are at 999, 749, 499, 249 from the last timestep, and at 749, 561, 374, 187 from `t_gen=749`. UsageError where
-    `t_gen` is too low for that many steps, or not a timestep.
+    Four steps are at 999, 749, 499, 249 from the last timestep, and at 749, 561, 374, 187 from `t_gen=749`.
     """
-    n, first = config.num_steps, len(schedule) - 1 if config.t_gen is None else config.t_gen
-    if not n <= first + 1 <= len(schedule):
-        raise UsageError(f"`t_gen={config.t_gen}`: must be at least {n - 1} and below {len(schedule)}")
-    return torch.tensor([round((first + 1) * (n - k) / n) - 1 for k in range(n)])
+    first = len(schedule) - 1 if config.t_gen is None else config.t_gen
+    return torch.tensor(timesteps_from(first, config.num_steps))

@@ -26,10 +26,7 @@ from fastdiff.diffusion.schedule import per_sample, timesteps_from
 from fastdiff.methods.shared.from_prompts import FromPrompts
 from fastdiff.options.sid import EXAMPLES, PRESETS, Config
 from fastdiff.options.sid import Config as Options
-from fastdiff.runtime.errors import UsageError
 from fastdiff.training.method import Load, Now, Turn, equation
-
-FIRST = 0.625  # of T: where the student is called first (SiD's t_init = 625)
 
 
 class SiD(FromPrompts):
@@ -41,11 +38,7 @@ class SiD(FromPrompts):
 
     def __init__(self, base: Checkpoint, config: Options) -> None:
         super().__init__(base, config)
-        first = round(FIRST * len(self.schedule)) if config.t_first is None else config.t_first
-        if not config.num_steps <= first + 1 <= len(self.schedule):
-            low, high = config.num_steps - 1, len(self.schedule) - 1
-            raise UsageError(f"`t_first={first}`: must be a timestep from {low} to {high} for {config.num_steps} steps")
-        self.timesteps = torch.tensor(timesteps_from(first, config.num_steps))
+        self.timesteps = torch.tensor(timesteps_from(config.t_first, config.num_steps))
         self.recipe = replace(
             self.recipe,
             scheduler="lcm",

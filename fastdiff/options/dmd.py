@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from fastdiff.checkpoints.family import Presets
+from fastdiff.checkpoints.family import LAST_TIMESTEP, Presets
 from fastdiff.options.train import TrainConfig
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError
@@ -62,7 +62,7 @@ class Config(TrainConfig):
     t_gen: Annotated[
         int | None,
         "timestep of the first sampling step, the others lie evenly below; default: the last; DMD2 uses 399 for one step of SDXL",
-        Range(0),
+        Range(0, LAST_TIMESTEP),
     ] = None
     guidance: Annotated[float, "guidance w of the teacher, u + w (c - u), in scores and samples", Range(1)] = 3.0
     score_guidance: Annotated[
@@ -117,6 +117,8 @@ class Config(TrainConfig):
         super().__post_init__()
         if self.t_min > self.t_max:
             raise UsageError(f"`t_min={self.t_min:g}`: must be at most `t_max={self.t_max:g}`")
+        if self.t_gen is not None and self.t_gen + 1 < self.num_steps:
+            raise UsageError(f"`t_gen={self.t_gen}`: must be at least {self.num_steps - 1} for {self.num_steps} steps")
         if self.fake_precision == "fp32" and self.fake == "lora":
             raise UsageError(
                 "`fake_precision=fp32`: a fake score that is a LoRA computes with the base's network, in the run's precision",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+from fastdiff.checkpoints.family import LAST_TIMESTEP
 from fastdiff.options.train import TrainConfig
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import InputRefused, UsageError
@@ -30,7 +31,9 @@ class SegmentedConfig(TrainConfig):
 
     init: Annotated[str | None, "checkpoint that the student starts from, pruned or already one-step; default: the base"] = None
     t_gen: Annotated[
-        int | None, "timestep at which the student is called; default: as --init was trained, else the last", Range(0)
+        int | None,
+        "timestep at which the student is called; default: as --init was trained, else the last",
+        Range(0, LAST_TIMESTEP),
     ] = None
     match_steps: Annotated[int, "steps at the start with feature matching alone", Range(0)] = 1000
     data: Annotated[str | None, "teacher gives the pairs of noise and picture that these losses need"] = "teacher"
@@ -84,8 +87,6 @@ class SegmentedConfig(TrainConfig):
 
     def start(self, base: "Checkpoint") -> "Checkpoint":
         """The checkpoint that the student starts from. InputRefused if its UNet takes other inputs than the base's."""
-        if self.t_gen is not None and self.t_gen >= len(base.schedule()):
-            raise UsageError(f"`t_gen={self.t_gen}`: must be below {len(base.schedule())}")
         if not self.init:
             return base
         other = self.open_student(base.dtype)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from fastdiff.checkpoints.family import Presets
+from fastdiff.checkpoints.family import LAST_TIMESTEP, Presets
 from fastdiff.options.from_prompts import FromPromptsConfig
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError
@@ -34,8 +34,8 @@ class Config(FromPromptsConfig):
     ESSENTIALS: ClassVar[str] = "base num_steps guidance fake_guidance prompts output steps init batch_size max_time"
 
     t_first: Annotated[
-        int | None, "timestep of the student's first call; the others lie evenly below it; default: 625 of 1000 (SiD)", Range(0)
-    ] = None
+        int, "timestep of the student's first call; the others lie evenly below it; the default is SiD's", Range(0, LAST_TIMESTEP)
+    ] = 625
     guidance: Annotated[float, "guidance w of the teacher, u + w (c - u)", Range(1)] = 1.5
     fake_guidance: Annotated[
         float, "guidance of the fake score, in the student's loss and in its own (long-short guidance)", Range(1)
@@ -46,5 +46,7 @@ class Config(FromPromptsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.t_first + 1 < self.num_steps:
+            raise UsageError(f"`t_first={self.t_first}`: must be at least {self.num_steps - 1} for {self.num_steps} steps")
         if self.t_min > self.t_max:
             raise UsageError(f"`t_min={self.t_min:g}`: must be at most `t_max={self.t_max:g}`")

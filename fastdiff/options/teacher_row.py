@@ -5,9 +5,9 @@ It is read without torch, so a mistake is refused before anything is loaded.
 
 from typing import Any, NamedTuple
 
+from fastdiff.checkpoints.family import LAST_TIMESTEP
 from fastdiff.runtime.errors import UsageError, as_field
 
-LAST = 999  # the last timestep of every family's schedule
 LCM_GRID = 50  # how many timesteps "lcm" spacing chooses from
 NAMES = {"scheduler": ("ddim", "euler", "dpm++", "dpm++sde", "lcm", "tcd"), "spacing": ("trailing", "leading", "linspace", "lcm")}
 
@@ -22,9 +22,9 @@ class Numbers(NamedTuple):
 
 
 NUMBERS = {
-    "steps": Numbers(int, 1, LAST + 1, False),
-    "timesteps": Numbers(int, 0, LAST, True),
-    "start": Numbers(int, 0, LAST, False),
+    "steps": Numbers(int, 1, LAST_TIMESTEP + 1, False),
+    "timesteps": Numbers(int, 0, LAST_TIMESTEP, True),
+    "start": Numbers(int, 0, LAST_TIMESTEP, False),
     "guidance": Numbers(float, 0, 1000, True),
 }
 
