@@ -52,7 +52,7 @@ def left_by(folder):
     files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*.safetensors")}
     return {
         "files": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()},
-        "log": [{k: v for k, v in row.items() if k != "time"} for row in rows],
+        "log": [{k: v for k, v in row.items() if k not in {"time", "elapsed_s"}} for row in rows],
         **{k: state[k] for k in ("step", "phase", "players", "extra", "best", "latest")},
     }
 

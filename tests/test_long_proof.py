@@ -53,13 +53,12 @@ def test_the_curves_of_a_run_are_its_measurements_over_the_minutes_of_its_traini
     curves = runpy.run_path(str(FOLDER / "convergence.py"))["curves"]
     rows = [
         {"step": 9, "loss": 1.0},
-        {"step": 9, "frechet": 4.0, "retrieval": 0.5},
-        {"step": 19, "frechet": 2.0, "retrieval": 0.9},
+        {"step": 9, "elapsed_s": 300.0, "frechet": 4.0, "retrieval": 0.5},
+        {"step": 19, "elapsed_s": 600.0, "frechet": 2.0, "retrieval": 0.9},
     ]
     run, result = tmp_path / "run", tmp_path / "result.json"
     run.mkdir()
-    outputs, timings = [{"path": str(run / "tdm.safetensors")}], {"training_s": 600.0}
-    result.write_text(json.dumps({"outputs": outputs, "metrics": {"steps": 20}, "timings": timings}))
+    result.write_text(json.dumps({"outputs": [{"path": str(run / "tdm.safetensors")}]}))
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert curves(result) == {"retrieval": [(5.0, 0.5), (10.0, 0.9)], "frechet": [(5.0, 4.0), (10.0, 2.0)]}
     (run / "metrics.jsonl").write_text(json.dumps(rows[0]))

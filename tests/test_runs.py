@@ -35,7 +35,7 @@ def rows(folder):
 
 
 def timeless(folder):
-    return [{k: v for k, v in row.items() if k != "time"} for row in rows(folder)]
+    return [{k: v for k, v in row.items() if k not in {"time", "elapsed_s"}} for row in rows(folder)]
 
 
 def script(*args, timeout=500, **env):

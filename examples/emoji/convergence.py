@@ -4,7 +4,7 @@
     python examples/emoji/convergence.py TDM=10-tdm-1.json Lightning=10-lightning-1.json --out convergence.png
 
 Each argument is a name and the JSON that a training command with `--eval-every` printed; its run folder must still be there.
-Measuring takes part of the minutes, the same for every step. Stages (Lightning) are measured in their own number of steps.
+Minutes are those of the training steps alone. Stages (Lightning) are measured in their own number of steps.
 """
 
 import argparse
@@ -23,10 +23,9 @@ def curves(path: Path) -> dict[str, list[tuple[float, float]]]:
     ValueError where the run has no measurement, KeyError or OSError where the file is not a training result or its run is gone.
     """
     result: dict[str, Any] = json.loads(path.read_text())
-    minutes_a_step = result["timings"]["training_s"] / result["metrics"]["steps"] / 60
     run = Path(result["outputs"][0]["path"]).parent
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = {name: [((row["step"] + 1) * minutes_a_step, row[name]) for row in rows if name in row] for name in FIGURES}
+    found = {name: [(row["elapsed_s"] / 60, row[name]) for row in rows if name in row] for name in FIGURES}
     if not all(found.values()):
         raise ValueError(f"{run}: nothing was measured; train with --eval-every")
     return found

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every few-step method on `emoji` for as many minutes of training: each by its preset, with as many steps as fit.
 # LCM's family and Lightning learn from the pictures, DMD in one call from samples of the teacher, TDM, SiD and DMD2 from prompts alone.
-# The minutes are those of one process, and hold the measurements for convergence.py. Drawing the teacher's samples comes on top;
-# the JSON tells it as `data_s`.
+# The minutes are those of the training steps. Drawing the teacher's samples comes on top (`data_s` in the JSON), as do the
+# measurements for convergence.py.
 #   examples/emoji/equal_minutes.sh MINUTES SEED [METHOD ...]
 set -euo pipefail
 minutes=$1 seed=$2 methods=${*:3} rows=()

@@ -426,10 +426,13 @@ class Trainer:
             yield
 
     def log(self, row: dict[str, float]) -> None:
-        """Write a row, with the method's own figures and the time, to metrics.jsonl and to the tracker."""
+        """Write a row, with the method's own figures, to metrics.jsonl and to the tracker.
+
+        The file also has the time, and how many seconds training took so far, without what draws and measures.
+        """
         if self.accelerator.is_main_process:
             row = row | self.method.logged()
-            self.run.log({**row, "time": round(time.time(), 3)})
+            self.run.log({**row, "elapsed_s": round(self.elapsed_s, 3), "time": round(time.time(), 3)})
             self.accelerator.log(row, step=self.step)
 
     def save(self) -> None:
