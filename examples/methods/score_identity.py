@@ -48,7 +48,7 @@ class ScoreIdentity(Method):
 
     @classmethod
     def load(cls, config, base):
-        return Load(lora=2, graph=3, grad=4, free=0)
+        return Load(lora=2, graph=4, grad=5, free=0)
 
     def players(self, phase):
         return {"student": Trains(self.students, averaged=True), "fake": Trains(self.fakes)}

@@ -51,7 +51,7 @@ class SiD(FromPrompts):
     @classmethod
     def load(cls, config: Options, base: Checkpoint) -> Load:
         turn, both = 1 / config.fake_steps_per_gen, 2 if config.fake_guidance > 1 else 1
-        return Load(lora=2, graph=3 + both, grad=both + turn * (3 + both), free=1 - turn + (config.num_steps - 1) / 2)
+        return Load(lora=2, graph=3 + 2 * both, grad=both + turn * (3 + both), free=1 - turn + (config.num_steps - 1) / 2)
 
     def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """Train the student on its samples, and the fake score on the same samples with other noise."""

@@ -26,6 +26,7 @@ from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import jump
 from fastdiff.diffusion.schedule import Prediction, per_sample
 from fastdiff.methods.shared.from_prompts import FromPrompts
+from fastdiff.methods.shared.scores import align
 from fastdiff.options.tdm import EXAMPLES, PRESETS, Config
 from fastdiff.options.tdm import Config as Options
 from fastdiff.training.method import Load, Now, Phase, Trains, Turn, equation, planned
@@ -33,6 +34,11 @@ from fastdiff.training.method import Load, Now, Phase, Trains, Turn, equation, p
 LOWEST = 20  # timestep below which no scores are compared, as in DMD
 MAX_SNR = 5.0  # of the fake score's loss
 GAP = 10  # least distance in timesteps from the student's own input
+
+
+def step_counts(config: Options) -> tuple[int, ...]:
+    """Return the numbers of sampling steps that are trained: `num_steps`, or with `any_steps` 1, 2, 4, ... up to it."""
+    return tuple(2**i for i in range(config.num_steps.bit_length())) if config.any_steps else (config.num_steps,)
 
 
 class TDM(FromPrompts):
@@ -57,8 +63,9 @@ class TDM(FromPrompts):
 
     @classmethod
     def load(cls, config: Options, base: Checkpoint) -> Load:
-        turn = 1 / config.fake_steps_per_gen
-        return Load(lora=2, graph=2, grad=1 + turn, free=2 * turn + (1 - turn) + (config.num_steps - 1) / 2)
+        turn, counts = 1 / config.fake_steps_per_gen, step_counts(config)
+        walk = sum((count - 1) / 2 for count in counts) / len(counts)
+        return Load(lora=2, graph=2, grad=1 + turn, free=2 * turn + (1 - turn) + walk)
 
     def phases(self) -> list[Phase]:
         following = min(round(self.config.follow * self.config.steps), self.config.steps - 1)  # matching is never left out
@@ -80,9 +87,13 @@ class TDM(FromPrompts):
         grid = self._grid()
         x_t, t, end = self.start(batch, grid)
         if now.phase.name == "follow":
-            goal = self.teacher_walk(x_t, t, end, batch, -(-self.config.teacher_steps // len(grid)))
+            goal = self.teacher_walk(x_t, t, end, batch, -(-self.config.follow_steps // len(grid)))
             yield {"student": {"follow": losses.squared(jump(self.schedule, self.student(x_t, t, batch.cond), end), goal)}}
             return
+        if self.config.align_fake and now.done == 0 and self.config.follow:
+            align(self.fake, self.student, 1.0)  # it rested while the student followed
+        if self.config.random_ends:
+            end = (end + torch.rand(len(t), device=t.device) * (t - LOWEST - end).clamp(min=0)).long()
         turn = self._student_trains(now)
         with torch.set_grad_enabled(turn):
             p = self.student(x_t, t, batch.cond)
@@ -97,8 +108,8 @@ class TDM(FromPrompts):
 
     def _grid(self) -> Tensor:
         """Return the timesteps (K,) of the student's calls; with `any_steps` their number K is drawn anew."""
-        most = self.config.num_steps
-        return self.schedule.grid(2 ** int(torch.randint(most.bit_length(), ())) if self.config.any_steps else most, "trailing")
+        counts = step_counts(self.config)
+        return self.schedule.grid(counts[int(torch.randint(len(counts), ())) if self.config.any_steps else 0], "trailing")
 
     @equation("TDM, the student's trajectory")
     @torch.no_grad()
@@ -132,13 +143,10 @@ class TDM(FromPrompts):
     def further(self, p: Prediction, t: Tensor, end: Tensor, noise: Tensor) -> Noised:
         """Move along predictions `p` to where the steps from t to `end` (both (B,)) end, and diffuse on to a random level.
 
-        `noise` is (B, C, h, w). The level is below t, or with `match=above` below T, and no less than `end`. With
-        `random_ends` the walk already ends at a random point of the step.
+        `noise` is (B, C, h, w). The level is below t, or with `match=above` below T, and no less than `end` and 20.
         """
         p = Prediction(p.x0.detach(), p.eps.detach())
-        total, (where, level) = len(self.schedule), torch.rand(2, len(t), device=t.device)
-        if self.config.random_ends:
-            end = (end + where * (t - LOWEST - end).clamp(min=0)).long()
+        total, level = len(self.schedule), torch.rand(len(t), device=t.device)
         low = end.clamp(min=LOWEST)
         high = torch.maximum((t if self.config.match == "segment" else torch.full_like(t, total)) - GAP, low + 1)
         return losses.diffused_on(self.schedule, p, end, (low + level * (high - low)).long(), noise)
@@ -154,7 +162,12 @@ class TDM(FromPrompts):
         x = p.x0
         if self.config.moved == "point":
             x = x + per_sample(self.schedule.noise_scale(end), x) * p.eps
-        return losses.along(x, g) if self.config.distance == "squared" else losses.pseudo_huber(x, (x - g).detach())
+        if self.config.distance == "squared":
+            return losses.along(x, g)
+        difference = fake.x0.detach() - real.x0
+        mean = lambda v: v.abs().flatten(1).mean(1)
+        weight = mean(g) / mean(difference).clamp(min=1e-12)  # what the weighting makes of the difference, for each sample
+        return losses.pseudo_huber(x, (x - difference).detach(), weight=per_sample(weight, x))
 
     @equation("TDM, the fake score's loss")
     def fake_loss(self, seen: Noised, fake: Prediction, noise: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ class FromPromptsConfig(TrainConfig):
 
     PANEL: ClassVar[str] = "Student and fake score"
 
-    data: Annotated[str | None, "teacher: its prompts alone are used (--prompts), no pictures are drawn"] = "teacher"
+    data: Annotated[Literal["teacher"], "prompts alone are used: those of the teacher, or --prompts; no pictures are drawn"] = (  # type: ignore[assignment]
+        "teacher"
+    )
     num_steps: Annotated[int, "sampling steps of the student", Range(1, 50)] = 1
     init: Annotated[str | None, "a few-step LoRA of the same base that the student starts from"] = None
     lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64

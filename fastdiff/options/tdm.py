@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from fastdiff.checkpoints.family import Presets
 from fastdiff.options.from_prompts import FromPromptsConfig
 from fastdiff.runtime.config import Range
+from fastdiff.runtime.errors import UsageError
 
 # fmt: off
 CARD = dict(  # the published rate of the student is a fifth of the fake score's
@@ -34,11 +35,13 @@ class Config(FromPromptsConfig):
     ESSENTIALS: ClassVar[str] = "base num_steps any_steps prompts output steps guidance init batch_size max_time"
 
     num_steps: Annotated[int, "sampling steps of the student", Range(1, 50)] = 4
-    any_steps: Annotated[bool, "train for 1, 2, 4, ... up to --num-steps sampling steps in one"] = False
+    any_steps: Annotated[bool, "train for 1, 2, 4, ... up to --num-steps sampling steps in one LoRA"] = False
     follow: Annotated[
-        float, "share of --steps, at the start, that teaches where the teacher's own walk leads, by distance", Range(0, below=1)
+        float,
+        "share of --steps, at the start, in which the student learns the teacher's own steps by squared error",
+        Range(0, below=1),
     ] = 0.0
-    teacher_steps: Annotated[int, "sampling steps of the teacher's walk for --follow", Range(1, 1000)] = 16
+    follow_steps: Annotated[int, "sampling steps of the teacher in --follow, over all noise levels", Range(1, 1000)] = 16
     noise_guidance: Annotated[
         float | None, "guidance at the highest noise level, from where it goes evenly to --guidance at the lowest", Range(1)
     ] = None
@@ -55,3 +58,9 @@ class Config(FromPromptsConfig):
         "weighting of the gradient: DMD's algorithm 2, DMD's equation 8, Diff-Instruct, SDS",
     ] = "dmd"
     importance_weights: Annotated[bool, "weigh the fake score's loss by how likely its noise is"] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.any_steps and (self.num_steps < 2 or self.num_steps & (self.num_steps - 1)):
+            hint = "use num_steps=2, 4, 8, 16 or 32: the LoRA then draws in 1, 2, 4, ... steps up to it"
+            raise UsageError(f"`num_steps={self.num_steps}`: is never drawn with `any_steps`, which doubles from 1", hint)

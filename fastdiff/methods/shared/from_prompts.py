@@ -55,7 +55,7 @@ class FromPrompts(Scores):
 
     def after_update(self, now: Now) -> None:
         """Pull the fake score towards the student after each of the student's updates, for `align_fake`."""
-        if self.config.align_fake and self._student_trains(now):
+        if self.config.align_fake and "fake" in self.players(now.phase) and self._student_trains(now):
             align(self.fake, self.student, self.config.align_fake)
 
     def _student_trains(self, now: Now) -> bool:
