@@ -2,25 +2,34 @@
 
 import importlib.util
 from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from playing import entered, now, play, trained, trainees
 
-from fastdiff import cli
+from fastdiff import cli, lora
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import simulate
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
 from fastdiff.lora import adapters, apply
+from fastdiff.lora.kinds import Factors
 from fastdiff.methods.dmd import DMD, PRESETS, Config
+from fastdiff.methods.lightning import Config as LightningConfig
+from fastdiff.methods.lightning import Lightning
 from fastdiff.methods.shared.scores import fitted_guidance
+from fastdiff.methods.sid import Config as SiDConfig
+from fastdiff.methods.sid import SiD
+from fastdiff.methods.tdm import TDM
+from fastdiff.methods.tdm import Config as TDMConfig
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Head
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError
 
 SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "dmd_pixel.py"
@@ -403,9 +412,6 @@ def test_memory_designs_hold_one_to_three_networks_and_a_turn_moves_its_own_play
 
 def lora_of(base, path, rank, skip=()):
     """A random LoRA for every adapted layer of a base, saved."""
-    from fastdiff import lora
-    from fastdiff.lora.kinds import Factors
-
     g, modules = torch.Generator().manual_seed(2), {}
     names = {name: key for key, name in apply.names(base.unet).items()}
     for name, p in base.unet.named_parameters():
@@ -450,6 +456,34 @@ def test_a_start_that_does_not_fit_is_named(tiny_sd, tiny_sdxl, tmp_path):
         method(tiny_sd, lora_layers="attention", init=path)
     with pytest.raises(UsageError, match=r"start\.safetensors"):
         method(tiny_sdxl, init=path)
+
+
+@pytest.mark.parametrize(("cls", "config"), [(DMD, Config), (TDM, TDMConfig), (SiD, SiDConfig), (Lightning, LightningConfig)])
+def test_a_start_that_does_not_fit_is_named_before_data_is_made(cls, config, tiny_sd, tiny_sdxl, tiny_v, tmp_path):
+    path, base = str(tmp_path / "start.safetensors"), checkpoint.load(str(tiny_sd))
+    start = lora_of(checkpoint.load(str(tiny_sd)), path, 4)
+    cls.check_base(config(init=path), base)
+    if "lora_layers" in {f.name for f in fields(config)}:
+        with pytest.raises(UsageError, match=r"start\.safetensors: \d+ of its layers have no adapter here"):
+            cls.check_base(config(init=path, lora_layers="attention"), base)
+    with pytest.raises(InputRefused, match=r"start\.safetensors: only \d+ of \d+ modules fit this model"):
+        cls.check_base(config(init=path), checkpoint.load(str(tiny_sdxl)))
+    lora.save(replace(start, metadata=Recipe(prediction_type="sample").to_metadata()), path)
+    for other in (base, checkpoint.load(str(tiny_v))):
+        with pytest.raises(InputRefused, match=r"start\.safetensors: with it a network predicts sample, but the base predicts"):
+            cls.check_base(config(init=path), other)
+    assert "unet" not in vars(base)  # no weights were read
+
+
+def test_a_student_that_trains_whole_may_start_from_any_layer(tiny_sd, tmp_path):
+    path, base = str(tmp_path / "start.safetensors"), checkpoint.load(str(tiny_sd))
+    start = lora_of(base, path, 4)
+    key, place = next((k, p) for k, p in apply.places(base.shapes("unet"), "lora_unet_").items() if p.name == "conv_in.weight")
+    start.modules[key] = Factors(torch.ones(1, *place.shape[1:]), torch.ones(place.shape[0], 1, 1, 1))
+    lora.save(start, path)
+    DMD.check_base(Config(init=path, student="full", fake="full"), base)
+    with pytest.raises(UsageError, match="1 of its layers have no adapter here"):
+        DMD.check_base(Config(init=path), base)
 
 
 def test_the_fake_score_is_trained_r_times_for_each_update_of_the_student(tiny_sd):

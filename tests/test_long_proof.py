@@ -24,7 +24,7 @@ EQUAL = ["tdm", "lightning", *["train-lcm-lora"] * 3, *["dmd"] * 2, "sid", *["td
     [
         ("long_proof.sh", ["2"], LONG),
         ("equal_minutes.sh", ["10", "2"], EQUAL),
-        ("equal_minutes.sh", ["10", "2", "tdm2", "lightning"], ["lightning", "tdm"]),
+        ("equal_minutes.sh", ["10", "2", "tdm2=406", "lightning"], ["lightning", "tdm"]),
     ],
 )
 def test_every_command_of_the_script_is_accepted(script, arguments, names, tmp_path, monkeypatch, capfd):
@@ -40,6 +40,10 @@ def test_every_command_of_the_script_is_accepted(script, arguments, names, tmp_p
     assert len({*written}) == len(written)
     for line in lines:
         assert line[line.index("--seed") + 1] == "2"
+        if "tdm2=406" in arguments:
+            assert ("--steps 406" in " ".join(line), "--max-time" in line) == (
+                (True, False) if line[0] == "tdm" else (False, True)
+            )
         for flag, stand_in in (("--init", "emoji"), ("--vae", None)):  # what an earlier line writes
             if flag in line:
                 at = line.index(flag)
@@ -63,6 +67,9 @@ def test_the_curves_of_a_run_are_its_measurements_over_the_minutes_of_its_traini
     assert curves(result) == {"retrieval": [(5.0, 0.5), (10.0, 0.9)], "frechet": [(5.0, 4.0), (10.0, 2.0)]}
     (run / "metrics.jsonl").write_text(json.dumps(rows[0]))
     with pytest.raises(ValueError, match="--eval-every"):
+        curves(result)
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 9, "frechet": 4.0, "retrieval": 0.5}))
+    with pytest.raises(ValueError, match="an older version .* train again"):
         curves(result)
 
 

@@ -13,7 +13,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.data.open import open_data
 from fastdiff.methods.shared import cutting
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.runtime.errors import Failed
+from fastdiff.runtime.errors import Failed, InputRefused
 from fastdiff.runtime.rng import seed_for
 from fastdiff.training.run import Run
 from fastdiff.training.session import open_accelerator
@@ -83,6 +83,20 @@ def test_losses_are_finite_players_move_and_the_teacher_does_not(command, data, 
 
 
 @pytest.mark.parametrize("command", METHODS)
+def test_a_base_that_takes_guidance_as_an_input_is_refused_before_data_is_made(command):
+    """All but consistency distillation would fail at their first step; a tiny decoder has no use for the UNet."""
+    cls, base = METHODS[command], checkpoint.load("emoji")
+    config = cls.Config(**cls.presets.get("emoji", {}))
+    cls.check_base(config, base)
+    base.unet_config["time_cond_proj_dim"] = 256
+    if command in {"train-lcm-lora", "distill-vae"}:
+        cls.check_base(config, base)
+    else:
+        with pytest.raises(InputRefused, match=f"`base=emoji`: its UNet takes the guidance as an input.*{command} trains"):
+            cls.check_base(config, base)
+
+
+@pytest.mark.parametrize("command", METHODS)
 def test_only_the_yielding_player_gets_gradients(command, data, tmp_path):
     trainer, _ = trainer_of(command, data, tmp_path)
     batch = data.batch(4, torch.Generator().manual_seed(0))
@@ -97,13 +111,16 @@ def test_only_the_yielding_player_gets_gradients(command, data, tmp_path):
             p.grad = None
 
 
-@pytest.mark.parametrize("command", METHODS)
-def test_a_resumed_run_equals_an_uninterrupted_one(command, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [*((name, {}) for name in METHODS), ("tdm", dict(follow=0.3, align_fake=0.2)), ("sid", dict(num_steps=2))],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(command, options, data, tmp_path, monkeypatch):
     """7 steps in one go, and a resume from a copy of the disk at step 5: weights, averages and metrics bit by bit.
 
     That copy is what kill -9 leaves: the state of step 3, and two steps more in the log.
     """
-    changes = dict(steps=7, batch_size=2, ema=0.9, save_every=3)
+    changes = dict(steps=7, batch_size=2, ema=0.9, save_every=3, **options)
     whole, _ = trainer_of(command, data, tmp_path / "whole", **changes)
     train_step = whole.train_step
 

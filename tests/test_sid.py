@@ -1,5 +1,7 @@
 """Score identity distillation: its loss against autograd in float64, its roles, and a world with exact scores."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from exact import World
@@ -62,6 +64,60 @@ def test_the_fake_score_learns_its_guided_answer_at_every_noise_level(tiny_sd):
     expected = (alpha * (u + 1.5 * (c - u) - batch.latents)).square().mean()
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-4)
     assert max(m.noised(torch.zeros(20_000, 1, 1, 1), 0, 1).t) == 999
+
+
+def test_a_few_step_student_trains_at_a_step_of_its_own_trajectory(tiny_sd, monkeypatch):
+    """From z at the first timestep; further on, its x0 with fresh noise. The recipe has the same timesteps."""
+    m, base = method(tiny_sd, num_steps=4)
+    disturb(m)
+    batch, calls, steps = batch_for(base), [], []
+    real = m.student.forward
+    monkeypatch.setattr(m.student, "forward", lambda x, t, cond: (calls.append((x, int(t.flatten()[0]))), real(x, t, cond))[1])
+    for seed in range(12):
+        calls.clear()
+        torch.manual_seed(seed)
+        next(play(m, batch))
+        steps.append(len(calls))
+        assert [t for _, t in calls] == list(m.recipe.timesteps[: len(calls)]) == [625, 469, 312, 155][: len(calls)]
+        for (x, t), (later, u) in pairwise(calls):
+            with torch.no_grad():
+                x0 = real(x, torch.tensor(t), batch.cond).x0
+            alpha, sigma = m.schedule.coefficients(torch.tensor(u), x)
+            noise = (later - alpha * x0) / sigma
+            assert noise.std().item() == pytest.approx(1, abs=0.15)
+            assert torch.cosine_similarity(noise.flatten(), x.flatten(), 0).abs() < 0.15
+    assert set(steps) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_v", "tiny_sdxl"])
+def test_gradients_are_those_without_checkpointing_and_the_student_rests_between_its_updates(family, request):
+    found = []
+    for checkpointing in (False, True):
+        m, base = method(request.getfixturevalue(family), gradient_checkpointing=checkpointing, fake_steps_per_gen=2)
+        torch.manual_seed(1)
+        disturb(m)
+        batch = batch_for(base)
+        assert [sorted(next(play(m, batch, step))) for step in range(3)] == [["fake", "student"], ["fake"], ["fake", "student"]]
+        torch.manual_seed(2)
+        (turn,) = play(m, batch)
+        found.append([torch.autograd.grad(sum(turn[who].values()), trained(m, who), retain_graph=True) for who in sorted(turn)])
+    for plain, again in zip(*found, strict=True):
+        assert sum(g.norm() for g in plain) > 0
+        for a, b in zip(plain, again, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_zero_terminal_snr(tiny_v):
+    base = checkpoint.load(str(tiny_v))
+    base.scheduler_config["rescale_betas_zero_snr"] = True
+    m = SiD(base, Config(lora_rank=4, lora_alpha=8, guidance=3.0, t_first=999, t_max=1.0))
+    assert m.schedule.zero_terminal_snr
+    disturb(m)
+    (turn,) = play(m, batch_for(base, n=8))
+    for who, terms in turn.items():
+        grads = torch.autograd.grad(sum(terms.values()), trained(m, who), retain_graph=True)
+        assert all(g.isfinite().all() for g in grads)
+        assert sum(g.norm() for g in grads) > 0
 
 
 def test_steps_that_do_not_fit_below_the_first_timestep_are_refused():

@@ -9,6 +9,7 @@ from playing import entered, now, play, trained, trainees
 from test_dmd import batch_for, disturb
 
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import SOLVERS, jump
@@ -91,7 +92,8 @@ def test_rows_walk_the_students_own_euler_steps_and_share_the_steps_evenly(tiny_
     assert sorted(t.tolist()) == sorted(grid.t.tolist() * (8 // num_steps))
 
 
-def test_any_steps_draws_their_number_and_its_recipe_does_not_fix_it(tiny_sd):
+def test_any_steps_draws_their_number_and_trains_what_its_recipe_draws(tiny_sd):
+    """Each number of steps is trained at the timesteps that Euler's sampler, named by the recipe, calls with that number."""
     m, base = method(tiny_sd, num_steps=8, any_steps=True)
     batch, firsts = batch_for(base, n=8), set()
     for _ in range(16):
@@ -99,9 +101,12 @@ def test_any_steps_draws_their_number_and_its_recipe_does_not_fix_it(tiny_sd):
         firsts.add(len(t.unique()))
         pairs = dict(zip(t.tolist(), end.tolist(), strict=True))
         assert all(e == -1 or e in pairs for e in pairs.values())
+        grid = m.settings(len(t.unique())).grid(m.schedule, base.scheduler_config)
+        assert sorted(set(t.tolist()), reverse=True) == grid.t.tolist()
     assert firsts == {1, 2, 4, 8}
-    assert (m.recipe.fixed, m.recipe.scheduler, m.recipe.num_steps) == (False, "ddim", 8)
-    assert method(tiny_sd)[0].recipe.fixed
+    recipe = Recipe.from_metadata(m.recipe.to_metadata())
+    assert (recipe.fixed, recipe.scheduler, recipe.num_steps) == (False, "euler", 8)
+    assert Recipe.from_metadata(method(tiny_sd)[0].recipe.to_metadata()).fixed
 
 
 @pytest.mark.parametrize("num_steps", [1, 4])
@@ -152,12 +157,39 @@ def test_the_fake_score_rests_while_the_student_follows_and_then_begins_as_the_s
             p.add_(0.1)
     m.after_update(now(entered(m, "follow"), 1))
     assert all(torch.equal(a, b) for a, b in zip(fake, before, strict=True))
-    next(play(entered(m, "match"), batch_for(base), 2))
+    entered(m, "match")
     assert all(torch.equal(a, b) for a, b in zip(fake, student, strict=True))
     with torch.no_grad():
         student[0].add_(0.1)
     next(play(m, batch_for(base), 3))
     assert not torch.equal(fake[0], student[0])
+
+
+def test_a_share_that_is_no_step_to_follow_in_is_refused():
+    with pytest.raises(UsageError, match="`follow=0.001`: is no step of `steps=100`"):
+        Config(follow=0.001, steps=100)
+    assert Config(follow=0.01, steps=100).follows == 1
+
+
+@pytest.mark.parametrize("more", [dict(pairs=8), dict(flip=True), dict(buckets=True), dict(random_crops=2), dict(max_images=9)])
+def test_options_of_pictures_are_refused(more):
+    with pytest.raises(UsageError, match=f"`{next(iter(more))}=.*no pictures are trained on"):
+        Config(**more)
+
+
+def test_the_load_counts_the_calls_of_a_step(tiny_sd):
+    """Also those of the phase that follows the teacher: its guided steps, and the student's walk up to them."""
+    for options in (dict(), dict(follow=0.5, follow_steps=8), dict(num_steps=1), dict(fake_steps_per_gen=2)):
+        m, base = method(tiny_sd, steps=8, guidance=3.0, **options)
+        disturb(m)
+        batch, calls = batch_for(base, n=4), []
+        base.unet.register_forward_pre_hook(lambda net, args, calls=calls: calls.append(len(args[0]) / 4))
+        for phase in m.phases():
+            entered(m, phase.name)
+            for step in range(4):
+                list(play(m, batch, step))
+        load = TDM.load(m.config, base)
+        assert sum(calls) / (4 * len(m.phases())) == pytest.approx(load.grad + load.free), options
 
 
 def test_a_random_end_lies_in_the_step_and_the_gradient_moves_the_point_there(tiny_sd, monkeypatch):
@@ -280,12 +312,22 @@ def test_the_fake_score_loses_the_weighted_error_of_x0(tiny_sd):
 def test_guidance_goes_evenly_from_low_to_high_noise(tiny_sd, monkeypatch):
     m, base = method(tiny_sd, guidance=5.0, noise_guidance=2.0)
     batch, given = batch_for(base, n=3), []
-    m.prepare(batch)
     real = m.teacher.guided
     monkeypatch.setattr(m.teacher, "guided", lambda x, t, c, u, w: (given.append(w), real(x, t, c, u, w))[1])
     x = torch.zeros(3, 4, 8, 8)
     m.real_score(Noised(x, x, torch.tensor([0, 333, 999]), x), batch)
     torch.testing.assert_close(given[0], torch.tensor([5.0, 4.0, 2.0]))
+
+
+def test_each_row_has_the_guidance_of_its_noise_level(tiny_sd, monkeypatch):
+    m, base = method(tiny_sd, guidance=5.0, noise_guidance=2.0)
+    disturb(m)
+    given, real = [], m.teacher.guided
+    monkeypatch.setattr(m.teacher, "guided", lambda x, t, c, u, w: (given.append((t, w)), real(x, t, c, u, w))[1])
+    next(play(m, batch_for(base, n=8)))
+    ((t, w),) = given
+    torch.testing.assert_close(w, 5.0 - 3.0 * t / 999)
+    assert len(t.unique()) > 4
 
 
 def test_the_student_rests_between_updates_and_adam_has_the_published_betas(tiny_sd):

@@ -20,15 +20,18 @@ FIGURES = {"retrieval": "recognised", "frechet": "Frechet distance"}  # of 200 p
 def curves(path: Path) -> dict[str, list[tuple[float, float]]]:
     """Return {figure: [(minutes, value)]} of one training run.
 
-    ValueError where the run has no measurement, KeyError or OSError where the file is not a training result or its run is gone.
+    ValueError where the run has no measurement or no times, KeyError or OSError where the file is not a training result or its run is
+    gone.
     """
     result: dict[str, Any] = json.loads(path.read_text())
     run = Path(result["outputs"][0]["path"]).parent
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = {name: [(row["elapsed_s"] / 60, row[name]) for row in rows if name in row] for name in FIGURES}
-    if not all(found.values()):
+    measured = {name: [row for row in rows if name in row] for name in FIGURES}
+    if not all(measured.values()):
         raise ValueError(f"{run}: nothing was measured; train with --eval-every")
-    return found
+    if any("elapsed_s" not in row for found in measured.values() for row in found):
+        raise ValueError(f"{run}: an older version trained it, which noted no times; train again")
+    return {name: [(row["elapsed_s"] / 60, row[name]) for row in found] for name, found in measured.items()}
 
 
 def main() -> None:

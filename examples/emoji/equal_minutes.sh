@@ -3,15 +3,19 @@
 # LCM's family and Lightning learn from the pictures, DMD in one call from samples of the teacher, TDM, SiD and DMD2 from prompts alone.
 # The minutes are those of the training steps. Drawing the teacher's samples comes on top (`data_s` in the JSON), as do the
 # measurements for convergence.py.
-#   examples/emoji/equal_minutes.sh MINUTES SEED [METHOD ...]
+#   examples/emoji/equal_minutes.sh MINUTES SEED [METHOD[=STEPS] ...]
+# `--max-time` finds the number of steps, which needs a core of its own. Beside other work, measure it first and give it.
 set -euo pipefail
 minutes=$1 seed=$2 methods=${*:3} rows=()
-shared=(--seed "$seed" --max-time "${minutes}m" --steps 100000 --eval-every 60 --patience 0 --keep last --json --proof 4000)
+shared=(--seed "$seed" --eval-every 60 --patience 0 --keep last --json --proof 4000)
 train() { # NAME COMMAND [OPTION ...]
-    local name=$1 result=$minutes-$1-$seed.json
+    local name=$1 result=$minutes-$1-$seed.json length=(--steps 100000 --max-time "${minutes}m")
     shift
-    if [ "$methods" ] && [[ " $methods " != *" $name "* ]]; then return; fi
-    fastdiff "$@" "${shared[@]}" -o "runs/$minutes-$name-$seed" > "$result"
+    if [ "$methods" ]; then
+        if [[ ! " $methods " =~ " $name"(=([0-9]+))?" " ]]; then return; fi
+        if [ "${BASH_REMATCH[2]}" ]; then length=(--steps "${BASH_REMATCH[2]}"); fi
+    fi
+    fastdiff "$@" "${shared[@]}" "${length[@]}" -o "runs/$minutes-$name-$seed" > "$result"
     rows+=("$name=$result")
 }
 train tdm tdm

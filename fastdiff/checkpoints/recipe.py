@@ -24,11 +24,15 @@ class Recipe:
     eta: float | None = None  # TCD's gamma: 0 is deterministic, 1 is LCM
     prediction_type: str | None = None  # epsilon, v_prediction, sample
     parent: str | None = None  # sha256 of the base UNet's weights
+    any_steps: bool | None = None  # whether the weights work with other numbers of steps, too
 
     @property
     def fixed(self) -> bool:
-        """Whether the weights work with one number of steps only."""
-        return self.timesteps is not None or self.scheduler == "euler"
+        """Whether the weights work with one number of steps only.
+
+        A file that does not say: those with timesteps of their own do, and those for Euler steps, as SDXL-Lightning's.
+        """
+        return not self.any_steps and (self.timesteps is not None or self.scheduler == "euler")
 
     def predicts(self, base: "PredictionType") -> "PredictionType":
         """What the network outputs with these weights: "sample" if the recipe says so, else as the base, `base`."""
@@ -43,6 +47,12 @@ class Recipe:
     def from_metadata(cls, metadata: Mapping[str, str] | None) -> "Recipe":
         """Read a recipe from the entries of a file's header. Other entries are ignored; a malformed number raises ValueError."""
         numbers = lambda text: tuple(int(x) for x in text.split(","))  # noqa: E731
-        readers: dict[str, Callable[[str], Any]] = {"num_steps": int, "guidance": float, "eta": float, "timesteps": numbers}
+        readers: dict[str, Callable[[str], Any]] = {
+            "num_steps": int,
+            "guidance": float,
+            "eta": float,
+            "timesteps": numbers,
+            "any_steps": lambda text: text == "True",
+        }
         texts = {f.name: (metadata or {}).get(PREFIX + f.name) for f in fields(cls)}
         return cls(**{name: readers.get(name, str)(text) for name, text in texts.items() if text is not None})

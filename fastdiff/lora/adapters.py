@@ -13,11 +13,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.lora import apply
 from fastdiff.lora.file import Factors, Lora, from_peft, layers_told
 from fastdiff.lora.kinds import Dense, low_rank_of
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError
 
 if TYPE_CHECKING:  # networks are cast to these: torch types every attribute of a module as a tensor or a module
     from diffusers.configuration_utils import ConfigMixin
@@ -62,6 +63,33 @@ def attach(
     return added
 
 
+def check_start(start: Lora, base: Checkpoint, layers: Sequence[str] | None) -> None:
+    """Check that an adapter on `layers` of the base's UNet can be set to the LoRA `start`. No weights are read.
+
+    Without `layers` the LoRA is to be added to the weights themselves, which fits any layer.
+    InputRefused where the LoRA is for another network or another type of prediction; UsageError where it changes other layers.
+    """
+    kind = start.recipe.prediction_type
+    if kind not in {None, base.prediction_type}:
+        raise InputRefused(f"{start.source}: with it a network predicts {kind}, but the base predicts {base.prediction_type}")
+    table = apply.places(base.shapes("unet"), "lora_unet_")
+    try:
+        (fitted,) = apply.fit([(start, 1.0)], table, family=base.family)
+    except InputRefused as error:
+        raise InputRefused(str(error), "`init` takes a LoRA for a network of the base's shape") from error
+    if layers is not None:
+        adapted = tuple(f".{name}.weight" for name in layers)
+        check_adapted(start, [key for key in fitted.modules if not f".{table[key].name}".endswith(adapted)])
+
+
+def check_adapted(start: Lora, others: Sequence[str]) -> None:
+    """Raise UsageError where the LoRA `start` changes `others`: layers, by canonical key, that have no adapter."""
+    if others:
+        raise UsageError(
+            f"{start.source}: {len(others)} of its layers have no adapter here ({others[0]})", "give `lora_layers=all`"
+        )
+
+
 @torch.no_grad()
 def start_from(unet: nn.Module, start: Lora, name: str) -> None:
     """Set a new adapter to the LoRA `start` of the same base, or to the best approximation that the adapter's rank allows.
@@ -75,11 +103,7 @@ def start_from(unet: nn.Module, start: Lora, name: str) -> None:
     # Weights are not collected: those of a quantised network are restored at each access.
     shapes = {f"{layer}.weight": tuple(base_weight(modules[key]).shape) for key, layer in apply.names(unet).items()}
     (fitted,) = apply.fit([(start, 1.0)], apply.places(shapes, "lora_unet_"))
-    unadapted = [key for key in fitted.modules if key not in adapted]
-    if unadapted:
-        raise UsageError(
-            f"{start.source}: {len(unadapted)} of its layers have no adapter here ({unadapted[0]})", "give `lora_layers=all`"
-        )
+    check_adapted(start, [key for key in fitted.modules if key not in adapted])
     for key, update in fitted.modules.items():
         layer = adapted[key]
         if update.needs_weight:

@@ -17,7 +17,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fastdiff import lora
 from fastdiff.checkpoints import locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.batch import Batch
@@ -26,7 +25,8 @@ from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import simulate
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction, timesteps_from
-from fastdiff.methods.shared.scores import Scores, align, fitted_guidance, start_from
+from fastdiff.methods.shared.scores import fitted_guidance
+from fastdiff.methods.shared.student_and_fake import StudentAndFake
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.discriminator import Head
@@ -34,10 +34,10 @@ from fastdiff.options.dmd import EXAMPLES, PRESETS, Config
 from fastdiff.options.dmd import Config as Options
 from fastdiff.runtime.console import info
 from fastdiff.runtime.rng import seed_for
-from fastdiff.training.method import Load, Losses, Now, Phase, Trains, Turn, equation
+from fastdiff.training.method import Load, Losses, Now, Trains, Turn, equation
 
 
-class DMD(Scores):
+class DMD(StudentAndFake):
     """Distribution matching. Players: `student`, and `fake`: the fake score, with the GAN head where there is one."""
 
     name, Config, presets, examples = "dmd", Config, PRESETS, EXAMPLES
@@ -48,10 +48,7 @@ class DMD(Scores):
         self.student, students = self.trained("student", student_net)
         self.fake, fakes = self.trained("fake", fake_net)
         self.fake.full_precision = config.fake_precision == "fp32"
-        if config.init:
-            start_from(self.student, lora.load(config.init, allow_pickle=config.allow_pickle))
-        if config.align_fake:
-            align(self.fake, self.student, 1.0)
+        self._begin()
         self.head: Head | None = None
         if config.gan_weight:
             self.watched = self.fake if config.gan_features == "fake" else self.teacher
@@ -67,7 +64,7 @@ class DMD(Scores):
         if config.regresses:
             pixels = perceptual.open_distance(base.family, config.lpips_weights, off="`lambda_reg=0`")
             self.distance = perceptual.DecodedDistance(base.vae, pixels, config.reg_crop, autoencoder.decoding(base.dtype))
-        self.timesteps = sampling_timesteps(self.schedule, config)  # moves to the device of the first batch
+        self.timesteps = sampling_timesteps(self.schedule, config)
         self.recipe = replace(
             self.recipe,
             method=config.recipe,
@@ -81,12 +78,10 @@ class DMD(Scores):
     @classmethod
     def check(cls, config: Options) -> Options:
         """Read the LoRA of `init` and find the LPIPS weights now, so that a wrong file fails before hours of sampling."""
-        if config.init:
-            lora.load(config.init, allow_pickle=config.allow_pickle)
         if config.regresses:
             family = locate.family_of(config.base, allow_pickle=config.allow_pickle)
             perceptual.locate(family, config.lpips_weights, off="`lambda_reg=0`")
-        return config
+        return super().check(config)
 
     @classmethod
     def needs(cls, config: Options) -> Needs:
@@ -96,20 +91,13 @@ class DMD(Scores):
 
     @classmethod
     def load(cls, config: Options, base: Checkpoint) -> Load:
-        full, turn = (config.student == "full") + (config.fake == "full"), 1 / config.fake_steps_per_gen
+        full, often = (config.student == "full") + (config.fake == "full"), 1 / config.fake_steps_per_gen
         gan = 1.5 if config.gan_weight else 0.0
-        free = (3 if config.fake_noise == "fresh" else 2) * turn + (config.num_steps - 1) / 2
-        return Load(full, 2 - full, 1, 2 + gan / 2, 1 + turn + gan, free)
-
-    @classmethod
-    def cycle(cls, config: Options) -> int:
-        return config.fake_steps_per_gen
-
-    def players(self, phase: Phase) -> dict[str, Trains]:
-        return self.trains
+        free = (3 if config.fake_noise == "fresh" else 2) * often + (1 - often) + (config.num_steps - 1) / 2
+        return Load(full, 2 - full, 1, 2 + gan / 2, 1 + often + gan, free)
 
     def networks(self) -> list[nn.Module]:
-        return [self.teacher, self.student, self.fake, *filter(None, (self.head, self.distance))]
+        return [*super().networks(), *filter(None, (self.head, self.distance))]
 
     def prepare(self, batch: Batch) -> None:
         """Fit the guidance of the real score to samples, for `score_guidance=fitted`."""
@@ -124,14 +112,14 @@ class DMD(Scores):
         With `fake_noise=same` the fake score is called once: its prediction is used in g and in its own loss. With `fresh` its
         loss has noise of its own, at any of the T levels.
         """
-        config, step = self.config, now.step
-        alone = step < config.reg_steps
-        turn = alone or step % config.fake_steps_per_gen == 0
-        k = 0 if alone else self._step_index(step)
-        pairs = self.paired(len(batch.latents), now) if turn and k == 0 else 0  # only the first step starts from a pair's noise
-        self.timesteps = self.timesteps.to(batch.latents.device)
+        config = self.config
+        alone, student_trains = not self._fake_trains(now), self._student_trains(now)
+        k = 0 if alone else self._step_index(now.step)
+        pairs = (
+            self.paired(len(batch.latents), now) if student_trains and k == 0 else 0
+        )  # only the first step starts from a pair's noise
         x_t, t = self.start(batch, k, pairs), self.timesteps[k].expand(len(batch.latents))
-        with torch.set_grad_enabled(turn):
+        with torch.set_grad_enabled(student_trains):
             x = self.student(x_t, t, batch.cond).x0
         student: Losses = {}
         if pairs:
@@ -141,28 +129,23 @@ class DMD(Scores):
             yield {"student": student}
             return
         seen = self.noised(x.detach(), config.t_min, config.t_max)
-        if turn:
+        if student_trains:
             real = self.real_score(seen, batch)
         same = config.fake_noise == "same"
-        if turn or same:
+        if student_trains or same:
             with torch.set_grad_enabled(same):
                 fake = self.fake(seen.x_t, seen.t, batch.cond)
-        if turn:
+        if student_trains:
             student["matching"] = losses.along(x, self.gradient(seen, real, fake))
         if not same:
             seen = self.noised(x.detach(), 0, 1)
             fake = self.fake(seen.x_t, seen.t, batch.cond)
         players = {"fake": self.fake_losses(seen, fake, batch)}
-        if turn:
+        if student_trains:
             if self.head:
                 student["gan"] = config.gan_weight * losses.gan_real(self.logits(x, batch.cond))
             players["student"] = student
         yield players
-
-    def after_update(self, now: Now) -> None:
-        """Pull the fake score towards the student after each of the student's updates, for `align_fake`."""
-        if self.config.align_fake and now.step >= self.config.reg_steps and now.step % self.config.fake_steps_per_gen == 0:
-            align(self.fake, self.student, self.config.align_fake)
 
     @equation("DMD, equation 6; DMD2, section 4.3")
     def fake_losses(self, seen: Noised, fake: Prediction, batch: Batch) -> Losses:
@@ -197,9 +180,15 @@ class DMD(Scores):
         g = torch.Generator().manual_seed(seed_for(self.config.seed, 999_983, step))
         return int(torch.randint(len(self.timesteps), (), generator=g))
 
+    def _fake_trains(self, now: Now) -> bool:
+        return now.step >= self.config.reg_steps
+
+    def _student_trains(self, now: Now) -> bool:
+        return not self._fake_trains(now) or super()._student_trains(now)
+
     def paired(self, n: int, now: Now) -> int:
         """Return how many of the batch's first rows take part in the regression; all of them where it trains alone."""
-        alone = now.step < self.config.reg_steps
+        alone = not self._fake_trains(now)
         if not (alone or self.config.lambda_reg):
             return 0
         return n if alone else min(n, self.config.reg_batch or -(-n // 2))

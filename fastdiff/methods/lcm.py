@@ -40,12 +40,13 @@ class LCM(Method):
     """Latent consistency distillation. The one player is `student`: an adapter on the base's UNet, or a UNet of its own."""
 
     name, Config, presets, examples = "train-lcm-lora", Config, PRESETS, EXAMPLES
+    embeds_guidance = True
 
     def __init__(self, base: Checkpoint, config: Options) -> None:
         super().__init__(base, config)
         self.student, self.params = self.trained("student", guidance_embedded(base.unet) if config.full else None)
         self.target = EMA(self.params, config.target_ema, warm=False) if config.full else None
-        self.grid = distillation_grid(self.schedule, config)  # moves to the device of the first batch
+        self.grid = distillation_grid(self.schedule, config)
         self.recipe = replace(
             self.recipe,
             method={"zero": "lcm", "edge": "pcm", "random": "tcd"}[config.target],
@@ -73,8 +74,7 @@ class LCM(Method):
         """Compute the consistency loss between two points of one trajectory (LCM, algorithm 1; LCF, algorithm 4)."""
         n, device = len(batch.latents), batch.latents.device
         index = torch.randint(len(self.grid), (n,), device=device)
-        self.grid = grid = self.grid.to(device)
-        t, u, s = grid[index], *self.pair(index, grid)
+        t, u, s = self.grid[index], *self.pair(index, self.grid)
         w = torch.empty(n, device=device).uniform_(self.config.guidance_min, self.config.guidance_max)
         eps = torch.randn_like(batch.latents)
         x_t = self.schedule.add_noise(batch.latents, eps, t)

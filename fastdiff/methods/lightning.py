@@ -67,6 +67,13 @@ class Lightning(Method):
         return config
 
     @classmethod
+    def check_base(cls, config: Options, base: Checkpoint) -> None:
+        """Refuse a LoRA of `init` that does not fit the base."""
+        super().check_base(config, base)
+        if config.init:
+            adapters.check_start(lora.load(config.init, allow_pickle=config.allow_pickle), base, cls._layers(config))
+
+    @classmethod
     def load(cls, config: Options, base: Checkpoint) -> Load:
         """Return the cost of the largest phase, with a discriminator; without `lora_only` the student is a second network."""
         first = plan(config)[0]

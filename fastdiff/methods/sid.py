@@ -50,20 +50,19 @@ class SiD(FromPrompts):
 
     @classmethod
     def load(cls, config: Options, base: Checkpoint) -> Load:
-        turn, both = 1 / config.fake_steps_per_gen, 2 if config.fake_guidance > 1 else 1
-        return Load(lora=2, graph=3 + 2 * both, grad=both + turn * (3 + both), free=1 - turn + (config.num_steps - 1) / 2)
+        often, both = 1 / config.fake_steps_per_gen, 2 if config.fake_guidance > 1 else 1
+        return Load(lora=2, graph=3 + 2 * both, grad=both + often * (3 + both), free=1 - often + (config.num_steps - 1) / 2)
 
     def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """Train the student on its samples, and the fake score on the same samples with other noise."""
-        turn = self._student_trains(now)
+        student_trains = self._student_trains(now)
         step = int(torch.randint(len(self.timesteps), ()))
-        self.timesteps = self.timesteps.to(batch.latents.device)
         walk = lambda x, t: self.student(x, t, batch.cond)
         x_t = simulate(walk, torch.randn_like(batch.latents), self.schedule, self.timesteps, step)
-        with torch.set_grad_enabled(turn):
+        with torch.set_grad_enabled(student_trains):
             x = self.student(x_t, self.timesteps[step], batch.cond).x0
         players: Turn = {"fake": {"denoising": self.fake_loss(x.detach(), batch)}}
-        if turn:
+        if student_trains:
             seen = self.noised(x, self.config.t_min, self.config.t_max)
             players["student"] = {"identity": self.identity_loss(seen, batch)}
         yield players

@@ -55,29 +55,33 @@ class TDM(FromPrompts):
             self.guidance = torch.linspace(config.guidance, config.noise_guidance, len(self.schedule))
         self.recipe = replace(
             self.recipe,
-            scheduler="ddim" if config.any_steps else "euler",  # a recipe of Euler steps is for one number of them
+            scheduler="euler",
             spacing="trailing",
             num_steps=config.num_steps,
             guidance=1.0,
+            any_steps=config.any_steps or None,
         )
 
     @classmethod
     def load(cls, config: Options, base: Checkpoint) -> Load:
-        turn, counts = 1 / config.fake_steps_per_gen, step_counts(config)
+        often, counts = 1 / config.fake_steps_per_gen, step_counts(config)
         walk = sum((count - 1) / 2 for count in counts) / len(counts)
-        return Load(lora=2, graph=2, grad=1 + turn, free=2 * turn + (1 - turn) + walk)
+        follow = config.follows / config.steps
+        teacher = sum(-(-config.follow_steps // count) for count in counts) / len(counts)  # its steps in one of the student's
+        grad, free = 1 + often, 2 * often + (1 - often)
+        return Load(lora=2, graph=2, grad=follow + (1 - follow) * grad, free=follow * 2 * teacher + (1 - follow) * free + walk)
 
     def phases(self) -> list[Phase]:
-        following = min(round(self.config.follow * self.config.steps), self.config.steps - 1)  # matching is never left out
-        return planned(follow=following, match=self.config.steps - following)
+        follows = self.config.follows
+        return planned(follow=follows, match=self.config.steps - follows)
 
     def players(self, phase: Phase) -> dict[str, Trains]:
-        return {"student": self.trains["student"]} if phase.name == "follow" else self.trains
-
-    def prepare(self, batch: Batch) -> None:
-        """Move the guidance of each noise level to the device."""
-        if isinstance(self.guidance, Tensor):
-            self.guidance = self.guidance.to(batch.latents.device)
+        """Return who trains in a phase. The fake score rests while the student follows the teacher, and then begins as it."""
+        if phase.name == "follow":
+            return {"student": self.trains["student"]}
+        if self.config.align_fake and self.config.follow:
+            align(self.fake, self.student, 1.0)
+        return self.trains
 
     def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """Train student and fake score on the same step of the student, each with the other's old weights.
@@ -90,21 +94,22 @@ class TDM(FromPrompts):
             goal = self.teacher_walk(x_t, t, end, batch, -(-self.config.follow_steps // len(grid)))
             yield {"student": {"follow": losses.squared(jump(self.schedule, self.student(x_t, t, batch.cond), end), goal)}}
             return
-        if self.config.align_fake and now.done == 0 and self.config.follow:
-            align(self.fake, self.student, 1.0)  # it rested while the student followed
         if self.config.random_ends:
             end = (end + torch.rand(len(t), device=t.device) * (t - LOWEST - end).clamp(min=0)).long()
-        turn = self._student_trains(now)
-        with torch.set_grad_enabled(turn):
+        student_trains = self._student_trains(now)
+        with torch.set_grad_enabled(student_trains):
             p = self.student(x_t, t, batch.cond)
         noise = torch.randn_like(x_t)
         seen = self.further(p, t, end, noise)
-        real = self.real_score(seen, batch) if turn else None
+        real = self.real_score(seen, batch) if student_trains else None
         fake = self.fake(seen.x_t, seen.t, batch.cond)
         players: Turn = {"fake": {"denoising": self.fake_loss(seen, fake, noise)}}
         if real is not None:
             players["student"] = {"matching": self.matching(p, seen, real, fake, end)}
         yield players
+
+    def _fake_trains(self, now: Now) -> bool:
+        return now.phase.name != "follow"
 
     def _grid(self) -> Tensor:
         """Return the timesteps (K,) of the student's calls; with `any_steps` their number K is drawn anew."""

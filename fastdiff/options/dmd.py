@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from fastdiff.checkpoints.family import LAST_TIMESTEP, Presets
-from fastdiff.options.train import TrainConfig
+from fastdiff.options.student_and_fake import StudentAndFakeConfig
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError
 
@@ -44,7 +44,7 @@ fastdiff dmd --base sdxl --recipe dmd2 --num-steps 1 --t-gen 399 --reg-steps 200
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(StudentAndFakeConfig):
     PANEL: ClassVar[str] = "Distribution matching"
     ESSENTIALS: ClassVar[str] = "base recipe num_steps data prompts output steps init batch_size max_time"
     VARIANT: ClassVar[str] = "recipe"  # its value picks a second row of PRESETS
@@ -54,10 +54,6 @@ class Config(TrainConfig):
     fake: Annotated[Literal["lora", "full"], "what learns the student's distribution (fake score): a LoRA, or all weights"] = (
         "lora"
     )
-    init: Annotated[str | None, "a few-step LoRA of the same base that the student starts from"] = None
-    lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64
-    lora_alpha: Annotated[float, "scale of the adapters is alpha / rank", Range(above=0)] = 64
-    lora_layers: Annotated[Literal["all", "attention"], "layers that get an adapter; attention is faster and smaller"] = "all"
     num_steps: Annotated[int, "sampling steps of the student", Range(1, 8)] = 1
     t_gen: Annotated[
         int | None,
@@ -75,10 +71,6 @@ class Config(TrainConfig):
         Literal["dmd", "eq8", "none", "sigma2"],
         "weighting of the gradient: DMD's algorithm 2, DMD's equation 8, Diff-Instruct, SDS",
     ] = "dmd"
-    fake_steps_per_gen: Annotated[
-        int, "updates of the fake score per update of the student; --steps counts the former", Range(1)
-    ] = 1
-    fake_lr: Annotated[float | None, "learning rate of the fake score; default --lr", Range(above=0)] = None
     fake_noise: Annotated[
         Literal["same", "fresh"],
         "noise on which the fake score learns: that of the gradient, which saves a call, or its own at any level (as published)",
@@ -87,11 +79,6 @@ class Config(TrainConfig):
         Literal["run", "fp32"],
         "precision in which the fake score computes: that of the run, or fp32 (as published), with --fake full",
     ] = "run"
-    align_fake: Annotated[
-        float,
-        "share by which each update of the student pulls the fake score's weights to the student's (SenseFlow)",
-        Range(0, 1),
-    ] = 0.0
     lambda_reg: Annotated[float, "weight of the regression to the teacher's picture from the same noise; 0 = none", Range(0)] = (
         0.25
     )
@@ -109,9 +96,6 @@ class Config(TrainConfig):
         "channels of the discriminator; default: those of the features (DMD2); 256 save 1.4 GiB on SDXL",
         Range(8),
     ] = None
-    proof: Annotated[
-        int, "pictures per row of the closing table (emoji only), half of prompts never trained on; 0 = no table", Range(0, 4000)
-    ] = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,6 +113,10 @@ class Config(TrainConfig):
                 f"`align_fake={self.align_fake:g}`: a LoRA and whole weights cannot be aligned",
                 "let `student` and `fake` be both lora, or both full",
             )
+
+    @property
+    def student_whole(self) -> bool:
+        return self.student == "full"
 
     @property
     def trains_whole(self) -> str | None:

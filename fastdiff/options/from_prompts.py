@@ -1,36 +1,26 @@
 """The options that `tdm` and `sid` share: student and fake score are two LoRAs of the base, and prompts are all the data."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from fastdiff.options.train import TrainConfig
-from fastdiff.runtime.config import Range
+from fastdiff.options.student_and_fake import StudentAndFakeConfig
+from fastdiff.runtime.errors import UsageError, as_field
+
+OF_PICTURES = ("pairs", "max_images", "buckets", "random_crops", "flip")  # options of training pictures, which are not used
 
 
 @dataclass
-class FromPromptsConfig(TrainConfig):
+class FromPromptsConfig(StudentAndFakeConfig):
     """The options of methods that match distributions from prompts alone."""
-
-    PANEL: ClassVar[str] = "Student and fake score"
 
     data: Annotated[Literal["teacher"], "prompts alone are used: those of the teacher, or --prompts; no pictures are drawn"] = (  # type: ignore[assignment]
         "teacher"
     )
-    num_steps: Annotated[int, "sampling steps of the student", Range(1, 50)] = 1
-    init: Annotated[str | None, "a few-step LoRA of the same base that the student starts from"] = None
-    lora_rank: Annotated[int, "rank of the adapters", Range(1)] = 64
-    lora_alpha: Annotated[float, "scale of the adapters is alpha / rank", Range(above=0)] = 64
-    lora_layers: Annotated[Literal["all", "attention"], "layers that get an adapter; attention is faster and smaller"] = "all"
-    guidance: Annotated[float, "guidance w of the teacher, u + w (c - u)", Range(1)] = 3.5
-    fake_lr: Annotated[float | None, "learning rate of the fake score; default --lr", Range(above=0)] = None
-    fake_steps_per_gen: Annotated[
-        int, "updates of the fake score per update of the student; --steps counts the former", Range(1)
-    ] = 1
-    align_fake: Annotated[
-        float,
-        "share by which each update of the student pulls the fake score's weights to the student's (SenseFlow)",
-        Range(0, 1),
-    ] = 0.0
-    proof: Annotated[
-        int, "pictures per row of the closing table (emoji only), half of prompts never trained on; 0 = no table", Range(0, 4000)
-    ] = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in OF_PICTURES:
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                raise UsageError(
+                    f"{as_field(name, value)}: no pictures are trained on here", "leave it out; `prompts` is the data"
+                )

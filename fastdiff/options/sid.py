@@ -40,7 +40,9 @@ class Config(FromPromptsConfig):
     fake_guidance: Annotated[
         float, "guidance of the fake score, in the student's loss and in its own (long-short guidance)", Range(1)
     ] = 1.0
-    identity: Annotated[float, "a in the loss: how far the squared difference of the scores is subtracted", Range(0)] = 1.0
+    identity: Annotated[
+        float, "a in the loss: how much of the squared difference of the scores is subtracted; 1 to 1.2 as published", Range(0)
+    ] = 1.0
     t_min: Annotated[float, "lowest noise level of the scores, as a part of the timesteps", Range(0, 1)] = 0.02
     t_max: Annotated[float, "highest noise level of the scores", Range(0, 1)] = 0.98
 

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from fastdiff.checkpoints.family import Presets
 from fastdiff.options.from_prompts import FromPromptsConfig
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import UsageError, as_field
 
 # fmt: off
 CARD = dict(  # the published rate of the student is a fifth of the fake score's
@@ -34,16 +34,22 @@ class Config(FromPromptsConfig):
     PANEL: ClassVar[str] = "Trajectory distribution matching"
     ESSENTIALS: ClassVar[str] = "base num_steps any_steps prompts output steps guidance init batch_size max_time"
 
-    num_steps: Annotated[int, "sampling steps of the student", Range(1, 50)] = 4
-    any_steps: Annotated[bool, "train for 1, 2, 4, ... up to --num-steps sampling steps in one LoRA"] = False
+    num_steps: Annotated[int, "sampling steps of the student", Range(1, 25)] = 4
+    any_steps: Annotated[
+        bool, "train for 1, 2, 4, ... up to --num-steps sampling steps in one LoRA, somewhat less well for each of them"
+    ] = False
     follow: Annotated[
         float,
-        "share of --steps, at the start, in which the student learns the teacher's own steps by squared error",
+        "share of --steps, at the start, in which the student learns the teacher's own steps by squared error; worth a try where "
+        "matching alone is unsteady, no gain on emoji",
         Range(0, below=1),
     ] = 0.0
     follow_steps: Annotated[int, "sampling steps of the teacher in --follow, over all noise levels", Range(1, 1000)] = 16
     noise_guidance: Annotated[
-        float | None, "guidance at the highest noise level, from where it goes evenly to --guidance at the lowest", Range(1)
+        float | None,
+        "guidance at the highest noise level, from where it goes evenly to --guidance at the lowest; for colours that come out "
+        "too loud, no gain on emoji",
+        Range(1),
     ] = None
     match: Annotated[
         Literal["segment", "above"], "noise levels at which a step is matched: those that it crosses, or all above its end"
@@ -62,5 +68,12 @@ class Config(FromPromptsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.any_steps and (self.num_steps < 2 or self.num_steps & (self.num_steps - 1)):
-            hint = "use num_steps=2, 4, 8, 16 or 32: the LoRA then draws in 1, 2, 4, ... steps up to it"
+            hint = "use num_steps=2, 4, 8 or 16: the LoRA then draws in 1, 2, 4, ... steps up to it"
             raise UsageError(f"`num_steps={self.num_steps}`: is never drawn with `any_steps`, which doubles from 1", hint)
+        if self.follow and not self.follows:
+            raise UsageError(f"{as_field('follow', self.follow)}: is no step of `steps={self.steps}`", "give more of either")
+
+    @property
+    def follows(self) -> int:
+        """The number of steps at the start in which the student learns the teacher's own steps. Matching is never left out."""
+        return min(round(self.follow * self.steps), self.steps - 1)

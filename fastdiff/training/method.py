@@ -26,7 +26,7 @@ from fastdiff.lora import adapters
 from fastdiff.models import quantized
 from fastdiff.models.denoiser import Denoiser, trainable_copy
 from fastdiff.options.train import TrainConfig
-from fastdiff.runtime.errors import Result
+from fastdiff.runtime.errors import InputRefused, Result, as_field
 from fastdiff.sampling.settings import Settings
 from fastdiff.training.card import Usage, usage_of_recipe
 from fastdiff.training.exhibit import Exhibit
@@ -117,6 +117,8 @@ def equation(source: str) -> Callable[[Function], Function]:
 class Method(ABC):
     """One paper. `losses` is its algorithm: it moves nothing between devices, saves nothing and calls no optimiser.
 
+    At the start of a phase the trainer moves the `networks`, and every tensor that is an attribute, to the device.
+
     A subclass defines `name`, `Config`, `players` and `losses`. It sets `student` in `__init__`, or in `players` where the
     student changes from phase to phase, and completes `recipe`, which says how the student is sampled. Everything else has
     the defaults below.
@@ -129,6 +131,7 @@ class Method(ABC):
     # What closing figures are compared with: the undistilled teacher at as many calls, or the "student" before training.
     baseline: ClassVar[str] = "teacher"
     keeps: ClassVar[tuple[str, ...]] = ("unet",)  # components of the base that stay in memory while it trains
+    embeds_guidance: ClassVar[bool] = False  # whether it can train from a UNet that takes the guidance as an input
 
     student: Any  # the Denoiser that is sampled and exported
     teacher: Any = None  # the Denoiser of the base
@@ -185,6 +188,20 @@ class Method(ABC):
         Options that cannot work raise UsageError, files that cannot be used raise InputRefused.
         """
         return config
+
+    @classmethod
+    def check_base(cls, config: Any, base: Checkpoint) -> None:
+        """Check options against the opened base, of which no weights are loaded, before data is made.
+
+        InputRefused where the UNet takes the guidance as an input and the method would not give it.
+        """
+        embedded = "unet" in cls.keeps and base.unet_config.get("time_cond_proj_dim") is not None
+        if embedded and not cls.embeds_guidance:
+            raise InputRefused(
+                f"{as_field('base', base.ref)}: its UNet takes the guidance as an input, as a fully distilled LCM does; "
+                f"{cls.name} trains from a UNet without it",
+                "give the base that it was distilled from",
+            )
 
     @classmethod
     def shortcut(cls, config: Any) -> Result | None:
@@ -297,8 +314,12 @@ class Method(ABC):
         """Put a fresh LoRA adapter of the config's rank and alpha on a network; return its parameters."""
         if self.config.gradient_checkpointing:
             adapters.checkpoint_gradients(net)
-        layers = layers or (adapters.ATTENTION if self.config.lora_layers == "attention" else adapters.TARGETS)
-        return adapters.attach(net, self.config.lora_rank, self.config.lora_alpha, name, layers)
+        return adapters.attach(net, self.config.lora_rank, self.config.lora_alpha, name, layers or self._layers(self.config))
+
+    @classmethod
+    def _layers(cls, config: Any) -> tuple[str, ...]:
+        """Return the last parts of the names of layers that get an adapter."""
+        return adapters.ATTENTION if config.lora_layers == "attention" else adapters.TARGETS
 
     def log(self, **figures: Tensor) -> None:
         """Log scalars beside the losses. Each is repeated in every row of metrics.jsonl until it gets a new value."""

@@ -255,6 +255,7 @@ def train(method_class: type[Method], config: Any) -> Trained:
     session = Session.open(method_class.name, config)
     scene, run = session.scene, session.run
     base = scene.base
+    method_class.check_base(config, base)
     with console.timed("data_s"):
         exhibit = method_class.exhibit(scene, config)
         data = data_of(scene, config, method_class.needs(config), method_class.teacher_loras(config))

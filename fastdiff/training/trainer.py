@@ -71,6 +71,7 @@ class Trainer:
             raise TypeError(f"{type(method).__name__}: {', '.join(missing)} not set; set it in __init__() or in players()")
         for net in method.networks():
             net.to(self.device)
+        vars(method).update({name: v.to(self.device) for name, v in vars(method).items() if isinstance(v, Tensor)})
         moved = self.shard(trains)
         self.players = {
             name: Player(
