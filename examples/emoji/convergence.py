@@ -20,8 +20,8 @@ FIGURES = {"retrieval": "recognised", "frechet": "Frechet distance"}  # of 200 p
 def curves(path: Path) -> dict[str, list[tuple[float, float]]]:
     """Return {figure: [(minutes, value)]} of one training run.
 
-    ValueError where the run has no measurement or no times, KeyError or OSError where the file is not a training result or its run is
-    gone.
+    ValueError where the run has no measurement or no times, KeyError or OSError where the file is no training result or its run
+    is gone.
     """
     result: dict[str, Any] = json.loads(path.read_text())
     run = Path(result["outputs"][0]["path"]).parent
