@@ -109,6 +109,25 @@ def test_the_table_has_unseen_and_seen_prompts_and_says_where_a_student_is_not_a
     assert [row.split(" | ")[:2] for row in rows[1:]] == [["| L", "1"], ["| L, full weights", "1"], ["| L", "8"]]
 
 
+def test_the_table_of_several_seeds_has_their_mean_and_range(tmp_path, monkeypatch, capsys):
+    for seed, student in enumerate((0.9, 0.96, 0.93)):
+        gaps = {
+            m: {"4": dict(student=student, gap_closed=None, low=None, high=None, verdict="behind")}
+            for m in ("retrieval", "frechet")
+        }
+        (tmp_path / f"{seed}.json").write_text(json.dumps({"metrics": {"gap_closed": gaps, "seen": {"gap_closed": gaps}}}))
+    files = ",".join(str(tmp_path / f"{seed}.json") for seed in range(3))
+    monkeypatch.setattr("sys.argv", ["table.py", f"TDM={files}"])
+    runpy.run_path(str(FOLDER / "table.py"), run_name="__main__")
+    head, _, row = capsys.readouterr().out.splitlines()
+    assert "lowest to highest" in head
+    assert row == "| TDM | 4 |" + " 0.930 | 0.900 to 0.960 |" * 4
+    monkeypatch.setattr("sys.argv", ["table.py", f"TDM={files}", f"DMD={tmp_path}/0.json"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(FOLDER / "table.py"), run_name="__main__")
+    assert "several to each" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("script", "argument", "problem"),
     [
