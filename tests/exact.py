@@ -89,7 +89,7 @@ class World:
         nets = {"student": m.student} | ({"fake": m.fake} if with_fake else {})
         optimizers = {who: torch.optim.AdamW(net.parameters(), rate, betas) for who, net in nets.items()}
         for step in range(steps):
-            for turn in m.losses(batch, SimpleNamespace(step=step, phase=SimpleNamespace(name="match"))):
+            for turn in m.losses(batch, SimpleNamespace(step=step, done=step, phase=SimpleNamespace(name=""))):
                 for who, optimizer in optimizers.items():
                     optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
                     params = list(nets[who].parameters())

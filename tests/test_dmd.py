@@ -294,16 +294,21 @@ def test_with_fresh_noise_the_fake_score_learns_at_every_level_and_the_gradient_
 
 
 def test_an_aligned_fake_score_follows_the_students_updates_alone(tiny_sd):
-    m, _ = method(tiny_sd, align_fake=0.5, fake_steps_per_gen=2, reg_steps=2, lambda_reg=1.0)
-    entered(m)
-    student, fake = (trained(m, who) for who in ("student", "fake"))
-    assert all(torch.equal(a, b) for a, b in zip(student, fake, strict=True))
+    """In the regression it rests; then it begins as the student, and is pulled after each of the student's updates."""
+    m, _ = method(tiny_sd, align_fake=0.5, fake_steps_per_gen=2, reg_steps=3, lambda_reg=1.0)
+    student, fake = (list(m.trains[who].params) for who in ("student", "fake"))
     disturb(m, ("student",))
     before = [p.detach().clone() for p in fake]
-    for step in (0, 3):  # the regression alone, and a step of the fake score alone
-        m.after_update(now(m, step))
-        assert all(torch.equal(a, b) for a, b in zip(fake, before, strict=True))
-    m.after_update(now(m, 2))
+    assert set(trainees(entered(m, "regress"))) == {"student"}
+    m.after_update(now(m, 0))
+    assert all(torch.equal(a, b) for a, b in zip(fake, before, strict=True))
+    assert set(trainees(entered(m, "match"))) == {"student", "fake"}
+    assert all(torch.equal(a, b) for a, b in zip(student, fake, strict=True))
+    before = [p.detach().clone() for p in fake]
+    disturb(m, ("student",))
+    m.after_update(now(m, 4))  # a step of the fake score alone
+    assert all(torch.equal(a, b) for a, b in zip(fake, before, strict=True))
+    m.after_update(now(m, 3))
     for p, old, goal in zip(fake, before, student, strict=True):
         torch.testing.assert_close(p, (old + goal) / 2)
 
@@ -602,10 +607,23 @@ def test_regression_alone_first_then_without_it(tiny_sd):
     """DMD2's start of SDXL in one step."""
     m, base = method(tiny_sd, recipe="dmd2", t_gen=399, reg_steps=3, fake_steps_per_gen=2)
     assert m.timesteps.tolist() == [399]
-    turns = [{who: set(terms) for who, terms in next(play(m, batch_for(base), step)).items()} for step in range(6)]
+    assert [(phase.name, phase.steps, phase.exports) for phase in m.phases()] == [("regress", 3, False), ("match", 997, True)]
+    turns = []
+    for step in range(6):
+        if step in {0, 3}:
+            entered(m, "match" if step else "regress")
+        turns.append({who: set(terms) for who, terms in next(play(m, batch_for(base), step)).items()})
     assert turns[:3] == [{"student": {"regression"}}] * 3
-    assert turns[3] == {"fake": {"denoising"}}
-    assert turns[4] == {"student": {"matching"}, "fake": {"denoising"}}
+    assert turns[3] == {"student": {"matching"}, "fake": {"denoising"}}
+    assert turns[4] == {"fake": {"denoising"}}
+
+
+def test_regression_that_leaves_no_step_to_match_is_refused():
+    with pytest.raises(UsageError, match="`reg_steps=400`: leaves none of the `steps=400`"):
+        Config(steps=400, reg_steps=400)
+    for t_gen, num_steps in ((0, 1), (3, 4)):
+        with pytest.raises(UsageError, match=f"`t_gen={t_gen}`: must be at least {num_steps}"):
+            Config(t_gen=t_gen, num_steps=num_steps)
 
 
 def test_v_prediction_with_zero_terminal_snr_starts_from_pure_noise(tiny_v):

@@ -132,7 +132,8 @@ def never_trained():
     return text.encode(base, list(held_out.captions()), device="cpu").tokens, images
 
 
-SAMPLED = [(name, {"data": "teacher"}) for name in ("train-lcm-lora", "lightning", "prune")]  # what the long runs do
+# What the long runs do; in the quick tests `dmd` samples the teacher.
+SAMPLED = [pytest.param(name, {"data": "teacher"}, marks=pytest.mark.slow) for name in ("train-lcm-lora", "lightning", "prune")]
 
 
 @pytest.mark.parametrize(("name", "given"), [*((name, {}) for name in METHODS), *SAMPLED, ("dmd", {"recipe": "dmd2"})])

@@ -26,6 +26,8 @@ CHAIN = {  # in four steps there is no time for all stages
     "sdxs": dict(match_steps=0, gan_steps=1),
     "distill-vae": dict(gan_from=0, encoder=True, lambda_gan=0.004),
 }
+# Runs whose players change before and after the saved state, and whose student walks.
+OPTIONS = [("tdm", dict(follow=0.3, align_fake=0.2)), ("tdm", dict(follow=0.6)), ("sid", dict(num_steps=2))]
 METHODS = {c.name: c.load().method for c in cli.COMMANDS if c.load().method}
 
 
@@ -111,10 +113,7 @@ def test_only_the_yielding_player_gets_gradients(command, data, tmp_path):
             p.grad = None
 
 
-@pytest.mark.parametrize(
-    ("command", "options"),
-    [*((name, {}) for name in METHODS), ("tdm", dict(follow=0.3, align_fake=0.2)), ("sid", dict(num_steps=2))],
-)
+@pytest.mark.parametrize(("command", "options"), [*((name, {}) for name in METHODS if name not in {"sid", "tdm"}), *OPTIONS])
 def test_a_resumed_run_equals_an_uninterrupted_one(command, options, data, tmp_path, monkeypatch):
     """7 steps in one go, and a resume from a copy of the disk at step 5: weights, averages and metrics bit by bit.
 

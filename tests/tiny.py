@@ -1,7 +1,7 @@
 """Every training command at its smallest, on the tiny checkpoint: what it does is told in tests, not how well."""
 
 COMMON = (
-    "--resolution 64 --pairs 8 --teacher-steps 2 --batch-size 2 --grad-accum 1 --device cpu --prompts prompts.txt --ema 0.5"
+    "--resolution 64 --teacher-steps 2 --batch-size 2 --grad-accum 1 --device cpu --prompts prompts.txt --ema 0.5"
     " --warmup 0 --lr 5e-5 --lr-schedule constant --eval-every 0 --keep last --patience 0"
 )
 LIGHTNING = "--stages 4:2 --no-lora-only --lora-rank 4 --adversarial-lr 5e-5 --full-lr 5e-5 --d-warmup 0 --gan plain"
@@ -39,4 +39,5 @@ def few_teacher_steps(usual):
 def arguments(command, base, controlnet, pruned, table=COMMANDS):
     """The command line, without --output and --steps; its folder must hold prompts.txt."""
     own = table[command].format(controlnet=controlnet, pruned=pruned)
-    return [command, "--base", str(base), *COMMON.split(), *own.split()]
+    pairs = [] if command in {"sid", "tdm"} else ["--pairs", "8"]  # those train on prompts alone
+    return [command, "--base", str(base), *COMMON.split(), *pairs, *own.split()]

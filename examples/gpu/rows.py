@@ -28,17 +28,20 @@ class Row(NamedTuple):
 
 
 # A step of a rehearsal takes about a second. Later options win, so these follow a row's own.
-SHORT = "--steps 20 --save-every 10 --pairs 16"
-SHORTEST = "--steps 2 --pairs 4 --batch-size 2 --eval-every 0 --preview-every 0"
+SHORT = "--steps 20 --save-every 10"
+SHORTEST = "--steps 2 --batch-size 2 --eval-every 0 --preview-every 0"
 
 
 BESIDE = ""
 
 
-def emoji(name: str, words: str, limit_s: float = 75, tiny: str = "", **more: Any) -> Row:
-    """A training command on the embedded checkpoint, 20 steps long, with its folder after the row's name."""
-    folder = name.replace(" ", "-")
-    return Row(f"emoji {name}", "a", f"{words} {SHORT} -o OUT/{folder}", limit_s, f"{SHORTEST} {tiny}", **more)
+def emoji(name: str, words: str, limit_s: float = 75, tiny: str = "", *, pairs: bool = True, **more: Any) -> Row:
+    """A training command on the embedded checkpoint, 20 steps long, with its folder after the row's name.
+
+    `pairs`: whether it has the option; methods that train on prompts alone do not.
+    """
+    folder, few, fewest = name.replace(" ", "-"), " --pairs 16" * pairs, " --pairs 4" * pairs
+    return Row(f"emoji {name}", "a", f"{words} {SHORT}{few} -o OUT/{folder}", limit_s, f"{SHORTEST}{fewest} {tiny}", **more)
 
 
 def tests(name: str, chosen: str) -> Row:
@@ -83,8 +86,8 @@ ROWS = [
     emoji("lcm full", "train-lcm-lora --full --proof 0"),
     emoji("dmd", "dmd --proof 0"),
     emoji("dmd2", "dmd --recipe dmd2 --num-steps 4 --proof 0"),
-    emoji("tdm", "tdm --proof 0"),
-    emoji("sid", "sid --proof 0", after="emoji tdm"),
+    emoji("tdm", "tdm --proof 0", pairs=False),
+    emoji("sid", "sid --proof 0", pairs=False, after="emoji tdm"),
     emoji("lightning", "lightning --stages 8:4 --proof 0", 90, "--stages 8:4 --phases cond,full --steps 4"),
     emoji("prune", "prune --layout bk-tiny --proof 0"),
     emoji("vae fp16", "distill-vae --encoder --precision fp16", 75, "--precision fp32"),
@@ -122,7 +125,7 @@ ROWS = [
     Row("emoji long lcm", "d", "train-lcm-lora --max-time 20s --steps 1500 --batch-size 32 --ema 0.99 --weighting inverse-step"
         " --warmup 50 --proof 300 --eval-every 0 -o OUT/long-lcm", 60, f"{SHORTEST} --proof 8"),
     Row("emoji long dmd", "d", "dmd --max-time 15s --steps 1200 --pairs 1080 --lora-layers all --lora-rank 32 --lora-alpha 32"
-        " --lr 5e-4 --warmup 50 --proof 300 --eval-every 0 -o OUT/long-dmd", 60, f"{SHORTEST} --proof 8"),
+        " --lr 5e-4 --warmup 50 --proof 300 --eval-every 0 -o OUT/long-dmd", 60, f"{SHORTEST} --pairs 4 --proof 8"),
     Row("emoji long lightning", "d", "lightning --max-time 20s --steps 1100 --lora-only --proof 300 --eval-every 0"
         " -o OUT/long-lightning", 60, "--stages 8:4 --phases cond --steps 2 --batch-size 2 --proof 8"),
     steps("sdxl dmd2, 8-bit base", f"{DMD2} {SMALL}", 12, "d", 60),

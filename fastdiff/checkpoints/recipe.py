@@ -24,15 +24,22 @@ class Recipe:
     eta: float | None = None  # TCD's gamma: 0 is deterministic, 1 is LCM
     prediction_type: str | None = None  # epsilon, v_prediction, sample
     parent: str | None = None  # sha256 of the base UNet's weights
-    any_steps: bool | None = None  # whether the weights work with other numbers of steps, too
+    step_counts: tuple[int, ...] | None = None  # the numbers of steps that one file was trained for, where there are several
 
     @property
-    def fixed(self) -> bool:
-        """Whether the weights work with one number of steps only.
+    def own_counts(self) -> tuple[int, ...]:
+        """The numbers of steps that the weights were trained for; () where any number may be taken.
 
-        A file that does not say: those with timesteps of their own do, and those for Euler steps, as SDXL-Lightning's.
+        Weights with a list of timesteps, or for Euler's steps as SDXL-Lightning's, draw in `num_steps` alone.
         """
-        return not self.any_steps and (self.timesteps is not None or self.scheduler == "euler")
+        one = self.num_steps is not None and (self.timesteps is not None or self.scheduler == "euler")
+        return self.step_counts or ((self.num_steps,) if one and self.num_steps else ())
+
+    @property
+    def steps_text(self) -> str:
+        """The numbers of steps in words: "1 step", "4 steps", "1, 2 or 4 steps"."""
+        *others, last = self.step_counts or (self.num_steps,)
+        return f"{', '.join(map(str, others))} or {last} steps" if others else f"{last} step{'s' if last != 1 else ''}"
 
     def predicts(self, base: "PredictionType") -> "PredictionType":
         """What the network outputs with these weights: "sample" if the recipe says so, else as the base, `base`."""
@@ -52,7 +59,7 @@ class Recipe:
             "guidance": float,
             "eta": float,
             "timesteps": numbers,
-            "any_steps": lambda text: text == "True",
+            "step_counts": numbers,
         }
         texts = {f.name: (metadata or {}).get(PREFIX + f.name) for f in fields(cls)}
         return cls(**{name: readers.get(name, str)(text) for name, text in texts.items() if text is not None})

@@ -178,6 +178,7 @@ class Plan:
         precision = "bf16" if elsewhere and config.precision == "auto" else config.precision
         self.dtype = pick_dtype(precision, self.device)
         self.base = config.open_base() if probe else shapes_of(config, self.dtype)
+        method.check_base(config, self.base)
         self.data = data_plan(self.base, config, method.needs(config))
         self.room = memory_bytes(self.device) if memory is None else memory
         self.load = method.load(config, self.base)

@@ -71,7 +71,11 @@ def check_start(start: Lora, base: Checkpoint, layers: Sequence[str] | None) -> 
     """
     kind = start.recipe.prediction_type
     if kind not in {None, base.prediction_type}:
-        raise InputRefused(f"{start.source}: with it a network predicts {kind}, but the base predicts {base.prediction_type}")
+        names = {"sample": "x0", "epsilon": "the noise (epsilon)", "v_prediction": "v"}
+        raise InputRefused(
+            f"{start.source}: with it a network predicts {names[kind]}, but the base predicts {names[base.prediction_type]}",
+            "the one-step LoRA of lightning predicts x0: give the one of two steps" if kind == "sample" else "",
+        )
     table = apply.places(base.shapes("unet"), "lora_unet_")
     try:
         (fitted,) = apply.fit([(start, 1.0)], table, family=base.family)

@@ -77,7 +77,8 @@ def fit(
             fitting = f"only {len(good)} of {len(lora.modules)} modules fit this model"
             message = f"{lora.source}: {fitting}; not: {', '.join(sorted(wrong)[:3])}"
             if not good:
-                names = f"{lora.source} is for {lora.family or 'another family'}, the base is {family or 'another model'}"
+                known = lora.family and family and lora.family != family
+                names = f"{lora.source} is for {lora.family}, the base is {family}" if known else lora.source
                 raise InputRefused(
                     f"{names}: none of its {len(lora.modules)} modules fits ({sorted(wrong)[0]})", "it is for another base"
                 )

@@ -68,6 +68,19 @@ class Lora:
         """This LoRA without the modules of text encoders."""
         return replace(self, modules={k: v for k, v in self.modules.items() if k.startswith("lora_unet_")})
 
+    def for_unet(self, option: str) -> "Lora":
+        """`of_unet`, with a warning that modules of text encoders are left out; InputRefused where nothing else is there.
+
+        `option` is the one that named the file.
+        """
+        unet = self.of_unet()
+        if texts := len(self.modules) - len(unet.modules):
+            where = as_field(option, self.source)
+            if not unet.modules:
+                raise InputRefused(f"{where}: changes text encoders alone, which are not trained here")
+            warn(f"{where}: its {texts} modules for text encoders are not used; the student has those of the base")
+        return unet
+
     def save(self, path: str | Path, *, dtype: torch.dtype = torch.float16, format: Format = "kohya") -> Path:
         """Write this LoRA and return the path. kohya's layout is what every program loads; `save` describes the others."""
         save(self, Path(path).expanduser(), dtype=dtype, format=format)

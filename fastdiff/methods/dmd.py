@@ -7,8 +7,9 @@
     student:     dL/dx = g / numel  (+ lambda_reg LPIPS(G(z_ref), y_ref), DMD)  (+ lambda_gan softplus(-D(x_t)), DMD2)
     fake score:  its own training loss on x  (+ what D loses on x and on real latents)
 
-Every step trains the fake score, and every r-th step (`fake_steps_per_gen`) also the student, on the same x. With LoRAs the three
-roles share one network, and the teacher is that network without an adapter.
+Every step trains the fake score, and every r-th step (`fake_steps_per_gen`) also the student, on the same x. With `reg_steps` the
+student first trains alone, by regression. With LoRAs the three roles share one network, and the teacher is that network without
+an adapter.
 """
 
 from collections.abc import Iterator
@@ -40,7 +41,10 @@ from fastdiff.training.method import Load, Losses, Now, Trains, Turn, equation
 class DMD(StudentAndFake):
     """Distribution matching. Players: `student`, and `fake`: the fake score, with the GAN head where there is one."""
 
+    config: Options
+
     name, Config, presets, examples = "dmd", Config, PRESETS, EXAMPLES
+    _alone = "regress"
 
     def __init__(self, base: Checkpoint, config: Options) -> None:
         super().__init__(base, config)
@@ -113,7 +117,7 @@ class DMD(StudentAndFake):
         loss has noise of its own, at any of the T levels.
         """
         config = self.config
-        alone, student_trains = not self._fake_trains(now), self._student_trains(now)
+        alone, student_trains = now.phase.name == self._alone, self._student_trains(now)
         k = 0 if alone else self._step_index(now.step)
         pairs = (
             self.paired(len(batch.latents), now) if student_trains and k == 0 else 0
@@ -180,15 +184,12 @@ class DMD(StudentAndFake):
         g = torch.Generator().manual_seed(seed_for(self.config.seed, 999_983, step))
         return int(torch.randint(len(self.timesteps), (), generator=g))
 
-    def _fake_trains(self, now: Now) -> bool:
-        return now.step >= self.config.reg_steps
-
-    def _student_trains(self, now: Now) -> bool:
-        return not self._fake_trains(now) or super()._student_trains(now)
+    def _steps_alone(self) -> int:
+        return self.config.reg_steps
 
     def paired(self, n: int, now: Now) -> int:
         """Return how many of the batch's first rows take part in the regression; all of them where it trains alone."""
-        alone = not self._fake_trains(now)
+        alone = now.phase.name == self._alone
         if not (alone or self.config.lambda_reg):
             return 0
         return n if alone else min(n, self.config.reg_batch or -(-n // 2))

@@ -54,7 +54,7 @@ class Lightning(Method):
         self.parts = plan(config)
         self.adapter(base.unet, "student")
         if config.init:
-            adapters.start_from(base.unet, lora.load(config.init, allow_pickle=config.allow_pickle), "student")
+            adapters.start_from(base.unet, lora.load(config.init, allow_pickle=config.allow_pickle).of_unet(), "student")
         self.kept = nn.ModuleDict()  # adapters that are saved with the run, whether or not they train now
         self.stage = -1
         self.discriminator: Discriminator | None = None
@@ -71,7 +71,8 @@ class Lightning(Method):
         """Refuse a LoRA of `init` that does not fit the base."""
         super().check_base(config, base)
         if config.init:
-            adapters.check_start(lora.load(config.init, allow_pickle=config.allow_pickle), base, cls._layers(config))
+            start = lora.load(config.init, allow_pickle=config.allow_pickle).for_unet("init")
+            adapters.check_start(start, base, cls._layers(config))
 
     @classmethod
     def load(cls, config: Options, base: Checkpoint) -> Load:

@@ -29,7 +29,6 @@ from fastdiff.models.denoiser import Denoiser, trainable_copy
 from fastdiff.models.discriminator import Discriminator
 from fastdiff.options.sdxs import EXAMPLES, PRESETS, Config
 from fastdiff.options.sdxs import Config as Options
-from fastdiff.runtime.console import warn
 from fastdiff.training.method import Load, Now, Phase, Stateful, Trains, Turn, equation, planned, relative_size
 from fastdiff.training.run import Run
 
@@ -172,10 +171,7 @@ def attach_style(net: nn.Module, spec: str, *, allow_pickle: bool) -> str:
     The adapter equals a LoRA exactly; other kinds of file are approximated by the nearest one of rank 64.
     """
     path, weight = lora.parse_spec(spec, 1.0)
-    style = lora.load(path, allow_pickle=allow_pickle)
-    if texts := len(style.modules) - len(style.of_unet().modules):
-        warn(f"`style_lora={path}`: its {texts} modules for text encoders are not used; the student has those of the base")
-    style = style.of_unet()
+    style = lora.load(path, allow_pickle=allow_pickle).for_unet("style_lora")
     rank = max((update.rank for update in style.modules.values() if isinstance(update, Factors)), default=64)
     adapters.attach(net, rank, rank, "style")
     adapters.start_from(net, style, "style")

@@ -2,11 +2,11 @@
 
     trajectory   x_K = sigma z;   x_{k-1} = DDIM step of student(x_k, t_k) to t_{k-1}, ...       the student's own, no gradient
     one step     p = student(x_k, t_k)                         with gradient; the batch holds every k about as often
-    on           x_tau = (x_{t_{k-1}} of p) diffused on to tau in [t_{k-1}, t_k)                 diffusion/dmd_gradient.py
+    on           x_tau = (x_{t_{k-1}} of p) diffused on to tau from max(t_{k-1}, 20) to below t_k - 10
     real, fake   teacher(x_tau, tau; c, empty; w)  guided,     fake_score(x_tau, tau; c)  not guided
-    g            = (fake.x0 - real.x0) / mean|p.x0 - real.x0|
+    g            = (fake.x0 - real.x0) / mean|p.x0 - real.x0|                                   diffusion/dmd_gradient.py
     student:     dL/dx = g / numel,    x = p.x0, or the point x_{t_{k-1}} / alpha_{t_{k-1}} of p
-    fake score:  min(SNR, 5) (fake.x0 - p.x0)^2, times the importance weight of x_tau
+    fake score:  min(SNR, 5) (fake.x0 - p.x0)^2, times the D-th root of the importance weight of x_tau, of D elements
 
 Distribution matching asks that the student's pictures look like the teacher's at every noise level. Here each of K steps answers
 for the noise levels that it crosses, and for those alone. No pictures are needed, and the student is sampled by a common
@@ -26,10 +26,9 @@ from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import jump
 from fastdiff.diffusion.schedule import Prediction, per_sample
 from fastdiff.methods.shared.from_prompts import FromPrompts
-from fastdiff.methods.shared.scores import align
 from fastdiff.options.tdm import EXAMPLES, PRESETS, Config
 from fastdiff.options.tdm import Config as Options
-from fastdiff.training.method import Load, Now, Phase, Trains, Turn, equation, planned
+from fastdiff.training.method import Load, Now, Turn, equation
 
 LOWEST = 20  # timestep below which no scores are compared, as in DMD
 MAX_SNR = 5.0  # of the fake score's loss
@@ -47,7 +46,7 @@ class TDM(FromPrompts):
     config: Options
 
     name, Config, presets, examples = "tdm", Config, PRESETS, EXAMPLES
-    _betas = (0.0, 0.95)  # as in the authors' script
+    _betas, _alone = (0.0, 0.95), "follow"  # betas: as in the authors' script
 
     def __init__(self, base: Checkpoint, config: Options) -> None:
         super().__init__(base, config)
@@ -59,7 +58,7 @@ class TDM(FromPrompts):
             spacing="trailing",
             num_steps=config.num_steps,
             guidance=1.0,
-            any_steps=config.any_steps or None,
+            step_counts=step_counts(config) if config.any_steps else None,
         )
 
     @classmethod
@@ -70,18 +69,6 @@ class TDM(FromPrompts):
         teacher = sum(-(-config.follow_steps // count) for count in counts) / len(counts)  # its steps in one of the student's
         grad, free = 1 + often, 2 * often + (1 - often)
         return Load(lora=2, graph=2, grad=follow + (1 - follow) * grad, free=follow * 2 * teacher + (1 - follow) * free + walk)
-
-    def phases(self) -> list[Phase]:
-        follows = self.config.follows
-        return planned(follow=follows, match=self.config.steps - follows)
-
-    def players(self, phase: Phase) -> dict[str, Trains]:
-        """Return who trains in a phase. The fake score rests while the student follows the teacher, and then begins as it."""
-        if phase.name == "follow":
-            return {"student": self.trains["student"]}
-        if self.config.align_fake and self.config.follow:
-            align(self.fake, self.student, 1.0)
-        return self.trains
 
     def losses(self, batch: Batch, now: Now) -> Iterator[Turn]:
         """Train student and fake score on the same step of the student, each with the other's old weights.
@@ -95,7 +82,7 @@ class TDM(FromPrompts):
             yield {"student": {"follow": losses.squared(jump(self.schedule, self.student(x_t, t, batch.cond), end), goal)}}
             return
         if self.config.random_ends:
-            end = (end + torch.rand(len(t), device=t.device) * (t - LOWEST - end).clamp(min=0)).long()
+            end = end + (torch.rand(len(t), device=t.device) * (t - 2 * GAP - end).clamp(min=0)).long()
         student_trains = self._student_trains(now)
         with torch.set_grad_enabled(student_trains):
             p = self.student(x_t, t, batch.cond)
@@ -108,8 +95,8 @@ class TDM(FromPrompts):
             players["student"] = {"matching": self.matching(p, seen, real, fake, end)}
         yield players
 
-    def _fake_trains(self, now: Now) -> bool:
-        return now.phase.name != "follow"
+    def _steps_alone(self) -> int:
+        return self.config.follows
 
     def _grid(self) -> Tensor:
         """Return the timesteps (K,) of the student's calls; with `any_steps` their number K is drawn anew."""
@@ -179,7 +166,8 @@ class TDM(FromPrompts):
         """Compute the fake score's loss: the squared error of x0, with weight min(SNR, 5).
 
         The importance weight corrects that the whole noise in x_t, `seen.eps`, is not drawn from a normal distribution: it is
-        that of the trajectory and the fresh `noise` together.
+        that of the trajectory and the fresh `noise` together. As published it has means in place of sums over the elements, which
+        is the D-th root of the ratio of densities. On large latents it is near 1.
         """
         weight = self.schedule.snr(seen.t).clamp(max=MAX_SNR)
         if self.config.importance_weights:

@@ -58,20 +58,25 @@ class Config(FromPromptsConfig):
     moved: Annotated[
         Literal["x0", "point"], "what the gradient moves: the x0 of a step (as published), or the point where the step ends"
     ] = "point"
-    distance: Annotated[Literal["squared", "huber"], "distance of the student to its target"] = "squared"
+    distance: Annotated[
+        Literal["squared", "huber"], "how the student's loss grows with the difference of the scores; huber: less for large ones"
+    ] = "squared"
     weighting: Annotated[
         Literal["dmd", "eq8", "none", "sigma2"],
         "weighting of the gradient: DMD's algorithm 2, DMD's equation 8, Diff-Instruct, SDS",
     ] = "dmd"
-    importance_weights: Annotated[bool, "weigh the fake score's loss by how likely its noise is"] = True
+    importance_weights: Annotated[
+        bool, "weigh the fake score's loss by how likely its noise is; on latents of SD's size the weights are near 1"
+    ] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.any_steps and (self.num_steps < 2 or self.num_steps & (self.num_steps - 1)):
-            hint = "use num_steps=2, 4, 8 or 16: the LoRA then draws in 1, 2, 4, ... steps up to it"
-            raise UsageError(f"`num_steps={self.num_steps}`: is never drawn with `any_steps`, which doubles from 1", hint)
+            hint = "the LoRA then draws in 1, 2, 4, ... steps up to that number"
+            raise UsageError(f"`num_steps={self.num_steps}`: must be 2, 4, 8 or 16 with `any_steps`", hint)
         if self.follow and not self.follows:
-            raise UsageError(f"{as_field('follow', self.follow)}: is no step of `steps={self.steps}`", "give more of either")
+            more = "give more `steps`" if self.steps < 2 else "give more of either"
+            raise UsageError(f"{as_field('follow', self.follow)}: is no step of `steps={self.steps}`", more)
 
     @property
     def follows(self) -> int:

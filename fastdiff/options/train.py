@@ -37,7 +37,9 @@ class TrainConfig(BaseConfig):
     )
     pairs: Annotated[int, "how many pictures the teacher samples for --data teacher, each kept with its noise", Range(1)] = 256
     teacher_steps: Annotated[
-        int | None, "sampling steps of each teacher picture; default: as the family is usually sampled", Range(1, 1000)
+        int | None,
+        "sampling steps of each teacher picture, for training or to measure with; default: as the family is usually sampled",
+        Range(1, 1000),
     ] = None
     teacher_guidance: Annotated[
         float | None, "guidance of each teacher picture; default: --guidance, else as the family is usually sampled", Range(1)
@@ -105,7 +107,10 @@ class TrainConfig(BaseConfig):
         seconds("max_time", self.max_time)
         if not self.eval_every and (self.keep == "best" or self.patience):
             option = "`keep=best`" if self.keep == "best" else f"`patience={self.patience}`"
-            raise UsageError(f"{option}: nothing is measured", "give `eval_every` too")
+            none = " and ".join(
+                f"`{name}`" for name in (["keep=last"] if self.keep == "best" else []) + (["patience=0"] if self.patience else [])
+            )
+            raise UsageError(f"{option}: nothing is measured", f"give `eval_every` too, or {none}")
         if self.quantize_base != "none" and (whole := self.trains_whole):
             raise UsageError(
                 f"`quantize_base={self.quantize_base}`: is for LoRAs on a frozen network, but {whole} trains all weights",

@@ -55,6 +55,5 @@ def teacher_row(row: Settings | str, family: Family) -> Settings:
 
 
 def ladder_of(recipe: Any, family: Family, num_steps: Sequence[int] | None) -> list[Settings]:
-    """A student's settings for each number of steps: `num_steps`, or the one its recipe fixes, or 1, 2, 4 and 8."""
-    own = (recipe.num_steps,) if recipe.fixed and recipe.num_steps else STEPS
-    return [Settings.of(recipe, Settings.usual(family), num_steps=n) for n in num_steps or own]
+    """A student's settings for each number of steps: `num_steps`, or those of its recipe, or 1, 2, 4 and 8."""
+    return [Settings.of(recipe, Settings.usual(family), num_steps=n) for n in num_steps or recipe.own_counts or STEPS]

@@ -74,9 +74,9 @@ class Option:
 
 
 def options(cls: type) -> list[Option]:
-    """The fields of a config class in order; a type that no flag can carry raises TypeError."""
-    hints = get_type_hints(cls, include_extras=True)
-    return [_option(cls, f, hints[f.name]) for f in fields(cls) if f.init]
+    """The fields of a config class in order, without those in its `WITHOUT`; a type that no flag can carry raises TypeError."""
+    hints, without = get_type_hints(cls, include_extras=True), getattr(cls, "WITHOUT", ())  # a config may be any dataclass
+    return [_option(cls, f, hints[f.name]) for f in fields(cls) if f.init and f.name not in without]
 
 
 def _option(cls: type, field: Any, hint: Any) -> Option:

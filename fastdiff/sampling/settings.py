@@ -138,8 +138,8 @@ def asked(recipe: Recipe, default: Settings, **given: Any) -> Settings:
     steps = given.get("num_steps")
     if recipe.timesteps and steps and steps != recipe.num_steps:
         console.warn(f"{as_field('num_steps', steps)}: the weights know only timesteps {', '.join(map(str, recipe.timesteps))}")
-    elif recipe.fixed and steps and steps != recipe.num_steps:
-        console.warn(f"{as_field('num_steps', steps)}: the weights were distilled for exactly {recipe.num_steps} steps")
+    elif (own := recipe.own_counts) and steps and steps not in own:
+        console.warn(f"{as_field('num_steps', steps)}: the weights were distilled for exactly {recipe.steps_text}")
     elif recipe.num_steps and steps and steps > 2 * recipe.num_steps:
         console.warn(f"{as_field('num_steps', steps)}: the weights were distilled for {recipe.num_steps}; more steps do not help")
     return Settings.of(recipe, default, **given)

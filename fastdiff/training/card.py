@@ -66,14 +66,20 @@ def usage_of_recipe(weights: Path, base: Checkpoint, recipe: Recipe) -> Usage:
     if is_lora:
         load += f'pipe.load_lora_weights("{weights.name}")\n'
     return Usage(
-        title=f"{weights.stem}: {base.ref} in {recipe.num_steps} step{'s' if recipe.num_steps != 1 else ''}",
+        title=f"{weights.stem}: {base.ref} in {recipe.steps_text}",
         tags=f"{recipe.method}, {'lora, ' if is_lora else ''}few-step",
-        sampling=f"{scheduler}{arguments}, {call}, guidance {recipe.guidance}",
+        sampling=f"{scheduler}{arguments}, {call}{also(recipe)}, guidance {recipe.guidance}",
         imports=f"DiffusionPipeline, {scheduler}",
         code=f"{load}image = pipe(prompt, {call}, guidance_scale={recipe.guidance}).images[0]",
         picture="teacher, undistilled at the student's calls, student",
         elsewhere=other_programs(recipe, is_lora, base),
     )
+
+
+def also(recipe: Recipe) -> str:
+    """Name the other numbers of steps that the weights were trained for; empty where there are none."""
+    others = [str(n) for n in recipe.step_counts or () if n != recipe.num_steps]
+    return f" (or {', '.join(others)})" if others else ""
 
 
 def usage_like_base(weights: Path, base: Checkpoint, title: str, tags: str, picture: str) -> Usage:
@@ -204,7 +210,7 @@ def load_expression(base: Checkpoint, pipeline: str = "DiffusionPipeline", argum
 def other_programs(recipe: Recipe, is_lora: bool, base: Checkpoint) -> str:
     """Say how ComfyUI, A1111 and Forge draw with these weights, or that their samplers cannot by themselves."""
     where = "put the file among the LoRAs" if is_lora else "make one file of the folder (`fastdiff export --single-file`)"
-    settings = f"{recipe.num_steps} step{'s' if recipe.num_steps != 1 else ''}, CFG {max(1.0, recipe.guidance or 1.0)}"
+    settings = f"{recipe.steps_text}, CFG {max(1.0, recipe.guidance or 1.0)}"
     sampler = ELSEWHERE[recipe.scheduler or "ddim"]
     if recipe.timesteps and recipe.timesteps != tuple(base.schedule().grid(recipe.num_steps or 1, "trailing").tolist()):
         return f"they start at the last timestep; these weights want {list(recipe.timesteps)}, so use a node that sets timesteps."

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,7 +82,8 @@ class Measured:
     """Measures the student for `eval_every`: the drift of a few pictures, and for `emoji` the Frechet distance of 200.
 
     `score` decides which weights are the best; less is better. It is the drift, plus for `emoji` the student's Frechet
-    distance divided by the teacher's, minus 1. Its noise is its own; its prompts are seen ones of the closing table.
+    distance divided by the teacher's, minus 1. Its noise is its own; its prompts are seen ones of the closing table. Figures of a
+    student that is trained for several numbers of steps are means over them.
     """
 
     JUDGED = 200  # pictures that are compared by Frechet distance
@@ -96,7 +98,12 @@ class Measured:
 
     def measure(self, method: "Method") -> dict[str, float]:
         """Measure the student as it is now: `score`, the drift and its parts, and for `emoji` `frechet` and `retrieval`."""
-        settings = method.settings()
+        figures = [self.in_steps(method, n) for n in method.recipe.step_counts or (None,)]
+        return {name: mean(one[name] for one in figures) for name in figures[0]}
+
+    def in_steps(self, method: "Method", num_steps: int | None) -> dict[str, float]:
+        """Measure the student in one number of sampling steps; None is its recipe's."""
+        settings = method.settings(num_steps)
         drift = self.drift.measure((method.teacher, self.guided), (method.student, settings))
         if self.evaluation is None:
             return {"score": drift["drift"], **drift}
@@ -172,7 +179,7 @@ class Judged:
             return {**table, "recovered": evaluation.recovered(self.before, student)}
         rows, judged = [evaluation.teacher], evaluation.judging()
         gaps: dict[str, dict[str, dict[str, Any]]] = {p: {metric.name: {} for metric in judged} for p in evaluation.parts}
-        for num_steps in (recipe.num_steps,) if recipe.fixed and recipe.num_steps is not None else STEPS:
+        for num_steps in recipe.own_counts or STEPS:
             settings = Settings.of(recipe, Settings.usual(self.base.family), num_steps=num_steps)
             student = evaluation.row(name, sampler, settings)
             if num_steps <= max(STEPS):  # in more steps than these the undistilled teacher leaves no gap to close

@@ -33,7 +33,7 @@ class Trainer:
     """
 
     PREPARED = 48  # samples in the batch that `Method.prepare` gets
-    PACED = 5  # steps after which the duration of a phase's steps counts as known
+    PACED = 5  # a phase's pace counts as known after at least so many steps, besides its first one, in which all is slow
 
     def __init__(self, method: Method, data: Data, run: Run, config: TrainConfig, accelerator: Any) -> None:
         self.method, self.data, self.run, self.config, self.accelerator = method, data, run, config, accelerator
@@ -53,6 +53,7 @@ class Trainer:
         self.bend = (0, 0.0)  # steps and fraction of the current phase when its length last changed
         self.budget_s = seconds("max_time", config.max_time)
         self.elapsed_s, self.entered_s = 0.0, 0.0
+        self.paced_from: tuple[int, float] | None = None  # steps of this phase, and seconds, after the first one in this process
         if min(self.lengths, default=0) < 1:
             raise UsageError(f"`steps={config.steps}`: too few for {len(self.phases)} phases", "give more")
         self.enter(0)
@@ -86,7 +87,7 @@ class Trainer:
             for name, trains_of in trains.items()
         }
         self.best: dict[str, Any] = {"step": 0, "score": float("inf"), "params": [], "worse": 0}
-        self.entered_s = self.elapsed_s
+        self.entered_s, self.paced_from = self.elapsed_s, None
 
     def shard(self, trains: dict[str, Trains]) -> dict[nn.Parameter, nn.Parameter]:
         """Split networks that train whole over the processes, if `shard` is set; return {old parameter: split parameter}."""
@@ -241,13 +242,21 @@ class Trainer:
         return None
 
     def fit_budget(self) -> None:
-        """Shorten the current phase to its share of the time that `max_time` leaves; once, when its pace is known."""
-        done = self.step - self.start
-        if self.budget_s is None or self.settled[self.index] or done < self.PACED:
+        """Shorten the current phase to its share of the time that `max_time` leaves; once, when its pace is known.
+
+        The pace is that of whole cycles of the method, for some steps of a cycle may take longer than others.
+        """
+        done, cycle = self.step - self.start, self.method.cycle(self.config)
+        if self.budget_s is None or self.settled[self.index]:
             return
-        planned = self.lengths[self.index]
-        left = (self.budget_s - self.entered_s) * planned / sum(self.lengths[self.index :])
-        fits = processes.agreed(int(left / ((self.elapsed_s - self.entered_s) / done)))  # the first process's clock decides
+        if self.paced_from is None:
+            self.paced_from = done, self.elapsed_s
+        since, since_s = self.paced_from
+        if done - since < math.ceil(self.PACED / cycle) * cycle:
+            return
+        planned, pace_s = self.lengths[self.index], (self.elapsed_s - since_s) / (done - since)
+        left_s = (self.budget_s - self.entered_s) * planned / sum(self.lengths[self.index :]) - (self.elapsed_s - self.entered_s)
+        fits = processes.agreed(done + int(left_s / pace_s))  # the first process's clock decides
         self.settled[self.index] = True
         if fits < planned:
             self.shorten(max(fits, done))
