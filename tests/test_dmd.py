@@ -16,7 +16,7 @@ from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import simulate
-from fastdiff.diffusion.schedule import NoiseSchedule, Prediction
+from fastdiff.diffusion.schedule import NoiseSchedule, Prediction, timesteps_from
 from fastdiff.lora import adapters, apply
 from fastdiff.lora.kinds import Factors
 from fastdiff.methods.dmd import DMD, PRESETS, Config
@@ -475,9 +475,26 @@ def test_a_start_that_does_not_fit_is_named_before_data_is_made(cls, config, tin
         cls.check_base(config(init=path), checkpoint.load(str(tiny_sdxl)))
     lora.save(replace(start, metadata=Recipe(prediction_type="sample").to_metadata()), path)
     for other in (base, checkpoint.load(str(tiny_v))):
-        with pytest.raises(InputRefused, match=r"start\.safetensors: with it a network predicts sample, but the base predicts"):
+        with pytest.raises(
+            InputRefused, match=r"start\.safetensors: with it a network predicts x0, but the base predicts (the noise|v)"
+        ):
             cls.check_base(config(init=path), other)
     assert "unet" not in vars(base)  # no weights were read
+
+
+@pytest.mark.parametrize(("cls", "config"), [(DMD, Config), (Lightning, LightningConfig)])
+def test_modules_for_text_encoders_are_left_out_of_a_start_and_told(cls, config, tiny_sd, tmp_path, capsys):
+    path, base = str(tmp_path / "start.safetensors"), checkpoint.load(str(tiny_sd))
+    start = lora_of(checkpoint.load(str(tiny_sd)), path, 4)
+    text = {"lora_te_text_model_encoder_layers_0_mlp_fc1": Factors(torch.ones(4, 32), torch.ones(64, 4))}
+    lora.save(replace(start, modules=start.modules | text), path)
+    cls.check_base(config(init=path), base)
+    assert "its 1 modules for text encoders are not used" in capsys.readouterr().err
+    cls(base, config(init=path, lora_rank=4, **({"lambda_reg": 0.0} if cls is DMD else {})))
+    assert any(p.abs().max() > 0 for name, p in base.unet.named_parameters() if "lora_B.student" in name)
+    lora.save(replace(start, modules=text), path)
+    with pytest.raises(InputRefused, match=r"`init=.*start\.safetensors`: changes text encoders alone"):
+        cls.check_base(config(init=path), base)
 
 
 def test_a_student_that_trains_whole_may_start_from_any_layer(tiny_sd, tmp_path):
@@ -621,9 +638,6 @@ def test_regression_alone_first_then_without_it(tiny_sd):
 def test_regression_that_leaves_no_step_to_match_is_refused():
     with pytest.raises(UsageError, match="`reg_steps=400`: leaves none of the `steps=400`"):
         Config(steps=400, reg_steps=400)
-    for t_gen, num_steps in ((0, 1), (3, 4)):
-        with pytest.raises(UsageError, match=f"`t_gen={t_gen}`: must be at least {num_steps}"):
-            Config(t_gen=t_gen, num_steps=num_steps)
 
 
 def test_v_prediction_with_zero_terminal_snr_starts_from_pure_noise(tiny_v):
@@ -739,9 +753,13 @@ def test_recipes_are_rows_over_their_family(family):
     )
 
 
-def test_t_gen_without_room_for_the_steps_is_refused():
-    with pytest.raises(UsageError, match="`t_gen=2`: must be at least 3"):
-        Config(t_gen=2, num_steps=4)
+@pytest.mark.parametrize(("t_gen", "num_steps", "least"), [(0, 1, 1), (6, 4, 7)])
+def test_t_gen_without_room_for_the_steps_is_refused(t_gen, num_steps, least):
+    """The last step would be at timestep 0, where an LCM step leaves its input as it is."""
+    with pytest.raises(UsageError, match=f"`t_gen={t_gen}`: must be at least {least}"):
+        Config(t_gen=t_gen, num_steps=num_steps)
+    assert timesteps_from(least, num_steps)[-1] == 1
+    Config(t_gen=least, num_steps=num_steps)
 
 
 @pytest.mark.parametrize("words", ["dmd --t-gen 1000", "sid --t-first 1000", "sdxs --t-gen 1000"])

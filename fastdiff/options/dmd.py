@@ -101,8 +101,8 @@ class Config(StudentAndFakeConfig):
         super().__post_init__()
         if self.t_min > self.t_max:
             raise UsageError(f"`t_min={self.t_min:g}`: must be at most `t_max={self.t_max:g}`")
-        if self.t_gen is not None and self.t_gen < self.num_steps:  # at timestep 0 an LCM step leaves its input as it is
-            raise UsageError(f"`t_gen={self.t_gen}`: must be at least {self.num_steps} for {self.num_steps} steps")
+        if self.t_gen is not None and self.t_gen < 2 * self.num_steps - 1:  # at timestep 0 an LCM step leaves its input as it is
+            raise UsageError(f"`t_gen={self.t_gen}`: must be at least {2 * self.num_steps - 1} for {self.num_steps} steps")
         if self.reg_steps >= self.steps:
             raise UsageError(
                 f"`reg_steps={self.reg_steps}`: leaves none of the `steps={self.steps}` to match distributions",

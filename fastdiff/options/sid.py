@@ -48,7 +48,7 @@ class Config(FromPromptsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.t_first < self.num_steps:  # at timestep 0 an LCM step leaves its input as it is
-            raise UsageError(f"`t_first={self.t_first}`: must be at least {self.num_steps} for {self.num_steps} steps")
+        if self.t_first < 2 * self.num_steps - 1:  # at timestep 0 an LCM step leaves its input as it is
+            raise UsageError(f"`t_first={self.t_first}`: must be at least {2 * self.num_steps - 1} for {self.num_steps} steps")
         if self.t_min > self.t_max:
             raise UsageError(f"`t_min={self.t_min:g}`: must be at most `t_max={self.t_max:g}`")
