@@ -13,6 +13,7 @@ from torch import nn
 
 from fastdiff.runtime import rng
 from fastdiff.runtime.errors import Failed, UsageError
+from fastdiff.training import trainer as trainer_module
 from fastdiff.training.method import Method, Phase, Trains, equation
 from fastdiff.training.run import Run
 from fastdiff.training.session import train, written_weights
@@ -98,6 +99,29 @@ def test_micro_batches_that_yield_for_others_are_refused(tmp_path):
 
     with pytest.raises(TypeError, match="Moody.losses yields other players for one micro-batch"):
         toy.trainer_of(tmp_path, method=Moody, grad_accum=2).train_step()
+
+
+def test_a_time_budget_is_paced_by_whole_cycles_without_the_first_step(tmp_path, monkeypatch):
+    """The first step takes 20 s, and of the others each tenth takes 11 s and the rest 1 s: 2 s on average."""
+
+    class Uneven(toy.Toy):
+        _phases = [Phase("", 1000)]
+
+        @classmethod
+        def cycle(cls, config):
+            return 10
+
+    trainer, clock = toy.trainer_of(tmp_path, method=Uneven, steps=1000, max_time="220s"), [0.0]
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: clock[0])
+
+    def step():
+        clock[0] += 20.0 if trainer.step == 0 else 11.0 if trainer.step % 10 == 0 else 1.0
+        return {"step": trainer.step, "loss": 0.0}
+
+    trainer.train_step = step
+    trainer.fit()
+    assert trainer.lengths == [101]
+    assert trainer.elapsed_s == 220
 
 
 def test_phases_without_steps_are_refused(tmp_path):
