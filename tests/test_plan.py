@@ -279,3 +279,9 @@ def test_the_ladder_keeps_the_batch():
     assert [(c.batch_size, c.offload, c.optimizer) for c in plan.settings(replace(config, full=True), False)] == [
         *((n, False, "adamw") for n in (6, 4, 3, 2, 1)), (1, True, "adamw"), (1, True, "adafactor"),
     ]  # fmt: skip
+
+
+def test_a_start_that_does_not_fit_is_refused_by_plan_too(fastdiff, tiny_sd, tmp_path):
+    code, told = fastdiff("plan", "dmd", "--base", tiny_sd, *SMALL, "--init", "gone.safetensors")
+    assert code == 2
+    assert "gone.safetensors" in told["error"]["message"]
