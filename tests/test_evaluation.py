@@ -7,6 +7,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.quality import emoji as judge
 from fastdiff.quality import metrics, samples
@@ -185,7 +186,8 @@ def test_what_eval_every_measures_is_the_closing_row_of_fewer_pictures(untrained
 
     class Trained:
         student = teacher = untrained.denoiser
-        settings = staticmethod(lambda: Settings("ddim", 1, 1.0))
+        recipe = Recipe()
+        settings = staticmethod(lambda num_steps: Settings("ddim", num_steps or 1, 1.0))
 
     found = previews.Measured(scene).measure(Trained())
     evaluation = Evaluation.validating(untrained.base, 30, device="cpu")

@@ -132,11 +132,13 @@ def never_trained():
     return text.encode(base, list(held_out.captions()), device="cpu").tokens, images
 
 
-# What the long runs do; in the quick tests `dmd` samples the teacher.
-SAMPLED = [pytest.param(name, {"data": "teacher"}, marks=pytest.mark.slow) for name in ("train-lcm-lora", "lightning", "prune")]
+# One command of each kind of data: pictures, pairs of the teacher, controls, prompts.
+KINDS = [(name, {}) for name in ("train-lcm-lora", "dmd", "distill-controlnet", "tdm")]
+SAMPLED = [(name, {"data": "teacher"}) for name in ("train-lcm-lora", "lightning", "prune")]  # what the long runs do
+OTHERS = [*((name, {}) for name in METHODS if (name, {}) not in KINDS), *SAMPLED, ("dmd", {"recipe": "dmd2"})]
 
 
-@pytest.mark.parametrize(("name", "given"), [*((name, {}) for name in METHODS), *SAMPLED, ("dmd", {"recipe": "dmd2"})])
+@pytest.mark.parametrize(("name", "given"), [*KINDS, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)])
 def test_every_training_item_of_every_command(name, given, tmp_path, monkeypatch, judged_noise, never_trained):
     captions, images = never_trained
     data = data_of(name, tmp_path, monkeypatch, **given)

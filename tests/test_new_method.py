@@ -51,6 +51,7 @@ for more in ([f"golden and ({sys.argv[1]})", "--write-golden"], [sys.argv[1]]):
 """
 
 
+@pytest.mark.slow
 def test_the_contract_and_golden_losses_pick_them_up(house):
     """Written by the tests' own option, then compared like everybody's; one process, since imports take longer than tests."""
     told = house("-c", TESTED, " or ".join(FILES))

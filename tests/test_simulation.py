@@ -188,10 +188,9 @@ def test_every_command_runs_on_a_card(fastdiff, tiny_sd, tiny_controlnet, tiny_p
 
 def test_drawing_and_judging_run_on_a_card(fastdiff, tiny_sd, tiny_sdxl):
     with Card():
-        for base, precision in ((tiny_sd, "bf16"), (tiny_sdxl, "fp16")):
-            more = ["--precision", precision, "--resolution", 64, "--num-images", 2, "--num-steps", 2, "--compile", "off"]
-            code, result = fastdiff("sample", "--base", base, "--prompt", "a cat", "-o", f"{base.name}-{precision}", *more)
-            assert code == 0, result.get("error")
+        more = ["--precision", "fp16", "--resolution", 64, "--num-images", 2, "--num-steps", 2, "--compile", "off"]
+        code, result = fastdiff("sample", "--base", tiny_sdxl, "--prompt", "a cat", "-o", "pictures", *more)
+        assert code == 0, result.get("error")
         code, result = fastdiff(
             "evaluate", "--student", tiny_sd, "--base", tiny_sd, "--num-images", 4, "--teacher-steps", 2, "--resolution", 64,
             "--prompts", "prompts.txt", "-o", "report",
@@ -231,7 +230,7 @@ RUNS = {
     "distill-vae": {},
     "distill-controlnet": {"controlnet": "owner/canny"},  # not on this machine: one of the usual shape is rehearsed
 }
-FAST = [("emoji", "train-lcm-lora"), ("emoji", "dmd"), ("emoji", "distill-vae")]
+FAST = [("emoji", "train-lcm-lora"), ("emoji", "distill-vae")]
 SAME = [("sdxl", "dmd --recipe dmd2")]  # what the preset says without it
 SLOW = [(family, run) for family in FAMILIES for run in RUNS if (family, run) not in (*FAST, *SAME)]
 
