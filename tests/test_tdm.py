@@ -9,8 +9,10 @@ from exact import SD, World
 from playing import entered, now, play, trained, trainees
 from test_dmd import batch_for, disturb
 
+from fastdiff import cli
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.recipe import Recipe
+from fastdiff.commands.train import train
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.losses import Noised
 from fastdiff.diffusion.samplers import SOLVERS, jump
@@ -198,10 +200,12 @@ def test_a_share_that_is_no_step_to_follow_in_is_refused():
     assert Config(follow=0.01, steps=100).follows == 1
 
 
-@pytest.mark.parametrize("more", [dict(pairs=8), dict(flip=True), dict(buckets=True), dict(random_crops=2), dict(max_images=9)])
-def test_options_of_pictures_are_refused(more):
-    with pytest.raises(UsageError, match=f"`{next(iter(more))}=.*no pictures are trained on"):
-        Config(**more)
+@pytest.mark.parametrize("option", ["pairs", "max_images", "buckets", "random_crops", "flip"])
+def test_options_of_pictures_are_not_there(option, capsys):
+    assert cli.main(["tdm", f"--{option.replace('_', '-')}", "2", "--dry-run"]) == 2
+    assert "No such option" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=f"`{option}`: not an option of tdm"):
+        train("tdm", **{option: 2})
 
 
 def test_the_load_counts_the_calls_of_a_step(tiny_sd):

@@ -13,6 +13,7 @@ from fastdiff.checkpoints import locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import DEFAULT_BASE
 from fastdiff.runtime.command import Runnable
+from fastdiff.runtime.config import options as options_of
 from fastdiff.runtime.config import resolve, suggestion
 from fastdiff.runtime.errors import Result, UsageError, as_field
 from fastdiff.training import session
@@ -38,9 +39,9 @@ def train(method: type[Method] | str, base: Checkpoint | str | PathLike[str] = D
         kept = dict(base_config=base.config and str(base.config), prediction_type=base.prediction, allow_pickle=base.allow_pickle)
         kept = kept if base.path.is_file() else {k: v for k, v in kept.items() if k != "base_config"}
         source = {"base": base.ref, **{k: v for k, v in kept.items() if v}}
-    unknown = [name for name in options if name not in method.Config.__dataclass_fields__]
+    known = [option.name for option in options_of(method.Config)]
+    unknown = [name for name in options if name not in known]
     if unknown:
-        known = list(method.Config.__dataclass_fields__)
         raise UsageError(f"{as_field(unknown[0])}: not an option of {method.name}", suggestion(unknown[0], known))
     family = lambda values: locate.family_of(values["base"], allow_pickle=values.get("allow_pickle", False)).name
     config = resolve(method.Config, {**source, **options}, presets=method.presets, family_of=family, environ={})

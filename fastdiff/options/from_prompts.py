@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from fastdiff.options.student_and_fake import StudentAndFakeConfig
-from fastdiff.runtime.errors import UsageError, as_field
 
 
 @dataclass
@@ -16,12 +15,3 @@ class FromPromptsConfig(StudentAndFakeConfig):
     data: Annotated[Literal["teacher"], "prompts alone are used: those of the teacher, or --prompts; no pictures are drawn"] = (  # type: ignore[assignment]
         "teacher"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.WITHOUT:
-            value, default = vars(self)[name], type(self).__dataclass_fields__[name].default
-            if value != default:
-                raise UsageError(
-                    f"{as_field(name, value)}: no pictures are trained on here", "leave it out; `prompts` is the data"
-                )
