@@ -1,5 +1,7 @@
 """A method outside of a trainer: its phases entered by hand, its losses at any step."""
 
+import torch
+
 from fastdiff.training.method import Now
 
 
@@ -38,6 +40,15 @@ def trained(method, who):
     if "current" not in vars(method):
         entered(method)
     return method.played[who].params
+
+
+def moves_everybody(method, batch):
+    """Each player gets gradients from its losses: finite ones, and not all zero."""
+    (turn,) = play(method, batch)
+    for who, terms in turn.items():
+        grads = torch.autograd.grad(sum(terms.values()), trained(method, who), retain_graph=True)
+        assert all(g.isfinite().all() for g in grads)
+        assert sum(g.norm() for g in grads) > 0
 
 
 def trainees(method):

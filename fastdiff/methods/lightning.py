@@ -29,18 +29,19 @@ from fastdiff.diffusion.samplers import jump
 from fastdiff.diffusion.schedule import PredictionType, per_sample
 from fastdiff.lora import adapters
 from fastdiff.methods.shared.stages import Part, plan, timesteps
+from fastdiff.methods.shared.start import StartsFromLora
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.discriminator import Discriminator
 from fastdiff.options.lightning import EXAMPLES, PRESETS, Config
 from fastdiff.options.lightning import Config as Options
-from fastdiff.training.method import Load, Method, Now, Stateful, Trains, Turn, equation
+from fastdiff.training.method import Load, Now, Stateful, Trains, Turn, equation
 from fastdiff.training.run import Run
 
 SHOWN = (9, 249, 499, 749)  # noise levels at which clean latents are judged
 DETAIL = (5.0, 1.0, 1.0, 1.0)  # weights of these levels from step `late_detail_at`: the lowest level shows the detail
 
 
-class Lightning(Method):
+class Lightning(StartsFromLora):
     """Progressive adversarial distillation, with four adapters on the base's UNet.
 
     The adapters are `student`, `teacher` (the student of the stage before), `skip` (that of the stage before it) and
@@ -53,26 +54,11 @@ class Lightning(Method):
         super().__init__(base, config)
         self.parts = plan(config)
         self.adapter(base.unet, "student")
-        if config.init:
-            adapters.start_from(base.unet, lora.load(config.init, allow_pickle=config.allow_pickle).of_unet(), "student")
+        if start := self._start(config):
+            adapters.start_from(base.unet, start.of_unet(), "student")
         self.kept = nn.ModuleDict()  # adapters that are saved with the run, whether or not they train now
         self.stage = -1
         self.discriminator: Discriminator | None = None
-
-    @classmethod
-    def check(cls, config: Options) -> Options:
-        """Read the LoRA of `init` now, so that a wrong file fails before anything is sampled."""
-        if config.init:
-            lora.load(config.init, allow_pickle=config.allow_pickle)
-        return config
-
-    @classmethod
-    def check_base(cls, config: Options, base: Checkpoint) -> None:
-        """Refuse a LoRA of `init` that does not fit the base."""
-        super().check_base(config, base)
-        if config.init:
-            start = lora.load(config.init, allow_pickle=config.allow_pickle).for_unet("init")
-            adapters.check_start(start, base, cls._layers(config))
 
     @classmethod
     def load(cls, config: Options, base: Checkpoint) -> Load:

@@ -1,19 +1,18 @@
 """The roles, players and turns of methods that train a student against a fake score: DMD, TDM, SiD."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from fastdiff import lora
-from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.lora import adapters
 from fastdiff.methods.shared.scores import Scores, align, start_from
+from fastdiff.methods.shared.start import StartsFromLora
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.options.student_and_fake import StudentAndFakeConfig
 from fastdiff.training.method import Now, Phase, Trains, planned
 
 
-class StudentAndFake(Scores):
+class StudentAndFake(StartsFromLora, Scores):
     """A student, and a fake score that learns the student's samples. Both are players, by the names `student` and `fake`.
 
     A subclass makes both roles, sets `trains`, and then calls `_begin`. In the first phase, `_alone`, the student may train
@@ -25,21 +24,6 @@ class StudentAndFake(Scores):
     config: StudentAndFakeConfig
     student: Denoiser
     trains: dict[str, Trains]
-
-    @classmethod
-    def check(cls, config: Any) -> Any:
-        """Read the LoRA of `init` now, so that a wrong file fails before anything else."""
-        if config.init:
-            lora.load(config.init, allow_pickle=config.allow_pickle)
-        return config
-
-    @classmethod
-    def check_base(cls, config: Any, base: Checkpoint) -> None:
-        """Refuse a LoRA of `init` that does not fit the base or the adapters."""
-        super().check_base(config, base)
-        if config.init:
-            layers = None if config.student_whole else cls._layers(config)
-            adapters.check_start(lora.load(config.init, allow_pickle=config.allow_pickle).for_unet("init"), base, layers)
 
     @classmethod
     def cycle(cls, config: Any) -> int:
@@ -71,8 +55,12 @@ class StudentAndFake(Scores):
 
     def _begin(self) -> None:
         """Let the student start from the LoRA of `init`."""
-        if self.config.init:
-            start_from(self.student, lora.load(self.config.init, allow_pickle=self.config.allow_pickle).of_unet())
+        if start := self._start(self.config):
+            start_from(self.student, start.of_unet())
+
+    @classmethod
+    def _start_layers(cls, config: Any) -> Sequence[str] | None:
+        return None if config.student_whole else super()._start_layers(config)
 
     def _steps_alone(self) -> int:
         """Return the number of steps at the start in which the student trains alone."""
