@@ -479,6 +479,9 @@ def test_a_start_that_does_not_fit_is_named_before_data_is_made(cls, config, tin
             InputRefused, match=r"start\.safetensors: with it a network predicts x0, but the base predicts (the noise|v)"
         ):
             cls.check_base(config(init=path), other)
+    lora.save(replace(start, metadata=Recipe(prediction_type="flow").to_metadata()), path)
+    with pytest.raises(InputRefused, match="predicts flow, but"):
+        cls.check_base(config(init=path), base)
     assert "unet" not in vars(base)  # no weights were read
 
 

@@ -72,8 +72,9 @@ def check_start(start: Lora, base: Checkpoint, layers: Sequence[str] | None) -> 
     kind = start.recipe.prediction_type
     if kind not in {None, base.prediction_type}:
         names = {"sample": "x0", "epsilon": "the noise (epsilon)", "v_prediction": "v"}
+        theirs, ours = (names.get(name, name) for name in (kind, base.prediction_type))  # a header may say anything
         raise InputRefused(
-            f"{start.source}: with it a network predicts {names[kind]}, but the base predicts {names[base.prediction_type]}",
+            f"{start.source}: with it a network predicts {theirs}, but the base predicts {ours}",
             "the one-step LoRA of lightning predicts x0: give the one of two steps" if kind == "sample" else "",
         )
     table = apply.places(base.shapes("unet"), "lora_unet_")
