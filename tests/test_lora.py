@@ -151,11 +151,12 @@ def test_sdxl_calls_its_encoders_te1_and_te2(tmp_path):
     assert set(alone.modules) == {KTEXT}  # nothing says SDXL; the level text_model is back
 
 
-def test_family_from_the_recipe_the_width_or_the_header():
+def test_family_from_the_layers_then_the_header():
     wide = {"lora_unet_x_attn2_to_k": Factors(*factors(0, inside=2048))}
     narrow = {"lora_unet_x_attn1_to_k": Factors(*factors(0))}
     assert Lora(wide).family is FAMILIES["sdxl"]
-    assert Lora(wide, {"fastdiff.family": "emoji"}).family is FAMILIES["emoji"]
+    assert Lora(wide, {"fastdiff.family": "emoji"}).family is FAMILIES["sdxl"]  # no emoji layer is so wide
+    assert Lora(narrow, {"fastdiff.family": "emoji"}).family is FAMILIES["emoji"]
     assert Lora(narrow, {"modelspec.architecture": "stable-diffusion-v2-512/lora"}).family is FAMILIES["sd21"]
     assert Lora(narrow, {"modelspec.architecture": "stable-diffusion-v1/lora"}).family is FAMILIES["sd15"]
     assert Lora(narrow).family is None
@@ -221,7 +222,7 @@ def test_the_same_weights_are_the_same_bytes_in_any_process(tmp_path):
     """The library orders the header by a hash seeded anew in every process."""
     code = """
         import sys, torch
-        from fastdiff.lora.file import Lora, save
+        from fastdiff.lora import Lora, save
         from fastdiff.lora.kinds import Factors
         told = {f"k{i}": "caf\u00e9" * i for i in range(9)}
         save(Lora({"lora_unet_conv_in": Factors(torch.ones(2, 4, 3, 3), torch.ones(8, 2, 1, 1))}, told), sys.argv[1])

@@ -39,6 +39,8 @@ class Family:
 
     # ---- networks
     cross_attention_width: int  # of the text states that the UNet takes
+    text_widths: Mapping[str, int] = field(hash=False)  # text encoder -> width of its states
+    linear_projection: bool = False  # the projections before and after a transformer are linear layers, not 1 x 1 convolutions
     unet_plan: Literal["sd", "xl"]  # four resolutions of one transformer a layer, or three of up to ten
     size_conditioned: bool = False  # the UNet is also told the pooled text and six numbers of size and crop (time_ids)
     text_layer: Literal[-1, -2] = -1  # whose states of each text encoder the UNet takes: the last, or the last but one
@@ -120,6 +122,7 @@ FAMILIES: dict[str, Family] = {
             drift_prompts=64,
             example_prompt="red apple",
             cross_attention_width=128,
+            text_widths={"text_encoder": 128},
             unet_plan="sd",
             sampling=Sampling("ddim", 25, 3.0),  # measured: its teacher's best
             prefixes={**LDM, "text_encoder": "cond_stage_model.transformer."},
@@ -132,6 +135,7 @@ FAMILIES: dict[str, Family] = {
             hub_ids={"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"},
             folder="families/sd15",
             cross_attention_width=768,
+            text_widths={"text_encoder": 768},
             unet_plan="sd",
             sampling=Sampling("dpm++", 25, 7.5),
             prefixes={**LDM, "text_encoder": "cond_stage_model.transformer."},
@@ -145,6 +149,8 @@ FAMILIES: dict[str, Family] = {
             hub_ids={"sd21": "stabilityai/stable-diffusion-2-1"},
             folder="families/sd21",
             cross_attention_width=1024,
+            text_widths={"text_encoder": 1024},
+            linear_projection=True,
             unet_plan="sd",
             prediction_type="v_prediction",
             epsilon_latent_side=64,  # SD2's base models are the 512 px ones
@@ -161,6 +167,8 @@ FAMILIES: dict[str, Family] = {
             hub_ids={"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "ssd-1b": "segmind/SSD-1B"},
             folder="families/sdxl",
             cross_attention_width=2048,
+            text_widths={"text_encoder": 768, "text_encoder_2": 1280},
+            linear_projection=True,
             unet_plan="xl",
             size_conditioned=True,
             text_layer=-2,

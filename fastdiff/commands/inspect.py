@@ -1,8 +1,8 @@
 """The `inspect` command: says from a file's header what it is, whether fastdiff can read it, and whether it is safe to open."""
 
 import json
+import math
 import re
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.lora import apply, layouts
 from fastdiff.lora.file import Lora
-from fastdiff.lora.kinds import Factors, Update
+from fastdiff.lora.kinds import Factors
 from fastdiff.options.inspect import EXAMPLES, Config
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
@@ -26,9 +26,37 @@ KINDS = (  # (tensor of a module, kind of update); the first tensor that a modul
 )  # fmt: skip
 
 
-def of_lora(file: TensorFile) -> dict[str, Any]:
-    """Layouts, kinds, ranks and scales of a LoRA. Of its tensors only the alphas are read, which are one number each."""
-    table = single_file.flat_table()
+def of_lora(file: TensorFile, path: Path) -> dict[str, Any]:
+    """Layouts, kinds, ranks and scales of a LoRA, and whether commands take it. Of its tensors only single numbers are read."""
+    facts: dict[str, Any] = named_parts(file)
+    try:
+        item = lora.outline(file)
+    except InputRefused as error:
+        return facts | {"supported": False, **why_not(error, path)}
+    summary = lora.summary(item)
+    wanted = {"modules", "family", "kinds", "rank_min", "rank_max"}
+    return facts | {k: v for k, v in summary.items() if k in wanted} | {"supported": True, "commands": takers(item)}
+
+
+def why_not(error: InputRefused, path: Path) -> dict[str, str]:
+    """Why a file is not supported, and what to do, where anything can be done."""
+    told = {"why_not": console.worded(str(error).removeprefix(f"{path}: "))}
+    return told | ({"hint": console.worded(error.hint)} if error.hint else {})
+
+
+def takers(item: Lora) -> list[str]:
+    """The commands that take a LoRA. Updates that are no product of factors fit in no LoRA exactly, others in none at all."""
+    commands = ["sample", "merge-lora --base"]
+    if all(isinstance(update, Factors) for update in item.modules.values()):
+        return [*commands, "merge-lora", "export --lora"]
+    if all(not update.needs_weight and len(update.shape or ()) > 1 for update in item.modules.values()):
+        return [*commands, "merge-lora --rank"]
+    return commands
+
+
+def named_parts(file: TensorFile) -> dict[str, Any]:
+    """What the names and shapes of a LoRA's tensors tell, whether they fit together or not."""
+    table = table_of(file)
     embeddings = [key for key in file if key.startswith("bundle_emb.")]
     parts = {key: lora.parse(key, table) for key in file if key not in embeddings}
     sides: dict[str, dict[str, str]] = {}
@@ -41,61 +69,52 @@ def of_lora(file: TensorFile) -> dict[str, Any]:
     for module in sides.values():
         kind = next((name for side, name in KINDS if side in module), "unknown")
         kinds[kind] = kinds.get(kind, 0) + 1
-        if "down" in module:
-            ranks.append(rank := file.layouts[module["down"]].shape[0])
-            alpha = file[module["alpha"]].float().item() if "alpha" in module else rank
-            scales.add(round((alpha or rank) / max(rank, 1), 6))
-    parts_of = sorted({layouts.split(key)[0] for key in sides})
-    named = sorted({layouts.layout_of(key, table) for key, part in parts.items() if part})
+        if "down" in module and (shape := file.layouts[module["down"]].shape):
+            ranks.append(rank := shape[0])
+            number = "alpha" in module and file.layouts[module["alpha"]].shape in {(), (1,)}
+            alpha = file[module["alpha"]].float().item() if number else rank
+            scale = (alpha or rank) / max(rank, 1)
+            scales |= {round(scale, 6)} if math.isfinite(scale) else set()
     return {
-        "layouts": named,
+        "layouts": sorted({layouts.layout_of(key, table) for key, part in parts.items() if part}),
         "modules": len(sides),
         "kinds": kinds,
-        "components": parts_of,
+        "components": sorted({layouts.split(key)[0] for key in sides}),
         "rank_min": min(ranks, default=None),
         "rank_max": max(ranks, default=None),
         "scales": sorted(scales)[:8],
         "unknown_keys": [key for key, part in parts.items() if part is None],
         "bundled_embeddings": sorted({key.split(".")[1] for key in embeddings}),
-        "family": family_of(file, sides),
     }
 
 
-def shaped(file: TensorFile, module: Mapping[str, str]) -> Update | None:
-    """A plain LoRA module with the right shapes on the meta device, without memory; None for other kinds."""
-    import torch
-
-    if set(module) - {"alpha"} != {"down", "up"}:
-        return None
-    down, up = (file.layouts[module[side]].shape for side in ("down", "up"))
-    return Factors(torch.empty(down, device="meta"), torch.empty(up, device="meta"))
-
-
-def family_of(file: TensorFile, sides: Mapping[str, Mapping[str, str]]) -> str | None:
-    """The model family that a LoRA is for; None where it cannot be known."""
-    family = Lora({key: update for key, m in sides.items() if (update := shaped(file, m))}, file.metadata).family
-    return family and family.name
+def table_of(file: TensorFile, layers: int = 2) -> dict[str, str]:
+    """The names of LDM layers by the number of layers in a block, which the header may state."""
+    stated = file.metadata.get("fastdiff.layers_per_block", "")
+    return single_file.flat_table(int(stated) if re.fullmatch(r"\d|1[0-6]", stated) else layers)
 
 
 def coverage(file: TensorFile, ref: str) -> dict[str, Any]:
     """How many of a LoRA's modules match a layer of a checkpoint in name and shape. No weights are read."""
     base = checkpoint.load(ref)
     layers = base.unet_config.get("layers_per_block", 2)
-    table = single_file.flat_table(layers if isinstance(layers, int) else 2)
-    sides: dict[str, dict[str, str]] = {}
-    for key in file:
-        if part := lora.parse(key, table):
-            name = re.sub(r"^lora_te1?_", apply.prefixes(len(base.text_parts))["text_encoder"], part.key)
-            sides.setdefault(name, {})[part.side] = key
+    (item, _), *_ = apply.encoders(
+        [(lora.outline(file, layers=layers if isinstance(layers, int) else 2), 1.0)], len(base.text_parts)
+    )
     places = {
         k: p
         for part, prefix in apply.prefixes(len(base.text_parts)).items()
         for k, p in apply.places(base.shapes(part), prefix).items()
     }
-    alike = lambda key, module: (update := shaped(file, module)) is None or apply.fits(update, places[key].shape)
-    landed = [key for key, module in sides.items() if key in places and alike(key, module)]
-    missing = sorted(set(sides) - set(landed))
-    return {"base": ref, "base_family": base.family.name, "applied": len(landed), "total": len(sides), "missing": missing[:20]}
+    landed = [key for key, update in item.modules.items() if key in places and apply.fits(update, places[key].shape)]
+    missing = sorted(set(item.modules) - set(landed))
+    return {
+        "base": ref,
+        "base_family": base.family.name,
+        "applied": len(landed),
+        "total": len(item.modules),
+        "missing": missing[:20],
+    }
 
 
 def of_checkpoint(file: TensorFile) -> dict[str, Any]:
@@ -124,8 +143,18 @@ def of_checkpoint(file: TensorFile) -> dict[str, Any]:
     return facts
 
 
+def recipe_of(file: TensorFile) -> dict[str, Any]:
+    """The sampling settings in the header; empty where a number there is malformed, which `outline` tells."""
+    try:
+        return {k: v for k, v in asdict(Recipe.from_metadata(file.metadata)).items() if v is not None}
+    except ValueError:
+        return {}
+
+
 def look(path: Path, config: Config) -> dict[str, Any]:
     """All facts that the header of a file, or the configs of a folder, give."""
+    if (path / "adapter_model.safetensors").is_file():
+        path = path / "adapter_model.safetensors"
     if path.is_dir():
         base = checkpoint.load(str(path))
         stored = {part: [p.name for p in base.stored(part, path)] for part in base.parts}
@@ -135,23 +164,24 @@ def look(path: Path, config: Config) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "tensors": len(file),
         "dtypes": sorted({tensors.CODES[layout.dtype] for layout in file.layouts.values()}),
-        "recipe": {k: v for k, v in asdict(Recipe.from_metadata(file.metadata)).items() if v is not None},
+        "recipe": recipe_of(file),
         "title": file.metadata.get("modelspec.title"),
         "architecture": file.metadata.get("modelspec.architecture"),
     }
     try:
-        table = single_file.flat_table()
+        table = table_of(file)
         if any(lora.parse(key, table) for key in file):
-            facts |= {"kind": "LoRA", **of_lora(file)}
-            facts["supported"] = not facts["unknown_keys"]
-            if config.base:
+            facts |= {"kind": "LoRA", **of_lora(file, path)}
+            if config.base and facts["supported"]:
                 facts["coverage"] = coverage(file, config.base)
+        elif (other := layouts.other_kind(file)) and other.adapter:
+            raise InputRefused(f"{path}: {other.kind} ({other.key})", other.hint)
         else:
             facts |= {"kind": "checkpoint", **of_checkpoint(file)}
             parts = facts.get("components", {}).values()
             facts["supported"] = "unusual" not in facts and not any(part["missing_count"] for part in parts)
     except InputRefused as error:
-        facts |= {"kind": "other", "supported": False, "why_not": console.worded(str(error).removeprefix(f"{path}: "))}
+        facts |= {"kind": "other", "supported": False, **why_not(error, path)}
     return facts
 
 

@@ -10,18 +10,21 @@ if TYPE_CHECKING:
     from fastdiff.lora.file import from_peft as from_peft
     from fastdiff.lora.file import layers_told as layers_told
     from fastdiff.lora.file import load as load
+    from fastdiff.lora.file import outline as outline
     from fastdiff.lora.file import parse as parse
     from fastdiff.lora.file import parse_spec as parse_spec
-    from fastdiff.lora.file import save as save
     from fastdiff.lora.file import summary as summary
     from fastdiff.lora.merging import bake as bake
     from fastdiff.lora.merging import merge as merge
+    from fastdiff.lora.writing import header as header
+    from fastdiff.lora.writing import save as save
 
 # Public name -> module. No module here may have one of these names: importing it would replace the function.
 PUBLIC = {
     **dict.fromkeys(
-        ("Lora", "from_peft", "header", "layers_told", "load", "parse", "parse_spec", "save", "summary"), "fastdiff.lora.file"
+        ("Lora", "from_peft", "layers_told", "load", "outline", "parse", "parse_spec", "summary"), "fastdiff.lora.file"
     ),
+    **dict.fromkeys(("header", "save"), "fastdiff.lora.writing"),
     **dict.fromkeys(("merge", "bake"), "fastdiff.lora.merging"),
     **dict.fromkeys(("attach", "save_adapter"), "fastdiff.lora.adapters"),
 }

@@ -16,7 +16,7 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.single_file import Weights
 from fastdiff.lora.file import Lora, with_first_encoder
-from fastdiff.lora.kinds import Factors, Rescaled, Rotated, Update
+from fastdiff.lora.kinds import Dense, Factors, Rescaled, Rotated, Update
 from fastdiff.lora.layouts import canonical
 from fastdiff.runtime.console import info, warn
 from fastdiff.runtime.errors import InputRefused
@@ -48,13 +48,24 @@ def places(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, Plac
 
 
 def fits(update: Update, shape: tuple[int, ...]) -> bool:
-    """Whether the update is for a parameter of this shape. A 1 x 1 convolution counts as a linear layer."""
+    """Whether the update is for a parameter of this shape.
+
+    A 1 x 1 convolution counts as a linear layer, and a matrix (out, in kh kw) is an update of a convolution.
+    """
     if update.shape is not None:
-        return single_file.strip(update.shape) == single_file.strip(shape)
+        matrix = (*shape[:1], torch.Size(shape[1:]).numel())
+        return single_file.strip(update.shape) == single_file.strip(shape) or len(shape) == 4 and update.shape == matrix
     if isinstance(update, Rescaled):
         return len(shape) > 1 and update.vector.numel() == shape[1 if update.on_input else 0]
     assert isinstance(update, Rotated), f"{update.kind} has no shape"
     return update.blocks.shape[-3:-1].numel() == shape[0]
+
+
+def is_zero(update: Update) -> bool:
+    """Whether an update changes nothing whatever the weight, as those that ComfyUI saves for layers without a difference."""
+    if isinstance(update, Factors):
+        return not bool(update.up.any()) or not bool(update.down.any())
+    return isinstance(update, Dense) and not bool(update.value.any())
 
 
 def fit(
@@ -62,11 +73,16 @@ def fit(
 ) -> list[Lora]:
     """Check that every module of the LoRAs fits a parameter in `table` (from `places`), and return the LoRAs.
 
-    InputRefused names the modules that do not fit. With `allow_partial` those are left out with a warning, and only a LoRA of
-    which nothing fits is refused. `family` is the base's, for messages.
+    Modules that change nothing need no layer: they are left out. InputRefused names the modules that do not fit. With
+    `allow_partial` those are left out with a warning, and only a LoRA of which nothing fits is refused. `family` is the base's,
+    for messages.
     """
     fitted = []
     for lora, _ in loras:
+        idle = {key for key, update in lora.modules.items() if key not in table and is_zero(update)}
+        if idle and len(idle) < len(lora.modules):
+            info(f"{lora.source}: {len(idle)} modules without a layer here change nothing and are left out ({sorted(idle)[0]})")
+            lora = replace(lora, modules={key: update for key, update in lora.modules.items() if key not in idle})
         wrong = [f"{key} (no such layer)" for key in lora.modules if key not in table]
         for key in lora.modules.keys() & table.keys():
             if not fits(lora.modules[key], table[key].shape):

@@ -6,7 +6,7 @@ W' = W + sum_i s_i Delta_i(W)         every update acts on the base's own weight
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints import single_file, tensors
-from fastdiff.checkpoints.family import FAMILIES, PLAIN, Family, of_width, titles
+from fastdiff.checkpoints.family import PLAIN, Family
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.checkpoints.tensors import Entry
+from fastdiff.checkpoints.tensors import TensorFile
+from fastdiff.lora import identify
 from fastdiff.lora.kinds import Factors, Update, build, describe
-from fastdiff.lora.layouts import OTHERS, READERS, Part, canonical, read_peft, split
+from fastdiff.lora.layouts import READERS, Part, canonical, kernel_of, other_kind, read_peft
 from fastdiff.runtime.console import warn
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field, quoted
 
-# Header entries that describe the tensors of the file they were read from, so a new file must not copy them.
-STALE = {"lora_adapter_metadata", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "ss_network_args", "format"}
 Format = Literal["kohya", "diffusers", "peft"]
-MAX_RANK, MAX_SCALE = 16_384, 10_000.0  # larger ones are signs of a damaged file
+MAX_LAYERS = 16  # in a block of a UNet; a header that says more is damaged
 
 
 @dataclass(eq=False)
@@ -46,18 +45,13 @@ class Lora:
 
     @property
     def family(self) -> Family | None:
-        """The base's family, by the recipe, the text encoders, the width of cross-attention or the header; None if unknown."""
-        if row := FAMILIES.get(self.recipe.family or ""):
-            return row
-        if any(key.startswith("lora_te2_") for key in self.modules):
-            return next(row for row in FAMILIES.values() if row.text_encoders == 2)
-        crossing = (m.shape for key, m in self.modules.items() if key.endswith(("attn2_to_k", "attn2_to_v")))
-        widths = {shape[1] for shape in crossing if shape}
-        if len(widths) == 1 and (row := of_width(widths.pop())):
-            return row
-        architecture = self.metadata.get("modelspec.architecture", "")
-        by_header = (row for row in FAMILIES.values() if row.published and architecture.startswith(row.architecture_stem))
-        return next(by_header, None)
+        """The base's family, by the layers, then by what the header says of them; None if unknown."""
+        return identify.family_of(self.shapes, self.metadata)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """The shape of the parameter that each module changes; None where an update does not determine it."""
+        return {key: update.shape for key, update in self.modules.items()}
 
     @property
     def layers(self) -> int:
@@ -83,6 +77,8 @@ class Lora:
 
     def save(self, path: str | Path, *, dtype: torch.dtype = torch.float16, format: Format = "kohya") -> Path:
         """Write this LoRA and return the path. kohya's layout is what every program loads; `save` describes the others."""
+        from fastdiff.lora.writing import save  # it imports this module
+
         save(self, Path(path).expanduser(), dtype=dtype, format=format)
         return Path(path).expanduser()
 
@@ -108,21 +104,46 @@ class Lora:
 def load(path: str | Path, *, layers: int = 2, allow_partial: bool = False, allow_pickle: bool = False) -> Lora:
     """Read a LoRA of any supported layout; the scale alpha / r is multiplied in.
 
-    `layers` is the number of layers in a block of the base, for files with LDM names whose header lacks it. InputRefused where
-    any key is unknown, unless `allow_partial`, which leaves such keys out with a warning. Bundled embeddings are always left
-    out with a warning.
+    `path` is a file, or a folder that peft wrote. `layers` is the number of layers in a block of the base, for files with LDM
+    names whose header lacks it. InputRefused where any key is unknown, unless `allow_partial`, which leaves such keys out with
+    a warning. Bundled embeddings are always left out with a warning.
     """
-    file = tensors.open_file(path, allow_pickle=allow_pickle)
+    path = Path(path).expanduser()
+    inside = path / "adapter_model.safetensors"
+    file = tensors.open_file(inside if inside.is_file() else path, allow_pickle=allow_pickle)
+    return assembled(file, file.__getitem__, layers, allow_partial)
+
+
+def outline(file: TensorFile, *, layers: int = 2) -> Lora:
+    """The LoRA in a file with its weights on the meta device, which have shapes and no values; InputRefused as in `load`.
+
+    Of the file's tensors only those of one number are read. What `load` refuses for values that are not finite passes here.
+    """
+
+    def read(key: str) -> Tensor:
+        dtype, shape, *_ = file.layouts[key]
+        return file[key] if torch.Size(shape).numel() == 1 else torch.empty(shape, dtype=dtype, device="meta")
+
+    return assembled(file, read, layers, False)
+
+
+def assembled(file: TensorFile, read: Callable[[str], Tensor], layers: int, allow_partial: bool) -> Lora:
+    """The LoRA in a file, whose tensors `read` returns; InputRefused as in `load`."""
     path, metadata = file.path, file.metadata
-    for key in file:
-        for pattern, kind in OTHERS:
-            if re.search(pattern, key) and not key.startswith("bundle_emb."):
-                raise InputRefused(f"{path}: {kind} ({key})", f"LoRAs of {titles()} are supported")
+    if other := other_kind(file):
+        raise InputRefused(f"{path}: {other.kind} ({other.key})", other.hint)
     embeddings = [key for key in file if key.startswith("bundle_emb.")]
     if embeddings:
         names = sorted({key.split(".")[1] for key in embeddings})
         warn(f"{path}: its bundled embeddings are left out ({', '.join(names[:5])})")
-    table = single_file.flat_table(int(metadata.get("fastdiff.layers_per_block", layers)))
+    try:
+        Recipe.from_metadata(metadata)
+        layers = int(metadata.get("fastdiff.layers_per_block", layers))
+        if not 1 <= layers <= MAX_LAYERS:
+            raise ValueError(f"fastdiff.layers_per_block {layers}")
+    except ValueError as error:
+        raise InputRefused(f"{path}: the header is malformed ({quoted(error)})") from error
+    table = single_file.flat_table(layers)
     parts = {key: parse(key, table) for key in file if key not in embeddings}
     unknown = [key for key, part in parts.items() if part is None]
     if unknown:
@@ -133,27 +154,58 @@ def load(path: str | Path, *, layers: int = 2, allow_partial: bool = False, allo
     known = {key: part for key, part in parts.items() if part}
     if not known:
         raise InputRefused(f"{path}: no LoRA modules in it")
+    configs = configured(path, metadata, known.values())
+    if in_second_encoder(path, configs.get("", {})):
+        unnamed = {key: part for key, part in known.items() if part.name and not part.component}
+        known |= {key: part._replace(key=part.key.replace("lora_te_", "lora_te2_", 1)) for key, part in unnamed.items()}
     modules: dict[str, dict[str, Tensor]] = {}
     for key, part in known.items():
         sides = modules.setdefault(part.key, {})
         if part.side in sides:
             raise InputRefused(f"{path}: {part.key} has two sets of weights ({key})")
-        sides[part.side] = file[key]
-    try:
-        Recipe.from_metadata(metadata)
-        configs = peft_configs(path, metadata, known.values())
-        for part in known.values():
-            if part.name and part.side == "down" and configs.get(part.component):
-                rank = modules[part.key]["down"].shape[:1].numel()
-                alpha = peft_alpha(configs[part.component], part.name, rank)
-                modules[part.key].setdefault("alpha", torch.tensor(float(alpha)))
-    except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise InputRefused(f"{path}: the header or adapter_config.json is malformed ({quoted(error)})") from error
-    updates = {
-        key: checked(build(plain_magnitude(sides), f"{path}: {key}"), sides, f"{path}: {key}") for key, sides in modules.items()
-    }
-    lora = Lora(updates, metadata, str(path), [*embeddings, *unknown])
+        sides[part.side] = read(key)
+    for part in known.values():
+        if part.name and configs.get(part.component):
+            peft_scale(modules[part.key], part, configs[part.component], path)
+    if rank_stabilised(metadata):
+        for sides in modules.values():
+            stabilise(sides)
+    updates = {key: build(plain_magnitude(sides), f"{path}: {key}", kernel_of(key)) for key, sides in modules.items()}
+    lora = with_right_header(Lora(updates, metadata, str(path), [*embeddings, *unknown]))
     return with_first_encoder(lora, (lora.family or PLAIN).lora_text_prefix)
+
+
+def rank_stabilised(metadata: Mapping[str, str]) -> bool:
+    """Whether the header says that LyCORIS trained the LoRA with rs_lora, at the scale alpha / sqrt(r)."""
+    try:
+        arguments = json.loads(metadata.get("ss_network_args") or "{}")
+    except ValueError:
+        return False
+    return isinstance(arguments, dict) and str(arguments.get("rs_lora")).lower() in {"true", "1"}
+
+
+def stabilise(sides: dict[str, Tensor]) -> None:
+    """Give a GLoRA that was trained with rs_lora the alpha at which alpha / r is its scale.
+
+    LyCORIS stores such an alpha for all other kinds. Of GLoRA it stores the alpha that was asked for.
+    """
+    if "a2" in sides and "alpha" in sides and sides["alpha"].numel() == 1:
+        rank = sides["a2"].shape[:1].numel()
+        sides["alpha"] = (sides["alpha"].float() or rank) * math.sqrt(rank)
+
+
+def with_right_header(lora: Lora) -> Lora:
+    """The LoRA without header entries that name a family whose networks have other layers, which a warning tells."""
+    wrong = identify.wrong_claims(lora.shapes, lora.metadata)
+    if not wrong:
+        return lora
+    fitting = [row.name for row in identify.possible(lora.shapes)]
+    said = ", ".join(f"{entry} says {row}" for entry, row in wrong.items())
+    warn(f"{lora.source}: {said}, but its layers are those of {' or '.join(fitting)}; the header is ignored there")
+    metadata = {key: value for key, value in lora.metadata.items() if key not in wrong}
+    if identify.FAMILY in wrong and (family := identify.family_of(lora.shapes, metadata)):
+        metadata[identify.FAMILY] = family.name
+    return replace(lora, metadata=metadata)
 
 
 def layers_told(unet_config: Mapping[str, Any]) -> dict[str, str]:
@@ -178,13 +230,16 @@ def plain_magnitude(sides: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def checked(update: Update, sides: Mapping[str, Tensor], where: str) -> Update:
-    """Return the update, or raise InputRefused for a rank or scale so large that the file must be damaged or hostile."""
-    rank = update.rank if isinstance(update, Factors) else 1
-    alpha = sides["alpha"].float().item() if "alpha" in sides else rank
-    if rank > MAX_RANK or alpha / rank > MAX_SCALE:
-        raise InputRefused(f"{where}: rank {rank} with alpha {alpha:g} is far too large; the file is damaged")
-    return update
+def configured(path: Path, metadata: Mapping[str, str], parts: Iterable[Part]) -> dict[str, dict[str, Any]]:
+    """`peft_configs`; InputRefused where they are malformed, or for a kind of adapter that is not supported."""
+    try:
+        configs = peft_configs(path, metadata, parts)
+        kinds = {str(config.get("peft_type") or "LORA") for config in configs.values()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputRefused(f"{path}: the header or adapter_config.json is malformed ({quoted(error)})") from error
+    if others := kinds - {"LORA", "LOHA", "LOKR"}:
+        raise InputRefused(f"{path}: a peft adapter of type {others.pop()}", "merge it in peft: PeftModel.merge_and_unload()")
+    return configs
 
 
 def peft_configs(path: Path, metadata: Mapping[str, str], parts: Iterable[Part]) -> dict[str, dict[str, Any]]:
@@ -196,17 +251,45 @@ def peft_configs(path: Path, metadata: Mapping[str, str], parts: Iterable[Part])
     if any(part.name and not part.component for part in parts):
         config_path = path.parent / "adapter_config.json"
         if config_path.exists():
-            configs[""] = json.loads(config_path.read_text())
+            configs[""] = dict(json.loads(config_path.read_text()))
         else:
             warn(f"{path}: no adapter_config.json beside it, so its scale is unknown; alpha = rank is assumed")
     return configs
 
 
+def in_second_encoder(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a raw peft file, which names no component, is for SDXL's second text encoder: by its folder, or its class."""
+    base = config.get("auto_mapping") or {}
+    return path.parent.name == "text_encoder_2" or base.get("base_model_class") == "CLIPTextModelWithProjection"
+
+
+def peft_scale(sides: dict[str, Tensor], part: Part, config: Mapping[str, Any], path: Path) -> None:
+    """Put the scale of a module by its peft config among its tensors: alpha for LoRA, alpha / r for LoHa and LoKr.
+
+    `part` is one of the module's tensors. LoKr's two full matrices do not tell r, and peft scales these too. InputRefused where
+    the config is malformed.
+    """
+    try:
+        if part.side == "down":
+            alpha = peft_alpha(config, part.name, sides["down"].shape[:1].numel())
+            sides.setdefault("alpha", torch.tensor(float(alpha)))
+        elif part.side in {"w1_a", "kron1", "kron1_a"} and config.get("peft_type") in {"LOHA", "LOKR"}:
+            rank = pattern_value(config.get("rank_pattern"), part.name) or config["r"]
+            alpha = pattern_value(config.get("alpha_pattern"), part.name) or config["alpha"]
+            sides["scale"] = torch.tensor(alpha / rank, dtype=torch.float64)
+    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, re.error) as error:
+        raise InputRefused(f"{path}: the header or adapter_config.json is malformed ({quoted(error)})") from error
+
+
 def peft_alpha(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """The alpha of the module `name` by a peft config, whose patterns match the end of a name. `rank` is that of the tensor."""
-    hits = (v for k, v in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({k})$", name))
-    alpha = next(hits, config.get("lora_alpha")) or rank
+    """The alpha of the module `name` by a peft config. `rank` is that of the tensor."""
+    alpha = pattern_value(config.get("alpha_pattern"), name) or config.get("lora_alpha") or rank
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def pattern_value(patterns: Mapping[str, float] | None, name: str) -> float | None:
+    """The value of the first pattern of a peft config that matches the end of a module's name; None without one."""
+    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
 def with_first_encoder(lora: Lora, prefix: str) -> Lora:
@@ -238,109 +321,6 @@ def from_peft(state: dict[str, Tensor], alpha: float | dict, prefix: str = "lora
         assert isinstance(update, Factors), f"{key}: down and up make factors"
         factors[key] = update
     return factors
-
-
-def balanced(factors: Factors, scale: float) -> tuple[Tensor, Tensor]:
-    """The factors down and up of `scale` B A, with the largest value of each row of down near that of the column of up.
-
-    Without this, a scale such as 1 / 64 would make `up` too small for fp16's normal range. Both change by powers of two alone,
-    so that the product stays exact.
-    """
-    down, up = factors.down.flatten(1), factors.up.flatten(1) * scale  # (r, in kh kw), (out, r)
-    power = ((up.abs().amax(0) / down.abs().amax(1)).log2() / 2).round()
-    shift = torch.exp2(torch.where(power.isfinite(), power, 0.0))
-    return (down * shift[:, None]).reshape(factors.down.shape), (up / shift).reshape(factors.up.shape)
-
-
-def header(lora: Lora, title: str) -> dict[str, str]:
-    """The header for a file: the LoRA's own entries, modelspec for user interfaces, sd-scripts' ss_ entries for the family."""
-    recipe, ranks = lora.recipe, {update.rank for update in lora.modules.values() if isinstance(update, Factors)}
-    dim, alpha = str(*ranks) if len(ranks) == 1 else "Dynamic", str(max(ranks))
-    spec = {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "diffusers", "modelspec.title": title}
-    if family := lora.family:
-        architecture = family.architecture if recipe.prediction_type == "epsilon" else family.architecture_v
-        spec |= {"modelspec.architecture": f"{architecture}/lora", **family.lora_header}
-    hints = {"{} steps": recipe.num_steps, "guidance {:g}": recipe.guidance, "scheduler {}": recipe.scheduler}
-    if usage := [text.format(value) for text, value in hints.items() if value is not None]:
-        spec["modelspec.usage_hint"] = ", ".join(usage)
-    own = {k: v for k, v in lora.metadata.items() if k not in STALE}
-    network = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alpha, "format": "pt"}
-    return spec | own | network
-
-
-def save(
-    lora: Lora,
-    path: Path,
-    *,
-    dtype: torch.dtype = torch.float16,
-    format: Format = "kohya",
-    extra_metadata: dict[str, str] | None = None,
-) -> None:
-    """Write a LoRA of low-rank modules to a file, or with peft's format to a folder.
-
-    kohya is read by ComfyUI, Forge, A1111 and diffusers alike. diffusers has names as `unet.<dotted>.lora_A.weight` and scale 1.
-    peft makes a folder for each component, for `PeftModel.from_pretrained`. InputRefused where a module is not low rank,
-    ValueError where a value is not finite in `dtype`.
-    """
-    assert lora.modules, "a LoRA without modules"
-    factors, path = lora.factors("written as a LoRA"), Path(path)
-    metadata = {**header(lora, path.stem), **(extra_metadata or {})}
-    if format == "peft":
-        return save_peft(factors, path, dtype, metadata)
-    # kohya: UNet layers have diffusers' names for SD1 and SD2 and LDM's for SDXL. Every module has the same alpha, the largest
-    # rank of the file, and `up` is divided by alpha / r: diffusers applies the file's most frequent alpha to all attention
-    # layers, so different alphas would be scaled wrongly there, even alpha = r where ranks differ.
-    largest = float(max(module.rank for module in factors.values()))
-    entries: list[Entry] = []
-    ldm_names = lora.family is not None and lora.family.lora_names == "ldm"
-    for key, module in factors.items():
-        sides = balanced(module, module.rank / largest if format == "kohya" else 1.0)
-        if format == "kohya":
-            name = (
-                f"lora_unet_{single_file.to_flat(key[10:], lora.layers)}" if ldm_names and key.startswith("lora_unet_") else key
-            )
-            entries.append(Entry(f"{name}.alpha", torch.float32, (), lambda: torch.tensor(largest)))
-            suffixes = ("lora_down.weight", "lora_up.weight")
-        else:
-            name, suffixes = ".".join(split(key)), ("lora_A.weight", "lora_B.weight")
-        entries += stored(key, name, suffixes, sides, dtype, path)
-    tensors.write(path, entries, metadata)
-
-
-def stored(
-    key: str, name: str, suffixes: tuple[str, str], sides: tuple[Tensor, Tensor], dtype: torch.dtype, path: Path
-) -> list[Entry]:
-    """The two tensors of a module in `dtype`, ready to write; ValueError where one is not finite in it."""
-    cast = {
-        f"{name}.{suffix}": tensor.detach().to("cpu", dtype).contiguous() for suffix, tensor in zip(suffixes, sides, strict=True)
-    }
-    if not all(bool(tensor.isfinite().all()) for tensor in cast.values()):
-        raise ValueError(f"{path}: {key} is not finite in {str(dtype).removeprefix('torch.')}")
-    return tensors.entries(cast)
-
-
-def save_peft(factors: Mapping[str, Factors], folder: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json` in a folder for each component; UsageError for a file name."""
-    if folder.suffix == ".safetensors" or folder.is_file():
-        raise UsageError(f"{as_field('output', folder)}: peft's layout is a folder", "leave .safetensors out")
-    parts: dict[str, dict[str, Factors]] = {}
-    for key, module in factors.items():
-        component, name = split(key)
-        parts.setdefault(component, {})[name] = module
-    for component, modules in parts.items():
-        entries: list[Entry] = []
-        for name, module in modules.items():
-            suffixes = ("lora_A.weight", "lora_B.weight")
-            entries += stored(name, f"base_model.model.{name}", suffixes, balanced(module, 1.0), dtype, folder)
-        tensors.write(folder / component / "adapter_model.safetensors", entries, metadata)
-        ranks = {name: module.rank for name, module in modules.items()}
-        common = max(set(ranks.values()), key=list(ranks.values()).count)
-        odd = {name: rank for name, rank in ranks.items() if rank != common}
-        config = dict(
-            peft_type="LORA", r=common, lora_alpha=common, target_modules=sorted(ranks), rank_pattern=odd, alpha_pattern=odd,
-            bias="none", lora_dropout=0.0, inference_mode=True, use_rslora=False, use_dora=False, task_type=None,
-        )  # fmt: skip
-        (folder / component / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def summary(lora: Lora) -> dict[str, Any]:

@@ -13,15 +13,18 @@ The last four need the weight that they change, so they can be baked into a chec
 Shapes: r rank; weights (out, in[, kh, kw]).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.runtime.errors import InputRefused
+
+MAX_RANK, MAX_SCALE = 16_384, 10_000.0  # larger ones are signs of a damaged file
 
 
 class Update(ABC):
@@ -38,6 +41,13 @@ class Update(ABC):
     @abstractmethod
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """Delta(W) in fp32, in the parameter's shape. `weight` is W in fp32, required where `needs_weight`."""
+
+    def reshaped(self, shape: tuple[int, ...]) -> "Update":
+        """The same update for a parameter of another shape with as many values, as a matrix (out, in kh kw) for a convolution.
+
+        Updates that do not determine a shape stay as they are.
+        """
+        return self
 
 
 @dataclass
@@ -60,6 +70,10 @@ class Factors(Update):
     def delta(self, weight: Tensor | None = None) -> Tensor:
         return (self.up.flatten(1).float() @ self.down.flatten(1).float()).reshape(self.shape)
 
+    def reshaped(self, shape: tuple[int, ...]) -> "Factors":
+        ones = [1] * (len(shape) - 2)
+        return Factors(self.down.reshape(self.rank, *shape[1:]), self.up.reshape(shape[0], self.rank, *ones))
+
     def scaled(self, strength: float) -> "Factors":
         """The update times `strength`."""
         return Factors(strength * self.down, self.up)
@@ -78,6 +92,9 @@ class Dense(Update):
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         return self.value
+
+    def reshaped(self, shape: tuple[int, ...]) -> "Dense":
+        return Dense(self.value.reshape(shape), self.kind)
 
 
 @dataclass
@@ -111,6 +128,9 @@ class Generalised(Update):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.b.shape
+
+    def reshaped(self, shape: tuple[int, ...]) -> "Generalised":
+        return replace(self, b=self.b.reshaped(shape))
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         assert weight is not None
@@ -171,6 +191,9 @@ class Decomposed(Update):
     def shape(self) -> tuple[int, ...] | None:
         return self.inner.shape
 
+    def reshaped(self, shape: tuple[int, ...]) -> "Decomposed":
+        return replace(self, inner=self.inner.reshaped(shape))
+
     def delta(self, weight: Tensor | None = None) -> Tensor:
         assert weight is not None
         moved = weight + self.inner.delta(weight).reshape(weight.shape)
@@ -181,33 +204,66 @@ class Decomposed(Update):
         return moved * (self.magnitude / (norm + torch.finfo(torch.float32).eps)).reshape(view) - weight
 
 
-def build(sides: Mapping[str, Tensor], where: str) -> Update:
+@dataclass(frozen=True)
+class Scale:
+    """What a file says about the scale of one module. It is checked where a kind uses it, and only there."""
+
+    alpha: Tensor | None  # one number; None or 0 mean alpha = r, as in kohya
+    fixed: float | None  # the scale itself, from a peft config; alpha has no effect then
+    factor: float  # LyCORIS's trained `scalar`, which multiplies the update; 1 in most files
+    where: str
+
+    def number(self) -> float:
+        """alpha, or 0 where the file has none; InputRefused where it is not one finite number of at least 0."""
+        if self.alpha is None:
+            return 0.0
+        if self.alpha.numel() != 1:
+            raise InputRefused(f"{self.where}: alpha must be one number above 0, not {self.alpha.numel()}")
+        if not math.isfinite(self.alpha.item()):
+            raise InputRefused(f"{self.where}: alpha has NaN or infinite values")
+        if self.alpha.item() < 0:
+            raise InputRefused(f"{self.where}: alpha must be one number above 0, not {self.alpha.item():g}")
+        return self.alpha.item()
+
+    def of_rank(self, rank: int) -> float:
+        """The scale alpha / r of a module of rank `rank`; InputRefused where it is so large that the file must be damaged."""
+        alpha = (self.number() or rank) if self.fixed is None else self.fixed * rank
+        if rank > MAX_RANK or abs(alpha) / rank > MAX_SCALE:
+            raise InputRefused(f"{self.where}: rank {rank} with alpha {alpha:g} is far too large; the file is damaged")
+        return alpha / rank * self.factor
+
+    def of_full(self) -> float:
+        """The scale of a LoKr of two full matrices. As in LyCORIS alpha has no effect; it may be anything."""
+        return self.factor if self.fixed is None else self.of_rank(1)
+
+
+def build(sides: Mapping[str, Tensor], where: str, kernel: int = 1) -> Update:
     """Build the update of a module from the tensors in its file, by `side` (as "down"); they determine its kind.
 
-    No alpha, or alpha 0, means alpha = r as in kohya. InputRefused, whose message begins with `where`, for values that are not
-    finite, ranks that disagree, shapes that do not fit a linear or convolution layer, and tensors that make no known update.
+    No alpha, or alpha 0, means alpha = r as in kohya. `kernel` is the side of the convolution's kernel, for files that have its
+    update as a matrix (out, in kh kw). Tensors on the meta device, which have no values, make an update on the meta device.
+    InputRefused, whose message begins with `where`, for values that are not finite, ranks that disagree, shapes that do not fit
+    a linear or convolution layer, and tensors that make no known update.
     """
-    tensors = {}
-    for side, tensor in sides.items():
-        if not tensor.is_floating_point() and side not in {"alpha", "on_input"}:
-            raise InputRefused(f"{where}: {side} is {tensor.dtype}, not floating point")
-        if not bool(tensor.float().isfinite().all()):
-            raise InputRefused(f"{where}: {side} has NaN or infinite values")
-        if not tensor.numel():
-            raise InputRefused(f"{where}: {side} is empty, shape {tuple(tensor.shape)}")
-        tensors[side] = tensor.detach().to("cpu", torch.float32, copy=True)
-    alpha = tensors.pop("alpha", torch.tensor(0.0))
-    if alpha.numel() != 1 or alpha.item() < 0:
-        raise InputRefused(f"{where}: alpha must be one number above 0, not {alpha.tolist()}")
+    tensors = {side: read(tensor, side, where) for side, tensor in sides.items() if side not in {"alpha", "on_input"}}
+    fixed, factor = (tensors.pop(side, None) for side in ("scale", "scalar"))
+    for name, tensor in (("scalar", factor), ("on_input", sides.get("on_input"))):
+        if tensor is not None and tensor.numel() != 1:
+            raise InputRefused(f"{where}: {name} must be one number, not {tensor.numel()}")
+    alpha = sides.get("alpha")
+    scale = Scale(alpha, None if fixed is None else fixed.item(), 1.0 if factor is None else factor.item(), where)
     magnitude = tensors.pop("magnitude", None)
-    on_input = bool(tensors.pop("on_input", torch.tensor(0.0)).item())
+    on_input = bool(sides["on_input"].any()) if "on_input" in sides else False
     try:
-        update = assemble(tensors, alpha.item(), on_input, where) if tensors else None
-    except (RuntimeError, KeyError) as error:  # shapes that cannot be multiplied, a factor without its other half
+        update = assemble(tensors, scale, on_input, where) if tensors else None
+    except InputRefused:
+        raise
+    except (RuntimeError, KeyError, ValueError, IndexError) as error:  # shapes that cannot be multiplied, a half alone
         shapes = ", ".join(f"{side} {tuple(t.shape)}" for side, t in tensors.items())
         raise InputRefused(f"{where}: tensors are missing or their shapes do not fit together: {shapes}") from error
     if update is None:
         raise InputRefused(f"{where}: {' and '.join(sides)} alone cannot be applied")
+    update = unfolded(update, kernel)
     if magnitude is None:
         return update
     if update.shape is None or len(update.shape) < 2:
@@ -218,34 +274,56 @@ def build(sides: Mapping[str, Tensor], where: str) -> Update:
     return Decomposed(update, magnitude.flatten(), by_input)
 
 
-def assemble(tensors: dict[str, Tensor], alpha: float, on_input: bool, where: str) -> Update:
-    """The update that a set of tensors makes. RuntimeError or KeyError where shapes do not fit, InputRefused for other sets."""
+def read(tensor: Tensor, side: str, where: str) -> Tensor:
+    """A copy of a tensor in fp32; InputRefused where it is empty, whole numbers, or has values that are not finite."""
+    if not tensor.is_floating_point():
+        raise InputRefused(f"{where}: {side} is {tensor.dtype}, not floating point")
+    if not tensor.is_meta and not bool(tensor.float().isfinite().all()):
+        raise InputRefused(f"{where}: {side} has NaN or infinite values")
+    if not tensor.numel():
+        raise InputRefused(f"{where}: {side} is empty, shape {tuple(tensor.shape)}")
+    return tensor.detach().to("meta" if tensor.is_meta else "cpu", torch.float32, copy=True)
+
+
+def unfolded(update: Update, kernel: int) -> Update:
+    """The update in its convolution's shape (out, in, k, k), where the file has it as a matrix (out, in k k).
+
+    LyCORIS writes LoHa and LoKr of convolutions so, unless they have a Tucker core.
+    """
+    shape = update.shape
+    if kernel == 1 or shape is None or len(shape) != 2 or shape[1] % kernel**2:
+        return update
+    return update.reshaped((shape[0], shape[1] // kernel**2, kernel, kernel))
+
+
+def assemble(tensors: dict[str, Tensor], scale: Scale, on_input: bool, where: str) -> Update:
+    """The update that a set of tensors makes.
+
+    RuntimeError, KeyError, ValueError or IndexError where shapes do not fit, InputRefused for other sets.
+    """
     have = set(tensors)
-    scale = lambda rank: (alpha or rank) / rank
     if have == {"down", "up"} or have == {"down", "up", "mid"}:
-        return low_rank(tensors, alpha, where)
+        return low_rank(tensors, scale, where)
     if have == {"w1_a", "w1_b", "w2_a", "w2_b"} or have == {"w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"}:
         halves = [core(tensors[f"w{i}_a"], tensors[f"w{i}_b"], tensors.get(f"t{i}")) for i in (1, 2)]
-        return Dense(halves[0] * halves[1] * scale(tensors["w1_b"].shape[0]), "loha")
+        return Dense(halves[0] * halves[1] * scale.of_rank(tensors["w1_b"].shape[0]), "loha")
     if have & {"kron1", "kron1_a"} and have <= {"kron1", "kron1_a", "kron1_b", "kron2", "kron2_a", "kron2_b", "kron_t2"}:
-        return kronecker(tensors, alpha)
+        return kronecker(tensors, scale)
     if have == {"diff"}:
         return Dense(tensors["diff"])
     if have == {"vector"}:
         return Rescaled(tensors["vector"].flatten(), on_input)
     if have == {"a1", "a2", "b1", "b2"} or have == {"a1", "a2", "b1", "b2", "bm"}:
-        b = {"up": tensors["b1"], "down": tensors["b2"], **({"mid": tensors["bm"]} if "bm" in tensors else {})}
-        rank = tensors["a2"].shape[0]
-        return Generalised(tensors["a1"].flatten(1), tensors["a2"].flatten(1), low_rank(b, alpha, where), scale(rank))
+        return generalised(tensors, scale, where)
     if "blocks" in have and have <= {"blocks", "rescale"} and tensors["blocks"].ndim in {3, 4}:
-        return Rotated(tensors["blocks"], alpha, tensors.get("rescale"))
+        return rotated(tensors, scale.number())
     missing = {"down", "up"} - have
     if len(missing) == 1:
         raise InputRefused(f"{where}: {missing.pop()} missing")
     raise InputRefused(f"{where}: no known kind of LoRA has these tensors: {', '.join(sorted(have)) or 'alpha alone'}")
 
 
-def low_rank(tensors: Mapping[str, Tensor], alpha: float, where: str) -> Factors:
+def low_rank(tensors: Mapping[str, Tensor], scale: Scale, where: str) -> Factors:
     """LoRA and LoCon. A Tucker core is multiplied into `down`. InputRefused for shapes and ranks that do not fit."""
     down, up = tensors["down"], tensors["up"]
     if "mid" in tensors:
@@ -259,9 +337,30 @@ def low_rank(tensors: Mapping[str, Tensor], alpha: float, where: str) -> Factors
         raise InputRefused(f"{where}: shapes {pair} are no linear or convolution pair")
     if (rank := down.shape[0]) != up.shape[1]:
         raise InputRefused(f"{where}: down and up differ in rank, shapes {pair}")
-    if not (down.abs().amax() * up.abs().amax() * rank * max(alpha, 1.0)).isfinite():
+    strength = scale.of_rank(rank)
+    if not down.is_meta and not math.isfinite(down.abs().amax() * up.abs().amax() * rank * max(abs(strength) * rank, 1.0)):
         raise InputRefused(f"{where}: values so large that their product is infinite; the file is damaged")
-    return Factors(down, up * ((alpha or rank) / rank))
+    return Factors(down, up * strength)
+
+
+def generalised(tensors: Mapping[str, Tensor], scale: Scale, where: str) -> Generalised:
+    """GLoRA. ValueError where a1 and a2 differ in shape."""
+    b = {"up": tensors["b1"], "down": tensors["b2"], **({"mid": tensors["bm"]} if "bm" in tensors else {})}
+    a1, a2, plain = tensors["a1"].flatten(1), tensors["a2"].flatten(1), low_rank(b, scale, where)
+    if a1.shape != a2.T.shape:
+        raise ValueError("a1 is (in, r), a2 (r, in)")
+    return Generalised(a1, a2, plain, scale.of_rank(a2.shape[0]))
+
+
+def rotated(tensors: Mapping[str, Tensor], constraint: float) -> Rotated:
+    """OFT and BOFT. ValueError where blocks are not square or cannot be paired, or `rescale` is not one number an output."""
+    blocks, rescale = tensors["blocks"], tensors.get("rescale")
+    size, out = blocks.shape[-1], blocks.shape[-3:-1].numel()
+    if size != blocks.shape[-2] or rescale is not None and rescale.numel() != out:
+        raise ValueError("blocks must be square, rescale has a number for every output")
+    if blocks.ndim == 4 and (size % 2 or out % (2 ** (blocks.shape[0] - 1) * size)):
+        raise ValueError("a butterfly pairs halves of blocks")
+    return Rotated(blocks, constraint, rescale)
 
 
 def core(a: Tensor, b: Tensor, t: Tensor | None) -> Tensor:
@@ -269,7 +368,7 @@ def core(a: Tensor, b: Tensor, t: Tensor | None) -> Tensor:
     return a @ b if t is None else torch.einsum("ij...,ip,jr->pr...", t, a, b)
 
 
-def kronecker(tensors: Mapping[str, Tensor], alpha: float) -> Dense:
+def kronecker(tensors: Mapping[str, Tensor], scale: Scale) -> Dense:
     """LoKr. As in LyCORIS, alpha has no effect where both factors are full matrices."""
     first = tensors["kron1"] if "kron1" in tensors else tensors["kron1_a"] @ tensors["kron1_b"]
     rank = None if "kron1" in tensors else tensors["kron1_b"].shape[0]
@@ -280,7 +379,7 @@ def kronecker(tensors: Mapping[str, Tensor], alpha: float) -> Dense:
         plain = "kron_t2" not in tensors
         second = (a @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:]) if plain else core(a, b, tensors["kron_t2"])
     first = first.reshape(*first.shape, *[1] * (second.ndim - first.ndim))
-    return Dense(torch.kron(first, second.contiguous()) * (1.0 if rank is None else (alpha or rank) / rank), "lokr")
+    return Dense(torch.kron(first, second.contiguous()) * (scale.of_full() if rank is None else scale.of_rank(rank)), "lokr")
 
 
 def low_rank_of(update: Update, rank: int | None = None, energy: float = 1.0) -> tuple[Factors, float, float]:

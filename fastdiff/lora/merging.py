@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastdiff.checkpoints import checkpoint, write
+from fastdiff.checkpoints import checkpoint, single_file, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.recipe import Recipe
@@ -56,10 +56,12 @@ def agreed(loras: list[tuple[Lora, float]]) -> tuple[Family | None, list[tuple[L
 
 
 def joined(parts: list[tuple[Update, float]], method: Method, density: float) -> Update:
-    """Merge the updates of one module, given with their strengths.
+    """Merge the updates of one module, given with their strengths; a 1 x 1 convolution goes with a linear layer.
 
     A sum of low-rank factors stays low rank: the factors are concatenated. In all other cases the full differences are merged.
     """
+    shape = max((update.shape or () for update, _ in parts), key=len)
+    parts = [(update if update.shape == shape else update.reshaped(shape), strength) for update, strength in parts]
     factors = [(update, strength) for update, strength in parts if isinstance(update, Factors)]
     if method == "sum" and len(factors) == len(parts):
         down = torch.cat([strength * update.down for update, strength in factors], 0)
@@ -94,7 +96,7 @@ def concatenate(
     modules: dict[str, Update] = {}
     for key in dict.fromkeys(key for item, _ in loras for key in item.modules):
         parts = [(item, strength) for item, strength in loras if key in item.modules]
-        shapes = {item.modules[key].shape: item.source for item, _ in parts}
+        shapes = {single_file.strip(item.modules[key].shape or ()): item.source for item, _ in parts}
         if len(shapes) > 1:
             (one, first), (other, second), *_ = shapes.items()
             raise InputRefused(f"{key} is {one} in {first} but {other} in {second}: they are for different bases")
@@ -139,10 +141,11 @@ def largest_error(stored: Lora, loras: Iterable[tuple[Lora, float]]) -> float:
     """
     worst, loras = 0.0, list(loras)
     for key, update in stored.modules.items():
-        deltas = (strength * item.modules[key].delta() for item, strength in loras if key in item.modules)
+        made = update.delta()
+        deltas = (strength * item.modules[key].delta().reshape(made.shape) for item, strength in loras if key in item.modules)
         exact = sum(deltas, torch.zeros(()))
         norm = torch.linalg.vector_norm(exact).item()
-        error = torch.linalg.vector_norm(update.delta() - exact).item()
+        error = torch.linalg.vector_norm(made - exact).item()
         worst = max(worst, error / norm if norm else error)
     return worst
 

@@ -18,7 +18,10 @@ class Config(BaseConfig):
     single_file: Annotated[bool, "write one LDM-layout file for ComfyUI, A1111 and Forge instead of a diffusers folder"] = False
     force: Annotated[bool, "write a single file even if no other program is known to read such a network"] = False
     lora: Annotated[str | None, "write this LoRA in --format instead of a checkpoint"] = None
-    format: Annotated[Literal["kohya", "diffusers", "peft"], "key layout of the LoRA; kohya loads in all programs"] = "kohya"
+    format: Annotated[
+        Literal["kohya", "diffusers", "peft"],
+        "key layout of the LoRA: kohya loads in all programs; of diffusers' layout ComfyUI skips attention layers",
+    ] = "kohya"
     output: Annotated[str | None, "a folder, or NAME.safetensors for one file"] = field(default=None, metadata={"flags": ["-o"]})
     precision: Annotated[
         Literal["stored", "fp16", "bf16", "fp32"],

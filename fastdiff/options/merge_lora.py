@@ -38,9 +38,10 @@ class Config(BaseConfig):
     density: Annotated[float, "share of entries that ties and dare keep", Range(above=0, high=1)] = 0.5
     seed: Annotated[int, "seed of the random masks of dare", Range(0, 2**31 - 1)] = 0
     block_weights: Annotated[str | None, "12, 17, 20 or 26 numbers (BASE,IN..,M00,OUT..) that scale every --style"] = None
-    format: Annotated[Literal["kohya", "diffusers", "peft"], "key layout of the written LoRA; kohya loads in all programs"] = (
-        "kohya"
-    )
+    format: Annotated[
+        Literal["kohya", "diffusers", "peft"],
+        "key layout of the written LoRA: kohya loads in all programs; of diffusers' layout ComfyUI skips attention layers",
+    ] = "kohya"
     precision: Annotated[Literal["fp16", "bf16", "fp32"], "precision of the written tensors; sums are always fp32"] = "fp16"
     remap: Annotated[str | None, "a pruned checkpoint: move LoRAs of its unpruned parent to the layers that it kept"] = None
     allow_partial: Annotated[bool, "merge the fitting modules of a LoRA that does not fit completely"] = False
