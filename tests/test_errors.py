@@ -188,7 +188,7 @@ def test_python_speaks_fields(tmp_path):
 def test_the_command_line_speaks_flags(capfd, name):
     assert cli.main(["sample", "--base", name, "--prompt", "x", "--json"]) == 2
     told, err = capfd.readouterr()
-    start = f"--base {name}: not an alias (emoji, sd15, sd21, sdxl, ssd-1b), a hub id"
+    start = f"--base {name}: not an alias (emoji, sd15, sd21, sd21-base, sdxl, ssd-1b), a hub id"
     assert json.loads(told)["error"]["message"].startswith(start)
     assert f"error: {start}" in err
     with pytest.raises(UsageError, match="base="):  # afterwards Python speaks fields again

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints import single_file, tensors
-from fastdiff.checkpoints.detect import Detection, detect, detect_prediction, infer_unet
-from fastdiff.checkpoints.family import Family
+from fastdiff.checkpoints import folders, single_file, supported, views
+from fastdiff.checkpoints.detect import Detection, check_kind, detect, detect_prediction, infer_unet
+from fastdiff.checkpoints.family import Family, named
 from fastdiff.checkpoints.fingerprint import fingerprint as fingerprint
 from fastdiff.checkpoints.locate import clip_vocabulary, family_of, locate, shape_tables
 from fastdiff.checkpoints.recipe import Recipe
@@ -25,7 +25,9 @@ from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdiff.runtime.console import info
-from fastdiff.runtime.errors import InputRefused, as_field
+from fastdiff.runtime.errors import InputRefused, UsageError, as_field
+
+WHOLE_LCM = Recipe(method="lcm", scheduler="lcm", num_steps=4, guidance=8.0)  # as LCM's authors sample theirs
 
 
 def plain_name(part: str, name: str) -> str:
@@ -109,6 +111,11 @@ class Checkpoint:
         return config
 
     @property
+    def embeds_guidance(self) -> bool:
+        """Whether the UNet takes the guidance as an input, as that of a whole LCM does."""
+        return self.unet_config.get("time_cond_proj_dim") is not None
+
+    @property
     def resolution_px(self) -> int:
         """Side in px of the pictures that the network was trained on."""
         size = self.unet_config.get("sample_size") or 64
@@ -144,11 +151,20 @@ class Checkpoint:
 
     @property
     def recipe(self) -> Recipe:
-        """The sampling settings of a distilled checkpoint; empty for any other."""
+        """The sampling settings of a distilled checkpoint; empty for any other.
+
+        A network that takes the guidance as an input was distilled, as LCM was, and is sampled so where no file tells.
+        """
         file = self.folder / "fastdiff.json"
         if self.path.is_file():
-            return Recipe.from_metadata(self.file.metadata)
-        return Recipe.from_metadata(json.loads(file.read_text())) if file.exists() else Recipe()
+            recipe = Recipe.from_metadata(self.file.metadata)
+        else:
+            recipe = Recipe.from_metadata(json.loads(file.read_text())) if file.exists() else Recipe()
+        if recipe.scheduler is None and self.embeds_guidance:
+            told = {name: value for name, value in vars(recipe).items() if value is not None}
+            usual = {"family": self.family.name, "prediction_type": self.prediction_type}
+            return replace(WHOLE_LCM, **(usual | told))
+        return recipe
 
     # ---- weights
 
@@ -165,7 +181,7 @@ class Checkpoint:
     @cached_property
     def file(self) -> TensorFile:
         """The single file, opened."""
-        return tensors.open_file(self.path, allow_pickle=self.allow_pickle)
+        return views.opened(self.path, allow_pickle=self.allow_pickle)
 
     def skeleton(self, part: str) -> nn.Module:
         """A component as a network without weights: its parameters are on the meta device."""
@@ -203,6 +219,8 @@ class Checkpoint:
         InputRefused names layers that are missing, that have no place in the model, or that have another shape than its.
         """
         shapes = shapes or self.shapes(part)
+        if part == "unet" and self.path.is_file() and views.is_diffusers_unet(self.file):
+            return self.from_files(part, shapes, [self.file], self.path)
         if self.path.is_file():
             wanted = self.slots(part, shapes)
             missing = single_file.missing(self.file, wanted)
@@ -226,38 +244,35 @@ class Checkpoint:
                 raise InputRefused(message, "the file is damaged or another model; for unusual networks give `base_config`")
 
     def stored(self, part: str, folder: Path) -> list[Path]:
-        """The weight files of a component in a diffusers folder, shards included; empty where there are none.
+        """The weight files of a component in a diffusers folder, as `folders.stored` finds them."""
+        return folders.stored(folder, part, allow_pickle=self.allow_pickle)
 
-        Full precision is preferred to the fp16 variant, and safetensors to pickles, which count only with `allow_pickle`.
-        """
-        home = folder / part
-        for stem in ("diffusion_pytorch_model", "model"):
-            for variant in ("", ".fp16"):
-                index = home / f"{stem}.safetensors.index{variant}.json"
-                if index.exists():
-                    return [home / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-                if (one := home / f"{stem}{variant}.safetensors").exists():
-                    return [one]
-            if self.allow_pickle and (one := home / f"{stem}.bin").exists():
-                return [one]
-            if stem == "model" and (one := home / "pytorch_model.bin").exists() and self.allow_pickle:
-                return [one]
-        return []
+    def fp8_count(self) -> int:
+        """How many tensors of the components are stored in fp8. Only headers are read."""
+        if self.path.is_file():
+            files = [self.file]
+        else:
+            paths = [path for part in self.parts for path in self.stored(part, self.path) if path.suffix == ".safetensors"]
+            files = [views.opened(path) for path in paths if path.exists()]
+        return sum(file.fp8_count for file in files if isinstance(file, views.View))
 
     def from_folder(self, part: str, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> Weights:
         """The tensors of a component of a diffusers folder, each read on access; InputRefused as in `weights`."""
-        files = [tensors.open_file(path, allow_pickle=self.allow_pickle) for path in self.stored(part, folder)]
-        if not files:
-            raise InputRefused(
-                f"{as_field('base', self.ref)}: {folder / part} has no safetensors weights",
-                "a .bin is read with `allow_pickle=True`",
-            )
+        paths = self.stored(part, folder)
+        if not paths or not all(path.exists() for path in paths):
+            problem, hint = folders.why_missing(folder, part, allow_pickle=self.allow_pickle)
+            raise InputRefused(f"{as_field('base', self.ref)}: {problem}", hint)
+        files = [views.opened(path, allow_pickle=self.allow_pickle) for path in paths]
+        return self.from_files(part, shapes, files, folder / part)
+
+    def from_files(self, part: str, shapes: Mapping[str, tuple[int, ...]], files: list[TensorFile], where: Path) -> Weights:
+        """The tensors of a component in files under diffusers' names; `where` is the file or folder, for messages."""
         readers: dict[str, Callable[[], Tensor]] = {}
         dtypes: dict[str, torch.dtype] = {}
         unknown = []
         for file in files:
             for key in file:
-                name = plain_name(part, key)
+                name = plain_name(part, key.removeprefix(f"{part}."))
                 if name not in shapes:
                     unknown += [] if re.search(r"position_ids$|logit_scale$|text_projection", name) else [key]
                     continue
@@ -265,7 +280,7 @@ class Checkpoint:
                     raise InputRefused(f"{file.path}: {key} is {file.layouts[key].shape}, the model has {shapes[name]}")
                 readers[name] = partial(single_file.read_reshaped, file, key, shapes[name])
                 dtypes[name] = file.layouts[key].dtype
-        self.require_complete(part, [name for name in shapes if name not in readers], unknown, folder / part)
+        self.require_complete(part, [name for name in shapes if name not in readers], unknown, where)
         return Weights(readers, shapes, dtypes)
 
     # ---- networks
@@ -356,16 +371,55 @@ def load(
     `prediction` (epsilon, v_prediction) overrides the prediction type that the files state. UsageError where `ref` cannot be
     found, InputRefused where it is no supported checkpoint.
     """
-    path = locate(ref)
+    path = locate(ref, allow_pickle=allow_pickle)
     if not path.is_file():
+        supported.check_folder(path)
         return Checkpoint(ref, path, family_of(str(path)), dtype, None, None, prediction, allow_pickle)
-    file = tensors.open_file(path, allow_pickle=allow_pickle)
+    file = views.opened(path, allow_pickle=allow_pickle)
+    return of_file(ref, file, dtype=dtype, config=config, prediction=prediction, allow_pickle=allow_pickle)
+
+
+def of_file(
+    ref: str,
+    file: TensorFile,
+    *,
+    dtype: torch.dtype = torch.float32,
+    config: str | None = None,
+    prediction: str | None = None,
+    allow_pickle: bool = False,
+) -> Checkpoint:
+    """The checkpoint of a single file that is open; the rest is as in `load`."""
     if config:
-        folder = locate(config, configs_only=True)
-        detected = detect_prediction(file, family_of(str(folder)))
+        check_kind(file, whole=False)
+        folder = config_folder(config, file, allow_pickle=allow_pickle)
+        supported.check_folder(folder)
+        family = family_of(str(folder))
+        if not any(name.startswith(tuple(family.prefixes.values())) for name in file) and not views.is_diffusers_unet(file):
+            raise supported.refusal(file.path, f"not a Stable Diffusion checkpoint: no {family.prefixes['unet']}* in it")
+        detected = detect_prediction(file, family)
     else:
         detected = detect(file)
         folder = detected.family.home
-    opened = Checkpoint(ref, path, detected.family, dtype, folder, detected, prediction, allow_pickle)
+    opened = Checkpoint(ref, file.path, detected.family, dtype, folder, detected, prediction, allow_pickle)
     opened.__dict__["file"] = file
     return opened
+
+
+def config_folder(config: str, file: TensorFile, *, allow_pickle: bool) -> Path:
+    """The folder that `base_config` names; with weights where the file lacks a part of the model, since it is then taken there.
+
+    UsageError where there is none of that name.
+    """
+    lacks = lambda family: any(not any(name.startswith(prefix) for name in file) for prefix in family.prefixes.values())
+    try:
+        folder = locate(config, configs_only=True)
+    except InputRefused:
+        raise
+    except UsageError as error:
+        if (family := named(config)) and not lacks(family):  # configs of the published bases ship with fastdiff
+            return family.home
+        raise UsageError(str(error).replace(as_field("base", config), as_field("base_config", config)), error.hint) from error
+    if folder.is_file():
+        raise UsageError(f"{as_field('base_config', config)}: is a file", "give a diffusers folder, with the configs of the base")
+    given = Path(config).expanduser().exists()
+    return folder if given or not lacks(family_of(str(folder))) else locate(config, allow_pickle=allow_pickle)

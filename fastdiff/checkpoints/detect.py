@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdiff.checkpoints.family import Family, of_width, titles
+from torch import Tensor
+
+from fastdiff.checkpoints.family import Family, of_width
+from fastdiff.checkpoints.supported import INPUTS, refusal
 from fastdiff.checkpoints.tensors import TensorFile
+from fastdiff.checkpoints.views import UNET, is_diffusers_unet
 from fastdiff.runtime.errors import InputRefused
 
-UNET = "model.diffusion_model."
 OTHERS = (  # pattern of a tensor name, and what an unsupported file with such a name is
     (r"\.joint_blocks\.|^joint_blocks\.", "a Stable Diffusion 3 checkpoint (a flow model)"),
     (r"double_blocks\.|single_transformer_blocks\.", "a Flux checkpoint (a flow model)"),
@@ -23,10 +26,14 @@ OTHERS = (  # pattern of a tensor name, and what an unsupported file with such a
         "a diffusion transformer",
     ),
     (r"motion_modules|time_stack|temporal_transformer|time_mixer", "a video or motion model"),
+)
+NO_UNET = (  # the same for files without a UNet under LDM names
     (r"^control_model\.|^controlnet_|^input_hint_block|^zero_convs", "a ControlNet, not a base model"),
     (r"\.lora_(down|up|A|B)\.|_lora\.(down|up)|\.hada_w|\.lokr_w", "a LoRA: give it with `lora`"),
     (r"string_to_param|^emb_params$|^clip_[lg]$", "a textual inversion embedding, not a base model"),
-    (r"^(unet\.)?(down_blocks|mid_block)\.", "a UNet alone with diffusers' names: give the folder that it belongs to"),
+)
+PARTS = (  # the same for files of one part of a model, whose other parts `base_config` may give
+    (r"^(unet\.)?(down_blocks|mid_block)\.", "a UNet alone with diffusers' names"),
     (r"^(model_ema\.)", "averaged weights alone, without the model"),
     (r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|up|mid)", "a VAE alone, not a base model"),
     (
@@ -34,13 +41,9 @@ OTHERS = (  # pattern of a tensor name, and what an unsupported file with such a
         "a text encoder alone, not a base model",
     ),
 )
-INPUTS = {  # input channels of the first convolution, and what an unsupported file with that many is
-    5: "a depth-to-image checkpoint",
-    7: "an upscaler checkpoint",
-    8: "an InstructPix2Pix checkpoint",
-    9: "an inpainting checkpoint",
-    16: "a checkpoint of a 16-channel VAE",
-}
+FIRST = f"{UNET}input_blocks.0.0.weight"
+SPREAD = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"  # by which ComfyUI tells what a network of SD2 predicts
+PART_OF = "give the folder that it belongs to, whose other parts are then used: `base_config=FOLDER`"
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,6 @@ class Detection:
     certain: bool = True  # the file states the prediction type; False: guessed from weights, or the family's default
 
 
-def refusal(path: Path, what: str, key: str = "") -> InputRefused:
-    """The error for an unsupported file: `what` it is, and the tensor name `key` by which that was seen."""
-    reason = f" ({key})" if key else ""
-    return InputRefused(f"{path}: {what}{reason}", f"{titles()} text-to-image checkpoints are supported")
-
-
 def sidecar(path: Path) -> str:
     """The text of the file NAME.yaml beside `path`, the configuration that A1111 and Forge read; empty where there is none."""
     for suffix in (".yaml", ".yml"):
@@ -68,22 +65,39 @@ def sidecar(path: Path) -> str:
     return ""
 
 
-def detect(file: TensorFile) -> Detection:
-    """Detect family and prediction type of a file in the LDM layout; InputRefused says what any other file is."""
+def check_kind(file: TensorFile, *, whole: bool) -> None:
+    """InputRefused, saying what it is, for a file that is no Stable Diffusion checkpoint for text to image.
+
+    With `whole` also for one part of such a checkpoint. Only names and shapes are read.
+    """
     shapes, path = file.shapes, file.path
-    for pattern, what in OTHERS[:5]:
+    for pattern, what in OTHERS if FIRST in shapes else (*OTHERS, *NO_UNET):
         if key := next((k for k in shapes if re.search(pattern, k)), None):
             raise refusal(path, what, key)
-    if f"{UNET}input_blocks.0.0.weight" not in shapes:
-        for pattern, what in OTHERS[5:]:
-            if key := next((k for k in shapes if re.search(pattern, k)), None):
-                raise refusal(path, what, key)
-        raise refusal(path, "not a Stable Diffusion checkpoint: no model.diffusion_model.input_blocks in it")
-    channels, first = shapes[f"{UNET}input_blocks.0.0.weight"][1], f"{UNET}input_blocks.0.0.weight"
-    if channels != 4:
+    for pattern, what in PARTS if whole and FIRST not in shapes else ():
+        if key := next((k for k in shapes if re.search(pattern, k)), None):
+            error = refusal(path, what, key)
+            error.hint = PART_OF if is_diffusers_unet(file) else error.hint
+            raise error
+    names = (FIRST, "conv_in.weight", "unet.conv_in.weight")
+    first = next((name for name in names if len(shapes.get(name, ())) == 4), None)
+    if first is None:
+        if whole:
+            raise refusal(path, "not a Stable Diffusion checkpoint: no model.diffusion_model.input_blocks in it")
+        return
+    if first != FIRST and not is_diffusers_unet(file):
+        return
+    if (channels := shapes[first][1]) != 4:
         raise refusal(path, INPUTS.get(channels, f"a checkpoint of {channels} input channels"), first)
-    if (out := shapes.get(f"{UNET}out.2.weight", (4,))[0]) != 4:
-        raise refusal(path, f"a checkpoint of {out} output channels", f"{UNET}out.2.weight")
+    last = f"{UNET}out.2.weight" if first == FIRST else first.replace("conv_in", "conv_out")
+    if (out := shapes.get(last, (4,))[0]) != 4:
+        raise refusal(path, f"a checkpoint of {out} output channels", last)
+
+
+def detect(file: TensorFile) -> Detection:
+    """Detect family and prediction type of a file in the LDM layout; InputRefused says what any other file is."""
+    check_kind(file, whole=True)
+    shapes, path = file.shapes, file.path
     cross = next((k for k in shapes if k.startswith(UNET) and k.endswith("attn2.to_k.weight")), "")
     if not cross:
         raise refusal(path, "a UNet without cross-attention")
@@ -120,12 +134,16 @@ def detect_prediction(file: TensorFile, family: Family) -> Detection:
     if family.predicts_either and architecture.startswith(family.architecture_stem):
         predicts_v = architecture.split("/")[0].endswith("-v")
         return Detection(family, "v_prediction" if predicts_v else "epsilon", zero_snr, "its header")
-    key = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    key = SPREAD
     if family.predicts_either and key in file:
-        # ComfyUI's rule where nothing else tells: the values of this bias spread wider in a network that predicts v.
-        guess = "v_prediction" if file[key].float().std().item() > 0.09 else "epsilon"
+        guess = guess_by_bias(file[key])
         return Detection(family, guess, zero_snr, "the spread of a bias; no yaml, no header", False)
     return Detection(family, family.prediction_type, zero_snr, "its family's default", False)
+
+
+def guess_by_bias(bias: Tensor) -> str:
+    """ComfyUI's rule where nothing else tells: the values of the bias SPREAD lie wider apart in a network that predicts v."""
+    return "v_prediction" if bias.float().std(unbiased=False).item() > 0.09 else "epsilon"
 
 
 def infer_unet(file: TensorFile, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,6 +191,8 @@ def infer_unet(file: TensorFile, config: Mapping[str, Any]) -> dict[str, Any]:
         inferred["transformer_layers_per_block"] = [d or 1 for d in depths[:-1]] + [middle or depths[-1] or 1]
     if isinstance(config.get("attention_head_dim"), list):  # heads of 64 channels
         inferred["attention_head_dim"] = [width // 64 for width in widths]
+    if guidance := shapes.get("time_embed.cond_proj.weight"):  # the UNet of a whole LCM takes the guidance as an input
+        inferred["time_cond_proj_dim"] = guidance[1]
     text_width = config["cross_attention_dim"]
     keys = (f"input_blocks.{i * (layers + 1) + 1}.1.transformer_blocks.0.attn1.to_k.weight" for i in range(levels))
     crossed = [key in shapes and shapes[key][1] == text_width != width for key, width in zip(keys, widths, strict=True)]

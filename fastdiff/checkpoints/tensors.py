@@ -21,7 +21,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.runtime.errors import DoesNotFit, GateFailed, InputRefused, UsageError, as_field, quoted
+from fastdiff.checkpoints import pickles
+from fastdiff.checkpoints.pickles import PICKLE
+from fastdiff.runtime.errors import DoesNotFit, GateFailed, InputRefused, UsageError, as_field
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -29,7 +31,6 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-PICKLE = rb"PK\x03\x04|\x80[\x02-\x05][^\0]"
 OTHER_FILES = (  # first bytes, what such a file is, what to do
     (PICKLE, "a pickle (.ckpt, .pt, .bin), which can run code", "convert it to safetensors; `allow_pickle` reads tensors alone"),
     (rb"version https://git-lfs", "a git-lfs pointer, not the weights", "run: git lfs pull"),
@@ -85,6 +86,11 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.layouts)
+
+    @property
+    def stored_dtypes(self) -> list[str]:
+        """The codes of the dtypes that the file itself holds, in order."""
+        return sorted({CODES.get(layout.dtype, str(layout.dtype)) for layout in self.layouts.values()})
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -145,37 +151,11 @@ def open_safetensors(path: Path, head: bytes) -> TensorFile:
     return TensorFile(path, layouts, metadata)
 
 
-def unsafe_globals(path: Path) -> list[str]:
-    """Names of the functions and classes beyond tensors that a pickle would import. They are read without running anything."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (ValueError, RuntimeError, OSError):  # no complete zip archive: the guarded unpickler refuses what is unsafe
-        return []
-
-
-def open_pickle(path: Path, head: bytes) -> TensorFile:
-    """Open a torch.save file with the unpickler for tensors alone; InputRefused where it is corrupt or holds anything else."""
-    import pickle
-
-    unsafe = unsafe_globals(path)
-    hint = "it was not opened; convert it to safetensors where you trust it"
-    if unsafe:
-        raise InputRefused(f"{path}: a pickle that wants to run {', '.join(unsafe[:3])}", hint)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)", str(error))
-        raise InputRefused(f"{path}: a pickle that holds more than tensors" + (f" ({name[1]})" if name else ""), hint) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise InputRefused(
-            f"{path}: a corrupt pickle ({quoted(error).splitlines()[0][:100]})", "download the file again"
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    tensors = {str(k): v.detach() for k, v in state.items() if isinstance(v, Tensor)}
-    if not tensors:
-        raise InputRefused(f"{path}: a pickle without tensors")
-    layouts = {k: Layout(v.dtype, tuple(v.shape), 0, v.nbytes) for k, v in tensors.items()}
-    return TensorFile(path, layouts, {}, tensors)
+def open_pickle(path: Path, head: bytes, *, values: bool = True) -> TensorFile:
+    """Open a torch.save file, of which nothing is run; without `values`, only names, shapes and dtypes. See `pickles.load`."""
+    loaded = pickles.load(path, head, values=values)
+    layouts = {k: Layout(v.dtype, tuple(v.shape), 0, v.nbytes) for k, v in loaded.items()}
+    return TensorFile(path, layouts, {}, loaded)
 
 
 @dataclass

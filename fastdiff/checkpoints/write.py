@@ -16,6 +16,7 @@ from torch import nn
 
 from fastdiff.checkpoints import single_file, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint, plain_name
+from fastdiff.checkpoints.detect import SPREAD, guess_by_bias
 from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.locate import clip_vocabulary, stock_config
 from fastdiff.checkpoints.recipe import Recipe
@@ -89,6 +90,7 @@ def to_folder(
     changed = changed or {}
     if folder.exists() and not (folder / "model_index.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{as_field('output', folder)}: exists and is not a checkpoint folder; choose another name")
+    say_precision(base, dtype)
     sources = {part: changed.get(part) or weights_of(base, part) for part in base.parts}
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
@@ -218,6 +220,8 @@ def to_file(
     """
     changed = changed or {}
     refuse_unreadable(base, force=force)
+    say_precision(base, dtype)
+    say_prediction(base, path, changed)
     digests = tensors.write(path, rows_of(base, changed, dtype), metadata_of(base, path.stem, recipe))
     written = [path]
     if needs_yaml(base):
@@ -226,6 +230,32 @@ def to_file(
         written.append(yaml_path)
     tensors.verify(path, digests)
     return written
+
+
+def say_precision(base: Checkpoint, dtype: torch.dtype | None) -> None:
+    """Say what becomes of weights that are stored in fp8, where the stored precision is kept."""
+    if dtype is None and (count := base.fp8_count()):
+        info(f"{base.ref}: {count} tensors are stored in fp8; they are written as fp16, which holds every number of fp8")
+
+
+def seen_by_comfyui(base: Checkpoint, changed: Mapping[str, Weights]) -> str:
+    """What ComfyUI takes the network of a single file for: epsilon or v_prediction, where nothing but its weights tells."""
+    if base.family.predicts_either:
+        weights = changed.get("unet") or weights_of(base, "unet")
+        slot = next((slot for slot in slots_of(base, "unet", weights) if slot.name == SPREAD), None)
+        return guess_by_bias(weights[slot.parts[0]]) if slot else "epsilon"
+    return "v_prediction" if base.family.marks_v and base.prediction_type == "v_prediction" else "epsilon"
+
+
+def say_prediction(base: Checkpoint, path: Path, changed: Mapping[str, Weights]) -> None:
+    """Say what to set in ComfyUI where it would take the file for another type of prediction than it has; it reads no yaml."""
+    names = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
+    own, seen = base.prediction_type, seen_by_comfyui(base, changed)
+    if own == seen:
+        return
+    zsnr = ", with zsnr on" if base.scheduler_config.get("rescale_betas_zero_snr") and not base.family.marks_v else ""
+    node = f'a node "ModelSamplingDiscrete" set to "{names[own]}"{zsnr}'
+    info(f"{path.name}: ComfyUI takes it for {seen}; put {node} after its loader")
 
 
 def needs_yaml(base: Checkpoint) -> bool:
@@ -330,6 +360,12 @@ def refuse_unreadable(base: Checkpoint, *, force: bool) -> None:
     config = config_of(base, "unet")
     if not isinstance(config.get("layers_per_block"), int):
         raise InputRefused(f"{as_field('base', base.ref)}: an uneven UNet has no single-file layout", "export it as a folder")
+    if config.get("time_cond_proj_dim") is not None and not force:
+        raise InputRefused(
+            f"{as_field('base', base.ref)}: its UNet takes the guidance as an input, "
+            "which no other program reads from a single file",
+            "export it as a folder, which diffusers loads; `force=True` writes the file for fastdiff alone",
+        )
     if not known_elsewhere(base.family, config):
         if not force:
             raise InputRefused(

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint, single_file, tensors
-from fastdiff.checkpoints.detect import detect
+from fastdiff.checkpoints import checkpoint, pickles, single_file, tensors, views
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.lora import apply, layouts
@@ -18,7 +18,7 @@ from fastdiff.lora.kinds import Factors
 from fastdiff.options.inspect import EXAMPLES, Config
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
-from fastdiff.runtime.errors import InputRefused, Result, UsageError
+from fastdiff.runtime.errors import InputRefused, Result, UsageError, quoted
 
 KINDS = (  # (tensor of a module, kind of update); the first tensor that a module has decides its kind
     ("magnitude", "dora"), ("magnitude_out", "dora"), ("blocks", "oft"), ("a1", "glora"), ("vector", "ia3"),
@@ -119,14 +119,14 @@ def coverage(file: TensorFile, ref: str) -> dict[str, Any]:
 
 def of_checkpoint(file: TensorFile) -> dict[str, Any]:
     """Family, prediction type and components of a single-file checkpoint; `unusual` says why it cannot be read, if so."""
-    detected = detect(file)
+    base = checkpoint.of_file(str(file.path), file)
+    assert base.detected is not None, "a file is always detected"
     facts: dict[str, Any] = {
-        "family": detected.family.name,
-        "prediction_type": detected.prediction_type,
-        "prediction_by": detected.why,
-        "zero_snr": detected.zero_snr,
+        "family": base.family.name,
+        "prediction_type": base.detected.prediction_type,
+        "prediction_by": base.detected.why,
+        "zero_snr": base.detected.zero_snr,
     }
-    base = checkpoint.load(str(file.path))
     try:
         shapes = {part: base.shapes(part) for part in base.parts}
         wanted = {part: base.slots(part, shapes[part]) for part in base.parts}
@@ -135,12 +135,47 @@ def of_checkpoint(file: TensorFile) -> dict[str, Any]:
             for part, rows in wanted.items()
             if (gone := single_file.missing(file, rows)) is not None
         }
-        left = [k for part, rows in wanted.items() for k in single_file.unknown(file, rows, [detected.family.prefixes[part]])]
+        left = [k for part, rows in wanted.items() for k in single_file.unknown(file, rows, [base.family.prefixes[part]])]
         facts["unplaced"] = {"count": len(left), "first": left[:5]}
         facts["ema"] = any(key.startswith("model_ema.") for key in file)
     except InputRefused as error:
         facts["unusual"] = console.worded(str(error))
-    return facts
+    return facts | opens(base)
+
+
+def opens(base: Checkpoint) -> dict[str, Any]:
+    """Whether `sample` can open a checkpoint, and `why_not` if it cannot. Headers and configs are read, no weights."""
+    told: dict[str, str] = {}
+    try:
+        for part in base.parts:
+            weights = base.weights(part)
+            wrong = next((name for name in weights if not weights.dtypes[name].is_floating_point), None)
+            if wrong:
+                raise InputRefused(f"{part}: {wrong} is {weights.dtypes[wrong]}, not floating point")
+        base.schedule()
+        for part in (name for name, row in base.index.items() if name.startswith("tokenizer") and row[1]):
+            if not any(
+                (base.folder / part / name).exists() for name in ("vocab.json", "tokenizer.json", "tokenizer_config.json")
+            ):
+                raise InputRefused(f"{base.folder / part}: no tokenizer there")
+    except InputRefused as error:
+        told = why_not(error, base.path)
+    except (ValueError, OSError) as error:
+        told = {"why_not": console.worded(quoted(error))}
+    return {"supported": not told, **told}
+
+
+def of_folder(path: Path) -> dict[str, Any]:
+    """All facts that the configs and headers of a diffusers folder give."""
+    try:
+        base = checkpoint.load(str(path))
+    except InputRefused as error:
+        if not (path / "model_index.json").exists():
+            raise
+        return {"kind": "other", "supported": False, **why_not(error, path)}
+    stored = {part: [p.name for p in base.stored(part, path)] for part in base.parts}
+    return {"kind": "diffusers folder", "family": base.family.name, "prediction_type": base.prediction_type, "files": stored,
+            "embeds_guidance": base.embeds_guidance, "recipe": asdict(base.recipe), **opens(base)}  # fmt: skip
 
 
 def recipe_of(file: TensorFile) -> dict[str, Any]:
@@ -155,15 +190,15 @@ def look(path: Path, config: Config) -> dict[str, Any]:
     """All facts that the header of a file, or the configs of a folder, give."""
     if (path / "adapter_model.safetensors").is_file():
         path = path / "adapter_model.safetensors"
-    if path.is_dir():
-        base = checkpoint.load(str(path))
-        stored = {part: [p.name for p in base.stored(part, path)] for part in base.parts}
-        return {"kind": "diffusers folder", "family": base.family.name, "prediction_type": base.prediction_type, "files": stored,
-                "recipe": asdict(base.recipe), "supported": all(stored.values())}  # fmt: skip
-    file = tensors.open_file(path)
+    return of_folder(path) if path.is_dir() else of_file(tensors.open_file(path), config)
+
+
+def of_file(file: TensorFile, config: Config) -> dict[str, Any]:
+    """All facts that the names, shapes and header of a file give."""
+    path = file.path
     facts: dict[str, Any] = {
         "tensors": len(file),
-        "dtypes": sorted({tensors.CODES[layout.dtype] for layout in file.layouts.values()}),
+        "dtypes": file.stored_dtypes,
         "recipe": recipe_of(file),
         "title": file.metadata.get("modelspec.title"),
         "architecture": file.metadata.get("modelspec.architecture"),
@@ -177,12 +212,31 @@ def look(path: Path, config: Config) -> dict[str, Any]:
         elif (other := layouts.other_kind(file)) and other.adapter:
             raise InputRefused(f"{path}: {other.kind} ({other.key})", other.hint)
         else:
-            facts |= {"kind": "checkpoint", **of_checkpoint(file)}
-            parts = facts.get("components", {}).values()
-            facts["supported"] = "unusual" not in facts and not any(part["missing_count"] for part in parts)
+            facts |= {"kind": "checkpoint", **of_checkpoint(views.view(file))}
     except InputRefused as error:
         facts |= {"kind": "other", "supported": False, **why_not(error, path)}
     return facts
+
+
+def of_pickle(path: Path, head: bytes, config: Config) -> InputRefused:
+    """What a pickle is, as the error that its inspection ends with: a pickle is not safe, but its tensors may be read.
+
+    Where it holds tensors and harmless leftovers of training alone, names and shapes are read as `allow_pickle` would.
+    """
+    names, leftovers = pickles.unsafe_globals(path), pickles.leftovers(path)
+    facts: dict[str, Any] = {"kind": "pickle", "safe": False, "supported": False, "would_run": names, "leftovers": leftovers}
+    hint = "convert it to safetensors"
+    why = f"a pickle that wants to run {', '.join(names[:3])}" if names else "a pickle, which can run code when it is opened"
+    if not names:
+        try:
+            facts |= of_file(tensors.open_pickle(path, head, values=False), config)
+            facts |= {"content": facts["kind"], "kind": "pickle", "safe_with_allow_pickle": True}
+            hint = "--allow-pickle reads its tensors alone"
+        except InputRefused as error:
+            why = console.worded(str(error).removeprefix(f"{path}: "))
+    error = InputRefused(f"{path}: {why}", hint)
+    error.result = Result(metrics={"safe_with_allow_pickle": False, **facts})
+    return error
 
 
 def run(config: Config) -> Result:
@@ -195,12 +249,10 @@ def run(config: Config) -> Result:
         raise UsageError(f"{path}: no such file or folder")
     metrics: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size if path.is_file() else None, "safe": True}
     head = path.open("rb").read(64) if path.is_file() else b""
-    if re.match(tensors.PICKLE, head):
-        names = tensors.unsafe_globals(path)
-        metrics |= {"kind": "pickle", "safe": False, "supported": False, "would_run": names}
-        why = f"a pickle that wants to run {', '.join(names[:3])}" if names else "a pickle, which can run code when it is opened"
-        error = InputRefused(f"{path}: {why}", "convert it to safetensors" if names else "--allow-pickle reads its tensors alone")
-        error.result = Result(metrics=metrics)
+    if re.match(pickles.PICKLE, head):
+        error = of_pickle(path, head, config)
+        assert error.result is not None, "of_pickle gives one"
+        error.result.metrics = metrics | error.result.metrics
         raise error
     try:
         metrics |= look(path, config)

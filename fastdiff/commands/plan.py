@@ -28,7 +28,7 @@ from fastdiff.options.train import TrainConfig, seconds
 from fastdiff.runtime import console, disk
 from fastdiff.runtime.config import options
 from fastdiff.runtime.disk import cache_folder
-from fastdiff.runtime.errors import DoesNotFit, Result, UsageError, as_field
+from fastdiff.runtime.errors import DoesNotFit, InputRefused, Result, UsageError, as_field
 from fastdiff.sampling.assemble import pick_device, pick_dtype
 from fastdiff.training.method import Method
 from fastdiff.training.session import default_folder
@@ -73,12 +73,17 @@ def shapes_of(config: TrainConfig, dtype: torch.dtype) -> Checkpoint:
     """The base in a dtype. Where it is an alias whose weights are not on this machine, the published shapes of its family."""
     try:
         return config.open_base(dtype)
+    except InputRefused:
+        raise
     except UsageError:
         if config.base not in ALIASES:
             raise
     family = locate.family_of(config.base)
     console.info(f"--base {config.base}: its weights are not on this machine, so the published shapes of {family} are counted")
-    return checkpoint.load(str(family.home), dtype=dtype)
+    base = checkpoint.load(str(family.home), dtype=dtype)
+    if config.base in family.epsilon_aliases:
+        base = replace(base, prediction="epsilon").shaped("unet", {**base.unet_config, "sample_size": family.epsilon_latent_side})
+    return base
 
 
 UNITS = {"": 2**30, "g": 2**30, "gb": 2**30, "gib": 2**30, "m": 2**20, "mb": 2**20, "mib": 2**20}

@@ -79,7 +79,7 @@ def data_plan(base: Checkpoint, config: TrainConfig, needs: Needs) -> DataPlan:
     if spec == "teacher":
         n = 0 if needs == "prompts" else config.pairs
         description = f"{n} samples of the teacher" if n else "prompts alone"
-        return DataPlan(description, n * 2 * latent, n * teacher_sampling(config, base.family).calls)
+        return DataPlan(description, n * 2 * latent, n * teacher_sampling(config, base).calls)
     cond = footprint.condition(base, 1)
     text = 2 * (cond.tokens.numel() + (0 if cond.pooled is None else cond.pooled.numel()))
     n = len(Folder(Path(spec)).images) if Path(spec).is_dir() else STREAMED

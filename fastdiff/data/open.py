@@ -61,7 +61,7 @@ def open_data(
         return emoji.encode(base, *held_out.images(held_out.TRAINED), device=device, style=style)
     if spec == "teacher":
         lines = training_prompts(base.family, prompts)
-        chosen = sampling or Settings.usual(base.family)
+        chosen = sampling or Settings.of_base(base)
         n = 0 if needs == "prompts" else pairs
         if prompts and 0 < n < len(lines):
             console.warn(f"`pairs={n}`: only the first {n} of the {len(lines)} prompts are used")

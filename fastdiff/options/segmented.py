@@ -90,7 +90,7 @@ class SegmentedConfig(TrainConfig):
         if not self.init:
             return base
         other = self.open_student(base.dtype)
-        for key in ("in_channels", "cross_attention_dim", "addition_embed_type"):
+        for key in ("in_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim"):
             other_value, base_value = other.unet_config.get(key), base.unet_config.get(key)
             if other_value != base_value:
                 raise InputRefused(

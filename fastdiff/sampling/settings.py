@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.diffusion.samplers import SOLVERS, Grid
@@ -66,6 +67,15 @@ class Settings:
     def usual(cls, family: Family) -> "Settings":
         """Return the settings with which the family's checkpoints are usually sampled."""
         return cls(*family.sampling)
+
+    @classmethod
+    def of_base(cls, base: Checkpoint) -> "Settings":
+        """Return how a base is sampled as a teacher: as its family usually is.
+
+        One that takes the guidance as an input is itself a few-step model, which is sampled by its recipe.
+        """
+        usual = cls.usual(base.family)
+        return cls.of(base.recipe, usual) if base.embeds_guidance else usual
 
     @classmethod
     def of(cls, recipe: Recipe, default: "Settings", **given: Any) -> "Settings":

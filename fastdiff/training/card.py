@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import aliases, named
 from fastdiff.checkpoints.recipe import Recipe
@@ -204,7 +204,8 @@ def load_expression(base: Checkpoint, pipeline: str = "DiffusionPipeline", argum
     if base.path.is_file():
         kind = base.family.pipeline if pipeline == "DiffusionPipeline" else pipeline
         return f'diffusers.{kind}.from_single_file("{base.ref}"{arguments})'
-    return f'{pipeline}.from_pretrained("{aliases().get(base.ref, base.ref)}"{arguments})'
+    hub_id = locate.hub_id_of(base.path) or aliases().get(base.ref, (base.ref,))[0]
+    return f'{pipeline}.from_pretrained("{hub_id}"{arguments})'
 
 
 def other_programs(recipe: Recipe, is_lora: bool, base: Checkpoint) -> str:

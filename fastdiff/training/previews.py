@@ -58,7 +58,7 @@ class Preview:
     def sheet(self, method: "Method") -> Sheet:
         """Draw the columns side by side on one sheet. Columns that do not change are drawn once."""
         student = method.settings()
-        teachers = {"teacher": Settings.usual(self.base.family)}
+        teachers = {"teacher": Settings.of_base(self.base)}
         if "before" not in self.columns:
             teachers["undistilled"] = undistilled(self.base, student.calls)
         columns = []
@@ -122,7 +122,7 @@ def undistilled(base: Checkpoint, calls: int) -> Settings:
     """
     if base.family.judge_ships:
         return shipped().undistilled(shipped().nearest(calls))["retrieval"]
-    guided = Settings.usual(base.family)
+    guided = Settings.of_base(base)
     return replace(guided, num_steps=calls // 2) if calls > 1 else replace(guided, num_steps=1, guidance=1.0)
 
 

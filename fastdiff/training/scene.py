@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.family import Family
 from fastdiff.data.prompts import training_prompts
 from fastdiff.models import autoencoder
 from fastdiff.options.train import TrainConfig
@@ -30,7 +29,7 @@ class Scene:
     def of(cls, config: TrainConfig, base: Checkpoint, device: torch.device) -> "Scene":
         """Resolve a config; what it leaves open follows the family of the base."""
         prompts = training_prompts(base.family, config.prompts)
-        teacher = teacher_sampling(config, base.family)
+        teacher = teacher_sampling(config, base)
         return cls(base, device, config.resolution or base.resolution_px, prompts, teacher, config.seed, config.vae)
 
     @cached_property
@@ -54,9 +53,9 @@ def open_vae(base: Checkpoint, ref: str | None) -> nn.Module:
     return autoencoder.load(ref, latent_channels=base.unet_config["in_channels"]) if ref else base.vae
 
 
-def teacher_sampling(config: TrainConfig, family: Family) -> Settings:
-    """Return how the teacher is sampled: in the family's usual way, with the config's own steps and guidance if it has them."""
-    usual, guidance = Settings.usual(family), config.teacher_guidance or config.guidance
+def teacher_sampling(config: TrainConfig, base: Checkpoint) -> Settings:
+    """Return how the teacher is sampled: in its usual way, with the config's own steps and guidance if it has them."""
+    usual, guidance = Settings.of_base(base), config.teacher_guidance or config.guidance
     return replace(
         usual,
         num_steps=usual.num_steps if config.teacher_steps is None else config.teacher_steps,

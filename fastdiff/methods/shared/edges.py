@@ -53,7 +53,7 @@ class Edges(Exhibit):
 
     def settings(self, method: Method, denoiser: Denoiser) -> Settings:
         """Return the settings that one of the method's networks is sampled with."""
-        return Settings.usual(self.base.family) if denoiser is method.teacher else method.settings()
+        return Settings.of_base(self.base) if denoiser is method.teacher else method.settings()
 
     def draw(self, method: Method, denoiser: Denoiser, controls: Tensor | None, n: int | None = None) -> Tensor:
         """Draw the first n items, or all, with a network of the method: (N, 3, H, W) on the CPU. Item i has seed i."""

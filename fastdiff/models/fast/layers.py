@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.checkpoints import tensors
+from fastdiff.checkpoints import views
 from fastdiff.checkpoints.checkpoint import Checkpoint, plain_name
 
 
@@ -32,7 +32,7 @@ def tensors_of(base: Checkpoint, part: str) -> dict[str, Tensor]:
         weights = base.weights(part)
         return {name: weights[name] for name in weights.shapes}
     else:
-        files = [tensors.open_file(path, allow_pickle=base.allow_pickle) for path in base.stored(part, base.path)]
+        files = [views.opened(path, allow_pickle=base.allow_pickle) for path in base.stored(part, base.path) if path.exists()]
         state = {name: file[name] for file in files for name in file}
     if not state:
         raise Unknown(f"{part} has no files")
