@@ -110,8 +110,8 @@ def test_classes_are_those_of_diffusers():
 
 def test_a_new_row_is_enough():
     """Help, errors and look-ups are made from the table."""
-    new = replace(FAMILIES["sd21"], name="sd30", title="SD3.0", hub_ids={"sd30": ("o/three",), "three-tiny": ("o/tiny", "p/tiny")})
-    new = replace(new, cross_attention_width=999)
+    hub_ids = {"sd30": ("o/three",), "three-tiny": ("o/tiny", "p/tiny")}
+    new = replace(FAMILIES["sd21"], name="sd30", title="SD3.0", hub_ids=hub_ids, cross_attention_width=999)
     table = {**FAMILIES, "sd30": new}
     assert family.base_names(table) == "emoji, sd15, sd21, sd21-base, sdxl, ssd-1b, sd30, three-tiny"
     assert family.titles(table) == "SD1.5, SD2.1, SDXL and SD3.0"

@@ -151,7 +151,8 @@ def test_with_a_base_the_weights_are_added_in_fp32_and_cast_once(tiny_sd, tmp_pa
     recipe = Recipe(method="lcm", scheduler="lcm", num_steps=4, guidance=1.0).to_metadata()
     lora.save(Lora({key: items[0]}, recipe), tmp_path / "lcm.safetensors", dtype=torch.float32)
     lora.save(Lora({key: items[1]}), tmp_path / "anime.safetensors", dtype=torch.float32)
-    result = merge_lora.run(Config(accel="lcm.safetensors", style=["anime.safetensors=0.5"], base=str(tiny_sd)))
+    how = dict(base=str(tiny_sd), precision="fp16")
+    result = merge_lora.run(Config(accel="lcm.safetensors", style=["anime.safetensors=0.5"], **how))
     assert [str(p) for p in result.outputs] == ["lcm-anime"]
     assert result.metrics["modules"] == 1
     assert result.next_command == 'fastdiff sample --base lcm-anime --prompt "a red apple"'

@@ -15,19 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints import folders, single_file, supported, views
+from fastdiff.checkpoints import folders, published, single_file, supported, views
 from fastdiff.checkpoints.detect import Detection, check_kind, detect, detect_prediction, infer_unet
 from fastdiff.checkpoints.family import Family, named
 from fastdiff.checkpoints.fingerprint import fingerprint as fingerprint
 from fastdiff.checkpoints.locate import clip_vocabulary, family_of, locate, shape_tables
+from fastdiff.checkpoints.published import Found
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.diffusion.schedule import NoiseSchedule, PredictionType
-from fastdiff.runtime.console import info
+from fastdiff.runtime.console import info, note
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
-
-WHOLE_LCM = Recipe(method="lcm", scheduler="lcm", num_steps=4, guidance=8.0)  # as LCM's authors sample theirs
 
 
 def plain_name(part: str, name: str) -> str:
@@ -149,21 +148,34 @@ class Checkpoint:
         """Whether the unconditional prediction takes zero embeddings instead of the encoded empty prompt, as SDXL does."""
         return self.family.zeros_for_empty_prompt and self.index.get("force_zeros_for_empty_prompt", True)
 
+    @cached_property
+    def header(self) -> dict[str, str]:
+        """What the checkpoint says of itself: the header of a single file, or fastdiff.json of a folder; else empty."""
+        file = self.folder / "fastdiff.json"
+        if self.path.is_file():
+            return self.file.metadata
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    @property
+    def published(self) -> Found | None:
+        """The published few-step checkpoint that this is by its name, where its header is none of ours; None for any other."""
+        return published.recognised(self.path, self.header, whole=True, family=self.family.name, ref=self.ref)
+
     @property
     def recipe(self) -> Recipe:
         """The sampling settings of a distilled checkpoint; empty for any other.
 
-        A network that takes the guidance as an input was distilled, as LCM was, and is sampled so where no file tells.
+        Those of a published one are its authors', and a line says so. A network that takes the guidance as an input was
+        distilled, as LCM was, and is sampled so where no file tells.
         """
-        file = self.folder / "fastdiff.json"
-        if self.path.is_file():
-            recipe = Recipe.from_metadata(self.file.metadata)
-        else:
-            recipe = Recipe.from_metadata(json.loads(file.read_text())) if file.exists() else Recipe()
+        if found := self.published:
+            note(f"{self.ref}: {found.text}")
+            return found.row.recipe
+        recipe = Recipe.from_metadata(self.header)
         if recipe.scheduler is None and self.embeds_guidance:
             told = {name: value for name, value in vars(recipe).items() if value is not None}
             usual = {"family": self.family.name, "prediction_type": self.prediction_type}
-            return replace(WHOLE_LCM, **(usual | told))
+            return replace(published.WHOLE_LCM.recipe, **(usual | told))
         return recipe
 
     # ---- weights

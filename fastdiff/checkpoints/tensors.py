@@ -42,6 +42,15 @@ AHEAD = 4  # tensors that may wait in memory to be written
 STRANGE_NAME = re.compile(r"[/\\\x00-\x1f]|^\.|\.\.")
 
 
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype | None:
+    """The smallest of fp16, bf16 and fp32 that holds the values of all these floating dtypes; None where there are none.
+
+    bf16 beside fp16 needs fp32: neither holds the other's values. 8-bit numbers fit in fp16; of fp64 the digits of fp32 are used.
+    """
+    needed = {torch.float16 if dtype.itemsize == 1 else dtype for dtype in dtypes if dtype.is_floating_point}
+    return next(iter(needed)) if len(needed) == 1 and torch.float64 not in needed else torch.float32 if needed else None
+
+
 class Layout(NamedTuple):
     """Dtype and shape of one tensor of a file, and the range of bytes that it takes there."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from fastdiff.checkpoints import single_file, tensors
+from fastdiff.checkpoints import single_file, tensors, words
 from fastdiff.checkpoints.checkpoint import Checkpoint, plain_name
 from fastdiff.checkpoints.detect import SPREAD, guess_by_bias
 from fastdiff.checkpoints.family import Family
@@ -80,12 +80,14 @@ def to_folder(
     changed: Mapping[str, Weights] | None = None,
     dtype: torch.dtype | None = None,
     recipe: Recipe | None = None,
+    said: Mapping[str, str] | None = None,
 ) -> None:
     """Write `base` as a diffusers folder. It gets its name when it is complete, so no program sees a half-written one.
 
     `changed` holds the components whose weights differ from the base's. `dtype` is for the UNet and the text encoders; the VAE
     keeps its own, because SDXL's overflows in fp16. Text encoders get the prefix `text_model.`, which every version of
-    transformers reads. UsageError where `folder` exists and is not a checkpoint.
+    transformers reads. `said` are the entries of `words` for people; None: the
+    base's own. UsageError where `folder` exists and is not a checkpoint.
     """
     changed = changed or {}
     if folder.exists() and not (folder / "model_index.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -107,8 +109,8 @@ def to_folder(
         for part in [k for k, v in base.index.items() if k.startswith("tokenizer") and v[1]]:
             write_tokenizer(base.folder / part, staged / part)
         write_json(staged / "model_index.json", index_of(base))
-        if recipe:
-            write_json(staged / "fastdiff.json", recipe.to_metadata())
+        if notes := {**words_for(base, recipe, said), **(recipe.to_metadata() if recipe else {})}:
+            write_json(staged / "fastdiff.json", notes)
         if folder.exists():
             shutil.rmtree(folder)
         staged.rename(folder)
@@ -187,8 +189,8 @@ def extras(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype 
         yield Entry("ztsnr", torch.float32, (0,), empty)
 
 
-def metadata_of(base: Checkpoint, title: str, recipe: Recipe | None) -> dict[str, str]:
-    """The header of the single file: entries of modelspec and of the recipe."""
+def metadata_of(base: Checkpoint, title: str, recipe: Recipe | None, said: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The header of the single file: entries of modelspec, of the recipe, and `said` for people (None: the base's own)."""
     v = base.prediction_type == "v_prediction"
     metadata = {
         "format": "pt",
@@ -200,7 +202,15 @@ def metadata_of(base: Checkpoint, title: str, recipe: Recipe | None) -> dict[str
         "modelspec.resolution": f"{base.resolution_px}x{base.resolution_px}",
         "fastdiff.prediction_type": base.prediction_type,
     }
-    return metadata | (recipe.to_metadata() if recipe else {})
+    return {**metadata, **words_for(base, recipe, said), **(recipe.to_metadata() if recipe else {})}
+
+
+def words_for(base: Checkpoint, recipe: Recipe | None, said: Mapping[str, str] | None) -> dict[str, str]:
+    """What the written checkpoint says to people: `said`, or the base's own without a hint about another recipe's settings."""
+    own = dict(words.of(base.header) if said is None else said)
+    if said is None and recipe and recipe.scheduler and recipe != Recipe.from_metadata(base.header):
+        own.pop(words.HINT, None)
+    return own
 
 
 def to_file(
@@ -210,19 +220,20 @@ def to_file(
     changed: Mapping[str, Weights] | None = None,
     dtype: torch.dtype | None = None,
     recipe: Recipe | None = None,
+    said: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> list[Path]:
     """Write `base` as a single file in the LDM layout, for ComfyUI, A1111 and Forge; returns the paths written.
 
-    A yaml is written beside the file where those programs need one. `changed` and `dtype` are as in `to_folder`. The file is
-    read back and compared tensor by tensor; GateFailed where it differs. InputRefused for a UNet with uneven layers, and without
-    `force` for one that no other program reads as a single file.
+    A yaml is written beside the file where those programs need one. `changed`, `dtype` and `said` are as in `to_folder`. The
+    file is read back and compared tensor by tensor; GateFailed where it differs. InputRefused for a UNet with uneven layers, and
+    without `force` for one that no other program reads as a single file.
     """
     changed = changed or {}
     refuse_unreadable(base, force=force)
     say_precision(base, dtype)
     say_prediction(base, path, changed)
-    digests = tensors.write(path, rows_of(base, changed, dtype), metadata_of(base, path.stem, recipe))
+    digests = tensors.write(path, rows_of(base, changed, dtype), metadata_of(base, path.stem, recipe, said))
     written = [path]
     if needs_yaml(base):
         yaml_path = path.with_suffix(".yaml")

@@ -4,12 +4,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from fastdiff import lora
 from fastdiff.checkpoints import checkpoint, tensors
 from fastdiff.checkpoints.family import Family
-from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.prompts import read_prompts
 from fastdiff.models.remap import is_pruned
 from fastdiff.options.evaluate import EXAMPLES, PRESETS, Config
@@ -27,7 +28,7 @@ from fastdiff.sampling.settings import Settings
 
 # ---- what is sampled
 
-FAST = dict(compile="off", identified=True)  # `identified`: hash the weights, so that drawn rows can be cached
+FAST: dict[str, Any] = dict(compile="off", identified=True)  # `identified`: hash the weights, so that drawn rows can be cached
 Opener = Callable[[Sequence[str], str | None], Sampler]  # (further LoRAs, ControlNet) -> a model, opened only when needed
 
 
@@ -50,7 +51,7 @@ def lora_on_base(config: Config, specs: Sequence[str], dtype: torch.dtype, devic
 
     def opened(more: Sequence[str], guide: str | None) -> Sampler:
         base = config.open_base(dtype)
-        how = dict(remap=bool(more) and is_pruned(base), allow_pickle=config.allow_pickle)
+        how: dict[str, Any] = dict(remap=bool(more) and is_pruned(base), allow_pickle=config.allow_pickle)
         return Sampler(base, loras=[*specs, *more], vae=config.vae, controlnet=guide, device=device, **how, **FAST)
 
     return opened
@@ -61,7 +62,7 @@ def whole(config: Config, ref: str, dtype: torch.dtype, device: torch.device) ->
 
     def opened(more: Sequence[str], guide: str | None) -> Sampler:
         base = checkpoint.load(ref, dtype=dtype, allow_pickle=config.allow_pickle)
-        how = dict(remap=bool(more) and is_pruned(base), allow_pickle=config.allow_pickle)
+        how: dict[str, Any] = dict(remap=bool(more) and is_pruned(base), allow_pickle=config.allow_pickle)
         made = Sampler(base, loras=list(more), vae=config.vae, controlnet=guide, device=device, **how, **FAST)
         made.recipe = base.recipe  # the checkpoint's own recipe, and not the one in a style LoRA's header
         return made
@@ -75,7 +76,7 @@ def students(config: Config, family: Family, dtype: torch.dtype, device: torch.d
     for specs in [[spec] for spec in config.student] + ([config.lora] if config.lora else []):
         path = specs[0].partition("=")[0]
         if is_lora(path):
-            recipe = Recipe.from_metadata(tensors.open_file(path).metadata)
+            recipe = lora.outline(tensors.open_file(path)).recipe
             own_family, opener = recipe.family or family.name, lora_on_base(config, specs, dtype, device)
         elif config.lora:
             raise UsageError(f"--lora {path}: not a LoRA file", "give a checkpoint with --student")

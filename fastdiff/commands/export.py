@@ -7,6 +7,7 @@ import torch
 
 from fastdiff import lora
 from fastdiff.checkpoints import write
+from fastdiff.lora import merging
 from fastdiff.options.export import EXAMPLES, Config
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
@@ -34,8 +35,8 @@ def run(config: Config) -> Result:
     if config.lora:
         item = lora.load(config.lora, allow_pickle=config.allow_pickle)
         with console.timed("write_s"):
-            lora.save(item, path, dtype=dtype or torch.float16, format=config.format)
-        return Result([path], lora.summary(item))
+            lora.save(item, path, dtype=dtype, format=config.format)
+        return Result([path], {**lora.summary(item), "max_error": merging.rounding(item, path, config.format)})
     base = config.open_base()
     one = path.suffix == ".safetensors"
     if path.is_file() and not one:

@@ -10,9 +10,10 @@ from typing import Any
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint, pickles, single_file, tensors, views
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.published import Found
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import TensorFile
-from fastdiff.lora import apply, layouts
+from fastdiff.lora import apply, foreign, layouts
 from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Factors
 from fastdiff.options.inspect import EXAMPLES, Config
@@ -35,7 +36,9 @@ def of_lora(file: TensorFile, path: Path) -> dict[str, Any]:
         return facts | {"supported": False, **why_not(error, path)}
     summary = lora.summary(item)
     wanted = {"modules", "family", "kinds", "rank_min", "rank_max"}
-    return facts | {k: v for k, v in summary.items() if k in wanted} | {"supported": True, "commands": takers(item)}
+    facts |= {k: v for k, v in summary.items() if k in wanted}
+    facts |= known_as(foreign.identify(path, file.metadata, item.modules, summary["family"]), item.recipe)
+    return facts | {"supported": True, "commands": takers(item)}
 
 
 def why_not(error: InputRefused, path: Path) -> dict[str, str]:
@@ -94,6 +97,12 @@ def table_of(file: TensorFile, layers: int = 2) -> dict[str, str]:
     return single_file.flat_table(int(stated) if re.fullmatch(r"\d|1[0-6]", stated) else layers)
 
 
+def known_as(found: Found | None, recipe: Recipe) -> dict[str, Any]:
+    """The recipe of a file, and which published few-step weights it is: their name, and by what they are known."""
+    facts: dict[str, Any] = {"recipe": {k: v for k, v in asdict(recipe).items() if v is not None}}
+    return facts | ({"published": found.row.name, "published_by": found.by, "published_as": found.row.title} if found else {})
+
+
 def coverage(file: TensorFile, ref: str) -> dict[str, Any]:
     """How many of a LoRA's modules match a layer of a checkpoint in name and shape. No weights are read."""
     base = checkpoint.load(ref)
@@ -126,6 +135,7 @@ def of_checkpoint(file: TensorFile) -> dict[str, Any]:
         "prediction_type": base.detected.prediction_type,
         "prediction_by": base.detected.why,
         "zero_snr": base.detected.zero_snr,
+        **known_as(base.published, base.recipe),
     }
     try:
         shapes = {part: base.shapes(part) for part in base.parts}
@@ -175,7 +185,7 @@ def of_folder(path: Path) -> dict[str, Any]:
         return {"kind": "other", "supported": False, **why_not(error, path)}
     stored = {part: [p.name for p in base.stored(part, path)] for part in base.parts}
     return {"kind": "diffusers folder", "family": base.family.name, "prediction_type": base.prediction_type, "files": stored,
-            "embeds_guidance": base.embeds_guidance, "recipe": asdict(base.recipe), **opens(base)}  # fmt: skip
+            "embeds_guidance": base.embeds_guidance, **known_as(base.published, base.recipe), **opens(base)}  # fmt: skip
 
 
 def recipe_of(file: TensorFile) -> dict[str, Any]:

@@ -10,6 +10,9 @@ import torch
 
 from fastdiff import lora
 from fastdiff.checkpoints import single_file
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.published import AUTO
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.commands import compare
 from fastdiff.lora import difference, merging
 from fastdiff.lora.file import Lora
@@ -21,7 +24,7 @@ from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import InputRefused, Result, UsageError
 
 ACCEL_WEIGHT, STYLE_WEIGHT = 1.0, 0.8  # a few-step LoRA was distilled at 1; a style beside it is too strong at 1
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"stored": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BLOCKS = {  # length of the list -> its blocks in order, as the LoRA block weight extension defines them
     17: ["BASE", *(f"IN{i:02}" for i in (1, 2, 4, 5, 7, 8)), "M00", *(f"OUT{i:02}" for i in range(3, 12))],
     26: ["BASE", *(f"IN{i:02}" for i in range(12)), "M00", *(f"OUT{i:02}" for i in range(12))],
@@ -110,6 +113,45 @@ def check_flags(config: Config) -> None:
         )
 
 
+def opened(config: Config, specs: list[tuple[Path, float]]) -> list[tuple[Lora, float]]:
+    """The LoRAs with their weights, moved to the pruned checkpoint and scaled by block where options ask for it."""
+    how: dict[str, Any] = dict(allow_partial=config.allow_partial, allow_pickle=config.allow_pickle)
+    items = [lora.load(path, **how, recognise=i > 0 or config.recipe == AUTO) for i, (path, _) in enumerate(specs)]
+    if config.remap:
+        pruned = replace(config, base=config.remap).open_base()
+        items = [remapped(pruned, item, wanted=True) for item in items]
+    items = [items[0], *(weighted(item, config.block_weights) for item in items[1:])]
+    return [(item, strength) for item, (_, strength) in zip(items, specs, strict=True)]
+
+
+def chosen(config: Config, loras: list[tuple[Lora, float]], base: Checkpoint | None) -> Recipe:
+    """The recipe of the result: the options', or that of the inputs. A warning says where there is none."""
+    own = merging.recipe_of(loras, base) if config.recipe == AUTO else Recipe()
+    recipe = config.recipe_from(own) or own
+    if not recipe.scheduler and config.recipe == AUTO:
+        console.warn(
+            f"--accel {loras[0][0].source}: no recipe is known for it, so the result is drawn with the base's usual many steps; "
+            "--recipe NAME (lcm, lightning-4, hyper-8, dmd2, ...) attaches one, and --recipe none says that this is meant"
+        )
+    return recipe
+
+
+def written(config: Config, loras: list[tuple[Lora, float]], output: Path) -> tuple[Lora, dict[str, Any]]:
+    """Merge the LoRAs into one and write it; returns the LoRA, and the figures of the result."""
+    with console.timed("merge_s"):
+        merged, energy = merging.concatenate(loras, recipe=chosen(config, loras, None), **joining(config)), {}
+        if config.rank or config.method != "sum":
+            merged, energy = merging.reduced(merged, config.rank, config.energy, merging.ranks_of(merging.agreed(loras)[1]))
+        lora.save(merged, output, dtype=DTYPES[config.precision], format=config.format)
+    ranks = [update.rank for update in merged.modules.values() if isinstance(update, Factors)]
+    metrics: dict[str, Any] = {"modules": len(ranks), "rank_min": min(ranks), "rank_max": max(ranks)}
+    if energy:
+        metrics["energy"] = energy
+    exact = [(merged, 1.0)] if energy else merging.agreed(loras)[1]  # what a lower rank costs is told by its energy
+    metrics["max_error"] = merging.rounding(merged, output, config.format, exact)
+    return merged, metrics
+
+
 def run(config: Config) -> Result:
     """The `merge-lora` command."""
     check_flags(config)
@@ -120,36 +162,23 @@ def run(config: Config) -> Result:
     specs = [lora.parse_spec(config.accel or "", ACCEL_WEIGHT)]
     specs += [lora.parse_spec(spec, STYLE_WEIGHT) for spec in config.style]
     output = destination(config, [path for path, _ in specs])
-    how: dict[str, Any] = dict(allow_partial=config.allow_partial, allow_pickle=config.allow_pickle)
-    items = [lora.load(path, **how) for path, _ in specs]
-    if config.remap:
-        pruned = replace(config, base=config.remap).open_base()
-        items = [remapped(pruned, item, wanted=True) for item in items]
-    items = [items[0], *(weighted(item, config.block_weights) for item in items[1:])]
-    loras = [(item, strength) for item, (_, strength) in zip(items, specs, strict=True)]
+    config.recipe_from(Recipe(scheduler="ddim"))  # reports a wrong value before anything heavy is loaded
+    loras = opened(config, specs)
     inputs = [{"file": item.source, "weight": w, **lora.summary(item)} for item, w in loras]
+    metrics: dict[str, Any]
     if config.base:
         with console.timed("bake_s"):
             base = config.open_base()
+            merging.check_family(loras, base)
             how = dict(dtype=DTYPES[config.precision], allow_partial=config.allow_partial, **joining(config))
-            count, outputs = merging.bake(base, loras, output, **how)
-        metrics: dict[str, Any] = {"modules": count, "inputs": inputs}
+            count, outputs = merging.bake(base, loras, output, recipe=chosen(config, loras, base), **how)
+        metrics = {"modules": count, "inputs": inputs}
         command = f'fastdiff sample --base {shlex.quote(str(output))} --prompt "a red apple"'
     else:
-        with console.timed("merge_s"):
-            merged, energy = merging.concatenate(loras, **joining(config)), {}
-            if config.rank or config.method != "sum":
-                merged, energy = merging.reduced(merged, config.rank, config.energy, merging.ranks_of(merging.agreed(loras)[1]))
-            lora.save(merged, output, dtype=DTYPES[config.precision], format=config.format)
-        outputs = [output]
-        ranks = [update.rank for update in merged.modules.values() if isinstance(update, Factors)]
-        metrics = {"modules": len(ranks), "rank_min": min(ranks), "rank_max": max(ranks), "inputs": inputs}
-        if energy:
-            metrics["energy"] = energy
-        if config.format == "kohya" and config.method == "sum":
-            metrics["max_error"] = merging.largest_error(lora.load(output, layers=merged.layers), merging.agreed(loras)[1])
-        base = f"--base {merged.family} " if merged.family else ""
-        command = f'fastdiff sample {base}--lora {shlex.quote(str(output))} --prompt "a red apple"'
+        merged, metrics = written(config, loras, output)
+        outputs, metrics["inputs"] = [output], inputs
+        on = f"--base {merged.family} " if merged.family else ""
+        command = f'fastdiff sample {on}--lora {shlex.quote(str(output))} --prompt "a red apple"'
     if config.check:
         sheets, metrics["check"] = compare.before_and_after(config.check, loras, output, baked=bool(config.base))
         outputs += sheets

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdiff.checkpoints import published
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import control
 from fastdiff.data.prompts import read_prompts
@@ -62,6 +63,7 @@ def open_sampler(config: Config, device: torch.device) -> Sampler:
         allow_partial=config.allow_partial,
         allow_pickle=config.allow_pickle,
         remap=config.remap,
+        recipe=config.recipe,
     )
 
 
@@ -73,7 +75,8 @@ def run(config: Config) -> Result:
     if config.control and not config.control_image:
         raise UsageError("--control: takes the control out of --control-image, and there is none", "give --control-image too")
     prompts, device = wanted(config), pick_device(config.device)
-    Settings.of(Recipe(), Settings(), **given(config))  # reports a wrong value before anything heavy is loaded
+    # reports a wrong value before anything heavy is loaded
+    Settings.of(published.asked(config.recipe) or Recipe(), Settings(), **given(config))
     if config.compile == "openvino":
         openvino.check(device, config.precision)
     elif config.compile != "off":  # keep compiled kernels from one run to the next

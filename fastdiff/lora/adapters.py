@@ -18,6 +18,8 @@ from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.lora import apply
 from fastdiff.lora.file import Factors, Lora, from_peft, layers_told
 from fastdiff.lora.kinds import Dense, low_rank_of
+from fastdiff.lora.layouts import ATTENTION as ATTENTION
+from fastdiff.lora.layouts import TARGETS
 from fastdiff.runtime.errors import InputRefused, UsageError
 
 if TYPE_CHECKING:  # networks are cast to these: torch types every attribute of a module as a tensor or a module
@@ -26,14 +28,6 @@ if TYPE_CHECKING:  # networks are cast to these: torch types every attribute of 
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from peft.tuners.lora import LoraLayer
 
-# The layers of the published LCM- and DMD2-LoRAs: rank 64 on these is 67,252,224 parameters on SD1.5, 196,751,360 on SDXL.
-# fmt: off
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-TARGETS = (
-    *ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-    "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
-)
-# fmt: on
 LAYERS: WeakKeyDictionary[nn.Module, "list[LoraLayer]"] = WeakKeyDictionary()  # network -> its layers that have adapters
 
 

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint, write
+from fastdiff.checkpoints import checkpoint, tensors, words, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Weights
 from fastdiff.lora import apply
 from fastdiff.lora.file import Lora
@@ -25,7 +27,7 @@ from fastdiff.runtime import console
 from fastdiff.runtime.errors import InputRefused, Result, UsageError, as_field
 
 DEFAULT_RANK = 64
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"stored": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 UNCHANGED = 1e-7  # |difference| / |weight|: a layer with less was not trained
 
 
@@ -62,6 +64,7 @@ def extract(config: Config, output: Path) -> Result:
     rank = None if config.rank == "auto" else int(config.rank or DEFAULT_RANK)
     modules: dict[str, Update] = {}
     left_out: list[str] = []
+    dtypes: set[torch.dtype] = set()  # of the layers that differ
     sums: dict[str, tuple[float, float]] = {}
     for part, prefix in prefixes.items():
         a, b = pairs(base, tuned, part)
@@ -77,6 +80,7 @@ def extract(config: Config, output: Path) -> Result:
                     left_out.append(place.name)
                     continue
                 modules[key], kept, whole = low_rank_of(Dense(delta), rank, config.energy)
+                dtypes |= {a.dtypes[place.name], b.dtypes[place.name]}
                 kept_so_far, whole_so_far = sums.get(part, (0.0, 0.0))
                 sums[part] = (kept_so_far + kept, whole_so_far + whole)
     if not modules:
@@ -85,8 +89,10 @@ def extract(config: Config, output: Path) -> Result:
     if left_out:
         names = ", ".join(left_out[:3])
         console.warn(f"{len(left_out)} biases, norms and embeddings differ too and are no part of a LoRA: {names}")
-    recipe = replace(tuned.recipe, family=base.family.name)
-    made = Lora(modules, {**recipe.to_metadata(), **lora.layers_told(base.unet_config)}, "the extracted LoRA")
+    recipe = replace(config.recipe_from(tuned.recipe) or Recipe(), family=base.family.name)
+    said = words.joined([(Path(one.ref).name, one.header) for one in (base, tuned)])
+    header = {**said, **recipe.to_metadata(), **lora.layers_told(base.unet_config)}
+    made = Lora(modules, header, "the extracted LoRA", dtype=tensors.widest(dtypes))
     lora.save(made, output, dtype=DTYPES[config.precision], format=config.format)
     ranks = [update.rank for update in modules.values() if isinstance(update, Factors)]
     metrics = {
@@ -117,11 +123,13 @@ def transfer(config: Config, output: Path) -> Result:
         own, _ = pairs(base, reference, part)
         readers: dict[str, Callable[[], Tensor]] = {name: partial(moved, name, own, tuned=b, reference=a) for name in own}
         changed[part] = Weights(readers, own.shapes, own.dtypes)
-    recipe, dtype = replace(tuned.recipe, family=base.family.name), DTYPES[config.precision]
+    recipe = replace(config.recipe_from(tuned.recipe) or Recipe(), family=base.family.name)
+    said = words.joined([(Path(one.ref).name, one.header) for one in (base, tuned)])
+    how: dict[str, Any] = dict(changed=changed, dtype=DTYPES[config.precision], recipe=recipe, said=said)
     if output.suffix == ".safetensors":
-        outputs = write.to_file(base, output, changed=changed, dtype=dtype, recipe=recipe)
+        outputs = write.to_file(base, output, **how)
     else:
-        write.to_folder(base, output, changed=changed, dtype=dtype, recipe=recipe)
+        write.to_folder(base, output, **how)
         outputs = [output]
     metrics = {"parts": {part: len(weights) for part, weights in changed.items()}}
     return Result(outputs, metrics, f'fastdiff sample --base {shlex.quote(str(output))} --prompt "a red apple"')

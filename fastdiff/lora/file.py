@@ -18,7 +18,7 @@ from fastdiff.checkpoints import single_file, tensors
 from fastdiff.checkpoints.family import PLAIN, Family
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import TensorFile
-from fastdiff.lora import identify
+from fastdiff.lora import foreign, identify
 from fastdiff.lora.kinds import Factors, Update, build, describe
 from fastdiff.lora.layouts import READERS, Part, canonical, kernel_of, other_kind, read_peft
 from fastdiff.runtime.console import warn
@@ -37,6 +37,7 @@ class Lora:
     source: str = "the LoRA"  # its file, or what messages call it
     skipped: list[str] = field(default_factory=list)  # keys that were left out: bundled embeddings, unknown ones where allowed
     total: int = 0  # number of modules in the file, when `modules` holds only those that fit a base
+    dtype: torch.dtype | None = None  # the widest of its file's weights; None where it comes from no file
 
     @property
     def recipe(self) -> Recipe:
@@ -75,8 +76,11 @@ class Lora:
             warn(f"{where}: its {texts} modules for text encoders are not used; the student has those of the base")
         return unet
 
-    def save(self, path: str | Path, *, dtype: torch.dtype = torch.float16, format: Format = "kohya") -> Path:
-        """Write this LoRA and return the path. kohya's layout is what every program loads; `save` describes the others."""
+    def save(self, path: str | Path, *, dtype: torch.dtype | None = None, format: Format = "kohya") -> Path:
+        """Write this LoRA and return the path. kohya's layout is what every program loads; `save` describes the others.
+
+        Without `dtype` the weights keep that of their file; those of no file become fp16.
+        """
         from fastdiff.lora.writing import save  # it imports this module
 
         save(self, Path(path).expanduser(), dtype=dtype, format=format)
@@ -101,17 +105,22 @@ class Lora:
         return result
 
 
-def load(path: str | Path, *, layers: int = 2, allow_partial: bool = False, allow_pickle: bool = False) -> Lora:
+def load(
+    path: str | Path, *, layers: int = 2, allow_partial: bool = False, allow_pickle: bool = False, recognise: bool = True
+) -> Lora:
     """Read a LoRA of any supported layout; the scale alpha / r is multiplied in.
 
     `path` is a file, or a folder that peft wrote. `layers` is the number of layers in a block of the base, for files with LDM
     names whose header lacks it. InputRefused where any key is unknown, unless `allow_partial`, which leaves such keys out with
     a warning. Bundled embeddings are always left out with a warning.
+
+    A published few-step LoRA without a header of ours gets the recipe that its authors document (checkpoints/published.py),
+    unless `recognise` is off, and a line says so.
     """
     path = Path(path).expanduser()
     inside = path / "adapter_model.safetensors"
     file = tensors.open_file(inside if inside.is_file() else path, allow_pickle=allow_pickle)
-    return assembled(file, file.__getitem__, layers, allow_partial)
+    return assembled(file, file.__getitem__, layers, allow_partial=allow_partial, recognise=recognise)
 
 
 def outline(file: TensorFile, *, layers: int = 2) -> Lora:
@@ -124,10 +133,12 @@ def outline(file: TensorFile, *, layers: int = 2) -> Lora:
         dtype, shape, *_ = file.layouts[key]
         return file[key] if torch.Size(shape).numel() == 1 else torch.empty(shape, dtype=dtype, device="meta")
 
-    return assembled(file, read, layers, False)
+    return assembled(file, read, layers)
 
 
-def assembled(file: TensorFile, read: Callable[[str], Tensor], layers: int, allow_partial: bool) -> Lora:
+def assembled(
+    file: TensorFile, read: Callable[[str], Tensor], layers: int, *, allow_partial: bool = False, recognise: bool = True
+) -> Lora:
     """The LoRA in a file, whose tensors `read` returns; InputRefused as in `load`."""
     path, metadata = file.path, file.metadata
     if other := other_kind(file):
@@ -171,8 +182,14 @@ def assembled(file: TensorFile, read: Callable[[str], Tensor], layers: int, allo
         for sides in modules.values():
             stabilise(sides)
     updates = {key: build(plain_magnitude(sides), f"{path}: {key}", kernel_of(key)) for key, sides in modules.items()}
-    lora = with_right_header(Lora(updates, metadata, str(path), [*embeddings, *unknown]))
-    return with_first_encoder(lora, (lora.family or PLAIN).lora_text_prefix)
+    weights = [file.layouts[key].dtype for key, part in known.items() if part.side not in {"alpha", "on_input"}]
+    lora = with_right_header(Lora(updates, metadata, str(path), [*embeddings, *unknown], dtype=tensors.widest(weights)))
+    lora = with_first_encoder(lora, (lora.family or PLAIN).lora_text_prefix)
+    if recognise:
+        unscaled = all(m["alpha"].item() == len(m["down"]) for m in modules.values() if m.keys() >= {"alpha", "down"})
+        family = lora.family.name if lora.family else None
+        lora.metadata = foreign.header(path, lora.metadata, lora.modules, family, unscaled=unscaled)
+    return lora
 
 
 def rank_stabilised(metadata: Mapping[str, str]) -> bool:

@@ -100,6 +100,14 @@ WORDS = (  # diffusers' and transformers' names that have _ inside
     "conv_shortcut", "text_model", "text_projection", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "layer_norm1",
     "layer_norm2", "final_layer_norm", "token_embedding", "position_embedding", "class_embedding",
 )  # fmt: skip
+# The layers of the published LCM- and DMD2-LoRAs: rank 64 on these is 67,252,224 parameters on SD1.5, 196,751,360 on SDXL.
+# fmt: off
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TARGETS = (
+    *ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+    "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)
+# fmt: on
 WORD = re.compile("|".join(sorted(WORDS, key=len, reverse=True)) + "|[^_]+")
 
 

@@ -6,40 +6,75 @@ ties, dare: on the products B A, never on the factors      Yadav et al. 2023; Yu
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from fastdiff.checkpoints import checkpoint, single_file, write
+from fastdiff.checkpoints import checkpoint, published, single_file, tensors, words, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Weights
 from fastdiff.lora import apply
-from fastdiff.lora.file import Lora, Weighted, opened, with_weights
+from fastdiff.lora.file import Format, Lora, Weighted, load, opened, with_weights
 from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
 from fastdiff.lora.layouts import split
+from fastdiff.lora.writing import usage_hint
+from fastdiff.runtime import console
 from fastdiff.runtime.errors import InputRefused, as_field
 
+NOTICEABLE = 1e-6  # relative error of a stored layer; fp32 stays below, fp16 costs 3e-4, bf16 2e-3
 Method = Literal["sum", "ties", "dare-ties", "dare-linear"]
 
 
 def merge(
-    loras: Weighted, *, rank: int | Literal["auto"] | None = None, energy: float = 0.95, allow_pickle: bool = False
+    loras: Weighted,
+    *,
+    rank: int | Literal["auto"] | None = None,
+    energy: float = 0.95,
+    recipe: str | Recipe | None = None,
+    allow_pickle: bool = False,
 ) -> Lora:
-    """Merge several LoRAs, {FILE or Lora: WEIGHT} or a list of FILE or FILE=WEIGHT, into one that keeps the first one's recipe.
+    """Merge several LoRAs, {FILE or Lora: WEIGHT} or a list of FILE or FILE=WEIGHT, into one.
 
-    The result is exact, and its rank is the sum of the ranks. With `rank` it is the best approximation of that rank; "auto" is
-    the smallest rank that keeps the share `energy` of the sum of squared singular values in every module. InputRefused where
-    families or shapes differ, or where an update has no low rank.
+    It has the `recipe` given, or named as in checkpoints/published.py; None: that of the first LoRA that has one. The result is
+    exact, and its rank is the sum of the ranks. With `rank` it is the best approximation of that rank; "auto" is the smallest
+    rank that keeps the share `energy` of the sum of squared singular values in every module. InputRefused where families or
+    shapes differ, or where an update has no low rank.
     """
-    ready = [(opened(item, allow_pickle=allow_pickle), weight) for item, weight in with_weights(loras)]
+    given = published.asked(recipe)
+    how = dict(allow_pickle=allow_pickle, recognise=given is None)
+    ready = [(opened(item, **how), weight) for item, weight in with_weights(loras)]
     assert ready, "no LoRAs to merge"
-    merged = concatenate(ready, approximate=rank is not None)
+    merged = concatenate(ready, approximate=rank is not None, recipe=given)
     return merged if rank is None else reduced(merged, str(rank), energy, {})[0]
+
+
+def recipe_of(loras: Sequence[tuple[Lora, float]], base: Checkpoint | None = None) -> Recipe:
+    """The recipe of the first LoRA that has one, else of the base. A warning names other LoRAs that have one too."""
+    having = [item for item, _ in loras if item.recipe.scheduler]
+    if not having:
+        return base.recipe if base else loras[0][0].recipe
+    first, *others = having
+    for other in others:
+        settings = published.settings_text(other.recipe)
+        console.warn(f"{other.source}: has a recipe of its own ({settings}); that of {first.source} is used")
+    return first.recipe
+
+
+def inherited(loras: Sequence[tuple[Lora, float]], base: Checkpoint | None = None) -> dict[str, str]:
+    """The header entries for people that a merge of the LoRAs, and of the base that they are added to, keeps."""
+    headers = [(base.ref, base.header)] if base else []
+    headers += [(item.source, item.metadata) for item, _ in loras]
+    parents: list[tuple[str, dict[str, str]]] = []
+    for source, header in headers:
+        old = usage_hint(Recipe.from_metadata(header))  # the result's header gets the hint of its own recipe
+        kept = "; ".join(hint for hint in header.get(words.HINT, "").split("; ") if hint != old)
+        parents.append((Path(source).name, {**header, words.HINT: kept}))
+    return words.joined(parents)
 
 
 def agreed(loras: list[tuple[Lora, float]]) -> tuple[Family | None, list[tuple[Lora, float]]]:
@@ -53,6 +88,14 @@ def agreed(loras: list[tuple[Lora, float]]) -> tuple[Family | None, list[tuple[L
         raise InputRefused(f"{second} is for {other}, {first} for {one}: LoRAs of different families cannot be merged")
     family = next(iter(sources), None)
     return family, apply.encoders(loras, family.text_encoders if family else 1)
+
+
+def check_family(loras: list[tuple[Lora, float]], base: Checkpoint) -> None:
+    """Raise InputRefused where the LoRAs are for different families, or for another one than the base."""
+    family, _ = agreed(loras)
+    if family and not base.family.has_name(family.name):
+        message = f"{as_field('base', base.ref)} is {base.family}, but the LoRAs are for {family}"
+        raise InputRefused(message, f"give a base of family {family}")
 
 
 def joined(parts: list[tuple[Update, float]], method: Method, density: float) -> Update:
@@ -76,17 +119,30 @@ def joined(parts: list[tuple[Update, float]], method: Method, density: float) ->
     return Dense(merges[method](deltas, weights, density))
 
 
-def concatenate(
+def concatenate(loras: list[tuple[Lora, float]], *, recipe: Recipe | None = None, **how: Any) -> Lora:
+    """The weighted sum of the LoRAs as one LoRA, as `combined` makes it, with its header.
+
+    The header has `recipe`, or that of the first LoRA that has one, and keeps what the LoRAs' headers say to people.
+    """
+    made = combined(loras, **how)
+    family, _ = agreed(loras)
+    recipe = replace(recipe or recipe_of(loras), family=family.name if family else None)
+    merged_from = json.dumps([{"name": Path(item.source).name, "weight": strength} for item, strength in loras])
+    made.metadata |= {**inherited(loras), **recipe.to_metadata(), "fastdiff.merged_from": merged_from}
+    return made
+
+
+def combined(
     loras: list[tuple[Lora, float]], *, approximate: bool = False, method: Method = "sum", density: float = 0.5, seed: int = 0
 ) -> Lora:
-    """The weighted sum of the LoRAs as one LoRA in fp32, with the recipe of the first one.
+    """The weighted sum of the LoRAs as one LoRA in fp32, to be written in the widest dtype of their files.
 
     For low-rank LoRAs it is exact and its rank is the sum of the ranks. InputRefused names both files where families or shapes
     differ. It also refuses updates that depend on the base's weight (DoRA, IA3, OFT, GLoRA). A sum that is not `approximate`
     refuses all that is no product of factors too (LoHa, LoKr, full differences). `density`, the share of values that TIES and
     DARE keep, and `seed` are for those methods.
     """
-    family, loras = agreed(loras)
+    _, loras = agreed(loras)
     for item, _ in loras:
         if not approximate and method == "sum":
             item.factors("merged into a LoRA")
@@ -101,12 +157,9 @@ def concatenate(
             (one, first), (other, second), *_ = shapes.items()
             raise InputRefused(f"{key} is {one} in {first} but {other} in {second}: they are for different bases")
         modules[key] = joined([(item.modules[key], strength) for item, strength in parts], method, density)
-    recipe = replace(loras[0][0].recipe, family=family.name if family else None)
-    merged_from = json.dumps([{"name": Path(item.source).name, "weight": strength} for item, strength in loras])
-    metadata = {**recipe.to_metadata(), "fastdiff.merged_from": merged_from}
-    if (layers := loras[0][0].layers) != 2:
-        metadata["fastdiff.layers_per_block"] = str(layers)
-    return Lora(modules, metadata, "the merged LoRA")
+    layers = loras[0][0].layers
+    metadata = {} if layers == 2 else {"fastdiff.layers_per_block": str(layers)}
+    return Lora(modules, metadata, "the merged LoRA", dtype=tensors.widest(item.dtype for item, _ in loras if item.dtype))
 
 
 def reduced(item: Lora, rank: str | None, energy: float, full: dict[str, int]) -> tuple[Lora, dict[str, float]]:
@@ -150,27 +203,55 @@ def largest_error(stored: Lora, loras: Iterable[tuple[Lora, float]]) -> float:
     return worst
 
 
+def reread(path: Path, made: Lora, format: Format) -> Lora:
+    """The LoRA that was written from `made`, with the same names: of peft's folders one is read for each component."""
+    if format != "peft":
+        return load(path, layers=made.layers)
+    keys = {split(key): key for key in made.modules}
+    modules: dict[str, Update] = {}
+    for component in dict.fromkeys(component for component, _ in keys):
+        for key, update in load(path / component / "adapter_model.safetensors").modules.items():
+            modules[keys[component, split(key)[1]]] = update
+    return replace(made, modules=modules)
+
+
+def rounding(made: Lora, path: Path, format: Format, exact: list[tuple[Lora, float]] | None = None) -> float:
+    """The largest relative error of any module of the file that was written from `made`, as in `largest_error`.
+
+    It is measured against the sum of `exact`, or against `made`.
+    A line tells of one that matters, which storing in fp32 would avoid.
+    """
+    error = largest_error(reread(path, made, format), exact or [(made, 1.0)])
+    if error > NOTICEABLE:
+        console.info(
+            f"{path}: rounding to its precision changes a layer by up to {error:.1e} (relative); `precision=fp32` does not"
+        )
+    return error
+
+
 def bake(
     base: Checkpoint | str,
     loras: Weighted,
     path: str | Path,
     *,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = None,
+    recipe: str | Recipe | None = None,
     allow_partial: bool = False,
     **options: Any,
 ) -> tuple[int, list[Path]]:
     """Write a checkpoint of `base` with LoRAs added; returns the number of modules changed and the paths written.
 
-    `loras` are as in `merge`, `path` is NAME.safetensors or a folder. Weights are added in fp32, tensor by tensor, and cast to
-    `dtype` once. `options` go to `concatenate`, for methods other than the sum. InputRefused where a LoRA does not fit the base;
+    `loras` are as in `merge`, `path` is NAME.safetensors or a folder. Weights are added in fp32, tensor by tensor, and cast once:
+    to `dtype`, or to the dtype that the base has them in. `recipe` is as in `merge`; the base's may be the first that
+    is known. `options` go to `combined`, for methods other than the sum. InputRefused where a LoRA does not fit the base;
     `allow_partial` leaves out the modules that do not.
     """
     base = checkpoint.load(base) if isinstance(base, str) else base
-    ready = [(opened(item, allow_pickle=base.allow_pickle), weight) for item, weight in with_weights(loras)]
-    family, ready = agreed(ready)
-    if family and not base.family.has_name(family.name):
-        message = f"{as_field('base', base.ref)} is {base.family}, but the LoRAs are for {family}"
-        raise InputRefused(message, f"give a base of family {family}")
+    asked = published.asked(recipe)
+    how: dict[str, Any] = dict(allow_pickle=base.allow_pickle, recognise=asked is None)
+    ready = [(opened(item, **how), weight) for item, weight in with_weights(loras)]
+    check_family(ready, base)
+    given, (_, ready) = ready, agreed(ready)
     prefixes = apply.prefixes(len(base.text_parts))
     ready = apply.encoders(ready, len(base.text_parts))
     shapes = {part: base.shapes(part) for part in prefixes}
@@ -178,21 +259,19 @@ def bake(
     fitted = apply.fit(ready, table, allow_partial=allow_partial, family=base.family)
     ready = [(item, strength) for item, (_, strength) in zip(fitted, ready, strict=True)]
     if options.get("method", "sum") != "sum":
-        ready = [(concatenate(ready, **options), 1.0)]
+        ready = [(combined(ready, **options), 1.0)]
     changed: dict[str, Weights] = {}
     count = 0
     for part, prefix in prefixes.items():
         changed[part], touched = apply.baked(base.weights(part, shapes[part]), prefix, ready)
         count += touched
-    recipe = replace(ready[0][0].recipe, family=base.family.name)
-    return count, write_checkpoint(base, Path(path).expanduser(), changed, dtype, recipe)
-
-
-def write_checkpoint(
-    base: Checkpoint, output: Path, changed: dict[str, Weights], dtype: torch.dtype, recipe: Recipe
-) -> list[Path]:
-    """Write `base` with `changed` components: a single file if `output` ends in .safetensors, else a folder."""
-    if output.suffix == ".safetensors":
-        return write.to_file(base, output, changed=changed, dtype=dtype, recipe=recipe)
-    write.to_folder(base, output, changed=changed, dtype=dtype, recipe=recipe)
-    return [output]
+    kept = replace(asked or recipe_of(given, base), family=base.family.name)
+    said = inherited(given, base)
+    if hint := "; ".join(filter(None, (usage_hint(kept), said.get(words.HINT)))):
+        said[words.HINT] = hint
+    how = dict(changed=changed, dtype=dtype, recipe=kept, said=said)
+    path = Path(path).expanduser()
+    if path.suffix == ".safetensors":
+        return count, write.to_file(base, path, **how)
+    write.to_folder(base, path, **how)
+    return count, [path]

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdiff.checkpoints import single_file, tensors
+from fastdiff.checkpoints import single_file, tensors, words
 from fastdiff.checkpoints.family import Family
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import Entry
 from fastdiff.lora.file import Format, Lora
 from fastdiff.lora.kinds import Factors
@@ -43,19 +44,23 @@ def header(lora: Lora, title: str) -> dict[str, str]:
     if family := lora.family:
         architecture = family.architecture if recipe.prediction_type == "epsilon" else family.architecture_v
         spec |= {"modelspec.architecture": f"{architecture}/lora", **family.lora_header}
-    hints = {"{} steps": recipe.num_steps, "guidance {:g}": recipe.guidance, "scheduler {}": recipe.scheduler}
-    if usage := [text.format(value) for text, value in hints.items() if value is not None]:
-        spec["modelspec.usage_hint"] = ", ".join(usage)
     own = {k: v for k, v in lora.metadata.items() if k not in STALE}
+    hints = dict.fromkeys(text for text in (usage_hint(recipe), *own.get(words.HINT, "").split("; ")) if text)
     network = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alpha, "format": "pt"}
-    return spec | own | network
+    return spec | own | network | ({words.HINT: "; ".join(hints)} if hints else {})
+
+
+def usage_hint(recipe: Recipe) -> str:
+    """What the header tells people about sampling, as "4 steps, guidance 1, scheduler lcm"; "" where there is no recipe."""
+    hints = {"{} steps": recipe.num_steps, "guidance {:g}": recipe.guidance, "scheduler {}": recipe.scheduler}
+    return ", ".join(text.format(value) for text, value in hints.items() if value is not None)
 
 
 def save(
     lora: Lora,
     path: Path,
     *,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = None,
     format: Format = "kohya",
     extra_metadata: dict[str, str] | None = None,
 ) -> None:
@@ -63,11 +68,11 @@ def save(
 
     kohya is read by ComfyUI, Forge, A1111 and diffusers alike. diffusers has names as `unet.<dotted>.lora_A.weight` and scale 1;
     ComfyUI knows such names for other layers than attention alone, and skips these.
-    peft makes a folder for each component, for `PeftModel.from_pretrained`. InputRefused where a module is not low rank,
-    ValueError where a value is not finite in `dtype`.
+    peft makes a folder for each component, for `PeftModel.from_pretrained`. Without `dtype` the weights keep that of their file;
+    those of no file become fp16. InputRefused where a module is not low rank, ValueError where a value is not finite in `dtype`.
     """
     assert lora.modules, "a LoRA without modules"
-    path = Path(path)
+    path, dtype = Path(path), dtype or lora.dtype or torch.float16
     factors = {key: formed(key, module, lora.family) for key, module in lora.factors("written as a LoRA").items()}
     metadata = {**header(lora, path.stem), **(extra_metadata or {})}
     if format == "peft":

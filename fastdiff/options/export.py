@@ -25,5 +25,5 @@ class Config(BaseConfig):
     output: Annotated[str | None, "a folder, or NAME.safetensors for one file"] = field(default=None, metadata={"flags": ["-o"]})
     precision: Annotated[
         Literal["stored", "fp16", "bf16", "fp32"],
-        "precision of UNet and text encoders, the VAE keeps its own; of a LoRA, where stored means fp16",
+        "precision of UNet and text encoders, the VAE keeps its own; or of the LoRA; stored: as they are",
     ] = "stored"

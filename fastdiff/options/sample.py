@@ -22,6 +22,10 @@ class Config(BaseConfig):
     prompts: Annotated[str | None, "a file of prompts, one a line; - reads standard input"] = None
     negative: Annotated[str, "what to avoid; acts only with guidance above 1"] = ""
     lora: Annotated[list[str], "LoRA as FILE[=WEIGHT], default weight 1; repeatable"] = field(default_factory=list)
+    recipe: Annotated[
+        str,
+        "how the weights are sampled: auto, as they say; lcm, lightning-4, hyper-8, dmd2, ...; none, as is usual for the base",
+    ] = "auto"
     remap: Annotated[bool, "move LoRAs of the unpruned network to the layers that the pruned --base kept"] = False
     vae: Annotated[str | None, "another VAE: a diffusers folder or hub id, AutoencoderTiny or AutoencoderKL"] = None
     controlnet: Annotated[str | None, "ControlNet of the base: a diffusers folder, a hub id, or " + SHIPPED.name] = None

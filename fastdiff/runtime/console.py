@@ -28,6 +28,7 @@ class State:
     quiet: bool = False
     flags: bool = False  # True on the command line: messages name options as --flags; False in Python: as `fields`
     warnings: list[str] = field(default_factory=list)
+    notes: set[str] = field(default_factory=set)  # what `note` has said
     timings: dict[str, float] = field(default_factory=dict)  # seconds by name
     started: float = field(default_factory=time.monotonic)
     terminal: Any = None  # the rich console of stderr, made on first use
@@ -88,6 +89,13 @@ def info(message: str) -> None:
     """Print a line on stderr, unless --quiet is set."""
     if not state.quiet and speaks():
         _say(worded(message))
+
+
+def note(message: str) -> None:
+    """Print a line as `info` does, but the same line only once."""
+    if message not in state.notes:
+        state.notes.add(message)
+        info(message)
 
 
 def warn(message: str) -> None:

@@ -1,6 +1,5 @@
 """Open the parts of a sampler: device, precision, checkpoint, LoRAs, VAE and ControlNet; and the diffusers pipeline of them."""
 
-from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from torch import nn
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint, single_file, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.diffusion.samplers import SOLVERS
 from fastdiff.lora.file import Weighted, opened, with_weights
 from fastdiff.models import autoencoder
@@ -57,26 +55,28 @@ def is_lora(path: str | Path) -> bool:
 
 
 def load_loras(
-    base: Checkpoint, loras: Weighted, *, remap: bool = False, allow_partial: bool = False, allow_pickle: bool = False
+    base: Checkpoint,
+    loras: Weighted,
+    *,
+    remap: bool = False,
+    allow_partial: bool = False,
+    allow_pickle: bool = False,
+    recognise: bool = True,
 ) -> list[tuple[lora.Lora, float]]:
     """Open LoRAs for a base, each with its weight.
 
-    `remap` moves LoRAs of the full network to a base that was pruned from it. Raises UsageError or InputRefused if a LoRA
-    cannot be read or does not fit the base.
+    `remap` moves LoRAs of the full network to a base that was pruned from it; `recognise` is as in `lora.load`. Raises UsageError
+    or InputRefused if a LoRA cannot be read or does not fit the base.
     """
     layers = 2 if remap else base.unet_config.get("layers_per_block", 2)
-    how = dict(layers=layers if isinstance(layers, int) else 2, allow_partial=allow_partial, allow_pickle=allow_pickle)
+    how: dict[str, Any] = dict(allow_partial=allow_partial, allow_pickle=allow_pickle, recognise=recognise)
+    how["layers"] = layers if isinstance(layers, int) else 2
     items = [(opened(item, **how), weight) for item, weight in with_weights(loras)]
     if items and is_pruned(base):
         return [(remapped(base, item, wanted=remap), weight) for item, weight in items]
     if remap:
         console.warn(f"`remap`: {base.ref} has all layers of its family; nothing to move")
     return items
-
-
-def recipe_of(base: Checkpoint, loras: Sequence[tuple[lora.Lora, float]]) -> Recipe:
-    """Return the recipe of the first LoRA that has one, else the checkpoint's own (fastdiff.json)."""
-    return next((item.recipe for item, _ in loras if item.recipe.scheduler), base.recipe)
 
 
 def open_base(base: Checkpoint | str | Path, precision: str, device: torch.device, *, allow_pickle: bool = False) -> Checkpoint:

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.checkpoints import published
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.diffusion.samplers import SOLVERS
 from fastdiff.diffusion.schedule import Prediction
 from fastdiff.lora import apply
 from fastdiff.lora.file import Weighted, with_weights
+from fastdiff.lora.merging import recipe_of
 from fastdiff.models import autoencoder, text
 from fastdiff.models.autoencoder import decoding
 from fastdiff.models.denoiser import Cond, Denoiser
@@ -56,7 +58,8 @@ class Sampler:
     FILE=WEIGHT. `vae` and `controlnet` are each a diffusers folder, a hub id or a network; `control_scale` multiplies the effect
     of the ControlNet. `device` is auto, cpu, cuda or mps. `precision` is fp32, bf16, fp16 or auto (an open checkpoint keeps its
     dtype, any other gets bf16 on CUDA, else fp32). `allow_partial` applies the parts of a LoRA that fit, `remap` moves LoRAs to a
-    pruned base, `allow_pickle` reads .ckpt, .pt and .bin files. `identified` also hashes all weights, into `identity`.
+    pruned base, `allow_pickle` reads .ckpt, .pt and .bin files. `recipe` replaces what the files say of sampling: a `Recipe`,
+    or a name of checkpoints/published.py, or "none". `identified` also hashes all weights, into `identity`.
 
     `compile` on a GPU: `off`, or a CUDA graph of all steps and the decoder, which a compiled graph replaces when it is ready
     (`auto`) or before the first picture (`max`). Use `off` for networks that are still trained: a graph keeps old adapters. On
@@ -80,14 +83,16 @@ class Sampler:
         allow_partial: bool = False,
         allow_pickle: bool = False,
         remap: bool = False,
+        recipe: str | Recipe | None = None,
         identified: bool = False,
     ) -> None:
         device = assemble.pick_device(device)
         self.source = assemble.open_base(base, precision, device, allow_pickle=allow_pickle)
         self.loras = with_weights(loras)
-        self.lora_options = dict(remap=remap, allow_partial=allow_partial, allow_pickle=allow_pickle)
+        given, how = published.asked(recipe), dict(remap=remap, allow_partial=allow_partial, allow_pickle=allow_pickle)
+        self.lora_options = how | {"recognise": given is None}
         ready = assemble.load_loras(self.source, self.loras, **self.lora_options)
-        self.recipe = assemble.recipe_of(self.source, ready)
+        self.recipe = recipe_of(ready, self.source) if given is None else given
         self.same_family()
         alone = not ready and not identified
         self.base = own = self.source if alone else assemble.separate(self.source, "unet", "text_encoders")
