@@ -280,8 +280,8 @@ def test_protocols_set_what_they_say(tmp_path, tiny_sdxl, monkeypatch):
     given = dict(protocol="coco10k-lightning", reference=str(tmp_path), prompts=str(tmp_path / "p.txt"))
     made = resolve(evaluate.Config, given, presets=evaluate.PRESETS, family_of=lambda v: "sdxl")
     assert (made.num_images, made.fid_px, made.resolution, made.metrics) == (10_000, 299, 1024, "fid,patch,clip")
-    assert evaluate.teacher_settings(made, FAMILIES["sdxl"]).num_steps == 32
-    assert evaluate.teacher_settings(made, FAMILIES["sdxl"]).guidance == 6
+    how = evaluate.teacher_settings(made, checkpoint.load(str(tiny_sdxl)))
+    assert (how.num_steps, how.guidance) == (32, 6)
     made = resolve(evaluate.Config, dict(given, protocol="coco30k-dmd"), presets=evaluate.PRESETS, family_of=lambda v: "sd15")
     assert (made.num_images, made.fid_px, made.resolution) == (30_000, 256, 512)
 

@@ -25,7 +25,7 @@ from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.diffusion.schedule import NoiseSchedule, PredictionType
-from fastdiff.runtime.console import info, note
+from fastdiff.runtime.console import info, note, warn
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 
 
@@ -54,6 +54,7 @@ class Checkpoint:
     detected: Detection | None = None  # what a single file turned out to be
     prediction: str | None = None  # overrides the prediction type that the files state
     allow_pickle: bool = False
+    zero_snr: bool = False  # the user says that the noise schedule ends in pure noise; files may say it too
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # of components that get another shape than the files'
 
     # ---- configs
@@ -82,14 +83,19 @@ class Checkpoint:
         config = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
         if self.detected and (self.own_config or self.detected.certain):
             config["prediction_type"] = self.detected.prediction_type
-            if self.detected.zero_snr:
-                config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if self.zero_snr or (self.detected and self.detected.zero_snr):
+            config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return config | ({"prediction_type": self.prediction} if self.prediction else {})
 
     @property
     def prediction_type(self) -> PredictionType:
         """What the UNet outputs: epsilon, v_prediction or sample."""
         return self.scheduler_config.get("prediction_type", "epsilon")
+
+    @property
+    def states_prediction(self) -> bool:
+        """Whether the files or the user say what the UNet outputs; False where that is a guess or the family's default."""
+        return self.prediction is not None or self.detected is None or self.detected.certain
 
     @cached_property
     def unet_config(self) -> dict[str, Any]:
@@ -105,7 +111,7 @@ class Checkpoint:
         config = json.loads(path.read_text())
         if part == "unet" and self.own_config and self.family.published:
             config = infer_unet(self.file, config)
-            if self.family.epsilon_latent_side and self.prediction_type == "epsilon":
+            if self.family.epsilon_latent_side and self.prediction_type != "v_prediction":
                 config["sample_size"] = self.family.epsilon_latent_side
         return config
 
@@ -126,7 +132,16 @@ class Checkpoint:
         return 2 ** (len(self.config_of("vae")["block_out_channels"]) - 1)
 
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule of the scheduler config; ValueError where it is not supported."""
+        """The noise schedule of the scheduler config; ValueError where it is not supported.
+
+        InputRefused where it ends in pure noise and the UNet predicts epsilon: pure noise says nothing of x0 (Lin et al. 2024).
+        """
+        if self.scheduler_config.get("rescale_betas_zero_snr") and self.prediction_type == "epsilon":
+            raise InputRefused(
+                f"{as_field('base', self.ref)}: its noise schedule ends in pure noise (zero terminal SNR), where a network that "
+                "predicts epsilon is undefined",
+                "if it predicts v, give `prediction_type=v_prediction`" + (", or leave out `zero_snr`" if self.zero_snr else ""),
+            )
         return NoiseSchedule.from_config(self.scheduler_config)
 
     def with_unet(self, net: nn.Module, kind: PredictionType) -> "Checkpoint":
@@ -376,19 +391,22 @@ def load(
     config: str | None = None,
     prediction: str | None = None,
     allow_pickle: bool = False,
+    zero_snr: bool = False,
 ) -> Checkpoint:
     """Open the checkpoint that `ref` names: an alias, a hub id, a diffusers folder or a single file. Weights are read later.
 
     `config`, a diffusers folder or hub id, provides the configs of a single file of unusual shape; others need none.
-    `prediction` (epsilon, v_prediction) overrides the prediction type that the files state. UsageError where `ref` cannot be
-    found, InputRefused where it is no supported checkpoint.
+    `prediction` (epsilon, v_prediction) overrides the prediction type that the files state. `zero_snr` says of files that do not
+    that the noise schedule ends in pure noise (Lin et al. 2024). UsageError where `ref` cannot be found, InputRefused where it is
+    no supported checkpoint, or `zero_snr` is given for one that predicts epsilon.
     """
     path = locate(ref, allow_pickle=allow_pickle)
     if not path.is_file():
         supported.check_folder(path)
-        return Checkpoint(ref, path, family_of(str(path)), dtype, None, None, prediction, allow_pickle)
+        return checked(Checkpoint(ref, path, family_of(str(path)), dtype, None, None, prediction, allow_pickle, zero_snr))
     file = views.opened(path, allow_pickle=allow_pickle)
-    return of_file(ref, file, dtype=dtype, config=config, prediction=prediction, allow_pickle=allow_pickle)
+    how: dict[str, Any] = dict(prediction=prediction, allow_pickle=allow_pickle, zero_snr=zero_snr)
+    return of_file(ref, file, dtype=dtype, config=config, **how)
 
 
 def of_file(
@@ -399,6 +417,7 @@ def of_file(
     config: str | None = None,
     prediction: str | None = None,
     allow_pickle: bool = False,
+    zero_snr: bool = False,
 ) -> Checkpoint:
     """The checkpoint of a single file that is open; the rest is as in `load`."""
     if config:
@@ -412,8 +431,24 @@ def of_file(
     else:
         detected = detect(file)
         folder = detected.family.home
-    opened = Checkpoint(ref, file.path, detected.family, dtype, folder, detected, prediction, allow_pickle)
+    opened = Checkpoint(ref, file.path, detected.family, dtype, folder, detected, prediction, allow_pickle, zero_snr)
     opened.__dict__["file"] = file
+    return checked(opened)
+
+
+def checked(opened: Checkpoint) -> Checkpoint:
+    """Compare what the user says of a checkpoint with its own files: tell of a contradiction, refuse an impossible pair."""
+    if opened.prediction or opened.zero_snr:
+        own = replace(opened, prediction=None, zero_snr=False)
+        if "file" in opened.__dict__:
+            own.__dict__["file"] = opened.file
+        if opened.prediction not in {None, own.prediction_type} and own.states_prediction:
+            given = as_field("prediction_type", opened.prediction)
+            warn(f"{given}: the files of {opened.ref} say {own.prediction_type}; what you give counts")
+        if opened.zero_snr and own.scheduler_config.get("rescale_betas_zero_snr") is False and not opened.own_config:
+            warn(f"`zero_snr`: the scheduler config of {opened.folder} says the opposite; what you give counts")
+    if opened.zero_snr:
+        opened.schedule()
     return opened
 
 

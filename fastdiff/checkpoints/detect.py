@@ -51,7 +51,7 @@ class Detection:
     """What a Stable Diffusion checkpoint file turned out to be."""
 
     family: Family
-    prediction_type: str  # epsilon, v_prediction
+    prediction_type: str  # epsilon, v_prediction; sample: x0, as of one-step students
     zero_snr: bool = False  # its noise schedule ends in pure noise
     why: str = ""  # what the prediction type was read from, for messages
     certain: bool = True  # the file states the prediction type; False: guessed from weights, or the family's default
@@ -114,13 +114,15 @@ def detect(file: TensorFile) -> Detection:
 
 
 def detect_prediction(file: TensorFile, family: Family) -> Detection:
-    """Detect whether a file of this family predicts epsilon or v; InputRefused for a flow model.
+    """Detect whether a file of this family predicts epsilon, v or x0; InputRefused for a flow model.
 
     The first of these that says so decides: the yaml beside the file, a marker tensor, the header, the spread of a bias. Where
     none does, it is the family's default.
     """
     kind = lambda text: "v_prediction" if text.startswith("v") else "epsilon"
     zero_snr = "ztsnr" in file
+    if file.metadata.get("fastdiff.prediction_type") == "sample":  # a one-step student, whatever the base predicts
+        return Detection(family, "sample", zero_snr, "its header")
     if match := re.search(r"parameterization\s*:\s*[\"']?(\w+)", sidecar(file.path)):
         return Detection(family, kind(match[1]), zero_snr, "the yaml beside it")
     if "v_pred" in file:

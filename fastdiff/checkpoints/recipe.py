@@ -36,6 +36,11 @@ class Recipe:
         return self.step_counts or ((self.num_steps,) if one and self.num_steps else ())
 
     @property
+    def few_steps(self) -> bool:
+        """Whether these are the settings of weights that were distilled to draw in few steps."""
+        return self.num_steps is not None or self.timesteps is not None or self.scheduler is not None
+
+    @property
     def steps_text(self) -> str:
         """The numbers of steps in words: "1 step", "4 steps", "1, 2 or 4 steps"."""
         *others, last = self.step_counts or (self.num_steps,)

@@ -105,7 +105,9 @@ def to_folder(
             ]
             tensors.write(staged / part / f"{stem}.safetensors", rows, {"format": "pt"})
             write_json(staged / part / "config.json", config_of(base, part))
-        write_json(staged / "scheduler" / "scheduler_config.json", base.scheduler_config)
+        kind = (recipe or Recipe()).predicts(base.prediction_type)  # of the written weights, which a LoRA may have changed
+        changed_kind = {"prediction_type": kind} if kind != base.prediction_type else {}
+        write_json(staged / "scheduler" / "scheduler_config.json", base.scheduler_config | changed_kind)
         for part in [k for k, v in base.index.items() if k.startswith("tokenizer") and v[1]]:
             write_tokenizer(base.folder / part, staged / part)
         write_json(staged / "model_index.json", index_of(base))

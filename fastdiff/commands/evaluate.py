@@ -10,6 +10,7 @@ import torch
 
 from fastdiff import lora
 from fastdiff.checkpoints import checkpoint, tensors
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.data.prompts import read_prompts
 from fastdiff.models.remap import is_pruned
@@ -25,6 +26,7 @@ from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling.assemble import is_lora, pick_device, pick_dtype
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
+from fastdiff.training.scene import tell_few_steps
 
 # ---- what is sampled
 
@@ -32,12 +34,21 @@ FAST: dict[str, Any] = dict(compile="off", identified=True)  # `identified`: has
 Opener = Callable[[Sequence[str], str | None], Sampler]  # (further LoRAs, ControlNet) -> a model, opened only when needed
 
 
-def teacher_settings(config: Config, family: Family) -> Settings:
-    """How the teacher is sampled: as is usual for its family, except for steps and guidance that the options set."""
-    usual = Settings.usual(family)
-    reference_steps = 25 if config.reference_folder else int(config.reference.partition(":")[2] or 25)
-    guidance = usual.guidance if config.teacher_guidance is None else config.teacher_guidance
-    return replace(usual, num_steps=config.teacher_steps or reference_steps, guidance=guidance)
+def teacher_settings(config: Config, base: Checkpoint) -> Settings:
+    """How the teacher is sampled: as is usual for its family, except for what the options set. A few-step one: by its recipe."""
+    few, named = base.recipe.few_steps, config.reference if config.reference != Config.reference else ""
+    steps = 25 if config.reference_folder else int(named.partition(":")[2] or 25)
+    chosen = Settings.of(
+        base.recipe,
+        Settings.usual(base.family),
+        scheduler=config.teacher_scheduler,
+        num_steps=config.teacher_steps or (None if few and (config.reference_folder or not named) else steps),
+        guidance=config.teacher_guidance,
+        guidance_rescale=config.guidance_rescale,
+    )
+    if few:
+        tell_few_steps(base, chosen)
+    return chosen
 
 
 def name_of(spec: str) -> str:
@@ -135,17 +146,18 @@ def run(config: Config) -> Result:
     output = Path(config.output or f"runs/evaluate-{Path(config.base).stem or config.base}")
     saved = output / "images" if config.save_images else None
     evaluation = open_evaluation(config, family, config.resolution or base.resolution_px, device, saved)
-    guided = teacher_settings(config, family)
+    guided = teacher_settings(config, base)
+    reference = config.reference_folder or (f"teacher:{guided.num_steps}" if base.recipe.few_steps else config.reference)
     teacher = Model("teacher", lora_on_base(replace(config, vae=None), [], dtype, device), [guided])
     report = evaluation.compare(
         teacher,
         models,
-        reference=config.reference_folder or config.reference,
+        reference=reference,
         known=known_features(family, guided, config.prompts),
         baseline=config.baseline,
         teacher_rows=[teacher_row(row, family) for row in config.teacher_row],
     )
-    metrics = report.metrics | {"reference": config.reference}
+    metrics = report.metrics | {"reference": str(reference)}
     if config.with_lora:
         metrics["style"] = retention.style(evaluation, config.with_lora, teacher, models)
     if config.with_controlnet:

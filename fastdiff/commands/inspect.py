@@ -15,6 +15,7 @@ from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.lora import apply, foreign, layouts
 from fastdiff.lora.file import Lora
+from fastdiff.lora.identify import stated_prediction
 from fastdiff.lora.kinds import Factors
 from fastdiff.options.inspect import EXAMPLES, Config
 from fastdiff.runtime import console
@@ -88,6 +89,7 @@ def named_parts(file: TensorFile) -> dict[str, Any]:
         "scales": sorted(scales)[:8],
         "unknown_keys": [key for key, part in parts.items() if part is None],
         "bundled_embeddings": sorted({key.split(".")[1] for key in embeddings}),
+        "prediction_type": stated_prediction(file.metadata),
     }
 
 
@@ -117,6 +119,7 @@ def coverage(file: TensorFile, ref: str) -> dict[str, Any]:
     }
     landed = [key for key, update in item.modules.items() if key in places and apply.fits(update, places[key].shape)]
     missing = sorted(set(item.modules) - set(landed))
+    apply.warn_of_prediction(base, [item])
     return {
         "base": ref,
         "base_family": base.family.name,
@@ -184,7 +187,8 @@ def of_folder(path: Path) -> dict[str, Any]:
             raise
         return {"kind": "other", "supported": False, **why_not(error, path)}
     stored = {part: [p.name for p in base.stored(part, path)] for part in base.parts}
-    return {"kind": "diffusers folder", "family": base.family.name, "prediction_type": base.prediction_type, "files": stored,
+    return {"kind": "diffusers folder", "family": base.family.name, "prediction_type": base.prediction_type,
+            "zero_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr")), "files": stored,
             "embeds_guidance": base.embeds_guidance, **known_as(base.published, base.recipe), **opens(base)}  # fmt: skip
 
 

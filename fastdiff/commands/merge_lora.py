@@ -14,7 +14,7 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.published import AUTO
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.commands import compare
-from fastdiff.lora import difference, merging
+from fastdiff.lora import apply, difference, merging
 from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Dense, Factors, Update
 from fastdiff.models.remap import remapped
@@ -119,6 +119,7 @@ def opened(config: Config, specs: list[tuple[Path, float]]) -> list[tuple[Lora, 
     items = [lora.load(path, **how, recognise=i > 0 or config.recipe == AUTO) for i, (path, _) in enumerate(specs)]
     if config.remap:
         pruned = replace(config, base=config.remap).open_base()
+        apply.warn_of_prediction(pruned, items)
         items = [remapped(pruned, item, wanted=True) for item in items]
     items = [items[0], *(weighted(item, config.block_weights) for item in items[1:])]
     return [(item, strength) for item, (_, strength) in zip(items, specs, strict=True)]

@@ -47,7 +47,7 @@ def wanted(config: Config) -> list[str]:
 
 def given(config: Config) -> dict[str, Any]:
     """The sampling options as the user gave them; None leaves a choice to the recipe."""
-    return {name: vars(config)[name] for name in ("scheduler", "num_steps", "guidance", "spacing", "eta")}
+    return {name: vars(config)[name] for name in ("scheduler", "num_steps", "guidance", "spacing", "eta", "guidance_rescale")}
 
 
 def open_sampler(config: Config, device: torch.device) -> Sampler:

@@ -37,6 +37,7 @@ def train(method: type[Method] | str, base: Checkpoint | str | PathLike[str] = D
     source = {"base": base}
     if isinstance(base, Checkpoint):
         kept = dict(base_config=base.config and str(base.config), prediction_type=base.prediction, allow_pickle=base.allow_pickle)
+        kept |= dict(zero_snr=base.zero_snr)
         kept = kept if base.path.is_file() else {k: v for k, v in kept.items() if k != "base_config"}
         source = {"base": base.ref, **{k: v for k, v in kept.items() if v}}
     known = [option.name for option in options_of(method.Config)]

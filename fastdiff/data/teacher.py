@@ -127,7 +127,11 @@ class Shards:
         side = resolution_px // autoencoder.factor(base.vae)
         self.shape = (base.unet_config["in_channels"], side, side)
         self.parent = fingerprint(base.unet)
-        key = repr((self.parent, prompts, resolution_px, rng.PAIRS(self.start), settings))
+        content = (self.parent, prompts, resolution_px, rng.PAIRS(self.start), settings)
+        # The same weights draw otherwise by another type of prediction or another schedule, which the user may have named since.
+        kind, zero_snr = base.prediction_type, base.schedule().zero_terminal_snr
+        unusual = kind != base.family.prediction_type or zero_snr
+        key = repr((*content, kind, zero_snr) if unusual else content)
         self.folder = cache_folder() / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     @cached_property

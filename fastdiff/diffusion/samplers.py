@@ -150,13 +150,14 @@ class Solver:
     stock: str  # the diffusers scheduler that gives the same result
     spacing: str  # the timestep spacing that it works best with, as in NoiseSchedule.grid
     stochastic: bool = False  # whether it draws noise between steps
+    off_zero: bool = False  # whether it walks on `NoiseSchedule.off_zero`
 
 
 SOLVERS: dict[str, Solver] = {
     "ddim": Solver(ddim, "DDIMScheduler", "trailing"),
     "euler": Solver(euler, "EulerDiscreteScheduler", "trailing"),
-    "dpm++": Solver(dpmpp_2m, "DPMSolverMultistepScheduler", "trailing"),
-    "dpm++sde": Solver(dpmpp_2m_sde, "DPMSolverMultistepScheduler", "trailing", stochastic=True),
+    "dpm++": Solver(dpmpp_2m, "DPMSolverMultistepScheduler", "trailing", off_zero=True),
+    "dpm++sde": Solver(dpmpp_2m_sde, "DPMSolverMultistepScheduler", "trailing", stochastic=True, off_zero=True),
     "lcm": Solver(lcm, "LCMScheduler", "lcm", stochastic=True),
     "tcd": Solver(tcd, "TCDScheduler", "lcm", stochastic=True),
 }

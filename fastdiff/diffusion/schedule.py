@@ -4,6 +4,7 @@ Shapes: B batch, C channels, h w latent. Timesteps are integer indices 0..T-1, n
 Everything is computed in fp32: at t = 999 of Stable Diffusion's schedule an error in eps becomes 14.6 times as large in x0.
 """
 
+from copy import deepcopy
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -103,6 +104,17 @@ class NoiseSchedule(nn.Module):
     def zero_terminal_snr(self) -> bool:
         """Whether the last timestep is pure noise (alpha = 0)."""
         return self.alpha[-1].item() == 0
+
+    def off_zero(self) -> "NoiseSchedule":
+        """Return the schedule, or a copy whose last alpha is 2^-12 where it is 0: with it log SNR is finite.
+
+        diffusers' DPM-Solver++ does so. After an infinite first step in log SNR the second would have no second-order term.
+        """
+        if not self.zero_terminal_snr:
+            return self
+        copy = deepcopy(self)
+        copy.alpha[-1], copy.sigma[-1] = 2**-12, (1 - 2**-24) ** 0.5
+        return copy
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t at timesteps `t` (scalar or (B,)), shaped to broadcast over `like` (B, ...)."""

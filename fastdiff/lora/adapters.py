@@ -65,12 +65,12 @@ def check_start(start: Lora, base: Checkpoint, layers: Sequence[str] | None) -> 
     """
     kind = start.recipe.prediction_type
     if kind not in {None, base.prediction_type}:
-        names = {"sample": "x0", "epsilon": "the noise (epsilon)", "v_prediction": "v"}
-        theirs, ours = (names.get(name, name) for name in (kind, base.prediction_type))  # a header may say anything
+        theirs, ours = (apply.NAMED.get(name, name) for name in (kind, base.prediction_type))  # a header may say anything
         raise InputRefused(
             f"{start.source}: with it a network predicts {theirs}, but the base predicts {ours}",
             "the one-step LoRA of lightning predicts x0: give the one of two steps" if kind == "sample" else "",
         )
+    apply.warn_of_prediction(base, [start])  # by the headers of other programs, which are less certain
     table = apply.places(base.shapes("unet"), "lora_unet_")
     try:
         (fitted,) = apply.fit([(start, 1.0)], table, family=base.family)

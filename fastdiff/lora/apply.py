@@ -3,7 +3,7 @@
 W' = W + sum_i s_i Delta_i(W)         every update acts on the base's own weight, so that the order does not matter
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -168,6 +168,31 @@ class Applied(NamedTuple):
     coverage: list[dict[str, Any]]
 
 
+NAMED = {"sample": "x0", "epsilon": "the noise (epsilon)", "v_prediction": "v"}  # what a network predicts, in sentences
+
+
+def warn_of_prediction(base: Checkpoint, loras: Iterable[Lora]) -> None:
+    """Warn of every LoRA whose header states that it was trained on a base of another type of prediction than this one.
+
+    A one-step base that predicts x0 was distilled from either, so nothing can be said of LoRAs on it.
+    """
+    for item in loras:
+        kind = item.trained_for
+        if kind is None or base.prediction_type in {kind, "sample"}:
+            continue
+        theirs, ours = NAMED[kind], NAMED[base.prediction_type]
+        guess = "" if base.states_prediction else f", as far as is known; if it predicts {theirs}, give `prediction_type={kind}`"
+        warn(f"{item.source}: trained on a base that predicts {theirs}, but {base.ref} predicts {ours}{guess}")
+
+
+def warn_of_mixture(loras: Iterable[Lora]) -> None:
+    """Warn where the headers of LoRAs that are added to each other state bases of different types of prediction."""
+    kinds = {item.trained_for: item.source for item in loras if item.trained_for}
+    if len(kinds) > 1:
+        (one, first), (other, second) = kinds.items()
+        warn(f"{second} was trained on a base that predicts {NAMED[other]}, {first} on one that predicts {NAMED[one]}")
+
+
 def apply(base: Checkpoint, loras: list[tuple[Lora, float]], *, allow_partial: bool = False) -> Applied:
     """Add the LoRAs to the `unet` and `text_encoders` of a checkpoint in place.
 
@@ -175,6 +200,7 @@ def apply(base: Checkpoint, loras: list[tuple[Lora, float]], *, allow_partial: b
     """
     if not loras:
         return Applied(0, [])
+    warn_of_prediction(base, [lora for lora, _ in loras])
     nets: dict[str, nn.Module] = {"lora_unet_": base.unet}
     if any(key.startswith("lora_te") for lora, _ in loras for key in lora.modules):  # otherwise the encoders need not load
         loras = encoders(loras, len(base.text_encoders))

@@ -34,7 +34,8 @@ UNCHANGED = 1e-7  # |difference| / |weight|: a layer with less was not trained
 def opened(ref: str | None, config: Config) -> Checkpoint:
     """Open a checkpoint with the command's options for base models."""
     assert ref is not None, "the command checks that its checkpoints are given"
-    return checkpoint.load(ref, config=config.base_config, prediction=config.prediction_type, allow_pickle=config.allow_pickle)
+    how: dict[str, Any] = dict(config=config.base_config, prediction=config.prediction_type, allow_pickle=config.allow_pickle)
+    return checkpoint.load(ref, **how, zero_snr=config.zero_snr and ref == config.base)
 
 
 def same_kind(one: Checkpoint, other: Checkpoint) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from fastdiff.lora.kinds import Factors, Update, build, describe
 from fastdiff.lora.layouts import READERS, Part, canonical, kernel_of, other_kind, read_peft
 from fastdiff.runtime.console import warn
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field, quoted
+
+if TYPE_CHECKING:
+    from fastdiff.diffusion.schedule import PredictionType
 
 Format = Literal["kohya", "diffusers", "peft"]
 MAX_LAYERS = 16  # in a block of a UNet; a header that says more is damaged
@@ -53,6 +56,11 @@ class Lora:
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
         """The shape of the parameter that each module changes; None where an update does not determine it."""
         return {key: update.shape for key, update in self.modules.items()}
+
+    @property
+    def trained_for(self) -> "PredictionType | None":
+        """What the base predicts that it was trained on, as its header states it; None where the header does not say."""
+        return identify.stated_prediction(self.metadata)
 
     @property
     def layers(self) -> int:

@@ -1,13 +1,17 @@
-"""Which family of checkpoints a LoRA is for: what its layers say first, then what its header says.
+"""Which base a LoRA is for. Of its family the layers tell first, then the header; of the type of prediction the header alone.
 
 Headers are wrong at times: merge tools copy them, and trainers write what they were told. Shapes cannot be.
 """
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from fastdiff.checkpoints.family import FAMILIES, Family
 from fastdiff.checkpoints.recipe import PREFIX
+
+if TYPE_CHECKING:
+    from fastdiff.diffusion.schedule import PredictionType
 
 Shapes = Mapping[str, tuple[int, ...] | None]  # canonical name of a module -> shape of its weight, where the update tells it
 
@@ -18,6 +22,15 @@ DEEP = re.compile(r"lora_unet_.*_transformer_blocks_[1-9]\d*_.*")
 EARLY = re.compile(r"lora_unet_(?:down_blocks_0_attentions_|(?:down|up)_blocks_3_).*")
 # Header entries that name a family or an architecture; the names of networks that others write begin so.
 FAMILY, ARCHITECTURE, VERSION, IS_V2 = PREFIX + "family", "modelspec.architecture", "ss_base_model_version", "ss_v2"
+
+# What headers call a type of prediction, in lower case: diffusers' names, and modelspec's `v` and `epsilon`.
+PREDICTIONS: dict[str, "PredictionType"] = {
+    "v": "v_prediction", "v_prediction": "v_prediction", "v-prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon",
+}  # fmt: skip
+# sd-scripts' ss_base_model_version of SD1 and SD2. It has one value for every SDXL base.
+SD_SCRIPTS_VERSIONS: dict[str, "PredictionType"] = {
+    "sd_v1": "epsilon", "sd_v2": "epsilon", "sd_v1_v": "v_prediction", "sd_v2_v": "v_prediction",
+}  # fmt: skip
 
 
 def widths(shapes: Shapes, pattern: re.Pattern[str]) -> set[int]:
@@ -76,3 +89,23 @@ def wrong_claims(shapes: Shapes, metadata: Mapping[str, str]) -> dict[str, Famil
     """The entries of a header that name a family whose networks have no such layers, and that family."""
     rows = possible(shapes)
     return {entry: row for entry, row in claims(metadata) if row not in rows}
+
+
+def stated_prediction(metadata: Mapping[str, str]) -> "PredictionType | None":
+    """Read from a LoRA's header what its base predicts: epsilon or v_prediction; None where no entry says so.
+
+    fastdiff's own entry comes first, then those of modelspec and of sd-scripts. A LoRA with which a network predicts x0
+    ("sample") does not say what the base predicts.
+    """
+    entry = lambda name: str(metadata.get(name, "")).strip().lower()
+    if own := entry(PREFIX + "prediction_type"):
+        return PREDICTIONS.get(own)
+    if named := PREDICTIONS.get(entry("modelspec.prediction_type")):
+        return named
+    if (trained_on_v := entry("ss_v_parameterization")) in {"true", "false"}:
+        return "v_prediction" if trained_on_v == "true" else "epsilon"
+    architecture = entry(ARCHITECTURE).partition("/")[0]
+    for row in FAMILIES.values():
+        if row.predicts_either and architecture in {row.architecture, row.architecture_v}:
+            return "v_prediction" if architecture == row.architecture_v else "epsilon"
+    return SD_SCRIPTS_VERSIONS.get(entry(VERSION))

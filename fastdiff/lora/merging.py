@@ -126,7 +126,10 @@ def concatenate(loras: list[tuple[Lora, float]], *, recipe: Recipe | None = None
     """
     made = combined(loras, **how)
     family, _ = agreed(loras)
+    kinds = [item.trained_for for item, _ in loras if item.trained_for]
     recipe = replace(recipe or recipe_of(loras), family=family.name if family else None)
+    if recipe.prediction_type is None and kinds:
+        recipe = replace(recipe, prediction_type=kinds[0])
     merged_from = json.dumps([{"name": Path(item.source).name, "weight": strength} for item, strength in loras])
     made.metadata |= {**inherited(loras), **recipe.to_metadata(), "fastdiff.merged_from": merged_from}
     return made
@@ -148,6 +151,7 @@ def combined(
             item.factors("merged into a LoRA")
         elif bad := [key for key, update in item.modules.items() if update.needs_weight or len(update.shape or ()) < 2]:
             raise InputRefused(f"{item.source}: {item.modules[bad[0]].kind} ({bad[0]}) has no low rank", "bake it with `base`")
+    apply.warn_of_mixture(item for item, _ in loras)
     torch.manual_seed(seed)
     modules: dict[str, Update] = {}
     for key in dict.fromkeys(key for item, _ in loras for key in item.modules):
@@ -251,6 +255,7 @@ def bake(
     how: dict[str, Any] = dict(allow_pickle=base.allow_pickle, recognise=asked is None)
     ready = [(opened(item, **how), weight) for item, weight in with_weights(loras)]
     check_family(ready, base)
+    apply.warn_of_prediction(base, [item for item, _ in ready])
     given, (_, ready) = ready, agreed(ready)
     prefixes = apply.prefixes(len(base.text_parts))
     ready = apply.encoders(ready, len(base.text_parts))

@@ -41,9 +41,14 @@ def header(lora: Lora, title: str) -> dict[str, str]:
     recipe, ranks = lora.recipe, {update.rank for update in lora.modules.values() if isinstance(update, Factors)}
     dim, alpha = str(*ranks) if len(ranks) == 1 else "Dynamic", str(max(ranks))
     spec = {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "diffusers", "modelspec.title": title}
+    kind = lora.trained_for
     if family := lora.family:
-        architecture = family.architecture if recipe.prediction_type == "epsilon" else family.architecture_v
-        spec |= {"modelspec.architecture": f"{architecture}/lora", **family.lora_header}
+        spec |= family.lora_header
+        if kind or not family.predicts_either:  # SD2 has two architectures, and the header must not guess
+            architecture = family.architecture_v if kind == "v_prediction" else family.architecture
+            spec["modelspec.architecture"] = f"{architecture}/lora"
+    if kind:
+        spec["modelspec.prediction_type"] = "v" if kind == "v_prediction" else "epsilon"
     own = {k: v for k, v in lora.metadata.items() if k not in STALE}
     hints = dict.fromkeys(text for text in (usage_hint(recipe), *own.get(words.HINT, "").split("; ")) if text)
     network = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alpha, "format": "pt"}

@@ -60,6 +60,10 @@ class LCM(Method):
     def load(cls, config: Options, base: Checkpoint) -> Load:
         return Load(full=1, free=3) if config.full else Load(lora=1, free=1 if config.finetune else 3)
 
+    @classmethod
+    def guides(cls, config: Options) -> bool:
+        return not config.finetune
+
     def players(self, phase: Phase) -> dict[str, Trains]:
         return {"student": Trains(self.params, averaged=True, net=self.student.net if self.config.full else None)}
 

@@ -22,7 +22,7 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
-from fastdiff.lora import adapters
+from fastdiff.lora import adapters, apply
 from fastdiff.lora.kinds import Factors
 from fastdiff.methods.shared.segmented import Segmented
 from fastdiff.models.denoiser import Denoiser, trainable_copy
@@ -62,6 +62,7 @@ class SDXS(Segmented):
         self.student = Denoiser(net, self.schedule, kind, "student" if self.lora else None)
         if config.style_lora:
             self.teacher = self.role(attach_style(base.unet, config.style_lora, allow_pickle=config.allow_pickle))
+            self.teacher.guidance_rescale = config.guidance_rescale
         self.fake_net = self.copied() if config.fake == "full" else None
         self.fake, self.fake_params = self.trained("fake", self.fake_net)
         self._open_matching(first)
@@ -79,9 +80,11 @@ class SDXS(Segmented):
     @classmethod
     def check(cls, config: Options) -> Options:
         """Read `style_lora` and `init` now, so that a wrong file fails before hours of sampling."""
+        base = config.open_base()
         if config.style_lora:
-            lora.load(lora.parse_spec(config.style_lora, 1.0)[0], allow_pickle=config.allow_pickle)
-        config.start(config.open_base())
+            style = lora.load(lora.parse_spec(config.style_lora, 1.0)[0], allow_pickle=config.allow_pickle)
+            apply.warn_of_prediction(base, [style])
+        config.start(base)
         return config
 
     @classmethod

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.diffusion.guidance import rescale
 from fastdiff.diffusion.schedule import NoiseSchedule, Prediction, PredictionType
 from fastdiff.lora import adapters
 from fastdiff.models.sharding import is_split
@@ -90,6 +91,7 @@ class Denoiser(nn.Module):
     """
 
     full_precision = False
+    guidance_rescale = 0.0  # phi of `diffusion.guidance.rescale`, in `guided`
 
     def __init__(
         self,
@@ -174,7 +176,7 @@ class Denoiser(nn.Module):
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float | Tensor) -> Prediction:
         """Predict with classifier-free guidance of weight w, in one batch of 2 B rows; w = 1 skips the unconditional half.
 
-        A network that embeds guidance predicts the guided answer itself.
+        The outputs are rescaled by `guidance_rescale`. A network that embeds guidance predicts the guided answer itself.
         """
         t = t.to(x_t.device).expand(len(x_t))
         if self.guidance_embedded:
@@ -185,7 +187,17 @@ class Denoiser(nn.Module):
         uncond = uncond.with_control(cond.control)  # guidance is about the text: both halves get the same control picture
         both = self(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, uncond]))
         c, u = (Prediction(*(part.chunk(2)[i] for part in both)) for i in (0, 1))
-        return c.guide(u, w)
+        return self.combined(c, u, w, x_t, t, self.guidance_rescale)
+
+    def combined(
+        self, cond: Prediction, uncond: Prediction, w: float | Tensor, x_t: Tensor, t: Tensor, phi: float = 0.0
+    ) -> Prediction:
+        """Guide the prediction `cond` with weight w, a scalar or (B,), and rescale the network's output by `phi`."""
+        guided = cond.guide(uncond, w)
+        if not phi:
+            return guided
+        out, plain = (self.schedule.output(p, t, self.kind) for p in (guided, cond))
+        return self.schedule.predict(rescale(out, plain, phi), x_t, t, self.kind)
 
     @contextmanager
     def tap(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:

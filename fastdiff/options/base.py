@@ -24,6 +24,9 @@ class BaseConfig:
     prediction_type: Annotated[
         Literal["epsilon", "v_prediction"] | None, "what the network of --base predicts; default: read from its files"
     ] = None
+    zero_snr: Annotated[
+        bool, "the noise schedule of --base ends in pure noise (zero terminal SNR), though its files do not say so"
+    ] = False
     allow_pickle: Annotated[bool, "also read the tensors of .ckpt, .pt and .bin files; code in them is never run"] = False
 
     def open_base(self, dtype: "torch.dtype | None" = None) -> "Checkpoint":
@@ -35,5 +38,10 @@ class BaseConfig:
         assert self.base is not None
         dtype = dtype or torch.float32
         return checkpoint.load(
-            self.base, dtype=dtype, config=self.base_config, prediction=self.prediction_type, allow_pickle=self.allow_pickle
+            self.base,
+            dtype=dtype,
+            config=self.base_config,
+            prediction=self.prediction_type,
+            allow_pickle=self.allow_pickle,
+            zero_snr=self.zero_snr,
         )

@@ -76,6 +76,13 @@ class Config(BaseConfig):
     teacher_guidance: Annotated[
         float | None, "guidance w of the teacher, u + w (c - u); default: as the family is usually sampled", Range(0)
     ] = None
+    teacher_scheduler: Annotated[
+        Literal["ddim", "euler", "dpm++", "dpm++sde", "lcm", "tcd"] | None,
+        "sampler of the teacher; default: the recipe's of a few-step --base, else as the family is usually sampled",
+    ] = None
+    guidance_rescale: Annotated[
+        float, "phi of Lin et al. 2024 where the teacher is guided; 0 = off, 0.7 for a zero-SNR base", Range(0, 1)
+    ] = 0.0
     resolution: Annotated[int | None, "width and height in pixels; default: the size of the base", Range(8, multiple_of=8)] = None
     batch_size: Annotated[int | None, "pictures at once; default: fits a small card", Range(1)] = None
     seed: Annotated[int, "seed of the first picture", Range(0, 2**31)] = 0

@@ -43,6 +43,11 @@ class Config(BaseConfig):
     ] = None
     num_steps: Annotated[int | None, "sampling steps; default: the recipe's", Range(1, 1000)] = None
     guidance: Annotated[float | None, "classifier-free guidance, 1 or less = none; default: the recipe's", Range(0)] = None
+    guidance_rescale: Annotated[
+        float | None,
+        "phi of Lin et al. 2024: keeps the contrast of unguided outputs; 0 = off, 0.7 for a zero-SNR base",
+        Range(0, 1),
+    ] = None
     eta: Annotated[float | None, "TCD's gamma, 0 to 1; default: the recipe's", Range(0, 1)] = None
     resolution: Annotated[int | None, "width and height in pixels; default: the size of the base", Range(8, multiple_of=8)] = None
     batch_size: Annotated[int, "images at once", Range(1)] = 4

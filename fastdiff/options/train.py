@@ -44,6 +44,13 @@ class TrainConfig(BaseConfig):
     teacher_guidance: Annotated[
         float | None, "guidance of each teacher picture; default: --guidance, else as the family is usually sampled", Range(1)
     ] = None
+    teacher_scheduler: Annotated[
+        Literal["ddim", "euler", "dpm++", "dpm++sde", "lcm", "tcd"] | None,
+        "sampler of each teacher picture; default: the recipe's of a few-step --base, else as the family is usually sampled",
+    ] = None
+    guidance_rescale: Annotated[
+        float, "phi of Lin et al. 2024 wherever the teacher is guided; 0 = off, 0.7 for a zero-SNR base", Range(0, 1)
+    ] = 0.0
     output: Annotated[str | None, "folder of the run; default runs/<command>-<base>"] = field(
         default=None, metadata={"flags": ["-o"]}
     )

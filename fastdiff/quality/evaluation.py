@@ -6,7 +6,7 @@ teacher in as many network calls as the student.
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from fastdiff.quality.distances import gap_of
 from fastdiff.quality.features import FeatureExtractor, JudgeFeatures, open_distance, open_extractors
 from fastdiff.quality.metrics import Against, Features, Metric, Row, judging, measured, title, too_few
 from fastdiff.quality.samples import Samples
-from fastdiff.quality.ways import ladder_of, teacher_row, undistilled_ways
+from fastdiff.quality.ways import ladder_of, teacher_row, teacher_ways
 from fastdiff.runtime import console, rng
 from fastdiff.runtime.errors import UsageError, device_errors_explained
 from fastdiff.sampling.assemble import pick_device
@@ -255,7 +255,7 @@ class Evaluation:
         warn_of_few(self.part(best, self.main), self.against[self.main], len(self.samples))
         latency_ms = {best: self.samples.latency_ms(made, guided)}
         few = sorted({settings.calls for model in students for settings in model.ladder}) if baseline else []
-        ways = [way for calls in few for way in undistilled_ways(made.base.family, calls)]
+        ways = [way for calls in few for way in teacher_ways(made.base, calls)]
         if made.denoiser.guidance_embedded:  # such a network is told one w for all steps
             ways = [way for way in ways if way.step_guidance is None]
         for settings in {title(teacher.name, way): way for way in [*ways, *teacher_rows]}.values():
@@ -348,7 +348,7 @@ def evaluate(
     num_images: int | None = None,
     metrics: Sequence[str] = (),
     reference: str | Path | None = None,
-    teacher_steps: int = 25,
+    teacher_steps: int | None = None,
     baseline: bool = True,
     teacher_rows: Sequence[Settings | str] = (),
     resolution_px: int | None = None,
@@ -364,8 +364,9 @@ def evaluate(
     list, or a file with one prompt per line; they are used in turn, and picture i has seed `seed` + i. `num_images`: pictures a
     row, by default 500, and for `emoji` 1000, half of them of prompts that no student was trained on. `metrics`: any of fid,
     patch, clip and lpips; by default all whose networks are available. `reference`: a folder of pictures that FID and the like
-    compare with; by default the teacher's pictures of other seeds. `baseline`: also judge the teacher in as many network calls
-    as the student. `teacher_rows`: further ways to judge the teacher, each Settings or text such as
+    compare with; by default the teacher's pictures of other seeds. `teacher_steps`: the teacher's sampling steps, by default 25,
+    and of a few-step checkpoint those of its own recipe. `baseline`: also judge the teacher in as many network calls as the
+    student. `teacher_rows`: further ways to judge the teacher, each Settings or text such as
     "scheduler=dpm++ steps=5 guidance=1,3,3,3,1"; keys are scheduler, steps, timesteps=999,666,333, start=749, guidance (one
     number, or one for each step) and spacing. A student's gap starts at the best row with as many calls. `device`: where the
     teacher draws; by default where the student does. UsageError where student and teacher are of different families,
@@ -381,7 +382,8 @@ def evaluate(
     rows = [teacher_row(row, family) for row in teacher_rows]
     px, lines = resolution_px or teacher.resolution_px, prompts_of(family, prompts, num_images)
     ladder = ladder_of(student.recipe, family, (num_steps,) if isinstance(num_steps, int) else num_steps)
-    guided = replace(Settings.usual(family), num_steps=teacher_steps)
+    steps = teacher_steps or (None if teacher.recipe.few_steps else 25)
+    guided = Settings.of(teacher.recipe, Settings.usual(family), num_steps=steps)
     evaluation = Evaluation(
         lines,
         open_extractors(family, lines, resolution_px=px, device=where, asked=metrics),
@@ -395,7 +397,7 @@ def evaluate(
     return evaluation.compare(
         Model("teacher", opened, [guided]),
         [Model("student", lambda loras, controlnet: student, ladder)],
-        reference=f"teacher:{teacher_steps}" if reference is None else Path(reference),
+        reference=f"teacher:{guided.num_steps}" if reference is None else Path(reference),
         known=known_features(family, guided, prompts),
         baseline=baseline,
         teacher_rows=rows,

@@ -58,13 +58,14 @@ class Row:
         s = self.settings
         way = dict(model=self.model, solver=s.scheduler, spacing=s.spacing, num_steps=s.num_steps, guidance=s.guidance)
         one_by_one = dict(timesteps=s.timesteps and list(s.timesteps), step_guidance=s.step_guidance and list(s.step_guidance))
-        return {**way, "eta": s.eta, **one_by_one, "calls": self.calls}
+        return {**way, "guidance_rescale": s.guidance_rescale, "eta": s.eta, **one_by_one, "calls": self.calls}
 
 
 def title(model: str, settings: Settings) -> str:
     """A unique name of a row: it has all that the ways differ in, in which one model is sampled with equal steps."""
     s = settings
     guided = f", guidance {listed(s.step_guidance or [s.guidance])}" if s.guided else ""
+    guided += f" rescaled {s.guidance_rescale:g}" if s.guided and s.guidance_rescale else ""
     at = f" at {listed(s.timesteps)}" if s.timesteps else ""
     spacing = f" {s.spacing}" if s.spacing not in {None, SOLVERS[s.scheduler].spacing} else ""
     random = f", eta {s.eta:g}" if s.eta else ""

@@ -191,7 +191,11 @@ class Samples:
     ) -> str:
         """The name of a row in the cache: a hash of all that its features depend on."""
         digest = sha256()
-        content: list[Any] = [tuple(identity), sampler.denoiser.kind, sampler.denoiser.strength, asdict(settings)]
+        set_now = settings.fields_set()  # fields that came late are left out where they are unset, so that names of rows stay
+        way = {k: v for k, v in asdict(settings).items() if k in set_now or k == "step_guidance"}
+        content: list[Any] = [tuple(identity), sampler.denoiser.kind, sampler.denoiser.strength, way]
+        if sampler.denoiser.schedule.zero_terminal_snr:  # the same weights draw otherwise on another schedule
+            content.append("zero terminal SNR")
         content += [block(self.first_seed), self.resolution_px, str(sampler.base.dtype)]
         content += [[extractor.key for extractor in self.extractors], self.distance is not None]
         compared = beside is not None and beside.pictures is not None and self.distance is not None

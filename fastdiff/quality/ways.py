@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.diffusion.samplers import SOLVERS
 from fastdiff.diffusion.schedule import timesteps_from
@@ -12,6 +13,16 @@ from fastdiff.quality import emoji as judge
 from fastdiff.sampling.settings import Settings
 
 STEPS = (1, 2, 4, 8)  # judged where neither the caller nor the student's recipe fixes the steps
+
+
+def teacher_ways(base: Checkpoint, calls: int) -> list[Settings]:
+    """The ways to sample a teacher in exactly `calls` network calls: a few-step one by its recipe, else `undistilled_ways`."""
+    if not base.recipe.few_steps:
+        return undistilled_ways(base.family, calls)
+    one = Settings.of(base.recipe, Settings.usual(base.family), num_steps=calls)
+    if not one.guided:
+        return [one]
+    return [Settings.of(base.recipe, Settings.usual(base.family), num_steps=calls // 2)] if calls % 2 == 0 else []
 
 
 def undistilled_ways(family: Family, calls: int) -> list[Settings]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.guidance import guide_fused
+from fastdiff.diffusion.guidance import guide_fused, rescale
 from fastdiff.models.denoiser import Cond, Denoiser, guidance_embedding
 from fastdiff.models.fast.unet import Folded, FoldedUNet
 from fastdiff.runtime import console, stop
@@ -77,13 +77,15 @@ class Walk(NamedTuple):
     """One batch to draw: the solver's table, noise (draws, B, C, h, w), inputs of the network, and guidance w of each step.
 
     If any step is guided, the inputs hold 2 B rows, prompts first. A guided step calls the network with all of them and
-    combines the outputs c and u as u + w (c - u). A step without guidance, where w is None, calls it with the first B.
+    combines the outputs c and u as u + w (c - u). A step without guidance, where w is None, calls it with the first B. `rescale`
+    is phi of `diffusion.guidance.rescale`; 0: guided outputs stay as they are.
     """
 
     table: Table
     noise: Tensor
     inputs: Inputs
     guidance: tuple[float | None, ...]
+    rescale: float = 0.0
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -93,7 +95,7 @@ class Walk(NamedTuple):
 
 def latents(call: Callable[[Tensor, int, Inputs], Tensor], walk: Walk, between: Callable[[], None] = lambda: None) -> Tensor:
     """Run a walk and return its latents (B, C, h, w), fp32. `between` runs before every network call."""
-    table, noise, inputs, guidance = walk
+    table, noise, inputs, guidance, phi = walk
     shape, draw, k = noise.shape[1:], 0, 0
     prompts_only = first_rows(inputs, shape[0])
     columns = torch.empty(len(table.fresh), noise[0].numel(), device=noise.device)
@@ -109,6 +111,8 @@ def latents(call: Callable[[Tensor, int, Inputs], Tensor], walk: Walk, between: 
         else:
             c, u = call(torch.cat([x, x]), k, inputs).float().chunk(2)
             out = guide_fused(c, u, w)
+            if phi:
+                out = rescale(out, c, phi)
         columns[j], k = out.reshape(-1), k + 1
     return (table.rows[k] @ columns).reshape(shape)
 
@@ -299,7 +303,7 @@ class Engine:
         if backend is None:
             return drawn(walk, parts, tensors, stop.check)
         stop.check()  # a captured walk runs no Python
-        key = (id(walk.table), walk.guidance, tuple((k, tuple(v.shape)) for k, v in tensors.items()))
+        key = (id(walk.table), walk.guidance, walk.rescale, tuple((k, tuple(v.shape)) for k, v in tensors.items()))
         if key not in self.captured:
             backend.wait()  # a graph must not go while it runs
             one_step = [(k, tuple(v.shape)) for k, v in at_step(walk.inputs, 0).items()]

@@ -88,6 +88,7 @@ class Sampler:
     ) -> None:
         device = assemble.pick_device(device)
         self.source = assemble.open_base(base, precision, device, allow_pickle=allow_pickle)
+        self.source.schedule()  # refuses a base without one before anything is loaded
         self.loras = with_weights(loras)
         given, how = published.asked(recipe), dict(remap=remap, allow_partial=allow_partial, allow_pickle=allow_pickle)
         self.lora_options = how | {"recognise": given is None}
@@ -172,6 +173,7 @@ class Sampler:
         guidance: float | None = None,
         spacing: str | None = None,
         eta: float | None = None,
+        guidance_rescale: float | None = None,
         resolution_px: int | None = None,
         control_image: Any = None,
         batch_size: int = 4,
@@ -180,12 +182,13 @@ class Sampler:
 
         With one prompt, seeds may be endless (`itertools.count()`). Steps, scheduler (ddim, euler, dpm++, dpm++sde, lcm, tcd),
         guidance (w in u + w (c - u); 1 or less: none), spacing of the timesteps and eta (TCD's gamma) default to the recipe's.
+        `guidance_rescale` (0 to 1) keeps the spread of unguided outputs (Lin et al. 2024), for zero-terminal-SNR bases about 0.7.
         `negative` is a prompt of what to avoid. `resolution_px` is the side in pixels (default: the base's). `control_image`,
         for a ControlNet, is a path, a PIL picture or pixels (3, H, W) in [0, 1]. `batch_size` pictures are drawn at once.
         Raises UsageError if only one of ControlNet and `control_image` is there, and ValueError for invalid settings.
         """
         given = dict(scheduler=scheduler, num_steps=num_steps, guidance=guidance, spacing=spacing, eta=eta)
-        settings = asked(self.recipe, Settings.usual(self.base.family), **given)
+        settings = asked(self.recipe, Settings.usual(self.base.family), **given, guidance_rescale=guidance_rescale)
         if negative and not settings.guided:
             console.warn("`negative` has no effect at guidance 1 or less")
         if (control_image is None) != (self.denoiser.controlnet is None):
@@ -250,7 +253,13 @@ class Sampler:
     def table(self, settings: Settings) -> Table:
         """Return the solver's table for these settings, on the device; computed once."""
         if settings not in self.tables:
-            grid = settings.grid(self.denoiser.schedule, self.base.scheduler_config)
+            schedule = self.denoiser.schedule
+            grid = settings.grid(schedule, self.base.scheduler_config)
+            if schedule.zero_terminal_snr and settings.timesteps is None and grid.t[0] + 1 < len(schedule):
+                how = f"`spacing={settings.spacing}`: begins at timestep {int(grid.t[0])}, which is not pure noise with this base"
+                console.warn(f"{how}, but the walk begins with pure noise; use trailing")
+            if settings.guidance_rescale and settings.guided and self.denoiser.guidance_embedded:
+                console.warn("`guidance_rescale` has no effect: the network takes the guidance as an input")
             self.tables[settings] = linear_walk.table(settings.scheduler, grid, self.denoiser.kind).to(self.device)
         return self.tables[settings]
 
@@ -282,7 +291,7 @@ class Sampler:
         guided, table = settings.guided and self.guided_outside(settings), self.table(settings)
         inputs = self.inputs(table, cond, uncond if guided else None, settings, px)
         weights = tuple(w if guided and w > 1 else None for w in settings.weights)
-        return Walk(table, self.noise(table, seeds, size), inputs, weights)
+        return Walk(table, self.noise(table, seeds, size), inputs, weights, settings.guidance_rescale)
 
     def guided_outside(self, settings: Settings) -> bool:
         """Return whether guidance combines two answers of the network, because the network does not take w as an input.
@@ -308,12 +317,12 @@ class Sampler:
         cond, uncond = (c.map(lambda v: v.to(self.device)) for c in (cond, uncond))
         uncond = uncond if len(uncond) == len(cond) else uncond.expand(len(cond))
 
-        weights = iter(settings.weights)  # a solver calls `denoise` once a step
+        weights, phi = iter(settings.weights), settings.guidance_rescale  # a solver calls `denoise` once a step
 
         def denoise(x: Tensor, t: Tensor) -> Prediction:
             stop.check()
             p, w = self.denoiser(x, t, cond), next(weights)
-            return p.guide(self.denoiser(x, t, uncond), w) if w > 1 else p
+            return self.denoiser.combined(p, self.denoiser(x, t, uncond), w, x, t, phi) if w > 1 else p
 
         grid = settings.grid(self.denoiser.schedule, self.base.scheduler_config)
         return SOLVERS[settings.scheduler].run(denoise, noise(), grid, noise)

@@ -25,8 +25,8 @@ class Settings:
 
     With `step_guidance`, `guidance` is the largest of them. A published guidance interval is the case (1, ..., w, ..., 1).
 
-    Raises ValueError for an unknown scheduler, an eta outside [0, 1], timesteps that do not descend, or a `step_guidance` of
-    another length than `num_steps`.
+    Raises ValueError for an unknown scheduler, an eta or guidance_rescale outside [0, 1], timesteps that do not descend, or a
+    `step_guidance` of another length than `num_steps`.
     """
 
     scheduler: str = "dpm++"
@@ -36,12 +36,14 @@ class Settings:
     eta: float = 0.0  # randomness in [0, 1]; TCD's gamma
     timesteps: tuple[int, ...] | None = None  # explicit, descending; these override spacing and num_steps
     step_guidance: tuple[float, ...] | None = None  # w of each step; a step of 1 or less calls the network once, any other twice
+    guidance_rescale: float = 0.0  # phi in [0, 1] of Lin et al. 2024: how far guided outputs keep the spread of unguided ones
 
     def __post_init__(self) -> None:
         if self.scheduler not in SOLVERS:
             raise ValueError(f"{as_field('scheduler', self.scheduler)}: use one of {', '.join(SOLVERS)}")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"`eta` must be between 0 and 1, not {self.eta}")
+        for name in ("eta", "guidance_rescale"):
+            if not 0 <= vars(self)[name] <= 1:
+                raise ValueError(f"`{name}` must be between 0 and 1, not {vars(self)[name]}")
         if self.timesteps is not None:
             timesteps = tuple(self.timesteps)
             if not timesteps or timesteps != tuple(sorted({t for t in timesteps if t >= 0}, reverse=True)):
@@ -59,9 +61,13 @@ class Settings:
             object.__setattr__(self, name, value)  # the class is frozen
 
     def __repr__(self) -> str:
-        """The fields in order. An unset `step_guidance` is left out: cached teacher samples are named by this text."""
-        values = {k: v for k, v in vars(self).items() if k != "step_guidance" or v is not None}
-        return f"Settings({', '.join(f'{k}={v!r}' for k, v in values.items())})"
+        """The fields in order, those that came late only where they are set: cached teacher samples are named by this text."""
+        return f"Settings({', '.join(f'{k}={v!r}' for k, v in self.fields_set().items())})"
+
+    def fields_set(self) -> dict[str, Any]:
+        """The fields in order, without `step_guidance` and `guidance_rescale` where they are not set."""
+        unset = {"step_guidance": None, "guidance_rescale": 0.0}
+        return {k: v for k, v in vars(self).items() if k not in unset or v != unset[k]}
 
     @classmethod
     def usual(cls, family: Family) -> "Settings":
@@ -70,12 +76,8 @@ class Settings:
 
     @classmethod
     def of_base(cls, base: Checkpoint) -> "Settings":
-        """Return how a base is sampled as a teacher: as its family usually is.
-
-        One that takes the guidance as an input is itself a few-step model, which is sampled by its recipe.
-        """
-        usual = cls.usual(base.family)
-        return cls.of(base.recipe, usual) if base.embeds_guidance else usual
+        """Return the settings with which a base is sampled: by the recipe of a few-step checkpoint, else as is usual."""
+        return cls.of(base.recipe, cls.usual(base.family))
 
     @classmethod
     def of(cls, recipe: Recipe, default: "Settings", **given: Any) -> "Settings":
@@ -130,7 +132,8 @@ class Settings:
             raise ValueError(f"explicit timesteps must be below {len(schedule)}, not {listed(self.timesteps)}")
         final = None if scheduler_config.get("set_alpha_to_one", True) or explicit else 0
         scaled = spacing in {"trailing", "linspace"}
-        return Grid(schedule, t, final, start_scale=scaled, eta=self.eta, explicit=explicit)
+        walked = schedule.off_zero() if SOLVERS[self.scheduler].off_zero else schedule
+        return Grid(walked, t, final, start_scale=scaled, eta=self.eta, explicit=explicit)
 
 
 def listed(values: Iterable[float]) -> str:
@@ -152,4 +155,7 @@ def asked(recipe: Recipe, default: Settings, **given: Any) -> Settings:
         console.warn(f"{as_field('num_steps', steps)}: the weights were distilled for exactly {recipe.steps_text}")
     elif recipe.num_steps and steps and steps > 2 * recipe.num_steps:
         console.warn(f"{as_field('num_steps', steps)}: the weights were distilled for {recipe.num_steps}; more steps do not help")
-    return Settings.of(recipe, default, **given)
+    chosen = Settings.of(recipe, default, **given)
+    if given.get("guidance_rescale") and not chosen.guided:
+        console.warn("`guidance_rescale` has no effect at guidance 1 or less")
+    return chosen

@@ -79,6 +79,7 @@ def stock_code(base: Checkpoint, settings: Settings) -> str:
         "",
         f"pipe.scheduler = {stock}.from_config(pipe.scheduler.config{config})",
     ]
+    eta += f", guidance_rescale={settings.guidance_rescale:g}" if settings.guidance_rescale and settings.guided else ""
     drawn = f"{steps}{eta}, generator=torch.Generator().manual_seed(seed)"
     if settings.step_guidance is None:
         return "\n".join([*lines, f"image = pipe(prompt, guidance_scale={settings.guidance:g}, {drawn}).images[0]", ""])

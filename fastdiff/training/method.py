@@ -26,6 +26,7 @@ from fastdiff.lora import adapters
 from fastdiff.models import quantized
 from fastdiff.models.denoiser import Denoiser, trainable_copy
 from fastdiff.options.train import TrainConfig
+from fastdiff.runtime import console
 from fastdiff.runtime.errors import InputRefused, Result, as_field
 from fastdiff.sampling.settings import Settings
 from fastdiff.training.card import Usage, usage_of_recipe
@@ -162,6 +163,7 @@ class Method(ABC):
             if config.quantize_base != "none":
                 quantized.quantize(base.unet, config.quantize_base)
             self.teacher = self.role(None)
+            self.teacher.guidance_rescale = config.guidance_rescale
 
     # ---- what every method defines
 
@@ -193,8 +195,14 @@ class Method(ABC):
     def check_base(cls, config: Any, base: Checkpoint) -> None:
         """Check options against the opened base, of which no weights are loaded, before data is made.
 
-        InputRefused where the UNet takes the guidance as an input and the method would not give it.
+        InputRefused where the UNet takes the guidance as an input and the method would not give it. Warns where the losses
+        need an undistilled teacher and the base is a few-step checkpoint.
         """
+        if base.recipe.few_steps and cls.guides(config):
+            console.warn(
+                f"{as_field('base', base.ref)}: a few-step checkpoint; {cls.name} learns from a teacher of many guided steps, "
+                "which it no longer is; give the base that it was distilled from"
+            )
         embedded = "unet" in cls.keeps and base.unet_config.get("time_cond_proj_dim") is not None
         if embedded and not cls.embeds_guidance:
             raise InputRefused(
@@ -202,6 +210,11 @@ class Method(ABC):
                 f"{cls.name} trains from a UNet without it",
                 "give the base that it was distilled from",
             )
+
+    @classmethod
+    def guides(cls, config: Any) -> bool:
+        """Return whether the losses need a teacher that draws in many guided steps: those of a method with `guidance`."""
+        return config.guidance is not None
 
     @classmethod
     def shortcut(cls, config: Any) -> Result | None:

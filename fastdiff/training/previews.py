@@ -118,11 +118,13 @@ def undistilled(base: Checkpoint, calls: int) -> Settings:
     """Return the settings that draw best with the undistilled base in that many network calls.
 
     They were measured for `emoji`. Other families take their usual settings in half as many steps, for a guided step costs two
-    calls; a single call takes one step without guidance.
+    calls; a single call takes one step without guidance. A few-step base keeps its own solver and guidance.
     """
     if base.family.judge_ships:
         return shipped().undistilled(shipped().nearest(calls))["retrieval"]
     guided = Settings.of_base(base)
+    if base.recipe.few_steps:
+        return Settings.of(base.recipe, guided, num_steps=max(1, calls // 2 if guided.guided else calls))
     return replace(guided, num_steps=calls // 2) if calls > 1 else replace(guided, num_steps=1, guidance=1.0)
 
 

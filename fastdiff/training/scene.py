@@ -1,6 +1,6 @@
 """What a run works with, resolved once: base, device, resolution, prompts, VAE, and how the teacher is sampled."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -10,6 +10,7 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.prompts import training_prompts
 from fastdiff.models import autoencoder
 from fastdiff.options.train import TrainConfig
+from fastdiff.runtime import console
 from fastdiff.sampling.settings import Settings
 
 
@@ -30,6 +31,8 @@ class Scene:
         """Resolve a config; what it leaves open follows the family of the base."""
         prompts = training_prompts(base.family, config.prompts)
         teacher = teacher_sampling(config, base)
+        if base.recipe.few_steps:
+            tell_few_steps(base, teacher)
         return cls(base, device, config.resolution or base.resolution_px, prompts, teacher, config.seed, config.vae)
 
     @cached_property
@@ -54,10 +57,22 @@ def open_vae(base: Checkpoint, ref: str | None) -> nn.Module:
 
 
 def teacher_sampling(config: TrainConfig, base: Checkpoint) -> Settings:
-    """Return how the teacher is sampled: in its usual way, with the config's own steps and guidance if it has them."""
-    usual, guidance = Settings.of_base(base), config.teacher_guidance or config.guidance
-    return replace(
-        usual,
-        num_steps=usual.num_steps if config.teacher_steps is None else config.teacher_steps,
-        guidance=usual.guidance if guidance is None else guidance,
+    """Return how the teacher is sampled: in the family's usual way, with what the config says of it.
+
+    A few-step base draws by its own recipe, in which the guidance of a method's losses has no place.
+    """
+    losses_too = None if base.recipe.few_steps else config.guidance
+    return Settings.of(
+        base.recipe,
+        Settings.usual(base.family),
+        scheduler=config.teacher_scheduler,
+        num_steps=config.teacher_steps,
+        guidance=config.teacher_guidance or losses_too,
+        guidance_rescale=config.guidance_rescale,
     )
+
+
+def tell_few_steps(base: Checkpoint, settings: Settings) -> None:
+    """Tell in one line how a few-step base is sampled as a teacher."""
+    steps = f"{settings.num_steps} step{'s' * (settings.num_steps != 1)} of {settings.scheduler}"
+    console.info(f"{base.ref}: a few-step checkpoint; as a teacher it draws in {steps}, guidance {settings.guidance:g}")

@@ -175,6 +175,7 @@ class Session:
         run = open_run(command, config)
         accelerator = open_accelerator(config, run)
         state, base = find_state(run, config), load_base(config, accelerator)
+        base.schedule()  # refuses a base without one before anything is made
         session = cls(config, run, state, accelerator, Scene.of(config, base, accelerator.device))
         torch.manual_seed(config.seed)
         return session

@@ -217,7 +217,8 @@ def probes_of(base: Checkpoint, device: torch.device | str) -> list[Probe]:
         cond, uncond = (with_size(c, base.resolution_px) for c in (cond, uncond))
     schedule, side = base.schedule(), base.resolution_px // base.pixels_per_latent
     sampler = Sampler.of_networks(base, Denoiser(base.unet, schedule, base.prediction_type), base.vae, device=device)
-    quick, probes = replace(Settings.usual(base.family), num_steps=10), []
+    quick = Settings.of_base(base) if base.recipe.few_steps else replace(Settings.usual(base.family), num_steps=10)
+    probes = []
     generator = torch.Generator().manual_seed(rng.VALIDATION(0))
     for i in range(len(prompts)):
         x0 = sampler.latents(cond[i : i + 1], uncond, [rng.VALIDATION(i)], quick, (side, side))
