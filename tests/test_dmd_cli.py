@@ -91,12 +91,12 @@ def test_what_is_written_draws_in_stock_diffusers_as_here(kind, args, timesteps,
     stock = as_diffusers_draws(base, base, 7, timesteps, kind == "tiny_sdxl").permute(1, 2, 0)
     assert (ours - stock).abs().max() > 0.02, "two steps at that rate must show"
     card = (tmp_path / "run" / "README.md").read_text()
-    assert f"timesteps={list(timesteps)}, guidance_scale=1.0" in card
-    assert ("SGM uniform" in card) == (timesteps not in {(749,), (399,)})
-    scope = {"prompt": "a cat"}
+    assert f"guidance_scale=1, timesteps={list(timesteps)}" in card
+    assert ("scheduler `simple`" in card) == (timesteps not in {(749,), (399,)})
+    scope = {}
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path / "run")
-    exec(code.replace("guidance_scale", "height=64, width=64, guidance_scale"), scope)
+    exec(code, scope)
     assert scope["image"].size == (64, 64)
 
 

@@ -55,7 +55,9 @@ def test_a_pruned_checkpoint_draws_in_stock_diffusers_as_here(layout, fastdiff, 
     assert f"pruned to {layout}" in card
     (text,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     told = re.sub(r"pipe\(prompt, .*\)\.images", "pipe(prompt, num_inference_steps=3, guidance_scale=2.0, **more).images", text)
-    scope = {"prompt": "a cat", "more": dict(height=64, width=64, generator=torch.Generator().manual_seed(7))}
+    told = re.sub(r"pipe.scheduler = .*", "", told)  # the folder's own, with leading spacing
+    told = told.replace('"a red apple"', '"a cat"')
+    scope = {"more": dict(height=64, width=64, generator=torch.Generator().manual_seed(7))}
     monkeypatch.chdir(tmp_path / "run")
     exec(told, scope)
     theirs = torch.from_numpy(np.array(scope["image"])) / 255

@@ -77,10 +77,15 @@ class Checkpoint:
             raise InputRefused(f"{self.folder}: model_index.json is missing; it is not a diffusers folder")
         return json.loads(file.read_text())
 
+    @property
+    def stored_scheduler_config(self) -> dict[str, Any]:
+        """The diffusers scheduler config of the folder as it is stored there, whatever a single file or the user states."""
+        return json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
+
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
         """The diffusers scheduler config, with the prediction type that a single file or the user states."""
-        config = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
+        config = self.stored_scheduler_config
         if self.detected and (self.own_config or self.detected.certain):
             config["prediction_type"] = self.detected.prediction_type
         if self.zero_snr or (self.detected and self.detected.zero_snr):
@@ -221,9 +226,10 @@ class Checkpoint:
 
                 cls = getattr(transformers, self.index[part][1])  # the class that the folder names
                 return cls(cls.config_class.from_dict(config))
-            from diffusers import AutoencoderKL, UNet2DConditionModel
+            from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
-            return (UNet2DConditionModel if part == "unet" else AutoencoderKL).from_config(config)
+            vae = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
+            return (UNet2DConditionModel if part == "unet" else vae).from_config(config)
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter that the component needs, by name.

@@ -13,15 +13,16 @@ FILES = ["config.json", "diffusion_pytorch_model.safetensors", "fastdiff.json"]
 
 
 def locate(ref: str, option: str, what: str) -> Path:
-    """The folder of the network that `ref` names, a path or a hub id; the hub is asked only where no such path exists.
+    """The folder or file of the network that `ref` names, a path or a hub id; the hub is asked only where no such path exists.
 
     `option` is the option that `ref` was given with and `what` the kind of network, both for messages. UsageError where there
-    is no such folder or the hub cannot be reached.
+    is no such path or the hub cannot be reached.
     """
     folder = Path(ref).expanduser()
     if folder.exists():
         return folder
-    if ref.startswith((".", "/", "~")) or ref.count("/") != 1:
+    named_file = folder.suffix in {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
+    if named_file or ref.startswith((".", "/", "~")) or ref.count("/") != 1:
         raise UsageError(
             f"{as_field(option, ref)}: no such folder", f"give a diffusers folder of a {what}, or a hub id (owner/name)"
         )

@@ -58,6 +58,8 @@ class Family:
     # Transformers of every encoder layer, of the UNets that other programs read; None: they read the blocks off the keys.
     known_depths: tuple[tuple[int, ...], ...] | None = None
 
+    taesd: str = "taesd"  # what the names of TAESD's files begin with for these latents, by which ComfyUI knows their scale
+
     # ---- headers and LoRA files
     architecture: str  # modelspec.architecture of a network that predicts epsilon
     architecture_v: str  # and of one that predicts v
@@ -187,6 +189,7 @@ FAMILIES: dict[str, Family] = {
             },
             open_clip=("text_encoder_2",),
             marks_v=True,
+            taesd="taesdxl",
             # ComfyUI's: the base, SSD-1B, Segmind-Vega, KOALA-1B, KOALA-700M.
             known_depths=((0, 0, 2, 2, 10, 10), (0, 0, 2, 2, 4, 4), (0, 0, 1, 1, 2, 2), (0, 2, 5), (0, 2, 6)),
             architecture="stable-diffusion-xl-v1-base",

@@ -127,6 +127,13 @@ def vae_name(name: str, levels: int) -> str:
     return name
 
 
+def vae_slots(prefix: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
+    """The tensors of an LDM file that hold an AutoencoderKL of this config, each named with `prefix` in front."""
+    levels = len(config["block_out_channels"])
+    flat = lambda name: ".mid_block.attentions." in name and len(shapes[name]) == 2
+    return [Slot(prefix + vae_name(name, levels), (name,), "conv" if flat(name) else "plain") for name in shapes]
+
+
 def slots(family: Family, part: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
     """The tensors of an LDM file that hold the component `part`, whose parameters are given as diffusers name -> shape.
 
@@ -137,9 +144,7 @@ def slots(family: Family, part: str, config: Mapping[str, Any], shapes: Mapping[
         paths = config_paths(config)
         return [Slot(prefix + unet_name(name, paths), (name,)) for name in shapes]
     if part == "vae":
-        levels = len(config["block_out_channels"])
-        flat = lambda name: ".mid_block.attentions." in name and len(shapes[name]) == 2
-        return [Slot(prefix + vae_name(name, levels), (name,), "conv" if flat(name) else "plain") for name in shapes]
+        return vae_slots(prefix, config, shapes)
     if part not in family.open_clip:
         return [Slot(prefix + name, (name,)) for name in shapes]
     result = []

@@ -125,6 +125,8 @@ def index_of(base: Checkpoint) -> dict[str, Any]:
     index = dict(base.index)
     if "scheduler" in index:
         index["scheduler"] = ["diffusers", base.scheduler_config.get("_class_name", index["scheduler"][1])]
+    if "vae" in index:
+        index["vae"] = ["diffusers", config_of(base, "vae").get("_class_name", index["vae"][1])]
     if base.family.safety_checker:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
         index.pop("image_encoder", None)
@@ -371,6 +373,11 @@ def blocks_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_unreadable(base: Checkpoint, *, force: bool) -> None:
     """Raise InputRefused for a UNet without a single-file layout, and without `force` for one that other programs do not know."""
     config = config_of(base, "unet")
+    if config_of(base, "vae").get("_class_name") == "AutoencoderTiny":
+        raise InputRefused(
+            f"{as_field('base', base.ref)}: a tiny VAE has no place in a single file; ComfyUI reads it from files of its own",
+            "export the checkpoint as a folder, or its tiny VAE by itself with `format=taesd`",
+        )
     if not isinstance(config.get("layers_per_block"), int):
         raise InputRefused(f"{as_field('base', base.ref)}: an uneven UNet has no single-file layout", "export it as a folder")
     if config.get("time_cond_proj_dim") is not None and not force:

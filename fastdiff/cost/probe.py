@@ -145,7 +145,7 @@ def preview(base: Checkpoint, config: TrainConfig, device: torch.device) -> None
     """Decode pictures while the training state is in memory, as a contact sheet does: the peak that it adds."""
     side = (config.resolution or base.resolution_px) // base.pixels_per_latent
     z = torch.randn(PREVIEWED, base.unet_config["in_channels"], side, side, device=device)
-    autoencoder.decode(drawing(base, open_vae(base, config.vae), device), z)
+    autoencoder.decode(drawing(base, open_vae(base, config.vae, allow_pickle=config.allow_pickle), device), z)
 
 
 @torch.no_grad()

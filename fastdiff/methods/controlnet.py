@@ -31,7 +31,7 @@ from fastdiff.options.controlnet import EXAMPLES, PRESETS, Config
 from fastdiff.options.controlnet import Config as Options
 from fastdiff.runtime import console
 from fastdiff.sampling.sampler import drawing
-from fastdiff.training.card import Usage, load_expression
+from fastdiff.training.card import Usage, code_of, load_expression
 from fastdiff.training.method import Load, Now, Phase, Trains, Turn, planned, relative_size
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
@@ -152,14 +152,21 @@ class DistilControlNet(Segmented):
 
     def usage(self, weights: Path, base: Checkpoint) -> Usage:
         of, settings = self.config.open_student(), self.settings()
-        kind = of.family.controlnet_pipeline
+        kind, side = of.family.controlnet_pipeline, of.resolution_px
+        opening = [
+            f'control = diffusers.utils.load_image("control.png").resize(({side}, {side}))  # {self.config.control} of a picture',
+            'controlnet = ControlNetModel.from_pretrained("controlnet")',
+            f"pipe = {load_expression(of, weights.parent, kind, ', controlnet=controlnet')}",
+        ]
+        classes = ["ControlNetModel", kind]
+        code = code_of(
+            weights, of, self.recipe, opening=opening, imports=classes, modules=["diffusers"], arguments=", image=control"
+        )
         return Usage(
             title=f"controlnet: {self.config.control} for {of.ref}",
             tags="controlnet",
             sampling=f"{settings.scheduler}, steps: {settings.num_steps}, guidance {settings.guidance}",
-            imports=f"ControlNetModel, {kind}",
-            code='controlnet = ControlNetModel.from_pretrained("controlnet")\n'
-            f"pipe = {load_expression(of, kind, ', controlnet=controlnet')}",
+            code=code,
             picture="control, the base with its ControlNet, this one",
             method=f"distilled from {self.config.controlnet} (SDXS)",
             licence="that of the base model and of the ControlNet that it was distilled from",

@@ -47,6 +47,7 @@ class LCM(Method):
         self.student, self.params = self.trained("student", guidance_embedded(base.unet) if config.full else None)
         self.target = EMA(self.params, config.target_ema, warm=False) if config.full else None
         self.grid = distillation_grid(self.schedule, config)
+        edges = (config.phases or config.num_steps) if config.target == "edge" else config.num_steps
         self.recipe = replace(
             self.recipe,
             method={"zero": "lcm", "edge": "pcm", "random": "tcd"}[config.target],
@@ -54,6 +55,7 @@ class LCM(Method):
             num_steps=config.num_steps,
             guidance=config.guidance_min if self.student.guidance_embedded else 1.0,
             eta=0.3 if config.target == "random" else None,
+            step_counts=tuple(sorted({config.num_steps, edges})) if edges != config.num_steps else None,
         )
 
     @classmethod

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.checkpoints import locate, write
+from fastdiff.checkpoints import locate, vae_file, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.data.batch import Batch, Data
@@ -28,7 +28,7 @@ from fastdiff.options.vae import EXAMPLES, PRESETS, Config, stages
 from fastdiff.options.vae import Config as Options
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError
-from fastdiff.training.card import Usage, load_expression
+from fastdiff.training.card import Usage, code_of, load_expression, opener
 from fastdiff.training.method import Method, Now, Phase, Trains, Turn
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
@@ -154,16 +154,32 @@ class TinyVAE(Method):
         run.wrote(folder)
 
     def usage(self, weights: Path, base: Checkpoint) -> Usage:
+        opening = [
+            f"pipe = {load_expression(base, weights.parent)}",
+            f'pipe.vae = AutoencoderTiny.from_pretrained("{weights.name}")',
+        ]
         return Usage(
             title=f"tiny-vae: a small decoder for {base.ref}",
             tags="vae, AutoencoderTiny",
             sampling="",
-            imports="AutoencoderTiny, DiffusionPipeline",
-            code=f'pipe = {load_expression(base)}\npipe.vae = AutoencoderTiny.from_pretrained("tiny-vae")',
+            code=code_of(weights, base, base.recipe, opening=opening, imports=["AutoencoderTiny", opener(base)]),
             picture="the VAE's own picture, this decoder's, four times their difference",
             method="L1 at an eighth of the size and a discriminator, against the VAE's own pictures (SDXS)",
+            elsewhere=self._elsewhere(weights, base),
             rows={"latents": f"those of {base.ref}, scaled; also of every checkpoint that shares its VAE"},
         )
+
+    def _elsewhere(self, weights: Path, base: Checkpoint) -> list[str]:
+        """Say how other programs read the decoder: those that do know TAESD's shape alone."""
+        net, taesd = self.student, base.family.taesd
+        if reason := vae_file.unlike_taesd(dict(net.config), vae_file.shapes_of(net.state_dict())):
+            return [f"ComfyUI, A1111, Forge, stable-diffusion.cpp: they read only networks of TAESD's shape, and {reason}."]
+        command = f"fastdiff export --base {base.ref} --vae {weights.name} --format taesd -o vae_approx"
+        return [
+            f"ComfyUI: `{command}` writes `{taesd}_decoder.safetensors` and `{taesd}_encoder.safetensors`; put both into"
+            f" `models/vae_approx`, and choose `{taesd}` in the node Load VAE.",
+            f"stable-diffusion.cpp: `--taesd {weights.name}/diffusion_pytorch_model.safetensors`.",
+        ]
 
     def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str]:
         return {"base": self.config.base, "vae": str(weights)}

@@ -3,6 +3,7 @@
 B batch, C channels, H W pixels, h w latent.
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints import component
+from fastdiff.checkpoints import component, vae_file
 from fastdiff.models.fast.decoder import Decoder
-from fastdiff.runtime.errors import InputRefused, as_field
+from fastdiff.runtime.errors import InputRefused, as_field, quoted
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 # Pixels that pass through a VAE at once. A picture of 1024 px takes 3 GiB in fp32 (1.25 in the fast decoder in bf16), and 0.75 in
@@ -21,19 +22,58 @@ PIXELS_AT_ONCE, TINY_PIXELS_AT_ONCE = 2**20, 2**21
 MOST_AT_ONCE = 16  # pictures, however small they are, unless the caller wants another number
 
 
-def load(ref: str, *, latent_channels: int = 4, option: str = "vae") -> nn.Module:
-    """Load a VAE from a diffusers folder or hub id, in fp32 and frozen. A whole checkpoint's folder gives its `vae` part.
+def load(
+    ref: str,
+    *,
+    latent_channels: int = 4,
+    option: str = "vae",
+    like: Mapping[str, Any] | None = None,
+    allow_pickle: bool = False,
+) -> nn.Module:
+    """Load a VAE from a diffusers folder, a hub id or a single file, in fp32 and frozen. A whole checkpoint gives its `vae` part.
 
-    Raises UsageError if `ref` is not found, and InputRefused if it is not a VAE or its latents do not have `latent_channels`
-    channels. Error messages call the input by the field name `option`.
+    A single file has the layout of LDM, of diffusers or of TAESD; `like` is the config of the base's VAE, which tells what such
+    a file does not: the scaling of latents. Raises UsageError if `ref` is not found, and InputRefused if it is not a VAE or its
+    latents do not have `latent_channels` channels. Error messages call the input by the field name `option`.
     """
-    folder = component.locate(ref, option, "VAE")
-    folder = folder / "vae" if (folder / "model_index.json").exists() else folder
-    vae = component.load(folder, option, ref, component.config_of(folder, option, ref, CLASSES))
-    if vae.config.latent_channels != latent_channels:
-        own = vae.config.latent_channels
-        raise InputRefused(f"{as_field(option, ref)}: this VAE has {own} latent channels, the base has {latent_channels}")
+    path = component.locate(ref, option, "VAE")
+    if path.is_file():
+        config = vae_file.config_beside(path)
+        if config is None:
+            stored = vae_file.read(path, ref, option, like=like or {}, allow_pickle=allow_pickle)
+            refuse_other_latents(stored.config, latent_channels, option, ref)
+            return network(stored, option, ref)
+        path = path.parent
+    folder = path / "vae" if (path / "model_index.json").exists() else path
+    config = component.config_of(folder, option, ref, CLASSES)
+    vae = component.load(folder, option, ref, config)
+    refuse_other_latents(vae.config, latent_channels, option, ref)
     return vae
+
+
+def refuse_other_latents(config: Mapping[str, Any], wanted: int, option: str, ref: str) -> None:
+    """Raise InputRefused for a VAE whose latents do not have the `wanted` number of channels."""
+    if (own := config["latent_channels"]) != wanted:
+        raise InputRefused(f"{as_field(option, ref)}: this VAE has {own} latent channels, the base has {wanted}")
+
+
+def network(stored: vae_file.VaeFile, option: str, ref: str) -> nn.Module:
+    """Build the network of a VAE that was read from a file, in fp32 and frozen. InputRefused for values that it cannot have."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        kind = getattr(diffusers, stored.config["_class_name"])  # one of CLASSES
+        net = kind.from_config(stored.config)
+    state = {name: tensor.to(torch.float32).contiguous() for name, tensor in stored.state.items()}
+    if bad := next((name for name, tensor in state.items() if not bool(tensor.isfinite().all())), None):
+        raise InputRefused(f"{as_field(option, ref)}: NaN or infinite values ({bad})")
+    try:
+        net.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        problem = quoted(error).splitlines()[1 if "\n" in str(error) else 0].strip()
+        raise InputRefused(f"{as_field(option, ref)}: its layers are not those of {kind.__name__} ({problem[:200]})") from error
+    return net.eval().requires_grad_(False)
 
 
 def factor(vae: nn.Module | Decoder) -> int:
@@ -43,8 +83,12 @@ def factor(vae: nn.Module | Decoder) -> int:
 
 def at_once(vae: nn.Module | Decoder, pixels: int, most: int = MOST_AT_ONCE) -> int:
     """Return how many pictures of that many pixels (H times W), at most `most`, pass through a VAE at once: 1 of 1024 px."""
-    tiny = getattr(vae.config, "act_fn", "silu") == "relu"  # the name is not in every VAE's config
-    return max(1, min(most, (TINY_PIXELS_AT_ONCE if tiny else PIXELS_AT_ONCE) // pixels))
+    return max(1, min(most, (TINY_PIXELS_AT_ONCE if is_tiny(vae) else PIXELS_AT_ONCE) // pixels))
+
+
+def is_tiny(vae: nn.Module | Decoder) -> bool:
+    """Whether a VAE is a tiny one, TAESD's kind."""
+    return getattr(vae.config, "act_fn", "silu") == "relu"  # the name is not in every VAE's config
 
 
 def decoding(dtype: torch.dtype) -> torch.dtype:
@@ -71,6 +115,10 @@ def encode_moments(vae: nn.Module, pixels: Tensor, *, most: int = MOST_AT_ONCE) 
     """Encode pixels (B, 3, H, W) in [-1, 1] to the mean and standard deviation of their scaled latents: (B, 2 C, h, w), fp32."""
     moments = []
     for part in pixels.split(at_once(vae, pixels[0, 0].numel(), most)):
+        if is_tiny(vae):  # it encodes to one latent, not to a distribution
+            mean = mean_latents(vae, part)
+            moments.append(torch.cat([mean, torch.zeros_like(mean)], 1))
+            continue
         posterior = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
         moments.append(torch.cat([posterior.mean, posterior.std], 1).float() * vae.config.scaling_factor)
     return torch.cat(moments)

@@ -43,7 +43,7 @@ class Config(BaseConfig):
         default_factory=list
     )
     lora: Annotated[list[str], "judge the base with this LoRA, FILE[=WEIGHT]; repeatable"] = field(default_factory=list)
-    vae: Annotated[str | None, "VAE of the students, for example a tiny decoder; default: their own"] = None
+    vae: Annotated[str | None, "VAE of the students, a folder, hub id or file; default: their own"] = None
     num_steps: Annotated[
         str | None, "sampling steps of the students, as 1,2,4,8; default: those of their recipe, else 1,2,4,8"
     ] = None

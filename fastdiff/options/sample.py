@@ -27,7 +27,7 @@ class Config(BaseConfig):
         "how the weights are sampled: auto, as they say; lcm, lightning-4, hyper-8, dmd2, ...; none, as is usual for the base",
     ] = "auto"
     remap: Annotated[bool, "move LoRAs of the unpruned network to the layers that the pruned --base kept"] = False
-    vae: Annotated[str | None, "another VAE: a diffusers folder or hub id, AutoencoderTiny or AutoencoderKL"] = None
+    vae: Annotated[str | None, "another VAE: a diffusers folder, a hub id or a single file, AutoencoderKL or tiny (TAESD)"] = None
     controlnet: Annotated[str | None, "ControlNet of the base: a diffusers folder, a hub id, or " + SHIPPED.name] = None
     control_image: Annotated[str | None, "control picture; with --control a picture that the control is extracted from"] = None
     control: Annotated[str | None, "extractor applied to --control-image: canny, or MODULE:FUNCTION"] = None

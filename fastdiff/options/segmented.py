@@ -63,7 +63,7 @@ class SegmentedConfig(TrainConfig):
     ] = "dmd"
     fake_lr: Annotated[float | None, "learning rate of the online model; default --lr", Range(above=0)] = None
     vae: Annotated[
-        str | None, "VAE for previews and closing figures, for example a tiny decoder; also decodes for vgg and dinov2"
+        str | None, "VAE for previews and closing figures, a folder, hub id or file; also decodes for vgg and dinov2"
     ] = None
 
     def __post_init__(self) -> None:

@@ -101,11 +101,15 @@ def separate(base: Checkpoint, *parts: str) -> Checkpoint:
     return own
 
 
-def open_vae(base: Checkpoint, vae: str | Path | nn.Module | None) -> nn.Module | None:
-    """Open another VAE for the base. Raises InputRefused if its latents have other channels or another size than the base's."""
+def open_vae(base: Checkpoint, vae: str | Path | nn.Module | None, *, allow_pickle: bool = False) -> nn.Module | None:
+    """Open another VAE for the base: a folder, a hub id or a single file, a pickle with `allow_pickle`.
+
+    Raises InputRefused if its latents have other channels or another size than the base's.
+    """
     if vae is None or isinstance(vae, nn.Module):
         return vae
-    other = autoencoder.load(str(vae), latent_channels=base.unet_config["in_channels"])
+    channels, like = base.unet_config["in_channels"], base.config_of("vae")
+    other = autoencoder.load(str(vae), latent_channels=channels, like=like, allow_pickle=allow_pickle)
     if autoencoder.factor(other) != base.pixels_per_latent:
         own, needed = autoencoder.factor(other), base.pixels_per_latent
         raise InputRefused(f"{as_field('vae', vae)}: this VAE has {own} px per latent, the base has {needed}")

@@ -55,11 +55,12 @@ class Sampler:
         fast("a red apple", seeds=range(4)).save("apples.png")
 
     `base` is a `Checkpoint`, alias, hub id, folder or single file. `loras` is {FILE or Lora: WEIGHT}, or a list of FILE or
-    FILE=WEIGHT. `vae` and `controlnet` are each a diffusers folder, a hub id or a network; `control_scale` multiplies the effect
-    of the ControlNet. `device` is auto, cpu, cuda or mps. `precision` is fp32, bf16, fp16 or auto (an open checkpoint keeps its
-    dtype, any other gets bf16 on CUDA, else fp32). `allow_partial` applies the parts of a LoRA that fit, `remap` moves LoRAs to a
-    pruned base, `allow_pickle` reads .ckpt, .pt and .bin files. `recipe` replaces what the files say of sampling: a `Recipe`,
-    or a name of checkpoints/published.py, or "none". `identified` also hashes all weights, into `identity`.
+    FILE=WEIGHT. `vae` and `controlnet` are each a diffusers folder, a hub id or a network, and `vae` may be a single file.
+    `control_scale` multiplies the effect of the ControlNet. `device` is auto, cpu, cuda or mps. `precision` is fp32, bf16, fp16
+    or auto (an open checkpoint keeps its dtype, any other gets bf16 on CUDA, else fp32). `allow_partial` applies the parts of a
+    LoRA that fit, `remap` moves LoRAs to a pruned base, `allow_pickle` reads .ckpt, .pt and .bin files. `recipe` replaces what
+    the files say of sampling: a `Recipe`, or a name of checkpoints/published.py, or "none". `identified` also hashes all
+    weights, into `identity`.
 
     `compile` on a GPU: `off`, or a CUDA graph of all steps and the decoder, which a compiled graph replaces when it is ready
     (`auto`) or before the first picture (`max`). Use `off` for networks that are still trained: a graph keeps old adapters. On
@@ -98,7 +99,8 @@ class Sampler:
         alone = not ready and not identified
         self.base = own = self.source if alone else assemble.separate(self.source, "unet", "text_encoders")
         self.coverage = apply.apply(own, ready, allow_partial=allow_partial).coverage
-        self.controlnet, self.other_vae = assemble.open_controlnet(own, controlnet), assemble.open_vae(own, vae)
+        self.controlnet = assemble.open_controlnet(own, controlnet)
+        self.other_vae = assemble.open_vae(own, vae, allow_pickle=allow_pickle)
         nets = [own.unet, self.other_vae or own.vae, *([self.controlnet] if self.controlnet else [])] if identified else []
         self.identity = tuple(fingerprint(net) for net in nets)
         net, kind = unet_of(own, device=device), self.recipe.predicts(own.prediction_type)

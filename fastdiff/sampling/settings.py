@@ -149,13 +149,23 @@ def asked(recipe: Recipe, default: Settings, **given: Any) -> Settings:
         if wants is not None and value is not None and wants != value and not unguided:
             console.warn(f"{as_field(name, value)}: the weights were distilled for {name} {wants}")
     steps = given.get("num_steps")
-    if recipe.timesteps and steps and steps != recipe.num_steps:
-        console.warn(f"{as_field('num_steps', steps)}: the weights know only timesteps {', '.join(map(str, recipe.timesteps))}")
-    elif (own := recipe.own_counts) and steps and steps not in own:
-        console.warn(f"{as_field('num_steps', steps)}: the weights were distilled for exactly {recipe.steps_text}")
-    elif recipe.num_steps and steps and steps > 2 * recipe.num_steps:
-        console.warn(f"{as_field('num_steps', steps)}: the weights were distilled for {recipe.num_steps}; more steps do not help")
+    if steps and (doubt := doubt_of(recipe, steps)):
+        console.warn(f"{as_field('num_steps', steps)}: {doubt}")
     chosen = Settings.of(recipe, default, **given)
     if given.get("guidance_rescale") and not chosen.guided:
         console.warn("`guidance_rescale` has no effect at guidance 1 or less")
     return chosen
+
+
+def doubt_of(recipe: Recipe, num_steps: int) -> str | None:
+    """Say why weights with this recipe were not made for so many steps; None where they were, or draw in any number."""
+    own = recipe.own_counts
+    if num_steps == recipe.num_steps or num_steps in own:
+        return None
+    if recipe.timesteps:
+        return f"the weights know only timesteps {', '.join(map(str, recipe.timesteps))}"
+    if own or (recipe.scheduler == "ddim" and recipe.num_steps):  # DDIM's recipes are of jumps from edge to edge of a phase
+        return f"the weights were distilled for exactly {recipe.steps_text}"
+    if recipe.num_steps and num_steps > 2 * recipe.num_steps:
+        return f"the weights were distilled for {recipe.num_steps}; more steps do not help"
+    return None

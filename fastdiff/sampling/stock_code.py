@@ -3,8 +3,12 @@
 So every row of a table can be checked by somebody who does not trust this package.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.diffusion.samplers import SOLVERS
+from fastdiff.diffusion.schedule import PredictionType
 from fastdiff.runtime.errors import UsageError
 from fastdiff.sampling.assemble import scheduler_arguments
 from fastdiff.sampling.settings import Settings, listed
@@ -48,17 +52,21 @@ def literal(value: str | bool) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
-def stock_code(base: Checkpoint, settings: Settings) -> str:
-    """Return Python code that draws the variable `prompt` from the integer `seed`, and names the picture `image`.
+class StockCall(NamedTuple):
+    """How stock diffusers draws with settings: the scheduler, the entries of its config, and what the pipeline is called with."""
 
-    It expects `pipe`, a StableDiffusionPipeline or StableDiffusionXLPipeline of the base in fp32, and gives it the scheduler. The
-    pictures are those of `Sampler`, up to rounding. Where steps differ in guidance, a callback sets the guidance of the next
-    step, and an unguided step calls the network for the prompt alone.
+    scheduler: str  # the name of the class
+    config: str  # `, key=value` for each entry that differs from the pipeline's own scheduler
+    steps: str  # steps or timesteps, and eta, as keyword arguments
+    size: str  # `, height=..., width=...` where the pipeline would draw another size; else empty
 
-    Raises UsageError for guidance of single steps with a base that takes the guidance weight as an input.
+
+def stock_call(base: Checkpoint, settings: Settings, kind: PredictionType | None = None) -> StockCall:
+    """Return scheduler and arguments with which stock diffusers draws what `Sampler` does.
+
+    `kind` is what the network outputs, where LoRAs change it; default: what the base does. A single file says neither that nor
+    the size of its pictures to diffusers, so both are named.
     """
-    if settings.step_guidance is not None and base.unet_config.get("time_cond_proj_dim") is not None:
-        raise UsageError("step_guidance: this base takes one guidance for all steps, as an input", "give one `guidance`")
     name, spacing = settings.scheduler, settings.spacing or SOLVERS[settings.scheduler].spacing
     if settings.timesteps is None and spacing in OWN_SPACINGS[name]:
         steps, wanted = f"num_inference_steps={settings.num_steps}", scheduler_arguments(name, spacing)
@@ -69,18 +77,51 @@ def stock_code(base: Checkpoint, settings: Settings) -> str:
         wanted = scheduler_arguments(name, "leading" if spacing == "lcm" else spacing)
         if name != "euler":
             wanted.pop("timestep_spacing")  # it would have no effect; on Euler's start noise it has
-    if base.prediction_type != base.scheduler_config.get("prediction_type", "epsilon"):
-        wanted["prediction_type"] = base.prediction_type
-    config, stock = "".join(f", {key}={literal(value)}" for key, value in wanted.items()), SOLVERS[name].stock
+    single, kind = base.path.is_file(), kind or base.prediction_type
+    stored = base.stored_scheduler_config
+    if single or kind != stored.get("prediction_type", "epsilon"):
+        wanted["prediction_type"] = kind
+    if base.scheduler_config.get("rescale_betas_zero_snr") and (single or not stored.get("rescale_betas_zero_snr")):
+        wanted["rescale_betas_zero_snr"] = True
+    config = "".join(f", {key}={literal(value)}" for key, value in wanted.items())
     eta = f", eta={settings.eta:g}" if settings.eta and settings.scheduler == "tcd" else ""
+    size = f", height={base.resolution_px}, width={base.resolution_px}" if single else ""
+    return StockCall(SOLVERS[name].stock, config, steps + eta, size)
+
+
+def stock_code(
+    base: Checkpoint,
+    settings: Settings,
+    *,
+    kind: PredictionType | None = None,
+    opening: Sequence[str] = (),
+    imports: Sequence[str] = (),
+    modules: Sequence[str] = (),
+    arguments: str = "",
+) -> str:
+    """Return Python code that draws the variable `prompt` from the integer `seed`, and names the picture `image`.
+
+    The lines `opening` come first, after the imports, and make `prompt`, `seed` and `pipe`, a StableDiffusionPipeline or
+    StableDiffusionXLPipeline of the base in fp32; without them, whoever runs the code does. `imports` are further names that it
+    takes from diffusers, `modules` further modules, and `arguments` further keyword arguments of the pipeline's call
+    (`, image=control`). The code gives the pipeline its scheduler. The pictures are those of `Sampler`, up to rounding. Where
+    steps differ in guidance, a callback sets the guidance of the next step, and an unguided step calls the network for the prompt
+    alone. `kind` is as in `stock_call`.
+
+    Raises UsageError for guidance of single steps with a base that takes the guidance weight as an input.
+    """
+    if settings.step_guidance is not None and base.unet_config.get("time_cond_proj_dim") is not None:
+        raise UsageError("step_guidance: this base takes one guidance for all steps, as an input", "give one `guidance`")
+    call = stock_call(base, settings, kind)
     lines = [
-        "import torch",
-        f"from diffusers import {stock}",
+        *(f"import {name}" for name in sorted({*modules, "torch"})),
+        f"from diffusers import {', '.join(sorted({*imports, call.scheduler}))}",
         "",
-        f"pipe.scheduler = {stock}.from_config(pipe.scheduler.config{config})",
+        *opening,
+        f"pipe.scheduler = {call.scheduler}.from_config(pipe.scheduler.config{call.config})",
     ]
-    eta += f", guidance_rescale={settings.guidance_rescale:g}" if settings.guidance_rescale and settings.guided else ""
-    drawn = f"{steps}{eta}, generator=torch.Generator().manual_seed(seed)"
+    rescale = f", guidance_rescale={settings.guidance_rescale:g}" if settings.guidance_rescale and settings.guided else ""
+    drawn = f"{call.steps}{rescale}{call.size}{arguments}, generator=torch.Generator().manual_seed(seed)"
     if settings.step_guidance is None:
         return "\n".join([*lines, f"image = pipe(prompt, guidance_scale={settings.guidance:g}, {drawn}).images[0]", ""])
     sized = base.family.size_conditioned

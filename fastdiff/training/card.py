@@ -4,6 +4,7 @@ All methods share this one template.
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,17 +15,16 @@ from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import aliases, named
 from fastdiff.checkpoints.recipe import Recipe
-from fastdiff.diffusion.samplers import SOLVERS
 from fastdiff.quality.report import steps_and_guidance
 from fastdiff.runtime.console import fmt
 from fastdiff.runtime.disk import sha256, write_atomic
+from fastdiff.sampling import other_programs
 from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.sheet import FULL
+from fastdiff.sampling.stock_code import stock_call, stock_code
 from fastdiff.training.exhibit import UNSEEN
 from fastdiff.training.run import Run
 
-# The name of each sampler of a recipe in ComfyUI and A1111.
-ELSEWHERE = {"ddim": "DDIM", "euler": "Euler", "dpm++": "DPM++ 2M", "dpm++sde": "DPM++ 2M SDE", "lcm": "LCM", "tcd": "TCD"}
 FENCE = "```"
 
 
@@ -35,10 +35,9 @@ class Usage:
     title: str
     tags: str
     sampling: str
-    imports: str  # the names that `code` imports from diffusers
-    code: str  # Python that draws a picture with stock diffusers
+    code: str  # Python that draws a picture with stock diffusers, complete: from its imports to a file
     picture: str  # the columns of the preview, from left to right
-    elsewhere: str = ""  # how to use the weights in other programs; empty leaves the line out
+    elsewhere: Sequence[str] = ()  # how to use the weights in other programs, a line each
     method: str = ""  # how the weights were made; empty names the recipe's method
     rows: dict[str, str] = field(default_factory=dict)  # further lines of the table at the top: {label: text}
     licence: str = "that of the base model: a distilled model is derived from it"
@@ -51,29 +50,62 @@ def usage_of_recipe(weights: Path, base: Checkpoint, recipe: Recipe) -> Usage:
     """
     if recipe.scheduler is None:
         return usage_like_base(weights, base, f"{weights.stem}: {base.ref}", recipe.method or "", "")
-    is_lora, scheduler = weights.suffix == ".safetensors", SOLVERS[recipe.scheduler].stock
-    call = f"num_inference_steps={recipe.num_steps}"
-    if recipe.timesteps:
-        call += f", timesteps={list(recipe.timesteps)}"
-    if recipe.eta is not None:
-        call += f", eta={recipe.eta}"
-    spacing = recipe.spacing or SOLVERS[recipe.scheduler].spacing
-    arguments = ', timestep_spacing="trailing"' if spacing == "trailing" and not recipe.timesteps else ""
-    arguments += ', algorithm_type="sde-dpmsolver++"' if recipe.scheduler == "dpm++sde" else ""
-    arguments += f', prediction_type="{recipe.prediction_type}"' if recipe.prediction_type != base.prediction_type else ""
-    load = load_expression(base) if is_lora else f'DiffusionPipeline.from_pretrained("{weights.name}")'
-    load = f"pipe = {load}\npipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{arguments})\n"
-    if is_lora:
-        load += f'pipe.load_lora_weights("{weights.name}")\n'
+    is_lora, settings = weights.suffix == ".safetensors", Settings.of(recipe, Settings.usual(base.family))
+    drawn = drawn_with(weights, base)
+    call = stock_call(drawn, settings, recipe.predicts(base.prediction_type) if is_lora else None)
     return Usage(
         title=f"{weights.stem}: {base.ref} in {recipe.steps_text}",
         tags=f"{recipe.method}, {'lora, ' if is_lora else ''}few-step",
-        sampling=f"{scheduler}{arguments}, {call}{also(recipe)}, guidance {recipe.guidance}",
-        imports=f"DiffusionPipeline, {scheduler}",
-        code=f"{load}image = pipe(prompt, {call}, guidance_scale={recipe.guidance}).images[0]",
+        sampling=f"{call.scheduler}{call.config}, {call.steps}{also(recipe)}, guidance {settings.guidance:g}",
+        code=code_of(weights, base, recipe),
         picture="teacher, undistilled at the student's calls, student",
-        elsewhere=other_programs(recipe, is_lora, base),
+        elsewhere=other_programs.lines(drawn, recipe, settings, is_lora=is_lora, command=one_file(weights)),
     )
+
+
+def drawn_with(weights: Path, base: Checkpoint) -> Checkpoint:
+    """Return the checkpoint that a pipeline with these weights is opened from: the base of a LoRA, or the written folder."""
+    return checkpoint.load(str(weights)) if (weights / "model_index.json").exists() else base
+
+
+def code_of(
+    weights: Path,
+    base: Checkpoint,
+    recipe: Recipe,
+    *,
+    opening: Sequence[str] = (),
+    imports: Sequence[str] = (),
+    modules: Sequence[str] = (),
+    arguments: str = "",
+) -> str:
+    """Return Python code that draws a picture with the weights in stock diffusers, with the settings of a recipe.
+
+    It runs in the folder of the weights. `opening` are the lines that make `pipe` of the base and the weights, with names from
+    diffusers, `imports`, and of `modules`; by default they open the base and load the LoRA, or open the checkpoint folder.
+    `arguments` are further keyword arguments of the pipeline's call (`, image=control`).
+    """
+    is_lora = weights.suffix == ".safetensors"
+    if not opening:
+        name = opener(base) if is_lora else "DiffusionPipeline"
+        opened = load_expression(base, weights.parent) if is_lora else f'{name}.from_pretrained("{weights.name}")'
+        opening = [f"pipe = {opened}", *([f'pipe.load_lora_weights("{weights.name}")'] if is_lora else [])]
+        imports = [name]
+    counts = f"  # trained for {recipe.steps_text}" if recipe.step_counts else ""
+    code = stock_code(
+        drawn_with(weights, base),
+        Settings.of(recipe, Settings.usual(base.family)),
+        kind=recipe.predicts(base.prediction_type) if is_lora else None,
+        opening=[f'prompt, seed = "{base.family.example_prompt}", 0{counts}', *opening, '# with a GPU: pipe.to("cuda")'],
+        imports=imports,
+        modules=[*modules, *(["fastdiff"] if any("fastdiff." in line for line in opening) else [])],
+        arguments=arguments,
+    )
+    return f'{code}image.save("picture.png")'
+
+
+def one_file(folder: Path) -> str:
+    """Return the command that makes one file of a checkpoint folder, for other programs."""
+    return f"fastdiff export --base {folder.name} --single-file -o {folder.name}.safetensors"
 
 
 def also(recipe: Recipe) -> str:
@@ -84,23 +116,14 @@ def also(recipe: Recipe) -> str:
 
 def usage_like_base(weights: Path, base: Checkpoint, title: str, tags: str, picture: str) -> Usage:
     """Return the usage of weights that are sampled like the base: with any scheduler, and the base's steps and guidance."""
-    usual, is_lora = Settings.usual(base.family), weights.suffix == ".safetensors"
-    steps = f"num_inference_steps={usual.num_steps}, guidance_scale={usual.guidance}"
-    load = (
-        f'{load_expression(base)}\npipe.load_lora_weights("{weights.name}")'
-        if is_lora
-        else f'DiffusionPipeline.from_pretrained("{weights.name}")'
-    )
+    is_lora, recipe, drawn = weights.suffix == ".safetensors", Recipe(), drawn_with(weights, base)
     return Usage(
         title=title,
         tags=tags,
         sampling="as the base: any scheduler, its steps and its guidance",
-        imports="DiffusionPipeline",
-        code=f"pipe = {load}\nimage = pipe(prompt, {steps}).images[0]",
+        code=code_of(weights, base, recipe),
         picture=picture or "teacher, undistilled at the student's calls, student",
-        elsewhere="put the file among the LoRAs."
-        if is_lora
-        else "`fastdiff export --single-file` writes one file where the layout has one, and says which programs take it.",
+        elsewhere=other_programs.lines(drawn, recipe, Settings.usual(base.family), is_lora=is_lora, command=one_file(weights)),
     )
 
 
@@ -134,13 +157,9 @@ def write_card(
         "",
         "## Use",
         "",
-        f"{FENCE}python",
-        f"import {'fastdiff' if embedded(base) else 'diffusers'}",
-        f"from diffusers import {usage.imports}",
-        usage.code,
-        FENCE,
+        "In the folder of this file:",
         "",
-        *([f"ComfyUI, A1111, Forge: {usage.elsewhere}"] if usage.elsewhere else []),
+        *use_section(usage, weights, base),
         f"All settings: `config.toml`; the same run again: `fastdiff {run.command} --config config.toml`.",
         "",
     ]
@@ -155,6 +174,21 @@ def table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:
     """Return the lines of a Markdown table; each row has one cell for each column."""
     line = lambda cells: "| " + " | ".join(cells) + " |"
     return [line(columns), "|" + " --- |" * len(columns), *(line([fmt(cell) for cell in row]) for row in rows)]
+
+
+def use_section(usage: Usage, weights: Sequence[Path], base: Checkpoint) -> list[str]:
+    """Return the code, and how other programs are set; of several weights, those of each under its name."""
+    if len(weights) < 2:
+        return use_lines(usage)
+    rows = []
+    for path, recipe in recipes(weights).items():
+        rows += [f"### {path.name}", "", *use_lines(usage_of_recipe(path, base, recipe))]
+    return rows
+
+
+def use_lines(usage: Usage) -> list[str]:
+    """Return the code of a usage as a block, and a line for each kind of other program."""
+    return [f"{FENCE}python", usage.code, FENCE, "", *(line for text in usage.elsewhere for line in (text, ""))]
 
 
 def files_section(weights: Sequence[Path]) -> list[str]:
@@ -197,25 +231,23 @@ def embedded(base: Checkpoint) -> bool:
     return family is not None and family.ships_weights
 
 
-def load_expression(base: Checkpoint, pipeline: str = "DiffusionPipeline", arguments: str = "") -> str:
-    """Return the Python expression that opens the base with diffusers; `arguments` goes before the closing bracket."""
+def opener(base: Checkpoint) -> str:
+    """Return the name of the diffusers class that opens the base; for single files, only the family's own class can."""
+    return base.family.pipeline if base.path.is_file() else "DiffusionPipeline"
+
+
+def load_expression(base: Checkpoint, folder: Path, pipeline: str | None = None, arguments: str = "") -> str:
+    """Return the Python expression that opens the base with diffusers, for code that runs in `folder`.
+
+    A relative path to the base is told from there. `pipeline` is the class that opens it, by default that of `opener`, and
+    `arguments` goes before the closing bracket.
+    """
+    pipeline = pipeline or opener(base)
     if embedded(base):
         return f'{pipeline}.from_pretrained(fastdiff.load("{base.ref}").path{arguments})'
-    if base.path.is_file():
-        kind = base.family.pipeline if pipeline == "DiffusionPipeline" else pipeline
-        return f'diffusers.{kind}.from_single_file("{base.ref}"{arguments})'
-    hub_id = locate.hub_id_of(base.path) or aliases().get(base.ref, (base.ref,))[0]
-    return f'{pipeline}.from_pretrained("{hub_id}"{arguments})'
-
-
-def other_programs(recipe: Recipe, is_lora: bool, base: Checkpoint) -> str:
-    """Say how ComfyUI, A1111 and Forge draw with these weights, or that their samplers cannot by themselves."""
-    where = "put the file among the LoRAs" if is_lora else "make one file of the folder (`fastdiff export --single-file`)"
-    settings = f"{recipe.steps_text}, CFG {max(1.0, recipe.guidance or 1.0)}"
-    sampler = ELSEWHERE[recipe.scheduler or "ddim"]
-    if recipe.timesteps and recipe.timesteps != tuple(base.schedule().grid(recipe.num_steps or 1, "trailing").tolist()):
-        return f"they start at the last timestep; these weights want {list(recipe.timesteps)}, so use a node that sets timesteps."
-    trailing = recipe.timesteps or recipe.spacing == "trailing" or recipe.scheduler == "euler"
-    schedule = ', schedule "SGM uniform"' if trailing else ""
-    x0 = ', in ComfyUI after "ModelSamplingDiscrete" set to "x0"' if recipe.prediction_type == "sample" else ""
-    return f'{where}, sampler "{sampler}"{schedule}, {settings}{x0}.'
+    ref = base.ref
+    if not (path := Path(ref).expanduser()).exists():
+        ref = locate.hub_id_of(base.path) or aliases().get(ref, (ref,))[0]
+    elif not Path(ref).is_absolute():
+        ref = Path(os.path.relpath(path, folder)).as_posix()
+    return f'{pipeline}.from_{"single_file" if base.path.is_file() else "pretrained"}("{ref}"{arguments})'

@@ -242,4 +242,4 @@ def reopened(path: Path, config: TrainConfig, device: torch.device) -> Sampler:
     is_checkpoint = path.is_dir()
     base = checkpoint.load(str(path)) if is_checkpoint else config.open_student(torch.float32)
     loras = [] if is_checkpoint else [(lora.load(path), 1.0)]
-    return Sampler(base, loras=loras, vae=config.vae, device=device, compile="off")
+    return Sampler(base, loras=loras, vae=config.vae, device=device, compile="off", allow_pickle=config.allow_pickle)

@@ -8,9 +8,9 @@ from torch import nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.prompts import training_prompts
-from fastdiff.models import autoencoder
 from fastdiff.options.train import TrainConfig
 from fastdiff.runtime import console
+from fastdiff.sampling import assemble
 from fastdiff.sampling.settings import Settings
 
 
@@ -25,6 +25,7 @@ class Scene:
     teacher: Settings  # how the teacher is sampled, for training data and when it is measured
     seed: int
     vae_ref: str | None = None  # a VAE that replaces the base's for drawing pictures
+    allow_pickle: bool = False  # whether that VAE may be a pickle
 
     @classmethod
     def of(cls, config: TrainConfig, base: Checkpoint, device: torch.device) -> "Scene":
@@ -33,12 +34,13 @@ class Scene:
         teacher = teacher_sampling(config, base)
         if base.recipe.few_steps:
             tell_few_steps(base, teacher)
-        return cls(base, device, config.resolution or base.resolution_px, prompts, teacher, config.seed, config.vae)
+        px = config.resolution or base.resolution_px
+        return cls(base, device, px, prompts, teacher, config.seed, config.vae, config.allow_pickle)
 
     @cached_property
     def vae(self) -> nn.Module:
         """The network that turns latents into pictures: the VAE of `vae_ref`, or the base's own."""
-        return open_vae(self.base, self.vae_ref)
+        return open_vae(self.base, self.vae_ref, allow_pickle=self.allow_pickle)
 
     @property
     def vaes(self) -> list[nn.Module]:
@@ -51,9 +53,10 @@ class Scene:
         return self.resolution_px // self.base.pixels_per_latent
 
 
-def open_vae(base: Checkpoint, ref: str | None) -> nn.Module:
+def open_vae(base: Checkpoint, ref: str | None, *, allow_pickle: bool = False) -> nn.Module:
     """Open the VAE of a reference and check that it fits the base's latents; without a reference, the base's own VAE."""
-    return autoencoder.load(ref, latent_channels=base.unet_config["in_channels"]) if ref else base.vae
+    other = assemble.open_vae(base, ref, allow_pickle=allow_pickle)
+    return base.vae if other is None else other
 
 
 def teacher_sampling(config: TrainConfig, base: Checkpoint) -> Settings:

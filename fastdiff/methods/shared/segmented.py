@@ -44,7 +44,7 @@ class Segmented(Scores):
         self.matching = feature_matching.open_matching(
             config.fm_encoder,
             self.teacher,
-            open_vae(base, config.vae),
+            open_vae(base, config.vae, allow_pickle=config.allow_pickle),
             weights=config.fm_weights,
             t_max=config.fm_t_max,
             crop=config.fm_crop,
