@@ -25,8 +25,8 @@ class Config(BaseConfig):
     ] = None
     format: Annotated[
         Literal["kohya", "diffusers", "peft", "taesd"],
-        "key layout of the LoRA: kohya loads in all programs, of diffusers' layout ComfyUI skips attention layers; taesd: a tiny VAE "
-        "as two files for ComfyUI's models/vae_approx",
+        "key layout of the LoRA: kohya loads in all programs, of diffusers' layout ComfyUI skips attention layers; taesd: a tiny "
+        "VAE as two files for ComfyUI's models/vae_approx",
     ] = "kohya"
     output: Annotated[str | None, "a folder, or NAME.safetensors for one file"] = field(default=None, metadata={"flags": ["-o"]})
     precision: Annotated[
