@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, controlnet_of
 from safetensors.torch import load_file, save_file
 from test_step_guidance import unrounded
 from tiny import COMMANDS, arguments
@@ -18,6 +18,7 @@ from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.teacher import Shards
 from fastdiff.diffusion.guidance import rescale
 from fastdiff.lora import apply
+from fastdiff.methods.shared import cutting
 from fastdiff.models import text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.quality.ways import teacher_ways
@@ -449,17 +450,27 @@ CASES = [
 
 @pytest.mark.parametrize(("command", "family"), CASES)
 def test_every_command_trains_from_a_zero_snr_base_that_predicts_v_or_refuses_it_at_once(command, family, tiny_zero, fastdiff):
-    own = arguments(command, tiny_zero[family], "emoji", "none")
-    code, told = fastdiff(*own, "--steps", STEPS.get(command, "2"), "-o", "run", *FAMILY.get(command, []))
+    edges, pruned = "emoji", "none"  # of another base: refused at once
+    if command == "distill-controlnet" and family == "sd21":
+        base = checkpoint.load(str(tiny_zero[family]))
+        write.network_to_folder(controlnet_of(base), edges := Path("edges"))
+        cutting.cut(base, cutting.layout_of(base, "bk-tiny"), pruned := Path("pruned"))
+    own = arguments(command, tiny_zero[family], edges, pruned)
+    code, told = fastdiff(*own, "--steps", STEPS.get(command, "2"), "-o", "run")
     if code:
-        assert code in {2, 3}, told
+        assert (command, family) in REFUSED, told
+        assert code in {2, 3}
         assert told["error"]["message"]
         return
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     losses = [v for row in rows for k, v in row.items() if isinstance(v, float) and ("loss" in k or "/" in k)]
     assert losses
     assert all(math.isfinite(v) for v in losses)
+    for path in Path("run").glob("*.safetensors"):
+        tensors = load_file(path)
+        assert all(t.isfinite().all() for t in tensors.values())
+        assert any(t.any() for k, t in tensors.items() if "lora_up" in k)  # which are zeros before the first step
 
 
 STEPS = {"sdxs": "7", "lightning": "9", "dmd": "4", "sid": "4", "tdm": "4"}
-FAMILY: dict = {}
+REFUSED = {("prune", "sdxl"), ("distill-controlnet", "sdxl")}  # SDXL has no layout bk-tiny
