@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff.checkpoints import family
+from fastdiff.checkpoints import family, published
 from fastdiff.checkpoints.family import DEFAULT_BASE, FAMILIES, SHIPPED, Presets
 from fastdiff.models.unet import LAYOUTS
 from fastdiff.options.base import BaseConfig
@@ -21,6 +21,8 @@ NAMES = {*FAMILIES, *family.aliases()}
 # What still has dictionaries by name.
 # The word of another vocabulary: a layout of UNet blocks is called after the model that has it.
 ALLOWED = {(place, name) for place in ("models/unet.py", "options/prune.py") for name in LAYOUTS if name in NAMES}
+# The rows of published few-step weights say which families their authors made them for.
+ALLOWED |= {("checkpoints/published.py", name) for row in published.ROWS for name in row.made_for}
 
 
 def names_a_family(node):

@@ -30,11 +30,15 @@ class Published:
     name: str  # that `recipe` takes
     title: str  # in messages
     recipe: Recipe
-    families: tuple[str, ...]  # that it was made for
+    made_for: tuple[str, ...]  # the names of the families that it was made for
     lora: str = ""  # regular expression for the whole name of its LoRA file, as `plain` writes names; "": there is none
     whole: str = ""  # and of its checkpoint
     lora_hubs: tuple[str, ...] = ()  # hub repositories in which every LoRA is this one
     whole_hubs: tuple[str, ...] = ()  # and those of whole checkpoints
+
+    def suits(self, name: str | None) -> bool:
+        """Whether it was made for the family of that name; None, an unknown one, may be any."""
+        return name is None or name in self.made_for
 
 
 class Found(NamedTuple):
@@ -67,7 +71,7 @@ ROWS = (
         name="lcm",
         title="LCM-LoRA",
         recipe=few("lcm", "lcm", 4),
-        families=BOTH,
+        made_for=BOTH,
         lora=rf"lcm-lora-(weights-)?({SD15}|sdxl|ssd-?1b)|({SD15}|sdxl|ssd-?1b)-lcm-lora|lcm-({SD15}|sdxl|ssd-?1b)-lora",
         lora_hubs=(
             "latent-consistency/lcm-lora-sdv1-5",
@@ -81,7 +85,7 @@ ROWS = (
         name="lcm-full",
         title="LCM Dreamshaper v7",
         recipe=few("lcm", "lcm", 4, 8.0),
-        families=("sd15",),
+        made_for=("sd15",),
         whole=r"lcm-dreamshaper-v7(-4k)?",
         whole_hubs=("simianluo/lcm_dreamshaper_v7",),
     ),
@@ -90,7 +94,7 @@ ROWS = (
         name="lightning-1",
         title="SDXL-Lightning, 1 step",
         recipe=few("lightning", "euler", 1, spacing="trailing", prediction_type="sample"),
-        families=("sdxl",),
+        made_for=("sdxl",),
         whole=r"sdxl-lightning-1step-(unet-)?x0",
     ),
     *(
@@ -98,7 +102,7 @@ ROWS = (
             name=f"lightning-{n}",
             title=f"SDXL-Lightning, {n} steps",
             recipe=few("lightning", "euler", n, spacing="trailing"),
-            families=("sdxl",),
+            made_for=("sdxl",),
             lora=rf"sdxl-lightning-{n}steps?-lora",
             whole=rf"sdxl-lightning-{n}steps?(-unet)?",
         )
@@ -109,14 +113,14 @@ ROWS = (
         name="hyper-1",
         title="Hyper-SD, the LoRA for 1 to 8 steps",
         recipe=few("hyper-sd", "tcd", 1, eta=1.0, step_counts=tuple(range(1, 9))),
-        families=BOTH,
+        made_for=BOTH,
         lora=rf"hyper-({SD15}|sdxl)-1steps?-lora",
     ),
     Published(
         name="hyper-1-unet",
         title="Hyper-SDXL, the UNet for 1 step",
         recipe=few("hyper-sd", "lcm", 1, timesteps=(800,)),
-        families=("sdxl",),
+        made_for=("sdxl",),
         whole=r"hyper-sdxl-1steps?-unet(-comfyui)?",
     ),
     *(
@@ -124,7 +128,7 @@ ROWS = (
             name=f"hyper-{n}",
             title=f"Hyper-SD, {n} steps",
             recipe=few("hyper-sd", "ddim", n, spacing="trailing"),
-            families=BOTH,
+            made_for=BOTH,
             lora=rf"hyper-({SD15}|sdxl)-{n}steps?-lora|sdxl-hyper-sd-{n}steps?-lora",
         )
         for n in (2, 4, 8)
@@ -135,7 +139,7 @@ ROWS = (
             name=f"hyper-{n}-cfg",
             title=f"Hyper-SD, {n} steps with guidance",
             recipe=few("hyper-sd", "ddim", n, 5.0, spacing="trailing"),
-            families=BOTH,
+            made_for=BOTH,
             lora=rf"hyper-({SD15}|sdxl)-{n}steps?-cfg-?lora",
         )
         for n in (8, 12)
@@ -145,7 +149,7 @@ ROWS = (
         name="dmd2",
         title="DMD2, 4 steps",
         recipe=few("dmd2", "lcm", 4, timesteps=(999, 749, 499, 249)),
-        families=("sdxl",),
+        made_for=("sdxl",),
         lora=r"dmd2-sdxl-4steps?-lora",
         whole=r"dmd2-sdxl-4steps?(-unet)?",
     ),
@@ -153,7 +157,7 @@ ROWS = (
         name="dmd2-1",
         title="DMD2, 1 step",
         recipe=few("dmd2", "lcm", 1, timesteps=(399,)),
-        families=("sdxl",),
+        made_for=("sdxl",),
         whole=r"dmd2-sdxl-1steps?(-unet)?",
     ),
     # huggingface.co/h1t: TCDScheduler, guidance 0, eta 0.3
@@ -161,7 +165,7 @@ ROWS = (
         name="tcd",
         title="TCD-LoRA",
         recipe=few("tcd", "tcd", 4, eta=0.3),
-        families=ANY,
+        made_for=ANY,
         lora=rf"tcd-({SD15}|sdxl|sd-?2-?1-base)-lora",
         lora_hubs=("h1t/tcd-sd15-lora", "h1t/tcd-sd21-base-lora", "h1t/tcd-sdxl-lora"),
     ),
@@ -171,7 +175,7 @@ ROWS = (
             name=f"pcm-{n}",
             title=f"PCM, {n} steps, small guidance",
             recipe=few("pcm", "ddim", n, spacing="trailing"),
-            families=BOTH,
+            made_for=BOTH,
             lora=rf"pcm-({SD15}|sdxl)-smallcfg-{n}steps?",
         )
         for n in (2, 4, 8, 16)
@@ -182,7 +186,7 @@ ROWS = (
             name=f"pcm-{n}-cfg",
             title=f"PCM, {n} steps, normal guidance",
             recipe=few("pcm", "ddim", n, guidance, spacing="trailing"),
-            families=BOTH,
+            made_for=BOTH,
             lora=rf"pcm-({SD15}|sdxl)-normalcfg-{n}steps?",
         )
         for n, guidance in ((4, 3.0), (8, 4.5), (16, 7.5))
@@ -191,7 +195,7 @@ ROWS = (
         name="pcm-lcm",
         title="PCM like LCM",
         recipe=few("pcm", "lcm", 4),
-        families=BOTH,
+        made_for=BOTH,
         lora=rf"pcm-({SD15}|sdxl)-lcmlike-lora",
     ),
     # huggingface.co/jasperai: LCMScheduler, 4 steps, guidance 0
@@ -199,7 +203,7 @@ ROWS = (
         name="flash",
         title="Flash Diffusion",
         recipe=few("flash", "lcm", 4),
-        families=BOTH,
+        made_for=BOTH,
         lora_hubs=("jasperai/flash-sd", "jasperai/flash-sdxl"),
     ),
     # huggingface.co/stabilityai: Euler, trailing, 1 to 4 steps, guidance 0
@@ -207,7 +211,7 @@ ROWS = (
         name="turbo",
         title="SD-Turbo or SDXL-Turbo",
         recipe=few("turbo", "euler", 1, spacing="trailing", step_counts=(1, 2, 3, 4)),
-        families=("sd21", "sdxl"),
+        made_for=("sd21", "sdxl"),
         whole=r"sd-turbo|sdxl-turbo|sd-xl-turbo-1-0",
         whole_hubs=("stabilityai/sd-turbo", "stabilityai/sdxl-turbo"),
     ),
@@ -271,7 +275,7 @@ def recognised(
         return None
     hits = [Found(row, clue.by) for clue in clues(path, metadata, ref) for row in ROWS if clue.fits(row, whole=whole)]
     rows = {hit.row.name for hit in hits}
-    return hits[0] if len(rows) == 1 and family in {None, *hits[0].row.families} else None
+    return hits[0] if len(rows) == 1 and hits[0].row.suits(family) else None
 
 
 def named(name: str) -> Recipe:
