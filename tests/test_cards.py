@@ -185,7 +185,9 @@ def test_the_code_of_every_card_draws_what_sample_draws(name, runs, monkeypatch)
     assert len(found) == {"lightning": 4, "sdxl lightning": 4, "zero snr lightning": 4}.get(name, 1)
     for weights, code in found.items():
         sampler = Sampler(**sample_options(folder, weights, runs, name), device="cpu", compile="off")
-        assert apart(sampler, code, folder, monkeypatch, control) < 5e-5, weights
+        # Where the last timestep is pure noise, diffusers' Euler computes with sigma 4096 in fp32, which rounds to 1e-3.
+        limit = 2e-3 if name == "zero snr lightning" else 5e-5
+        assert apart(sampler, code, folder, monkeypatch, control) < limit, weights
 
 
 def sample_options(folder, weights, runs, name):

@@ -89,11 +89,13 @@ def test_what_is_written_draws_in_stock_diffusers_as_here(kind, args, name, trai
     assert 'timestep_spacing="trailing"' in card
     assert ('prediction_type="sample"' in card) == (steps == 1)
     assert "scheduler `simple`" in card
-    scope = {}
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path / "run")
-    exec(code, scope)
-    assert scope["image"].size == (64, 64)
+    codes = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(codes) == 1 + full  # one for each file
+    for code in codes:
+        scope = {}
+        exec(code, scope)
+        assert scope["image"].size == (64, 64)
 
 
 def test_a_chain_writes_every_stage(train, tiny_sd, tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image, ImageChops
 
 from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.family import FAMILIES
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import teacher
 from fastdiff.methods.shared.decoded import Decoded
 from fastdiff.methods.shared.edges import Edges
@@ -179,7 +180,7 @@ def test_a_grid_of_many_prompts_or_many_seeds_is_almost_square():
 
 def preview(monkeypatch, prompts):
     made = Preview.__new__(Preview)
-    made.base, made.prompts, made.columns = SimpleNamespace(family=FAMILIES["sd15"]), prompts, {}
+    made.base, made.prompts, made.columns = SimpleNamespace(family=FAMILIES["sd15"], recipe=Recipe()), prompts, {}
     monkeypatch.setattr(made, "draw", lambda net, settings: stack(len(prompts), 64))
     return made
 
@@ -199,7 +200,7 @@ def test_a_preview_tells_models_calls_and_prompts(monkeypatch):
 def test_a_sheet_of_controls_names_its_items(monkeypatch):
     monkeypatch.setattr(Settings, "usual", classmethod(lambda cls, family: Settings()))
     edges = Edges.__new__(Edges)
-    edges.base, edges.names = SimpleNamespace(family=FAMILIES["sd15"]), ["a cat", "a dog"]
+    edges.base, edges.names = SimpleNamespace(family=FAMILIES["sd15"], recipe=Recipe()), ["a cat", "a dog"]
     edges.controls = torch.zeros(2, 1, 64, 64, dtype=torch.uint8)
     monkeypatch.setattr(edges, "draw", lambda *args: stack(2, 64))
     method = SimpleNamespace(teacher=object(), student=object(), settings=lambda: Settings("lcm", 1, 1.0))

@@ -26,6 +26,8 @@ from fastdiff.training.exhibit import UNSEEN
 from fastdiff.training.run import Run
 
 FENCE = "```"
+# Without it, text encoders that are stored in half precision stay in it beside a UNet in fp32, and the pipeline fails.
+FP32 = ", torch_dtype=torch.float32"
 
 
 @dataclass
@@ -87,7 +89,7 @@ def code_of(
     is_lora = weights.suffix == ".safetensors"
     if not opening:
         name = opener(base) if is_lora else "DiffusionPipeline"
-        opened = load_expression(base, weights.parent) if is_lora else f'{name}.from_pretrained("{weights.name}")'
+        opened = load_expression(base, weights.parent) if is_lora else f'{name}.from_pretrained("{weights.name}"{FP32})'
         opening = [f"pipe = {opened}", *([f'pipe.load_lora_weights("{weights.name}")'] if is_lora else [])]
         imports = [name]
     counts = f"  # trained for {recipe.steps_text}" if recipe.step_counts else ""
@@ -244,10 +246,12 @@ def load_expression(base: Checkpoint, folder: Path, pipeline: str | None = None,
     """
     pipeline = pipeline or opener(base)
     if embedded(base):
-        return f'{pipeline}.from_pretrained(fastdiff.load("{base.ref}").path{arguments})'
+        return f'{pipeline}.from_pretrained(fastdiff.load("{base.ref}").path{arguments}{FP32})'
     ref = base.ref
     if not (path := Path(ref).expanduser()).exists():
         ref = locate.hub_id_of(base.path) or aliases().get(ref, (ref,))[0]
     elif not Path(ref).is_absolute():
         ref = Path(os.path.relpath(path, folder)).as_posix()
-    return f'{pipeline}.from_{"single_file" if base.path.is_file() else "pretrained"}("{ref}"{arguments})'
+    if base.path.is_file():
+        return f'{pipeline}.from_single_file("{ref}"{arguments})'
+    return f'{pipeline}.from_pretrained("{ref}"{arguments}{FP32})'
