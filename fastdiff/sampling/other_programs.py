@@ -7,6 +7,7 @@ These programs choose n timesteps from a table of N, here numbered from the smal
     ddim_uniform   every (N // n)-th, from the second on                 751, 501, 251, 1
 The table is 0, 1, ..., 999. In ComfyUI after the node ModelSamplingDiscrete set to "lcm", and in the sampler LCM of A1111 and
 Forge, it is that of LCM's distillation: 19, 39, ..., 999. Only there the output goes through LCM's boundary condition too.
+Numbers between two entries call the network at the nearest entry; only A1111 and Forge call it between those of the full table.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,11 +34,18 @@ def evenly(first: float, last: float, n: int) -> Timesteps:
     return tuple(first + (last - first) * k / max(n - 1, 1) for k in range(n))
 
 
+def called(table: Sequence[int], numbers: Timesteps) -> Timesteps:
+    """The timesteps at which the network is called for these numbers: entries of the table, where it leaves timesteps out."""
+    if len(table) == len(FULL_TABLE):
+        return numbers
+    return tuple(min(table, key=lambda entry: (abs(entry - number), -entry)) for number in numbers)
+
+
 SCHEDULES: dict[str, Callable[[Sequence[int], int], Timesteps]] = {  # (ascending table, n) -> descending timesteps
     "simple": lambda table, n: tuple(table[-(1 + int(k * len(table) / n))] for k in range(n)),
     "ddim_uniform": lambda table, n: tuple(table[1 :: max(len(table) // n, 1)][::-1]),
-    "sgm_uniform": lambda table, n: evenly(table[-1], table[0], n + 1)[:-1],
-    "normal": lambda table, n: evenly(table[-1], table[0], n),
+    "sgm_uniform": lambda table, n: called(table, evenly(table[-1], table[0], n + 1)[:-1]),
+    "normal": lambda table, n: called(table, evenly(table[-1], table[0], n)),
 }
 
 
