@@ -20,7 +20,7 @@ INPUTS = {  # input channels of the first convolution, and what an unsupported m
 }
 CLASSES = {  # component -> the classes of it that we can build
     "unet": {"UNet2DConditionModel"},
-    "vae": {"AutoencoderKL"},
+    "vae": {"AutoencoderKL", "AutoencoderTiny"},
     "text_encoder": {"CLIPTextModel", "CLIPTextModelWithProjection"},
     "text_encoder_2": {"CLIPTextModel", "CLIPTextModelWithProjection"},
 }
