@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -373,8 +374,25 @@ def adding(file, folder, every, *lora_files):
     return [[line for line in part.splitlines() if SAID.match(line)] for part in logs], found, weights
 
 
+def computed_otherwise(update, old):
+    """The weight where ComfyUI gives this update another formula than the paper and the programs of its kind; else None.
+
+    DoRA by outputs: it divides by the norm of W, not of W + Delta. OFT: it leaves `rescale` out, and takes the constraint for the
+    limit itself, where LyCORIS and sd-scripts multiply it by the number of outputs.
+    """
+    if update.kind == "dora" and not update.on_input:
+        view = [-1] + [1] * (old.ndim - 1)
+        return (old + update.inner.delta(old).reshape(old.shape)) * (update.magnitude / old.flatten(1).norm(dim=1)).reshape(view)
+    if update.kind == "oft" and update.blocks.ndim == 3 and (update.rescale is not None or update.constraint > 0):
+        return old + replace(update, rescale=None, constraint=update.constraint / old.shape[0]).delta(old)
+    return None
+
+
 def differences(item, number, found, weights):
-    """The relative difference of ComfyUI's change of a weight and ours, for each key that LoRA `number` changed."""
+    """The relative difference of ComfyUI's change of a weight and ours, for each key that LoRA `number` changed.
+
+    A change that it computes otherwise is compared with its own formula.
+    """
     from fastdiff.lora.apply import updated
 
     off = {}
@@ -384,8 +402,10 @@ def differences(item, number, found, weights):
             ending = ".bias" if kind == "bias" else ""
             names = {name + ending for name, theirs in found["names"].items() if theirs == f"{module}.weight"}
             (ours,) = names & set(item.modules)
-            own = updated(old, [(item.modules[ours], 1.0)])
-            off[ours] = ((new - own).norm() / (own - old).norm()).item()
+            own = computed_otherwise(item.modules[ours], old)
+            own = updated(old, [(item.modules[ours], 1.0)]) if own is None else own
+            rounding = 1e-7 * old.norm()  # of W itself, in fp32: a constraint may leave a change of a thousandth of it
+            off[ours] = (((new - own).norm() - rounding).clamp(min=0) / (own - old).norm()).item()
     return off
 
 
@@ -446,17 +466,6 @@ LAYERS = {  # of SD1.5, of each shape that the kinds treat in another way
 KINDS = ("kohya", "locon", "tucker", "loha", "lokr", "full", "glora", "boft", "oft", "dora", "ia3")
 
 
-def computed_otherwise(update):
-    """Whether ComfyUI gives this update another formula than the paper and the program of its kind.
-
-    DoRA by outputs: it divides by the norm of W, not of W + Delta. OFT: it leaves `rescale` out, and takes the constraint for the
-    limit itself, where LyCORIS and sd-scripts multiply it with the number of outputs.
-    """
-    if update.kind == "dora":
-        return not update.on_input
-    return update.kind == "oft" and update.blocks.ndim == 3 and (update.rescale is not None or update.constraint > 0)
-
-
 @pytest.mark.skipif(not COMFYUI, reason="FASTDIFF_COMFYUI is not set")
 def test_comfyui_computes_other_kinds_as_we_do(tmp_path):
     sys.path.insert(0, str(ROOT / "examples"))
@@ -472,7 +481,9 @@ def test_comfyui_computes_other_kinds_as_we_do(tmp_path):
     makers = {name: getattr(layouts, name) for name in KINDS}  # the functions of that module
     makers["kohya"] = lambda made, sdxl: layouts.kohya(made, sdxl, parts=["unet"])
     makers |= {
-        f"flat {kind}": lambda made, sdxl, k=kind: foreign.flat_convs(made, sdxl, k) for kind in ("loha", "lokr", "lora", "diff")
+        # not flat differences, which ComfyUI refuses by their shape
+        f"flat {kind}": lambda made, sdxl, k=kind: foreign.flat_convs(made, sdxl, k)
+        for kind in ("loha", "lokr", "lora")
     }
     files = {}
     for name, maker in makers.items():
@@ -493,9 +504,7 @@ def test_comfyui_computes_other_kinds_as_we_do(tmp_path):
         off = differences(item, i, found, weights)
         print(f"{name}: {len(off)} layers, differences {', '.join(f'{value:.1e}' for value in off.values())}; said {logs[i]}")
         assert (logs[i], len(off)) == ([], len(item.modules)), name
-        assert {key for key, value in off.items() if value > 1e-5} == {
-            k for k, u in item.modules.items() if computed_otherwise(u)
-        }, name
+        assert max(off.values()) < 1e-5, name
 
 
 @pytest.mark.skipif(not COMFYUI, reason="FASTDIFF_COMFYUI is not set")
