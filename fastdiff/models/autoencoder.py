@@ -38,8 +38,7 @@ def load(
     """
     path = component.locate(ref, option, "VAE")
     if path.is_file():
-        config = vae_file.config_beside(path)
-        if config is None:
+        if vae_file.config_beside(path) is None:
             stored = vae_file.read(path, ref, option, like=like or {}, allow_pickle=allow_pickle)
             refuse_other_latents(stored.config, latent_channels, option, ref)
             return network(stored, option, ref)
