@@ -11,7 +11,7 @@ from conftest import build
 from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
-from fastdiff.checkpoints import checkpoint, detect, locate, single_file, write
+from fastdiff.checkpoints import checkpoint, detect, locate, single_file, tokens, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.checkpoints.locate import ASSETS
@@ -76,7 +76,7 @@ def built(base, part):
 
 
 def test_the_shipped_vocabulary_is_clips():
-    vocab, merges = locate.clip_vocabulary()
+    vocab, merges = tokens.clip_vocabulary()
     assert (len(vocab), len(merges)) == (49_408, 48_894)
     assert (vocab["<|startoftext|>"], vocab["<|endoftext|>"], vocab["a</w>"]) == (49_406, 49_407, 320)
     one, two = Checkpoint("sdxl", FAMILIES["sdxl"].home, FAMILIES["sdxl"]).tokenizers

@@ -11,9 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_lora_layouts import ROWS, Made
 
-from fastdiff import cli
+from fastdiff import cli, lora
 from fastdiff.checkpoints import checkpoint, tensors, write
 from fastdiff.commands import inspect
+from fastdiff.lora.kinds import Factors
+from fastdiff.lora.layouts import canonical
 from fastdiff.runtime.errors import InputRefused
 from fastdiff.sampling.settings import Settings
 
@@ -327,6 +329,42 @@ def test_it_is_fine_tuned_and_refused_by_methods_that_cannot(lcm, tmp_path, fast
 def test_a_student_that_starts_from_it_is_refused(lcm, tiny_sd, tmp_path, fastdiff):
     code, told = fastdiff("sdxs", "--base", tiny_sd, "--init", lcm, "--prompts", "prompts.txt", "--device", "cpu")
     assert (code, "time_cond_proj_dim 8, the base None" in told["error"]["message"]) == (3, True), told["error"]
+
+
+def test_lcm_training_starts_from_it_or_from_a_lora(lcm, tiny_sd, tmp_path, fastdiff):
+    from fastdiff.methods.lcm import LCM, Config
+
+    def begun(**options):
+        config = Config(base=str(tiny_sd), lora_rank=2, lora_alpha=2, **options)
+        base = config.open_base()
+        LCM.check(config)
+        LCM.check_base(config, base)
+        return LCM(base, config).student
+
+    whole = begun(full=True, init=str(lcm))
+    state, wanted = whole.net.state_dict(), checkpoint.load(str(lcm)).weights("unet")
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[name], wanted[name].float()) for name in wanted)
+    assert whole.guidance_embedded
+
+    torch.manual_seed(0)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    key = canonical("lora_unet_", name)
+    own = checkpoint.load(str(tiny_sd)).weights("unet")[f"{name}.weight"]
+    module = Factors(torch.randn(2, own.shape[1]), torch.randn(own.shape[0], 2))
+    lora.Lora({key: module}).save(tmp_path / "start.safetensors", dtype=torch.float32)
+    adapted = begun(init=str(tmp_path / "start.safetensors"))
+    layer = adapted.net.get_submodule(name)
+    assert torch.allclose(layer.get_delta_weight("student"), module.delta(), atol=1e-5)
+    folded = begun(init=str(tmp_path / "start.safetensors"), full=True)
+    assert torch.allclose(folded.net.get_submodule(name).weight - own, module.delta(), atol=1e-5)
+
+    begin = ["train-lcm-lora", "--base", tiny_sd, "--steps", 1, "--prompts", "prompts.txt", "--device", "cpu"]
+    code, told = fastdiff(*begin, "--init", lcm)
+    assert (code, "give --full to start from it" in told["error"]["hint"]) == (2, True), told["error"]
+    for ref in ("owner/gone.safetensors", "no such alias"):
+        code, told = fastdiff(*begin, "--full", "--init", ref)
+        assert (code, told["error"]["message"].startswith(f"--init {ref}")) == (2, True), told["error"]
 
 
 # ---- what ComfyUI takes a written file for

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints import folders, published, single_file, supported, views
+from fastdiff.checkpoints import component, folders, published, single_file, supported, tokens, views
 from fastdiff.checkpoints.detect import Detection, check_kind, detect, detect_prediction, infer_unet
-from fastdiff.checkpoints.family import Family, named
+from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.fingerprint import fingerprint as fingerprint
-from fastdiff.checkpoints.locate import clip_vocabulary, family_of, locate, shape_tables
+from fastdiff.checkpoints.locate import config_folder, family_of, locate, shape_tables
 from fastdiff.checkpoints.published import Found
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdiff.runtime.console import info, note, warn
-from fastdiff.runtime.errors import InputRefused, UsageError, as_field
+from fastdiff.runtime.errors import InputRefused, as_field
 
 
 def plain_name(part: str, name: str) -> str:
@@ -217,19 +217,7 @@ class Checkpoint:
 
     def skeleton(self, part: str) -> nn.Module:
         """A component as a network without weights: its parameters are on the meta device."""
-        from accelerate import init_empty_weights
-
-        config = self.config_of(part)
-        with init_empty_weights():
-            if part.startswith("text_encoder"):
-                import transformers
-
-                cls = getattr(transformers, self.index[part][1])  # the class that the folder names
-                return cls(cls.config_class.from_dict(config))
-            from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-
-            vae = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
-            return (UNet2DConditionModel if part == "unet" else vae).from_config(config)
+        return component.skeleton(part, self.config_of(part), self.index)
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter that the component needs, by name.
@@ -352,21 +340,8 @@ class Checkpoint:
 
     @cached_property
     def tokenizers(self) -> list[Any]:
-        """The tokenizers: the folder's own, or else CLIP's vocabulary, which all families share and which ships with fastdiff."""
-        from transformers import CLIPTokenizer
-
-        tokenizers = []
-        for part in [k for k, v in self.index.items() if k.startswith("tokenizer") and v[1]]:
-            home = self.folder / part
-            if (home / "vocab.json").exists() or (home / "tokenizer.json").exists():
-                tokenizers.append(CLIPTokenizer.from_pretrained(home, local_files_only=True))
-            else:
-                vocab, merges = clip_vocabulary()
-                settings = json.loads((home / "tokenizer_config.json").read_text())
-                settings.pop("tokenizer_class", None)
-                # transformers annotates `merges` as strings and takes pairs too, as its tokenizer files have them.
-                tokenizers.append(CLIPTokenizer(vocab=vocab, merges=merges, **settings))  # type: ignore[arg-type]
-        return tokenizers
+        """The tokenizers, as `tokens.tokenizers` makes them."""
+        return tokens.tokenizers(self.folder, self.index)
 
     def release(self, *names: str) -> None:
         """Drop loaded components by name (unet, vae, text_encoders, tokenizers), which frees their memory."""
@@ -456,23 +431,3 @@ def checked(opened: Checkpoint) -> Checkpoint:
     if opened.zero_snr:
         opened.schedule()
     return opened
-
-
-def config_folder(config: str, file: TensorFile, *, allow_pickle: bool) -> Path:
-    """The folder that `base_config` names; with weights where the file lacks a part of the model, since it is then taken there.
-
-    UsageError where there is none of that name.
-    """
-    lacks = lambda family: any(not any(name.startswith(prefix) for name in file) for prefix in family.prefixes.values())
-    try:
-        folder = locate(config, configs_only=True)
-    except InputRefused:
-        raise
-    except UsageError as error:
-        if (family := named(config)) and not lacks(family):  # configs of the published bases ship with fastdiff
-            return family.home
-        raise UsageError(str(error).replace(as_field("base", config), as_field("base_config", config)), error.hint) from error
-    if folder.is_file():
-        raise UsageError(f"{as_field('base_config', config)}: is a file", "give a diffusers folder, with the configs of the base")
-    given = Path(config).expanduser().exists()
-    return folder if given or not lacks(family_of(str(folder))) else locate(config, allow_pickle=allow_pickle)

@@ -1,4 +1,4 @@
-"""A single network that is loaded beside the base model: a VAE or a ControlNet, in a diffusers folder or on the hub."""
+"""Single networks: components of a base model, and a VAE or a ControlNet that is loaded beside it."""
 
 import json
 from pathlib import Path
@@ -60,3 +60,22 @@ def load(folder: Path, option: str, ref: str, config: dict[str, Any]) -> nn.Modu
     if missing := sorted(report["missing_keys"]):
         raise InputRefused(f"{as_field(option, ref)}: {len(missing)} of its layers have no weights ({missing[0]})")
     return net.eval().requires_grad_(False)
+
+
+def skeleton(part: str, config: dict[str, Any], index: dict[str, Any]) -> nn.Module:
+    """The component `part` of a base model as a network without weights: its parameters are on the meta device.
+
+    `index` is the content of model_index.json, which names the classes of text encoders.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        if part.startswith("text_encoder"):
+            import transformers
+
+            cls = getattr(transformers, index[part][1])  # the class that the folder names
+            return cls(cls.config_class.from_dict(config))
+        from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+
+        vae = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
+        return (UNet2DConditionModel if part == "unet" else vae).from_config(config)

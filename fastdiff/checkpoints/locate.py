@@ -9,6 +9,7 @@ from typing import Any
 from fastdiff.checkpoints import folders, supported, views
 from fastdiff.checkpoints.detect import detect
 from fastdiff.checkpoints.family import SHIPPED, Family, aliases, base_names, named, of_unet_config
+from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.runtime.console import info
 from fastdiff.runtime.disk import ASSETS
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
@@ -167,6 +168,26 @@ def family_of(ref: str, *, config: str | None = None, allow_pickle: bool = False
     return of_unet_config(json.loads(unet_config.read_text()))
 
 
+def config_folder(config: str, file: TensorFile, *, allow_pickle: bool) -> Path:
+    """The folder that `base_config` names; with weights where the file lacks a part of the model, since it is then taken there.
+
+    UsageError where there is none of that name.
+    """
+    lacks = lambda family: any(not any(name.startswith(prefix) for name in file) for prefix in family.prefixes.values())
+    try:
+        folder = locate(config, configs_only=True)
+    except InputRefused:
+        raise
+    except UsageError as error:
+        if (family := named(config)) and not lacks(family):  # configs of the published bases ship with fastdiff
+            return family.home
+        raise UsageError(str(error).replace(as_field("base", config), as_field("base_config", config)), error.hint) from error
+    if folder.is_file():
+        raise UsageError(f"{as_field('base_config', config)}: is a file", "give a diffusers folder, with the configs of the base")
+    given = Path(config).expanduser().exists()
+    return folder if given or not lacks(family_of(str(folder))) else locate(config, allow_pickle=allow_pickle)
+
+
 def stock_config(family: Family) -> dict[str, Any]:
     """The UNet config of a family's published base."""
     return json.loads((family.home / "unet" / "config.json").read_text())
@@ -182,19 +203,3 @@ def shape_tables() -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
 
     tables = json.loads(gzip.decompress((ASSETS / "families" / "shapes.json.gz").read_bytes()))
     return {f: {p: {k: tuple(s) for k, s in rows.items()} for p, rows in parts.items()} for f, parts in tables.items()}
-
-
-def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's byte-pair vocabulary (49,408 entries) and merges, out of the merges alone: their order is the numbering.
-
-    Bytes in the order of the original code (printable ones first), the same at the end of a word, merges, the two marks.
-    """
-    import gzip
-
-    text = gzip.decompress((ASSETS / "clip" / "merges.txt.gz").read_bytes()).decode()
-    merges = [(a, b) for a, b in (line.split(" ") for line in text.splitlines())]
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [b for b in range(256) if b not in printable]
-    symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(rest))]
-    words = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
-    return {word: i for i, word in enumerate(words)}, merges

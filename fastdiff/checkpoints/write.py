@@ -18,10 +18,11 @@ from fastdiff.checkpoints import single_file, tensors, words
 from fastdiff.checkpoints.checkpoint import Checkpoint, plain_name
 from fastdiff.checkpoints.detect import SPREAD, guess_by_bias
 from fastdiff.checkpoints.family import Family
-from fastdiff.checkpoints.locate import clip_vocabulary, stock_config
+from fastdiff.checkpoints.locate import stock_config
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import Entry
+from fastdiff.checkpoints.tokens import clip_vocabulary
 from fastdiff.runtime.console import info
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint, pickles, single_file, tensors, views
+from fastdiff.checkpoints import checkpoint, pickles, single_file, tensors, tokens, views
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.published import Found
 from fastdiff.checkpoints.recipe import Recipe
@@ -166,11 +166,8 @@ def opens(base: Checkpoint) -> dict[str, Any]:
             if wrong:
                 raise InputRefused(f"{part}: {wrong} is {weights.dtypes[wrong]}, not floating point")
         base.schedule()
-        for part in (name for name, row in base.index.items() if name.startswith("tokenizer") and row[1]):
-            if not any(
-                (base.folder / part / name).exists() for name in ("vocab.json", "tokenizer.json", "tokenizer_config.json")
-            ):
-                raise InputRefused(f"{base.folder / part}: no tokenizer there")
+        if gone := tokens.missing(base.folder, base.index):
+            raise InputRefused(f"{gone[0]}: no tokenizer there")
     except InputRefused as error:
         told = why_not(error, base.path)
     except (ValueError, OSError) as error:

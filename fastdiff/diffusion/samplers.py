@@ -155,7 +155,7 @@ class Solver:
 
 SOLVERS: dict[str, Solver] = {
     "ddim": Solver(ddim, "DDIMScheduler", "trailing"),
-    "euler": Solver(euler, "EulerDiscreteScheduler", "trailing"),
+    "euler": Solver(euler, "EulerDiscreteScheduler", "trailing", off_zero=True),
     "dpm++": Solver(dpmpp_2m, "DPMSolverMultistepScheduler", "trailing", off_zero=True),
     "dpm++sde": Solver(dpmpp_2m_sde, "DPMSolverMultistepScheduler", "trailing", stochastic=True, off_zero=True),
     "lcm": Solver(lcm, "LCMScheduler", "lcm", stochastic=True),

@@ -108,7 +108,7 @@ class NoiseSchedule(nn.Module):
     def off_zero(self) -> "NoiseSchedule":
         """Return the schedule, or a copy whose last alpha is 2^-12 where it is 0: with it log SNR is finite.
 
-        diffusers' DPM-Solver++ does so. After an infinite first step in log SNR the second would have no second-order term.
+        diffusers' Euler and DPM-Solver++ do so. DPM-Solver++ would have no second-order term after an infinite step in log SNR.
         """
         if not self.zero_terminal_snr:
             return self

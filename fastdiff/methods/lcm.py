@@ -13,9 +13,10 @@ With a LoRA, the teacher is the same network with the adapter off. Fine-tuning (
 teacher: x_u is made of the same x0 and eps at the lower noise level.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +26,24 @@ from fastdiff.data.batch import Batch
 from fastdiff.diffusion import losses
 from fastdiff.diffusion.samplers import jump
 from fastdiff.diffusion.schedule import NoiseSchedule, per_sample
+from fastdiff.lora.file import Lora
+from fastdiff.methods.shared.scores import start_from
+from fastdiff.methods.shared.start import StartsFromLora
 from fastdiff.models.denoiser import Cond, trainable_copy
 from fastdiff.models.ema import EMA
 from fastdiff.models.unet import unet_of
 from fastdiff.options.lcm import EXAMPLES, PRESETS, Config
 from fastdiff.options.lcm import Config as Options
-from fastdiff.training.method import Load, Method, Now, Phase, Stateful, Trains, Turn, equation
+from fastdiff.options.start import checked_start
+from fastdiff.runtime.errors import UsageError, as_field
+from fastdiff.sampling.assemble import is_lora
+from fastdiff.training.method import Load, Now, Phase, Stateful, Trains, Turn, equation
 from fastdiff.training.run import Run
 
 SCHEDULERS = {"zero": "lcm", "edge": "ddim", "random": "tcd"}
 
 
-class LCM(Method):
+class LCM(StartsFromLora):
     """Latent consistency distillation. The one player is `student`: an adapter on the base's UNet, or a UNet of its own."""
 
     name, Config, presets, examples = "train-lcm-lora", Config, PRESETS, EXAMPLES
@@ -44,7 +51,11 @@ class LCM(Method):
 
     def __init__(self, base: Checkpoint, config: Options) -> None:
         super().__init__(base, config)
-        self.student, self.params = self.trained("student", guidance_embedded(base.unet) if config.full else None)
+        first = self._whole_start(config, base)
+        net = guidance_embedded((first or base).unet) if config.full else None
+        self.student, self.params = self.trained("student", net, first.prediction_type if first else None)
+        if start := self._start(config):
+            start_from(self.student, start.of_unet())
         self.target = EMA(self.params, config.target_ema, warm=False) if config.full else None
         self.grid = distillation_grid(self.schedule, config)
         edges = (config.phases or config.num_steps) if config.target == "edge" else config.num_steps
@@ -57,6 +68,11 @@ class LCM(Method):
             eta=0.3 if config.target == "random" else None,
             step_counts=tuple(sorted({config.num_steps, edges})) if edges != config.num_steps else None,
         )
+
+    @classmethod
+    def check_base(cls, config: Options, base: Checkpoint) -> None:
+        super().check_base(config, base)
+        cls._whole_start(config, base)
 
     @classmethod
     def load(cls, config: Options, base: Checkpoint) -> Load:
@@ -137,6 +153,29 @@ class LCM(Method):
             return torch.maximum(u, s), s  # a teacher step must not cross the edge of its phase
         points = (index - self.config.skip + 2).clamp(min=1)  # how many timesteps s can be: 0, and the grid up to u
         return u, below((torch.rand(len(index), device=grid.device) * points).long() - 1)
+
+    @classmethod
+    def _whole_start(cls, config: Options, base: Checkpoint) -> Checkpoint | None:
+        """Open the whole checkpoint of `init`; None where there is none, or `init` is a LoRA.
+
+        InputRefused where its UNet has other inputs than the base's; only one of them may take the guidance as an input.
+        """
+        if not config.full or not config.init or is_lora(config.init):
+            return None
+        return checked_start(config.init, config, base, any_guidance=True)
+
+    @classmethod
+    def _start(cls, config: Options) -> Lora | None:
+        if config.init and not config.full and (Path(config.init).expanduser() / "model_index.json").exists():
+            raise UsageError(
+                f"{as_field('init', config.init)}: a whole checkpoint, but a LoRA is trained",
+                "give `full` to start from it; to train a LoRA on it, give it as `base`, with `finetune`",
+            )
+        return None if config.full and config.init and not is_lora(config.init) else super()._start(config)
+
+    @classmethod
+    def _start_layers(cls, config: Options) -> Sequence[str] | None:
+        return None if config.full else super()._start_layers(config)
 
     @contextmanager
     def _target_weights(self) -> Iterator[None]:

@@ -36,6 +36,10 @@ class Config(TrainConfig):
     lora_rank: Annotated[int, "rank of the adapter", Range(1)] = 64
     lora_alpha: Annotated[float, "scale of the adapter is alpha / rank", Range(above=0)] = 64
     full: Annotated[bool, "train all weights, with a guidance embedding and an averaged target"] = False
+    init: Annotated[
+        str | None,
+        "what the student starts from: a few-step LoRA, or with --full also a whole checkpoint, as an LCM; default: the base",
+    ] = None
     finetune: Annotated[bool, "consistency fine-tuning (LCF): noised data instead of a teacher"] = False
     target: Annotated[
         Literal["zero", "edge", "random"],

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from fastdiff.checkpoints.family import LAST_TIMESTEP
+from fastdiff.options.start import checked_start, open_start
 from fastdiff.options.train import TrainConfig
 from fastdiff.runtime.config import Range
-from fastdiff.runtime.errors import InputRefused, UsageError
+from fastdiff.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -77,24 +78,8 @@ class SegmentedConfig(TrainConfig):
 
     def open_student(self, dtype: "torch.dtype | None" = None) -> "Checkpoint":
         """The checkpoint of `init`, else the base."""
-        import torch
-
-        from fastdiff.checkpoints import checkpoint
-
-        if not self.init:
-            return self.open_base(dtype)
-        return checkpoint.load(self.init, dtype=dtype or torch.float32, allow_pickle=self.allow_pickle)
+        return open_start(self.init, self, dtype) if self.init else self.open_base(dtype)
 
     def start(self, base: "Checkpoint") -> "Checkpoint":
         """The checkpoint that the student starts from. InputRefused if its UNet takes other inputs than the base's."""
-        if not self.init:
-            return base
-        other = self.open_student(base.dtype)
-        for key in ("in_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim"):
-            other_value, base_value = other.unet_config.get(key), base.unet_config.get(key)
-            if other_value != base_value:
-                raise InputRefused(
-                    f"`init={self.init}`: the UNet has {key} {other_value}, the base {base_value}",
-                    "it must be of the base's family",
-                )
-        return other
+        return checked_start(self.init, self, base) if self.init else base
