@@ -163,3 +163,24 @@ def fastdiff(tmp_path, monkeypatch, capfd):
         return code, json.loads(capfd.readouterr().out)
 
     return command
+
+
+class InFp64:
+    """torch, for a module of diffusers that shall compute in fp64 where it asks for fp32."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def euler_in_fp64(monkeypatch):
+    """diffusers' Euler in fp64.
+
+    Where the last timestep is pure noise, it subtracts numbers of 4096 times the picture's. In fp32 that leaves errors of 1e-3,
+    as large as the difference between 4096 and infinity, which tests must see.
+    """
+    from diffusers.schedulers import scheduling_euler_discrete
+
+    monkeypatch.setattr(scheduling_euler_discrete, "torch", InFp64())

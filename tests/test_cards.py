@@ -12,7 +12,6 @@ import pytest
 import tiny
 import torch
 from conftest import controlnet_of
-from diffusers.schedulers import scheduling_euler_discrete
 from PIL import Image
 
 from fastdiff import cli, lora
@@ -151,19 +150,6 @@ def ours(sampler, prompt, seed, control=None):
     return sampler.pixels(cond, uncond, [seed], sampler.settings, resolution_px=px)[0]
 
 
-class InDouble:
-    """torch, for a scheduler that shall compute in fp64.
-
-    Where the last timestep is pure noise, diffusers' Euler subtracts numbers of 4096 times the picture's, which in fp32 leaves
-    errors of 1e-3: as large as the difference between 4096 and infinity, which the test must see.
-    """
-
-    float32 = torch.float64
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-
 QUICK = ("lcm", "pcm", "tcd", "full lcm", "tdm", "lightning", "vae", "controlnet")
 
 
@@ -187,7 +173,7 @@ def apart(sampler, code, folder, monkeypatch, control=None):
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in RUNS])
-def test_the_code_of_every_card_draws_what_sample_draws(name, runs, monkeypatch):
+def test_the_code_of_every_card_draws_what_sample_draws(name, runs, monkeypatch, request):
     folder, kind, control = runs[name], RUNS[name][1], None
     if "file" in kind:
         as_on_the_hub(runs, monkeypatch)
@@ -200,7 +186,7 @@ def test_the_code_of_every_card_draws_what_sample_draws(name, runs, monkeypatch)
     for weights, code in found.items():
         sampler = Sampler(**sample_options(folder, weights, runs, name), device="cpu", compile="off")
         if name == "zero snr lightning":
-            monkeypatch.setattr(scheduling_euler_discrete, "torch", InDouble())
+            request.getfixturevalue("euler_in_fp64")
         assert apart(sampler, code, folder, monkeypatch, control) < 5e-5, weights
 
 

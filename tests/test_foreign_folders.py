@@ -40,7 +40,7 @@ NOT_OURS = {  # what it is called, by the files that say so
     "a class-conditioned checkpoint": dict(unet=dict(num_class_embeds=10)),
     "a UNet that takes other conditions than a text": dict(unet=dict(addition_embed_type="text_image")),
     "a checkpoint of a 16-channel VAE": dict(vae=dict(latent_channels=16)),
-    "whose VAE is of an unknown class": dict(vae=dict(_class_name="AutoencoderTiny")),
+    "whose VAE is of an unknown class": dict(vae=dict(_class_name="AsymmetricAutoencoderKL")),
     "FluxPipeline, not a Stable Diffusion checkpoint": dict(index=FLUX),
     "StableDiffusion3Pipeline, not a Stable Diffusion checkpoint": dict(index=SD3),
     "StableCascadePriorPipeline, not a Stable Diffusion checkpoint": dict(index=CASCADE),

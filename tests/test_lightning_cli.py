@@ -57,10 +57,16 @@ def as_diffusers_draws(base, weights, seed, steps, sdxl=False, prediction=None):
     ("kind", "args", "name"),
     [
         ("tiny_sd", [], "lightning-2step.safetensors"),
-        ("tiny_sd", ["--lora-only", "--discriminator", "full", "--d-features", "every"], "lightning-2step.safetensors"),
+        pytest.param(
+            *("tiny_sd", ["--lora-only", "--discriminator", "full", "--d-features", "every"], "lightning-2step.safetensors"),
+            marks=pytest.mark.slow,
+        ),
         ("tiny_v", ["--phases", "cond,full", "--no-lora-only"], "lightning-2step-full"),
-        ("tiny_sdxl", ["--phases", "uncond", "--gradient-checkpointing"], "lightning-2step.safetensors"),
-        ("tiny_sd", ["--stages", "2:1", "--steps", "4"], "lightning-1step.safetensors"),
+        pytest.param(
+            *("tiny_sdxl", ["--phases", "uncond", "--gradient-checkpointing"], "lightning-2step.safetensors"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("tiny_sd", ["--stages", "2:1", "--steps", "4"], "lightning-1step.safetensors", marks=pytest.mark.slow),
         ("tiny_sdxl", ["--stages", "2:1", "--phases", "uncond,full", "--no-lora-only", "--steps", "6"], "lightning-1step-full"),
     ],
 )
@@ -282,6 +288,7 @@ sys.exit(max([*codes, *(one.wait() for one in two)]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tiny_sd, tmp_path):
     """On the halves of its batch, through all phases and into every file. The processes are forks of one, which imports once."""
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")

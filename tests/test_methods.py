@@ -27,7 +27,11 @@ CHAIN = {  # in four steps there is no time for all stages
     "distill-vae": dict(gan_from=0, encoder=True, lambda_gan=0.004),
 }
 # Runs whose players change before and after the saved state, and whose student walks.
-OPTIONS = [("tdm", dict(follow=0.3, align_fake=0.2)), ("tdm", dict(follow=0.6)), ("sid", dict(num_steps=2))]
+OPTIONS = [
+    pytest.param("tdm", dict(follow=0.3, align_fake=0.2), marks=pytest.mark.slow),
+    ("tdm", dict(follow=0.6)),
+    ("sid", dict(num_steps=2)),
+]
 METHODS = {c.name: c.load().method for c in cli.COMMANDS if c.load().method}
 
 

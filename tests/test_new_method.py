@@ -84,7 +84,8 @@ print(json.dumps(dict(plan=plan, run=run, again=again, drawn=drawn, judged=judge
 """
 
 
-@pytest.mark.parametrize("name", [pytest.param("score-identity", marks=pytest.mark.slow), "segments"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["score-identity", "segments"])
 def test_help_plan_run_resume_card_sample_and_evaluate_pick_it_up(name, house):
     page, _, last = house("-c", SCRIPT, name).rpartition("\n{")
     found = json.loads("{" + last)

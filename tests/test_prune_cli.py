@@ -114,6 +114,7 @@ def test_a_file_that_nobody_else_reads_is_written_only_on_demand(fastdiff, tiny_
     assert all(torch.equal(again[k], whole[k]) for k in whole)
 
 
+@pytest.mark.slow
 def test_a_pruned_emoji_checkpoint_measures_what_was_won_back(fastdiff):
     code, told = fastdiff("prune", "--layout", "bk-tiny", "--steps=2", "--batch-size=2", "--proof=8", "-o", "run")
     assert code == 0, told
@@ -225,7 +226,7 @@ def test_mistakes_are_one_line(args, code, word, fastdiff):
     [
         ("gone", 2, "no such folder"),
         ("./gone", 2, "no such folder"),
-        ("prompts.txt", 3, "no config.json"),
+        ("prompts.txt", 3, "not a safetensors file"),
         ("unet", 3, "UNet2DConditionModel"),
     ],
 )

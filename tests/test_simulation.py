@@ -156,8 +156,9 @@ def words(command, base, controlnet, pruned, table=tiny.COMMANDS):
     return given
 
 
+QUICK = {"train-lcm-lora", "dmd"}  # an adapter alone; two players
 CASES = [
-    *((name, "fp16", tiny.COMMANDS) for name in tiny.COMMANDS),
+    *(pytest.param(name, "fp16", tiny.COMMANDS, marks=[] if name in QUICK else pytest.mark.slow) for name in tiny.COMMANDS),
     *(pytest.param(name, "bf16", tiny.WHOLE, marks=pytest.mark.slow) for name in ("train-lcm-lora", "dmd", "lightning", "sdxs")),
     *(pytest.param(name, "bf16", tiny.COMMANDS, marks=pytest.mark.slow) for name in tiny.COMMANDS),
 ]
@@ -186,6 +187,7 @@ def test_every_command_runs_on_a_card(fastdiff, tiny_sd, tiny_controlnet, tiny_p
     assert Path(result["outputs"][0]["path"]).exists()
 
 
+@pytest.mark.slow
 def test_drawing_and_judging_run_on_a_card(fastdiff, tiny_sd, tiny_sdxl):
     with Card():
         more = ["--precision", "fp16", "--resolution", 64, "--num-images", 2, "--num-steps", 2, "--compile", "off"]
@@ -230,7 +232,7 @@ RUNS = {
     "distill-vae": {},
     "distill-controlnet": {"controlnet": "owner/canny"},  # not on this machine: one of the usual shape is rehearsed
 }
-FAST = [("emoji", "train-lcm-lora"), ("emoji", "distill-vae")]
+FAST = [("emoji", "train-lcm-lora")]
 SAME = [("sdxl", "dmd --recipe dmd2")]  # what the preset says without it
 SLOW = [(family, run) for family in FAMILIES for run in RUNS if (family, run) not in (*FAST, *SAME)]
 
@@ -325,7 +327,7 @@ def waits_once_an_update(rehearsal, cycle, turns):
         assert sum(waits.values()) == turns * cycle, (phase, waits)
 
 
-@pytest.mark.parametrize("run", ["dmd --recipe dmd2", "distill-vae"])
+@pytest.mark.parametrize("run", [pytest.param("dmd --recipe dmd2", marks=pytest.mark.slow), "distill-vae"])
 def test_a_step_reads_the_card_once_an_update(run):
     two = dict(lambda_gan=0.1) if run == "distill-vae" else {}  # the discriminator's turn, and the decoder's
     method, config = config_of(run.split()[0], "emoji", **RUNS[run], **two, eval_every=0, keep="last", patience=0)

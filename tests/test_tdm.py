@@ -413,7 +413,7 @@ def drawn(student, num_steps):
     return SOLVERS["euler"].run(student, torch.randn(40_000, 2), grid, None)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 4])
+@pytest.mark.parametrize("num_steps", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_students_trajectory_reaches_the_mean_and_covariance_of_exact_scores(world, num_steps):
     before = world.errors(drawn(world.net, num_steps))
     after = world.errors(drawn(world.train(TDM, Config(num_steps=num_steps), 1200), num_steps))
@@ -422,7 +422,7 @@ def test_the_students_trajectory_reaches_the_mean_and_covariance_of_exact_scores
     assert after < 0.05
 
 
-@pytest.mark.parametrize("num_steps", [1, 4])
+@pytest.mark.parametrize("num_steps", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_without_a_fake_score_the_students_samples_collapse(world, num_steps):
     student = world.train(TDM, Config(num_steps=num_steps), 300 * num_steps, with_fake=False)
     assert world.spread(drawn(student, num_steps)) < 0.01
