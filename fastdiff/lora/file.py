@@ -216,7 +216,7 @@ def stabilise(sides: dict[str, Tensor]) -> None:
     """
     if "a2" in sides and "alpha" in sides and sides["alpha"].numel() == 1:
         rank = sides["a2"].shape[:1].numel()
-        sides["alpha"] = (sides["alpha"].float() or rank) * math.sqrt(rank)
+        sides["alpha"] = torch.tensor((sides["alpha"].item() or rank) * math.sqrt(rank))
 
 
 def with_right_header(lora: Lora) -> Lora:
