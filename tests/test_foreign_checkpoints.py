@@ -331,7 +331,7 @@ def test_a_student_that_starts_from_it_is_refused(lcm, tiny_sd, tmp_path, fastdi
     assert (code, "time_cond_proj_dim 8, the base None" in told["error"]["message"]) == (3, True), told["error"]
 
 
-def test_lcm_training_starts_from_it_or_from_a_lora(lcm, tiny_sd, tmp_path, fastdiff):
+def test_lcm_training_starts_from_it_or_from_a_lora(lcm, tiny_sd, tiny_v, tmp_path, fastdiff, capfd):
     from fastdiff.methods.lcm import LCM, Config
 
     def begun(**options):
@@ -358,6 +358,10 @@ def test_lcm_training_starts_from_it_or_from_a_lora(lcm, tiny_sd, tmp_path, fast
     assert torch.allclose(layer.get_delta_weight("student"), module.delta(), atol=1e-5)
     folded = begun(init=str(tmp_path / "start.safetensors"), full=True)
     assert torch.allclose(folded.net.get_submodule(name).weight - own, module.delta(), atol=1e-5)
+
+    capfd.readouterr()
+    assert begun(full=True, init=str(tiny_v)).kind == "v_prediction"  # what its network outputs
+    assert "predicts v_prediction, the base epsilon; the student goes on predicting v_prediction" in capfd.readouterr().err
 
     begin = ["train-lcm-lora", "--base", tiny_sd, "--steps", 1, "--prompts", "prompts.txt", "--device", "cpu"]
     code, told = fastdiff(*begin, "--init", lcm)

@@ -221,6 +221,12 @@ def test_baking_keeps_the_dtype_of_the_base(files, tiny_sd):
     torch.testing.assert_close(after[name] - before[name], change, rtol=1e-4, atol=1e-6)
 
 
+def test_a_difference_of_two_types_of_prediction_is_told(files, tiny_sd, tiny_v):
+    merge(base=str(tiny_v), output="tuned")
+    merge_lora.run(merge_lora.Config(base=str(tiny_sd), tuned="tuned", extract=True, rank="8", output="out.safetensors"))
+    assert any(w.endswith("tuned predicts v: their difference is not what a training changed") for w in console.state.warnings)
+
+
 def test_an_extracted_lora_has_the_dtype_of_the_checkpoints(files, tiny_sd):
     merge(base=str(tiny_sd), output="tuned")
     merge_lora.run(merge_lora.Config(base=str(tiny_sd), tuned="tuned", extract=True, rank="8", output="out.safetensors"))

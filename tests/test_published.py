@@ -315,6 +315,32 @@ def test_a_second_recipe_is_told(fastdiff, few):
     assert lora.load("out.safetensors").recipe.num_steps == 8
 
 
+def test_doubtful_recipes_are_told(fastdiff, tiny_sd, few):
+    save_file(few, "renamed.safetensors")
+    draw = ["sample", "--base", tiny_sd, "--prompt", "a cat", "--resolution", 64, "--device", "cpu", "-o", "a.png"]
+    code, told = fastdiff(*draw, "--lora", "renamed.safetensors", "--recipe", "Lightning-4")
+    assert code == 0, told["error"]
+    assert any("SDXL-Lightning, 4 steps was made for sdxl, and these weights are for sd15" in w for w in told["warnings"])
+    code, told = fastdiff(*draw, "--lora", "renamed.safetensors", "--recipe", "lcm", "--eta", "0.5")
+    assert "--eta has no effect with lcm" in told["warnings"][0]
+    both = ["merge-lora", "--accel", "renamed.safetensors", "--style", "renamed.safetensors", "-o", "out.safetensors"]
+    code, told = fastdiff(*both, "--recipe", "lcm", "--eta", "0.5")
+    assert (code, "tcd alone" in told["error"]["message"]) == (2, True)
+    code, told = fastdiff("merge-lora", "--accel", "renamed.safetensors", "--base", tiny_sd, "-o", "fast", "--recipe", "turbo")
+    assert "was made for sd21 and sdxl, and these weights are for sd15" in told["warnings"][0]
+    save_file(few, "lcm-lora-sdv1-5.safetensors")
+    assert fastdiff("merge-lora", "--accel", "lcm-lora-sdv1-5.safetensors", "--base", tiny_sd, "-o", "fast")[0] == 0
+    draw[2] = "fast"
+    code, told = fastdiff(*draw, "--lora", "renamed.safetensors", "--recipe", "auto")
+    assert told["warnings"] == []  # the LoRA has none
+    save_file(few, "TCD-SD15-LoRA.safetensors")
+    code, told = fastdiff(*draw, "--lora", "TCD-SD15-LoRA.safetensors")
+    (warning,) = told["warnings"]
+    assert warning.startswith(
+        "fast: a few-step checkpoint, whose recipe (4 steps, scheduler lcm, guidance 1) gives way to that of"
+    )
+
+
 def test_a_baked_checkpoint_has_the_recipe_of_the_lora_or_of_the_base(fastdiff, tiny_sd, few):
     save_file(few, "lcm-lora-sdv1-5.safetensors")
     save_file(few, "style.safetensors")

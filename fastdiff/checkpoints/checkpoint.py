@@ -136,12 +136,17 @@ class Checkpoint:
         """Side of a picture in px divided by the side of its latent."""
         return 2 ** (len(self.config_of("vae")["block_out_channels"]) - 1)
 
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether the noise schedule ends in pure noise (zero terminal SNR), as the files or the user say."""
+        return bool(self.scheduler_config.get("rescale_betas_zero_snr"))
+
     def schedule(self) -> NoiseSchedule:
         """The noise schedule of the scheduler config; ValueError where it is not supported.
 
         InputRefused where it ends in pure noise and the UNet predicts epsilon: pure noise says nothing of x0 (Lin et al. 2024).
         """
-        if self.scheduler_config.get("rescale_betas_zero_snr") and self.prediction_type == "epsilon":
+        if self.ends_in_noise and self.prediction_type == "epsilon":
             raise InputRefused(
                 f"{as_field('base', self.ref)}: its noise schedule ends in pure noise (zero terminal SNR), where a network that "
                 "predicts epsilon is undefined",

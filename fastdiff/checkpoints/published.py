@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastdiff.checkpoints.recipe import PREFIX, Recipe
+from fastdiff.runtime.console import warn
 from fastdiff.runtime.errors import UsageError, as_field
 
 AUTO, NONE = "auto", "none"  # what `recipe` says for the files' own recipe, and for the usual settings of the base
@@ -280,7 +281,7 @@ def recognised(
 
 def named(name: str) -> Recipe:
     """The recipe that `recipe` names; UsageError lists those that exist. "none" is empty: the base's usual settings."""
-    if name == NONE:
+    if (name := name.lower()) == NONE:
         return Recipe()
     if name not in BY_NAME:
         raise UsageError(f"{as_field('recipe', name)}: no such recipe", f"use one of {', '.join(BY_NAME)}, or {NONE}")
@@ -289,9 +290,17 @@ def named(name: str) -> Recipe:
 
 def asked(recipe: str | Recipe | None) -> Recipe | None:
     """A recipe itself, or the one of that name; None where the files are to tell."""
-    if recipe == AUTO:
-        return None
-    return named(recipe) if isinstance(recipe, str) else recipe
+    if recipe is None or isinstance(recipe, Recipe):
+        return recipe
+    return None if recipe.lower() == AUTO else named(recipe)
+
+
+def warn_of_family(recipe: Recipe, family: str | None) -> None:
+    """Warn where a recipe is that of published weights which were not made for this family; None, an unknown one, may be any."""
+    rows = [row for row in ROWS if row.recipe == recipe]
+    if rows and not any(row.suits(family) for row in rows):
+        made = " and ".join(rows[0].made_for)
+        warn(f"{as_field('recipe', rows[0].name)}: {rows[0].title} was made for {made}, and these weights are for {family}")
 
 
 def changed(recipe: Recipe, **given: Any) -> Recipe:
@@ -303,6 +312,8 @@ def changed(recipe: Recipe, **given: Any) -> Recipe:
     given = {k: v for k, v in given.items() if v is not None}
     if not given:
         return recipe
+    if given.get("eta") and given.get("scheduler", recipe.scheduler) not in {"tcd", None}:
+        raise UsageError(f"{as_field('eta', given['eta'])}: has an effect with the scheduler tcd alone, as TCD's gamma")
     if not (given.get("scheduler") or recipe.scheduler):
         first = next(iter(given))
         raise UsageError(f"{as_field(first, given[first])}: there is no recipe to change", "give `recipe` or `scheduler` too")

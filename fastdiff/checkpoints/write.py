@@ -190,7 +190,7 @@ def extras(base: Checkpoint, changed: Mapping[str, Weights], dtype: torch.dtype 
     empty = lambda: torch.empty(0)
     if base.family.marks_v and base.prediction_type == "v_prediction":
         yield Entry("v_pred", torch.float32, (0,), empty)
-    if base.scheduler_config.get("rescale_betas_zero_snr"):
+    if base.ends_in_noise:
         yield Entry("ztsnr", torch.float32, (0,), empty)
 
 
@@ -269,7 +269,7 @@ def say_prediction(base: Checkpoint, path: Path, changed: Mapping[str, Weights])
     own, seen = base.prediction_type, seen_by_comfyui(base, changed)
     if own == seen:
         return
-    zsnr = ", with zsnr on" if base.scheduler_config.get("rescale_betas_zero_snr") and not base.family.marks_v else ""
+    zsnr = ", with zsnr on" if base.ends_in_noise and not base.family.marks_v else ""
     node = f'a node "ModelSamplingDiscrete" set to "{names[own]}"{zsnr}'
     info(f"{path.name}: ComfyUI takes it for {seen}; put {node} after its loader")
 

@@ -185,7 +185,7 @@ def of_folder(path: Path) -> dict[str, Any]:
         return {"kind": "other", "supported": False, **why_not(error, path)}
     stored = {part: [p.name for p in base.stored(part, path)] for part in base.parts}
     return {"kind": "diffusers folder", "family": base.family.name, "prediction_type": base.prediction_type,
-            "zero_snr": bool(base.scheduler_config.get("rescale_betas_zero_snr")), "files": stored,
+            "zero_snr": base.ends_in_noise, "files": stored,
             "embeds_guidance": base.embeds_guidance, **known_as(base.published, base.recipe), **opens(base)}  # fmt: skip
 
 

@@ -151,6 +151,7 @@ class Solver:
     spacing: str  # the timestep spacing that it works best with, as in NoiseSchedule.grid
     stochastic: bool = False  # whether it draws noise between steps
     off_zero: bool = False  # whether it walks on `NoiseSchedule.off_zero`
+    takes_eta: bool = False  # whether eta changes it
 
 
 SOLVERS: dict[str, Solver] = {
@@ -159,5 +160,5 @@ SOLVERS: dict[str, Solver] = {
     "dpm++": Solver(dpmpp_2m, "DPMSolverMultistepScheduler", "trailing", off_zero=True),
     "dpm++sde": Solver(dpmpp_2m_sde, "DPMSolverMultistepScheduler", "trailing", stochastic=True, off_zero=True),
     "lcm": Solver(lcm, "LCMScheduler", "lcm", stochastic=True),
-    "tcd": Solver(tcd, "TCDScheduler", "lcm", stochastic=True),
+    "tcd": Solver(tcd, "TCDScheduler", "lcm", stochastic=True, takes_eta=True),
 }

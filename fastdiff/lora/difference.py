@@ -39,9 +39,16 @@ def opened(ref: str | None, config: Config) -> Checkpoint:
 
 
 def same_kind(one: Checkpoint, other: Checkpoint) -> None:
-    """Raise InputRefused if two checkpoints are of different families."""
+    """Raise InputRefused if two checkpoints are of different families; warn if they predict different things.
+
+    A one-step student predicts x0, whatever its base does, so nothing can be said of it.
+    """
     if one.family != other.family:
         raise InputRefused(f"{other.ref} is {other.family}, {one.ref} is {one.family}: their weights cannot be subtracted")
+    kinds = {one.prediction_type, other.prediction_type}
+    if len(kinds) > 1 and "sample" not in kinds:
+        what = (f"{item.ref} predicts {apply.NAMED[item.prediction_type]}" for item in (one, other))
+        console.warn(f"{', but '.join(what)}: their difference is not what a training changed")
 
 
 def pairs(one: Checkpoint, other: Checkpoint, part: str) -> tuple[Weights, Weights]:

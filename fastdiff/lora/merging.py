@@ -59,6 +59,9 @@ def recipe_of(loras: Sequence[tuple[Lora, float]], base: Checkpoint | None = Non
     if not having:
         return base.recipe if base else loras[0][0].recipe
     first, *others = having
+    if base and base.recipe.few_steps and base.recipe.method != first.recipe.method:
+        settings = published.settings_text(base.recipe)
+        console.warn(f"{base.ref}: a few-step checkpoint, whose recipe ({settings}) gives way to that of {first.source}")
     for other in others:
         settings = published.settings_text(other.recipe)
         console.warn(f"{other.source}: has a recipe of its own ({settings}); that of {first.source} is used")
@@ -127,6 +130,8 @@ def concatenate(loras: list[tuple[Lora, float]], *, recipe: Recipe | None = None
     made = combined(loras, **how)
     family, _ = agreed(loras)
     kinds = [item.trained_for for item, _ in loras if item.trained_for]
+    if recipe:
+        published.warn_of_family(recipe, family.name if family else None)
     recipe = replace(recipe or recipe_of(loras), family=family.name if family else None)
     if recipe.prediction_type is None and kinds:
         recipe = replace(recipe, prediction_type=kinds[0])
@@ -270,6 +275,8 @@ def bake(
     for part, prefix in prefixes.items():
         changed[part], touched = apply.baked(base.weights(part, shapes[part]), prefix, ready)
         count += touched
+    if asked:
+        published.warn_of_family(asked, base.family.name)
     kept = replace(asked or recipe_of(given, base), family=base.family.name)
     said = inherited(given, base)
     if hint := "; ".join(filter(None, (usage_hint(kept), said.get(words.HINT)))):

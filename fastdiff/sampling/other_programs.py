@@ -129,7 +129,7 @@ def in_comfyui(base: Checkpoint, recipe: Recipe, settings: Settings, wanted: Seq
     node = "lcm" if walk.table is LCM_TABLE else "x0" if kind == "sample" else None
     parts = [f"sampler `{COMFYUI[settings.scheduler]}`, scheduler `{walk.schedule}`, {numbers(recipe, settings, 'cfg')}"]
     if node:
-        zsnr = ", `zsnr` on" if base.scheduler_config.get("rescale_betas_zero_snr") else ""
+        zsnr = ", `zsnr` on" if base.ends_in_noise else ""
         parts.append(f"before the sampler, the node ModelSamplingDiscrete set to `{node}`{zsnr}")
     if settings.scheduler == "tcd":
         eta = f" (eta {settings.eta:g})" if settings.eta else ""

@@ -95,6 +95,9 @@ class Sampler:
         self.lora_options = how | {"recognise": given is None}
         ready = assemble.load_loras(self.source, self.loras, **self.lora_options)
         self.recipe = recipe_of(ready, self.source) if given is None else given
+        if given is not None:
+            published.warn_of_family(given, self.source.family.name)
+            console.note(f"recipe: {published.settings_text(given) or 'none, as the base is usually drawn'}")
         self.same_family()
         alone = not ready and not identified
         self.base = own = self.source if alone else assemble.separate(self.source, "unet", "text_encoders")

@@ -152,6 +152,8 @@ def asked(recipe: Recipe, default: Settings, **given: Any) -> Settings:
     if steps and (doubt := doubt_of(recipe, steps)):
         console.warn(f"{as_field('num_steps', steps)}: {doubt}")
     chosen = Settings.of(recipe, default, **given)
+    if given.get("eta") and not SOLVERS[chosen.scheduler].takes_eta:
+        console.warn(f"`eta` has no effect with {chosen.scheduler}: it is TCD's gamma")
     if given.get("guidance_rescale") and not chosen.guided:
         console.warn("`guidance_rescale` has no effect at guidance 1 or less")
     return chosen

@@ -81,7 +81,7 @@ def stock_call(base: Checkpoint, settings: Settings, kind: PredictionType | None
     stored = base.stored_scheduler_config
     if single or kind != stored.get("prediction_type", "epsilon"):
         wanted["prediction_type"] = kind
-    if base.scheduler_config.get("rescale_betas_zero_snr") and (single or not stored.get("rescale_betas_zero_snr")):
+    if base.ends_in_noise and (single or not stored.get("rescale_betas_zero_snr")):
         wanted["rescale_betas_zero_snr"] = True
     config = "".join(f", {key}={literal(value)}" for key, value in wanted.items())
     eta = f", eta={settings.eta:g}" if settings.eta and settings.scheduler == "tcd" else ""
