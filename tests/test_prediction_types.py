@@ -18,7 +18,7 @@ from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data.teacher import Shards
 from fastdiff.diffusion.guidance import rescale
 from fastdiff.lora import apply
-from fastdiff.methods.lcm import LCM
+from fastdiff.methods.lcm import LCM, guidance_embedded
 from fastdiff.methods.shared import cutting
 from fastdiff.models import text
 from fastdiff.models.denoiser import Cond, Denoiser
@@ -470,14 +470,44 @@ def test_every_command_trains_from_a_zero_snr_base_that_predicts_v_or_refuses_it
         assert code in {2, 3}
         assert told["error"]["message"]
         return
-    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    it_trained("run")
+
+
+def it_trained(run):
+    """Losses and tensors of a run are finite, and a LoRA is no longer the zeros that it began as."""
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     losses = [v for row in rows for k, v in row.items() if isinstance(v, float) and ("loss" in k or "/" in k)]
     assert losses
     assert all(math.isfinite(v) for v in losses)
-    for path in Path("run").glob("*.safetensors"):
+    for path in Path(run).glob("*.safetensors"):
         tensors = load_file(path)
         assert all(t.isfinite().all() for t in tensors.values())
         assert any(t.any() for k, t in tensors.items() if "lora_up" in k)  # which are zeros before the first step
+
+
+@pytest.fixture(scope="session")
+def whole_lcm(tiny_sd, tmp_path_factory):
+    """A checkpoint whose UNet takes the guidance as an input."""
+    base, path = checkpoint.load(str(tiny_sd)), tmp_path_factory.mktemp("lcm") / "lcm"
+    write.to_folder(base.with_unet(guidance_embedded(base.unet, 8), "epsilon"), path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["turbo", "whole_lcm"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_trains_from_a_few_step_base_or_refuses_it_at_once(
+    command, kind, tiny_controlnet, tiny_pruned, request, fastdiff
+):
+    own = arguments(command, request.getfixturevalue(kind), tiny_controlnet, tiny_pruned)
+    code, told = fastdiff(*own, "--steps", STEPS.get(command, "2"), "-o", "run")
+    if kind == "turbo" or command in {"train-lcm-lora", "distill-vae"}:
+        assert code == 0, told["error"]
+        it_trained("run")
+    else:
+        assert code == 3, told
+        assert any(word in told["error"]["message"] for word in ("takes the guidance as an input", "time_cond_proj_dim"))
+        assert not list(Path().rglob("metrics.jsonl"))
 
 
 STEPS = {"sdxs": "7", "lightning": "9", "dmd": "4", "sid": "4", "tdm": "4"}
