@@ -3,11 +3,11 @@
 This is asked as soon as a folder is opened: such a model would fail only after its prompts and pictures are encoded.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastdiff.checkpoints.configs import read
 from fastdiff.checkpoints.family import of_unet_config, titles
 from fastdiff.runtime.errors import InputRefused
 
@@ -31,19 +31,6 @@ def refusal(where: Path, what: str, reason: str = "") -> InputRefused:
     """The error for an unsupported file or folder: `what` it is, and in `reason` what that was seen by."""
     message = f"{where}: {what}" + (f" ({reason})" if reason else "")
     return InputRefused(message, f"{titles()} text-to-image checkpoints are supported")
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; {} where there is none. InputRefused where it is no JSON object."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputRefused(f"{path}: not a JSON file", "download or copy the file again") from error
-    if not isinstance(content, dict):
-        raise InputRefused(f"{path}: not a JSON object", "download or copy the file again")
-    return content
 
 
 def pipeline_of(index: Mapping[str, Any]) -> str:
@@ -86,6 +73,11 @@ def check_components(folder: Path, index: Mapping[str, Any]) -> None:
     for part, classes in CLASSES.items():
         if (own := class_of(index, part)) is not None and own not in classes:
             raise refusal(folder, f"{name}, whose {part} is of an unknown class", own)
+    encoders, tokenizers = (
+        [part for part in index if part.startswith(start) and class_of(index, part)] for start in ("text_encoder", "tokenizer")
+    )
+    if len(encoders) != len(tokenizers):
+        raise refusal(folder, f"{name} with {len(encoders)} text encoders and {len(tokenizers)} tokenizers", "model_index.json")
     if index.get("requires_aesthetics_score"):
         raise refusal(folder, "an SDXL refiner", "requires_aesthetics_score")
     for part in ("motion_adapter", "image_encoder", "controlnet"):
