@@ -96,8 +96,9 @@ SIZE: Rule = (either(is_none, is_whole, listed(is_whole)), "a whole number, or a
 WIDTH: Rule = (either(is_whole, listed(is_whole)), SIZE[1])
 COUNTS: Rule = (
     either(is_none, is_count, listed(either(is_count, listed(is_count)))),
-    f"whole numbers from 1 to {MOST_LAYERS}",
+    f"a whole number from 1 to {MOST_LAYERS}, or a list of them",
 )
+BLOCKS: Rule = (listed(lambda value: value == 0 or is_count(value)), f"a list of whole numbers from 0 to {MOST_LAYERS}")
 UNET: dict[str, Rule] = {
     "sample_size": SIZE, "block_out_channels": SIZES, "layers_per_block": COUNTS, "in_channels": WHOLE, "out_channels": WHOLE,
     "down_block_types": NAMES, "up_block_types": NAMES, "cross_attention_dim": WIDTH, "attention_head_dim": SIZE,
@@ -114,7 +115,7 @@ VAE: dict[str, Rule] = {
 }  # fmt: skip
 TINY_VAE: dict[str, Rule] = {
     "latent_channels": WHOLE, "encoder_block_out_channels": SIZES, "decoder_block_out_channels": SIZES,
-    "num_encoder_blocks": (listed(is_count), COUNTS[1]), "num_decoder_blocks": (listed(is_count), COUNTS[1]),
+    "num_encoder_blocks": BLOCKS, "num_decoder_blocks": BLOCKS,
     "scaling_factor": POSITIVE, "in_channels": WHOLE, "out_channels": WHOLE,
 }  # fmt: skip
 TEXT: dict[str, Rule] = {

@@ -32,6 +32,8 @@ def shards(index: Path) -> list[Path]:
     places = read(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise InputRefused(f"{index}: not an index of shards", AGAIN)
+    if paths := [name for name in places.values() if "/" in name or "\\" in name]:
+        raise InputRefused(f"{index}: the name of a shard looks like a path ({quoted(ascii(paths[0]))[:80]})", AGAIN)
     if strange := [name for name in places.values() if not FILE_NAME.fullmatch(name)]:
         raise InputRefused(f"{index}: a shard has no plain file name ({quoted(ascii(strange[0]))[:80]})", AGAIN)
     return [index.with_name(name) for name in sorted(set(places.values()))]

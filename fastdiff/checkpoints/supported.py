@@ -62,6 +62,16 @@ def check_folder(folder: Path) -> None:
     for start, what in SCHEDULERS.items():
         if scheduler.startswith(start):
             raise refusal(folder, what, scheduler)
+    check_tokenizers(folder, index)
+
+
+def check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuse a pipeline that has not one tokenizer for each text encoder."""
+    count = lambda start: sum(part.startswith(start) and class_of(index, part) is not None for part in index)
+    encoders, tokenizers = count("text_encoder"), count("tokenizer")
+    if encoders != tokenizers:
+        what = f"{pipeline_of(index)} with {encoders} text encoders and {tokenizers} tokenizers"
+        raise refusal(folder, what, "model_index.json")
 
 
 def check_components(folder: Path, index: Mapping[str, Any]) -> None:
@@ -73,11 +83,6 @@ def check_components(folder: Path, index: Mapping[str, Any]) -> None:
     for part, classes in CLASSES.items():
         if (own := class_of(index, part)) is not None and own not in classes:
             raise refusal(folder, f"{name}, whose {part} is of an unknown class", own)
-    encoders, tokenizers = (
-        [part for part in index if part.startswith(start) and class_of(index, part)] for start in ("text_encoder", "tokenizer")
-    )
-    if len(encoders) != len(tokenizers):
-        raise refusal(folder, f"{name} with {len(encoders)} text encoders and {len(tokenizers)} tokenizers", "model_index.json")
     if index.get("requires_aesthetics_score"):
         raise refusal(folder, "an SDXL refiner", "requires_aesthetics_score")
     for part in ("motion_adapter", "image_encoder", "controlnet"):

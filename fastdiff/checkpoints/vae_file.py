@@ -186,6 +186,8 @@ def tiny_config(shapes: Shapes, where: str) -> dict[str, Any]:
     InputRefused, in which the file is called `where`, for a decoder without its first layer or of a single one.
     """
     blocks = {part: stages(shapes, part) for part in ("decoder", "encoder")}
+    if "decoder.layers.0.weight" not in shapes:
+        raise InputRefused(f"{where}: its decoder has no first layer (decoder.layers.0.weight)")
     first = sizes(shapes, "decoder.layers.0.weight", where)
     if not blocks["decoder"]:
         raise InputRefused(f"{where}: the decoder has one layer, and no blocks")
