@@ -131,7 +131,7 @@ NOT_OURS = {
     "a diffusion transformer": {"x_embedder.proj.weight": (1, 1)},
     "a video or motion model": {"down_blocks.0.motion_modules.0.weight": (1, 1)},
     "a ControlNet": {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
-    "a LoRA: give it with `lora`": {"lora_unet_x.lora_down.weight": (4, 4)},
+    "a LoRA, not a base model": {"lora_unet_x.lora_down.weight": (4, 4)},
     "a textual inversion embedding": {"emb_params": (4, 768)},
     "a UNet alone with diffusers' names": {"down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)},
     "averaged weights alone": {"model_ema.diffusion_modelinput_blocks00weight": (320, 4, 3, 3)},

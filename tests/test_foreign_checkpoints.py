@@ -227,7 +227,7 @@ def test_a_unet_alone_under_ldm_names_too(one, tiny_sd, tmp_path):
     assert "`base_config=FOLDER`" in caught.value.hint
     lora = {"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.ones(4, 4)}
     save_file(lora, tmp_path / "lora.safetensors")
-    with pytest.raises(InputRefused, match="a LoRA: give it with `lora`"):
+    with pytest.raises(InputRefused, match="a LoRA, not a base model"):
         checkpoint.load(str(tmp_path / "lora.safetensors"), config=str(tiny_sd))
 
 

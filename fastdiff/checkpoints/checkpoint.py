@@ -3,7 +3,6 @@
 Its components load on first use. A component with a layer missing or too many is refused as a whole.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints import component, folders, published, single_file, supported, tokens, views
+from fastdiff.checkpoints import component, configs, folders, published, single_file, supported, tokens, views
 from fastdiff.checkpoints.detect import Detection, check_kind, detect, detect_prediction, infer_unet
 from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.fingerprint import fingerprint as fingerprint
@@ -26,7 +25,7 @@ from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdiff.runtime.console import info, note, warn
-from fastdiff.runtime.errors import InputRefused, as_field
+from fastdiff.runtime.errors import InputRefused, as_field, quoted
 
 
 def plain_name(part: str, name: str) -> str:
@@ -75,12 +74,24 @@ class Checkpoint:
         file = self.folder / "model_index.json"
         if not file.exists():
             raise InputRefused(f"{self.folder}: model_index.json is missing; it is not a diffusers folder")
-        return json.loads(file.read_text())
+        return configs.read(file)
 
     @property
     def stored_scheduler_config(self) -> dict[str, Any]:
-        """The diffusers scheduler config of the folder as it is stored there, whatever a single file or the user states."""
-        return json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
+        """The diffusers scheduler config of the folder as it is stored there, whatever a single file or the user states.
+
+        InputRefused where it is missing, or has a value that it cannot have.
+        """
+        if not self.scheduler_file.is_file():
+            raise InputRefused(f"{self.scheduler_file}: missing; {self.folder} is no complete diffusers folder")
+        config = configs.read(self.scheduler_file)
+        configs.check(config, configs.SCHEDULER, self.scheduler_file)
+        return config
+
+    @property
+    def scheduler_file(self) -> Path:
+        """The file with the scheduler config."""
+        return self.folder / "scheduler" / "scheduler_config.json"
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
@@ -107,13 +118,17 @@ class Checkpoint:
         return self.config_of("unet")
 
     def config_of(self, part: str) -> dict[str, Any]:
-        """The config of a component; the UNet of a single file has the blocks of the file. InputRefused where it is missing."""
+        """The config of a component; the UNet of a single file has the blocks of the file.
+
+        InputRefused where it is missing, or has a value that it cannot have.
+        """
         if part in self.configs:
             return self.configs[part]
         path = self.folder / part / "config.json"
         if not path.exists():
             raise InputRefused(f"{path}: missing; {self.folder} is no complete diffusers folder")
-        config = json.loads(path.read_text())
+        config = configs.read(path)
+        configs.check_part(part, config, path)
         if part == "unet" and self.own_config and self.family.published:
             config = infer_unet(self.file, config)
             if self.family.epsilon_latent_side and self.prediction_type != "v_prediction":
@@ -142,9 +157,9 @@ class Checkpoint:
         return bool(self.scheduler_config.get("rescale_betas_zero_snr"))
 
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule of the scheduler config; ValueError where it is not supported.
+        """The noise schedule of the scheduler config; InputRefused where it is not supported.
 
-        InputRefused where it ends in pure noise and the UNet predicts epsilon: pure noise says nothing of x0 (Lin et al. 2024).
+        So it is where it ends in pure noise and the UNet predicts epsilon: pure noise says nothing of x0 (Lin et al. 2024).
         """
         if self.ends_in_noise and self.prediction_type == "epsilon":
             raise InputRefused(
@@ -152,7 +167,11 @@ class Checkpoint:
                 "predicts epsilon is undefined",
                 "if it predicts v, give `prediction_type=v_prediction`" + (", or leave out `zero_snr`" if self.zero_snr else ""),
             )
-        return NoiseSchedule.from_config(self.scheduler_config)
+        with configs.building(self.scheduler_file, "noise schedule"):
+            schedule = NoiseSchedule.from_config(self.scheduler_config)
+        if not bool(torch.stack([schedule.alpha, schedule.sigma]).isfinite().all()):
+            raise InputRefused(f"{self.scheduler_file}: its betas make no noise schedule: they leave the range from 0 to 1")
+        return schedule
 
     def with_unet(self, net: nn.Module, kind: PredictionType) -> "Checkpoint":
         """A copy of this checkpoint with `net` as the UNet, which outputs `kind`. Other components are shared."""
@@ -179,7 +198,10 @@ class Checkpoint:
         file = self.folder / "fastdiff.json"
         if self.path.is_file():
             return self.file.metadata
-        return json.loads(file.read_text()) if file.exists() else {}
+        content = configs.read(file)
+        if wrong := [name for name, value in content.items() if not isinstance(value, str)]:
+            raise InputRefused(f"{file}: {wrong[0]} is {configs.shown(content[wrong[0]])}, where a text is wanted")
+        return content
 
     @property
     def published(self) -> Found | None:
@@ -188,7 +210,7 @@ class Checkpoint:
 
     @property
     def recipe(self) -> Recipe:
-        """The sampling settings of a distilled checkpoint; empty for any other.
+        """The sampling settings of a distilled checkpoint; empty for any other. InputRefused where they are malformed.
 
         Those of a published one are its authors', and a line says so. A network that takes the guidance as an input was
         distilled, as LCM was, and is sampled so where no file tells.
@@ -196,7 +218,11 @@ class Checkpoint:
         if found := self.published:
             note(f"{self.ref}: {found.text}")
             return found.row.recipe
-        recipe = Recipe.from_metadata(self.header)
+        try:
+            recipe = Recipe.from_metadata(self.header)
+        except ValueError as error:
+            where = self.path if self.path.is_file() else self.folder / "fastdiff.json"
+            raise InputRefused(f"{where}: the header is malformed ({quoted(error)})") from error
         if recipe.scheduler is None and self.embeds_guidance:
             told = {name: value for name, value in vars(recipe).items() if value is not None}
             usual = {"family": self.family.name, "prediction_type": self.prediction_type}
@@ -208,7 +234,7 @@ class Checkpoint:
     @property
     def text_parts(self) -> list[str]:
         """The names of the text encoders: text_encoder, and for SDXL text_encoder_2 too."""
-        return [part for part, row in self.index.items() if part.startswith("text_encoder") and row[1]]
+        return [part for part in self.index if part.startswith("text_encoder") and supported.class_of(self.index, part)]
 
     @property
     def parts(self) -> list[str]:
@@ -222,7 +248,8 @@ class Checkpoint:
 
     def skeleton(self, part: str) -> nn.Module:
         """A component as a network without weights: its parameters are on the meta device."""
-        return component.skeleton(part, self.config_of(part), self.index)
+        with configs.building(self.folder / part / "config.json"):
+            return component.skeleton(part, self.config_of(part), self.index)
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter that the component needs, by name.
@@ -231,7 +258,7 @@ class Checkpoint:
         takes longer than reading a file.
         """
         home, stock = self.family.home, self.family.published and self.folder == self.family.home
-        if stock and self.config_of(part) == json.loads((home / part / "config.json").read_text()):
+        if stock and self.config_of(part) == configs.read(home / part / "config.json"):
             return shape_tables()[self.family.name][part]
         return {plain_name(part, k): tuple(v.shape) for k, v in self.skeleton(part).state_dict().items()}
 
@@ -357,9 +384,13 @@ class Checkpoint:
         """The diffusers pipeline of the family with these components, which all load now."""
         import diffusers
 
-        # the class that the folder names
-        scheduler = getattr(diffusers, self.scheduler_config.get("_class_name", "DDIMScheduler"))
-        parts: dict[str, Any] = {"unet": self.unet, "vae": self.vae, "scheduler": scheduler.from_config(self.scheduler_config)}
+        name = self.scheduler_config.get("_class_name", "DDIMScheduler")
+        scheduler = getattr(diffusers, str(name), None)  # the class that the folder names, where there is one
+        if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
+            raise InputRefused(f"{self.scheduler_file}: _class_name is {configs.shown(name)}, which is no scheduler of diffusers")
+        with configs.building(self.scheduler_file, "scheduler"):
+            parts: dict[str, Any] = {"scheduler": scheduler.from_config(self.scheduler_config)}
+        parts |= {"unet": self.unet, "vae": self.vae}
         for i, (encoder, tokenizer) in enumerate(zip(self.text_encoders, self.tokenizers, strict=True)):
             suffix = "" if i == 0 else f"_{i + 1}"
             parts |= {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}

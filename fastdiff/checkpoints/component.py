@@ -1,13 +1,13 @@
 """Single networks: components of a base model, and a VAE or a ControlNet that is loaded beside it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastdiff.runtime.errors import InputRefused, UsageError, as_field, quoted
+from fastdiff.checkpoints import configs
+from fastdiff.runtime.errors import InputRefused, UsageError, as_field, device_error, quoted
 
 FILES = ["config.json", "diffusion_pytorch_model.safetensors", "fastdiff.json"]
 
@@ -39,7 +39,7 @@ def locate(ref: str, option: str, what: str) -> Path:
 def config_of(folder: Path, option: str, ref: str, classes: tuple[str, ...]) -> dict[str, Any]:
     """The config.json of the network in `folder`; InputRefused where there is none, or its class is not one of `classes`."""
     path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = configs.read(path)
     if config.get("_class_name") not in classes:
         problem = config.get("_class_name") or "no config.json there"
         raise InputRefused(f"{as_field(option, ref)}: {problem}", f"a diffusers folder of {' or '.join(classes)}")
@@ -50,16 +50,28 @@ def load(folder: Path, option: str, ref: str, config: dict[str, Any]) -> nn.Modu
     """Load the network in fp32 and freeze it; InputRefused where weights are missing or cannot be read."""
     import diffusers
 
+    check_values(config, folder / "config.json")
     kind = getattr(diffusers, config["_class_name"])  # one of the classes that `config_of` allows
     try:
         net, report = kind.from_pretrained(
             folder, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputRefused(f"{as_field(option, ref)}: its weights cannot be read ({quoted(error).splitlines()[0]})") from error
+    except Exception as error:  # diffusers and torch raise a dozen kinds where a config or a file of weights is damaged
+        if clear := device_error(error):
+            raise clear from error
+        reason = (quoted(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputRefused(f"{as_field(option, ref)}: its weights cannot be read ({reason})") from error
     if missing := sorted(report["missing_keys"]):
         raise InputRefused(f"{as_field(option, ref)}: {len(missing)} of its layers have no weights ({missing[0]})")
     return net.eval().requires_grad_(False)
+
+
+def check_values(config: dict[str, Any], where: Path) -> None:
+    """InputRefused where the config of a VAE or a ControlNet has a value that no such network can have."""
+    if config["_class_name"] == "ControlNetModel":
+        configs.check(config, configs.UNET, where, ("block_out_channels",))
+    else:
+        configs.check_part("vae", config, where)
 
 
 def skeleton(part: str, config: dict[str, Any], index: dict[str, Any]) -> nn.Module:

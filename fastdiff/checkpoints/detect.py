@@ -29,7 +29,7 @@ OTHERS = (  # pattern of a tensor name, and what an unsupported file with such a
 )
 NO_UNET = (  # the same for files without a UNet under LDM names
     (r"^control_model\.|^controlnet_|^input_hint_block|^zero_convs", "a ControlNet, not a base model"),
-    (r"\.lora_(down|up|A|B)\.|_lora\.(down|up)|\.hada_w|\.lokr_w", "a LoRA: give it with `lora`"),
+    (r"\.lora_(down|up|A|B)\.|_lora\.(down|up)|\.hada_w|\.lokr_w", "a LoRA, not a base model"),
     (r"string_to_param|^emb_params$|^clip_[lg]$", "a textual inversion embedding, not a base model"),
 )
 PARTS = (  # the same for files of one part of a model, whose other parts `base_config` may give
@@ -43,6 +43,7 @@ PARTS = (  # the same for files of one part of a model, whose other parts `base_
 )
 FIRST = f"{UNET}input_blocks.0.0.weight"
 SPREAD = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"  # by which ComfyUI tells what a network of SD2 predicts
+BESIDE = "the commands `fastdiff sample` and `fastdiff export` take it beside a base model, as its `vae`"
 PART_OF = "give the folder that it belongs to, whose other parts are then used: `base_config=FOLDER`"
 
 
@@ -77,7 +78,7 @@ def check_kind(file: TensorFile, *, whole: bool) -> None:
     for pattern, what in PARTS if whole and FIRST not in shapes else ():
         if key := next((k for k in shapes if re.search(pattern, k)), None):
             error = refusal(path, what, key)
-            error.hint = PART_OF if is_diffusers_unet(file) else error.hint
+            error.hint = PART_OF if is_diffusers_unet(file) else BESIDE if "VAE" in what else error.hint
             raise error
     names = (FIRST, "conv_in.weight", "unet.conv_in.weight")
     first = next((name for name in names if len(shapes.get(name, ())) == 4), None)

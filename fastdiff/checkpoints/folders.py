@@ -1,12 +1,15 @@
 """Which files of a diffusers folder hold the weights of a component, in all the names that diffusers and transformers write."""
 
+import re
 from pathlib import Path
 
-from fastdiff.checkpoints.supported import class_of, read
-from fastdiff.runtime.errors import InputRefused
+from fastdiff.checkpoints.configs import AGAIN, read
+from fastdiff.checkpoints.supported import class_of
+from fastdiff.runtime.errors import InputRefused, quoted
 
 STEMS = ("diffusion_pytorch_model", "model")  # of safetensors files: of a UNet or VAE, and of a text encoder
 PICKLED = ("diffusion_pytorch_model", "pytorch_model")  # of .bin files
+FILE_NAME = re.compile(r"[\w-][\w. +-]{0,199}", re.ASCII)  # of a shard: no path, and nothing that a disk would not take
 VARIANTS = ("", ".fp16")  # full precision is preferred
 
 
@@ -28,9 +31,11 @@ def shards(index: Path) -> list[Path]:
     """The files that the index of a component in several files names."""
     places = read(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise InputRefused(f"{index}: not an index of shards", "download or copy the file again")
-    if strange := next((name for name in places.values() if "/" in name or "\\" in name), None):
-        raise InputRefused(f"{index}: the name of a shard looks like a path ({strange[:80]})")
+        raise InputRefused(f"{index}: not an index of shards", AGAIN)
+    if paths := [name for name in places.values() if "/" in name or "\\" in name]:
+        raise InputRefused(f"{index}: the name of a shard looks like a path ({quoted(ascii(paths[0]))[:80]})", AGAIN)
+    if strange := [name for name in places.values() if not FILE_NAME.fullmatch(name)]:
+        raise InputRefused(f"{index}: a shard has no plain file name ({quoted(ascii(strange[0]))[:80]})", AGAIN)
     return [index.with_name(name) for name in sorted(set(places.values()))]
 
 

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastdiff.checkpoints import folders, supported, views
+from fastdiff.checkpoints import configs, folders, supported, views
 from fastdiff.checkpoints.detect import detect
 from fastdiff.checkpoints.family import SHIPPED, Family, aliases, base_names, named, of_unet_config
 from fastdiff.checkpoints.tensors import TensorFile
@@ -165,7 +165,7 @@ def family_of(ref: str, *, config: str | None = None, allow_pickle: bool = False
         raise InputRefused(
             f"{as_field('base', ref)}: {unet_config} is missing; a diffusers folder holds unet/, vae/, text_encoder/ ..."
         )
-    return of_unet_config(json.loads(unet_config.read_text()))
+    return of_unet_config(configs.read(unet_config))
 
 
 def config_folder(config: str, file: TensorFile, *, allow_pickle: bool) -> Path:

@@ -9,7 +9,7 @@ import pickletools
 import re
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # the names of Python 2, as every unpickler translates them
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ TENSORS = re.compile(  # names that the guarded unpickler itself knows how to ma
     r"|torch\.(storage\.\w+|_utils\._rebuild_\w+|nn\.parameter\.Parameter|serialization\._get_layout"
     r"|_tensor\._rebuild_from_type_v2)"
 )
+MOST_CODES = 5_000_000  # of a pickle: SDXL's takes 0.3 million, with what its optimizer keeps a million
 HINT = "it was not opened; convert it to safetensors where you trust it"
 
 
@@ -72,27 +73,45 @@ def stand_in(name: str) -> type:
     return InertDict if DICTS.fullmatch(name) else InertList if LISTS.fullmatch(name) else Inert
 
 
+def check_archive(path: Path, archive: zipfile.ZipFile) -> None:
+    """InputRefused for an archive that holds more than the file has bytes.
+
+    torch.save packs nothing, so an honest archive is as large as its content. A packed one of some KB may hold gigabytes of
+    pickle, which would be read for hours; and torch, which maps a file into memory, would take its packed bytes for weights.
+    """
+    rows = archive.infolist()
+    packed = any(row.compress_type != zipfile.ZIP_STORED or row.file_size != row.compress_size for row in rows)
+    if packed or sum(row.file_size for row in rows) > path.stat().st_size:
+        raise InputRefused(f"{path}: a packed pickle, which torch.save does not write", HINT)
+
+
 def imported(path: Path) -> set[str]:
     """The full names of everything that a file of torch.save would import. They are read off it without running anything.
 
-    Empty where it cannot be taken apart; the guarded unpickler then refuses what it does not know.
+    Empty where it cannot be taken apart; the guarded unpickler then refuses what it does not know. InputRefused where it is so
+    long that taking it apart would not end.
     """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                check_archive(path, archive)
                 inner = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
                 with archive.open(inner) as file:
-                    return set(names_in(file))
+                    return set(names_in(file, path))
         with path.open("rb") as file:  # the old format: four pickles in a row, and then the bytes of the tensors
-            return {name for _ in range(4) for name in names_in(file)}
+            return {name for _ in range(4) for name in names_in(file, path)}
+    except InputRefused:
+        raise
     except (ValueError, RuntimeError, OSError, EOFError, StopIteration, KeyError, IndexError, zipfile.BadZipFile):
         return set()
 
 
-def names_in(file: Any) -> Iterator[str]:
-    """Yield the full names that the next pickle of a file imports."""
+def names_in(file: Any, path: Path) -> Iterator[str]:
+    """Yield the full names that the next pickle of an open file, or of an archive's entry, imports; `path` is for messages."""
     texts: list[str] = []  # of the newer kind of import, which takes its name from the two texts before it
-    for code, value, _ in pickletools.genops(file):
+    for count, (code, value, _) in enumerate(pickletools.genops(file)):
+        if count > MOST_CODES:
+            raise InputRefused(f"{path}: a pickle of more than {MOST_CODES} instructions", HINT)
         if code.name in {"GLOBAL", "INST"}:
             module, name = str(value).split(" ", 1)
         elif code.name == "STACK_GLOBAL":
@@ -117,8 +136,9 @@ def unsafe_globals(path: Path) -> list[str]:
 def load(path: Path, head: bytes, *, values: bool = True) -> dict[str, Tensor]:
     """The tensors of a file of torch.save, whose first bytes are `head`; those of its `state_dict`, if it has one.
 
-    Without `values` they are on the meta device: names, shapes and dtypes alone. InputRefused where the file is corrupt or would
-    import anything beyond tensors and known leftovers of training.
+    Without `values` they are on the meta device: names, shapes and dtypes alone. InputRefused where the file is corrupt, holds
+    tensors that are none (sparse ones, or some without numbers), or would import anything beyond tensors and known leftovers of
+    training.
     """
     if unsafe := unsafe_globals(path):
         raise InputRefused(f"{path}: a pickle that wants to run {', '.join(unsafe[:3])}", HINT)
@@ -138,4 +158,17 @@ def load(path: Path, head: bytes, *, values: bool = True) -> dict[str, Tensor]:
     tensors = {str(k): v.detach() for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
     if not tensors:
         raise InputRefused(f"{path}: a pickle without tensors")
+    check_tensors(path, tensors, values=values)
     return tensors
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], *, values: bool) -> None:
+    """InputRefused where a tensor of a pickle is no plain block of numbers that the file holds."""
+    size = path.stat().st_size
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise InputRefused(f"{path}: {name} is a sparse or quantised tensor, which is not supported")
+        if tensor.is_meta and values:
+            raise InputRefused(f"{path}: {name} has no numbers (it was saved from the meta device)")
+        if tensor.nbytes > size:  # strides of 0 make trillions of numbers of one, which would be written out on first use
+            raise InputRefused(f"{path}: {name} claims {tensor.nbytes} bytes, and the whole file has {size}")

@@ -1,6 +1,7 @@
 """The sampling settings of a few-step model, stored in the header of its weights file and used by `sample`."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,8 @@ if TYPE_CHECKING:
     from fastdiff.diffusion.schedule import PredictionType
 
 PREFIX = "fastdiff."
+SPACINGS = ("trailing", "leading", "linspace", "lcm")  # of NoiseSchedule.grid
+MOST_STEPS = 1000  # the timesteps of Stable Diffusion's schedule
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Recipe:
     method: str | None = None  # lcm, pcm, tcd, dmd, ...
     family: str | None = None  # the name of the checkpoints' family
     scheduler: str | None = None  # a name in samplers.SOLVERS
-    spacing: str | None = None  # trailing, leading, linspace, lcm
+    spacing: str | None = None  # one of SPACINGS
     num_steps: int | None = None
     timesteps: tuple[int, ...] | None = None  # descending, at which the network is called; None: those of the spacing
     guidance: float | None = None  # w of u + w (c - u); 1: the conditional prediction alone
@@ -57,7 +60,11 @@ class Recipe:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None) -> "Recipe":
-        """Read a recipe from the entries of a file's header. Other entries are ignored; a malformed number raises ValueError."""
+        """Read a recipe from the entries of a file's header. Other entries are ignored.
+
+        ValueError for a malformed number, and for a value that nothing can be sampled with, which would else be told as if the
+        user had given it.
+        """
         numbers = lambda text: tuple(int(x) for x in text.split(","))  # noqa: E731
         readers: dict[str, Callable[[str], Any]] = {
             "num_steps": int,
@@ -67,4 +74,38 @@ class Recipe:
             "step_counts": numbers,
         }
         texts = {f.name: (metadata or {}).get(PREFIX + f.name) for f in fields(cls)}
-        return cls(**{name: readers.get(name, str)(text) for name, text in texts.items() if text is not None})
+        read: dict[str, Any] = {}
+        for name, text in texts.items():
+            if text is not None:
+                try:
+                    read[name] = readers.get(name, str)(text)
+                except ValueError as error:
+                    raise malformed(name, text) from error
+        recipe = cls(**read)
+        for name, sound in recipe.soundness():
+            if not sound:
+                raise malformed(name, texts[name])
+        return recipe
+
+    def soundness(self) -> Iterator[tuple[str, bool]]:
+        """Yield the name of every field that is set and limited to some values, and whether its value is one of them."""
+        from fastdiff.diffusion.samplers import SOLVERS  # imports torch, which options do not load
+
+        steps = lambda n: 1 <= n <= MOST_STEPS
+        limits: dict[str, Callable[[Any], bool]] = {
+            "scheduler": SOLVERS.__contains__,
+            "spacing": SPACINGS.__contains__,
+            "num_steps": steps,
+            "step_counts": lambda counts: all(map(steps, counts)),
+            "timesteps": lambda ts: min(ts) >= 0 and ts == tuple(sorted(set(ts), reverse=True)),
+            "guidance": math.isfinite,
+            "eta": lambda eta: 0 <= eta <= 1,
+        }
+        for name, limit in limits.items():
+            if (value := vars(self)[name]) is not None:
+                yield name, limit(value)
+
+
+def malformed(name: str, text: str | None) -> ValueError:
+    """The error for the entry of a header that a recipe cannot have."""
+    return ValueError(f"{PREFIX}{name} is {ascii(text)[:80]}")

@@ -3,11 +3,11 @@
 This is asked as soon as a folder is opened: such a model would fail only after its prompts and pictures are encoded.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastdiff.checkpoints.configs import read
 from fastdiff.checkpoints.family import of_unet_config, titles
 from fastdiff.runtime.errors import InputRefused
 
@@ -31,19 +31,6 @@ def refusal(where: Path, what: str, reason: str = "") -> InputRefused:
     """The error for an unsupported file or folder: `what` it is, and in `reason` what that was seen by."""
     message = f"{where}: {what}" + (f" ({reason})" if reason else "")
     return InputRefused(message, f"{titles()} text-to-image checkpoints are supported")
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; {} where there is none. InputRefused where it is no JSON object."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputRefused(f"{path}: not a JSON file", "download or copy the file again") from error
-    if not isinstance(content, dict):
-        raise InputRefused(f"{path}: not a JSON object", "download or copy the file again")
-    return content
 
 
 def pipeline_of(index: Mapping[str, Any]) -> str:
@@ -75,6 +62,16 @@ def check_folder(folder: Path) -> None:
     for start, what in SCHEDULERS.items():
         if scheduler.startswith(start):
             raise refusal(folder, what, scheduler)
+    check_tokenizers(folder, index)
+
+
+def check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuse a pipeline that has not one tokenizer for each text encoder."""
+    count = lambda start: sum(part.startswith(start) and class_of(index, part) is not None for part in index)
+    encoders, tokenizers = count("text_encoder"), count("tokenizer")
+    if encoders != tokenizers:
+        what = f"{pipeline_of(index)} with {encoders} text encoders and {tokenizers} tokenizers"
+        raise refusal(folder, what, "model_index.json")
 
 
 def check_components(folder: Path, index: Mapping[str, Any]) -> None:

@@ -38,6 +38,7 @@ OTHER_FILES = (  # first bytes, what such a file is, what to do
     (rb"GGUF", "a GGUF file", "give the safetensors file that it was made from"),
     (rb"", "not a safetensors file, or corrupt, empty or cut short", "download or copy the file again"),
 )  # fmt: skip
+MOST_TENSORS = 100_000  # of a file: SDXL has 2,600, and a LoRA of all its layers 8,000
 AHEAD = 4  # tensors that may wait in memory to be written
 STRANGE_NAME = re.compile(r"[/\\\x00-\x1f]|^\.|\.\.")
 
@@ -106,6 +107,25 @@ class TensorFile(Mapping[str, Tensor]):
         return {name: layout.shape for name, layout in self.layouts.items()}
 
 
+class PickleOutline(TensorFile):
+    """A pickle of which names, shapes and dtypes are known. The numbers of all its tensors are read when some are asked for."""
+
+    def __init__(self, path: Path, layouts: dict[str, Layout], loaded: dict[str, Tensor], head: bytes) -> None:
+        super().__init__(path, layouts, {}, loaded)
+        self.head, self.read = head, False
+
+    def __getitem__(self, name: str) -> Tensor:
+        if not self.read:
+            self.loaded, self.read = pickles.load(self.path, self.head), True
+        return super().__getitem__(name)
+
+
+def outlined(file: TensorFile) -> TensorFile:
+    """The file with all its tensors on the meta device: they have shapes and no numbers, and none is read."""
+    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape, *_) in file.layouts.items()}
+    return TensorFile(file.path, file.layouts, file.metadata, empty)
+
+
 def open_file(path: str | Path, *, allow_pickle: bool = False) -> TensorFile:
     """Open a .safetensors file, or with `allow_pickle` a pickle of tensors too. No tensor of a .safetensors file is read yet.
 
@@ -137,6 +157,8 @@ def open_safetensors(path: Path, head: bytes) -> TensorFile:
     except (SafetensorError, ValueError) as error:
         _, kind, hint = next(row for row in OTHER_FILES if re.match(row[0], head))
         raise InputRefused(f"{path}: {kind}", hint) from error
+    if count > MOST_TENSORS:
+        raise InputRefused(f"{path}: holds {count} tensors, more than any model that is supported ({MOST_TENSORS})")
     size = int.from_bytes(head[:8], "little")
     with path.open("rb") as file:
         file.seek(8)
@@ -161,10 +183,15 @@ def open_safetensors(path: Path, head: bytes) -> TensorFile:
 
 
 def open_pickle(path: Path, head: bytes, *, values: bool = True) -> TensorFile:
-    """Open a torch.save file, of which nothing is run; without `values`, only names, shapes and dtypes. See `pickles.load`."""
+    """Open a torch.save file, of which nothing is run; see `pickles.load`.
+
+    Without `values`, only names, shapes and dtypes are read, and numbers where they are asked for.
+    """
     loaded = pickles.load(path, head, values=values)
+    if len(loaded) > MOST_TENSORS:
+        raise InputRefused(f"{path}: holds {len(loaded)} tensors, more than any model that is supported ({MOST_TENSORS})")
     layouts = {k: Layout(v.dtype, tuple(v.shape), 0, v.nbytes) for k, v in loaded.items()}
-    return TensorFile(path, layouts, {}, loaded)
+    return TensorFile(path, layouts, {}, loaded) if values else PickleOutline(path, layouts, loaded, head)
 
 
 @dataclass

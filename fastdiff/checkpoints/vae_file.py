@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.checkpoints import single_file, tensors
+from fastdiff.checkpoints import configs, single_file, tensors
 from fastdiff.checkpoints.checkpoint import plain_name
 from fastdiff.checkpoints.family import LDM
 from fastdiff.checkpoints.tensors import TensorFile
@@ -29,7 +29,10 @@ from fastdiff.runtime.errors import InputRefused, as_field
 PREFIXES = (LDM["vae"], "vae.", "")
 TAESD_PARTS = ("taesd_decoder.", "taesd_encoder.")  # the prefixes of one file that holds both
 SHIFT = {"decoder": 1, "encoder": 0}  # TAESD's decoder counts its clamp of the latents as a layer, diffusers' does not
-PLAIN_TAESD = re.compile(r"\d+\.(weight|bias|(conv|skip)\.)")
+PLAIN_TAESD = re.compile(r"\d{1,4}\.(weight|bias|(conv|skip)\.)")
+BLOCKS_OF_UNET = re.compile(r"(unet\.)?(down_blocks|mid_block|input_blocks|middle_block)\.")
+LAYER = re.compile(r"taesd_(de|en)coder\.|(de|en)coder\.(layers\.\d|conv_in\.|down(_blocks)?\.|up(_blocks)?\.|mid(_block)?\.)")
+TAESD_LAYER = re.compile(r"(de|en)coder\.layers\.\d{1,4}\.(weight|bias|(conv|skip)\.)")
 SCALING = 0.18215  # of SD1's latents
 LAST_OF_ENCODER = "encoder.layers.14.weight"  # in TAESD's shape; zeros in an encoder that nobody trained
 TAESD_WIDTH, TAESD_BLOCKS = 64, {"decoder": (3, 3, 3, 1), "encoder": (1, 3, 3, 3)}
@@ -56,22 +59,49 @@ def read(path: Path, ref: str, option: str, *, like: Mapping[str, Any], allow_pi
     InputRefused where the file is no VAE, or lacks layers of one.
     """
     file = tensors.open_file(path, allow_pickle=allow_pickle)
+    return of_file(file, as_field(option, ref), like=like, allow_pickle=allow_pickle)
+
+
+def of_file(file: TensorFile, where: str, *, like: Mapping[str, Any], allow_pickle: bool = False) -> VaeFile:
+    """The VAE in an open file, which messages call `where`; the rest is as in `read`."""
     names = plain_names(file)
     if kind := next((kind for kind in ("decoder", "encoder") if is_taesd(names.values(), kind)), None):
-        both = {**taesd_layers(file, names, kind), **partner(path, kind, option, ref, allow_pickle)}
-        return finished(tiny_config(shapes_of(both)), both)
+        both = {**taesd_layers(file, names, kind), **partner(file.path, kind, where, allow_pickle)}
+        return finished(both, where)
     if any(name.startswith(TAESD_PARTS) for name in names.values()):
         both = {}
         for kind in ("decoder", "encoder"):
             own = {key: name.split(".", 1)[1] for key, name in names.items() if name.startswith(f"taesd_{kind}.")}
+            if strange := next((key for key, name in own.items() if not PLAIN_TAESD.match(name)), None):
+                raise InputRefused(f"{where}: {strange} is no layer of TAESD")
             both |= taesd_layers(file, own, kind)
-        return finished(tiny_config(shapes_of(both)), both)
+        return finished(both, where)
     if any(name.startswith("decoder.layers.") for name in names.values()):
-        state = {name: file[key] for key, name in names.items()}
-        if "decoder.layers.0.weight" not in state:
-            raise InputRefused(f"{as_field(option, ref)}: its decoder has no first layer (decoder.layers.0.weight)")
-        return finished(tiny_config(shapes_of(state)), state)
-    return read_kl(file, names, ref, option, like)
+        if strange := next((key for key, name in names.items() if not TAESD_LAYER.match(name)), None):
+            raise InputRefused(f"{where}: {strange} is no layer of AutoencoderTiny")
+        return finished({name: file[key] for key, name in names.items()}, where)
+    return read_kl(file, names, where, like)
+
+
+def is_alone(file: TensorFile) -> bool:
+    """Whether a file is a VAE, or part of one, and no more: it has layers of a VAE and none of a UNet. Only names are asked."""
+    if any(name.startswith(LDM["unet"]) or BLOCKS_OF_UNET.match(name) for name in file):
+        return False
+    names = [*plain_names(file).values()]
+    return any(is_taesd(names, kind) for kind in SHIFT) or any(map(LAYER.match, names))
+
+
+def sizes(shapes: Shapes, name: str, where: str) -> tuple[int, ...]:
+    """The shape of a convolution's weights: (outputs, inputs, height, width).
+
+    InputRefused where there is no such tensor, or it is none of a convolution.
+    """
+    if name not in shapes:
+        raise InputRefused(f"{where}: a layer of the VAE is missing: {name}")
+    shape = shapes[name]
+    if len(shape) != 4 or 0 in shape:
+        raise InputRefused(f"{where}: {name} is {tuple(shape)}, and no convolution")
+    return shape
 
 
 def stored_dtype(path: Path, *, allow_pickle: bool = False) -> torch.dtype:
@@ -106,7 +136,7 @@ def taesd_layers(file: TensorFile, names: Mapping[str, str], kind: str) -> dict[
     return {f"{kind}.layers.{int(number) - SHIFT[kind]}.{rest}": file[key] for key, (number, rest) in numbered.items()}
 
 
-def partner(path: Path, kind: str, option: str, ref: str, allow_pickle: bool) -> dict[str, Tensor]:
+def partner(path: Path, kind: str, where: str, allow_pickle: bool) -> dict[str, Tensor]:
     """The other half of TAESD, from the file beside that is named alike; without an encoder it stays empty, which is told."""
     other = {"decoder": "encoder", "encoder": "decoder"}[kind]
     beside = path.with_name(path.name.replace(kind, other))
@@ -118,29 +148,49 @@ def partner(path: Path, kind: str, option: str, ref: str, allow_pickle: bool) ->
             raise InputRefused(f"{beside}: not TAESD's {other}, which the name says", "give the two files that belong together")
         return taesd_layers(file, names, other)
     if kind == "encoder":
-        raise InputRefused(f"{as_field(option, ref)}: TAESD's encoder, which draws no pictures", "give the file of the decoder")
+        raise encoder_alone(where)
     info(f"{path.name}: TAESD's decoder alone; without an encoder it draws pictures and encodes none")
     return {}
+
+
+def encoder_alone(where: str) -> InputRefused:
+    """The error for a VAE that cannot decode."""
+    return InputRefused(f"{where}: TAESD's encoder, which draws no pictures", "give the file of the decoder")
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def finished(config: dict[str, Any], state: dict[str, Tensor]) -> VaeFile:
-    """A tiny VAE; without an encoder it gets one that encodes to zeros, as `distill-vae` leaves it."""
+def finished(state: dict[str, Tensor], where: str) -> VaeFile:
+    """A tiny VAE; without an encoder it gets one that encodes to zeros, as `distill-vae` leaves it.
+
+    InputRefused where it has no decoder, or none whose layers make a network.
+    """
+    if not any(name.startswith("decoder.") for name in state):
+        raise encoder_alone(where)
+    config = tiny_config(shapes_of(state), where)
+    configs.check_part("vae", config, where)
     if not any(name.startswith("encoder.") for name in state):
         from diffusers import AutoencoderTiny
 
-        made = AutoencoderTiny.from_config(config).encoder.state_dict()
+        with configs.building(where):
+            made = AutoencoderTiny.from_config(config).encoder.state_dict()
         state = {**state, **{f"encoder.{name}": torch.zeros_like(tensor) for name, tensor in made.items()}}
     return VaeFile(config, state)
 
 
-def tiny_config(shapes: Shapes) -> dict[str, Any]:
-    """The config of a diffusers AutoencoderTiny whose parameters have these shapes. Its latents are scaled ones, as TAESD's."""
+def tiny_config(shapes: Shapes, where: str) -> dict[str, Any]:
+    """The config of a diffusers AutoencoderTiny whose parameters have these shapes. Its latents are scaled ones, as TAESD's.
+
+    InputRefused, in which the file is called `where`, for a decoder without its first layer or of a single one.
+    """
     blocks = {part: stages(shapes, part) for part in ("decoder", "encoder")}
-    first = shapes["decoder.layers.0.weight"]
+    if "decoder.layers.0.weight" not in shapes:
+        raise InputRefused(f"{where}: its decoder has no first layer (decoder.layers.0.weight)")
+    first = sizes(shapes, "decoder.layers.0.weight", where)
+    if not blocks["decoder"]:
+        raise InputRefused(f"{where}: the decoder has one layer, and no blocks")
     widths = (first[0],) * len(blocks["decoder"])
     return {
         "_class_name": "AutoencoderTiny",
@@ -170,18 +220,20 @@ def stages(shapes: Shapes, part: str) -> tuple[int, ...]:
     return tuple(counts[1:-1])
 
 
-def read_kl(file: TensorFile, names: Mapping[str, str], ref: str, option: str, like: Mapping[str, Any]) -> VaeFile:
+def read_kl(file: TensorFile, names: Mapping[str, str], where: str, like: Mapping[str, Any]) -> VaeFile:
     """Read an AutoencoderKL with the names of LDM or of diffusers."""
     shapes = {name: file.layouts[key].shape for key, name in names.items()}
     ldm = "decoder.mid.block_1.conv1.weight" in shapes
     first = "encoder.down.{}.block.{}.conv2.weight" if ldm else "encoder.down_blocks.{}.resnets.{}.conv2.weight"
     if first.format(0, 0) not in shapes or "decoder.conv_in.weight" not in shapes:
         raise InputRefused(
-            f"{as_field(option, ref)}: not a VAE ({', '.join(sorted(shapes)[:2]) or 'no tensors'}, ...)",
+            f"{where}: not a VAE ({', '.join(sorted(shapes)[:2]) or 'no tensors'}, ...)",
             "a file of AutoencoderKL, in the layout of diffusers or of single files, or of TAESD",
         )
-    config = kl_config(shapes, first, like)
-    wanted = expected(config)
+    config = kl_config(shapes, first, like, where)
+    configs.check_part("vae", config, where)
+    with configs.building(where):
+        wanted = expected(config)
     if ldm:
         prefix = next(iter(names)).removesuffix(next(iter(names.values())))
         slots = single_file.vae_slots(prefix, config, wanted)
@@ -191,26 +243,32 @@ def read_kl(file: TensorFile, names: Mapping[str, str], ref: str, option: str, l
         missing, unknown = [k for k in wanted if k not in plain], [k for k in plain if k not in wanted]
     for problem, layers in (("are missing", missing), ("have no place in it", unknown)):
         if layers:
-            raise InputRefused(f"{as_field(option, ref)}: {len(layers)} layers of the VAE {problem}: {', '.join(layers[:3])}")
-    weights = single_file.read(file, slots, wanted) if ldm else {k: file[plain[k]].reshape(wanted[k]) for k in wanted}
+            raise InputRefused(f"{where}: {len(layers)} layers of the VAE {problem}: {', '.join(layers[:3])}")
+    if ldm:
+        weights: Mapping[str, Tensor] = single_file.read(file, slots, wanted)
+    else:
+        for name, key in plain.items():
+            if single_file.strip(file.layouts[key].shape) != single_file.strip(wanted[name]):
+                raise InputRefused(f"{where}: {key} is {file.layouts[key].shape}, the model has {wanted[name]}")
+        weights = {k: file[plain[k]].reshape(wanted[k]) for k in wanted}
     return VaeFile(config, {name: weights[name] for name in wanted})
 
 
-def kl_config(shapes: Shapes, first: str, like: Mapping[str, Any]) -> dict[str, Any]:
+def kl_config(shapes: Shapes, first: str, like: Mapping[str, Any], where: str = "the VAE") -> dict[str, Any]:
     """The config of a diffusers AutoencoderKL whose parameters have these shapes.
 
     `first` is the name of the second convolution of a layer of the encoder. Groups of the norms, scaling and precision are those
-    of `like`, where its widths allow.
+    of `like`, where its widths allow. InputRefused, in which the file is called `where`, where an outer layer is missing.
     """
     count = lambda at: next(n for n in range(1000) if first.format(*at(n)) not in shapes)
     levels, layers = count(lambda n: (n, 0)), count(lambda n: (0, n))
-    widths = tuple(shapes[first.format(level, 0)][0] for level in range(levels))
+    widths = tuple(sizes(shapes, first.format(level, 0), where)[0] for level in range(levels))
     groups = like.get("norm_num_groups", 32)
     return {
         "_class_name": "AutoencoderKL",
-        "in_channels": shapes["encoder.conv_in.weight"][1],
-        "out_channels": shapes["decoder.conv_out.weight"][0],
-        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "in_channels": sizes(shapes, "encoder.conv_in.weight", where)[1],
+        "out_channels": sizes(shapes, "decoder.conv_out.weight", where)[0],
+        "latent_channels": sizes(shapes, "decoder.conv_in.weight", where)[1],
         "block_out_channels": widths,
         "layers_per_block": layers,
         "down_block_types": ("DownEncoderBlock2D",) * levels,

@@ -7,7 +7,6 @@ Programs write the same network under several names. ComfyUI's scaled fp8 files 
 kind of quantisation is refused by name.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.checkpoints import tensors
+from fastdiff.checkpoints import configs, tensors
 from fastdiff.checkpoints.tensors import CODES, Layout, TensorFile
 from fastdiff.runtime.errors import InputRefused
 
@@ -171,7 +170,7 @@ def text_of(note: Tensor) -> str:
 def formats(file: TensorFile, text: str) -> dict[str, Any]:
     """The content of a note on quantisation; InputRefused where it is no JSON object."""
     try:
-        content = json.loads(text)
+        content = configs.parsed(text)
     except ValueError:
         content = None
     if not isinstance(content, dict):

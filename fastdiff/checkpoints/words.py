@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 
+from fastdiff.checkpoints import configs
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import quoted
 
@@ -48,7 +49,7 @@ def tag_counts(parents: Sequence[tuple[str, str | None]]) -> dict[str, dict[str,
         if text is None:
             continue
         try:
-            table = {str(folder): {str(tag): int(n) for tag, n in tags.items()} for folder, tags in json.loads(text).items()}
+            table = {str(folder): {str(tag): int(n) for tag, n in tags.items()} for folder, tags in configs.parsed(text).items()}
         except (ValueError, TypeError, AttributeError) as error:
             console.warn(f"{name}: its {TAG_COUNTS} is malformed and left out ({quoted(error)})")
             continue

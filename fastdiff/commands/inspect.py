@@ -7,8 +7,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint, pickles, single_file, tensors, tokens, views
+from fastdiff.checkpoints import (
+    checkpoint,
+    component,
+    configs,
+    folders,
+    pickles,
+    single_file,
+    tensors,
+    tokens,
+    vae_file,
+    views,
+)
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.published import Found
 from fastdiff.checkpoints.recipe import Recipe
@@ -17,6 +30,7 @@ from fastdiff.lora import apply, foreign, layouts
 from fastdiff.lora.file import Lora
 from fastdiff.lora.identify import stated_prediction
 from fastdiff.lora.kinds import Factors
+from fastdiff.models import autoencoder
 from fastdiff.options.inspect import EXAMPLES, Config
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
@@ -166,8 +180,8 @@ def opens(base: Checkpoint) -> dict[str, Any]:
             if wrong:
                 raise InputRefused(f"{part}: {wrong} is {weights.dtypes[wrong]}, not floating point")
         base.schedule()
-        if gone := tokens.missing(base.folder, base.index):
-            raise InputRefused(f"{gone[0]}: no tokenizer there")
+        base.resolution_px  # noqa: B018  (it reads the configs, which are checked on the way)
+        tokens.check(base.folder, base.index)
     except InputRefused as error:
         told = why_not(error, base.path)
     except (ValueError, OSError) as error:
@@ -177,16 +191,81 @@ def opens(base: Checkpoint) -> dict[str, Any]:
 
 def of_folder(path: Path) -> dict[str, Any]:
     """All facts that the configs and headers of a diffusers folder give."""
+    if not (path / "model_index.json").exists():
+        if (path / "config.json").is_file():
+            return of_part(path)
+        if not (path / "unet").is_dir():
+            raise InputRefused(f"{path}: neither model_index.json nor config.json is there; it is not a diffusers folder")
     try:
         base = checkpoint.load(str(path))
+        stored = {part: [p.name for p in base.stored(part, path)] for part in base.parts}
+        return {"kind": "diffusers folder", "family": base.family.name, "prediction_type": base.prediction_type,
+                "zero_snr": base.ends_in_noise, "files": stored,
+                "embeds_guidance": base.embeds_guidance, **known_as(base.published, base.recipe), **opens(base)}  # fmt: skip
     except InputRefused as error:
         if not (path / "model_index.json").exists():
             raise
         return {"kind": "other", "supported": False, **why_not(error, path)}
-    stored = {part: [p.name for p in base.stored(part, path)] for part in base.parts}
-    return {"kind": "diffusers folder", "family": base.family.name, "prediction_type": base.prediction_type,
-            "zero_snr": base.ends_in_noise, "files": stored,
-            "embeds_guidance": base.embeds_guidance, **known_as(base.published, base.recipe), **opens(base)}  # fmt: skip
+
+
+PARTS = {  # class of a network -> kind, and the commands that take its folder
+    "AutoencoderKL": ("VAE", ["sample --vae", "export --vae"]),
+    "AutoencoderTiny": ("VAE", ["sample --vae", "export --vae"]),
+    "ControlNetModel": ("ControlNet", ["sample --controlnet"]),
+}
+
+
+def of_part(folder: Path) -> dict[str, Any]:
+    """The facts about a folder of one network with its config.json: a VAE, a ControlNet, or part of a base model."""
+    config = configs.read(folder / "config.json")
+    named = config.get("_class_name") or (config.get("architectures") or ["no class"])[0]
+    kind, commands = PARTS.get(str(named), ("UNet" if named == "UNet2DConditionModel" else "other", []))
+    if not commands:
+        error = InputRefused(f"{folder}: {named} alone, not a base model", "give the folder that it belongs to")
+        return {"kind": kind, "class": named, "supported": False, **why_not(error, folder)}
+    try:
+        check_weights(folder, config)
+    except InputRefused as error:
+        return {"kind": kind, "class": named, "supported": False, **why_not(error, folder)}
+    return {"kind": kind, "class": named, "supported": True, "commands": commands}
+
+
+def check_weights(folder: Path, config: dict[str, Any]) -> None:
+    """InputRefused where the weights of a VAE or a ControlNet do not fit its config. Headers alone are read."""
+    import diffusers
+
+    component.check_values(config, folder / "config.json")
+    if config.get("latent_channels", 4) != 4:
+        raise InputRefused(f"{folder}: a VAE of {config['latent_channels']} latent channels, where Stable Diffusion has 4")
+    with configs.building(folder / "config.json"), torch.device("meta"):
+        kind = getattr(diffusers, config["_class_name"])  # one of PARTS
+        wanted = {name: tuple(tensor.shape) for name, tensor in kind.from_config(config).state_dict().items()}
+    paths = folders.stored(folder.parent, folder.name)
+    if not paths or not all(path.is_file() for path in paths):
+        problem, hint = folders.why_missing(folder.parent, folder.name)
+        raise InputRefused(problem, hint)
+    shapes = {checkpoint.plain_name("vae", k): v for path in paths for k, v in tensors.open_file(path).shapes.items()}
+    if gone := [name for name in wanted if name not in shapes]:
+        raise InputRefused(f"{folder}: {len(gone)} of its layers have no weights ({gone[0]})")
+    if other := next((name for name in wanted if single_file.strip(shapes[name]) != single_file.strip(wanted[name])), None):
+        raise InputRefused(f"{folder}: {other} is {shapes[other]}, the model has {wanted[other]}")
+
+
+def of_vae(file: TensorFile) -> dict[str, Any]:
+    """The facts about a file that is a VAE alone: whether it can be given as `vae`. Headers alone are read."""
+    path = file.path
+    if vae_file.config_beside(path):
+        return of_part(path.parent)
+    try:
+        # The base tells the groups of norms, on which no shape depends: one group fits any width.
+        stored = vae_file.of_file(tensors.outlined(file), str(path), like={"norm_num_groups": 1})
+        autoencoder.network(stored, str(path))
+        if (channels := stored.config["latent_channels"]) != 4:
+            raise InputRefused(f"{path}: a VAE of {channels} latent channels, where Stable Diffusion has 4")
+    except InputRefused as error:
+        return {"kind": "VAE", "supported": False, **why_not(error, path)}
+    named = stored.config["_class_name"]
+    return {"kind": "VAE", "class": named, "supported": True, "commands": PARTS[named][1]}
 
 
 def recipe_of(file: TensorFile) -> dict[str, Any]:
@@ -222,6 +301,8 @@ def of_file(file: TensorFile, config: Config) -> dict[str, Any]:
                 facts["coverage"] = coverage(file, config.base)
         elif (other := layouts.other_kind(file)) and other.adapter:
             raise InputRefused(f"{path}: {other.kind} ({other.key})", other.hint)
+        elif vae_file.is_alone(file):
+            facts |= of_vae(file)
         else:
             facts |= {"kind": "checkpoint", **of_checkpoint(views.view(file))}
     except InputRefused as error:
@@ -234,7 +315,11 @@ def of_pickle(path: Path, head: bytes, config: Config) -> InputRefused:
 
     Where it holds tensors and harmless leftovers of training alone, names and shapes are read as `allow_pickle` would.
     """
-    names, leftovers = pickles.unsafe_globals(path), pickles.leftovers(path)
+    try:
+        names, leftovers = pickles.unsafe_globals(path), pickles.leftovers(path)
+    except InputRefused as error:
+        error.result = Result(metrics={"kind": "pickle", "safe": False, "safe_with_allow_pickle": False, "supported": False})
+        return error
     facts: dict[str, Any] = {"kind": "pickle", "safe": False, "supported": False, "would_run": names, "leftovers": leftovers}
     hint = "convert it to safetensors"
     why = f"a pickle that wants to run {', '.join(names[:3])}" if names else "a pickle, which can run code when it is opened"

@@ -3,7 +3,6 @@
 W' = W + sum_i s_i Delta_i(W)         every update acts on the base's own weight, so that the order does not matter
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fastdiff.checkpoints import single_file, tensors
+from fastdiff.checkpoints import configs, single_file, tensors
 from fastdiff.checkpoints.family import PLAIN, Family
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import TensorFile
@@ -203,7 +202,7 @@ def assembled(
 def rank_stabilised(metadata: Mapping[str, str]) -> bool:
     """Whether the header says that LyCORIS trained the LoRA with rs_lora, at the scale alpha / sqrt(r)."""
     try:
-        arguments = json.loads(metadata.get("ss_network_args") or "{}")
+        arguments = configs.parsed(metadata.get("ss_network_args") or "{}")
     except ValueError:
         return False
     return isinstance(arguments, dict) and str(arguments.get("rs_lora")).lower() in {"true", "1"}
@@ -269,17 +268,17 @@ def configured(path: Path, metadata: Mapping[str, str], parts: Iterable[Part]) -
 
 def peft_configs(path: Path, metadata: Mapping[str, str], parts: Iterable[Part]) -> dict[str, dict[str, Any]]:
     """The peft config of each component, from the header. For a raw peft file, adapter_config.json beside it is under ""."""
-    header = json.loads(metadata.get("lora_adapter_metadata") or "{}")
-    configs: dict[str, dict[str, Any]] = {}
+    header = configs.parsed(metadata.get("lora_adapter_metadata") or "{}")
+    own: dict[str, dict[str, Any]] = {}
     for key, value in header.items():
-        configs.setdefault(key.split(".")[0], {})[key.partition(".")[2]] = value
+        own.setdefault(key.split(".")[0], {})[key.partition(".")[2]] = value
     if any(part.name and not part.component for part in parts):
         config_path = path.parent / "adapter_config.json"
         if config_path.exists():
-            configs[""] = dict(json.loads(config_path.read_text()))
+            own[""] = dict(configs.parsed(config_path.read_text()))
         else:
             warn(f"{path}: no adapter_config.json beside it, so its scale is unknown; alpha = rank is assumed")
-    return configs
+    return own
 
 
 def in_second_encoder(path: Path, config: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.checkpoints import component, vae_file
+from fastdiff.checkpoints import component, configs, vae_file
 from fastdiff.models.fast.decoder import Decoder
 from fastdiff.runtime.errors import InputRefused, as_field, quoted
 
@@ -41,7 +41,7 @@ def load(
         if vae_file.config_beside(path) is None:
             stored = vae_file.read(path, ref, option, like=like or {}, allow_pickle=allow_pickle)
             refuse_other_latents(stored.config, latent_channels, option, ref)
-            return network(stored, option, ref)
+            return network(stored, as_field(option, ref))
         path = path.parent
     folder = path / "vae" if (path / "model_index.json").exists() else path
     config = component.config_of(folder, option, ref, CLASSES)
@@ -56,22 +56,26 @@ def refuse_other_latents(config: Mapping[str, Any], wanted: int, option: str, re
         raise InputRefused(f"{as_field(option, ref)}: this VAE has {own} latent channels, the base has {wanted}")
 
 
-def network(stored: vae_file.VaeFile, option: str, ref: str) -> nn.Module:
-    """Build the network of a VAE that was read from a file, in fp32 and frozen. InputRefused for values that it cannot have."""
+def network(stored: vae_file.VaeFile, where: str) -> nn.Module:
+    """Build the network of a VAE that was read from a file, in fp32 and frozen; messages call the file `where`.
+
+    InputRefused for layers or values that it cannot have. Values on the meta device are not known, and stay there.
+    """
     import diffusers
     from accelerate import init_empty_weights
 
     with init_empty_weights():
         kind = getattr(diffusers, stored.config["_class_name"])  # one of CLASSES
-        net = kind.from_config(stored.config)
+        with configs.building(where):
+            net = kind.from_config(stored.config)
     state = {name: tensor.to(torch.float32).contiguous() for name, tensor in stored.state.items()}
-    if bad := next((name for name, tensor in state.items() if not bool(tensor.isfinite().all())), None):
-        raise InputRefused(f"{as_field(option, ref)}: NaN or infinite values ({bad})")
+    if bad := next((name for name, tensor in state.items() if not (tensor.is_meta or bool(tensor.isfinite().all()))), None):
+        raise InputRefused(f"{where}: NaN or infinite values ({bad})")
     try:
         net.load_state_dict(state, assign=True)
     except RuntimeError as error:
         problem = quoted(error).splitlines()[1 if "\n" in str(error) else 0].strip()
-        raise InputRefused(f"{as_field(option, ref)}: its layers are not those of {kind.__name__} ({problem[:200]})") from error
+        raise InputRefused(f"{where}: its layers are not those of {kind.__name__} ({problem[:200]})") from error
     return net.eval().requires_grad_(False)
 
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastdiff.checkpoints import tokens
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.models.denoiser import Cond
 from fastdiff.models.fast import text
-from fastdiff.models.fast.layers import Unknown, tensors_of
+from fastdiff.models.fast.layers import Unknown, damage_is_unknown, tensors_of
 
 
 @torch.no_grad()
@@ -64,13 +65,14 @@ class Prompts:
         if "text_encoders" in base.__dict__:
             return
         try:
-            tokenizers = [k for k, v in base.index.items() if k.startswith("tokenizer") and v[1]]
+            tokenizers = tokens.names(base.index)
             self.tokenizers = [text.Tokenizer(base.folder / part) for part in tokenizers]
             for part in base.text_parts:
-                tensors = tensors_of(base, part)
-                if not base.index[part][1].endswith("WithProjection"):
-                    tensors.pop("text_projection.weight", None)
-                self.encoders.append(text.TextEncoder(tensors, base.config_of(part), device=device))
+                with damage_is_unknown():
+                    tensors = tensors_of(base, part)
+                    if not base.index[part][1].endswith("WithProjection"):
+                        tensors.pop("text_projection.weight", None)
+                    self.encoders.append(text.TextEncoder(tensors, base.config_of(part), device=device))
         except Unknown:
             self.encoders = []
 

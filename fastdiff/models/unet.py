@@ -4,7 +4,6 @@ Students are always built from an edited config. A network with modules removed 
 """
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fastdiff.checkpoints import configs
 from fastdiff.checkpoints.family import Family
 from fastdiff.runtime.errors import UsageError, as_field, quoted
 
@@ -154,7 +154,7 @@ def student_config(parent: Mapping[str, Any], layout: str, family: Family) -> Co
             f"{as_field('layout', layout)}: no such layout or file", f"use one of {', '.join(LAYOUTS)}, or a UNet's config.json"
         )
     try:
-        changes = json.loads(path.read_text(encoding="utf-8"))
+        changes = configs.parsed(path.read_text(encoding="utf-8"))
         assert isinstance(changes, dict)
     except (ValueError, AssertionError) as error:
         raise UsageError(f"{as_field('layout', layout)}: not a JSON object with the config of a UNet") from error

@@ -1,6 +1,5 @@
 """Cuts blocks out of a checkpoint's UNet, by a layout or by measurement, in memory or streamed from file to file."""
 
-import json
 import math
 import statistics
 import time
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastdiff.checkpoints import tensors, write
+from fastdiff.checkpoints import configs, tensors, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Weights
@@ -137,7 +136,8 @@ def smaller_controlnet(source: Path, config: Mapping[str, Any]) -> tuple[dict[st
     path = source / "config.json"
     if not path.is_file():
         raise UsageError(f"`controlnet={source}`: not a diffusers folder of a ControlNet (config.json is missing)")
-    parent = json.loads(path.read_text())
+    parent = configs.read(path)
+    configs.check(parent, configs.UNET, path, ("block_out_channels",))
     smaller = controlnet.student_config(parent, config)
     shapes = unet.shapes_of(unet.unet_of(smaller, "ControlNetModel"))
     files = [tensors.open_file(path) for path in sorted(source.glob("*.safetensors"))]

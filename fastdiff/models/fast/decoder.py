@@ -8,7 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.models.fast.layers import Conv, Linear, Norm, Resnet, Stored, Unknown, activated, attend, tensors_of, upsampled
+from fastdiff.models.fast.layers import (
+    Conv,
+    Linear,
+    Norm,
+    Resnet,
+    Stored,
+    Unknown,
+    activated,
+    attend,
+    damage_is_unknown,
+    tensors_of,
+    upsampled,
+)
 
 
 class Decoder:
@@ -46,9 +58,10 @@ def decoder_of(
 ) -> Any:
     """Return the fast decoder of the checkpoint or of `vae`, or the diffusers VAE itself if its decoder is of an unknown kind."""
     try:
-        if vae is not None:
-            return Decoder(vae.state_dict(), dict(vae.config), dtype=dtype, device=device)
-        return Decoder(tensors_of(base, "vae"), base.config_of("vae"), dtype=dtype, device=device)
+        with damage_is_unknown():
+            if vae is not None:
+                return Decoder(vae.state_dict(), dict(vae.config), dtype=dtype, device=device)
+            return Decoder(tensors_of(base, "vae"), base.config_of("vae"), dtype=dtype, device=device)
     except Unknown:
         return base.vae if vae is None else vae
 

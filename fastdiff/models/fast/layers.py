@@ -6,6 +6,7 @@ tensors by name. If it has a part that is not known here, building it raises Unk
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,10 +15,22 @@ from torch import Tensor
 
 from fastdiff.checkpoints import views
 from fastdiff.checkpoints.checkpoint import Checkpoint, plain_name
+from fastdiff.runtime.errors import UsageError
 
 
 class Unknown(Exception):  # noqa: N818  (not an error of the user: the caller runs the network by its own library)
     """The network has a part that the fast layers cannot build."""
+
+
+@contextmanager
+def damage_is_unknown() -> Iterator[None]:
+    """Inside the block, what a damaged network makes fail becomes Unknown: its own library then reads it, and tells."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise Unknown(f"{type(error).__name__}: {error}") from error
 
 
 def tensors_of(base: Checkpoint, part: str) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.checkpoints import configs, tokens
 from fastdiff.models.fast.layers import Linear, Norm, Stored, Unknown, attend, joined
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -74,22 +75,24 @@ class TextEncoder:
 
 
 class Tokenizer:
-    """Turns prompts into token ids (B, L), padded and cut like CLIPTokenizer, by a folder's tokenizer.json."""
+    """Turns prompts into token ids (B, L), padded and cut like CLIPTokenizer, by a folder's tokenizer.json.
+
+    Raises Unknown if there is no such file, and InputRefused if the files are damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
-        import json
-
         if not (folder / "tokenizer.json").exists():
             raise Unknown(f"{folder}: no tokenizer.json")
         from tokenizers import Tokenizer as Fast
 
-        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config = tokens.settings_of(folder)
         pad = config.get("pad_token", "<|endoftext|>")
         pad = pad["content"] if isinstance(pad, dict) else pad
-        self.model = Fast.from_file(str(folder / "tokenizer.json"))
         self.length = config["model_max_length"]
-        self.model.enable_truncation(self.length)
-        self.model.enable_padding(length=self.length, pad_id=self.model.token_to_id(pad), pad_token=pad)
+        with configs.building(folder, "tokenizer"):
+            self.model = Fast.from_file(str(folder / "tokenizer.json"))
+            self.model.enable_truncation(self.length)
+            self.model.enable_padding(length=self.length, pad_id=self.model.token_to_id(pad), pad_token=pad)
 
     def __call__(self, prompts: list[str]) -> Tensor:
         return torch.tensor([e.ids for e in self.model.encode_batch(list(prompts))])

@@ -25,6 +25,7 @@ from fastdiff.models.fast.layers import (
     Unknown,
     activated,
     attend,
+    damage_is_unknown,
     joined,
     tensors_of,
     upsampled,
@@ -179,6 +180,8 @@ class FoldedUNet:
         """Build the resnets, transformers and sampler of a down, middle or up block. Up blocks pop widths off `skips`."""
         resnets, transformers = [], []
         for one in stored.count(f"{name}.resnets.{{}}.conv1.weight"):
+            if skips is not None and not skips:
+                raise Unknown(f"{one} has nothing to join")
             joint = width + (skips.pop() if skips else 0)
             resnet = Resnet(stored, one, width=joint, groups=self.groups, eps=self.eps)
             self.projections.append(Linear(stored, f"{one}.time_emb_proj"))
@@ -283,7 +286,8 @@ class FoldedUNet:
 def unet_of(base: Checkpoint, *, device: torch.device | str = "cpu") -> Any:
     """Return the checkpoint's UNet as a FoldedUNet, or diffusers' UNet if it has a part that is not known here."""
     try:
-        return FoldedUNet(tensors_of(base, "unet"), base.unet_config, dtype=base.dtype, device=device)
+        with damage_is_unknown():
+            return FoldedUNet(tensors_of(base, "unet"), base.unet_config, dtype=base.dtype, device=device)
     except Unknown:
         return base.unet
 
