@@ -57,6 +57,11 @@ def is_count(value: Any) -> bool:
     return is_whole(value) and value <= MOST_LAYERS
 
 
+def is_depth(value: Any) -> bool:
+    """Whether a value is a number of transformers in a layer; configs say null or 0 where a layer has none."""
+    return value is None or (value == 0 and not isinstance(value, bool)) or is_count(value)
+
+
 def listed(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """A check for lists of values that pass `check`, of one value at least and of MOST_LAYERS at most."""
     return lambda value: isinstance(value, list | tuple) and 0 < len(value) <= MOST_LAYERS and all(map(check, value))
@@ -98,11 +103,12 @@ COUNTS: Rule = (
     either(is_none, is_count, listed(either(is_count, listed(is_count)))),
     f"a whole number from 1 to {MOST_LAYERS}, or a list of them",
 )
+DEPTHS: Rule = (either(is_depth, listed(either(is_depth, listed(is_depth)))), f"numbers of layers up to {MOST_LAYERS}")
 BLOCKS: Rule = (listed(lambda value: value == 0 or is_count(value)), f"a list of whole numbers from 0 to {MOST_LAYERS}")
 UNET: dict[str, Rule] = {
     "sample_size": SIZE, "block_out_channels": SIZES, "layers_per_block": COUNTS, "in_channels": WHOLE, "out_channels": WHOLE,
     "down_block_types": NAMES, "up_block_types": NAMES, "cross_attention_dim": WIDTH, "attention_head_dim": SIZE,
-    "num_attention_heads": SIZE, "transformer_layers_per_block": COUNTS, "reverse_transformer_layers_per_block": COUNTS,
+    "num_attention_heads": SIZE, "transformer_layers_per_block": DEPTHS, "reverse_transformer_layers_per_block": DEPTHS,
     "time_cond_proj_dim": OPTIONAL_WHOLE, "addition_time_embed_dim": OPTIONAL_WHOLE, "norm_num_groups": OPTIONAL_WHOLE,
     "projection_class_embeddings_input_dim": OPTIONAL_WHOLE, "norm_eps": NUMBER, "freq_shift": NUMBER, "flip_sin_to_cos": FLAG,
     "mid_block_type": (either(is_none, is_text), "a name"), "use_linear_projection": FLAG,

@@ -330,9 +330,9 @@ def of_pickle(path: Path, head: bytes, config: Config) -> InputRefused:
             hint = "--allow-pickle reads its tensors alone"
         except InputRefused as error:
             why = console.worded(str(error).removeprefix(f"{path}: "))
-    error = InputRefused(f"{path}: {why}", hint)
-    error.result = Result(metrics={"safe_with_allow_pickle": False, **facts})
-    return error
+    ending = InputRefused(f"{path}: {why}", hint)
+    ending.result = Result(metrics={"safe_with_allow_pickle": False, **facts})
+    return ending
 
 
 def run(config: Config) -> Result:
