@@ -19,7 +19,7 @@ from fastdiff.quality import networks, retention
 from fastdiff.quality.evaluation import Evaluation, Model, known_features, prompts_of
 from fastdiff.quality.features import ClipFeatures, open_distance, open_extractors
 from fastdiff.quality.ways import ladder_of, teacher_row
-from fastdiff.runtime import console
+from fastdiff.runtime import console, outputs
 from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.disk import write_atomic
 from fastdiff.runtime.errors import Result, UsageError
@@ -139,11 +139,11 @@ def open_evaluation(config: Config, family: Family, resolution_px: int, device: 
 
 def run(config: Config) -> Result:
     """The `evaluate` command."""
+    output = outputs.as_folder(config.output or f"runs/evaluate-{Path(config.base).stem or config.base}")
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     base = config.open_base(dtype)
     family, models = base.family, students(config, base.family, dtype, device)
-    output = Path(config.output or f"runs/evaluate-{Path(config.base).stem or config.base}")
     saved = output / "images" if config.save_images else None
     evaluation = open_evaluation(config, family, config.resolution or base.resolution_px, device, saved)
     guided = teacher_settings(config, base)

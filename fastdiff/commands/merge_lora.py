@@ -19,7 +19,7 @@ from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Dense, Factors, Update
 from fastdiff.models.remap import remapped
 from fastdiff.options.merge_lora import EXAMPLES, Config
-from fastdiff.runtime import console
+from fastdiff.runtime import console, outputs
 from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import InputRefused, Result, UsageError
 
@@ -70,20 +70,17 @@ def weighted(item: Lora, text: str | None) -> Lora:
     return replace(item, modules=scaled)
 
 
-def destination(config: Config, inputs: list[Path]) -> Path:
-    """The path to write to. UsageError where it would overwrite an input or a folder that contains one, or is misnamed."""
+def destination(config: Config, loras: list[Path]) -> Path:
+    """The path to write to. UsageError where it is misnamed, cannot be written, or would overwrite an input."""
     bakes = bool(config.base) and not config.extract
     plain = "" if bakes or config.format == "peft" else ".safetensors"
-    named = [p.stem for p in inputs] or [Path(ref).stem for ref in (config.base, config.tuned) if ref]
-    path = Path(config.output or "-".join(named) + plain).expanduser()
-    if bakes and path.is_file() and path.suffix != ".safetensors":
-        raise UsageError(f"--output {path}: is a file; give the name of a folder, or of a .safetensors file")
+    named = [p.stem for p in loras] or [Path(ref).stem for ref in (config.base, config.tuned) if ref]
+    path = Path(config.output or "-".join(named) + plain)
     if plain and path.suffix != ".safetensors":
         raise UsageError(f"--output {path}: a LoRA file must end in .safetensors", f"use --output {path}.safetensors")
-    refs = [Path(ref).expanduser() for ref in (config.base, config.tuned, config.reference) if ref]
-    for file in [*inputs, *(ref for ref in refs if ref.exists())]:
-        if file.resolve().is_relative_to(path.resolve()):
-            raise UsageError(f"--output {path}: would overwrite the input {file}; choose another name")
+    path = outputs.as_file(path) if path.suffix == ".safetensors" else outputs.as_folder(path)
+    checkpoints = (config.base, config.base_config, config.tuned, config.reference, config.remap, config.check)
+    outputs.spare(path, [*loras, *checkpoints])
     return path
 
 
@@ -172,18 +169,18 @@ def run(config: Config) -> Result:
             base = config.open_base()
             merging.check_family(loras, base)
             how = dict(dtype=DTYPES[config.precision], allow_partial=config.allow_partial, **joining(config))
-            count, outputs = merging.bake(base, loras, output, recipe=chosen(config, loras, base), **how)
+            count, paths = merging.bake(base, loras, output, recipe=chosen(config, loras, base), **how)
         metrics = {"modules": count, "inputs": inputs}
         command = f'fastdiff sample --base {shlex.quote(str(output))} --prompt "a red apple"'
     else:
         merged, metrics = written(config, loras, output)
-        outputs, metrics["inputs"] = [output], inputs
+        paths, metrics["inputs"] = [output], inputs
         on = f"--base {merged.family} " if merged.family else ""
         command = f'fastdiff sample {on}--lora {shlex.quote(str(output))} --prompt "a red apple"'
     if config.check:
         sheets, metrics["check"] = compare.before_and_after(config.check, loras, output, baked=bool(config.base))
-        outputs += sheets
-    return Result(outputs, metrics, command)
+        paths += sheets
+    return Result(paths, metrics, command)
 
 
 COMMAND = Runnable(Config, run, examples=EXAMPLES)
