@@ -6,13 +6,19 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastdiff import cli, lora
+from fastdiff import cli
 from fastdiff.checkpoints import checkpoint, write
+from fastdiff.checkpoints.single_file import Weights
+from fastdiff.sampling.sampler import Sampler
 
 
 def flat_lora(path, base, *, seed=1, metadata=None, parts=("unet",)):
@@ -52,6 +58,8 @@ def made(tiny_sd, tiny_v, tmp_path_factory):
     shutil.copy(home / "S" / "unet" / "diffusion_pytorch_model.safetensors", home / "unet.safetensors")
     shutil.copy(home / "S" / "vae" / "diffusion_pytorch_model.safetensors", home / "vae.safetensors")
     torch.save({"state_dict": whole}, home / "one.ckpt")
+    changed = Weights.of({k: v * 1.01 if "attn1.to_q" in k else v for k, v in load_file(home / "unet.safetensors").items()})
+    write.to_folder(base, home / "tuned", changed={"unet": changed})
     flat_lora(home / "a.safetensors", home / "S")
     flat_lora(home / "b.safetensors", home / "S", seed=2, parts=("unet", "text_encoder"))
     (home / "prompts.txt").write_text("a cat\na dog\n")
@@ -160,3 +168,107 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(lin
     code, answer = there(line)
     assert code == 2
     assert IMPOSSIBLE[line] in answer["error"]["message"]
+
+
+# ---- commands that are told run, and draw with the base as it was opened
+
+OPENED = "--base one.ckpt --base-config S --allow-pickle --prediction-type v_prediction --zero-snr"
+HOW = dict(config="S", prediction="v_prediction", allow_pickle=True, zero_snr=True)
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def drawn(base, how, **more):
+    """A picture of the prompt of `follow`, with a base opened by these keywords."""
+    sampler = Sampler(checkpoint.load(base, **how), device="cpu", compile="off", **more)
+    return np.asarray(sampler(["a red apple"], seeds=[0]).images[0]).astype(int)
+
+
+def follow(there, command):
+    """Run a command that was told, with a plain prompt; returns its picture."""
+    assert command.startswith("fastdiff sample "), command
+    words = shlex.split(command)[1:]
+    words[words.index("--prompt") + 1] = "a red apple"
+    code, answer = there(*map(shlex.quote, words), "-o", "told.png")
+    assert code == 0, answer
+    return pixels(answer["outputs"][0]["path"])
+
+
+def same(one, other):
+    assert one.std() > 5, "a picture"
+    return np.abs(one - other).max() <= 1
+
+
+def test_the_command_after_training_opens_the_base_as_the_run_did(there, made):
+    line = tiny.arguments("train-lcm-lora", "one.ckpt", None, None)
+    code, answer = there(*line, *OPENED.split()[2:], "--steps 1 --proof 0 -o lcm")
+    assert code == 0, answer
+    command = answer["next_command"]
+    assert "--base-config S" in command
+    assert "--allow-pickle" in command
+    assert "--zero-snr" in command
+    assert "--prediction-type v_prediction" in command
+    assert same(follow(there, command), drawn("one.ckpt", HOW, loras=["lcm/lcm.safetensors"]))
+
+
+@pytest.mark.parametrize("command", ["distill-vae", "distill-controlnet"])
+def test_every_method_tells_how_its_base_was_opened(command, there, made, tiny_controlnet):
+    from fastdiff.commands import train
+
+    method = train.named(command)
+    base = checkpoint.load("one.ckpt", **HOW)
+    more = {"controlnet": str(tiny_controlnet)} if "controlnet" in command else {}
+    config = method.Config(base="one.ckpt", **base.opening, **more)
+    options = method.sample_options(SimpleNamespace(config=config), Path("there"), base)
+    assert options["base"] == "one.ckpt"
+    assert (
+        options.items() >= {"base_config": "S", "prediction_type": "v_prediction", "zero_snr": True, "allow_pickle": True}.items()
+    )
+
+
+WRITTEN = {  # command line -> what the picture is drawn with
+    "merge-lora --accel a.safetensors --base S -o baked.safetensors": ("S", {}, ["a.safetensors"]),
+    f"merge-lora --accel a.safetensors {OPENED} -o baked2.safetensors": ("one.ckpt", HOW, ["a.safetensors"]),
+    f"merge-lora --accel a.safetensors {OPENED} -o baked3": ("one.ckpt", HOW, ["a.safetensors"]),
+    "export --base S --single-file --force -o single.safetensors": ("S", {}, []),
+    "export --base V --single-file --force --zero-snr -o single2.safetensors": ("V", {"zero_snr": True}, []),
+    f"export {OPENED} --single-file --force -o single3.safetensors": ("one.ckpt", HOW, []),
+    f"export {OPENED} -o folder": ("one.ckpt", HOW, []),
+    f"merge-lora --extract {OPENED} --tuned tuned -o diff.safetensors --precision fp32": ("one.ckpt", HOW, ["diff.safetensors"]),
+    "merge-lora --base S --tuned tuned --reference S -o moved.safetensors": ("moved.safetensors", {"config": "S"}, []),
+    "merge-lora --accel a.safetensors --style b.safetensors --check S -o two.safetensors": ("S", {}, ["two.safetensors"]),
+}
+
+
+QUICK = ("baked.", "baked2", "single2", "diff")
+
+
+@pytest.mark.parametrize(
+    "line", [pytest.param(line, marks=() if any(name in line for name in QUICK) else pytest.mark.slow) for line in WRITTEN]
+)
+def test_the_command_after_writing_draws_with_what_was_written(line, there, made):
+    code, answer = there(line)
+    assert code == 0, answer
+    ref, how, loras = WRITTEN[line]
+    picture = follow(there, answer["next_command"])
+    assert same(picture, drawn(ref, how, loras=loras)), answer["next_command"]
+
+
+def test_a_remapped_lora_is_drawn_on_the_pruned_network(there, made, tiny_pruned):
+    write.to_file(checkpoint.load(str(tiny_pruned)), made / "pruned.safetensors", force=True)
+    code, answer = there(
+        f"merge-lora --accel a.safetensors --remap pruned.safetensors --base-config {tiny_pruned} -o moved-a.safetensors"
+    )
+    assert code == 0, answer
+    picture = follow(there, answer["next_command"])
+    assert same(picture, drawn("pruned.safetensors", {"config": str(tiny_pruned)}, loras=["moved-a.safetensors"]))
+
+
+def test_no_configs_are_named_where_a_file_needs_none(made, tiny_sd, monkeypatch):
+    """The networks that ship with fastdiff are known by their layers."""
+    monkeypatch.chdir(made)
+    base = checkpoint.load("emoji")
+    write.to_file(base, made / "emoji.safetensors", force=True)
+    assert write.opening(base, made / "emoji.safetensors") == {}

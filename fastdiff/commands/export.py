@@ -1,7 +1,6 @@
 """The `export` command: writes a checkpoint as a diffusers folder or one file for other programs, or a LoRA in another layout."""
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +14,7 @@ from fastdiff.lora import merging
 from fastdiff.models import autoencoder
 from fastdiff.options.export import EXAMPLES, Config
 from fastdiff.runtime import console, outputs
-from fastdiff.runtime.command import Runnable
+from fastdiff.runtime.command import Runnable, sample_command
 from fastdiff.runtime.errors import InputRefused, Result, UsageError, as_field
 from fastdiff.sampling import assemble
 
@@ -73,7 +72,7 @@ def run(config: Config) -> Result:
             write.to_folder(base, path, dtype=dtype, recipe=base.recipe if base.recipe.method else None)
             paths = [path]
     metrics = {"family": base.family.name, "prediction_type": base.prediction_type, "checked": one}
-    return Result(paths, metrics, f'fastdiff sample --base {shlex.quote(str(path))} --prompt "a red apple"')
+    return Result(paths, metrics, sample_command({"base": path, **write.opening(base, path)}))
 
 
 def open_vae(base: Checkpoint, config: Config) -> nn.Module:

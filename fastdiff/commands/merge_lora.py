@@ -1,7 +1,6 @@
 """The `merge-lora` command: merges LoRAs into one LoRA or into a checkpoint, or extracts a LoRA from two checkpoints."""
 
 import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from fastdiff import lora
-from fastdiff.checkpoints import single_file
+from fastdiff.checkpoints import single_file, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.published import AUTO
 from fastdiff.checkpoints.recipe import Recipe
@@ -20,7 +19,7 @@ from fastdiff.lora.kinds import Dense, Factors, Update
 from fastdiff.models.remap import remapped
 from fastdiff.options.merge_lora import EXAMPLES, Config
 from fastdiff.runtime import console, outputs
-from fastdiff.runtime.command import Runnable
+from fastdiff.runtime.command import Runnable, sample_command
 from fastdiff.runtime.errors import InputRefused, Result, UsageError
 
 ACCEL_WEIGHT, STYLE_WEIGHT = 1.0, 0.8  # a few-step LoRA was distilled at 1; a style beside it is too strong at 1
@@ -150,6 +149,15 @@ def written(config: Config, loras: list[tuple[Lora, float]], output: Path) -> tu
     return merged, metrics
 
 
+def drawn_on(config: Config, merged: Lora) -> dict[str, Any]:
+    """The options of `sample` that open a base for the merged LoRA: one that the command was given, else that of its family."""
+    if config.remap:
+        pruned = replace(config, base=config.remap).open_base()
+        return {"base": pruned.ref, **pruned.opening}
+    base = config.check or (merged.family and merged.family.name)
+    return {"base": base} if base else {}
+
+
 def run(config: Config) -> Result:
     """The `merge-lora` command."""
     check_flags(config)
@@ -171,16 +179,15 @@ def run(config: Config) -> Result:
             how = dict(dtype=DTYPES[config.precision], allow_partial=config.allow_partial, **joining(config))
             count, paths = merging.bake(base, loras, output, recipe=chosen(config, loras, base), **how)
         metrics = {"modules": count, "inputs": inputs}
-        command = f'fastdiff sample --base {shlex.quote(str(output))} --prompt "a red apple"'
+        drawn: dict[str, Any] = {"base": output, **write.opening(base, output)}
     else:
         merged, metrics = written(config, loras, output)
         paths, metrics["inputs"] = [output], inputs
-        on = f"--base {merged.family} " if merged.family else ""
-        command = f'fastdiff sample {on}--lora {shlex.quote(str(output))} --prompt "a red apple"'
+        drawn = {**drawn_on(config, merged), "lora": output}
     if config.check:
         sheets, metrics["check"] = compare.before_and_after(config.check, loras, output, baked=bool(config.base))
         paths += sheets
-    return Result(paths, metrics, command)
+    return Result(paths, metrics, sample_command(drawn))
 
 
 COMMAND = Runnable(Config, run, examples=EXAMPLES)

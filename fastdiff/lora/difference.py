@@ -4,7 +4,6 @@ extract    Delta = tuned - base, its best rank R          the LoRA of a fully tr
 transfer   W = base + (tuned - reference)                 exact, in fp32, one cast
 """
 
-import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
 from fastdiff.options.merge_lora import Config
 from fastdiff.runtime import console
+from fastdiff.runtime.command import sample_command
 from fastdiff.runtime.errors import InputRefused, Result, UsageError, as_field
 
 DEFAULT_RANK = 64
@@ -103,11 +103,7 @@ def extract(config: Config, output: Path) -> Result:
         "energy": {part: kept / whole for part, (kept, whole) in sums.items()},
         "left_out": len(left_out),
     }
-    return Result(
-        [output],
-        metrics,
-        f'fastdiff sample --base {shlex.quote(base.ref)} --lora {shlex.quote(str(output))} --prompt "a red apple"',
-    )
+    return Result([output], metrics, sample_command({"base": base.ref, **base.opening, "lora": output}))
 
 
 def transfer(config: Config, output: Path) -> Result:
@@ -133,7 +129,7 @@ def transfer(config: Config, output: Path) -> Result:
         write.to_folder(base, output, **how)
         outputs = [output]
     metrics = {"parts": {part: len(weights) for part, weights in changed.items()}}
-    return Result(outputs, metrics, f'fastdiff sample --base {shlex.quote(str(output))} --prompt "a red apple"')
+    return Result(outputs, metrics, sample_command({"base": output, **write.opening(base, output)}))
 
 
 def moved(name: str, own: Weights, tuned: Weights, reference: Weights) -> Tensor:

@@ -172,9 +172,11 @@ class DistilControlNet(Segmented):
             licence="that of the base model and of the ControlNet that it was distilled from",
         )
 
-    def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str]:
+    def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str | bool]:
+        of = self.config.open_student()
         return {
-            "base": self.config.init or self.config.base,
+            "base": of.ref,
+            **of.opening,
             "controlnet": str(weights),
             "control_image": "picture.png",
             "control": self.config.control,

@@ -8,6 +8,7 @@ lpips   = LPIPS(G(z), target)                   option
 encoder = | E(target) - KL encoder(target) |^2  option, a player of its own
 """
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.options.vae import EXAMPLES, PRESETS, Config, stages
 from fastdiff.options.vae import Config as Options
 from fastdiff.runtime import console
+from fastdiff.runtime.command import option_words
 from fastdiff.runtime.errors import UsageError
 from fastdiff.training.card import Usage, code_of, load_expression, opener
 from fastdiff.training.method import Method, Now, Phase, Trains, Turn
@@ -174,15 +176,16 @@ class TinyVAE(Method):
         net, taesd = self.student, base.family.taesd
         if reason := vae_file.unlike_taesd(dict(net.config), vae_file.shapes_of(net.state_dict())):
             return [f"ComfyUI, A1111, Forge, stable-diffusion.cpp: they read only networks of TAESD's shape, and {reason}."]
-        command = f"fastdiff export --base {base.ref} --vae {weights.name} --format taesd -o vae_approx"
+        base_words = shlex.join(option_words({"base": base.ref, **base.opening}))
+        command = f"fastdiff export {base_words} --vae {weights.name} --format taesd -o vae_approx"
         return [
             f"ComfyUI: `{command}` writes `{taesd}_decoder.safetensors` and `{taesd}_encoder.safetensors`; put both into"
             f" `models/vae_approx`, and choose `{taesd}` in the node Load VAE.",
             f"stable-diffusion.cpp: `--taesd {weights.name}/diffusion_pytorch_model.safetensors`.",
         ]
 
-    def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str]:
-        return {"base": self.config.base, "vae": str(weights)}
+    def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str | bool]:
+        return {"base": base.ref, **base.opening, "vae": str(weights)}
 
 
 def down8(pixels: Tensor) -> Tensor:

@@ -237,7 +237,7 @@ class Trained:
     result: Result
     run: Run
     weights: Path  # the LoRA file, or the folder of a checkpoint or single network; the last one if there are several
-    options: dict[str, str]  # options of `fastdiff sample` that draw with it; empty on all but the first process
+    options: dict[str, str | bool]  # options of `fastdiff sample` that draw with it; empty on all but the first process
 
 
 @device_errors_explained()
