@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastdiff import cli
+from fastdiff import cli, lora
 from fastdiff.checkpoints import checkpoint, write
 from fastdiff.checkpoints.single_file import Weights
+from fastdiff.sampling.assemble import is_lora
 from fastdiff.sampling.sampler import Sampler
 
 
@@ -272,3 +273,54 @@ def test_no_configs_are_named_where_a_file_needs_none(made, tiny_sd, monkeypatch
     base = checkpoint.load("emoji")
     write.to_file(base, made / "emoji.safetensors", force=True)
     assert write.opening(base, made / "emoji.safetensors") == {}
+
+
+# ---- folders of peft
+
+
+def test_a_folder_that_peft_format_wrote_is_one_lora_everywhere(there, made):
+    line = "merge-lora --accel a.safetensors --style b.safetensors=1 --format peft --precision fp32 -o peft"
+    code, answer = there(line)
+    assert code == 0, answer
+    assert answer["metrics"]["max_error"] < 1e-6
+    assert {path.parent.name for path in (made / "peft").rglob("adapter_model.safetensors")} == {"unet", "text_encoder"}
+    both = lora.merge(["a.safetensors", "b.safetensors"])
+    found = lora.load("peft")
+    assert found.source == "peft"
+    assert found.modules.keys() == both.modules.keys()
+    for key, update in both.modules.items():
+        torch.testing.assert_close(found.modules[key].delta(), update.delta())
+    assert lora.outline(Path("peft")).shapes == both.shapes
+    assert same(
+        follow(there, "fastdiff sample --base S --lora peft --prompt x"), drawn("S", {}, loras=["a.safetensors", "b.safetensors"])
+    )
+    for line in ("merge-lora --accel peft --style a.safetensors=0", "export --lora peft"):
+        code, answer = there(f"{line} -o back.safetensors")
+        assert code == 0, answer
+        again = lora.load("back.safetensors")
+        assert again.modules.keys() == both.modules.keys()
+        for key, update in both.modules.items():
+            torch.testing.assert_close(again.modules[key].delta(), update.delta(), rtol=2e-3, atol=2e-3)
+    assert there("merge-lora --accel peft --base S -o peft/unet")[0] == 2
+    assert there("export --lora peft -o peft/unet/adapter_model.safetensors")[0] == 2
+    assert is_lora("peft")
+    assert not is_lora("S")
+
+
+def test_a_folder_of_peft_for_sdxl_keeps_both_text_encoders_apart(tiny_sdxl, tmp_path):
+    shapes = {}
+    for part, prefix in {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}.items():
+        for name, shape in checkpoint.load(str(tiny_sdxl)).shapes(part).items():
+            if re.search(r"(attn1\.to_q|q_proj)\.weight$", name):
+                shapes[prefix + name.removesuffix(".weight").replace(".", "_")] = shape
+    torch.manual_seed(0)
+    tensors = {}
+    for key, shape in shapes.items():
+        tensors |= {f"{key}.lora_down.weight": torch.randn(4, shape[1]), f"{key}.lora_up.weight": torch.randn(shape[0], 4)}
+    save_file(tensors, tmp_path / "xl.safetensors", {"fastdiff.family": "sdxl"})
+    made = lora.load(tmp_path / "xl.safetensors")
+    made.save(tmp_path / "xl", dtype=torch.float32, format="peft")
+    found = lora.load(tmp_path / "xl")
+    assert found.modules.keys() == made.modules.keys() == shapes.keys()
+    for key, update in made.modules.items():
+        torch.testing.assert_close(found.modules[key].delta(), update.delta())

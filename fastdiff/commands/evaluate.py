@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint, tensors
+from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.data.prompts import read_prompts
@@ -87,7 +87,7 @@ def students(config: Config, family: Family, dtype: torch.dtype, device: torch.d
     for specs in [[spec] for spec in config.student] + ([config.lora] if config.lora else []):
         path = specs[0].partition("=")[0]
         if is_lora(path):
-            recipe = lora.outline(tensors.open_file(path)).recipe
+            recipe = lora.outline(Path(path)).recipe
             own_family, opener = recipe.family or family.name, lora_on_base(config, specs, dtype, device)
         elif config.lora:
             raise UsageError(f"--lora {path}: not a LoRA file", "give a checkpoint with --student")

@@ -59,7 +59,7 @@ def run(config: Config) -> Result:
         item = lora.load(config.lora, allow_pickle=config.allow_pickle)
         with console.timed("write_s"):
             lora.save(item, path, dtype=dtype, format=config.format)
-        return Result([path], {**lora.summary(item), "max_error": merging.rounding(item, path, config.format)})
+        return Result([path], {**lora.summary(item), "max_error": merging.rounding(item, path)})
     base = config.open_base()
     if config.format == "taesd":
         return write_taesd(config, base, path)

@@ -145,7 +145,7 @@ def written(config: Config, loras: list[tuple[Lora, float]], output: Path) -> tu
     if energy:
         metrics["energy"] = energy
     exact = [(merged, 1.0)] if energy else merging.agreed(loras)[1]  # what a lower rank costs is told by its energy
-    metrics["max_error"] = merging.rounding(merged, output, config.format, exact)
+    metrics["max_error"] = merging.rounding(merged, output, exact)
     return merged, metrics
 
 

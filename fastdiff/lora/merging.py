@@ -19,7 +19,7 @@ from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Weights
 from fastdiff.lora import apply
-from fastdiff.lora.file import Format, Lora, Weighted, load, opened, with_weights
+from fastdiff.lora.file import Lora, Weighted, load, opened, with_weights
 from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
 from fastdiff.lora.layouts import split
 from fastdiff.lora.writing import usage_hint
@@ -207,25 +207,13 @@ def largest_error(stored: Lora, loras: Iterable[tuple[Lora, float]]) -> float:
     return worst
 
 
-def reread(path: Path, made: Lora, format: Format) -> Lora:
-    """The LoRA that was written from `made`, with the same names: of peft's folders one is read for each component."""
-    if format != "peft":
-        return load(path, layers=made.layers)
-    keys = {split(key): key for key in made.modules}
-    modules: dict[str, Update] = {}
-    for component in dict.fromkeys(component for component, _ in keys):
-        for key, update in load(path / component / "adapter_model.safetensors").modules.items():
-            modules[keys[component, split(key)[1]]] = update
-    return replace(made, modules=modules)
-
-
-def rounding(made: Lora, path: Path, format: Format, exact: list[tuple[Lora, float]] | None = None) -> float:
-    """The largest relative error of any module of the file that was written from `made`, as in `largest_error`.
+def rounding(made: Lora, path: Path, exact: list[tuple[Lora, float]] | None = None) -> float:
+    """The largest relative error of any module of the file or folder that was written from `made`, as in `largest_error`.
 
     It is measured against the sum of `exact`, or against `made`.
     A line tells of one that matters, which storing in fp32 would avoid.
     """
-    error = largest_error(reread(path, made, format), exact or [(made, 1.0)])
+    error = largest_error(load(path, layers=made.layers, recognise=False), exact or [(made, 1.0)])
     if error > NOTICEABLE:
         console.info(
             f"{path}: rounding to its precision changes a layer by up to {error:.1e} (relative); `precision=fp32` does not"
