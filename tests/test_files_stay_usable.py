@@ -291,9 +291,8 @@ def test_a_folder_that_peft_format_wrote_is_one_lora_everywhere(there, made):
     for key, update in both.modules.items():
         torch.testing.assert_close(found.modules[key].delta(), update.delta())
     assert lora.outline(Path("peft")).shapes == both.shapes
-    assert same(
-        follow(there, "fastdiff sample --base S --lora peft --prompt x"), drawn("S", {}, loras=["a.safetensors", "b.safetensors"])
-    )
+    picture = follow(there, "fastdiff sample --base S --lora peft --prompt x")
+    assert same(picture, drawn("S", {}, loras=["a.safetensors", "b.safetensors"]))
     for line in ("merge-lora --accel peft --style a.safetensors=0", "export --lora peft"):
         code, answer = there(f"{line} -o back.safetensors")
         assert code == 0, answer
@@ -303,6 +302,9 @@ def test_a_folder_that_peft_format_wrote_is_one_lora_everywhere(there, made):
             torch.testing.assert_close(again.modules[key].delta(), update.delta(), rtol=2e-3, atol=2e-3)
     assert there("merge-lora --accel peft --base S -o peft/unet")[0] == 2
     assert there("export --lora peft -o peft/unet/adapter_model.safetensors")[0] == 2
+    shutil.copytree("peft", "replaced")
+    assert there("export --lora a.safetensors --format peft -o replaced")[0] == 0
+    assert lora.load("replaced").modules.keys() == lora.load("a.safetensors").modules.keys()  # nothing of the earlier one
     assert is_lora("peft")
     assert not is_lora("S")
 

@@ -119,9 +119,9 @@ def load(
 ) -> Lora:
     """Read a LoRA of any supported layout; the scale alpha / r is multiplied in.
 
-    `path` is a file, or a folder that peft wrote: for one network, or with a folder for each component. `layers` is the number of layers in a block of the base, for files with LDM
-    names whose header lacks it. InputRefused where any key is unknown, unless `allow_partial`, which leaves such keys out with
-    a warning. Bundled embeddings are always left out with a warning.
+    `path` is a file, or a folder that peft wrote: for one network, or with a folder for each component. `layers` is the number
+    of layers in a block of the base, for files with LDM names whose header lacks it. InputRefused where any key is unknown,
+    unless `allow_partial`, which leaves such keys out with a warning. Bundled embeddings are always left out with a warning.
 
     A published few-step LoRA without a header of ours gets the recipe that its authors document (checkpoints/published.py),
     unless `recognise` is off, and a line says so.
