@@ -14,12 +14,16 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_cards import apart
 
 from fastdiff import cli, lora
 from fastdiff.checkpoints import checkpoint, write
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Weights
+from fastdiff.models.remap import remapped
 from fastdiff.sampling.assemble import is_lora
 from fastdiff.sampling.sampler import Sampler
+from fastdiff.training.card import usage_of_recipe
 
 
 def flat_lora(path, base, *, seed=1, metadata=None, parts=("unet",)):
@@ -326,3 +330,61 @@ def test_a_folder_of_peft_for_sdxl_keeps_both_text_encoders_apart(tiny_sdxl, tmp
     assert found.modules.keys() == made.modules.keys() == shapes.keys()
     for key, update in made.modules.items():
         torch.testing.assert_close(found.modules[key].delta(), update.delta())
+
+
+# ---- cards
+
+
+@pytest.fixture(scope="module")
+def weights(made):
+    """A LoRA with a recipe, in a folder of its own."""
+    (made / "run").mkdir(exist_ok=True)
+    recipe = Recipe(method="tdm", family="sd15", scheduler="euler", num_steps=2, guidance=1.0)
+    item = lora.load(made / "a.safetensors")
+    item.metadata |= recipe.to_metadata()
+    return item.save(made / "run" / "tdm.safetensors", dtype=torch.float32)
+
+
+CARDS = {  # file of the base -> keywords beside `config`
+    "one.safetensors": {},
+    "one.ckpt": {"allow_pickle": True},
+    "unet.safetensors": {"prediction": "v_prediction"},
+    "unet-ldm.safetensors": {},
+    "no-vae.safetensors": {},
+    "unet-and-vae.safetensors": {},
+    "pruned.safetensors": {},
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_card_opens_a_single_file_with_the_configs_of_its_folder(name, made, weights, tiny_pruned, monkeypatch):
+    monkeypatch.chdir(made)
+    whole = load_file("one.safetensors")
+    if name == "no-vae.safetensors":
+        save_file({k: v for k, v in whole.items() if not k.startswith("first_stage_model.")}, name)
+    if name == "unet-and-vae.safetensors":
+        save_file({k: v for k, v in whole.items() if not k.startswith("cond_stage_model.")}, name)
+    if name == "pruned.safetensors":
+        write.to_file(checkpoint.load(str(tiny_pruned)), Path(name), force=True)
+    base = checkpoint.load(name, config=str(tiny_pruned) if name == "pruned.safetensors" else "S", **CARDS[name])
+    path = weights if name != "pruned.safetensors" else made / "run" / "pruned-tdm.safetensors"
+    if name == "pruned.safetensors":
+        moved = remapped(base, lora.load(weights), wanted=True)
+        moved.save(path, dtype=torch.float32)
+    code = usage_of_recipe(path, base, lora.load(path).recipe).code
+    assert "from_single_file" in code
+    assert apart(Sampler(base, loras=[str(path)], device="cpu", compile="off"), code, path.parent, monkeypatch) < 5e-5
+
+
+def test_the_card_tells_how_a_folder_is_made_where_diffusers_cannot_open_the_file(made, weights, monkeypatch):
+    monkeypatch.chdir(made)
+    whole = load_file("one.safetensors")
+    unet = {k.removeprefix("model."): v for k, v in whole.items() if k.startswith("model.diffusion_model.")}
+    save_file(unet, "comfy.safetensors")
+    base = checkpoint.load("comfy.safetensors", config="S")
+    code = usage_of_recipe(weights, base, lora.load(weights).recipe).code
+    command = re.search(r"cannot open comfy.safetensors: .*\n#   fastdiff (.*)", code)[1]
+    monkeypatch.chdir(weights.parent)
+    assert cli.main(shlex.split(command)) == 0
+    monkeypatch.chdir(made)
+    assert apart(Sampler(base, loras=[str(weights)], device="cpu", compile="off"), code, weights.parent, monkeypatch) < 5e-5
