@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_cards import apart
 
@@ -330,6 +331,96 @@ def test_a_folder_of_peft_for_sdxl_keeps_both_text_encoders_apart(tiny_sdxl, tmp
     assert found.modules.keys() == made.modules.keys() == shapes.keys()
     for key, update in made.modules.items():
         torch.testing.assert_close(found.modules[key].delta(), update.delta())
+
+
+# ---- messages
+
+NO_VAE = "give a file or a diffusers folder of a VAE, or a hub id (owner/name)"
+REFUSED = {  # command line -> message, hint
+    "sample --base S --prompt x --vae gone.safetensors": ("--vae gone.safetensors: no such file", NO_VAE),
+    "export --base S --vae ./gone -o x": ("--vae ./gone: no such file or folder", NO_VAE),
+    "sample --base S --prompt x --controlnet gone.safetensors --control-image x.png": (
+        "--controlnet gone.safetensors: no such folder",
+        "give a diffusers folder of a ControlNet, or a hub id (owner/name)",
+    ),
+    "export --base S --format taesd --single-file": (
+        "--single-file: with --format taesd two files are written into a folder",
+        "leave out one of both",
+    ),
+    "export --base S --format peft": ("--format peft: is the layout of a LoRA, and there is no --lora", "leave it out"),
+    "export --lora a.safetensors --single-file": (
+        "--single-file: is for checkpoints; the file of a LoRA is one already",
+        "leave it out",
+    ),
+    "sample --base unet.safetensors --base-config ./gone --prompt x": (
+        "--base-config ./gone: no such folder",
+        "give a diffusers folder with the configs of the base, or a hub id with network access",
+    ),
+    "sample --base unet.safetensors --base-config sd15 --prompt x": (
+        "--base-config sd15: no weights for it on this machine",
+        "give a diffusers folder with the configs of the base, or a hub id with network access",
+    ),
+    "sample --base unet.safetensors --base-config gone --prompt x": (
+        "a hub id (owner/name) or a folder",
+        "give a diffusers folder with the configs of the base, or a hub id with network access",
+    ),
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_messages_name_the_option_that_is_wrong_and_what_it_takes(line, there):
+    code, answer = there(line)
+    message, hint = REFUSED[line]
+    assert code == 2
+    assert message in answer["error"]["message"]
+    assert answer["error"]["hint"] == hint
+
+
+def test_configs_that_are_not_used_are_told(there, made):
+    warning = "--base-config S: is for single files; V has configs of its own, which count"
+    code, answer = there("export --base V --base-config S -o copy")
+    assert code == 0
+    assert answer["warnings"] == [warning]
+    assert "warning" not in str(there("export --base unet.safetensors --base-config V -o copy2")[1]["warnings"])
+    code, answer = there("merge-lora --extract --base unet.safetensors --base-config S --tuned tuned -o some.safetensors")
+    assert code == 0, answer
+    assert not any("base-config" in text for text in answer["warnings"])
+
+
+# ---- recipes
+
+
+def test_a_recipe_alone_is_written_into_a_lora(there, made):
+    there("export --lora a.safetensors -o plain.safetensors")
+    for options, (name, n, dtype) in {
+        "--recipe lcm": ("lcm", 4, None),
+        "--num-steps 6 --scheduler euler --guidance 1": ("euler", 6, None),
+        "--recipe lcm --precision fp16": ("lcm", 4, torch.float16),
+        "--recipe lcm --format diffusers --precision fp32": ("lcm", 4, torch.float32),
+    }.items():
+        code, answer = there(f"merge-lora --accel a.safetensors {options} -o with-recipe.safetensors")
+        assert code == 0, answer
+        found, before = lora.load("with-recipe.safetensors"), lora.load("a.safetensors")
+        assert (found.recipe.scheduler, found.recipe.num_steps, found.dtype) == (name, n, dtype or torch.float32)
+        assert found.modules.keys() == before.modules.keys()
+        for key, update in before.modules.items():
+            slack = 0 if dtype is None or dtype == torch.float32 else 5e-3
+            torch.testing.assert_close(found.modules[key].delta(), update.delta(), rtol=slack, atol=slack or 1e-6)
+    assert there("merge-lora --accel a.safetensors --recipe lcm")[0] == 0
+    assert lora.load("a-lcm.safetensors").recipe.scheduler == "lcm"
+    assert there("merge-lora --accel a.safetensors")[0] == 2
+
+
+def test_no_hint_about_another_recipe_stays(there, made):
+    """The checkpoints were made for four steps; what is made of them is told to take two."""
+    recipe = Recipe(method="tdm", family="sd15", scheduler="euler", num_steps=4, guidance=1.0)
+    hint = {"modelspec.usage_hint": "4 steps, guidance 1, scheduler euler; not for hands"}
+    write.to_folder(checkpoint.load("tuned"), Path("fast"), recipe=recipe, said=hint)
+    for line in ("merge-lora --extract --base S", "merge-lora --base S --reference S"):
+        code, answer = there(f"{line} --tuned fast --num-steps 2 -o hinted.safetensors")
+        assert code == 0, answer
+        with safe_open("hinted.safetensors", "pt") as file:
+            assert file.metadata()["modelspec.usage_hint"] == "2 steps, guidance 1, scheduler euler; not for hands"
 
 
 # ---- cards

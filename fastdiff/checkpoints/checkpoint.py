@@ -395,6 +395,8 @@ def load(
     """
     path = locate(ref, allow_pickle=allow_pickle)
     if not path.is_file():
+        if config:
+            warn(f"{as_field('base_config', config)}: is for single files; {ref} has configs of its own, which count")
         supported.check_folder(path)
         return checked(Checkpoint(ref, path, family_of(str(path)), dtype, None, None, prediction, allow_pickle, zero_snr))
     file = views.opened(path, allow_pickle=allow_pickle)

@@ -74,6 +74,8 @@ def destination(config: Config, loras: list[Path]) -> Path:
     bakes = bool(config.base) and not config.extract
     plain = "" if bakes or config.format == "peft" else ".safetensors"
     named = [p.stem for p in loras] or [Path(ref).stem for ref in (config.base, config.tuned) if ref]
+    if len(loras) == 1 and not (config.base or config.remap):  # its own name is taken
+        named.append(config.recipe if config.recipe != AUTO else config.format if config.format != "kohya" else "changed")
     path = Path(config.output or "-".join(named) + plain)
     if plain and path.suffix != ".safetensors":
         raise UsageError(f"--output {path}: a LoRA file must end in .safetensors", f"use --output {path}.safetensors")
@@ -103,10 +105,18 @@ def check_flags(config: Config) -> None:
         raise UsageError(f"--{'extract' if config.extract else 'reference'} needs --tuned CHECKPOINT")
     elif not config.accel:
         raise UsageError("--accel is required", "give --accel FILE, or --extract with --base and --tuned")
-    elif not (config.style or config.base or config.remap or config.rank) and config.format == "kohya":
+    elif not (config.style or config.base or config.remap or config.rank or rewrites(config)):
         raise UsageError(
-            "nothing to merge with --accel", "give --style FILE, --remap PRUNED, or --base to bake it into a checkpoint"
+            "nothing to merge with --accel",
+            "give --style FILE, --remap PRUNED, --recipe NAME, or --base to bake it into a checkpoint",
         )
+
+
+def rewrites(config: Config) -> bool:
+    """Whether options change the header, the layout or the precision of a LoRA, which may then be alone."""
+    settings = (config.num_steps, config.scheduler, config.guidance, config.eta, config.timesteps)
+    given = any(value is not None for value in settings)
+    return given or config.recipe != AUTO or config.format != "kohya" or config.precision != "stored"
 
 
 def opened(config: Config, specs: list[tuple[Path, float]]) -> list[tuple[Lora, float]]:
@@ -114,7 +124,7 @@ def opened(config: Config, specs: list[tuple[Path, float]]) -> list[tuple[Lora, 
     how: dict[str, Any] = dict(allow_partial=config.allow_partial, allow_pickle=config.allow_pickle)
     items = [lora.load(path, **how, recognise=i > 0 or config.recipe == AUTO) for i, (path, _) in enumerate(specs)]
     if config.remap:
-        pruned = replace(config, base=config.remap).open_base()
+        pruned = open_remap(config)
         apply.warn_of_prediction(pruned, items)
         items = [remapped(pruned, item, wanted=True) for item in items]
     items = [items[0], *(weighted(item, config.block_weights) for item in items[1:])]
@@ -149,10 +159,17 @@ def written(config: Config, loras: list[tuple[Lora, float]], output: Path) -> tu
     return merged, metrics
 
 
+def open_remap(config: Config) -> Checkpoint:
+    """The pruned checkpoint. Where there is a base too, `base_config` is for those of the two that are single files."""
+    assert config.remap is not None, "LoRAs are moved to it"
+    given = config.base_config if not config.base or Path(config.remap).expanduser().is_file() else None
+    return replace(config, base=config.remap, base_config=given).open_base()
+
+
 def drawn_on(config: Config, merged: Lora) -> dict[str, Any]:
     """The options of `sample` that open a base for the merged LoRA: one that the command was given, else that of its family."""
     if config.remap:
-        pruned = replace(config, base=config.remap).open_base()
+        pruned = open_remap(config)
         return {"base": pruned.ref, **pruned.opening}
     base = config.check or (merged.family and merged.family.name)
     return {"base": base} if base else {}

@@ -68,13 +68,23 @@ def recipe_of(loras: Sequence[tuple[Lora, float]], base: Checkpoint | None = Non
 def inherited(loras: Sequence[tuple[Lora, float]], base: Checkpoint | None = None) -> dict[str, str]:
     """The header entries for people that a merge of the LoRAs, and of the base that they are added to, keeps."""
     headers = [(base.ref, base.header)] if base else []
-    headers += [(item.source, item.metadata) for item, _ in loras]
+    return said([*headers, *((item.source, item.metadata) for item, _ in loras)])
+
+
+def said(headers: Iterable[tuple[str, dict[str, str]]]) -> dict[str, str]:
+    """The entries for people of several headers, each given with its file, without the hints about their own recipes."""
     parents: list[tuple[str, dict[str, str]]] = []
     for source, header in headers:
         old = usage_hint(Recipe.from_metadata(header))  # the result's header gets the hint of its own recipe
         kept = "; ".join(hint for hint in header.get(words.HINT, "").split("; ") if hint != old)
         parents.append((Path(source).name, {**header, words.HINT: kept}))
     return words.joined(parents)
+
+
+def with_hint(entries: dict[str, str], recipe: Recipe) -> dict[str, str]:
+    """The entries for people, whose hint begins with what a recipe says."""
+    hint = "; ".join(filter(None, (usage_hint(recipe), entries.get(words.HINT))))
+    return {**entries, words.HINT: hint} if hint else entries
 
 
 def agreed(loras: list[tuple[Lora, float]]) -> tuple[Family | None, list[tuple[Lora, float]]]:
@@ -259,10 +269,7 @@ def bake(
         changed[part], touched = apply.baked(base.weights(part, shapes[part]), prefix, ready)
         count += touched
     kept = replace(asked or recipe_of(given, base), family=base.family.name)
-    said = inherited(given, base)
-    if hint := "; ".join(filter(None, (usage_hint(kept), said.get(words.HINT)))):
-        said[words.HINT] = hint
-    how = dict(changed=changed, dtype=dtype, recipe=kept, said=said)
+    how = dict(changed=changed, dtype=dtype, recipe=kept, said=with_hint(inherited(given, base), kept))
     path = Path(path).expanduser()
     if path.suffix == ".safetensors":
         return count, write.to_file(base, path, **how)
