@@ -248,7 +248,7 @@ WRITTEN = {  # command line -> what the picture is drawn with
 }
 
 
-QUICK = ("baked.", "baked2", "single2", "diff")
+QUICK = ("baked2", "single2", "diff")
 
 
 @pytest.mark.parametrize(
@@ -447,7 +447,10 @@ CARDS = {  # file of the base -> keywords beside `config`
 }
 
 
-@pytest.mark.parametrize("name", CARDS)
+RARE = ("one.ckpt", "no-vae.safetensors", "unet-and-vae.safetensors")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in RARE else ()) for name in CARDS])
 def test_the_card_opens_a_single_file_with_the_configs_of_its_folder(name, made, weights, tiny_pruned, monkeypatch):
     monkeypatch.chdir(made)
     whole = load_file("one.safetensors")

@@ -284,9 +284,13 @@ class Method(ABC):
     def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str | bool]:
         """Return the options of `fastdiff sample` that draw with these weights, as {option: value}; True is a flag."""
         is_lora = weights.suffix == ".safetensors"
-        options = {"base": base.ref, **base.opening, "lora": str(weights)} if is_lora else {"base": str(weights)}
+        options: dict[str, str | bool] = {"base": str(weights)}
+        if is_lora:
+            options = {"base": base.ref, **base.opening, "lora": str(weights)}
         if self.config.vae:
-            options |= {"vae": self.config.vae} | ({"allow_pickle": True} if self.config.allow_pickle else {})
+            options["vae"] = self.config.vae
+            if self.config.allow_pickle:
+                options["allow_pickle"] = True
         return options
 
     @property
