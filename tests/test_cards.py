@@ -153,15 +153,6 @@ def ours(sampler, prompt, seed, control=None):
 QUICK = ("lcm", "pcm", "tcd", "full lcm", "tdm", "lightning", "vae", "controlnet")
 
 
-def as_on_the_hub(runs, monkeypatch):
-    """Give diffusers the configs of single files, which it takes from the hub."""
-    from diffusers import StableDiffusionPipeline
-
-    opened = StableDiffusionPipeline.from_single_file
-    like_hub = lambda path: opened(path, config=str(runs.base("sd")), local_files_only=True)
-    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", like_hub)
-
-
 def apart(sampler, code, folder, monkeypatch, control=None):
     """The largest difference between our picture and that of a card's code, after the same timesteps."""
     names, drawn = theirs(code, folder, monkeypatch)
@@ -174,9 +165,7 @@ def apart(sampler, code, folder, monkeypatch, control=None):
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in RUNS])
 def test_the_code_of_every_card_draws_what_sample_draws(name, runs, monkeypatch, request):
-    folder, kind, control = runs[name], RUNS[name][1], None
-    if "file" in kind:
-        as_on_the_hub(runs, monkeypatch)
+    folder, control = runs[name], None
     if "controlnet" in name:
         control = folder / "control.png"
         edges = np.kron(np.eye(8, dtype=np.uint8), np.full((8, 8), 255, np.uint8))
@@ -207,7 +196,6 @@ def sample_options(folder, weights, runs, name):
 @pytest.mark.parametrize("kind", ["pndm", "zero", "v", "file", "zero file", "relative"])
 def test_the_code_fits_every_kind_of_base(kind, runs, monkeypatch):
     """One LoRA of phases, for bases of which diffusers knows less than we do: its scheduler must be told the rest."""
-    as_on_the_hub(runs, monkeypatch)
     weights = runs["pcm"] / "lcm.safetensors"
     path = runs.base("sd" if kind == "relative" else kind)
     config = str(runs.base("zero" if "zero" in kind else "sd")) if "file" in kind else None

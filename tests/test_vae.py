@@ -327,5 +327,5 @@ def test_a_vae_of_other_latents_is_refused(tmp_path):
     (tmp_path / "wide" / "diffusion_pytorch_model.safetensors").write_bytes(b"no")
     with pytest.raises(InputRefused, match="cannot be read"):
         autoencoder.load(str(tmp_path / "wide"))
-    with pytest.raises(UsageError, match="no such folder"):
+    with pytest.raises(UsageError, match="no such file or folder"):
         autoencoder.load("./gone")

@@ -68,6 +68,18 @@ class Checkpoint:
         """Whether this is a single file that uses the configs that ship with fastdiff, not a folder given as `base_config`."""
         return self.path.is_file() and self.folder == self.family.home
 
+    @property
+    def opening(self) -> dict[str, str | bool]:
+        """The options, beside `base`, that opened this checkpoint and that open it again: {option: value}."""
+        given = self.path.is_file() and self.config is not None and not self.own_config
+        how = {
+            "base_config": str(self.config) if given else None,
+            "prediction_type": self.prediction,
+            "zero_snr": self.zero_snr,
+            "allow_pickle": self.allow_pickle,
+        }
+        return {name: value for name, value in how.items() if value}
+
     @cached_property
     def index(self) -> dict[str, Any]:
         """The content of model_index.json; InputRefused where it is missing."""
@@ -419,6 +431,8 @@ def load(
     """
     path = locate(ref, allow_pickle=allow_pickle)
     if not path.is_file():
+        if config:
+            warn(f"{as_field('base_config', config)}: is for single files; {ref} has configs of its own, which count")
         supported.check_folder(path)
         return checked(Checkpoint(ref, path, family_of(str(path)), dtype, None, None, prediction, allow_pickle, zero_snr))
     file = views.opened(path, allow_pickle=allow_pickle)

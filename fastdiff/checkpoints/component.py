@@ -12,28 +12,27 @@ from fastdiff.runtime.errors import InputRefused, UsageError, as_field, device_e
 FILES = ["config.json", "diffusion_pytorch_model.safetensors", "fastdiff.json"]
 
 
-def locate(ref: str, option: str, what: str) -> Path:
+def locate(ref: str, option: str, what: str, *, files: bool = False) -> Path:
     """The folder or file of the network that `ref` names, a path or a hub id; the hub is asked only where no such path exists.
 
-    `option` is the option that `ref` was given with and `what` the kind of network, both for messages. UsageError where there
-    is no such path or the hub cannot be reached.
+    `option` is the option that `ref` was given with and `what` the kind of network, both for messages. With `files` a single file
+    is one too. UsageError where there is no such path or the hub cannot be reached.
     """
     folder = Path(ref).expanduser()
     if folder.exists():
         return folder
     named_file = folder.suffix in {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
     if named_file or ref.startswith((".", "/", "~")) or ref.count("/") != 1:
-        raise UsageError(
-            f"{as_field(option, ref)}: no such folder", f"give a diffusers folder of a {what}, or a hub id (owner/name)"
-        )
+        missing = "no such file" if files and named_file else "no such file or folder" if files else "no such folder"
+        kinds = f"a file or a diffusers folder of a {what}" if files else f"a diffusers folder of a {what}"
+        raise UsageError(f"{as_field(option, ref)}: {missing}", f"give {kinds}, or a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(ref, allow_patterns=FILES))
     except Exception as error:  # the hub client raises a dozen kinds
-        raise UsageError(
-            f"{as_field(option, ref)}: not on this machine, and the hub cannot be reached", "give a folder"
-        ) from error
+        hint = "give a folder" + (" or a file" if files else "")
+        raise UsageError(f"{as_field(option, ref)}: not on this machine, and the hub cannot be reached", hint) from error
 
 
 def config_of(folder: Path, option: str, ref: str, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -176,16 +176,27 @@ def config_folder(config: str, file: TensorFile, *, allow_pickle: bool) -> Path:
     lacks = lambda family: any(not any(name.startswith(prefix) for name in file) for prefix in family.prefixes.values())
     try:
         folder = locate(config, configs_only=True)
-    except InputRefused:
-        raise
     except UsageError as error:
-        if (family := named(config)) and not lacks(family):  # configs of the published bases ship with fastdiff
-            return family.home
-        raise UsageError(str(error).replace(as_field("base", config), as_field("base_config", config)), error.hint) from error
+        if not isinstance(error, InputRefused) and (family := named(config)) and not lacks(family):
+            return family.home  # configs of the published bases ship with fastdiff
+        raise of_configs(error, config) from error
     if folder.is_file():
         raise UsageError(f"{as_field('base_config', config)}: is a file", "give a diffusers folder, with the configs of the base")
-    given = Path(config).expanduser().exists()
-    return folder if given or not lacks(family_of(str(folder))) else locate(config, allow_pickle=allow_pickle)
+    if Path(config).expanduser().exists() or not lacks(family_of(str(folder))):
+        return folder
+    try:
+        return locate(config, allow_pickle=allow_pickle)
+    except UsageError as error:
+        raise of_configs(error, config) from error
+
+
+def of_configs(error: UsageError, config: str) -> UsageError:
+    """The error of `locate`, which knows every reference as `base`, for the value of `base_config`, which is no single file."""
+    message = str(error).replace(as_field("base", config), as_field("base_config", config))
+    message = message.replace("no such file or folder", "no such folder").replace(", a folder or a file", " or a folder")
+    if isinstance(error, InputRefused):
+        return InputRefused(message, error.hint)
+    return UsageError(message, "give a diffusers folder with the configs of the base, or a hub id with network access")
 
 
 def stock_config(family: Family) -> dict[str, Any]:

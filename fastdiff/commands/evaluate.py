@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint, tensors
+from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.data.prompts import read_prompts
@@ -19,7 +19,7 @@ from fastdiff.quality import networks, retention
 from fastdiff.quality.evaluation import Evaluation, Model, known_features, prompts_of
 from fastdiff.quality.features import ClipFeatures, open_distance, open_extractors
 from fastdiff.quality.ways import ladder_of, teacher_row
-from fastdiff.runtime import console
+from fastdiff.runtime import console, outputs
 from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.disk import write_atomic
 from fastdiff.runtime.errors import Result, UsageError
@@ -87,7 +87,7 @@ def students(config: Config, family: Family, dtype: torch.dtype, device: torch.d
     for specs in [[spec] for spec in config.student] + ([config.lora] if config.lora else []):
         path = specs[0].partition("=")[0]
         if is_lora(path):
-            recipe = lora.outline(tensors.open_file(path)).recipe
+            recipe = lora.outline(Path(path)).recipe
             own_family, opener = recipe.family or family.name, lora_on_base(config, specs, dtype, device)
         elif config.lora:
             raise UsageError(f"--lora {path}: not a LoRA file", "give a checkpoint with --student")
@@ -139,11 +139,11 @@ def open_evaluation(config: Config, family: Family, resolution_px: int, device: 
 
 def run(config: Config) -> Result:
     """The `evaluate` command."""
+    output = outputs.as_folder(config.output or f"runs/evaluate-{Path(config.base).stem or config.base}")
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     base = config.open_base(dtype)
     family, models = base.family, students(config, base.family, dtype, device)
-    output = Path(config.output or f"runs/evaluate-{Path(config.base).stem or config.base}")
     saved = output / "images" if config.save_images else None
     evaluation = open_evaluation(config, family, config.resolution or base.resolution_px, device, saved)
     guided = teacher_settings(config, base)

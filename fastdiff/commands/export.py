@@ -1,7 +1,6 @@
 """The `export` command: writes a checkpoint as a diffusers folder or one file for other programs, or a LoRA in another layout."""
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,8 +13,8 @@ from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.lora import merging
 from fastdiff.models import autoencoder
 from fastdiff.options.export import EXAMPLES, Config
-from fastdiff.runtime import console
-from fastdiff.runtime.command import Runnable
+from fastdiff.runtime import console, outputs
+from fastdiff.runtime.command import Runnable, sample_command
 from fastdiff.runtime.errors import InputRefused, Result, UsageError, as_field
 from fastdiff.sampling import assemble
 
@@ -26,20 +25,30 @@ DTYPES = {"stored": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32":
 
 
 def destination(config: Config) -> Path:
-    """The path to write to. UsageError where it would overwrite the input or a folder that contains it, or is misnamed."""
+    """The path to write to. UsageError where it is misnamed, cannot be written, or would overwrite an input."""
     if config.lora and (config.vae or config.format == "taesd"):
         raise UsageError("--lora: a LoRA has no VAE", "leave out --vae, and --format taesd")
+    if config.lora and config.single_file:
+        raise UsageError("--single-file: is for checkpoints; the file of a LoRA is one already", "leave it out")
     if config.format == "taesd":
-        return Path(config.output or "vae_approx").expanduser()
+        if config.single_file:
+            raise UsageError("--single-file: with --format taesd two files are written into a folder", "leave out one of both")
+        return outputs.as_folder(config.output or "vae_approx")  # `write_taesd` knows which files it writes there
+    if not config.lora and config.format != "kohya":
+        raise UsageError(f"--format {config.format}: is the layout of a LoRA, and there is no --lora", "leave it out")
     source = Path(config.lora or config.base).expanduser()
     one = config.single_file or (config.lora is not None and config.format != "peft")
     path = Path(config.output or f"{source.stem}-{config.format if config.lora else 'export'}{'.safetensors' if one else ''}")
-    path = path.expanduser()
     if one and path.suffix != ".safetensors":
         raise UsageError(f"--output {path}: the name of a file must end in .safetensors", f"use --output {path}.safetensors")
-    if source.exists() and source.resolve().is_relative_to(path.resolve()):
-        raise UsageError(f"--output {path}: would overwrite the input {source}; choose another name")
+    path = outputs.as_file(path) if path.suffix == ".safetensors" else outputs.as_folder(path)
+    outputs.spare(path, inputs(config))
     return path
+
+
+def inputs(config: Config) -> list[str | None]:
+    """What the command reads, as it was given."""
+    return [config.lora] if config.lora else [config.base, config.base_config, config.vae]
 
 
 def run(config: Config) -> Result:
@@ -50,22 +59,20 @@ def run(config: Config) -> Result:
         item = lora.load(config.lora, allow_pickle=config.allow_pickle)
         with console.timed("write_s"):
             lora.save(item, path, dtype=dtype, format=config.format)
-        return Result([path], {**lora.summary(item), "max_error": merging.rounding(item, path, config.format)})
+        return Result([path], {**lora.summary(item), "max_error": merging.rounding(item, path)})
     base = config.open_base()
     if config.format == "taesd":
         return write_taesd(config, base, path)
     one = path.suffix == ".safetensors"
     base = base if config.vae is None else with_vae(base, config, single=one)
-    if path.is_file() and not one:
-        raise UsageError(f"--output {path}: is a file; give the name of a folder")
     with console.timed("write_s"):
         if one:
-            outputs = write.to_file(base, path, dtype=dtype, recipe=base.recipe, force=config.force)
+            paths = write.to_file(base, path, dtype=dtype, recipe=base.recipe, force=config.force)
         else:
             write.to_folder(base, path, dtype=dtype, recipe=base.recipe if base.recipe.method else None)
-            outputs = [path]
+            paths = [path]
     metrics = {"family": base.family.name, "prediction_type": base.prediction_type, "checked": one}
-    return Result(outputs, metrics, f'fastdiff sample --base {shlex.quote(str(path))} --prompt "a red apple"')
+    return Result(paths, metrics, sample_command({"base": path, **write.opening(base, path)}))
 
 
 def open_vae(base: Checkpoint, config: Config) -> nn.Module:
@@ -86,7 +93,7 @@ def with_vae(base: Checkpoint, config: Config, *, single: bool) -> Checkpoint:
             f"{as_field('vae', config.vae)}: a tiny VAE has no place in a single file; ComfyUI reads it from files of its own",
             "write those with `format=taesd`, or export the checkpoint as a folder",
         )
-    stored = vae_file.stored_dtype(component.locate(config.vae, "vae", "VAE"), allow_pickle=config.allow_pickle)
+    stored = vae_file.stored_dtype(component.locate(config.vae, "vae", "VAE", files=True), allow_pickle=config.allow_pickle)
     changed = base.shaped("vae", config_of(net))
     changed.__dict__["vae"] = nn.Module.to(net, stored)  # diffusers' own `to` warns of layers to keep in fp32, here of none
     console.info(f"{base.ref}: its VAE becomes that of {config.vae}, {str(stored).removeprefix('torch.')}")
@@ -100,7 +107,7 @@ def config_of(net: nn.Module) -> dict[str, Any]:
 
 def write_taesd(config: Config, base: Checkpoint, folder: Path) -> Result:
     """Write a tiny VAE as the two files of TAESD's layout. InputRefused for a network of another shape."""
-    if config.single_file or folder.is_file() or folder.suffix == ".safetensors":
+    if folder.suffix == ".safetensors":
         raise UsageError(f"--format taesd: writes two files into a folder, not --output {folder}", "give the name of a folder")
     net, ref, name = open_vae(base, config), config.vae or base.ref, base.family.taesd
     state = net.state_dict()
@@ -111,10 +118,20 @@ def write_taesd(config: Config, base: Checkpoint, folder: Path) -> Result:
         )
     if not bool(state[vae_file.LAST_OF_ENCODER].any()):
         console.info(f"{ref}: its encoder is untrained; the files draw pictures and encode none")
+    halves = [path for given in inputs(config) if given for path in both_halves(Path(given).expanduser())]
+    outputs.spare(folder, halves, written=[folder / f"{name}_{part}.safetensors" for part in vae_file.SHIFT])
     with console.timed("write_s"):
         paths = vae_file.write_taesd(state, folder, name, DTYPES[config.precision])
     console.info(f"for ComfyUI, put both into models/vae_approx; the node Load VAE then lists {name}")
     return Result(paths, {"family": base.family.name})
+
+
+def both_halves(path: Path) -> list[Path]:
+    """The path of an input, and of the other of TAESD's two files beside it, which is read too."""
+    if not path.is_file():
+        return [path]
+    pairs = (("decoder", "encoder"), ("encoder", "decoder"))
+    return [path, *(path.with_name(path.name.replace(one, other)) for one, other in pairs if one in path.name)]
 
 
 COMMAND = Runnable(Config, run, examples=EXAMPLES)

@@ -1,7 +1,6 @@
 """The `merge-lora` command: merges LoRAs into one LoRA or into a checkpoint, or extracts a LoRA from two checkpoints."""
 
 import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from fastdiff import lora
-from fastdiff.checkpoints import single_file
+from fastdiff.checkpoints import single_file, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.published import AUTO
 from fastdiff.checkpoints.recipe import Recipe
@@ -19,8 +18,8 @@ from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Dense, Factors, Update
 from fastdiff.models.remap import remapped
 from fastdiff.options.merge_lora import EXAMPLES, Config
-from fastdiff.runtime import console
-from fastdiff.runtime.command import Runnable
+from fastdiff.runtime import console, outputs
+from fastdiff.runtime.command import Runnable, sample_command
 from fastdiff.runtime.errors import InputRefused, Result, UsageError
 
 ACCEL_WEIGHT, STYLE_WEIGHT = 1.0, 0.8  # a few-step LoRA was distilled at 1; a style beside it is too strong at 1
@@ -70,20 +69,19 @@ def weighted(item: Lora, text: str | None) -> Lora:
     return replace(item, modules=scaled)
 
 
-def destination(config: Config, inputs: list[Path]) -> Path:
-    """The path to write to. UsageError where it would overwrite an input or a folder that contains one, or is misnamed."""
+def destination(config: Config, loras: list[Path]) -> Path:
+    """The path to write to. UsageError where it is misnamed, cannot be written, or would overwrite an input."""
     bakes = bool(config.base) and not config.extract
     plain = "" if bakes or config.format == "peft" else ".safetensors"
-    named = [p.stem for p in inputs] or [Path(ref).stem for ref in (config.base, config.tuned) if ref]
-    path = Path(config.output or "-".join(named) + plain).expanduser()
-    if bakes and path.is_file() and path.suffix != ".safetensors":
-        raise UsageError(f"--output {path}: is a file; give the name of a folder, or of a .safetensors file")
+    named = [p.stem for p in loras] or [Path(ref).stem for ref in (config.base, config.tuned) if ref]
+    if len(loras) == 1 and not (config.base or config.remap):  # its own name is taken
+        named.append(config.recipe if config.recipe != AUTO else config.format if config.format != "kohya" else "changed")
+    path = Path(config.output or "-".join(named) + plain)
     if plain and path.suffix != ".safetensors":
         raise UsageError(f"--output {path}: a LoRA file must end in .safetensors", f"use --output {path}.safetensors")
-    refs = [Path(ref).expanduser() for ref in (config.base, config.tuned, config.reference) if ref]
-    for file in [*inputs, *(ref for ref in refs if ref.exists())]:
-        if file.resolve().is_relative_to(path.resolve()):
-            raise UsageError(f"--output {path}: would overwrite the input {file}; choose another name")
+    path = outputs.as_file(path) if path.suffix == ".safetensors" else outputs.as_folder(path)
+    checkpoints = (config.base, config.base_config, config.tuned, config.reference, config.remap, config.check)
+    outputs.spare(path, [*loras, *checkpoints])
     return path
 
 
@@ -107,10 +105,18 @@ def check_flags(config: Config) -> None:
         raise UsageError(f"--{'extract' if config.extract else 'reference'} needs --tuned CHECKPOINT")
     elif not config.accel:
         raise UsageError("--accel is required", "give --accel FILE, or --extract with --base and --tuned")
-    elif not (config.style or config.base or config.remap or config.rank) and config.format == "kohya":
+    elif not (config.style or config.base or config.remap or config.rank or rewrites(config)):
         raise UsageError(
-            "nothing to merge with --accel", "give --style FILE, --remap PRUNED, or --base to bake it into a checkpoint"
+            "nothing to merge with --accel",
+            "give --style FILE, --remap PRUNED, --recipe NAME, or --base to bake it into a checkpoint",
         )
+
+
+def rewrites(config: Config) -> bool:
+    """Whether options change the header, the layout or the precision of a LoRA, which may then be alone."""
+    settings = (config.num_steps, config.scheduler, config.guidance, config.eta, config.timesteps)
+    given = any(value is not None for value in settings)
+    return given or config.recipe != AUTO or config.format != "kohya" or config.precision != "stored"
 
 
 def opened(config: Config, specs: list[tuple[Path, float]]) -> list[tuple[Lora, float]]:
@@ -118,7 +124,7 @@ def opened(config: Config, specs: list[tuple[Path, float]]) -> list[tuple[Lora, 
     how: dict[str, Any] = dict(allow_partial=config.allow_partial, allow_pickle=config.allow_pickle)
     items = [lora.load(path, **how, recognise=i > 0 or config.recipe == AUTO) for i, (path, _) in enumerate(specs)]
     if config.remap:
-        pruned = replace(config, base=config.remap).open_base()
+        pruned = open_remap(config)
         apply.warn_of_prediction(pruned, items)
         items = [remapped(pruned, item, wanted=True) for item in items]
     items = [items[0], *(weighted(item, config.block_weights) for item in items[1:])]
@@ -149,8 +155,24 @@ def written(config: Config, loras: list[tuple[Lora, float]], output: Path) -> tu
     if energy:
         metrics["energy"] = energy
     exact = [(merged, 1.0)] if energy else merging.agreed(loras)[1]  # what a lower rank costs is told by its energy
-    metrics["max_error"] = merging.rounding(merged, output, config.format, exact)
+    metrics["max_error"] = merging.rounding(merged, output, exact)
     return merged, metrics
+
+
+def open_remap(config: Config) -> Checkpoint:
+    """The pruned checkpoint. Where there is a base too, `base_config` is for those of the two that are single files."""
+    assert config.remap is not None, "LoRAs are moved to it"
+    given = config.base_config if not config.base or Path(config.remap).expanduser().is_file() else None
+    return replace(config, base=config.remap, base_config=given).open_base()
+
+
+def drawn_on(config: Config, merged: Lora) -> dict[str, Any]:
+    """The options of `sample` that open a base for the merged LoRA: one that the command was given, else that of its family."""
+    if config.remap:
+        pruned = open_remap(config)
+        return {"base": pruned.ref, **pruned.opening}
+    base = config.check or (merged.family and merged.family.name)
+    return {"base": base} if base else {}
 
 
 def run(config: Config) -> Result:
@@ -172,18 +194,17 @@ def run(config: Config) -> Result:
             base = config.open_base()
             merging.check_family(loras, base)
             how = dict(dtype=DTYPES[config.precision], allow_partial=config.allow_partial, **joining(config))
-            count, outputs = merging.bake(base, loras, output, recipe=chosen(config, loras, base), **how)
+            count, paths = merging.bake(base, loras, output, recipe=chosen(config, loras, base), **how)
         metrics = {"modules": count, "inputs": inputs}
-        command = f'fastdiff sample --base {shlex.quote(str(output))} --prompt "a red apple"'
+        drawn: dict[str, Any] = {"base": output, **write.opening(base, output)}
     else:
         merged, metrics = written(config, loras, output)
-        outputs, metrics["inputs"] = [output], inputs
-        on = f"--base {merged.family} " if merged.family else ""
-        command = f'fastdiff sample {on}--lora {shlex.quote(str(output))} --prompt "a red apple"'
+        paths, metrics["inputs"] = [output], inputs
+        drawn = {**drawn_on(config, merged), "lora": output}
     if config.check:
         sheets, metrics["check"] = compare.before_and_after(config.check, loras, output, baked=bool(config.base))
-        outputs += sheets
-    return Result(outputs, metrics, command)
+        paths += sheets
+    return Result(paths, metrics, sample_command(drawn))
 
 
 COMMAND = Runnable(Config, run, examples=EXAMPLES)

@@ -21,7 +21,7 @@ from fastdiff.data.teacher import cache_folder
 from fastdiff.models.denoiser import Cond
 from fastdiff.options.sample import EXAMPLES, Config
 from fastdiff.quality import emoji as judge
-from fastdiff.runtime import console
+from fastdiff.runtime import console, outputs
 from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling import openvino
@@ -75,6 +75,7 @@ def run(config: Config) -> Result:
     if config.control and not config.control_image:
         raise UsageError("--control: takes the control out of --control-image, and there is none", "give --control-image too")
     prompts, device = wanted(config), pick_device(config.device)
+    target(config)
     # reports a wrong value before anything heavy is loaded
     Settings.of(published.asked(config.recipe) or Recipe(), Settings(), **given(config))
     if config.compile == "openvino":
@@ -108,14 +109,14 @@ def run(config: Config) -> Result:
                 drawn.append(image)
                 written.append(packer.submit(write_picture, image, folder / names[k]))
             bar.update(len(batch))
-    outputs = [item.result() for item in written]
+    paths = [item.result() for item in written]
     if config.grid and len(seeds) > 1:
-        outputs += sheet_of(drawn, config.num_images).save(folder / "grid.png")
+        paths += sheet_of(drawn, config.num_images).save(folder / "grid.png")
     metrics = {"images": len(seeds), "calls": chosen.calls, "settings": asdict(chosen), "loras": sampler.coverage}
     if base.family.judge_ships:
         stack = torch.stack([torch.from_numpy(np.array(image)) for image in drawn]).permute(0, 3, 1, 2) / 127.5 - 1
         metrics["style"] = judge.style_distance(stack, lines)
-    return Result(outputs, metrics)
+    return Result(paths, metrics)
 
 
 def real_time(
@@ -139,16 +140,22 @@ def real_time(
     return Result([path], {**metrics, "settings": asdict(chosen)})
 
 
+def target(config: Config) -> Path:
+    """The file NAME.png or the folder to write to. UsageError where it cannot be written."""
+    path = Path(config.output or f"runs/sample-{Path(config.base).stem or config.base}")
+    return outputs.as_file(path) if path.suffix == ".png" else outputs.as_folder(path)
+
+
 def places(config: Config, prompts: list[str], seeds: list[int]) -> tuple[Path, list[str]]:
     """The folder, which is created, and the file names of the images. UsageError where one file is given for several images."""
-    target = Path(config.output or f"runs/sample-{Path(config.base).stem or config.base}")
-    if target.suffix == ".png":
+    path = target(config)
+    if path.suffix == ".png":
         if len(seeds) > 1:
-            raise UsageError(f"--output {target}: one file for {len(seeds)} images; give a folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return target.parent, [target.name]
-    target.mkdir(parents=True, exist_ok=True)
-    return target, [f"{k // config.num_images:04d}-seed{seed}.png" for k, seed in enumerate(seeds)]
+            raise UsageError(f"--output {path}: one file for {len(seeds)} images; give a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.parent, [path.name]
+    path.mkdir(parents=True, exist_ok=True)
+    return path, [f"{k // config.num_images:04d}-seed{seed}.png" for k, seed in enumerate(seeds)]
 
 
 def facts(config: Config, chosen: Settings, prompt: str, seed: int) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Runs any Method, as a command and as the function `fastdiff.train`."""
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -12,7 +11,7 @@ from fastdiff import methods
 from fastdiff.checkpoints import locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import DEFAULT_BASE
-from fastdiff.runtime.command import Runnable
+from fastdiff.runtime.command import Runnable, sample_command
 from fastdiff.runtime.config import options as options_of
 from fastdiff.runtime.config import resolve, suggestion
 from fastdiff.runtime.errors import Result, UsageError, as_field
@@ -34,12 +33,9 @@ def train(method: type[Method] | str, base: Checkpoint | str | PathLike[str] = D
         method = named(method)
     base = str(base) if isinstance(base, PathLike) else base
     options = {name: str(value) if isinstance(value, PathLike) else value for name, value in options.items()}
-    source = {"base": base}
+    source: dict[str, Any] = {"base": base}
     if isinstance(base, Checkpoint):
-        kept = dict(base_config=base.config and str(base.config), prediction_type=base.prediction, allow_pickle=base.allow_pickle)
-        kept |= dict(zero_snr=base.zero_snr)
-        kept = kept if base.path.is_file() else {k: v for k, v in kept.items() if k != "base_config"}
-        source = {"base": base.ref, **{k: v for k, v in kept.items() if v}}
+        source = {"base": base.ref, **base.opening}
     known = [option.name for option in options_of(method.Config)]
     unknown = [name for name in options if name not in known]
     if unknown:
@@ -76,9 +72,3 @@ def run(method: type[Method], config: Any) -> Result:
     """Train, and return a result whose next command draws with the new weights."""
     trained = session.train(method, config)
     return replace(trained.result, next_command=sample_command(trained.options) if trained.options else None)
-
-
-def sample_command(options: dict[str, str]) -> str:
-    """The text of a `fastdiff sample` command with these options. The prompt comes last, in double quotes."""
-    words = [word for name, value in options.items() if name != "prompt" for word in (f"--{name.replace('_', '-')}", value)]
-    return " ".join(["fastdiff sample", *map(shlex.quote, words), f'--prompt "{options.get("prompt", "a red apple")}"'])

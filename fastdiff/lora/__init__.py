@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from fastdiff.lora.adapters import attach as attach
     from fastdiff.lora.adapters import save_adapter as save_adapter
     from fastdiff.lora.file import Lora as Lora
+    from fastdiff.lora.file import files_of as files_of
     from fastdiff.lora.file import from_peft as from_peft
     from fastdiff.lora.file import layers_told as layers_told
     from fastdiff.lora.file import load as load
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 # Public name -> module. No module here may have one of these names: importing it would replace the function.
 PUBLIC = {
     **dict.fromkeys(
-        ("Lora", "from_peft", "layers_told", "load", "outline", "parse", "parse_spec", "summary"), "fastdiff.lora.file"
+        ("Lora", "files_of", "from_peft", "layers_told", "load", "outline", "parse", "parse_spec", "summary"),
+        "fastdiff.lora.file",
     ),
     **dict.fromkeys(("header", "save"), "fastdiff.lora.writing"),
     **dict.fromkeys(("merge", "bake"), "fastdiff.lora.merging"),

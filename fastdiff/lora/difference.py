@@ -4,7 +4,6 @@ extract    Delta = tuned - base, its best rank R          the LoRA of a fully tr
 transfer   W = base + (tuned - reference)                 exact, in fp32, one cast
 """
 
-import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,15 +14,16 @@ import torch
 from torch import Tensor
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint, tensors, words, write
+from fastdiff.checkpoints import checkpoint, tensors, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Weights
-from fastdiff.lora import apply
+from fastdiff.lora import apply, merging
 from fastdiff.lora.file import Lora
 from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
 from fastdiff.options.merge_lora import Config
 from fastdiff.runtime import console
+from fastdiff.runtime.command import sample_command
 from fastdiff.runtime.errors import InputRefused, Result, UsageError, as_field
 
 DEFAULT_RANK = 64
@@ -34,7 +34,13 @@ UNCHANGED = 1e-7  # |difference| / |weight|: a layer with less was not trained
 def opened(ref: str | None, config: Config) -> Checkpoint:
     """Open a checkpoint with the command's options for base models."""
     assert ref is not None, "the command checks that its checkpoints are given"
-    how: dict[str, Any] = dict(config=config.base_config, prediction=config.prediction_type, allow_pickle=config.allow_pickle)
+    refs = [other for other in (config.base, config.tuned, config.reference) if other]
+    single = [other for other in refs if Path(other).expanduser().is_file()]  # the configs are for these, if there are any
+    how: dict[str, Any] = dict(
+        config=config.base_config if ref in (single or refs) else None,
+        prediction=config.prediction_type,
+        allow_pickle=config.allow_pickle,
+    )
     return checkpoint.load(ref, **how, zero_snr=config.zero_snr and ref == config.base)
 
 
@@ -98,7 +104,7 @@ def extract(config: Config, output: Path) -> Result:
         names = ", ".join(left_out[:3])
         console.warn(f"{len(left_out)} biases, norms and embeddings differ too and are no part of a LoRA: {names}")
     recipe = replace(config.recipe_from(tuned.recipe) or Recipe(), family=base.family.name)
-    said = words.joined([(Path(one.ref).name, one.header) for one in (base, tuned)])
+    said = merging.said([(one.ref, one.header) for one in (base, tuned)])
     header = {**said, **recipe.to_metadata(), **lora.layers_told(base.unet_config)}
     made = Lora(modules, header, "the extracted LoRA", dtype=tensors.widest(dtypes))
     lora.save(made, output, dtype=DTYPES[config.precision], format=config.format)
@@ -110,11 +116,7 @@ def extract(config: Config, output: Path) -> Result:
         "energy": {part: kept / whole for part, (kept, whole) in sums.items()},
         "left_out": len(left_out),
     }
-    return Result(
-        [output],
-        metrics,
-        f'fastdiff sample --base {shlex.quote(base.ref)} --lora {shlex.quote(str(output))} --prompt "a red apple"',
-    )
+    return Result([output], metrics, sample_command({"base": base.ref, **base.opening, "lora": output}))
 
 
 def transfer(config: Config, output: Path) -> Result:
@@ -132,7 +134,7 @@ def transfer(config: Config, output: Path) -> Result:
         readers: dict[str, Callable[[], Tensor]] = {name: partial(moved, name, own, tuned=b, reference=a) for name in own}
         changed[part] = Weights(readers, own.shapes, own.dtypes)
     recipe = replace(config.recipe_from(tuned.recipe) or Recipe(), family=base.family.name)
-    said = words.joined([(Path(one.ref).name, one.header) for one in (base, tuned)])
+    said = merging.with_hint(merging.said([(one.ref, one.header) for one in (base, tuned)]), recipe)
     how: dict[str, Any] = dict(changed=changed, dtype=DTYPES[config.precision], recipe=recipe, said=said)
     if output.suffix == ".safetensors":
         outputs = write.to_file(base, output, **how)
@@ -140,7 +142,7 @@ def transfer(config: Config, output: Path) -> Result:
         write.to_folder(base, output, **how)
         outputs = [output]
     metrics = {"parts": {part: len(weights) for part, weights in changed.items()}}
-    return Result(outputs, metrics, f'fastdiff sample --base {shlex.quote(str(output))} --prompt "a red apple"')
+    return Result(outputs, metrics, sample_command({"base": output, **write.opening(base, output)}))
 
 
 def moved(name: str, own: Weights, tuned: Weights, reference: Weights) -> Tensor:

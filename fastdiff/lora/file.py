@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastdiff.diffusion.schedule import PredictionType
 
 Format = Literal["kohya", "diffusers", "peft"]
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # the folders of one that peft wrote for each component
 MAX_LAYERS = 16  # in a block of a UNet; a header that says more is damaged
 
 
@@ -117,24 +118,48 @@ def load(
 ) -> Lora:
     """Read a LoRA of any supported layout; the scale alpha / r is multiplied in.
 
-    `path` is a file, or a folder that peft wrote. `layers` is the number of layers in a block of the base, for files with LDM
-    names whose header lacks it. InputRefused where any key is unknown, unless `allow_partial`, which leaves such keys out with
-    a warning. Bundled embeddings are always left out with a warning.
+    `path` is a file, or a folder that peft wrote: for one network, or with a folder for each component. `layers` is the number
+    of layers in a block of the base, for files with LDM names whose header lacks it. InputRefused where any key is unknown,
+    unless `allow_partial`, which leaves such keys out with a warning. Bundled embeddings are always left out with a warning.
 
     A published few-step LoRA without a header of ours gets the recipe that its authors document (checkpoints/published.py),
     unless `recognise` is off, and a line says so.
     """
     path = Path(path).expanduser()
-    inside = path / "adapter_model.safetensors"
-    file = tensors.open_file(inside if inside.is_file() else path, allow_pickle=allow_pickle)
-    return assembled(file, file.__getitem__, layers, allow_partial=allow_partial, recognise=recognise)
+    files = [tensors.open_file(file, allow_pickle=allow_pickle) for file in files_of(path)]
+    how: dict[str, Any] = dict(allow_partial=allow_partial, recognise=recognise)
+    return of_components(path, [assembled(file, file.__getitem__, layers, **how) for file in files])
 
 
-def outline(file: TensorFile, *, layers: int = 2) -> Lora:
+def files_of(path: Path) -> list[Path]:
+    """The files of the LoRA at a path: the file itself, or of a folder that peft wrote those of all components."""
+    folders = [path, *(path / part for part in COMPONENTS)]
+    return [file for folder in folders if (file := folder / "adapter_model.safetensors").is_file()] or [path]
+
+
+def of_components(path: Path, parts: Sequence[Lora]) -> Lora:
+    """One LoRA of those that peft's folder `path` holds for its components; InputRefused where two have the same module."""
+    if len(parts) == 1:
+        return replace(parts[0], source=str(path))
+    modules: dict[str, Update] = {}
+    for part in parts:
+        if both := modules.keys() & part.modules.keys():
+            raise InputRefused(f"{path}: two of its components have {min(both)}")
+        modules |= part.modules
+    metadata = {key: value for part in reversed(parts) for key, value in part.metadata.items()}
+    skipped = [key for part in parts for key in part.skipped]
+    whole = Lora(modules, metadata, str(path), skipped, dtype=tensors.widest(part.dtype for part in parts if part.dtype))
+    return with_first_encoder(whole, (whole.family or PLAIN).lora_text_prefix)
+
+
+def outline(file: TensorFile | Path, *, layers: int = 2) -> Lora:
     """The LoRA in a file with its weights on the meta device, which have shapes and no values; InputRefused as in `load`.
 
-    Of the file's tensors only those of one number are read. What `load` refuses for values that are not finite passes here.
+    A path may be a folder, as for `load`. Of the tensors only those of one number are read. What `load` refuses for values that
+    are not finite passes here.
     """
+    if isinstance(file, Path):
+        return of_components(file, [outline(tensors.open_file(path), layers=layers) for path in files_of(file)])
 
     def read(key: str) -> Tensor:
         dtype, shape, *_ = file.layouts[key]

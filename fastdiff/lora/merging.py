@@ -19,7 +19,7 @@ from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Weights
 from fastdiff.lora import apply
-from fastdiff.lora.file import Format, Lora, Weighted, load, opened, with_weights
+from fastdiff.lora.file import Lora, Weighted, load, opened, with_weights
 from fastdiff.lora.kinds import Dense, Factors, Update, low_rank_of
 from fastdiff.lora.layouts import split
 from fastdiff.lora.writing import usage_hint
@@ -71,13 +71,23 @@ def recipe_of(loras: Sequence[tuple[Lora, float]], base: Checkpoint | None = Non
 def inherited(loras: Sequence[tuple[Lora, float]], base: Checkpoint | None = None) -> dict[str, str]:
     """The header entries for people that a merge of the LoRAs, and of the base that they are added to, keeps."""
     headers = [(base.ref, base.header)] if base else []
-    headers += [(item.source, item.metadata) for item, _ in loras]
+    return said([*headers, *((item.source, item.metadata) for item, _ in loras)])
+
+
+def said(headers: Iterable[tuple[str, dict[str, str]]]) -> dict[str, str]:
+    """The entries for people of several headers, each given with its file, without the hints about their own recipes."""
     parents: list[tuple[str, dict[str, str]]] = []
     for source, header in headers:
         old = usage_hint(Recipe.from_metadata(header))  # the result's header gets the hint of its own recipe
         kept = "; ".join(hint for hint in header.get(words.HINT, "").split("; ") if hint != old)
         parents.append((Path(source).name, {**header, words.HINT: kept}))
     return words.joined(parents)
+
+
+def with_hint(entries: dict[str, str], recipe: Recipe) -> dict[str, str]:
+    """The entries for people, whose hint begins with what a recipe says."""
+    hint = "; ".join(filter(None, (usage_hint(recipe), entries.get(words.HINT))))
+    return {**entries, words.HINT: hint} if hint else entries
 
 
 def agreed(loras: list[tuple[Lora, float]]) -> tuple[Family | None, list[tuple[Lora, float]]]:
@@ -212,25 +222,13 @@ def largest_error(stored: Lora, loras: Iterable[tuple[Lora, float]]) -> float:
     return worst
 
 
-def reread(path: Path, made: Lora, format: Format) -> Lora:
-    """The LoRA that was written from `made`, with the same names: of peft's folders one is read for each component."""
-    if format != "peft":
-        return load(path, layers=made.layers)
-    keys = {split(key): key for key in made.modules}
-    modules: dict[str, Update] = {}
-    for component in dict.fromkeys(component for component, _ in keys):
-        for key, update in load(path / component / "adapter_model.safetensors").modules.items():
-            modules[keys[component, split(key)[1]]] = update
-    return replace(made, modules=modules)
-
-
-def rounding(made: Lora, path: Path, format: Format, exact: list[tuple[Lora, float]] | None = None) -> float:
-    """The largest relative error of any module of the file that was written from `made`, as in `largest_error`.
+def rounding(made: Lora, path: Path, exact: list[tuple[Lora, float]] | None = None) -> float:
+    """The largest relative error of any module of the file or folder that was written from `made`, as in `largest_error`.
 
     It is measured against the sum of `exact`, or against `made`.
     A line tells of one that matters, which storing in fp32 would avoid.
     """
-    error = largest_error(reread(path, made, format), exact or [(made, 1.0)])
+    error = largest_error(load(path, layers=made.layers, recognise=False), exact or [(made, 1.0)])
     if error > NOTICEABLE:
         console.info(
             f"{path}: rounding to its precision changes a layer by up to {error:.1e} (relative); `precision=fp32` does not"
@@ -278,10 +276,7 @@ def bake(
     if asked:
         published.warn_of_family(asked, base.family.name)
     kept = replace(asked or recipe_of(given, base), family=base.family.name)
-    said = inherited(given, base)
-    if hint := "; ".join(filter(None, (usage_hint(kept), said.get(words.HINT)))):
-        said[words.HINT] = hint
-    how = dict(changed=changed, dtype=dtype, recipe=kept, said=said)
+    how = dict(changed=changed, dtype=dtype, recipe=kept, said=with_hint(inherited(given, base), kept))
     path = Path(path).expanduser()
     if path.suffix == ".safetensors":
         return count, write.to_file(base, path, **how)

@@ -12,7 +12,7 @@ from fastdiff.checkpoints import single_file, tensors, words
 from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import Entry
-from fastdiff.lora.file import Format, Lora
+from fastdiff.lora.file import COMPONENTS, Format, Lora
 from fastdiff.lora.kinds import Factors
 from fastdiff.lora.layouts import is_convolution, kernel_of, split
 from fastdiff.runtime.console import info
@@ -142,6 +142,10 @@ def save_peft(factors: Mapping[str, Factors], folder: Path, dtype: torch.dtype, 
         if component == "text_encoder" and FLAT_ENCODER:
             name = name.removeprefix("text_model.")
         parts.setdefault(component, {})[name] = module
+    for component in COMPONENTS:
+        if component not in parts:  # what an earlier LoRA left there is no part of this one
+            for name in ("adapter_model.safetensors", "adapter_config.json"):
+                (folder / component / name).unlink(missing_ok=True)
     for component, modules in parts.items():
         entries: list[Entry] = []
         for name, module in modules.items():

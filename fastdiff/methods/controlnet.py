@@ -31,7 +31,8 @@ from fastdiff.options.controlnet import EXAMPLES, PRESETS, Config
 from fastdiff.options.controlnet import Config as Options
 from fastdiff.runtime import console
 from fastdiff.sampling.sampler import drawing
-from fastdiff.training.card import Usage, code_of, load_expression
+from fastdiff.training.base_code import load_expression, openers
+from fastdiff.training.card import Usage, code_of
 from fastdiff.training.method import Load, Now, Phase, Trains, Turn, planned, relative_size
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
@@ -158,7 +159,7 @@ class DistilControlNet(Segmented):
             'controlnet = ControlNetModel.from_pretrained("controlnet")',
             f"pipe = {load_expression(of, weights.parent, kind, ', controlnet=controlnet')}",
         ]
-        classes = ["ControlNetModel", kind]
+        classes = ["ControlNetModel", *openers(of, kind)]
         code = code_of(
             weights, of, self.recipe, opening=opening, imports=classes, modules=["diffusers"], arguments=", image=control"
         )
@@ -172,9 +173,11 @@ class DistilControlNet(Segmented):
             licence="that of the base model and of the ControlNet that it was distilled from",
         )
 
-    def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str]:
+    def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str | bool]:
+        of = self.config.open_student()
         return {
-            "base": self.config.init or self.config.base,
+            "base": of.ref,
+            **of.opening,
             "controlnet": str(weights),
             "control_image": "picture.png",
             "control": self.config.control,

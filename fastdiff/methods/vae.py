@@ -8,6 +8,7 @@ lpips   = LPIPS(G(z), target)                   option
 encoder = | E(target) - KL encoder(target) |^2  option, a player of its own
 """
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,8 @@ from fastdiff.options.vae import EXAMPLES, PRESETS, Config, stages
 from fastdiff.options.vae import Config as Options
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError
-from fastdiff.training.card import Usage, code_of, load_expression, opener
+from fastdiff.training.base_code import load_expression, openers, words_for
+from fastdiff.training.card import Usage, code_of
 from fastdiff.training.method import Method, Now, Phase, Trains, Turn
 from fastdiff.training.run import Run
 from fastdiff.training.scene import Scene
@@ -162,7 +164,7 @@ class TinyVAE(Method):
             title=f"tiny-vae: a small decoder for {base.ref}",
             tags="vae, AutoencoderTiny",
             sampling="",
-            code=code_of(weights, base, base.recipe, opening=opening, imports=["AutoencoderTiny", opener(base)]),
+            code=code_of(weights, base, base.recipe, opening=opening, imports=["AutoencoderTiny", *openers(base)]),
             picture="the VAE's own picture, this decoder's, four times their difference",
             method="L1 at an eighth of the size and a discriminator, against the VAE's own pictures (SDXS)",
             elsewhere=self._elsewhere(weights, base),
@@ -174,15 +176,16 @@ class TinyVAE(Method):
         net, taesd = self.student, base.family.taesd
         if reason := vae_file.unlike_taesd(dict(net.config), vae_file.shapes_of(net.state_dict())):
             return [f"ComfyUI, A1111, Forge, stable-diffusion.cpp: they read only networks of TAESD's shape, and {reason}."]
-        command = f"fastdiff export --base {base.ref} --vae {weights.name} --format taesd -o vae_approx"
+        opened = shlex.join(words_for(base, weights.parent))
+        command = f"fastdiff export {opened} --vae {weights.name} --format taesd -o vae_approx"
         return [
             f"ComfyUI: `{command}` writes `{taesd}_decoder.safetensors` and `{taesd}_encoder.safetensors`; put both into"
             f" `models/vae_approx`, and choose `{taesd}` in the node Load VAE.",
             f"stable-diffusion.cpp: `--taesd {weights.name}/diffusion_pytorch_model.safetensors`.",
         ]
 
-    def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str]:
-        return {"base": self.config.base, "vae": str(weights)}
+    def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str | bool]:
+        return {"base": base.ref, **base.opening, "vae": str(weights)}
 
 
 def down8(pixels: Tensor) -> Tensor:

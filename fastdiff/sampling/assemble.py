@@ -47,11 +47,12 @@ def pick_precision(precision: str, device: torch.device) -> str:
 
 
 def is_lora(path: str | Path) -> bool:
-    """Return whether a file is a LoRA and not a whole network, judging by the names of its tensors."""
-    if Path(path).suffix not in {".safetensors", ".bin", ".pt"} or not Path(path).is_file():
+    """Return whether a file, or a folder that peft wrote, is a LoRA and not a whole network, judging by names of tensors."""
+    file = lora.files_of(Path(path).expanduser())[0]
+    if file.suffix not in {".safetensors", ".bin", ".pt"} or not file.is_file():
         return False
     table = single_file.flat_table()
-    return any(lora.parse(key, table) for key in tensors.open_file(path))
+    return any(lora.parse(key, table) for key in tensors.open_file(file))
 
 
 def load_loras(

@@ -4,16 +4,14 @@ All methods share this one template.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint, locate
+from fastdiff.checkpoints import checkpoint
 from fastdiff.checkpoints.checkpoint import Checkpoint
-from fastdiff.checkpoints.family import aliases, named
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.quality.report import steps_and_guidance
 from fastdiff.runtime.console import fmt
@@ -22,12 +20,11 @@ from fastdiff.sampling import other_programs
 from fastdiff.sampling.settings import Settings
 from fastdiff.sampling.sheet import FULL
 from fastdiff.sampling.stock_code import stock_call, stock_code
+from fastdiff.training.base_code import FP32, load_expression, note, openers
 from fastdiff.training.exhibit import UNSEEN
 from fastdiff.training.run import Run
 
 FENCE = "```"
-# Without it, text encoders that are stored in half precision stay in it beside a UNet in fp32, and the pipeline fails.
-FP32 = ", torch_dtype=torch.float32"
 
 
 @dataclass
@@ -87,11 +84,14 @@ def code_of(
     `arguments` are further keyword arguments of the pipeline's call (`, image=control`).
     """
     is_lora = weights.suffix == ".safetensors"
-    if not opening:
-        name = opener(base) if is_lora else "DiffusionPipeline"
-        opened = load_expression(base, weights.parent) if is_lora else f'{name}.from_pretrained("{weights.name}"{FP32})'
-        opening = [f"pipe = {opened}", *([f'pipe.load_lora_weights("{weights.name}")'] if is_lora else [])]
-        imports = [name]
+    if opening:
+        opening = [*note(base, weights.parent), *opening]
+    elif is_lora:
+        opening = [*note(base, weights.parent), f"pipe = {load_expression(base, weights.parent)}"]
+        opening, imports = [*opening, f'pipe.load_lora_weights("{weights.name}")'], openers(base)
+    else:
+        opening = [f'pipe = DiffusionPipeline.from_pretrained("{weights.name}"{FP32})']
+        imports = ["DiffusionPipeline"]
     counts = f"  # trained for {recipe.steps_text}" if recipe.step_counts else ""
     code = stock_code(
         drawn_with(weights, base),
@@ -225,33 +225,3 @@ def hashes(run: Run) -> dict[str, str]:
 def recipes(weights: Sequence[Path]) -> dict[Path, Recipe]:
     """Read the recipe that is stored in each LoRA file or checkpoint folder."""
     return {path: checkpoint.load(str(path)).recipe if path.is_dir() else lora.load(path).recipe for path in weights}
-
-
-def embedded(base: Checkpoint) -> bool:
-    """Whether the base is one that ships with fastdiff and is opened by its fastdiff name."""
-    family = named(base.ref)
-    return family is not None and family.ships_weights
-
-
-def opener(base: Checkpoint) -> str:
-    """Return the name of the diffusers class that opens the base; for single files, only the family's own class can."""
-    return base.family.pipeline if base.path.is_file() else "DiffusionPipeline"
-
-
-def load_expression(base: Checkpoint, folder: Path, pipeline: str | None = None, arguments: str = "") -> str:
-    """Return the Python expression that opens the base with diffusers, for code that runs in `folder`.
-
-    A relative path to the base is told from there. `pipeline` is the class that opens it, by default that of `opener`, and
-    `arguments` goes before the closing bracket.
-    """
-    pipeline = pipeline or opener(base)
-    if embedded(base):
-        return f'{pipeline}.from_pretrained(fastdiff.load("{base.ref}").path{arguments}{FP32})'
-    ref = base.ref
-    if not (path := Path(ref).expanduser()).exists():
-        ref = locate.hub_id_of(base.path) or aliases().get(ref, (ref,))[0]
-    elif not Path(ref).is_absolute():
-        ref = Path(os.path.relpath(path, folder)).as_posix()
-    if base.path.is_file():
-        return f'{pipeline}.from_single_file("{ref}"{arguments})'
-    return f'{pipeline}.from_pretrained("{ref}"{arguments}{FP32})'

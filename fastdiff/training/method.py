@@ -281,10 +281,17 @@ class Method(ABC):
         """Return the part of the model card that explains how to draw with these weights of that base."""
         return usage_of_recipe(weights, base, self.recipe)
 
-    def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str]:
-        """Return the options of `fastdiff sample` that draw with these weights, as {option: value}."""
-        options = {"base": base.ref, "lora": str(weights)} if weights.suffix == ".safetensors" else {"base": str(weights)}
-        return options | ({"vae": self.config.vae} if self.config.vae else {})
+    def sample_options(self, weights: Path, base: Checkpoint) -> dict[str, str | bool]:
+        """Return the options of `fastdiff sample` that draw with these weights, as {option: value}; True is a flag."""
+        is_lora = weights.suffix == ".safetensors"
+        options: dict[str, str | bool] = {"base": str(weights)}
+        if is_lora:
+            options = {"base": base.ref, **base.opening, "lora": str(weights)}
+        if self.config.vae:
+            options["vae"] = self.config.vae
+            if self.config.allow_pickle:
+                options["allow_pickle"] = True
+        return options
 
     @property
     def writes_checkpoint(self) -> bool:

@@ -18,7 +18,7 @@ from fastdiff.data.open import Needs, open_data
 from fastdiff.lora import apply
 from fastdiff.models import sharding
 from fastdiff.options.train import TrainConfig
-from fastdiff.runtime import console, disk, processes
+from fastdiff.runtime import console, disk, outputs, processes
 from fastdiff.runtime.config import to_toml
 from fastdiff.runtime.disk import write_atomic
 from fastdiff.runtime.errors import DoesNotFit, Failed, Result, UsageError, device_errors_explained
@@ -69,8 +69,8 @@ def default_folder(command: str, config: TrainConfig) -> Path:
 
 
 def open_run(command: str, config: TrainConfig) -> Run:
-    """Return the run of a config; nothing is created yet."""
-    return Run(Path(config.output) if config.output else default_folder(command, config), command)
+    """Return the run of a config; nothing is created yet. UsageError where its folder cannot be made."""
+    return Run(outputs.as_folder(config.output or default_folder(command, config)), command)
 
 
 def find_state(run: Run, config: TrainConfig) -> dict[str, Any] | None:
@@ -237,7 +237,7 @@ class Trained:
     result: Result
     run: Run
     weights: Path  # the LoRA file, or the folder of a checkpoint or single network; the last one if there are several
-    options: dict[str, str]  # options of `fastdiff sample` that draw with it; empty on all but the first process
+    options: dict[str, str | bool]  # options of `fastdiff sample` that draw with it; empty on all but the first process
 
 
 @device_errors_explained()
@@ -249,6 +249,7 @@ def train(method_class: type[Method], config: Any) -> Trained:
     """
     if missing := lacking(method_class):
         raise TypeError(f"{method_class.__name__}: does not define {', '.join(missing)}; see fastdiff.Method")
+    open_run(method_class.name, config)  # refuses a folder that cannot be made before anything is loaded
     config = method_class.check(config)
     if result := method_class.shortcut(config):
         path = result.outputs[0]
