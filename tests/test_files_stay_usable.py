@@ -296,6 +296,10 @@ def test_a_folder_that_peft_format_wrote_is_one_lora_everywhere(there, made):
     for key, update in both.modules.items():
         torch.testing.assert_close(found.modules[key].delta(), update.delta())
     assert lora.outline(Path("peft")).shapes == both.shapes
+    code, answer = there("inspect peft --base S")
+    assert (code, answer["metrics"]["supported"], answer["metrics"]["layouts"]) == (0, True, ["peft"])
+    assert answer["metrics"]["modules"] == answer["metrics"]["coverage"]["applied"] == len(both.modules)
+    assert set(answer["metrics"]["components"]) == {"unet", "text_encoder"}
     picture = follow(there, "fastdiff sample --base S --lora peft --prompt x")
     assert same(picture, drawn("S", {}, loras=["a.safetensors", "b.safetensors"]))
     for line in ("merge-lora --accel peft --style a.safetensors=0", "export --lora peft"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -257,6 +258,33 @@ def test_files_that_do_not_fit_are_refused_by_name(kind, words, base, tmp_path):
     with pytest.raises(InputRefused, match=re.escape(words)) as refused:
         assemble.open_vae(base, path)
     assert (tmp_path / "taesd_encoder.safetensors" if kind == "mixed" else path).name in str(refused.value)
+
+
+def test_a_folder_of_pickled_weights_needs_leave(tiny_sd, tmp_path, fastdiff):
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_sd / "vae", folder)
+    torch.save(load_file(folder / "diffusion_pytorch_model.safetensors"), folder / "diffusion_pytorch_model.bin")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    draw = [
+        "sample",
+        "--base",
+        tiny_sd,
+        "--prompt",
+        "a cat",
+        "--resolution",
+        64,
+        "--num-steps",
+        1,
+        "--device",
+        "cpu",
+        "-o",
+        "a.png",
+    ]
+    code, told = fastdiff(*draw, "--vae", folder)
+    assert (code, "has pickled weights alone (.bin)" in told["error"]["message"]) == (3, True), told["error"]
+    assert "--allow-pickle" in told["error"]["hint"]
+    code, told = fastdiff(*draw, "--vae", folder, "--allow-pickle")
+    assert code == 0, told["error"]
 
 
 def test_a_file_that_is_not_there_is_not_asked_of_the_hub(base):

@@ -45,15 +45,22 @@ def config_of(folder: Path, option: str, ref: str, classes: tuple[str, ...]) -> 
     return config
 
 
-def load(folder: Path, option: str, ref: str, config: dict[str, Any]) -> nn.Module:
-    """Load the network in fp32 and freeze it; InputRefused where weights are missing or cannot be read."""
+def load(folder: Path, option: str, ref: str, config: dict[str, Any], *, allow_pickle: bool = False) -> nn.Module:
+    """Load the network in fp32 and freeze it; InputRefused where weights are missing, cannot be read, or are pickled.
+
+    Pickles (.bin) are read with `allow_pickle` alone; diffusers reads nothing but tensors from them.
+    """
     import diffusers
 
     check_values(config, folder / "config.json")
     kind = getattr(diffusers, config["_class_name"])  # one of the classes that `config_of` allows
+    if not allow_pickle and not list(folder.glob("*.safetensors")) and list(folder.glob("*.bin")):
+        hint = "`allow_pickle=True` reads their tensors" if option == "vae" else "give a folder with .safetensors files"
+        raise InputRefused(f"{as_field(option, ref)}: has pickled weights alone (.bin)", hint)
+    how: dict[str, Any] = {} if allow_pickle else {"use_safetensors": True}
     try:
         net, report = kind.from_pretrained(
-            folder, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
+            folder, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True, **how
         )
     except Exception as error:  # diffusers and torch raise a dozen kinds where a config or a file of weights is damaged
         if clear := device_error(error):

@@ -3,7 +3,8 @@
 import json
 import math
 import re
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ KINDS = (  # (tensor of a module, kind of update); the first tensor that a modul
 )  # fmt: skip
 
 
+SUMMARY = {"modules", "family", "kinds", "rank_min", "rank_max"}  # what of `lora.summary` is told
+
+
 def of_lora(file: TensorFile, path: Path) -> dict[str, Any]:
     """Layouts, kinds, ranks and scales of a LoRA, and whether commands take it. Of its tensors only single numbers are read."""
     facts: dict[str, Any] = named_parts(file)
@@ -50,8 +54,7 @@ def of_lora(file: TensorFile, path: Path) -> dict[str, Any]:
     except InputRefused as error:
         return facts | {"supported": False, **why_not(error, path)}
     summary = lora.summary(item)
-    wanted = {"modules", "family", "kinds", "rank_min", "rank_max"}
-    facts |= {k: v for k, v in summary.items() if k in wanted}
+    facts |= {k: v for k, v in summary.items() if k in SUMMARY}
     facts |= known_as(foreign.identify(path, file.metadata, item.modules, summary["family"]), item.recipe)
     return facts | {"supported": True, "commands": takers(item)}
 
@@ -119,7 +122,7 @@ def known_as(found: Found | None, recipe: Recipe) -> dict[str, Any]:
     return facts | ({"published": found.row.name, "published_by": found.by, "published_as": found.row.title} if found else {})
 
 
-def coverage(file: TensorFile, ref: str) -> dict[str, Any]:
+def coverage(file: TensorFile | Path, ref: str) -> dict[str, Any]:
     """How many of a LoRA's modules match a layer of a checkpoint in name and shape. No weights are read."""
     base = checkpoint.load(ref)
     layers = base.unet_config.get("layers_per_block", 2)
@@ -278,9 +281,27 @@ def recipe_of(file: TensorFile) -> dict[str, Any]:
 
 def look(path: Path, config: Config) -> dict[str, Any]:
     """All facts that the header of a file, or the configs of a folder, give."""
-    if (path / "adapter_model.safetensors").is_file():
-        path = path / "adapter_model.safetensors"
-    return of_folder(path) if path.is_dir() else of_file(tensors.open_file(path), config)
+    first, *others = lora.files_of(path)
+    if others:
+        return of_peft_folder(path, [first, *others], config)
+    return of_folder(first) if first.is_dir() else of_file(tensors.open_file(first), config)
+
+
+def of_peft_folder(path: Path, paths: Sequence[Path], config: Config) -> dict[str, Any]:
+    """All facts about a folder of peft that has a LoRA's components in folders of their own, as one LoRA."""
+    files = [tensors.open_file(each) for each in paths]
+    parts = [of_file(file, replace(config, base=None)) for file in files]
+    facts = parts[0] | {"tensors": sum(map(len, files)), "modules": sum(part.get("modules", 0) for part in parts)}
+    for name in ("dtypes", "layouts", "components", "scales", "unknown_keys", "bundled_embeddings"):
+        facts[name] = sorted({value for part in parts for value in part.get(name, [])})
+    if wrong := next((part for part in parts if not part["supported"]), None):
+        return facts | {key: wrong[key] for key in ("supported", "why_not", "hint") if key in wrong}
+    try:
+        item = lora.outline(path)
+    except InputRefused as error:
+        return facts | {"supported": False, **why_not(error, path)}
+    facts |= {k: v for k, v in lora.summary(item).items() if k in SUMMARY} | {"commands": takers(item)}
+    return facts | ({"coverage": coverage(path, config.base)} if config.base else {})
 
 
 def of_file(file: TensorFile, config: Config) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def load(
         path = path.parent
     folder = path / "vae" if (path / "model_index.json").exists() else path
     config = component.config_of(folder, option, ref, CLASSES)
-    vae = component.load(folder, option, ref, config)
+    vae = component.load(folder, option, ref, config, allow_pickle=allow_pickle)
     refuse_other_latents(vae.config, latent_channels, option, ref)
     return vae
 
