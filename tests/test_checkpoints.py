@@ -11,7 +11,7 @@ from conftest import build
 from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
-from fastdiff.checkpoints import checkpoint, detect, locate, single_file, tokens, write
+from fastdiff.checkpoints import checkpoint, detect, folders, locate, single_file, tokens, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import FAMILIES
 from fastdiff.checkpoints.locate import ASSETS
@@ -72,7 +72,7 @@ def test_the_table_of_shapes_is_that_of_the_networks():
 
 def built(base, part):
     """Shapes of the network itself."""
-    return {checkpoint.plain_name(part, k): tuple(v.shape) for k, v in base.skeleton(part).state_dict().items()}
+    return {folders.plain_name(part, k): tuple(v.shape) for k, v in base.skeleton(part).state_dict().items()}
 
 
 def test_the_shipped_vocabulary_is_clips():

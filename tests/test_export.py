@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fastdiff import cli
 from fastdiff.checkpoints import checkpoint, locate, tensors, write
+from fastdiff.checkpoints.folders import plain_name
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.lora import apply
 from fastdiff.runtime.errors import DoesNotFit, GateFailed, InputRefused
@@ -55,7 +56,7 @@ def test_folder_to_file_to_stock_diffusers_draws_the_same(folders, kind, tmp_pat
     assert np.abs(picture(stock) - picture(again)).max() < 2e-6
     for part in base.parts:
         ours = dict(base.weights(part))
-        theirs = {checkpoint.plain_name(part, k): v for k, v in getattr(again, part).state_dict().items()}
+        theirs = {plain_name(part, k): v for k, v in getattr(again, part).state_dict().items()}
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[k], theirs[k].reshape(ours[k].shape)) for k in ours), part
 

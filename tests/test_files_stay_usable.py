@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_cards import apart
 
 from fastdiff import cli, lora
-from fastdiff.checkpoints import checkpoint, write
+from fastdiff.checkpoints import checkpoint, reopening, write
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Weights
 from fastdiff.models.remap import remapped
@@ -277,7 +277,7 @@ def test_no_configs_are_named_where_a_file_needs_none(made, tiny_sd, monkeypatch
     monkeypatch.chdir(made)
     base = checkpoint.load("emoji")
     write.to_file(base, made / "emoji.safetensors", force=True)
-    assert write.opening(base, made / "emoji.safetensors") == {}
+    assert reopening.opening(base, made / "emoji.safetensors") == {}
 
 
 # ---- folders of peft

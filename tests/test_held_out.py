@@ -132,8 +132,8 @@ def never_trained():
     return text.encode(base, list(held_out.captions()), device="cpu").tokens, images
 
 
-# One command of each kind of data: pictures, pairs of the teacher, controls, prompts.
-KINDS = [(name, {}) for name in ("train-lcm-lora", "dmd", "distill-controlnet", "tdm")]
+# Pictures, and prompts alone. The slow ones are of pairs of the teacher and of controls too.
+KINDS = [(name, {}) for name in ("train-lcm-lora", "tdm")]
 SAMPLED = [(name, {"data": "teacher"}) for name in ("train-lcm-lora", "lightning", "prune")]  # what the long runs do
 OTHERS = [*((name, {}) for name in METHODS if (name, {}) not in KINDS), *SAMPLED, ("dmd", {"recipe": "dmd2"})]
 

@@ -29,7 +29,7 @@ CHAIN = {  # in four steps there is no time for all stages
 # Runs whose players change before and after the saved state, and whose student walks.
 OPTIONS = [
     pytest.param("tdm", dict(follow=0.3, align_fake=0.2), marks=pytest.mark.slow),
-    ("tdm", dict(follow=0.6)),
+    pytest.param("tdm", dict(follow=0.6), marks=pytest.mark.slow),
     ("sid", dict(num_steps=2)),
 ]
 METHODS = {c.name: c.load().method for c in cli.COMMANDS if c.load().method}

@@ -344,6 +344,7 @@ def test_training_brings_the_student_nearer():
 # ---- chosen by measurement
 
 
+@pytest.mark.slow
 def test_auto_cuts_what_costs_most_for_what_it_is_worth(monkeypatch, tiny_sd):
     """A clock that says one second a layer: then the fewest errors a layer decide."""
     base = checkpoint.load(str(tiny_sd))

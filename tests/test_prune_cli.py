@@ -224,8 +224,8 @@ def test_mistakes_are_one_line(args, code, word, fastdiff):
 @pytest.mark.parametrize(
     ("told", "code", "word"),
     [
-        ("gone", 2, "no such folder"),
-        ("./gone", 2, "no such folder"),
+        ("gone", 2, "no such file or folder"),
+        ("./gone", 2, "no such file or folder"),
         ("prompts.txt", 3, "not a safetensors file"),
         ("unet", 3, "UNet2DConditionModel"),
     ],

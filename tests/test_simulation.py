@@ -156,7 +156,7 @@ def words(command, base, controlnet, pruned, table=tiny.COMMANDS):
     return given
 
 
-QUICK = {"train-lcm-lora", "dmd"}  # an adapter alone; two players
+QUICK = {"train-lcm-lora"}
 CASES = [
     *(pytest.param(name, "fp16", tiny.COMMANDS, marks=[] if name in QUICK else pytest.mark.slow) for name in tiny.COMMANDS),
     *(pytest.param(name, "bf16", tiny.WHOLE, marks=pytest.mark.slow) for name in ("train-lcm-lora", "dmd", "lightning", "sdxs")),
@@ -232,14 +232,12 @@ RUNS = {
     "distill-vae": {},
     "distill-controlnet": {"controlnet": "owner/canny"},  # not on this machine: one of the usual shape is rehearsed
 }
-FAST = [("emoji", "train-lcm-lora")]
 SAME = [("sdxl", "dmd --recipe dmd2")]  # what the preset says without it
-SLOW = [(family, run) for family in FAMILIES for run in RUNS if (family, run) not in (*FAST, *SAME)]
+CHECKED = [(family, run) for family in FAMILIES for run in RUNS if (family, run) not in SAME]
 
 
-@pytest.mark.parametrize(
-    ("family", "run"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)], ids=lambda value: value
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "run"), CHECKED, ids=lambda value: value)
 def test_peaks_are_the_golden_ones(request, family, run):
     """Every part of a run, within 3 %. With --write-golden the figures are written anew."""
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
@@ -327,7 +325,8 @@ def waits_once_an_update(rehearsal, cycle, turns):
         assert sum(waits.values()) == turns * cycle, (phase, waits)
 
 
-@pytest.mark.parametrize("run", [pytest.param("dmd --recipe dmd2", marks=pytest.mark.slow), "distill-vae"])
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["dmd --recipe dmd2", "distill-vae"])
 def test_a_step_reads_the_card_once_an_update(run):
     two = dict(lambda_gan=0.1) if run == "distill-vae" else {}  # the discriminator's turn, and the decoder's
     method, config = config_of(run.split()[0], "emoji", **RUNS[run], **two, eval_every=0, keep="last", patience=0)

@@ -422,7 +422,8 @@ def test_the_students_trajectory_reaches_the_mean_and_covariance_of_exact_scores
     assert after < 0.05
 
 
-@pytest.mark.parametrize("num_steps", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_steps", [1, 4])
 def test_without_a_fake_score_the_students_samples_collapse(world, num_steps):
     student = world.train(TDM, Config(num_steps=num_steps), 300 * num_steps, with_fake=False)
     assert world.spread(drawn(student, num_steps)) < 0.01

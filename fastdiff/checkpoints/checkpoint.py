@@ -3,16 +3,15 @@
 Its components load on first use. A component with a layer missing or too many is refused as a whole.
 """
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastdiff.checkpoints import component, configs, folders, published, single_file, supported, tokens, views
 from fastdiff.checkpoints.detect import Detection, check_kind, detect, detect_prediction, infer_unet
@@ -26,19 +25,6 @@ from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdiff.runtime.console import info, note, warn
 from fastdiff.runtime.errors import InputRefused, as_field, quoted
-
-
-def plain_name(part: str, name: str) -> str:
-    """The name that we use for the stored parameter `name` of component `part`.
-
-    Text encoders get the prefix `text_model.`, which transformers 5.6 dropped; old names of VAE attention become today's.
-    """
-    if part.startswith("text_encoder"):
-        return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
-    if part == "vae" and (old := re.search(r"\.attentions\.0\.(query|key|value|proj_attn)\.", name)):
-        new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}[old[1]]
-        return name.replace(f".{old[1]}.", f".{new}.")
-    return name
 
 
 @dataclass
@@ -272,7 +258,7 @@ class Checkpoint:
         home, stock = self.family.home, self.family.published and self.folder == self.family.home
         if stock and self.config_of(part) == configs.read(home / part / "config.json"):
             return shape_tables()[self.family.name][part]
-        return {plain_name(part, k): tuple(v.shape) for k, v in self.skeleton(part).state_dict().items()}
+        return {folders.plain_name(part, k): tuple(v.shape) for k, v in self.skeleton(part).state_dict().items()}
 
     def slots(self, part: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
         """The tensors of a single file that hold the component's parameters, given as name -> shape."""
@@ -285,7 +271,7 @@ class Checkpoint:
         """
         shapes = shapes or self.shapes(part)
         if part == "unet" and self.path.is_file() and views.is_diffusers_unet(self.file):
-            return self.from_files(part, shapes, [self.file], self.path)
+            return folders.weights_in(part, shapes, [self.file], self.path)
         if self.path.is_file():
             wanted = self.slots(part, shapes)
             missing = single_file.missing(self.file, wanted)
@@ -297,29 +283,13 @@ class Checkpoint:
             if len(missing) == len(wanted):
                 hint = f"give a whole diffusers folder of its family: `base_config=FOLDER`, whose {part} is then used"
                 raise InputRefused(f"{self.path}: has no {part} ({prefix}*)", hint)
-            self.require_complete(part, missing, unknown, self.path)
+            folders.require_complete(part, missing, unknown, self.path)
             return single_file.read(self.file, wanted, shapes)
         return self.from_folder(part, shapes, self.path)
-
-    def require_complete(self, part: str, missing: list[str], unknown: list[str], where: Path) -> None:
-        """Raise InputRefused if layers of a component are missing or unknown; `where` is the file or folder, for messages."""
-        for problem, names in (("are missing", missing), ("have no place in the model", unknown)):
-            if names:
-                message = f"{where}: {part}: {len(names)} layers {problem}: {', '.join(names[:3])}"
-                raise InputRefused(message, "the file is damaged or another model; for unusual networks give `base_config`")
 
     def stored(self, part: str, folder: Path) -> list[Path]:
         """The weight files of a component in a diffusers folder, as `folders.stored` finds them."""
         return folders.stored(folder, part, allow_pickle=self.allow_pickle)
-
-    def fp8_count(self) -> int:
-        """How many tensors of the components are stored in fp8. Only headers are read."""
-        if self.path.is_file():
-            files = [self.file]
-        else:
-            paths = [path for part in self.parts for path in self.stored(part, self.path) if path.suffix == ".safetensors"]
-            files = [views.opened(path) for path in paths if path.exists()]
-        return sum(file.fp8_count for file in files if isinstance(file, views.View))
 
     def from_folder(self, part: str, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> Weights:
         """The tensors of a component of a diffusers folder, each read on access; InputRefused as in `weights`."""
@@ -328,32 +298,14 @@ class Checkpoint:
             problem, hint = folders.why_missing(folder, part, allow_pickle=self.allow_pickle)
             raise InputRefused(f"{as_field('base', self.ref)}: {problem}", hint)
         files = [views.opened(path, allow_pickle=self.allow_pickle) for path in paths]
-        return self.from_files(part, shapes, files, folder / part)
-
-    def from_files(self, part: str, shapes: Mapping[str, tuple[int, ...]], files: list[TensorFile], where: Path) -> Weights:
-        """The tensors of a component in files under diffusers' names; `where` is the file or folder, for messages."""
-        readers: dict[str, Callable[[], Tensor]] = {}
-        dtypes: dict[str, torch.dtype] = {}
-        unknown = []
-        for file in files:
-            for key in file:
-                name = plain_name(part, key.removeprefix(f"{part}."))
-                if name not in shapes:
-                    unknown += [] if re.search(r"position_ids$|logit_scale$|text_projection", name) else [key]
-                    continue
-                if single_file.strip(file.layouts[key].shape) != single_file.strip(shapes[name]):
-                    raise InputRefused(f"{file.path}: {key} is {file.layouts[key].shape}, the model has {shapes[name]}")
-                readers[name] = partial(single_file.read_reshaped, file, key, shapes[name])
-                dtypes[name] = file.layouts[key].dtype
-        self.require_complete(part, [name for name in shapes if name not in readers], unknown, where)
-        return Weights(readers, shapes, dtypes)
+        return folders.weights_in(part, shapes, files, folder / part)
 
     # ---- networks
 
     def network(self, part: str, dtype: torch.dtype) -> nn.Module:
         """Load a component in `dtype` and freeze it. InputRefused as in `weights`, and for values that are NaN or infinite."""
         net = self.skeleton(part)
-        names = {key: plain_name(part, key) for key in net.state_dict()}
+        names = {key: folders.plain_name(part, key) for key in net.state_dict()}
         weights = self.weights(part, {names[k]: tuple(v.shape) for k, v in net.state_dict().items()})
         state = {}
         for key, name in names.items():

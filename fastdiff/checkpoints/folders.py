@@ -1,10 +1,21 @@
-"""Which files of a diffusers folder hold the weights of a component, in all the names that diffusers and transformers write."""
+"""The weights of a component in a diffusers folder: the files that hold them, and the tensors by the names that we use.
+
+diffusers and transformers write these files under many names.
+"""
 
 import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from fastdiff.checkpoints import single_file
 from fastdiff.checkpoints.configs import AGAIN, read
+from fastdiff.checkpoints.single_file import Weights
 from fastdiff.checkpoints.supported import class_of
+from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.runtime.errors import InputRefused, quoted
 
 STEMS = ("diffusion_pytorch_model", "model")  # of safetensors files: of a UNet or VAE, and of a text encoder
@@ -82,3 +93,46 @@ def why_missing(folder: Path, part: str, *, allow_pickle: bool = False) -> tuple
     if gone:
         return f"{folder / part}: {len(gone)} of its shards are missing ({gone[0]})", "download or copy the folder again"
     return f"{folder / part} has no weights", "download or copy the folder again, with its .safetensors files"
+
+
+def plain_name(part: str, name: str) -> str:
+    """The name that we use for the stored parameter `name` of component `part`.
+
+    Text encoders get the prefix `text_model.`, which transformers 5.6 dropped; old names of VAE attention become today's.
+    """
+    if part.startswith("text_encoder"):
+        return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
+    if part == "vae" and (old := re.search(r"\.attentions\.0\.(query|key|value|proj_attn)\.", name)):
+        new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}[old[1]]
+        return name.replace(f".{old[1]}.", f".{new}.")
+    return name
+
+
+def require_complete(part: str, missing: list[str], unknown: list[str], where: Path) -> None:
+    """Raise InputRefused if layers of a component are missing or unknown; `where` is the file or folder, for messages."""
+    for problem, names in (("are missing", missing), ("have no place in the model", unknown)):
+        if names:
+            message = f"{where}: {part}: {len(names)} layers {problem}: {', '.join(names[:3])}"
+            raise InputRefused(message, "the file is damaged or another model; for unusual networks give `base_config`")
+
+
+def weights_in(part: str, shapes: Mapping[str, tuple[int, ...]], files: Sequence[TensorFile], where: Path) -> Weights:
+    """The tensors of a component in files under diffusers' names, each read on access; `where` is for messages.
+
+    InputRefused names layers that are missing, that have no place in the model, or that have another shape than in `shapes`.
+    """
+    readers: dict[str, Callable[[], Tensor]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    unknown = []
+    for file in files:
+        for key in file:
+            name = plain_name(part, key.removeprefix(f"{part}."))
+            if name not in shapes:
+                unknown += [] if re.search(r"position_ids$|logit_scale$|text_projection", name) else [key]
+                continue
+            if single_file.strip(file.layouts[key].shape) != single_file.strip(shapes[name]):
+                raise InputRefused(f"{file.path}: {key} is {file.layouts[key].shape}, the model has {shapes[name]}")
+            readers[name] = partial(single_file.read_reshaped, file, key, shapes[name])
+            dtypes[name] = file.layouts[key].dtype
+    require_complete(part, [name for name in shapes if name not in readers], unknown, where)
+    return Weights(readers, shapes, dtypes)

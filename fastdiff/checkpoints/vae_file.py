@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoints import configs, single_file, tensors
-from fastdiff.checkpoints.checkpoint import plain_name
 from fastdiff.checkpoints.family import LDM
+from fastdiff.checkpoints.folders import plain_name
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.runtime.console import info
 from fastdiff.runtime.errors import InputRefused, as_field

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from fastdiff.checkpoints import single_file, tensors, words
-from fastdiff.checkpoints.checkpoint import Checkpoint, load, plain_name
+from fastdiff.checkpoints import single_file, tensors, views, words
+from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.detect import SPREAD, guess_by_bias
 from fastdiff.checkpoints.family import Family
+from fastdiff.checkpoints.folders import plain_name
 from fastdiff.checkpoints.locate import stock_config
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Slot, Weights
@@ -248,49 +249,20 @@ def to_file(
     return written
 
 
-# Entries of configs that say nothing of what a network computes, or that vary between copies of one network.
-COSMETIC = {"sample_size", "transformers_version", "dtype", "torch_dtype", "architectures", "bos_token_id", "eos_token_id"}
-
-
-def opening(base: Checkpoint, path: Path) -> dict[str, Any]:
-    """The options, beside `base`, that open what was written from `base` to `path`: {option: value}, empty for a folder.
-
-    A single file has no configs. Those of published networks ship with fastdiff; others are taken from the base's own folder.
-    """
-    if path.is_dir():
-        return {}
-    how: dict[str, Any] = {}
-    if not (base.own_config or opens_alone(base, path)):
-        how["base_config"] = str(base.config) if base.path.is_file() else base.ref
-    found = load(str(path), config=how.get("base_config"), allow_pickle=base.allow_pickle)
-    kind = found.file.metadata["fastdiff.prediction_type"]
-    if found.prediction_type != kind:
-        how["prediction_type"] = kind
-    if base.scheduler_config.get("rescale_betas_zero_snr") and not found.scheduler_config.get("rescale_betas_zero_snr"):
-        how["zero_snr"] = True
-    return how
-
-
-def opens_alone(base: Checkpoint, path: Path) -> bool:
-    """Whether a single file written from `base` opens without further configs, as networks with the same configs."""
-    try:
-        found = load(str(path))
-        for part in base.parts:
-            found.weights(part)
-    except InputRefused:
-        return False
-
-    def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-        shared = {key for key in one.keys() & other.keys() - COSMETIC if not key.startswith("_")}
-        return all(one[key] == other[key] for key in shared)
-
-    return all(alike(config_of(base, part), found.config_of(part)) for part in base.parts)
-
-
 def say_precision(base: Checkpoint, dtype: torch.dtype | None) -> None:
     """Say what becomes of weights that are stored in fp8, where the stored precision is kept."""
-    if dtype is None and (count := base.fp8_count()):
+    if dtype is None and (count := fp8_count(base)):
         info(f"{base.ref}: {count} tensors are stored in fp8; they are written as fp16, which holds every number of fp8")
+
+
+def fp8_count(base: Checkpoint) -> int:
+    """How many tensors of the components are stored in fp8. Only headers are read."""
+    if base.path.is_file():
+        files = [base.file]
+    else:
+        paths = [path for part in base.parts for path in base.stored(part, base.path) if path.suffix == ".safetensors"]
+        files = [views.opened(path) for path in paths if path.exists()]
+    return sum(file.fp8_count for file in files if isinstance(file, views.View))
 
 
 def seen_by_comfyui(base: Checkpoint, changed: Mapping[str, Weights]) -> str:

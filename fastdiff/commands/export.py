@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastdiff import lora
-from fastdiff.checkpoints import component, vae_file, write
+from fastdiff.checkpoints import component, reopening, vae_file, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.lora import merging
 from fastdiff.models import autoencoder
@@ -72,7 +72,7 @@ def run(config: Config) -> Result:
             write.to_folder(base, path, dtype=dtype, recipe=base.recipe if base.recipe.method else None)
             paths = [path]
     metrics = {"family": base.family.name, "prediction_type": base.prediction_type, "checked": one}
-    return Result(paths, metrics, sample_command({"base": path, **write.opening(base, path)}))
+    return Result(paths, metrics, sample_command({"base": path, **reopening.opening(base, path)}))
 
 
 def open_vae(base: Checkpoint, config: Config) -> nn.Module:

@@ -247,7 +247,7 @@ def check_weights(folder: Path, config: dict[str, Any]) -> None:
     if not paths or not all(path.is_file() for path in paths):
         problem, hint = folders.why_missing(folder.parent, folder.name)
         raise InputRefused(problem, hint)
-    shapes = {checkpoint.plain_name("vae", k): v for path in paths for k, v in tensors.open_file(path).shapes.items()}
+    shapes = {folders.plain_name("vae", k): v for path in paths for k, v in tensors.open_file(path).shapes.items()}
     if gone := [name for name in wanted if name not in shapes]:
         raise InputRefused(f"{folder}: {len(gone)} of its layers have no weights ({gone[0]})")
     if other := next((name for name in wanted if single_file.strip(shapes[name]) != single_file.strip(wanted[name])), None):

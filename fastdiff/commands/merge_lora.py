@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastdiff import lora
-from fastdiff.checkpoints import single_file, write
+from fastdiff.checkpoints import reopening, single_file
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.published import AUTO
 from fastdiff.checkpoints.recipe import Recipe
@@ -196,7 +196,7 @@ def run(config: Config) -> Result:
             how = dict(dtype=DTYPES[config.precision], allow_partial=config.allow_partial, **joining(config))
             count, paths = merging.bake(base, loras, output, recipe=chosen(config, loras, base), **how)
         metrics = {"modules": count, "inputs": inputs}
-        drawn: dict[str, Any] = {"base": output, **write.opening(base, output)}
+        drawn: dict[str, Any] = {"base": output, **reopening.opening(base, output)}
     else:
         merged, metrics = written(config, loras, output)
         paths, metrics["inputs"] = [output], inputs

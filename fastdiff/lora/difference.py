@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint, tensors, write
+from fastdiff.checkpoints import checkpoint, reopening, tensors, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Weights
@@ -142,7 +142,7 @@ def transfer(config: Config, output: Path) -> Result:
         write.to_folder(base, output, **how)
         outputs = [output]
     metrics = {"parts": {part: len(weights) for part, weights in changed.items()}}
-    return Result(outputs, metrics, sample_command({"base": output, **write.opening(base, output)}))
+    return Result(outputs, metrics, sample_command({"base": output, **reopening.opening(base, output)}))
 
 
 def moved(name: str, own: Weights, tuned: Weights, reference: Weights) -> Tensor:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.checkpoints import views
-from fastdiff.checkpoints.checkpoint import Checkpoint, plain_name
+from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.folders import plain_name
 from fastdiff.runtime.errors import UsageError
 
 
