@@ -22,11 +22,11 @@ def opening(base: Checkpoint, path: Path) -> dict[str, Any]:
     how: dict[str, Any] = {}
     if not (base.own_config or opens_alone(base, path)):
         how["base_config"] = str(base.config) if base.path.is_file() else base.ref
-    found = load(str(path), config=how.get("base_config"), allow_pickle=base.allow_pickle)
-    kind = found.file.metadata["fastdiff.prediction_type"]
-    if found.prediction_type != kind:
+    reopened = load(str(path), config=how.get("base_config"), allow_pickle=base.allow_pickle)
+    kind = reopened.file.metadata["fastdiff.prediction_type"]
+    if reopened.prediction_type != kind:
         how["prediction_type"] = kind
-    if base.ends_in_noise and not found.ends_in_noise:
+    if base.ends_in_noise and not reopened.ends_in_noise:
         how["zero_snr"] = True
     return how
 
@@ -34,9 +34,9 @@ def opening(base: Checkpoint, path: Path) -> dict[str, Any]:
 def opens_alone(base: Checkpoint, path: Path) -> bool:
     """Whether a single file written from `base` opens without further configs, as networks with the same configs."""
     try:
-        found = load(str(path))
+        reopened = load(str(path))
         for part in base.parts:
-            found.weights(part)
+            reopened.weights(part)
     except InputRefused:
         return False
 
@@ -44,4 +44,4 @@ def opens_alone(base: Checkpoint, path: Path) -> bool:
         shared = {key for key in one.keys() & other.keys() - COSMETIC if not key.startswith("_")}
         return all(one[key] == other[key] for key in shared)
 
-    return all(alike(write.config_of(base, part), found.config_of(part)) for part in base.parts)
+    return all(alike(write.config_of(base, part), reopened.config_of(part)) for part in base.parts)

@@ -25,6 +25,10 @@ from fastdiff.checkpoints import pickles
 from fastdiff.checkpoints.pickles import PICKLE
 from fastdiff.runtime.errors import DoesNotFit, GateFailed, InputRefused, UsageError, as_field
 
+# What the option `precision` of commands that write files means; None: as the inputs are stored.
+WRITTEN: dict[str, torch.dtype | None] = {
+    "stored": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32,
+}  # fmt: skip
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import nn
 
 from fastdiff import lora
-from fastdiff.checkpoints import component, reopening, vae_file, write
+from fastdiff.checkpoints import component, reopening, tensors, vae_file, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.lora import merging
 from fastdiff.models import autoencoder
@@ -20,8 +19,6 @@ from fastdiff.sampling import assemble
 
 if TYPE_CHECKING:  # networks are cast to it: torch types every attribute of a module as a tensor or a module
     from diffusers.models.modeling_utils import ModelMixin
-
-DTYPES = {"stored": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def destination(config: Config) -> Path:
@@ -53,7 +50,7 @@ def inputs(config: Config) -> list[str | None]:
 
 def run(config: Config) -> Result:
     """The `export` command."""
-    path, dtype = destination(config), DTYPES[config.precision]
+    path, dtype = destination(config), tensors.WRITTEN[config.precision]
     if config.lora:
         assert config.format != "taesd", "refused by `destination`"
         item = lora.load(config.lora, allow_pickle=config.allow_pickle)
@@ -121,7 +118,7 @@ def write_taesd(config: Config, base: Checkpoint, folder: Path) -> Result:
     halves = [path for given in inputs(config) if given for path in both_halves(Path(given).expanduser())]
     outputs.spare(folder, halves, written=[folder / f"{name}_{part}.safetensors" for part in vae_file.SHIFT])
     with console.timed("write_s"):
-        paths = vae_file.write_taesd(state, folder, name, DTYPES[config.precision])
+        paths = vae_file.write_taesd(state, folder, name, tensors.WRITTEN[config.precision])
     console.info(f"for ComfyUI, put both into models/vae_approx; the node Load VAE then lists {name}")
     return Result(paths, {"family": base.family.name})
 

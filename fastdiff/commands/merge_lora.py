@@ -5,10 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastdiff import lora
-from fastdiff.checkpoints import reopening, single_file
+from fastdiff.checkpoints import reopening, single_file, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.published import AUTO
 from fastdiff.checkpoints.recipe import Recipe
@@ -23,7 +21,6 @@ from fastdiff.runtime.command import Runnable, sample_command
 from fastdiff.runtime.errors import InputRefused, Result, UsageError
 
 ACCEL_WEIGHT, STYLE_WEIGHT = 1.0, 0.8  # a few-step LoRA was distilled at 1; a style beside it is too strong at 1
-DTYPES = {"stored": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BLOCKS = {  # length of the list -> its blocks in order, as the LoRA block weight extension defines them
     17: ["BASE", *(f"IN{i:02}" for i in (1, 2, 4, 5, 7, 8)), "M00", *(f"OUT{i:02}" for i in range(3, 12))],
     26: ["BASE", *(f"IN{i:02}" for i in range(12)), "M00", *(f"OUT{i:02}" for i in range(12))],
@@ -149,7 +146,7 @@ def written(config: Config, loras: list[tuple[Lora, float]], output: Path) -> tu
         merged, energy = merging.concatenate(loras, recipe=chosen(config, loras, None), **joining(config)), {}
         if config.rank or config.method != "sum":
             merged, energy = merging.reduced(merged, config.rank, config.energy, merging.ranks_of(merging.agreed(loras)[1]))
-        lora.save(merged, output, dtype=DTYPES[config.precision], format=config.format)
+        lora.save(merged, output, dtype=tensors.WRITTEN[config.precision], format=config.format)
     ranks = [update.rank for update in merged.modules.values() if isinstance(update, Factors)]
     metrics: dict[str, Any] = {"modules": len(ranks), "rank_min": min(ranks), "rank_max": max(ranks)}
     if energy:
@@ -193,7 +190,7 @@ def run(config: Config) -> Result:
         with console.timed("bake_s"):
             base = config.open_base()
             merging.check_family(loras, base)
-            how = dict(dtype=DTYPES[config.precision], allow_partial=config.allow_partial, **joining(config))
+            how = dict(dtype=tensors.WRITTEN[config.precision], allow_partial=config.allow_partial, **joining(config))
             count, paths = merging.bake(base, loras, output, recipe=chosen(config, loras, base), **how)
         metrics = {"modules": count, "inputs": inputs}
         drawn: dict[str, Any] = {"base": output, **reopening.opening(base, output)}

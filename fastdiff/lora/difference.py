@@ -27,7 +27,6 @@ from fastdiff.runtime.command import sample_command
 from fastdiff.runtime.errors import InputRefused, Result, UsageError, as_field
 
 DEFAULT_RANK = 64
-DTYPES = {"stored": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 UNCHANGED = 1e-7  # |difference| / |weight|: a layer with less was not trained
 
 
@@ -107,7 +106,7 @@ def extract(config: Config, output: Path) -> Result:
     said = merging.said([(one.ref, one.header) for one in (base, tuned)])
     header = {**said, **recipe.to_metadata(), **lora.layers_told(base.unet_config)}
     made = Lora(modules, header, "the extracted LoRA", dtype=tensors.widest(dtypes))
-    lora.save(made, output, dtype=DTYPES[config.precision], format=config.format)
+    lora.save(made, output, dtype=tensors.WRITTEN[config.precision], format=config.format)
     ranks = [update.rank for update in modules.values() if isinstance(update, Factors)]
     metrics = {
         "modules": len(modules),
@@ -135,7 +134,7 @@ def transfer(config: Config, output: Path) -> Result:
         changed[part] = Weights(readers, own.shapes, own.dtypes)
     recipe = replace(config.recipe_from(tuned.recipe) or Recipe(), family=base.family.name)
     said = merging.with_hint(merging.said([(one.ref, one.header) for one in (base, tuned)]), recipe)
-    how: dict[str, Any] = dict(changed=changed, dtype=DTYPES[config.precision], recipe=recipe, said=said)
+    how: dict[str, Any] = dict(changed=changed, dtype=tensors.WRITTEN[config.precision], recipe=recipe, said=said)
     if output.suffix == ".safetensors":
         outputs = write.to_file(base, output, **how)
     else:
