@@ -32,18 +32,18 @@ def encoded(tmp_path, monkeypatch):
     """A cache of the test's own; how many pictures and captions have been encoded."""
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
     count = SimpleNamespace(pictures=0, captions=0)
-    pictures, captions = autoencoder.encode_moments, text._encode
+    pictures, captions = autoencoder.encode_moments, text.encoded
 
     def counted_pictures(vae, pixels, **more):
         count.pictures += len(pixels)
         return pictures(vae, pixels, **more)
 
-    def counted_captions(base, prompts, device):
+    def counted_captions(prompts, *how):
         count.captions += len(prompts)
-        return captions(base, prompts, device)
+        return captions(prompts, *how)
 
     monkeypatch.setattr(autoencoder, "encode_moments", counted_pictures)
-    monkeypatch.setattr(text, "_encode", counted_captions)
+    monkeypatch.setattr(text, "encoded", counted_captions)
     return count
 
 
@@ -214,7 +214,7 @@ def test_a_bad_image_is_named_counted_and_skipped(tiny_sd, folder, capsys):
 
 
 def test_values_that_are_not_finite_are_found_when_they_are_cached(tiny_sd, folder, monkeypatch, capsys):
-    real, states = autoencoder.encode_moments, text.encode
+    real, states = autoencoder.encode_moments, text.rows
 
     def broken(vae, pixels, **more):
         found = real(vae, pixels, **more)
@@ -223,11 +223,12 @@ def test_values_that_are_not_finite_are_found_when_they_are_cached(tiny_sd, fold
 
     def overflowing(base, prompts, **more):
         found = states(base, prompts, **more)
-        found.tokens[[i for i, p in enumerate(prompts) if p == "caption 1"]] = 1e6  # more than fp16 holds
+        for cond, prompt in zip(found, prompts, strict=True):
+            cond.tokens[prompt == "caption 1"] = 1e6  # more than fp16 holds
         return found
 
     monkeypatch.setattr(autoencoder, "encode_moments", broken)
-    monkeypatch.setattr(text, "encode", overflowing)
+    monkeypatch.setattr(text, "rows", overflowing)
     data = opened(tiny_sd, folder)
     assert data.names == ["0.png", "4.png"]
     assert data.moments[:].isfinite().all()

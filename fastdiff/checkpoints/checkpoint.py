@@ -24,7 +24,9 @@ from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdiff.runtime.console import info, note, warn
-from fastdiff.runtime.errors import InputRefused, as_field, quoted
+from fastdiff.runtime.errors import InputRefused, UsageError, as_field, quoted
+
+MAX_TOKENS = 225  # three windows of a text encoder, as most trainers' longest captions
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Checkpoint:
     prediction: str | None = None  # overrides the prediction type that the files state
     allow_pickle: bool = False
     zero_snr: bool = False  # the user says that the noise schedule ends in pure noise; files may say it too
+    max_tokens: int = MAX_TOKENS  # of a prompt that are read, in windows of 75
+    clip_skip: int | None = None  # last layers of the text encoders that are left out; None: as the files say
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # of components that get another shape than the files'
 
     # ---- configs
@@ -171,6 +175,53 @@ class Checkpoint:
             raise InputRefused(f"{self.scheduler_file}: its betas make no noise schedule: they leave the range from 0 to 1")
         return schedule
 
+    @property
+    def skipped_layers(self) -> int:
+        """How many last layers of the text encoders are left out, as diffusers counts them in `clip_skip`.
+
+        It is what the user says, else what the files do.
+        """
+        return self.stored_recipe.clip_skip or 0 if self.clip_skip is None else self.clip_skip
+
+    @property
+    def text_layer(self) -> int:
+        """Whose states of each text encoder the UNet takes: -1 for the last layer, -2 for the one before it, and so on."""
+        return self.family.text_layer - self.skipped_layers
+
+    def check_clip_skip(self) -> None:
+        """Say which layer `clip_skip` takes. UsageError where it leaves none of a text encoder."""
+        if not (skipped := self.skipped_layers):
+            return
+        for part in self.text_parts:
+            layers = int(self.config_of(part)["num_hidden_layers"])
+            if self.text_layer < -layers:
+                most = layers + self.family.text_layer
+                problem = f"{as_field('clip_skip', skipped)}: {part} has {layers} layers"
+                raise UsageError(problem, f"it can be at most {most}")
+        usual = self.family.clip_skip_elsewhere
+        note(
+            f"{as_field('clip_skip', skipped)}: {skipped} layer{'s' * (skipped > 1)} less of each text encoder than is usual for "
+            f"{self.family}, as diffusers counts; other programs call this clip skip {usual + skipped}, and their "
+            f"{usual} is 0 here"
+        )
+
+    def reading(self, max_tokens: int | None = None, clip_skip: int | None = None) -> "Checkpoint":
+        """A copy of this checkpoint that reads prompts otherwise; itself where both are None. The components are shared.
+
+        UsageError where `clip_skip` leaves no layer of a text encoder, or `max_tokens` is no multiple of 75.
+        """
+        if max_tokens is None and clip_skip is None:
+            return self
+        other = copy(self)
+        if max_tokens is not None:
+            if max_tokens % 75 or max_tokens < 75:
+                raise UsageError(f"{as_field('max_tokens', max_tokens)}: not a multiple of 75", "give 75, 150 or 225")
+            other.max_tokens = max_tokens
+        if clip_skip is not None:
+            other.clip_skip = clip_skip
+            other.check_clip_skip()
+        return other
+
     def with_unet(self, net: nn.Module, kind: PredictionType) -> "Checkpoint":
         """A copy of this checkpoint with `net` as the UNet, which outputs `kind`. Other components are shared."""
         other, settings = copy(self), self.scheduler_config
@@ -216,16 +267,21 @@ class Checkpoint:
         if found := self.published:
             note(f"{self.ref}: {found.text}")
             return found.row.recipe
-        try:
-            recipe = Recipe.from_metadata(self.header)
-        except ValueError as error:
-            where = self.path if self.path.is_file() else self.folder / "fastdiff.json"
-            raise InputRefused(f"{where}: the header is malformed ({quoted(error)})") from error
+        recipe = self.stored_recipe
         if recipe.scheduler is None and self.embeds_guidance:
             told = {name: value for name, value in vars(recipe).items() if value is not None}
             usual = {"family": self.family.name, "prediction_type": self.prediction_type}
             return replace(published.WHOLE_LCM.recipe, **(usual | told))
         return recipe
+
+    @property
+    def stored_recipe(self) -> Recipe:
+        """The recipe in the header; InputRefused where it is malformed."""
+        try:
+            return Recipe.from_metadata(self.header)
+        except ValueError as error:
+            where = self.path if self.path.is_file() else self.folder / "fastdiff.json"
+            raise InputRefused(f"{where}: the header is malformed ({quoted(error)})") from error
 
     # ---- weights
 
@@ -373,14 +429,26 @@ def load(
     prediction: str | None = None,
     allow_pickle: bool = False,
     zero_snr: bool = False,
+    max_tokens: int = MAX_TOKENS,
+    clip_skip: int | None = None,
 ) -> Checkpoint:
     """Open the checkpoint that `ref` names: an alias, a hub id, a diffusers folder or a single file. Weights are read later.
 
     `config`, a diffusers folder or hub id, provides the configs of a single file of unusual shape; others need none.
     `prediction` (epsilon, v_prediction) overrides the prediction type that the files state. `zero_snr` says of files that do not
-    that the noise schedule ends in pure noise (Lin et al. 2024). UsageError where `ref` cannot be found, InputRefused where it is
-    no supported checkpoint, or `zero_snr` is given for one that predicts epsilon.
+    that the noise schedule ends in pure noise (Lin et al. 2024). Of a prompt `max_tokens` are read, a multiple of 75. `clip_skip`
+    last layers of the text encoders are left out, as diffusers counts them (default: as the files say, else none). UsageError
+    where `ref` cannot be found or `clip_skip` leaves no layer, InputRefused where it is no supported checkpoint, or `zero_snr` is
+    given for one that predicts epsilon.
     """
+    opened = opened_as(ref, dtype, config, prediction, allow_pickle=allow_pickle, zero_snr=zero_snr)
+    return opened.reading(max_tokens, clip_skip)
+
+
+def opened_as(
+    ref: str, dtype: torch.dtype, config: str | None, prediction: str | None, *, allow_pickle: bool, zero_snr: bool
+) -> Checkpoint:
+    """The checkpoint that `load` opens, before it is said how it reads prompts."""
     path = locate(ref, allow_pickle=allow_pickle)
     if not path.is_file():
         if config:

@@ -46,6 +46,7 @@ class Family:
     unet_plan: Literal["sd", "xl"]  # four resolutions of one transformer a layer, or three of up to ten
     size_conditioned: bool = False  # the UNet is also told the pooled text and six numbers of size and crop (time_ids)
     text_layer: Literal[-1, -2] = -1  # whose states of each text encoder the UNet takes: the last, or the last but one
+    clip_skip_elsewhere: Literal[1, 2] = 1  # what other programs call that layer: counted from the end of the whole encoder
     zeros_for_empty_prompt: bool = False  # unconditional is zeros, not the encoded "", unless model_index.json says otherwise
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"  # where no file tells
     epsilon_latent_side: int | None = None  # latents a side of those that predict epsilon, where the shipped config has another
@@ -160,6 +161,7 @@ FAMILIES: dict[str, Family] = {
             text_widths={"text_encoder": 1024},
             linear_projection=True,
             unet_plan="sd",
+            clip_skip_elsewhere=2,  # its encoders are published without their last layer
             prediction_type="v_prediction",
             epsilon_latent_side=64,  # SD2's base models are the 512 px ones
             sampling=Sampling("dpm++", 25, 7.5),
@@ -180,6 +182,7 @@ FAMILIES: dict[str, Family] = {
             unet_plan="xl",
             size_conditioned=True,
             text_layer=-2,
+            clip_skip_elsewhere=2,
             zeros_for_empty_prompt=True,
             sampling=Sampling("dpm++", 25, 5.0),
             prefixes={

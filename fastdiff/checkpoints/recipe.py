@@ -27,6 +27,7 @@ class Recipe:
     eta: float | None = None  # TCD's gamma: 0 is deterministic, 1 is LCM
     prediction_type: str | None = None  # epsilon, v_prediction, sample
     parent: str | None = None  # sha256 of the base UNet's weights
+    clip_skip: int | None = None  # last layers of the text encoders that are left out, as diffusers counts
     step_counts: tuple[int, ...] | None = None  # the numbers of steps that one file was trained for, where there are several
 
     @property
@@ -68,6 +69,7 @@ class Recipe:
         numbers = lambda text: tuple(int(x) for x in text.split(","))  # noqa: E731
         readers: dict[str, Callable[[str], Any]] = {
             "num_steps": int,
+            "clip_skip": int,
             "guidance": float,
             "eta": float,
             "timesteps": numbers,
@@ -99,6 +101,7 @@ class Recipe:
             "step_counts": lambda counts: all(map(steps, counts)),
             "timesteps": lambda ts: min(ts) >= 0 and ts == tuple(sorted(set(ts), reverse=True)),
             "guidance": math.isfinite,
+            "clip_skip": lambda layers: layers >= 0,
             "eta": lambda eta: 0 <= eta <= 1,
         }
         for name, limit in limits.items():

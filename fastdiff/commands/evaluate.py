@@ -72,7 +72,7 @@ def whole(config: Config, ref: str, dtype: torch.dtype, device: torch.device) ->
     """Opens a student that is a whole checkpoint."""
 
     def opened(more: Sequence[str], guide: str | None) -> Sampler:
-        base = checkpoint.load(ref, dtype=dtype, allow_pickle=config.allow_pickle)
+        base = checkpoint.load(ref, dtype=dtype, allow_pickle=config.allow_pickle, **config.reading)
         how: dict[str, Any] = dict(remap=bool(more) and is_pruned(base), allow_pickle=config.allow_pickle)
         made = Sampler(base, loras=list(more), vae=config.vae, controlnet=guide, device=device, **how, **FAST)
         made.recipe = base.recipe  # the checkpoint's own recipe, and not the one in a style LoRA's header

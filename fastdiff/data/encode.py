@@ -22,7 +22,7 @@ from fastdiff.data import held_out
 from fastdiff.data.batch import Buckets, Data, Encoded
 from fastdiff.data.images import Framing, Refused, Sample, decode, hash_of, reasons
 from fastdiff.data.store import Share, Store, Stored
-from fastdiff.models import autoencoder, text
+from fastdiff.models import autoencoder, prompt, text
 from fastdiff.models.denoiser import Cond
 from fastdiff.runtime import console, disk, stop
 from fastdiff.runtime.disk import cache_folder, write_atomic
@@ -93,6 +93,7 @@ def encode(
     pictures = Pictures(base, framing, captions, share, device)
     listing = pictures.listed(source, most)
     held_out.warn_of(base.family, (caption for _, _, caption in listing.rows), as_field("data", source.spec))
+    text.tell(base, [caption for _, _, caption in listing.rows], as_field("data", source.spec), "captions")
     not_finite = captions.encode(dict.fromkeys(caption for _, _, caption in listing.rows))
     base.release("text_encoders", "tokenizers")
     base.vae.to("cpu")
@@ -127,7 +128,8 @@ class Captions:
     def __init__(self, base: Checkpoint, share: Share, device: torch.device | str) -> None:
         self.base, self.share, self.device = base, share, device
         nets = [fingerprint(net) for net in base.text_encoders]
-        rule = (nets, base.family.name, [tokenizer.model_max_length for tokenizer in base.tokenizers])
+        lengths = [tokenizer.model_max_length for tokenizer in base.tokenizers]
+        rule = (nets, base.family.name, lengths, prompt.RULES, base.max_tokens, base.text_layer)
         self.store = Store(cache_folder() / f"texts-{hash_of(*rule)[:16]}")
         if self.encode([""]):
             raise InputRefused(f"{as_field('base', base.ref)}: the text encoder returns NaN or infinity for an empty prompt")
@@ -144,9 +146,9 @@ class Captions:
             for i in range(0, len(mine), SIZE):
                 stop.check()
                 part = mine[i : i + SIZE]
-                states = text.encode(self.base, part, device=self.device).map(Tensor.half)
-                rows = zip(part, rows_of(states), strict=True)
-                self.store.put({self.key(caption): parts for caption, parts in rows if finite(parts)})
+                states = text.rows(self.base, part, device=self.device)
+                rows = {self.key(caption): row_of(cond) for caption, cond in zip(part, states, strict=True)}
+                self.store.put({key: parts for key, parts in rows.items() if finite(parts)})
                 bar.update(len(part))
         stop.meet()  # if one process was stopped, all stop here
         self.store.scan()
@@ -382,11 +384,10 @@ class Reading:
         return Listing(rows, refused)
 
 
-def rows_of(cond: Cond) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of each row of a Cond by name."""
-    for i in range(len(cond)):
-        row = {"tokens": cond.tokens[i].clone()}
-        yield row if cond.pooled is None else row | {"pooled": cond.pooled[i].clone()}
+def row_of(cond: Cond) -> dict[str, Tensor]:
+    """The tensors of a Cond of one row, by name, as they are stored: fp16."""
+    row = {"tokens": cond.tokens[0].half().clone()}
+    return row if cond.pooled is None else row | {"pooled": cond.pooled[0].half().clone()}
 
 
 def finite(parts: dict[str, Tensor]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.models.denoiser import of_one_length
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import DoesNotFit
 
@@ -88,7 +89,10 @@ class Store:
 
 
 class Stored:
-    """The tensors of N keys as rows of one tensor (N, ...), read from disk when indexed, as fp32."""
+    """The tensors of N keys as rows of one tensor (N, ...), read from disk when indexed, as fp32.
+
+    Text states (L, D) of prompts of different lengths are brought to one length by the rows that are read together.
+    """
 
     def __init__(self, store: Store, part: str, keys: list[str]) -> None:
         self.store, self.part, self.keys = store, part, keys
@@ -103,11 +107,30 @@ class Stored:
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         """Read the rows (N', ...) of indices (N',) or a slice."""
         keys: Iterable[str] = self.keys[index] if isinstance(index, slice) else (self.keys[i] for i in index.tolist())
-        return torch.stack([self.store.get(key, self.part).float() for key in keys])
+        return stacked([self.store.get(key, self.part).float() for key in keys])
 
     def rows(self, part: slice) -> "Stored":
         """Return a part of the rows without reading them."""
         return Stored(self.store, self.part, self.keys[part])
+
+
+class Rows:
+    """Tensors of different lengths (L, D) as rows of one tensor (N, L, D), like `Stored`, but in memory."""
+
+    def __init__(self, rows: list[Tensor]) -> None:
+        self.tensors = rows
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        """The rows (N', L, D) of indices (N',) or a slice, of one length."""
+        return stacked(self.tensors[index] if isinstance(index, slice) else [self.tensors[i] for i in index.tolist()])
+
+
+def stacked(rows: list[Tensor]) -> Tensor:
+    """Tensors as rows of one; of text states (L, D), which may differ in length, all are brought to one."""
+    return torch.stack(rows if len({row.shape for row in rows}) < 2 else of_one_length(rows))
 
 
 class Share:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,11 @@ from torch import Tensor
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.data import emoji, held_out
 from fastdiff.data.batch import Encoded
-from fastdiff.data.store import Share
-from fastdiff.models import autoencoder, text
+from fastdiff.data.store import Rows, Share
+from fastdiff.models import autoencoder, prompt, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.unet import unet_of
+from fastdiff.models.prompt import Part, Prompt
 from fastdiff.runtime import console, disk, rng, stop
 from fastdiff.runtime.disk import cache_folder
 from fastdiff.runtime.errors import InputRefused, Stopped
@@ -45,7 +47,9 @@ def encode(
     used = prompts[:pairs] if pairs else prompts  # text encoders are slow, and lists of prompts long
     unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(used))}
     row = torch.tensor([unique[prompt] for prompt in used])
-    texts, uncond = text.encode(base, list(unique), device=device), text.unconditional(base, device=device)
+    text.tell(base, list(unique), "`prompts`")
+    texts, uncond = texts_of(text.rows(base, list(unique), device=device)), text.unconditional(base, device=device)
+    rules = reading(base, list(unique), texts)
     base.release("text_encoders", "tokenizers")
     if base.family.size_conditioned:
         texts, uncond = (with_size(c, resolution_px) for c in (texts, uncond))
@@ -57,7 +61,8 @@ def encode(
         moments = torch.full((1, 2 * shape[0], side, side), float("nan")).expand(len(of), -1, -1, -1)
     else:
         of = row[torch.arange(pairs) % len(row)]
-        noise, latents = Shards(base, settings, prompts, texts[row], uncond, seed, resolution_px, device).first(pairs)
+        shards = Shards(base, settings, prompts, texts, uncond, seed, resolution_px, device, rows=row, rules=rules)
+        noise, latents = shards.first(pairs)
         lines = [prompts[i % len(prompts)] for i in range(pairs)]
         good = finite(latents, lines)
         if base.family.judge_ships:
@@ -68,6 +73,23 @@ def encode(
     names = list(unique)
     items = [names[i] for i in of.tolist()]
     return Encoded(moments, texts, of[:, None], torch.ones(1), uncond, sizes, noise=noise, names=items)
+
+
+def texts_of(rows: list[Cond]) -> Cond:
+    """One Cond of prompts, a row each. Where their lengths differ, each keeps its own, so that one long prompt costs no more."""
+    if len({row.tokens.shape for row in rows}) < 2:
+        return Cond.cat(rows)
+    pooled = None if rows[0].pooled is None else torch.cat([row.pooled for row in rows])
+    return Cond(Rows([row.tokens[0] for row in rows]), pooled)
+
+
+def reading(base: Checkpoint, prompts: list[str], texts: Cond) -> tuple[Any, ...]:
+    """The rules by which these prompts are read, for the name of a cache; empty where they are words in one window."""
+    words_only = all(prompt.parse(line) == Prompt(((Part(line),),)) for line in prompts if line.strip())
+    one_window = not isinstance(texts.tokens, Rows) and texts.tokens.shape[1] == base.tokenizers[0].model_max_length
+    if words_only and one_window and not base.skipped_layers:
+        return ()
+    return prompt.RULES, base.max_tokens, base.skipped_layers
 
 
 def finite(latents: Tensor, prompts: list[str]) -> Tensor:
@@ -115,14 +137,18 @@ class Shards:
         base: Checkpoint,
         settings: Settings,
         prompts: list[str],
-        cond: Cond,
+        texts: Cond,
         uncond: Cond,
         seed: int,
         resolution_px: int,
         device: torch.device | str = "cpu",
+        *,
+        rows: Tensor | None = None,  # of `texts`, one for each prompt; None: they are in the order of the prompts
+        rules: tuple[Any, ...] = (),
     ) -> None:
-        self.base, self.device = base, device
-        self.settings, self.prompts, self.cond, self.uncond = settings, prompts, cond, uncond
+        self.base, self.device, self.texts = base, device, texts
+        self.rows = torch.arange(len(prompts)) if rows is None else rows
+        self.settings, self.prompts, self.uncond = settings, prompts, uncond
         self.start = rng.first_pair(seed)  # in rng.PAIRS
         side = resolution_px // autoencoder.factor(base.vae)
         self.shape = (base.unet_config["in_channels"], side, side)
@@ -131,7 +157,7 @@ class Shards:
         # The same weights draw otherwise by another type of prediction or another schedule, which the user may have named since.
         kind, zero_snr = base.prediction_type, base.schedule().zero_terminal_snr
         unusual = kind != base.family.prediction_type or zero_snr
-        key = repr((*content, kind, zero_snr) if unusual else content)
+        key = repr((*content, *((kind, zero_snr) if unusual else ()), *rules))
         self.folder = cache_folder() / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     @cached_property
@@ -189,10 +215,10 @@ class Shards:
 
         there = self.read(k)
         index = torch.arange(k * self.SIZE + len(there["noise"]), k * self.SIZE + rows)
-        of, n = index % len(self.cond), at_once(self.shape[1])
+        of, n = self.rows[index % len(self.rows)], at_once(self.shape[1])
         seeds = [rng.PAIRS(self.start + i) for i in index.tolist()]
         latents = [
-            self.sampler.latents(self.cond[of[i : i + n]], self.uncond, seeds[i : i + n], self.settings, self.shape[1:]).cpu()
+            self.sampler.latents(self.texts[of[i : i + n]], self.uncond, seeds[i : i + n], self.settings, self.shape[1:]).cpu()
             for i in range(0, len(seeds), n)
         ]
         added = {"noise": SeededNoise(seeds, self.shape, "cpu")(), "latents": torch.cat(latents)}

@@ -51,7 +51,9 @@ class Prune(Method):
             adapters.checkpoint_gradients(net)
         self.student = Denoiser(net, self.schedule, base.prediction_type)
         self.feature_pairs = unet.feature_pairs(base.unet.config, layout) if config.lambda_feat else []  # type: ignore[arg-type]  # diffusers' is a dict
-        self.recipe = Recipe(method=self.name, family=base.family.name)  # no sampling settings: it is sampled like its parent
+        self.recipe = Recipe(
+            method=self.name, family=base.family.name, clip_skip=base.skipped_layers or None
+        )  # no sampling settings: it is sampled like its parent
 
     @classmethod
     def check(cls, config: Options) -> Options:

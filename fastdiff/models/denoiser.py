@@ -43,8 +43,12 @@ class Cond:
 
     @staticmethod
     def cat(parts: list["Cond"]) -> "Cond":
-        """Concatenate along the batch. A field that is None in any part is None in the result."""
+        """Concatenate along the batch. A field that is None in any part is None in the result.
+
+        Tokens of different lengths are brought to one, as `of_one_length` does.
+        """
         columns = {x.name: [vars(p)[x.name] for p in parts] for x in fields(Cond)}
+        columns["tokens"] = of_one_length(columns["tokens"])
         return Cond(**{k: torch.cat(v) if all(x is not None for x in v) else None for k, v in columns.items()})
 
     def with_guidance(self, w: Tensor | None) -> "Cond":
@@ -54,6 +58,15 @@ class Cond:
     def with_control(self, pictures: Tensor | None) -> "Cond":
         """Return a copy with control pictures (B, 3, H, W) in [0, 1]."""
         return replace(self, control=pictures)
+
+
+def of_one_length(tokens: Sequence[Tensor]) -> list[Tensor]:
+    """Repeat states (..., L, D) until all are as long: to the least common multiple of their lengths L.
+
+    This changes no answer of a network: attention over states that are all repeated as often is attention over the states.
+    """
+    length = math.lcm(*(states.shape[-2] for states in tokens))
+    return [torch.cat([states] * (length // states.shape[-2]), -2) for states in tokens]
 
 
 LOG_10000 = math.log(10_000)

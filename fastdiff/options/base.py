@@ -1,7 +1,7 @@
 """The options of every command with a base model."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fastdiff.checkpoints.family import DEFAULT_BASE, base_names
 
@@ -29,8 +29,8 @@ class BaseConfig:
     ] = False
     allow_pickle: Annotated[bool, "also read the tensors of .ckpt, .pt and .bin files; code in them is never run"] = False
 
-    def open_base(self, dtype: "torch.dtype | None" = None) -> "Checkpoint":
-        """The base model; its networks load on first use, in `dtype` (default: float32)."""
+    def open_base(self, dtype: "torch.dtype | None" = None, **how: Any) -> "Checkpoint":
+        """The base model; its networks load on first use, in `dtype` (default: float32). `how` is for `checkpoint.load`."""
         import torch
 
         from fastdiff.checkpoints import checkpoint
@@ -44,4 +44,5 @@ class BaseConfig:
             prediction=self.prediction_type,
             allow_pickle=self.allow_pickle,
             zero_snr=self.zero_snr,
+            **how,
         )

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastdiff.checkpoints.family import FAMILIES, SHIPPED
-from fastdiff.options.base import BaseConfig
 from fastdiff.options.teacher_row import read_teacher_row
+from fastdiff.options.text import TextConfig
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError, as_field
 
@@ -35,7 +35,7 @@ PRESETS = {SHIPPED.name: dict(num_images=1000)} | {
 
 
 @dataclass
-class Config(BaseConfig):
+class Config(TextConfig):
     ESSENTIALS: ClassVar[str] = "base lora student num_steps reference prompts num_images metrics output with_lora"
     VARIANT: ClassVar[str] = "protocol"
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from fastdiff.checkpoints.family import SHIPPED
-from fastdiff.options.base import BaseConfig
+from fastdiff.options.text import TextConfig
 from fastdiff.runtime.config import Range
 
 EXAMPLES = """fastdiff sample --prompt "a red apple"
@@ -16,7 +16,7 @@ echo "a red apple" | fastdiff sample --prompts - --json"""
 
 
 @dataclass
-class Config(BaseConfig):
+class Config(TextConfig):
     ESSENTIALS: ClassVar[str] = "prompt prompts base lora num_images seed num_steps guidance resolution output"
     prompt: Annotated[list[str], "what to draw; repeatable"] = field(default_factory=list)
     prompts: Annotated[str | None, "a file of prompts, one a line; - reads standard input"] = None

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
-from fastdiff.options.base import BaseConfig
+from fastdiff.options.text import TextConfig
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class TrainConfig(BaseConfig):
+class TrainConfig(TextConfig):
     """The options of every training command."""
 
     PANEL: ClassVar[str] = "Training"

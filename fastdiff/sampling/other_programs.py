@@ -91,11 +91,23 @@ def lines(base: Checkpoint, recipe: Recipe, settings: Settings, *, is_lora: bool
     comfyui = put.format("models/loras" if is_lora else "models/checkpoints")
     others = put.format("models/Lora" if is_lora else "models/Stable-diffusion")
     if write.blocks_of(base.unet_config) != write.blocks_of(stock_config(base.family)):
-        return [f"ComfyUI: {comfyui}; {in_comfyui(base, recipe, settings, wanted)}", "A1111, Forge: they read no pruned network."]
+        told = f"{in_comfyui(base, recipe, settings, wanted)}{text_layer(base, comfyui=True)}"
+        return [f"ComfyUI: {comfyui}; {told}", "A1111, Forge: they read no pruned network."]
     return [
-        f"ComfyUI: {comfyui}; {in_comfyui(base, recipe, settings, wanted)}",
-        f"A1111, Forge: {others}; {in_a1111(base, recipe, settings, wanted)}",
+        f"ComfyUI: {comfyui}; {in_comfyui(base, recipe, settings, wanted)}{text_layer(base, comfyui=True)}",
+        f"A1111, Forge: {others}; {in_a1111(base, recipe, settings, wanted)}{text_layer(base, comfyui=False)}",
     ]
+
+
+def text_layer(base: Checkpoint, *, comfyui: bool) -> str:
+    """Say how a program takes the text states of another layer than the usual one; empty where the base takes that."""
+    if not base.skipped_layers:
+        return ""
+    usual = base.family.clip_skip_elsewhere
+    layer = usual + base.skipped_layers
+    if comfyui:
+        return f" Before the prompts, the node CLIP Set Last Layer at -{layer}."
+    return f" Clip skip {layer}{f', which A1111 does not obey for {base.family.title}' if usual > 1 else ''}."
 
 
 def unreadable(base: Checkpoint) -> str | None:

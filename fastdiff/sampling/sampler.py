@@ -59,8 +59,9 @@ class Sampler:
     `control_scale` multiplies the effect of the ControlNet. `device` is auto, cpu, cuda or mps. `precision` is fp32, bf16, fp16
     or auto (an open checkpoint keeps its dtype, any other gets bf16 on CUDA, else fp32). `allow_partial` applies the parts of a
     LoRA that fit, `remap` moves LoRAs to a pruned base, `allow_pickle` reads .ckpt, .pt and .bin files. `recipe` replaces what
-    the files say of sampling: a `Recipe`, or a name of checkpoints/published.py, or "none". `identified` also hashes all
-    weights, into `identity`.
+    the files say of sampling: a `Recipe`, or a name of checkpoints/published.py, or "none". Of a prompt `max_tokens` are
+    read, a multiple of 75, and `clip_skip` last layers of the text encoders are left out, as diffusers counts them; by default
+    225, and as the files say. `identified` also hashes all weights, into `identity`.
 
     `compile` on a GPU: `off`, or a CUDA graph of all steps and the decoder, which a compiled graph replaces when it is ready
     (`auto`) or before the first picture (`max`). Use `off` for networks that are still trained: a graph keeps old adapters. On
@@ -85,10 +86,12 @@ class Sampler:
         allow_pickle: bool = False,
         remap: bool = False,
         recipe: str | Recipe | None = None,
+        max_tokens: int | None = None,
+        clip_skip: int | None = None,
         identified: bool = False,
     ) -> None:
         device = assemble.pick_device(device)
-        self.source = assemble.open_base(base, precision, device, allow_pickle=allow_pickle)
+        self.source = assemble.open_base(base, precision, device, allow_pickle=allow_pickle).reading(max_tokens, clip_skip)
         self.source.schedule()  # refuses a base without one before anything is loaded
         self.loras = with_weights(loras)
         given, how = published.asked(recipe), dict(remap=remap, allow_partial=allow_partial, allow_pickle=allow_pickle)
@@ -99,6 +102,8 @@ class Sampler:
             published.warn_of_family(given, self.source.family.name)
             console.note(f"recipe: {published.settings_text(given) or 'none, as the base is usually drawn'}")
         self.same_family()
+        if self.source.clip_skip is None and self.recipe.clip_skip is not None:
+            self.source = self.source.reading(clip_skip=self.recipe.clip_skip)
         alone = not ready and not identified
         self.base = own = self.source if alone else assemble.separate(self.source, "unet", "text_encoders")
         self.coverage = apply.apply(own, ready, allow_partial=allow_partial).coverage
@@ -231,7 +236,7 @@ class Sampler:
         cond = self.prompts(list(lines))
         if control is not None:
             cond = cond.with_control(control.to(self.device).contiguous().expand(len(cond), -1, -1, -1))
-        return cond, self.prompts([negative]) if negative else self.prompts.unconditional()
+        return cond, self.prompts([negative], "negative") if negative else self.prompts.unconditional()
 
     @property
     def facts(self) -> dict[str, Any]:

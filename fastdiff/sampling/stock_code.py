@@ -24,7 +24,7 @@ OWN_SPACINGS = {
     "tcd": {"lcm"},
 }
 SD_GUIDANCE = """\
-cond, uncond = pipe.encode_prompt(prompt, pipe.device, 1, True)
+cond, uncond = pipe.encode_prompt(prompt, pipe.device, 1, True, CLIP_SKIP)
 
 
 def guide_next_step(pipe, step, timestep, tensors):
@@ -32,8 +32,13 @@ def guide_next_step(pipe, step, timestep, tensors):
     pipe._guidance_scale = w
     return {"prompt_embeds": torch.cat([uncond, cond]) if w > 1 else cond}
 """
+# transformers 5 has moved the norm that diffusers 0.42 puts after the layer of `clip_skip`.
+NORM_FOR_CLIP_SKIP = """\
+if not hasattr(pipe.text_encoder, "text_model"):  # clip_skip looks there for the last norm
+    vars(pipe.text_encoder)["text_model"] = pipe.text_encoder
+"""
 SDXL_GUIDANCE = """\
-cond, uncond, pooled, uncond_pooled = pipe.encode_prompt(prompt, device=pipe.device)
+cond, uncond, pooled, uncond_pooled = pipe.encode_prompt(prompt, device=pipe.device, CLIP_SKIP)
 
 
 def guide_next_step(pipe, step, timestep, tensors):
@@ -113,22 +118,25 @@ def stock_code(
     if settings.step_guidance is not None and base.unet_config.get("time_cond_proj_dim") is not None:
         raise UsageError("step_guidance: this base takes one guidance for all steps, as an input", "give one `guidance`")
     call = stock_call(base, settings, kind)
+    skips_normalised = base.skipped_layers and base.family.text_layer == -1
     lines = [
         *(f"import {name}" for name in sorted({*modules, "torch"})),
         f"from diffusers import {', '.join(sorted({*imports, call.scheduler}))}",
         "",
         *opening,
+        *(NORM_FOR_CLIP_SKIP.splitlines() if skips_normalised else ()),
         f"pipe.scheduler = {call.scheduler}.from_config(pipe.scheduler.config{call.config})",
     ]
+    skip = f", clip_skip={base.skipped_layers}" if base.skipped_layers else ""
     rescale = f", guidance_rescale={settings.guidance_rescale:g}" if settings.guidance_rescale and settings.guided else ""
-    drawn = f"{call.steps}{rescale}{call.size}{arguments}, generator=torch.Generator().manual_seed(seed)"
+    drawn = f"{call.steps}{rescale}{skip}{call.size}{arguments}, generator=torch.Generator().manual_seed(seed)"
     if settings.step_guidance is None:
         return "\n".join([*lines, f"image = pipe(prompt, guidance_scale={settings.guidance:g}, {drawn}).images[0]", ""])
     sized = base.family.size_conditioned
     names = ", ".join(map(literal, ("prompt_embeds", "add_text_embeds", "add_time_ids") if sized else ("prompt_embeds",)))
     lines += [
         f"guidance = [{listed(settings.step_guidance)}]",
-        *(SDXL_GUIDANCE if sized else SD_GUIDANCE).splitlines(),
+        *(SDXL_GUIDANCE if sized else SD_GUIDANCE).replace(", CLIP_SKIP", skip).splitlines(),
         "",
         "",
         f"how = dict({drawn})",

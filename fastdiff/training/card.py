@@ -140,7 +140,9 @@ def write_card(
     sheets = [path for path in run.outputs if path.suffix == ".png" and not path.stem.endswith(FULL)]
     picture = next((path for path in reversed(sheets) if path.stem != UNSEEN), None)
     picture_line = f"![same prompts and seeds: {usage.picture}]({picture.relative_to(run.folder).as_posix()})" if picture else ""
-    rows = {"method": usage.method or recipe.method or "", **facts, **usage.rows, "licence": usage.licence}
+    skipped, usual = base.skipped_layers, base.family.clip_skip_elsewhere
+    skip = {"clip skip": f"{skipped} as diffusers counts, {usual + skipped} in other programs"} if skipped else {}
+    rows = {"method": usage.method or recipe.method or "", **skip, **facts, **usage.rows, "licence": usage.licence}
     if usage.sampling:
         rows = {"method": rows.pop("method"), "sampling": usage.sampling, **rows}
     sections = [

@@ -156,7 +156,12 @@ class Method(ABC):
     def __init__(self, base: Checkpoint, config: Any) -> None:
         self.base_model, self.config, self.schedule = base, config, base.schedule()
         self.resolution_px = config.resolution or base.resolution_px
-        self.recipe = Recipe(method=self.name, family=base.family.name, prediction_type=base.prediction_type)
+        self.recipe = Recipe(
+            method=self.name,
+            family=base.family.name,
+            prediction_type=base.prediction_type,
+            clip_skip=base.skipped_layers or None,
+        )
         self._figures: dict[str, Tensor] = {}
         if "unet" in self.keeps:
             self.parent = checkpoint.fingerprint(base.unet)  # before there is any adapter, and of the exact weights

@@ -1,6 +1,6 @@
 """CLIP's text encoders as plain functions of their weights, and its tokenizer, without importing transformers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,8 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Encoded(NamedTuple):
     """The outputs of a text encoder. B prompts, L tokens, D width, P projected width."""
 
-    last: Tensor  # (B, L, D), normalised
-    before: Tensor  # (B, L, D): output of the last layer but one, which SDXL uses
+    states: Tensor  # (B, L, D)
     pooled: Tensor | None  # (B, P): the projected state of the end token; None without a projection
 
 
@@ -57,25 +56,28 @@ class TextEncoder:
         stored.complete()
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor) -> Encoded:
-        """Encode token ids (B, L)."""
+    def __call__(self, ids: Tensor, layer: int = -1, *, normalised: bool = True) -> Encoded:
+        """Encode token ids (B, L). The states are those of a layer, -1 the last, after the final norm where `normalised`."""
         ids = ids.to(self.device)
-        x = before = self.tokens[ids] + self.positions[: ids.shape[1]]
-        for layer in self.layers:
-            one, two = layer.norms
-            before = x
-            x = x + layer.out(attend(*layer.qkv(one(x)).chunk(3, -1), self.heads, causal=True))
-            x = x + layer.down(self.act(layer.up(two(x))))
+        x = self.tokens[ids] + self.positions[: ids.shape[1]]
+        states, wanted = x, len(self.layers) + 1 + layer  # 0 is the embedding
+        for number, block in enumerate(self.layers, 1):
+            one, two = block.norms
+            x = x + block.out(attend(*block.qkv(one(x)).chunk(3, -1), self.heads, causal=True))
+            x = x + block.down(self.act(block.up(two(x))))
+            states = x if number == wanted else states
         last = self.norm(x)
+        if normalised:
+            states = last if layer == -1 else self.norm(states)
         if self.projection is None:
-            return Encoded(last, before, None)
+            return Encoded(states, None)
         # Configs from before transformers fixed their eos_token_id say 2; the end token then is the highest id.
         place = ids.argmax(1) if self.end == 2 else (ids == self.end).int().argmax(1)
-        return Encoded(last, before, self.projection(last[torch.arange(len(ids), device=self.device), place]))
+        return Encoded(states, self.projection(last[torch.arange(len(ids), device=self.device), place]))
 
 
 class Tokenizer:
-    """Turns prompts into token ids (B, L), padded and cut like CLIPTokenizer, by a folder's tokenizer.json.
+    """`prompt.Tokens` by a folder's tokenizer.json, equal to CLIPTokenizer's.
 
     Raises Unknown if there is no such file, and InputRefused if the files are damaged.
     """
@@ -91,8 +93,15 @@ class Tokenizer:
         self.length = config["model_max_length"]
         with configs.building(folder, "tokenizer"):
             self.model = Fast.from_file(str(folder / "tokenizer.json"))
-            self.model.enable_truncation(self.length)
-            self.model.enable_padding(length=self.length, pad_id=self.model.token_to_id(pad), pad_token=pad)
+            self.model.no_truncation()
+            self.model.no_padding()
+            self.start, self.end = self.model.encode("").ids
+            self.pad = self.model.token_to_id(pad)
 
-    def __call__(self, prompts: list[str]) -> Tensor:
-        return torch.tensor([e.ids for e in self.model.encode_batch(list(prompts))])
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text, without marks."""
+        return [encoded.ids for encoded in self.model.encode_batch(list(texts), add_special_tokens=False)]
+
+    def words(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return self.model.decode(list(ids))
