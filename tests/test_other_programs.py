@@ -91,6 +91,7 @@ def test_stable_diffusion_cpp_draws_with_a_pruned_folder_and_a_tiny_decoder(layo
 
 START = """
 import json, logging, sys
+from pathlib import Path
 checkout, *arguments = sys.argv[1:]
 sys.path.insert(0, checkout)
 logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format="%(levelname)s %(message)s")
@@ -177,6 +178,20 @@ found = extract.calc_lora_model(clip.patcher, 2, "", "text_encoders.", found, ki
 comfy.utils.save_torch_file(found, folder + "/standard.safetensors")
 found = extract.calc_lora_model(clip.patcher, 2, "", "text_encoders.", {}, kinds.FULL_DIFF, bias_diff=True)
 comfy.utils.save_torch_file(found, folder + "/full.safetensors")
+print("{}")
+"""
+ENCODE = """
+folder, result, lines, skip = arguments
+parts = sorted(str(path) for path in Path(folder).glob("*.safetensors"))
+dtype = {"dtype": torch.float32}
+clip = comfy.sd.load_clip(ckpt_paths=parts, clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION, model_options=dtype)
+if int(skip):
+    clip.clip_layer(-int(skip))
+found = {}
+for i, line in enumerate(json.loads(lines)):
+    states, pooled = clip.encode_from_tokens(clip.tokenize(line), return_pooled=True)
+    found |= {f"{i} states": states.float().contiguous(), f"{i} pooled": pooled.float().contiguous()}
+save_file(found, result)
 print("{}")
 """
 TIMES = """
@@ -532,3 +547,85 @@ def test_we_read_what_comfyui_saves(family, tmp_path):
         assert wanted - item.modules.keys() == set()
         assert all(apply.fits(item.modules[key], table[key].shape) for key in wanted)
         print(f"{family} {name}: all {len(wanted)} parameters")
+
+
+# ---- prompts
+
+WORDS = "a photo of an old wooden house by the lake, autumn leaves, warm light, mist over the water, "
+LONG = (WORDS * 9).strip()  # 198 tokens: three windows
+LINES = ["a red apple", LONG, f"{WORDS}(a red boat:1.3), (fog:0.6), {WORDS * 4}", "a (very old:1.1) tree (in the rain:-0.5)", ""]
+
+
+def with_text_encoders(family, layers=None, **how):
+    """A checkpoint of the family with full-size text encoders of random weights. With `layers` they have only so many."""
+    import torch
+    import transformers
+
+    from fastdiff.checkpoints.checkpoint import Checkpoint
+    from fastdiff.checkpoints.family import FAMILIES
+
+    base = Checkpoint(family, FAMILIES[family].home, FAMILIES[family], **how)
+    encoders = []
+    for part in base.text_parts:
+        torch.manual_seed(len(encoders))
+        config = transformers.CLIPTextConfig(**base.config_of(part) | ({"num_hidden_layers": layers} if layers else {}))
+        encoders.append(getattr(transformers, base.index[part][1])(config).eval().requires_grad_(False))
+    base.__dict__["text_encoders"] = encoders
+    return base
+
+
+def apart(ours, theirs):
+    """The largest difference of two tensors, beside the largest value."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.skipif(not COMFYUI, reason="FASTDIFF_COMFYUI is not set")
+@pytest.mark.parametrize(("family", "skip"), [("sd15", 0), ("sd15", 2), ("sdxl", 0), ("sdxl", 1)])
+def test_comfyui_reads_prompts_as_we_do(family, skip, tmp_path):
+    """Long ones, and weights; with the layer that its node CLIP Set Last Layer is set to."""
+    from safetensors.torch import load_file, save_file
+
+    from fastdiff.models import text
+
+    base = with_text_encoders(family, clip_skip=skip)
+    for name, encoder in zip(("l", "g"), base.text_encoders, strict=False):
+        state = {k if k.startswith("text_") else f"text_model.{k}": v for k, v in encoder.state_dict().items()}
+        save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / f"clip_{name}.safetensors")
+    layer = base.family.clip_skip_elsewhere + skip if skip else 0
+    comfyui(ENCODE, tmp_path, tmp_path / "found", json.dumps(LINES), layer)
+    theirs = load_file(tmp_path / "found")
+    for i, line in enumerate(LINES):
+        ours = text.encode(base, [line])
+        assert ours.tokens.shape == theirs[f"{i} states"].shape
+        found = {"states": apart(ours.tokens, theirs[f"{i} states"])}
+        if ours.pooled is not None:
+            found["pooled"] = apart(ours.pooled, theirs[f"{i} pooled"])
+        print(f"ComfyUI, {family}, clip skip {skip}, {tuple(ours.tokens.shape)}: {found}")
+        assert max(found.values()) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_compel_reads_long_prompts_as_we_do(family):
+    compel = pytest.importorskip("compel")
+    from fastdiff.models import text
+
+    base, windows = with_text_encoders(family), compel.SplitLongTextMode.BRUTAL  # else it looks for the ends of sentences
+    for encoder in base.text_encoders:  # where compel looks for the last norm; transformers 5 has moved it
+        if not hasattr(encoder, "text_model"):
+            vars(encoder)["text_model"] = encoder
+    if base.family.size_conditioned:
+        layer = compel.ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+        how = dict(returned_embeddings_type=layer, requires_pooled=[False, True])
+        parts = base.tokenizers, base.text_encoders
+    else:
+        how, parts = {}, (base.tokenizers[0], base.text_encoders[0])
+    made = compel.Compel(*parts, truncate_long_prompts=False, split_long_text_mode=windows, **how)
+    for line in LINES[:2]:
+        theirs, ours = made(line), text.encode(base, [line])
+        theirs, pooled = theirs if isinstance(theirs, tuple) else (theirs, None)
+        assert ours.tokens.shape == theirs.shape
+        found = {"states": apart(ours.tokens, theirs)}
+        if pooled is not None:
+            found["pooled"] = apart(ours.pooled, pooled)
+        print(f"compel, {family}, {tuple(theirs.shape)}: {found}")
+        assert max(found.values()) < 1e-4

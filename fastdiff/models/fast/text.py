@@ -104,4 +104,4 @@ class Tokenizer:
 
     def words(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
-        return self.model.decode(list(ids))
+        return " ".join(self.model.decode(list(ids)).replace("</w>", " ").split())  # </w> marks the end of a word
