@@ -322,3 +322,52 @@ def test_a_recipe_says_clip_skip_and_the_user_overrules_it(base, tmp_path):
 def test_a_malformed_clip_skip_in_a_header_is_refused(value):
     with pytest.raises(ValueError, match=r"fastdiff\.clip_skip is"):
         Recipe.from_metadata({"fastdiff.clip_skip": value})
+
+
+def lora_file(base, path, **header):
+    """A LoRA of one layer that changes nothing, with a header."""
+    from safetensors.torch import save_file
+
+    net = base.unet
+    name = next(n for n, _ in net.named_modules() if n.endswith("attn2.to_q"))
+    outputs, inputs = net.get_submodule(name).weight.shape
+    matrices = {f"unet.{name}.lora_A.weight": torch.zeros(1, inputs), f"unet.{name}.lora_B.weight": torch.zeros(outputs, 1)}
+    save_file(matrices, path, header)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"), [("2", "clip skip 2 as sd-scripts counts, which is `clip_skip=1`"), ("1", ""), ("None", "")]
+)
+def test_a_lora_that_was_trained_with_another_clip_skip_is_told(said, told, base, tmp_path, capsys):
+    opened = checkpoint.load(str(base))
+    file = lora_file(opened, tmp_path / "style.safetensors", ss_clip_skip=said, ss_network_module="networks.lora")
+    Sampler(str(base), loras=[file], device="cpu", compile="off")
+    err = " ".join(capsys.readouterr().err.split())
+    assert (f"style.safetensors: its header says that it was trained with {told}" in err) == bool(
+        told and opened.family.name == "sd15"  # sd-scripts has no clip skip for SDXL
+    )
+    Sampler(str(base), loras=[file], clip_skip=1, device="cpu", compile="off")
+    assert ("its header says" in capsys.readouterr().err) == (said == "1" and opened.family.name == "sd15")
+
+
+def test_a_trained_lora_carries_clip_skip_in_its_header_and_card(tiny_sd, tmp_path, monkeypatch, capfd):
+    from fastdiff import cli
+
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "prompts.txt").write_text("a cat\n" + "a " * 40)
+    how = ["--base", str(tiny_sd), "--data", "teacher", "--prompts", str(tmp_path / "prompts.txt"), "--pairs", "2"]
+    few = ["--teacher-steps", "1", "--steps", "1", "--batch-size", "2", "--clip-skip", "1", "-o", str(tmp_path / "run")]
+    assert cli.main(["train-lcm-lora", *how, *few]) == 0
+    err = " ".join(capfd.readouterr().err.split())
+    assert "--clip-skip 1: 1 layer less of each text encoder than is usual for sd15, as diffusers counts" in err
+    assert "1 of 2 prompts have more than 30 tokens, and the rest is left out (--max-tokens 225)" in err
+    file = tmp_path / "run" / "lcm.safetensors"
+    assert lora.load(file).recipe.clip_skip == 1
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| clip skip | 1 as diffusers counts, 2 in other programs |" in card
+    assert "num_inference_steps=4, clip_skip=1" in card
+    assert 'if not hasattr(pipe.text_encoder, "text_model")' in card
+    drawn = ["sample", "--base", str(tiny_sd), "--lora", str(file), "--prompt", "a", "-o", str(tmp_path / "a.png")]
+    assert cli.main(drawn) == 0
+    assert "other programs call this clip skip 2" in " ".join(capfd.readouterr().err.split())

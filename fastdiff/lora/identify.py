@@ -109,3 +109,12 @@ def stated_prediction(metadata: Mapping[str, str]) -> "PredictionType | None":
         if row.predicts_either and architecture in {row.architecture, row.architecture_v}:
             return "v_prediction" if architecture == row.architecture_v else "epsilon"
     return SD_SCRIPTS_VERSIONS.get(entry(VERSION))
+
+
+def trained_clip_skip(metadata: Mapping[str, str]) -> int | None:
+    """The `clip_skip` that sd-scripts trained a LoRA with, as diffusers counts it; None where the header does not say.
+
+    sd-scripts counts from 1, the last layer. It has no clip skip for SDXL.
+    """
+    count = metadata.get("ss_clip_skip", "")
+    return int(count) - 1 if count.isdecimal() and int(count) else None

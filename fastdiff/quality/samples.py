@@ -68,6 +68,7 @@ class Samples:
     def encode(self, base: Checkpoint) -> tuple[Cond, Cond]:
         """All prompts, one row each, and the unconditional branch, encoded by a checkpoint. The last checkpoint's are kept."""
         if self.prompts is None or self.prompts[0]() is not base:
+            text.tell(base, self.lines, "`prompts`")
             cond, uncond = text.encode_unique(base, self.lines, self.device), text.unconditional(base, device=self.device)
             self.prompts = ref(base), cond, uncond
         return self.prompts[1:]

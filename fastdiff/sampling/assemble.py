@@ -1,5 +1,6 @@
 """Open the parts of a sampler: device, precision, checkpoint, LoRAs, VAE and ControlNet; and the diffusers pipeline of them."""
 
+from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from fastdiff import lora
 from fastdiff.checkpoints import checkpoint, single_file, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.diffusion.samplers import SOLVERS
+from fastdiff.lora import identify
 from fastdiff.lora.file import Weighted, opened, with_weights
 from fastdiff.models import autoencoder
 from fastdiff.models import controlnet as controlnets
@@ -78,6 +80,17 @@ def load_loras(
     if remap:
         console.warn(f"`remap`: {base.ref} has all layers of its family; nothing to move")
     return items
+
+
+def tell_clip_skip(base: Checkpoint, loras: Sequence[tuple[lora.Lora, float]]) -> None:
+    """Warn of LoRAs that were trained on the states of another layer of the text encoder than the base now takes."""
+    for item, _ in loras if base.family.text_layer == -1 else ():
+        trained = identify.trained_clip_skip(item.metadata)
+        if trained is not None and trained != base.skipped_layers:
+            console.warn(
+                f"{Path(item.source).name}: its header says that it was trained with clip skip {trained + 1} as sd-scripts "
+                f"counts, which is {as_field('clip_skip', trained)}, but pictures are drawn with {base.skipped_layers}"
+            )
 
 
 def open_base(base: Checkpoint | str | Path, precision: str, device: torch.device, *, allow_pickle: bool = False) -> Checkpoint:

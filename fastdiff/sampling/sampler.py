@@ -104,6 +104,7 @@ class Sampler:
         self.same_family()
         if self.source.clip_skip is None and self.recipe.clip_skip is not None:
             self.source = self.source.reading(clip_skip=self.recipe.clip_skip)
+        assemble.tell_clip_skip(self.source, ready)
         alone = not ready and not identified
         self.base = own = self.source if alone else assemble.separate(self.source, "unet", "text_encoders")
         self.coverage = apply.apply(own, ready, allow_partial=allow_partial).coverage
