@@ -16,7 +16,7 @@ import torch
 from fastdiff.checkpoints import published
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import control
-from fastdiff.data.prompts import read_prompts
+from fastdiff.data.prompts import prompts_in, read_prompts
 from fastdiff.data.teacher import cache_folder
 from fastdiff.models.denoiser import Cond
 from fastdiff.options.sample import EXAMPLES, Config
@@ -37,7 +37,8 @@ def wanted(config: Config) -> list[str]:
     """The prompts, from options, a file or standard input. UsageError where there is none."""
     prompts = list(config.prompt)
     if config.prompts == "-":
-        prompts += [line.strip() for line in sys.stdin if line.strip()]
+        pipe = getattr(sys.stdin, "buffer", None)  # a stand-in for it may hold text, without bytes
+        prompts += prompts_in(pipe.read() if pipe else sys.stdin.read().encode(), "-")
     elif config.prompts:
         prompts += read_prompts(Path(config.prompts))
     if not prompts:

@@ -10,7 +10,16 @@ from fastdiff.options.student_and_fake import StudentAndFakeConfig
 class FromPromptsConfig(StudentAndFakeConfig):
     """The options of methods that match distributions from prompts alone."""
 
-    WITHOUT: ClassVar[tuple[str, ...]] = ("pairs", "max_images", "buckets", "random_crops", "flip")  # of training pictures
+    WITHOUT: ClassVar[tuple[str, ...]] = (
+        "pairs",
+        "max_images",
+        "buckets",
+        "random_crops",
+        "flip",
+        "background",
+        "min_size",
+        "caption_column",
+    )  # of training pictures
 
     data: Annotated[Literal["teacher"], "prompts alone are used: those of the teacher, or --prompts; no pictures are drawn"] = (  # type: ignore[assignment]
         "teacher"
