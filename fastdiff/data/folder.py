@@ -20,10 +20,10 @@ from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 from fastdiff.runtime.picture_file import Refused, decode, suffixes
 
 MISSING = "without a caption"
-DISAGREE = Kind("picture", "its captions disagree; the first of " + ", ".join((*TABLES, *WORDS)) + " is used")
+DISAGREE = Kind("picture", "captions that disagree; the first of " + ", ".join((*TABLES, *WORDS)) + " is used")
 EMPTY = Kind("caption", "empty")
 SHARED = Kind("caption", "shared by pictures of the same name")
-ALONE = Kind("caption", "without a picture")
+ALONE = Kind("caption", "without a picture that is read")
 
 
 class Folder:
@@ -165,6 +165,8 @@ def square(path: Path, side_px: int, counts: Counts | None = None) -> tuple[Tens
     """
     try:
         image, kinds = decode(path.read_bytes())
+    except OSError as error:
+        raise InputRefused(f"{path}: cannot be read ({error.strerror or error})") from error
     except Refused as error:
         raise InputRefused(f"{path}: {error}") from error
     if counts is None:

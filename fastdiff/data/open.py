@@ -52,7 +52,12 @@ def open_data(
         raise UsageError(f"{as_field('data', spec)}: the loss needs pairs of noise and picture", "use `data=teacher`")
     framing = framing or Framing(resolution_px)
     picture_file.colour(framing.background)
-    unused = {"buckets": framing.buckets, "random_crops": framing.random_crops, "flip": framing.flip, "max_images": max_images}
+    unused: dict[str, int | str | None] = {
+        "buckets": framing.buckets,
+        "random_crops": framing.random_crops,
+        "flip": framing.flip,
+        "max_images": max_images,
+    }
     unused |= {"min_size": framing.min_size_px, "caption_column": caption_column}
     unused |= {"background": framing.background if framing.background != picture_file.WHITE else None}
     given = next((name for name, value in unused.items() if value), None)

@@ -10,7 +10,7 @@ from fastdiff.data.folder import MISSING
 from fastdiff.data.images import CAPTIONS, Caption, Sample, hash_of
 from fastdiff.runtime.counts import Counts
 from fastdiff.runtime.errors import UsageError, as_field, quoted
-from fastdiff.runtime.picture_file import suffixes
+from fastdiff.runtime.picture_file import suffixes, unreadable
 
 EXTRA = 'pip install "fastdiff[data]"'
 # Give up within 30 s if a server does not answer or stops sending; webdataset's own command takes 15 minutes.
@@ -131,7 +131,8 @@ def sample_of(row: dict[str, Any], shard: str, column: str | None = None) -> Sam
     name, parts = f"{shard}/{row['__key__']}", {k: v for k, v in row.items() if not k.startswith("__")}
     image = next((k for k in parts if f".{k}" in suffixes()), None) or next((k for k in parts if k.endswith(suffixes())), None)
     if image is None:
-        return Sample(name, problem="without an image")
+        why = next((f" that is read ({what})" for k in parts if (what := unreadable(f".{k.rpartition('.')[2]}"))), "")
+        return Sample(name, problem=f"without an image{why}")
     words = next((parts[k] for k in ((column,) if column else ("txt", *CAPTIONS)) if k in parts), b"")
     caption = Caption.of_bytes(words)
     if caption.text is None and not caption.problem and "json" in parts:

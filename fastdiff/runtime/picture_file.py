@@ -121,7 +121,8 @@ def named(data: bytes) -> str:
 
 # ---- decoding
 
-_large, _lock, _open = threading.Lock(), threading.Lock(), []
+_large, _lock = threading.Lock(), threading.Lock()
+_open: list[Any] = []  # what `pillow` restores, then an entry for each thread that is inside
 
 
 @contextmanager
@@ -293,13 +294,14 @@ def to_srgb(profile: bytes, mode: str) -> tuple[Any, str] | None:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
         mode = "RGB" if (mode, space) == ("L", "RGB") else mode  # grey pictures often keep the profile of a coloured one
-    how = dict(renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, flags=ImageCms.Flags.BLACKPOINTCOMPENSATION)
-    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", **how)
+    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+    flags: Any = 0x2000  # black point compensation; Pillow before 10.3 has no name for it
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent, flags)
     if mode in {"RGB", "L"}:
         levels = range(0, 256, 17)
         colours = bytes(x for r in levels for g in levels for b in levels for x in (r, g, b)) if mode == "RGB" else bytes(levels)
         patch = Image.frombytes(mode, (len(colours) // len(mode), 1), colours)
-        after = ImageCms.applyTransform(patch, transform).tobytes()
-        if max(abs(a - b) for a, b in zip(patch.convert("RGB").tobytes(), after, strict=True)) <= 2:
+        after: Any = ImageCms.applyTransform(patch, transform)
+        if max(abs(a - b) for a, b in zip(patch.convert("RGB").tobytes(), after.tobytes(), strict=True)) <= 2:
             return None
     return transform, mode
