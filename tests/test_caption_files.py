@@ -316,9 +316,7 @@ def test_csv_mistakes(tmp_path, opened):
         with pytest.raises(InputRefused, match=problem):
             opened()
     written(table, "file_name,label\na.png,cat\n")
-    with pytest.raises(
-        UsageError, match="no a column text or caption or prompt; it has file_name, label".replace("no a", "no a")
-    ):
+    with pytest.raises(UsageError, match="has no column text, caption, prompt; it has file_name, label"):
         opened()
     assert opened("label")[0] == {"a.png": "cat"}
     with pytest.raises(UsageError, match="`caption_column=tags`; it has file_name, label"):

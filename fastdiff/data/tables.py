@@ -126,7 +126,7 @@ def check(path: Path, header: list[str], column: str | None) -> int:
         raise InputRefused(f"{path}: the first line names no column {NAME}; it has {', '.join(header) or 'nothing'}", hint)
     wanted = [column] if column else [key for key in CAPTIONS if key in header]
     if not wanted or wanted[0] not in header:
-        missing = as_field("caption_column", column) if column else f"a column {' or '.join(CAPTIONS)}"
+        missing = as_field("caption_column", column) if column else f"column {', '.join(CAPTIONS)}"
         hint = "name the column of the captions with `caption_column`"
         raise UsageError(f"{path}: the first line has no {missing}; it has {', '.join(header)}", hint)
     return header.index(wanted[0])
