@@ -5,13 +5,10 @@ Whatever is in the cache is not encoded again.
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -21,18 +18,18 @@ from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.data import held_out
 from fastdiff.data.batch import Buckets, Data, Encoded
 from fastdiff.data.images import Framing, Sample, hash_of, reasons
+from fastdiff.data.listing import NAMED, Listing
 from fastdiff.data.store import Share, Store, Stored
 from fastdiff.models import autoencoder, text
 from fastdiff.models.denoiser import Cond
 from fastdiff.runtime import console, disk, picture_file, stop
 from fastdiff.runtime.counts import Counts, Kind
-from fastdiff.runtime.disk import cache_folder, write_atomic
+from fastdiff.runtime.disk import cache_folder
 from fastdiff.runtime.errors import InputRefused, Stopped, as_field
 from fastdiff.runtime.picture_file import Refused, decode
 from fastdiff.sampling.sampler import at_once
 
 SIZE = 64  # pictures or captions per cache file
-NAMED = 5  # refused samples with a warning of their own
 HOPELESS, HOPELESS_S = 256, 20.0  # give up after this many refused samples, or seconds, without a usable one
 
 ENLARGED = Kind("picture", "smaller than it is trained at, enlarged (`min_size` leaves small ones out)")
@@ -49,39 +46,6 @@ class Source(Protocol):
     def count(self) -> int | None: ...  # None: unknown until all have been read
     def identity(self) -> str | None: ...  # changes if any sample does; None: unknown without reading
     def samples(self) -> Iterator[Sample]: ...
-
-
-@dataclass
-class Listing:
-    """The samples of a source.
-
-    `rows` holds (name, hash of the picture's bytes, caption) of each usable sample, `refused` (name, reason) of all others.
-    `counts` holds what was guessed or changed in the usable ones.
-    """
-
-    rows: list[tuple[str, str, str]] = field(default_factory=list)
-    refused: list[tuple[str, str]] = field(default_factory=list)
-    counts: Counts = field(default_factory=Counts)
-
-    def refuse(self, name: str, why: str) -> None:
-        """Add a refused sample; the first few are named in warnings."""
-        self.refused.append((name, why))
-        if len(self.refused) <= NAMED:
-            console.warn(f"{name}: {why}; skipped")
-
-    def write(self, path: Path) -> None:
-        """Write the listing as JSON."""
-        write_atomic(path, json.dumps({"rows": self.rows, "refused": self.refused, "counts": self.counts.to_json()}))
-
-    @classmethod
-    def read(cls, path: Path) -> "Listing | None":
-        """Read a listing, or return None if the file is missing or damaged."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            rows, refused = ([tuple(row) for row in content[name]] for name in ("rows", "refused"))
-            return cls(rows, refused, Counts.from_json(content["counts"]))
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
 
 
 def encode(
