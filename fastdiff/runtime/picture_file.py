@@ -83,7 +83,7 @@ def unreadable(suffix: str) -> str:
     if plugin and suffix not in suffixes():
         return f"{suffix} pictures, which need a plugin: pip install {plugin[3]}"
     if suffix in WANTED and suffix not in suffixes():
-        return f"{suffix} pictures, which this Pillow does not read: pip install --upgrade pillow"
+        return f"{suffix} pictures, which this Pillow does not read: pip install -U pillow"
     if suffix in RAWS:
         return f"{suffix} pictures, raw data of a camera; save them as PNG or TIFF"
     return f"{suffix} pictures, which are not read; save them as PNG" if suffix in OTHERS else ""
@@ -100,7 +100,7 @@ SIGNS = (  # (offset, bytes, what begins so): files under a picture's name that 
     (4, b"ftypiso", "a video, not a picture"),
     (4, b"ftyphei", "a HEIC picture (pip install pillow-heif)"),
     (4, b"ftypmif1", "a HEIF picture (pip install pillow-heif)"),
-    (4, b"ftypavif", "an AVIF picture (pip install --upgrade pillow)"),
+    (4, b"ftypavif", "an AVIF picture (pip install -U pillow)"),
     (0, b"\xff\x0a", "a JPEG XL picture (pip install pillow-jxl-plugin)"),
     (4, b"JXL ", "a JPEG XL picture (pip install pillow-jxl-plugin)"),
     (0, b"8BPS", "a Photoshop file (save it as PNG)"),
