@@ -18,11 +18,12 @@ from fastdiff.checkpoints import checkpoint
 from fastdiff.data import encode
 from fastdiff.data import store as stores
 from fastdiff.data.batch import Buckets
-from fastdiff.data.images import Framing, Refused, decode, sizes_near
+from fastdiff.data.images import Framing, sizes_near
 from fastdiff.data.open import open_data
 from fastdiff.models import autoencoder, text
 from fastdiff.runtime import console, disk, rng
 from fastdiff.runtime.errors import DoesNotFit, InputRefused, UsageError
+from fastdiff.runtime.picture_file import Refused, decode
 
 OPEN = dict(prompts=None, pairs=0, seed=0, device="cpu")
 

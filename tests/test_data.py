@@ -149,12 +149,12 @@ def test_teacher_data_is_sampled_once_and_cached(teacher_data, tmp_path):
 def test_files_that_are_no_prompts_are_refused_by_name(tmp_path):
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa cat\n")
     assert read_prompts(tmp_path / "marked.txt") == ["a cat"]  # editors on Windows begin a file with a mark
-    (tmp_path / "latin.txt").write_bytes(b"a caf\xe9\n")
+    (tmp_path / "japanese.txt").write_bytes("赤いリンゴ\n".encode("shift-jis"))
     (tmp_path / "empty.txt").write_text("# nothing\n")
     for name, problem in (
         ("gone.txt", "no such file"),
         ("", "is a folder"),
-        ("latin.txt", "not UTF-8"),
+        ("japanese.txt", "not UTF-8"),
         ("empty.txt", "no prompts"),
     ):
         with pytest.raises(UsageError, match=problem) as refused:

@@ -200,7 +200,10 @@ def test_a_share_that_is_no_step_to_follow_in_is_refused():
     assert Config(follow=0.01, steps=100).follows == 1
 
 
-@pytest.mark.parametrize("option", ["pairs", "max_images", "buckets", "random_crops", "flip"])
+PICTURES = ["max_images", "buckets", "random_crops", "flip", "background", "min_size", "caption_column"]
+
+
+@pytest.mark.parametrize("option", ["pairs", *PICTURES])
 def test_options_of_pictures_are_not_there(option, capsys):
     assert cli.main(["tdm", f"--{option.replace('_', '-')}", "2", "--dry-run"]) == 2
     assert "No such option" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = parsed(path.read_text(encoding="utf-8"))
+        content = parsed(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin a file with a mark
     except (ValueError, OSError) as error:
         raise InputRefused(f"{path}: not a JSON file", AGAIN) from error
     if not isinstance(content, dict):

@@ -16,12 +16,12 @@ import torch
 from fastdiff.checkpoints import published
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import control
-from fastdiff.data.prompts import read_prompts
+from fastdiff.data.prompts import prompts_in, read_prompts
 from fastdiff.data.teacher import cache_folder
 from fastdiff.models.denoiser import Cond
 from fastdiff.options.sample import EXAMPLES, Config
 from fastdiff.quality import emoji as judge
-from fastdiff.runtime import console, outputs
+from fastdiff.runtime import console, outputs, text_file
 from fastdiff.runtime.command import Runnable
 from fastdiff.runtime.errors import Result, UsageError
 from fastdiff.sampling import openvino
@@ -35,14 +35,31 @@ CONTROLS = ("controlnet", "control_image", "control", "control_scale")
 
 def wanted(config: Config) -> list[str]:
     """The prompts, from options, a file or standard input. UsageError where there is none."""
-    prompts = list(config.prompt)
+    prompts = [words_of(text) for text in config.prompt]
     if config.prompts == "-":
-        prompts += [line.strip() for line in sys.stdin if line.strip()]
+        pipe = getattr(sys.stdin, "buffer", None)  # a stand-in for it may hold text, without bytes
+        prompts += prompts_in(pipe.read() if pipe else sys.stdin.read().encode(), "-")
     elif config.prompts:
         prompts += read_prompts(Path(config.prompts))
     if not prompts:
         raise UsageError("no prompt given", 'use --prompt "a red apple", or --prompts FILE (- reads standard input)')
     return prompts
+
+
+def words_of(text: str) -> str:
+    """A prompt of the command line, read again where the terminal wrote it in another encoding than UTF-8.
+
+    Python keeps such bytes as surrogates. UsageError where they are no text.
+    """
+    if text.isprintable():
+        return text
+    try:
+        words, kinds = text_file.decode(os.fsencode(text))
+    except ValueError as error:
+        raise UsageError(f"--prompt: {error}", "set the terminal to UTF-8") from error
+    words, changed = text_file.clean(words)
+    text_file.tell("--prompt", [*kinds, *changed])
+    return words
 
 
 def given(config: Config) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def data_plan(base: Checkpoint, config: TrainConfig, needs: Needs) -> DataPlan:
         return DataPlan(description, n * 2 * latent, n * teacher_sampling(config, base).calls)
     cond = footprint.condition(base, 1)
     text = 2 * (cond.tokens.numel() + (0 if cond.pooled is None else cond.pooled.numel()))
-    n = len(Folder(Path(spec)).images) if Path(spec).is_dir() else STREAMED
+    n = len(Folder(Path(spec), config.caption_column).images) if Path(spec).is_dir() else STREAMED
     n = min(n, config.max_images) if config.max_images and Path(spec).is_dir() else config.max_images or n
     views = max(1, config.random_crops) * (2 if config.flip else 1)
     return DataPlan(f"{n} images of {spec}", n * (2 * latent * views + text), 0, n * views)

@@ -5,13 +5,10 @@ Whatever is in the cache is not encoded again.
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -20,59 +17,35 @@ from torch import Tensor
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.data import held_out
 from fastdiff.data.batch import Buckets, Data, Encoded
-from fastdiff.data.images import Framing, Refused, Sample, decode, hash_of, reasons
+from fastdiff.data.images import Framing, Sample, hash_of, reasons
+from fastdiff.data.listing import NAMED, Listing
 from fastdiff.data.store import Share, Store, Stored
 from fastdiff.models import autoencoder, prompt, text
 from fastdiff.models.denoiser import Cond
-from fastdiff.runtime import console, disk, stop
-from fastdiff.runtime.disk import cache_folder, write_atomic
+from fastdiff.runtime import console, disk, picture_file, stop
+from fastdiff.runtime.counts import Counts, Kind
+from fastdiff.runtime.disk import cache_folder
 from fastdiff.runtime.errors import InputRefused, Stopped, as_field
+from fastdiff.runtime.picture_file import Refused, decode
 from fastdiff.sampling.sampler import at_once
 
 SIZE = 64  # pictures or captions per cache file
-NAMED = 5  # refused samples with a warning of their own
 HOPELESS, HOPELESS_S = 256, 20.0  # give up after this many refused samples, or seconds, without a usable one
+
+ENLARGED = Kind("picture", "smaller than it is trained at, enlarged (`min_size` leaves small ones out)")
+COPY = Kind("picture", "the same bytes as another one; each is used", warns=False)
 
 
 class Source(Protocol):
     """A source of samples, in an order that never changes."""
 
     spec: str
+    counts: Counts  # what was left out, guessed or changed when the source was opened
 
     @property
     def count(self) -> int | None: ...  # None: unknown until all have been read
     def identity(self) -> str | None: ...  # changes if any sample does; None: unknown without reading
     def samples(self) -> Iterator[Sample]: ...
-
-
-@dataclass
-class Listing:
-    """The samples of a source.
-
-    `rows` holds (name, hash of the picture's bytes, caption) of each usable sample, `refused` (name, reason) of all others.
-    """
-
-    rows: list[tuple[str, str, str]] = field(default_factory=list)
-    refused: list[tuple[str, str]] = field(default_factory=list)
-
-    def refuse(self, name: str, why: str) -> None:
-        """Add a refused sample; the first few are named in warnings."""
-        self.refused.append((name, why))
-        if len(self.refused) <= NAMED:
-            console.warn(f"{name}: {why}; skipped")
-
-    def write(self, path: Path) -> None:
-        """Write the listing as JSON."""
-        write_atomic(path, json.dumps({"rows": self.rows, "refused": self.refused}))
-
-    @classmethod
-    def read(cls, path: Path) -> "Listing | None":
-        """Read a listing, or return None if the file is missing or damaged."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(*([tuple(row) for row in content[name]] for name in ("rows", "refused")))
-        except (OSError, ValueError, KeyError):
-            return None
 
 
 def encode(
@@ -88,6 +61,7 @@ def encode(
     Raises InputRefused if no sample is usable, and DoesNotFit if the disk is too small. Afterwards the text encoders are
     released and the VAE is on the CPU.
     """
+    source.counts.tell(as_field("data", source.spec))
     share = Share(cache_folder())
     captions = Captions(base, share, device)
     pictures = Pictures(base, framing, captions, share, device)
@@ -110,6 +84,7 @@ def encode(
             f"{as_field('data', source.spec)}: {len(listing.refused)} of {total} images skipped: {reasons(listing.refused)}; "
             f"the first: {name}: {why}" + (f"; all of them: {pictures.index}" if len(listing.refused) > NAMED else "")
         )
+    listing.counts.tell(as_field("data", source.spec))
     return pictures.encoded(listing.rows)
 
 
@@ -213,7 +188,7 @@ class Pictures:
 
     def encode(self, samples: list[tuple[Sample, str]]) -> list[tuple[str, str]]:
         """Encode (sample, hash) pairs into one cache file. Returns (name, reason) of each unusable sample."""
-        refused, items = [], []  # an item is (index in `samples`, key, pixels, size)
+        refused, items = [], []  # an item is (index in `samples`, key, pixels, note)
         with ThreadPoolExecutor() as pool:
             for i, cuts in enumerate(pool.map(lambda pair: self.cut(*pair), samples)):
                 sample, digest = samples[i]
@@ -224,8 +199,8 @@ class Pictures:
                 items += [(i, key, *item) for key, item in keys if key not in self.store]
         moments = self.moments({key: pixels for _, key, pixels, _ in items})
         bad = {i for i, key, _, _ in items if not moments[key].isfinite().all()}
-        sizes = {key: size for i, key, _, size in items if i not in bad}
-        self.store.put({key: {"moments": moments[key]} for key in sizes}, sizes)
+        notes = {key: note for i, key, _, note in items if i not in bad}
+        self.store.put({key: {"moments": moments[key]} for key in notes}, notes)
         return refused + [(samples[i][0].name, "latents not finite") for i in sorted(bad)]
 
     def moments(self, pictures: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -241,12 +216,36 @@ class Pictures:
                 moments |= {key: row.clone() for key, row in zip(part, rows, strict=True)}
         return moments
 
-    def cut(self, sample: Sample, digest: str) -> list[tuple[Tensor, list[int]]] | Refused:
-        """Decode and crop a sample as `Framing.cut` does. Refused is returned, not raised, so that the thread pool goes on."""
+    def cut(self, sample: Sample, digest: str) -> list[tuple[Tensor, dict[str, list]]] | Refused:
+        """Decode and crop a sample: pixels and note of each item. A note has SDXL's six sizes, and the kinds of what was changed.
+
+        Refused is returned, not raised, so that the thread pool goes on.
+        """
         try:
-            return self.framing.cut(decode(sample.data), digest)
+            image, kinds = decode(sample.data, self.framing.background)
+            if why := self.too_small(image.height, image.width):
+                return Refused(why)
         except Refused as error:
             return error
+        return [(pixels, {"size": size, "kinds": kinds}) for pixels, size in self.framing.cut(image, digest)]
+
+    def too_small(self, height: int, width: int) -> str:
+        """Return why a picture of this size in px is left out, or ""."""
+        least = self.framing.min_size_px
+        return f"smaller than {as_field('min_size', least)} ({width} x {height})" if min(height, width) < least else ""
+
+    def size(self, digest: str) -> list[int]:
+        """Return SDXL's six sizes of a picture's first item in the cache."""
+        return self.store.notes[self.framing.keys(digest)[0]]["size"]
+
+    def changes(self, digest: str) -> list[Kind]:
+        """Return the kinds of what was changed in a picture of the cache to encode it."""
+        note = self.store.notes[self.framing.keys(digest)[0]]
+        kinds = [Kind(*kind) for kind in note["kinds"]]
+        transparent = picture_file.transparent(self.framing.background)
+        kinds = [kind._replace(what=f"{kind.what} (`background`)") if kind == transparent else kind for kind in kinds]
+        height, width, _, _, h, w = note["size"]
+        return [*kinds, ENLARGED] if h > height or w > width else kinds
 
     def encoded(self, rows: list[tuple[str, str, str]]) -> Data:
         """Make the data set of listed rows: an Encoded if all items have one size, else Buckets, the most frequent size first."""
@@ -255,11 +254,11 @@ class Pictures:
         groups: dict[tuple[int, int], list[tuple[str, str, int]]] = {}
         for name, digest, caption in rows:
             for key in self.framing.keys(digest):
-                groups.setdefault(tuple(self.store.notes[key][4:]), []).append((key, name, place[caption]))
+                groups.setdefault(tuple(self.store.notes[key]["size"][4:]), []).append((key, name, place[caption]))
         sizes = sorted(groups, key=lambda size: (-len(groups[size]), size))
         made = []
         for keys, names, captions in (zip(*groups[size], strict=True) for size in sizes):
-            ids = torch.tensor([self.store.notes[key] for key in keys], dtype=torch.float32)
+            ids = torch.tensor([self.store.notes[key]["size"] for key in keys], dtype=torch.float32)
             made.append(
                 Encoded(
                     moments=Stored(self.store, "moments", list(keys)),
@@ -281,6 +280,7 @@ class Reading:
     def __init__(self, pictures: Pictures, source: Source, most: int | None) -> None:
         self.pictures, self.source, self.most, self.share = pictures, source, most, pictures.share
         self.listing, self.usable = Listing(), 0
+        self.kinds: list[tuple[Kind, ...]] = []  # of the captions of the listing's rows
         self.waiting: list[tuple[Sample, str]] = []
         self.started = time.monotonic()
         self.patient = source.count is not None  # a source with a known count is local and quickly hashed: do not give up early
@@ -316,8 +316,13 @@ class Reading:
         """List all samples, and yield those that this process has to encode."""
         seen: set[str] = set()
         for sample, digest in samples:
+            there = self.pictures.there(digest)
+            if there and (why := self.pictures.too_small(*self.pictures.size(digest)[:2])):
+                self.refuse(sample.name, why)
+                continue
             self.listing.rows.append((sample.name, digest, sample.caption or ""))
-            if self.pictures.there(digest):
+            self.kinds.append(sample.kinds)
+            if there:
                 self.usable += 1
             elif digest not in seen and self.share.mine(int(digest, 16)):
                 seen.add(digest)
@@ -381,7 +386,16 @@ class Reading:
         refused += [(name, "a copy of an image that was skipped") for name in gone if name not in named]
         if not rows:
             raise hopeless(self.source, Listing(rows, refused))
-        return Listing(rows, refused)
+        return Listing(rows, refused, self.counted())
+
+    def counted(self) -> Counts:
+        """Count what was guessed or changed in the usable samples."""
+        counts, seen = Counts(), set[str]()
+        for (name, digest, _), kinds in zip(self.listing.rows, self.kinds, strict=True):
+            if self.pictures.there(digest):
+                counts.add([*self.pictures.changes(digest), *kinds, *([COPY] if digest in seen else [])], name)
+                seen.add(digest)
+        return counts
 
 
 def row_of(cond: Cond) -> dict[str, Tensor]:

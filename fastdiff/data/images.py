@@ -1,7 +1,6 @@
-"""The pictures of a data set: reading, cropping to size, and reasons why one cannot be used."""
+"""The pictures of a data set: captions, cropping to size, and reasons why one cannot be used."""
 
 import hashlib
-import io
 import json
 import math
 import random
@@ -13,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from fastdiff.runtime import text_file
+from fastdiff.runtime.counts import Kind
+from fastdiff.runtime.picture_file import RULES, WHITE
+
 UNLISTED = (1344, 704)  # (height, width) missing in SDXL's list, although (704, 1344) is in it
-CAPTIONS = ("text", "caption", "prompt")  # keys of a caption in .json files, metadata.jsonl and columns of data sets
+CAPTIONS = ("text", "caption", "prompt")  # keys of a caption in .json files, tables and columns of data sets
 
-
-class Refused(Exception):  # noqa: N818  (it is the sample that is refused; the run goes on)
-    """A sample cannot be used; the message says why."""
+DIFFER = Kind("caption", "several columns differ ({}), the first of them is used (`caption_column`)")
+LIST = Kind("caption", "a list, its first entry is used")
+LINES = Kind("caption", "of several lines, used whole (sd-scripts takes the first line alone)", warns=False)
+BAD_JSON = Kind("caption", "a .json file that is no valid JSON or has no caption in it")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Sample:
     caption: str | None = None
     read: Callable[[], bytes] = bytes
     problem: str = ""  # why the sample cannot be used; empty if it can
+    kinds: tuple[Kind, ...] = ()  # what was guessed or changed in the caption
 
     @cached_property
     def data(self) -> bytes:
@@ -38,36 +42,65 @@ class Sample:
 
     def forget(self) -> "Sample":
         """Return the same sample without the bytes that were read."""
-        return Sample(self.name, self.caption, self.read, self.problem)
+        return Sample(self.name, self.caption, self.read, self.problem, self.kinds)
 
 
-def caption_in(table: Any) -> str | None:
-    """Return the caption of a JSON object or data set row, or None. Of several the first; a blank caption counts as none."""
-    caption = next((table[key] for key in CAPTIONS if table.get(key)), None) if isinstance(table, dict) else None
-    caption = caption[0] if isinstance(caption, list) and caption else caption
-    return caption.strip() or None if isinstance(caption, str) else None
+@dataclass
+class Caption:
+    """A caption from one source, or None if it has none, with what was guessed or changed, or why it cannot be used."""
+
+    text: str | None = None
+    kinds: tuple[Kind, ...] = ()
+    problem: str = ""
+
+    @classmethod
+    def of_text(cls, text: str, kinds: Iterable[Kind] = ()) -> "Caption":
+        """Make a caption of text, on one line and without what is no character."""
+        lines = [LINES] if "\n" in text.strip() else []
+        words, changed = text_file.clean(text)
+        return cls(words or None, tuple(as_captions([*kinds, *lines, *changed])))
+
+    @classmethod
+    def of_row(cls, row: Any, column: str | None = None) -> "Caption":
+        """Take the caption of a JSON object or data set row: of the key `column`, else of the first of CAPTIONS that has one."""
+        if not isinstance(row, dict):
+            return cls()
+        keys = [key for key in ([column] if column else CAPTIONS) if row.get(key)]
+        kinds = [DIFFER._replace(what=DIFFER.what.format(", ".join(keys)))] if len({str(row[key]) for key in keys}) > 1 else []
+        value = row[keys[0]] if keys else None
+        if isinstance(value, list) and value:
+            kinds += [LIST] if len(value) > 1 else []
+            value = value[0]
+        if isinstance(value, bytes):
+            return cls.of_bytes(value, kinds)
+        return cls.of_text(value, kinds) if isinstance(value, str) else cls()
+
+    @classmethod
+    def of_bytes(cls, data: bytes, kinds: Iterable[Kind] = ()) -> "Caption":
+        """Take the caption of the bytes of a text file."""
+        try:
+            text, guessed = text_file.decode(data)
+        except text_file.NotText as error:
+            return cls(problem=f"a caption that is no text ({error}; save it as UTF-8)")
+        return cls.of_text(text, [*kinds, *guessed])
+
+    @classmethod
+    def of_json(cls, data: bytes, column: str | None = None) -> "Caption":
+        """Take the caption of the bytes of a .json file."""
+        try:
+            text, guessed = text_file.decode(data)
+            caption = cls.of_row(json.loads(text), column)
+        except text_file.NotText as error:
+            return cls(problem=f"a caption that is no text ({error}; save it as UTF-8)")
+        except (ValueError, RecursionError):
+            return cls(kinds=(BAD_JSON,))
+        kinds = tuple(as_captions(guessed)) + (caption.kinds if caption.text else (BAD_JSON,))
+        return cls(caption.text, kinds)
 
 
-def caption_of_json(text: str | bytes) -> str | None:
-    """Return the caption in a JSON text, or None if it is invalid or has no caption."""
-    try:
-        return caption_in(json.loads(text))
-    except ValueError:
-        return None
-
-
-def decode(data: bytes) -> Any:
-    """Decode an image file to an upright PIL picture in RGB. Raises Refused if it is not a readable, complete image."""
-    from PIL import Image, ImageOps
-
-    if not data:
-        raise Refused("0 bytes")
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except Exception as error:  # a decoder may raise anything over a damaged file
-        reason = str(error).partition(" <_io")[0].removesuffix(" file")
-        raise Refused(f"not a readable image ({reason})") from error
+def as_captions(kinds: Iterable[Kind]) -> list[Kind]:
+    """Return the kinds, each once, as kinds of captions instead of texts."""
+    return [kind._replace(noun="caption") for kind in dict.fromkeys(kinds)]
 
 
 def sizes_near(resolution_px: int, least_px: int) -> list[tuple[int, int]]:
@@ -90,6 +123,8 @@ class Framing:
     random_crops: int = 0  # crops per picture; 0: one at the centre
     flip: bool = False
     least_px: int = 8  # sides of crops are multiples of this: the VAE's pixels per latent
+    background: str = WHITE  # colour behind transparent parts: a name or #rrggbb
+    min_size_px: int = 0  # pictures with a smaller short side are left out
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
@@ -105,7 +140,7 @@ class Framing:
 
     def keys(self, digest: str) -> list[str]:
         """Return the cache keys of a picture's items: hashes of its bytes' hash and of everything that their pixels depend on."""
-        rule = (self.resolution_px, self.buckets, self.least_px)
+        rule = (RULES, self.background, self.resolution_px, self.buckets, self.least_px)
         return [hash_of(digest, *rule, "centre" if crop is None else crop, mirrored) for crop, mirrored in self.cuts]
 
     def cut(self, image: Any, digest: str) -> list[tuple[Tensor, list[int]]]:

@@ -12,7 +12,7 @@ from fastdiff.data import emoji, encode, folder, held_out, streams, teacher
 from fastdiff.data.batch import Batch, Buckets, Data, Encoded
 from fastdiff.data.images import Framing
 from fastdiff.data.prompts import training_prompts
-from fastdiff.runtime import console
+from fastdiff.runtime import console, picture_file
 from fastdiff.runtime.errors import UsageError, as_field
 from fastdiff.sampling.settings import Settings
 
@@ -36,20 +36,30 @@ def open_data(
     needs: Needs = "latents",
     framing: Framing | None = None,
     max_images: int | None = None,
+    caption_column: str | None = None,
 ) -> Data:
     """Open and encode a data set, whose `batch(n, generator)` draws training batches. The VAE and text encoders can then go.
 
     `spec` is the value of `data` (default: the family's). `prompts` is a file with one prompt per line, for the teacher's
     samples. `resolution_px` is the side in pixels (default: the base's). `framing` (default: squares of the resolution) and
-    `max_images` apply to pictures that are read. The teacher makes `pairs` samples with the settings `sampling` (default: the
-    family's), or none if `needs` is "prompts". Only the teacher gives pairs of noise and sample.
+    `max_images` apply to pictures that are read, `caption_column` (default: text, caption or prompt) to their captions. The
+    teacher makes `pairs` samples with the settings `sampling` (default: the family's), or none if `needs` is "prompts". Only the
+    teacher gives pairs of noise and sample.
     Raises UsageError if options do not go together or the data does not exist, and InputRefused if no picture is usable.
     """
     spec, resolution_px = spec or base.family.default_data, resolution_px or base.resolution_px
     if needs == "pairs" and spec != "teacher":
         raise UsageError(f"{as_field('data', spec)}: the loss needs pairs of noise and picture", "use `data=teacher`")
     framing = framing or Framing(resolution_px)
-    unused = {"buckets": framing.buckets, "random_crops": framing.random_crops, "flip": framing.flip, "max_images": max_images}
+    picture_file.colour(framing.background)
+    unused: dict[str, int | str | None] = {
+        "buckets": framing.buckets,
+        "random_crops": framing.random_crops,
+        "flip": framing.flip,
+        "max_images": max_images,
+    }
+    unused |= {"min_size": framing.min_size_px, "caption_column": caption_column}
+    unused |= {"background": framing.background if framing.background != picture_file.WHITE else None}
     given = next((name for name, value in unused.items() if value), None)
     if given and spec.partition(":")[0] in {SHIPPED.data, "teacher"}:
         hint = "it applies to pictures that are read: from a folder, wds: or hf:"
@@ -69,9 +79,27 @@ def open_data(
     framing = replace(framing, least_px=base.pixels_per_latent)
     if spec.startswith(("wds:", "hf:")):
         kind, _, location = spec.partition(":")
-        source = streams.WebDataset(location) if kind == "wds" else streams.HuggingFace(location)
+        source = (streams.WebDataset if kind == "wds" else streams.HuggingFace)(location, caption_column)
         return encode.encode(base, source, framing, most=max_images or STREAMED, device=device)
     if Path(spec).is_dir():
-        return encode.encode(base, folder.Folder(Path(spec)), framing, most=max_images, device=device)
+        return encode.encode(base, folder.Folder(Path(spec), caption_column), framing, most=max_images, device=device)
+    if Path(spec).is_file():
+        raise UsageError(f"{as_field('data', spec)}: is a file, not a folder", instead_of(Path(spec)))
     kinds = f"{SHIPPED.data}, {SHIPPED.data}:STYLE, teacher, wds:SHARDS, hf:ID, or a folder of images and captions"
     raise UsageError(f"{as_field('data', spec)}: no such data", f"use {kinds}")
+
+
+def instead_of(path: Path) -> str:
+    """Say what to give as `data` instead of a single file."""
+    suffix = path.suffix.lower()
+    if ".tar" in [s.lower() for s in path.suffixes] or suffix == ".tgz":
+        return f"a tar of pictures and captions is read as {as_field('data', f'wds:{path}')}"
+    if suffix in {".parquet", ".arrow"}:
+        return f"it is read as {as_field('data', f'hf:{path}')}"
+    if suffix in {".zip", ".7z", ".rar", ".gz", ".zst"}:
+        return "unpack it, and give the folder with the pictures and captions"
+    if suffix in picture_file.suffixes() or picture_file.unreadable(suffix):
+        return "put the pictures into a folder, each with its caption in a .txt file beside it, and give the folder"
+    if suffix in {".txt", ".jsonl", ".json", ".csv"}:
+        return "give the folder that holds the pictures; a list of captions is read from metadata.jsonl or metadata.csv in it"
+    return "give a folder of pictures and captions"

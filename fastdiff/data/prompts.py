@@ -1,11 +1,13 @@
 """Prompts from a file, or the shipped ones of a family."""
 
 import random
+import re
 from functools import cache
 from pathlib import Path
 
 from fastdiff.checkpoints.family import Family
 from fastdiff.data import emoji, held_out
+from fastdiff.runtime import text_file
 from fastdiff.runtime.disk import ASSETS
 from fastdiff.runtime.errors import UsageError, as_field
 
@@ -16,23 +18,37 @@ ON_BACKGROUND = emoji.CAPTION_WEIGHTS[0] + emoji.CAPTION_WEIGHTS[2]  # share of 
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read prompts from a UTF-8 file, one per line; blank lines and lines that start with # are skipped.
+    """Read prompts from a text file, one per line; blank lines and lines that start with # are skipped.
 
-    Raises UsageError if the file does not exist, is no UTF-8 text or has no prompts.
+    Raises UsageError if the file does not exist, is no text in an encoding that can be recognised, or has no prompts.
     """
     if not path.exists():
         raise UsageError(f"{as_field('prompts', path)}: no such file")
     if path.is_dir():
         raise UsageError(f"{as_field('prompts', path)}: is a folder", "give a text file of prompts, one per line")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        problem = f"byte {error.start} is not UTF-8 text"
-        raise UsageError(f"{as_field('prompts', path)}: {problem}", "save the file as UTF-8") from error
-    prompts = [line for line in lines if line and not line.startswith("#")]
+        with path.open("rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise UsageError(f"{as_field('prompts', path)}: cannot be read ({error.strerror or error})") from error
+    prompts = prompts_in(data, str(path))
     if not prompts:
         raise UsageError(f"{as_field('prompts', path)}: the file has no prompts (one per line)")
     return prompts
+
+
+def prompts_in(data: bytes, name: str) -> list[str]:
+    """Return the prompts of a text's bytes, one per line; blank lines and lines that start with # are skipped.
+
+    What was guessed or changed is told, with the name of the file. Raises UsageError if it is no text.
+    """
+    try:
+        text, kinds = text_file.decode(data)
+    except text_file.NotText as error:
+        raise UsageError(f"{as_field('prompts', name)}: {error}", "save the file as UTF-8") from error
+    lines = [text_file.clean(line) for line in re.split("[\n\v\f\x85\u2028\u2029]", text)]
+    text_file.tell(as_field("prompts", name), [*kinds, *(kind for _, changed in lines for kind in changed)])
+    return [line for line, _ in lines if line and not line.startswith("#")]
 
 
 def default_prompts(family: Family) -> list[str]:

@@ -2,13 +2,15 @@
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fastdiff.data.folder import MISSING
-from fastdiff.data.images import CAPTIONS, SUFFIXES, Sample, caption_in, caption_of_json, hash_of
+from fastdiff.data.images import CAPTIONS, Caption, Sample, hash_of
+from fastdiff.runtime.counts import Counts
 from fastdiff.runtime.errors import UsageError, as_field, quoted
+from fastdiff.runtime.picture_file import suffixes, unreadable
 
 EXTRA = 'pip install "fastdiff[data]"'
 # Give up within 30 s if a server does not answer or stops sending; webdataset's own command takes 15 minutes.
@@ -28,12 +30,13 @@ class WebDataset:
 
     count = None
 
-    def __init__(self, urls: str) -> None:
+    def __init__(self, urls: str, caption_column: str | None = None) -> None:
         try:
             from webdataset.shardlists import expand_urls
         except ImportError as error:
             raise UsageError("`data=wds`: webdataset is not installed", EXTRA) from error
         self.spec, self.urls = f"wds:{urls}", expand_urls(urls)
+        self.counts, self.column = Counts(), caption_column
         missing = [url for url in self.urls if self.local(url) and not Path(url).is_file()]
         if missing:
             more = f" ({len(missing)} of {len(self.urls)} are missing)" if len(self.urls) > 1 else ""
@@ -47,7 +50,7 @@ class WebDataset:
     def identity(self) -> str:
         """Hash the addresses, and the size and time of local shards. Remote shards are assumed not to change."""
         stats = [os.stat(url) for url in self.urls if self.local(url)]
-        return hash_of(self.urls, [(stat.st_size, stat.st_mtime_ns) for stat in stats])
+        return hash_of(self.urls, self.column, [(stat.st_size, stat.st_mtime_ns) for stat in stats])
 
     def samples(self) -> Iterator[Sample]:
         """Yield the samples of all shards."""
@@ -64,7 +67,7 @@ class WebDataset:
                 duplicate = lambda error: problems.append(str(error.args[0])) or True
                 for row in group_by_keys(members(stream, url, problems), handler=duplicate):
                     yield from broken(url, problems)
-                    yield sample_of(row, Path(url).name)
+                    yield sample_of(row, Path(url).name, self.column)
         except OSError as error:
             problems.append(str(error))
         yield from broken(url, problems)
@@ -120,15 +123,26 @@ def members(stream: Any, url: str, problems: list[str]) -> Iterator[dict[str, An
         problems.append("no files in it")
 
 
-def sample_of(row: dict[str, Any], shard: str) -> Sample:
-    """Make a sample of the files with one name. If a file has several suffixes ('a.seg.png'), the last one is its type."""
+def sample_of(row: dict[str, Any], shard: str, column: str | None = None) -> Sample:
+    """Make a sample of the files with one name. If a file has several suffixes ('a.seg.png'), the last one is its type.
+
+    The caption is in the file of the suffix `column` (default: txt, then CAPTIONS), else under this key in the .json file.
+    """
     name, parts = f"{shard}/{row['__key__']}", {k: v for k, v in row.items() if not k.startswith("__")}
-    image = next((k for k in parts if f".{k}" in SUFFIXES), None) or next((k for k in parts if k.endswith(SUFFIXES)), None)
+    image = next((k for k in parts if f".{k}" in suffixes()), None) or next((k for k in parts if k.endswith(suffixes())), None)
     if image is None:
-        return Sample(name, problem="without an image")
-    words = next((parts[k] for k in ("txt", *CAPTIONS) if k in parts), b"").decode("utf-8", "replace").strip()
-    caption = words or caption_of_json(parts.get("json", b""))
-    return Sample(f"{name}.{image}", caption, lambda: parts[image], "" if caption else MISSING)
+        why = next((f" that is read ({what})" for k in parts if (what := unreadable(f".{k.rpartition('.')[2]}"))), "")
+        return Sample(name, problem=f"without an image{why}")
+    words = next((parts[k] for k in ((column,) if column else ("txt", *CAPTIONS)) if k in parts), b"")
+    caption = Caption.of_bytes(words)
+    if caption.text is None and not caption.problem and "json" in parts:
+        caption = Caption.of_json(parts["json"], column)
+    return sample(f"{name}.{image}", caption, lambda: parts[image])
+
+
+def sample(name: str, caption: Caption, read: Callable[[], bytes]) -> Sample:
+    """Make a sample of a picture and its caption. The picture of a caption that cannot be used is not read."""
+    return Sample(name, caption.text, read, "" if caption.text else caption.problem or MISSING, caption.kinds)
 
 
 class HuggingFace:
@@ -139,12 +153,13 @@ class HuggingFace:
 
     count = None
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, caption_column: str | None = None) -> None:
         try:
             import datasets
         except ImportError as error:
             raise UsageError("`data=hf`: datasets is not installed", EXTRA) from error
         self.spec, self.library = f"hf:{location}", datasets
+        self.counts, self.column = Counts(), caption_column
         name, *rest = location.split(":")
         files: dict[str, Any] = {}
         if name in BUILDERS:
@@ -170,8 +185,11 @@ class HuggingFace:
         images += [k for k in features if k.lower() in IMAGES and k not in images]
         if features and not images:
             raise UsageError(f"{as_field('data', self.spec)}: there is no image column among {', '.join(features)}")
-        if features and not set(CAPTIONS) & set(features):
-            hint = f"name the column one of {', '.join(CAPTIONS)}, with rename_column of the datasets library"
+        if features and self.column and self.column not in features:
+            missing = f"there is no {as_field('caption_column', self.column)} among {', '.join(features)}"
+            raise UsageError(f"{as_field('data', self.spec)}: {missing}")
+        if features and not self.column and not set(CAPTIONS) & set(features):
+            hint = "name the column of the captions with `caption_column`"
             raise UsageError(f"{as_field('data', self.spec)}: there is no caption column among {', '.join(features)}", hint)
         image = images[0] if images else "image"
         if isinstance(features.get(image), self.library.Image):
@@ -183,7 +201,9 @@ class HuggingFace:
         files = self.builder.config.data_files
         if not files:
             return None
-        return hash_of(self.builder.hash, self.builder.config_id, [tuple(entry.origin_metadata) for entry in files.values()])
+        return hash_of(
+            self.builder.hash, self.builder.config_id, self.column, [tuple(entry.origin_metadata) for entry in files.values()]
+        )
 
     def samples(self) -> Iterator[Sample]:
         """Yield a sample for every row. It ends with a problem at a damaged data file."""
@@ -198,11 +218,11 @@ class HuggingFace:
                 yield Sample(name, problem=f"broken data file ({str(error).splitlines()[0]})")
                 return
             number += 1
-            caption = caption_in(row)
+            caption = Caption.of_row(row, self.column)
             cell = row.get(self.image)
             if isinstance(cell, dict) and cell.get("path"):
                 name = f"{self.spec} {cell['path']}"
-            yield Sample(name, caption, lambda cell=cell: bytes_of(cell), "" if caption else MISSING)
+            yield sample(name, caption, lambda cell=cell: bytes_of(cell))
 
 
 def bytes_of(cell: Any) -> bytes:

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastdiff.checkpoints import configs
 from fastdiff.checkpoints.family import Family
+from fastdiff.runtime import text_file
 from fastdiff.runtime.errors import UsageError, as_field, quoted
 
 Config = dict[str, Any]
@@ -154,10 +155,12 @@ def student_config(parent: Mapping[str, Any], layout: str, family: Family) -> Co
             f"{as_field('layout', layout)}: no such layout or file", f"use one of {', '.join(LAYOUTS)}, or a UNet's config.json"
         )
     try:
-        changes = configs.parsed(path.read_text(encoding="utf-8"))
+        text, kinds = text_file.read(path)
+        changes = configs.parsed(text)
         assert isinstance(changes, dict)
     except (ValueError, AssertionError) as error:
         raise UsageError(f"{as_field('layout', layout)}: not a JSON object with the config of a UNet") from error
+    text_file.tell(as_field("layout", layout), kinds)
     from diffusers import UNet2DConditionModel
 
     known = {*parent, *inspect.signature(UNet2DConditionModel.__init__).parameters}

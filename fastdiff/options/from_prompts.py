@@ -10,7 +10,8 @@ from fastdiff.options.student_and_fake import StudentAndFakeConfig
 class FromPromptsConfig(StudentAndFakeConfig):
     """The options of methods that match distributions from prompts alone."""
 
-    WITHOUT: ClassVar[tuple[str, ...]] = ("pairs", "max_images", "buckets", "random_crops", "flip")  # of training pictures
+    OF_PICTURES: ClassVar[tuple[str, ...]] = ("max_images", "buckets", "random_crops", "flip", "background", "min_size")
+    WITHOUT: ClassVar[tuple[str, ...]] = ("pairs", "caption_column", *OF_PICTURES)
 
     data: Annotated[Literal["teacher"], "prompts alone are used: those of the teacher, or --prompts; no pictures are drawn"] = (  # type: ignore[assignment]
         "teacher"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from fastdiff.options.text import TextConfig
+from fastdiff.runtime import picture_file
 from fastdiff.runtime.config import Range
 from fastdiff.runtime.errors import UsageError
 
@@ -27,6 +28,11 @@ class TrainConfig(TextConfig):
     max_images: Annotated[
         int | None, "encode at most this many images; default: all of a folder, 10000 of wds: and hf:", Range(1)
     ] = None
+    caption_column: Annotated[
+        str | None, "column or JSON key of the captions in tables and data sets; default: text, caption or prompt"
+    ] = None
+    min_size: Annotated[int, "leave out pictures whose short side has fewer pixels; 0 = none", Range(0)] = 0
+    background: Annotated[str, "colour behind transparent parts of pictures: a name, or #rrggbb"] = "white"
     buckets: Annotated[bool, "keep the aspect ratio of pictures: train at SDXL's sizes of about --resolution squared pixels"] = (
         False
     )
@@ -112,6 +118,8 @@ class TrainConfig(TextConfig):
 
     def __post_init__(self) -> None:
         seconds("max_time", self.max_time)
+        if self.background != "white":  # else Pillow need not be loaded
+            picture_file.colour(self.background)
         if not self.eval_every and (self.keep == "best" or self.patience):
             option = "`keep=best`" if self.keep == "best" else f"`patience={self.patience}`"
             none = " and ".join(

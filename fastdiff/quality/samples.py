@@ -26,7 +26,8 @@ from fastdiff.quality.drift import departures
 from fastdiff.quality.features import FeatureExtractor
 from fastdiff.quality.metrics import Features, Row, title
 from fastdiff.runtime import console, rng
-from fastdiff.runtime.errors import InputRefused
+from fastdiff.runtime.counts import Counts
+from fastdiff.runtime.errors import InputRefused, as_field
 from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler, at_once
 from fastdiff.sampling.settings import Settings
@@ -238,19 +239,20 @@ class Samples:
 
         InputRefused where the folder has fewer than 2 pictures.
         """
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in folder.SUFFIXES)
+        files, counts = folder.pictures_of(path, "reference"), Counts()
         if len(files) < 2:
             raise InputRefused(f"`reference={path}`: it holds {len(files)} pictures", "at least 2 are needed for a distribution")
         parts: list[Features] = []
         sides = {extractor.side_px or self.resolution_px for extractor in self.extractors}
         with console.progress(len(files), "looking at the reference") as bar, torch.no_grad():
             for file in files:
-                of_side = {side: uint8(folder.square(file, side)[0])[None] for side in sides}
+                of_side = {side: uint8(folder.square(file, side, counts)[0])[None] for side in sides}
                 features: Features = {}
                 for extractor in self.extractors:
                     features |= extractor.extract(of_side[extractor.side_px or self.resolution_px], None)
                 parts.append(features)
                 bar.update(1)
+        counts.tell(as_field("reference", path))
         mixed = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))  # the first ones may be all of one kind
         return {name: feature[mixed] for name, feature in together(parts).items()}
 

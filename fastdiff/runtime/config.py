@@ -14,6 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from fastdiff.runtime import text_file
 from fastdiff.runtime.errors import UsageError, as_field
 
 ENV_PREFIX = "FASTDIFF_"
@@ -198,11 +199,12 @@ def read_file(cls: type, path: Path) -> dict[str, Any]:
     """The checked values of a TOML file, the one that the command line calls `config`."""
     source = as_field("config", path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text, kinds = text_file.read(path)
     except OSError as error:
         raise UsageError(f"{source}: {(error.strerror or str(error)).lower()}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{source}: not UTF-8 text") from error
+    except text_file.NotText as error:
+        raise UsageError(f"{source}: {error}", "save it as UTF-8") from error
+    text_file.tell(source, kinds)
     return from_toml(cls, text, source=source)
 
 

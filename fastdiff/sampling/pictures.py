@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.runtime import picture_file, text_file
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 from fastdiff.sampling import engine
 from fastdiff.sampling.sheet import Sheet
@@ -104,23 +105,28 @@ def control_of(image: Any, side_px: int) -> Tensor:
     or pixels have another size, and InputRefused if the file is not a readable picture.
     """
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if isinstance(image, Tensor):
         if image.shape[1:] != (side_px, side_px) or image.shape[0] not in (1, 3):
             raise UsageError(f"`control_image`: the pixels have shape {tuple(image.shape)}, not (3, {side_px}, {side_px})")
         return image.float().expand(3, -1, -1)
-    if not isinstance(image, Image.Image):
-        try:
-            with Image.open(Path(image).expanduser()) as file:
-                image = ImageOps.exif_transpose(file)
-        except FileNotFoundError as error:
-            raise UsageError(f"{as_field('control_image', image)}: no such file") from error
-        except Exception as error:  # a decoder may raise anything over a damaged file
-            raise InputRefused(f"{image}: not a readable image") from error
+    name = "the control picture" if isinstance(image, Image.Image) else str(image)
+    try:
+        if isinstance(image, Image.Image):
+            image, kinds = picture_file.to_rgb(image)
+        else:
+            image, kinds = picture_file.decode(Path(image).expanduser().read_bytes())
+    except FileNotFoundError as error:
+        raise UsageError(f"{as_field('control_image', image)}: no such file") from error
+    except OSError as error:
+        raise InputRefused(f"{name}: cannot be read ({error.strerror or error})") from error
+    except picture_file.Refused as error:
+        raise InputRefused(f"{name}: {error}") from error
+    text_file.tell(name, kinds)
     scale = side_px / min(image.size)
     width, height = (max(side_px, round(side * scale)) for side in image.size)
     left, top = (width - side_px) // 2, (height - side_px) // 2
-    cut = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + side_px, top + side_px))
+    cut = image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + side_px, top + side_px))
     pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1) / 127.5 - 1
     return pixels / 2 + 0.5  # two steps, to round exactly like the command line does

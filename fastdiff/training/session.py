@@ -56,8 +56,16 @@ def data_of(scene: Scene, config: TrainConfig, needs: Needs, teacher_loras: list
         device=scene.device,
         sampling=scene.teacher,
         needs=needs,
-        framing=Framing(scene.resolution_px, config.buckets, config.random_crops, config.flip),
+        framing=Framing(
+            scene.resolution_px,
+            config.buckets,
+            config.random_crops,
+            config.flip,
+            background=config.background,
+            min_size_px=config.min_size,
+        ),
         max_images=config.max_images,
+        caption_column=config.caption_column,
     )
     data.empty_prompts = config.empty_prompts
     return data
