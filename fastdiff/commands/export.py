@@ -90,7 +90,8 @@ def with_vae(base: Checkpoint, config: Config, *, single: bool) -> Checkpoint:
             f"{as_field('vae', config.vae)}: a tiny VAE has no place in a single file; ComfyUI reads it from files of its own",
             "write those with `format=taesd`, or export the checkpoint as a folder",
         )
-    stored = vae_file.stored_dtype(component.locate(config.vae, "vae", "VAE", files=True), allow_pickle=config.allow_pickle)
+    path = component.locate(config.vae, "vae", "VAE", files=True, allow_pickle=config.allow_pickle)
+    stored = vae_file.stored_dtype(path, allow_pickle=config.allow_pickle)
     changed = base.shaped("vae", config_of(net))
     changed.__dict__["vae"] = nn.Module.to(net, stored)  # diffusers' own `to` warns of layers to keep in fp32, here of none
     console.info(f"{base.ref}: its VAE becomes that of {config.vae}, {str(stored).removeprefix('torch.')}")

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastdiff.checkpoints import hub_errors
+from fastdiff.checkpoints.hub_client import asking
+from fastdiff.checkpoints.references import Reference
 from fastdiff.data.folder import MISSING
 from fastdiff.data.images import CAPTIONS, SUFFIXES, Sample, caption_in, caption_of_json, hash_of
-from fastdiff.runtime.errors import UsageError, as_field, quoted
+from fastdiff.runtime.errors import Failed, UsageError, as_field, quoted
 
 EXTRA = 'pip install "fastdiff[data]"'
 # Give up within 30 s if a server does not answer or stops sending; webdataset's own command takes 15 minutes.
@@ -156,9 +159,14 @@ class HuggingFace:
             files, name = {"data_files": name}, Path(name).suffix.removeprefix(".")
         split = rest[0] if rest else "train"
         try:
-            self.builder = datasets.load_dataset_builder(name, **files)
-            self.rows = self.builder.as_streaming_dataset(split=split)
+            with asking():
+                self.builder = datasets.load_dataset_builder(name, **files)
+                self.rows = self.builder.as_streaming_dataset(split=split)
         except Exception as error:  # the library raises many kinds of errors; each means that the data cannot be opened
+            if not files:
+                clear = hub_errors.explain(error, as_field("data", self.spec), Reference(name, kind="dataset"))
+                if not isinstance(clear, Failed):
+                    raise clear from error
             hint = "use hf:OWNER/NAME[:SPLIT], hf:imagefolder:FOLDER or hf:FILE.parquet; without a network only local files work"
             raise UsageError(f"{as_field('data', self.spec)}: {quoted(error).splitlines()[0]}", hint) from error
         self.image = self.columns()
@@ -191,11 +199,12 @@ class HuggingFace:
         while True:
             name = f"{self.spec} row {number}"
             try:
-                row = next(rows)
+                with asking():
+                    row = next(rows)
             except StopIteration:
                 return
             except Exception as error:  # a damaged data file: the rows after it cannot be reached
-                yield Sample(name, problem=f"broken data file ({str(error).splitlines()[0]})")
+                yield Sample(name, problem=f"broken data file ({hub_errors.in_words(error)})")
                 return
             number += 1
             caption = caption_in(row)
@@ -213,5 +222,5 @@ def bytes_of(cell: Any) -> bytes:
         return cell["bytes"]
     import fsspec
 
-    with fsspec.open(cell["path"], "rb") as file:
+    with asking(), fsspec.open(cell["path"], "rb") as file:
         return file.read()

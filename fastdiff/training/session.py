@@ -44,7 +44,7 @@ def data_of(scene: Scene, config: TrainConfig, needs: Needs, teacher_loras: list
     base = scene.base
     if teacher_loras:
         base = config.open_base(base.dtype)  # a second copy: the base that the method trains from must not change
-        specs = [lora.parse_spec(spec, 1.0) for spec in teacher_loras]
+        specs = [lora.parse_spec(spec, 1.0, "style_lora") for spec in teacher_loras]
         apply.apply(base, [(lora.load(path, allow_pickle=config.allow_pickle).of_unet(), weight) for path, weight in specs])
     data = open_data(
         base,
