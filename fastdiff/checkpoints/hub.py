@@ -63,7 +63,7 @@ class Repository:
 
 def cached(where: Reference) -> Path | None:
     """The folder of a repository in the hub's cache on this machine, at that revision; it need not be complete."""
-    home = hub_errors.cache_folder() / f"models--{where.hub_id.replace('/', '--')}"
+    home = hub_errors.cache_folder() / f"{where.kind}s--{where.hub_id.replace('/', '--')}"
     revision = where.revision or "main"
     try:
         commit = revision if COMMIT.fullmatch(revision) else (home / "refs" / revision).read_text().strip()
@@ -89,7 +89,7 @@ def ask(where: Reference, given: str) -> Repository:
         with asking():
             from huggingface_hub import HfApi
 
-            found = HfApi().model_info(where.hub_id, revision=where.revision, files_metadata=True)
+            found = HfApi().repo_info(where.hub_id, repo_type=where.kind, revision=where.revision, files_metadata=True)
     except Exception as error:  # the client raises a dozen kinds; `explain` knows them
         clear = hub_errors.explain(error, given, where)
         if isinstance(clear, hub_errors.Unreachable) and (here := kept(where, given)):

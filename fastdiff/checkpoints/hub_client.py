@@ -46,7 +46,7 @@ class Line:
 
     def reset(self) -> None:
         self.seen: dict[tuple[str, str], int] = {}  # (method, address) -> bytes that have come from there
-        self.status: int | None = None  # of the last answer that was an error
+        self.status: int | None = None  # of the last answer, if that was a fault of the hub
         self.ended: Silence | Busy | None = None
         self.round = time.monotonic()
 
@@ -79,7 +79,7 @@ class Line:
                 self.ended = Busy(wait)
                 raise self.ended
         if response.status_code >= 400:
-            self.status = response.status_code
+            self.status = response.status_code if response.status_code >= 500 else None
             return
         key = (response.request.method, str(response.request.url).partition("?")[0])
         self.news(key, 0)
@@ -163,7 +163,10 @@ def install() -> None:
 
 @contextmanager
 def asking() -> Iterator[None]:
-    """In the block, the hub's client and urllib give up a server that stays silent."""
+    """In the block, the hub's client and urllib give up a server that stays silent; raises `Silence` or `Busy` then.
+
+    It may also end with any error of a library, a timeout among them.
+    """
     install()
     with LINE.lock:
         if not LINE.depth:
@@ -172,6 +175,10 @@ def asking() -> Iterator[None]:
     try:
         with network.silence_ends():
             yield
+    except Exception as error:
+        if LINE.ended and LINE.ended not in network.chain(error):  # a library took it for something else
+            raise LINE.ended from error
+        raise
     finally:
         with LINE.lock:
             LINE.depth -= 1

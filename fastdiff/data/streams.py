@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastdiff.checkpoints import hub_errors
+from fastdiff.checkpoints import hub, hub_client, hub_errors
 from fastdiff.checkpoints.hub_client import asking
 from fastdiff.checkpoints.references import Reference
 from fastdiff.data.folder import MISSING
@@ -158,17 +158,20 @@ class HuggingFace:
         elif Path(name).is_file():
             files, name = {"data_files": name}, Path(name).suffix.removeprefix(".")
         split = rest[0] if rest else "train"
+        given = as_field("data", self.spec)
+        if not files and not Path(name).exists() and not hub_client.offline():
+            hub.ask(Reference(name, kind="dataset"), given)  # its errors say what is wrong; those of the library do not
         try:
             with asking():
                 self.builder = datasets.load_dataset_builder(name, **files)
                 self.rows = self.builder.as_streaming_dataset(split=split)
         except Exception as error:  # the library raises many kinds of errors; each means that the data cannot be opened
-            if not files:
-                clear = hub_errors.explain(error, as_field("data", self.spec), Reference(name, kind="dataset"))
+            if not files and not hub_client.offline():
+                clear = hub_errors.explain(error, given, Reference(name, kind="dataset"))
                 if not isinstance(clear, Failed):
                     raise clear from error
             hint = "use hf:OWNER/NAME[:SPLIT], hf:imagefolder:FOLDER or hf:FILE.parquet; without a network only local files work"
-            raise UsageError(f"{as_field('data', self.spec)}: {quoted(error).splitlines()[0]}", hint) from error
+            raise UsageError(f"{given}: {quoted(error).splitlines()[0]}", hint) from error
         self.image = self.columns()
 
     def columns(self) -> str:

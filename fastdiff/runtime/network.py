@@ -14,7 +14,7 @@ from fastdiff.runtime.disk import FULL
 from fastdiff.runtime.errors import DoesNotFit, UsageError, quoted
 
 # The seconds of silence after which a server is given up. Libraries then wait up to 8 s more between two of their attempts.
-PATIENCE_S = 20.0
+PATIENCE_S = 15.0
 PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 TIMEOUTS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")  # of the hub's client; a user who sets them is obeyed
 NO_NAME = re.compile(
