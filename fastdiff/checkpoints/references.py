@@ -72,6 +72,14 @@ def parse(ref: str, option: str) -> Reference | None:
     return short(ref.strip("/"))
 
 
+def called(ref: str, option: str = "base") -> str:
+    """A short name for what `ref` names, to name results by: its file or folder without suffix, or its repository."""
+    where = None if local(ref) else parse(ref, option)
+    if where is None or where.names_file:
+        return Path(where.path if where else ref).stem or ref
+    return Path(where.path or where.hub_id).name
+
+
 def like_path(ref: str) -> bool:
     """Whether a reference to something that is not there can only mean a path: of a file in a folder, or in one that exists."""
     if ref.startswith((".", "/", "~")) or "\\" in ref:

@@ -53,9 +53,8 @@ def teacher_settings(config: Config, base: Checkpoint) -> Settings:
 
 def name_of(spec: str) -> str:
     """A short name for a student: its file or folder, or the run folder where the file has a standard name."""
-    if not references.local(spec) and (where := references.parse(spec, "student")):
-        name = Path(where.path or where.hub_id).name
-        return Path(name).stem if where.names_file else name
+    if not references.local(spec) and references.parse(spec, "student"):
+        return references.called(spec, "student")
     path = Path(spec)
     return path.parent.name if path.stem in {"model", "pytorch_lora_weights"} and path.parent.name else path.stem
 
@@ -146,7 +145,7 @@ def open_evaluation(config: Config, family: Family, resolution_px: int, device: 
 
 def run(config: Config) -> Result:
     """The `evaluate` command."""
-    output = outputs.as_folder(config.output or f"runs/evaluate-{Path(config.base).stem or config.base}")
+    output = outputs.as_folder(config.output or f"runs/evaluate-{references.called(config.base)}")
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     base = config.open_base(dtype)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import lora
-from fastdiff.checkpoints import reopening, single_file, tensors
+from fastdiff.checkpoints import references, reopening, single_file, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.published import AUTO
 from fastdiff.checkpoints.recipe import Recipe
@@ -70,7 +70,7 @@ def destination(config: Config, loras: list[Path]) -> Path:
     """The path to write to. UsageError where it is misnamed, cannot be written, or would overwrite an input."""
     bakes = bool(config.base) and not config.extract
     plain = "" if bakes or config.format == "peft" else ".safetensors"
-    named = [lora.called(p) for p in loras] or [Path(ref).stem for ref in (config.base, config.tuned) if ref]
+    named = [lora.called(p) for p in loras] or [references.called(ref) for ref in (config.base, config.tuned) if ref]
     if len(loras) == 1 and not (config.base or config.remap):  # its own name is taken
         named.append(config.recipe if config.recipe != AUTO else config.format if config.format != "kohya" else "changed")
     path = Path(config.output or "-".join(named) + plain)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastdiff import lora
+from fastdiff.checkpoints import references
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.batch import Data
 from fastdiff.data.images import Framing
@@ -65,7 +66,7 @@ def data_of(scene: Scene, config: TrainConfig, needs: Needs, teacher_loras: list
 
 def default_folder(command: str, config: TrainConfig) -> Path:
     """Return the run folder of a command that is given no `output`: runs/COMMAND-BASE."""
-    return Path("runs") / f"{command}-{Path(config.base).stem or config.base}"
+    return Path("runs") / f"{command}-{references.called(config.base)}"
 
 
 def open_run(command: str, config: TrainConfig) -> Run:
