@@ -93,6 +93,7 @@ def ask(where: Reference, given: str) -> Repository:
     except Exception as error:  # the client raises a dozen kinds; `explain` knows them
         clear = hub_errors.explain(error, given, where)
         if isinstance(clear, hub_errors.Unreachable) and (here := kept(where, given)):
+            note(f"{clear}; what is on this machine is used")
             return here
         raise clear from error
     return Repository(where, given, {file.rfilename: file.size for file in found.siblings or []})

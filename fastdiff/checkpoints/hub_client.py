@@ -5,6 +5,7 @@ says nothing new for `network.patience_s` is given up: the time of all attempts 
 goes on is never cut, however slow it is.
 """
 
+import os
 import sys
 import threading
 import time
@@ -140,10 +141,21 @@ def retry_after(headers: Any) -> int | None:
     return int(text) if text.isdigit() else None
 
 
+# The hub's storage has a client of its own, which would wait 2 minutes for an answer, six times. So it gives up after 25 s.
+STORAGE = {
+    "HF_XET_CLIENT_READ_TIMEOUT": "7s",
+    "HF_XET_CLIENT_CONNECT_TIMEOUT": "7s",
+    "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
+    "HF_XET_CLIENT_RETRY_BASE_DELAY": "500ms",
+}
+
+
 def install() -> None:
     """Make every client that huggingface_hub opens from now on tell LINE; what a user has set up of it is kept."""
     from huggingface_hub.utils import _http, set_client_factory
 
+    if not any(name in os.environ for name in (*STORAGE, *network.TIMEOUTS)):  # a user's own win
+        os.environ.update(STORAGE)
     made = _http._GLOBAL_CLIENT_FACTORY
     if vars(made).get("listening"):
         return

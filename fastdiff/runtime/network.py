@@ -92,6 +92,8 @@ def cause(error: BaseException, host: str) -> tuple[str, str] | None:
         return f"{host} did not answer in {patience_s():.0f} s", f"try again later; {over}"
     if names & {"IncompleteRead", "ContentTooShortError"} or CUT.search(texts):
         return f"{host} ended the connection in the middle of a file", "run the command again"
+    if "error sending request" in texts:  # of the hub's storage, whose client says no more
+        return f"the storage of {host} cannot be reached, or does not answer", f"try again later; {over}"
     if names & {"ConnectError", "ConnectionError", "NetworkError", "RemoteProtocolError", "URLError", "ReadError"}:
         return f"{host} cannot be reached ({one_line(errors[-1])})", f"connect this machine; {over}"
     return None
