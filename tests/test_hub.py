@@ -426,16 +426,17 @@ def test_commands_take_hub_ids(served, fastdiff, tiny_sd, few):
     for ref, kind in {"owner/fast": "LoRA", f"owner/fast/{LORA_FILE}": "LoRA", "owner/model": "diffusers folder"}.items():
         code, found = fastdiff("inspect", ref)
         assert (code, found["metrics"]["kind"], found["metrics"]["supported"]) == (0, kind, True), found
+    served.behaviour["owner/quiet"] = "silence"
+    start = time.monotonic()
+    code, found = fastdiff("inspect", "owner/quiet")
+    assert (code, "did not answer" in found["error"]["message"], time.monotonic() - start < 3) == (2, True, True)
     code, found = fastdiff("inspect", "owner/nobody")
     assert (code, found["error"]["message"].startswith("owner/nobody: no such repository")) == (2, True), found
-    few_steps = ["--num-steps", "1", "--num-images", "2", "--metrics", "none", "--resolution", "64", "--no-baseline"]
-    names = dict(student="--student", again="--student")
-    words = [word for flag, ref in zip(names.values(), ("owner/fast", "owner/model"), strict=True) for word in (flag, ref)]
     models = evaluate.students(
-        evaluate.Config(base="owner/model", student=words[1::2]),
+        evaluate.Config(base="owner/model", student=["owner/fast", "owner/model"]),
         checkpoint.load("owner/model").family, torch.float32, torch.device("cpu"),
     )  # fmt: skip
-    assert [model.name for model in models] == ["fast", "model"], few_steps
+    assert [model.name for model in models] == ["fast", "model"]
 
 
 def test_init_says_init(served, tiny_sd):
@@ -569,3 +570,36 @@ def test_no_output_has_a_token(served, tiny_sd, tmp_path, capfd, monkeypatch):
     disk.write_atomic(tmp_path / "config.toml", f'base = "{address}"\n')
     leaks = [p for p in tmp_path.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
     assert leaks == []
+
+
+def test_a_copy_on_this_machine_serves_where_the_hub_does_not(served, few, capsys):
+    put(served, "owner/style", **{"style.safetensors": few})
+    first = lora.located("owner/style")
+    served.behaviour["owner/style"] = "server error"
+    assert lora.located("owner/style") == first
+    assert "has a fault of its own (503); what is on this machine is used" in capsys.readouterr().err
+
+
+def test_names_of_results(served):
+    names = {
+        "sdxl": "sdxl",
+        "models/dream.safetensors": "dream",
+        "owner/stable-diffusion-v1.5": "stable-diffusion-v1.5",
+        "owner/name@v1": "name",
+        "owner/name/fast.safetensors": "fast",
+        "https://huggingface.co/owner/name/resolve/main/fast.safetensors?download=true": "fast",
+    }
+    assert {ref: references.called(ref) for ref in names} == names
+
+
+def test_cards_open_the_same_files(served, tiny_sd, single, tmp_path):
+    from fastdiff.training import base_code
+
+    served.revisions.add("v1")
+    served.repositories["owner/model"] = tiny_sd
+    code = base_code.load_expression(checkpoint.load("owner/model@v1"), tmp_path)
+    assert '"owner/model", revision="v1"' in code
+    put(served, "owner/one", **{"dream.safetensors": single})
+    ref = "owner/one/dream.safetensors"
+    code = base_code.load_expression(checkpoint.load(ref, config=str(tiny_sd)), tmp_path)
+    assert '"https://huggingface.co/owner/one/blob/main/dream.safetensors"' in code

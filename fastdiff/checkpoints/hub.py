@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fastdiff.checkpoints import hub_errors
 from fastdiff.checkpoints.hub_client import asking, offline
@@ -89,7 +90,7 @@ def ask(where: Reference, given: str) -> Repository:
         with asking():
             from huggingface_hub import HfApi
 
-            found = HfApi().repo_info(where.hub_id, repo_type=where.kind, revision=where.revision, files_metadata=True)
+            found: Any = HfApi().repo_info(where.hub_id, repo_type=where.kind, revision=where.revision, files_metadata=True)
     except Exception as error:  # the client raises a dozen kinds; `explain` knows them
         clear = hub_errors.explain(error, given, where)
         if isinstance(clear, hub_errors.Unreachable) and (here := kept(where, given)):

@@ -6,7 +6,6 @@ goes on is never cut, however slow it is.
 """
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -198,7 +197,6 @@ def asking() -> Iterator[None]:
 
 def offline() -> bool:
     """Whether downloads are forbidden, by `offline` or by HF_HUB_OFFLINE."""
-    constants = sys.modules.get("huggingface_hub.constants")
-    if constants is None:
-        from huggingface_hub import constants
+    from huggingface_hub import constants
+
     return bool(constants.HF_HUB_OFFLINE)
