@@ -27,6 +27,7 @@ from fastdiff.runtime.command import Description, Runnable
 from fastdiff.runtime.config import Option, options, preset, resolve, suggestion, to_toml
 from fastdiff.runtime.errors import Result, Stopped, UsageError, device_error, with_flags
 from fastdiff.runtime.requirements import check_torch
+from fastdiff.runtime.secrets import hidden
 
 
 class Command(NamedTuple):
@@ -419,7 +420,7 @@ def emit(text: str) -> None:
     if not text or not console.speaks():
         return
     try:
-        print(text, flush=True)
+        print(hidden(text), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
@@ -457,7 +458,7 @@ def answer(args: list[str]) -> int:
             raise
         failure = explain(error)
         if debug:
-            traceback.print_exc()
+            console.trace(error)
         console.error(failure.message, failure.hint)
         if as_json:
             details = {"kind": failure.kind, "message": console.one_line(failure.message), "hint": failure.hint or None}

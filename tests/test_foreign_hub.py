@@ -143,7 +143,7 @@ def test_a_removed_repository_moves_on_to_its_mirror(tiny_v, hub, capsys):
     assert len(base.weights("unet")) > 100
     repositories.clear()
     assert locate.hub_id_of(checkpoint.load("sd21").path) == MIRROR  # from the cache
-    with pytest.raises(UsageError, match=r"owner/gone\) cannot be reached \(no such repository there, or a private one\)"):
+    with pytest.raises(UsageError, match=r"no such repository on the hub \(owner/gone\), or a private one"):
         checkpoint.load("owner/gone")
 
 

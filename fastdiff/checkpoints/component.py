@@ -6,33 +6,75 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.checkpoints import configs
+from fastdiff.checkpoints import configs, folders, hub, references
+from fastdiff.checkpoints.references import Reference
+from fastdiff.runtime.console import info
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field, device_error, quoted
 
-FILES = ["config.json", "diffusion_pytorch_model.safetensors", "fastdiff.json"]
+BESIDE = ("config.json", "fastdiff.json")  # what a network's folder has besides its weights
 
 
-def locate(ref: str, option: str, what: str, *, files: bool = False) -> Path:
+def locate(ref: str, option: str, what: str, *, files: bool = False, allow_pickle: bool = False) -> Path:
     """The folder or file of the network that `ref` names, a path or a hub id; the hub is asked only where no such path exists.
 
     `option` is the option that `ref` was given with and `what` the kind of network, both for messages. With `files` a single file
-    is one too. UsageError where there is no such path or the hub cannot be reached.
+    is one too. UsageError where there is no such path or repository, or the hub cannot be asked; InputRefused where a repository
+    has no such network, or pickled weights that `allow_pickle` does not allow.
     """
-    folder = Path(ref).expanduser()
-    if folder.exists():
-        return folder
-    named_file = folder.suffix in {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
-    if named_file or ref.startswith((".", "/", "~")) or ref.count("/") != 1:
+    if path := references.local(ref):
+        return path
+    where = references.parse(ref, option)
+    if where is None:
+        named_file = Path(ref).suffix in references.FILES
         missing = "no such file" if files and named_file else "no such file or folder" if files else "no such folder"
         kinds = f"a file or a diffusers folder of a {what}" if files else f"a diffusers folder of a {what}"
         raise UsageError(f"{as_field(option, ref)}: {missing}", f"give {kinds}, or a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
+    given = as_field(option, ref)
+    if where.names_file and files:
+        return hub.file(where, given)
+    if (here := hub.cached(where)) and (home := network_in(here / where.path, what, allow_pickle)):
+        return hub.told(here, where) and home
+    return downloaded(where, given, option, what, files=files, allow_pickle=allow_pickle)
 
-    try:
-        return Path(snapshot_download(ref, allow_patterns=FILES))
-    except Exception as error:  # the hub client raises a dozen kinds
-        hint = "give a folder" + (" or a file" if files else "")
-        raise UsageError(f"{as_field(option, ref)}: not on this machine, and the hub cannot be reached", hint) from error
+
+def network_in(folder: Path, what: str, allow_pickle: bool) -> Path | None:
+    """The folder of the network in one on this machine that holds all of it: itself, or the component of a checkpoint."""
+    for home in (folder, folder / what.lower()):
+        if (home / "config.json").exists() and (files := folders.stored(home, "", allow_pickle=allow_pickle)):
+            return home if all(path.exists() for path in files) else None
+    return None
+
+
+def downloaded(where: Reference, given: str, option: str, what: str, *, files: bool, allow_pickle: bool) -> Path:
+    """Download a network from the hub; a whole checkpoint gives its component, which is told."""
+    repository = hub.ask(where, given)
+    names = repository.inside()
+    part = next((part for part in ("", f"{what.lower()}/") if f"{part}config.json" in names), None)
+    if part is None:
+        if files:
+            name = names[repository.only_file(allow_pickle=allow_pickle)]
+            return hub.fetch(repository, [name]) / name
+        raise InputRefused(
+            f"{given}: {where} has no config.json", f"a diffusers folder of a {what}; its files: {hub.some(names)}"
+        )
+    inside = [name.removeprefix(part) for name in names if name.startswith(part)]
+    weights, variant = folders.choose(inside, allow_pickle)
+    if not weights:
+        if any(name.endswith(".bin") for name in inside):
+            raise pickles_alone(given, option)
+        raise InputRefused(f"{given}: {where} has no weights of a {what}", f"its files: {hub.some(names)}")
+    if variant:
+        info(f"{where}: {variant} is used; it has no other")
+    if part:
+        info(f"{where}: a whole checkpoint; its {part} is used")
+    wanted = [names[part + name] for name in [*(name for name in BESIDE if name in inside), *weights]]
+    return hub.fetch(repository, wanted) / where.path / part
+
+
+def pickles_alone(given: str, option: str) -> InputRefused:
+    """The error for a network that is stored in pickles alone."""
+    hint = "`allow_pickle=True` reads their tensors" if option == "vae" else "give a folder with .safetensors files"
+    return InputRefused(f"{given}: has pickled weights alone (.bin)", hint)
 
 
 def config_of(folder: Path, option: str, ref: str, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -55,9 +97,10 @@ def load(folder: Path, option: str, ref: str, config: dict[str, Any], *, allow_p
     check_values(config, folder / "config.json")
     kind = getattr(diffusers, config["_class_name"])  # one of the classes that `config_of` allows
     if not allow_pickle and not list(folder.glob("*.safetensors")) and list(folder.glob("*.bin")):
-        hint = "`allow_pickle=True` reads their tensors" if option == "vae" else "give a folder with .safetensors files"
-        raise InputRefused(f"{as_field(option, ref)}: has pickled weights alone (.bin)", hint)
+        raise pickles_alone(as_field(option, ref), option)
     how: dict[str, Any] = {} if allow_pickle else {"use_safetensors": True}
+    if (stored := folders.stored(folder, "", allow_pickle=allow_pickle)) and ".fp16." in stored[0].name:
+        how["variant"] = "fp16"  # the folder has no other
     try:
         net, report = kind.from_pretrained(
             folder, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True, **how

@@ -65,6 +65,28 @@ def stored(folder: Path, part: str, *, allow_pickle: bool = False) -> list[Path]
     return []
 
 
+def choose(names: Sequence[str], allow_pickle: bool) -> tuple[list[str], str]:
+    """Which weight files of a component to download, of the names in its folder: ([], "") where there are none to be read.
+
+    The order is that of `stored`. All shards come with their index. The second result says what they are, where that is not the
+    usual: full precision in safetensors.
+    """
+    kinds = [("safetensors", STEMS, ""), *([("bin", PICKLED, "pickled weights")] if allow_pickle else [])]
+    for suffix, stems, pickled in kinds:
+        for stem in stems:
+            for variant in VARIANTS:
+                v, number = re.escape(variant), r"-\d+-of-\d+"
+                shard = rf"{stem}{v}{number}\.{suffix}|{stem}{number}{v}\.{suffix}"
+                index = rf"{stem}{v}\.{suffix}\.index\.json|{stem}\.{suffix}\.index{v}\.json"
+                what = pickled if not variant else f"the fp16 variant of {pickled or 'its weights'}"
+                for form in (f"{shard}|{index}", rf"{stem}{v}\.{suffix}"):
+                    if (found := [name for name in names if re.fullmatch(form, name)]) and not all(
+                        re.fullmatch(index, name) for name in found
+                    ):
+                        return found, what
+    return [], ""
+
+
 def components(folder: Path) -> list[str]:
     """The components with weights, by model_index.json; [] where it is missing."""
     index = read(folder / "model_index.json")

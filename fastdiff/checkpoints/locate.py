@@ -1,14 +1,17 @@
 """Find a base model and its family from an alias, hub id, folder or file; and the published configs that ship with fastdiff."""
 
+import fnmatch
 import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastdiff.checkpoints import configs, folders, supported, views
+from fastdiff.checkpoints import configs, folders, hub, hub_client, references, supported, views
 from fastdiff.checkpoints.detect import detect
 from fastdiff.checkpoints.family import SHIPPED, Family, aliases, base_names, named, of_unet_config
+from fastdiff.checkpoints.hub_errors import Unreachable
+from fastdiff.checkpoints.references import Reference
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.runtime.console import info
 from fastdiff.runtime.disk import ASSETS
@@ -16,19 +19,15 @@ from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 
 EMOJI = SHIPPED.home
 ALIASES = aliases()
-# What a first run downloads from the hub: configs, tokenizers and one full-precision safetensors file a component.
+# What a first run downloads from the hub besides weights: configs and tokenizers.
 CONFIGS = ["model_index.json", "*/*.json", "*/merges.txt"]
-WANTED = [*CONFIGS, "*/*.safetensors"]
-UNWANTED = ["*non_ema*", "*onnx*", "*openvino*", "*flax*", "safety_checker/*", "vae_1_0/*", "vae_*coder/*"]
-HALF = "*.fp16.*"  # the variant that is taken of a component which has no other
-FILES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
+UNWANTED = ["*non_ema*", "*onnx*", "*openvino*", "*flax*", "safety_checker/*", "vae_1_0/*", "vae_*coder/*", "*.index.*"]
 
 
-def missing_weights(ref: str, hub_ids: Sequence[str], reason: str = "") -> UsageError:
-    """The error for a base that is neither on this machine nor to be had; it names every repository that was tried."""
-    return UsageError(
-        f"{as_field('base', ref)}: no weights for it on this machine and the hub ({', '.join(hub_ids)}) cannot be reached"
-        + (f" ({reason})" if reason else ""),
+def missing_weights(ref: str, hub_ids: Sequence[str]) -> UsageError:
+    """The error for a base that is not on this machine where nothing may be downloaded; it names the repositories behind it."""
+    return Unreachable(
+        f"{as_field('base', ref)}: no weights for it on this machine, and nothing is downloaded offline ({', '.join(hub_ids)})",
         "give it as (1) a hub id with network access (drop `offline`), (2) a diffusers folder: `base=path/to/folder`, or "
         "(3) a single file: `base=model.safetensors`",
     )
@@ -37,67 +36,52 @@ def missing_weights(ref: str, hub_ids: Sequence[str], reason: str = "") -> Usage
 def locate(ref: str, *, configs_only: bool = False, allow_pickle: bool = False) -> Path:
     """The folder or file behind a reference to a base model; downloads what is missing unless HF_HUB_OFFLINE is set.
 
-    Of the repositories behind an alias, the first that is complete on this machine is taken, else the first that can be
-    downloaded. UsageError where there is nothing of that name, InputRefused where a repository has no weights that can be read.
+    A path on this machine wins over the hub. Of the repositories behind an alias, the first that is complete on this machine is
+    taken, else the first that can be downloaded. UsageError where there is nothing of that name, InputRefused where a repository
+    has no weights that can be read.
     """
     if (family := named(ref)) and family.ships_weights:
         return family.home
-    path = Path(ref).expanduser()
-    if path.exists():
+    if path := references.local(ref):
         return path
-    if path.suffix in FILES or ref.startswith((".", "/", "~")):
-        raise UsageError(f"{as_field('base', ref)}: no such file or folder")
-    hub_ids = ALIASES.get(ref, (ref,))
-    if hub_ids[0].count("/") != 1:
-        raise UsageError(f"{as_field('base', ref)}: not an alias ({base_names()}), a hub id (owner/name), a folder or a file")
+    hub_ids, given = ALIASES.get(ref, (ref,)), as_field("base", ref)
+    wheres = [where for hub_id in hub_ids if (where := references.parse(hub_id, "base"))]
+    if not wheres:
+        if references.like_path(ref):
+            raise UsageError(f"{given}: no such file or folder")
+        raise UsageError(f"{given}: not an alias ({base_names()}), a hub id (owner/name), a folder or a file")
+    if wheres[0].names_file:
+        return hub.file(wheres[0], given)
     how: dict[str, bool] = dict(configs_only=configs_only, allow_pickle=allow_pickle)
-    for hub_id in hub_ids:
-        if folder := cached(hub_id, **how):
-            return told(ref, hub_id, hub_ids, folder)
-    from huggingface_hub import constants
-
-    reason, refused, cause = "", None, None
-    for hub_id in hub_ids:
-        refused = refused or pickled_copy(ref, hub_id, **how)
-        try:
-            if not constants.HF_HUB_OFFLINE:
-                return told(ref, hub_id, hub_ids, downloaded(ref, hub_id, **how))
-        except InputRefused as error:  # the repository is there, but not what is wanted of it
-            refused = error
-        except Exception as error:  # the hub client raises a dozen kinds; each means that there is no complete copy
-            reason, cause = reason or why(error), error
-    raise refused or missing_weights(ref, hub_ids, reason) from cause
+    for where in wheres:
+        if folder := cached(where, **how):
+            return told(ref, where, wheres, hub.told(folder, where))
+    if hub_client.offline():
+        held = [error for where in wheres if (error := pickled_copy(ref, where, **how))]
+        if not held and len(wheres) == 1 and hub.kept(wheres[0], given):
+            return hub.one_file(wheres[0], given, allow_pickle=allow_pickle)
+        raise held[0] if held else missing_weights(ref, hub_ids)
+    where, folder = hub.first_with(wheres, lambda where: downloaded(where, given, **how))
+    return told(ref, where, wheres, folder)
 
 
-def why(error: Exception) -> str:
-    """What an error of the hub client says in a few words, where that helps; else nothing."""
-    name = type(error).__name__
-    if name == "GatedRepoError":
-        return "its owner lets in only those who asked: accept the licence on its page, and set HF_TOKEN"
-    return "no such repository there, or a private one" if name == "RepositoryNotFoundError" else ""
-
-
-def told(ref: str, hub_id: str, hub_ids: Sequence[str], folder: Path) -> Path:
+def told(ref: str, where: Reference, wheres: Sequence[Reference], folder: Path) -> Path:
     """The folder; says which repository was used where it is not the first of an alias."""
-    if hub_id != hub_ids[0]:
-        info(f"{ref}: {hub_id} is used; {', '.join(hub_ids[: hub_ids.index(hub_id)])} is not to be had")
+    if where != wheres[0]:
+        info(f"{ref}: {where} is used; {', '.join(map(str, wheres[: wheres.index(where)]))} is not to be had")
     return folder
 
 
-def cached(hub_id: str, *, configs_only: bool, allow_pickle: bool) -> Path | None:
+def cached(where: Reference, *, configs_only: bool, allow_pickle: bool) -> Path | None:
     """The folder of a repository in the hub's cache on this machine, if it is complete."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(hub_id, local_files_only=True))
-    except Exception:  # the hub client raises a dozen kinds; each means that there is no copy
-        return None
-    return folder if complete(folder, configs_only=configs_only, allow_pickle=allow_pickle) else None
+    folder = hub.cached(where)
+    folder = folder and folder / where.path
+    return folder if folder and complete(folder, configs_only=configs_only, allow_pickle=allow_pickle) else None
 
 
-def pickled_copy(ref: str, hub_id: str, *, configs_only: bool, allow_pickle: bool) -> InputRefused | None:
+def pickled_copy(ref: str, where: Reference, *, configs_only: bool, allow_pickle: bool) -> InputRefused | None:
     """The error for a repository that is complete on this machine, but with pickled weights, which are not allowed."""
-    folder = cached(hub_id, configs_only=configs_only, allow_pickle=True)
+    folder = cached(where, configs_only=configs_only, allow_pickle=True)
     if folder is None or allow_pickle:
         return None
     problem, hint = folders.why_missing(folder, folders.lacking(folder)[0])
@@ -112,31 +96,39 @@ def complete(folder: Path, *, configs_only: bool, allow_pickle: bool) -> bool:
     return configs_only or not folders.lacking(folder, allow_pickle=allow_pickle)
 
 
-def downloaded(ref: str, hub_id: str, *, configs_only: bool, allow_pickle: bool) -> Path:
+def downloaded(where: Reference, given: str, *, configs_only: bool, allow_pickle: bool) -> Path:
     """Download a repository: full-precision safetensors, and of components that have none the fp16 variant, or pickles.
 
-    InputRefused where it has no weights of a component that can be read, or is no checkpoint that we can use.
+    One that is no diffusers folder must have a single file of weights, which is taken. InputRefused where it has no weights of a
+    component that can be read, or is no checkpoint that we can use.
     """
-    from huggingface_hub import snapshot_download
-
-    folder = Path(snapshot_download(hub_id, allow_patterns=CONFIGS, ignore_patterns=[*UNWANTED, HALF]))
+    repository = hub.ask(where, given)
+    files = repository.inside()
+    if "model_index.json" not in files:
+        name = files[repository.only_file(allow_pickle=allow_pickle)]
+        return hub.fetch(repository, [name]) / name
+    matches = lambda name, patterns: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    wanted = [name for name in files if matches(name, CONFIGS) and not matches(name, UNWANTED)]
+    folder = hub.fetch(repository, [files[name] for name in wanted]) / where.path
     supported.check_folder(folder)  # before gigabytes are downloaded
     if configs_only:
         return folder
-    folder = Path(snapshot_download(hub_id, allow_patterns=WANTED, ignore_patterns=[*UNWANTED, HALF]))
-    more: list[tuple[str, list[str], str]] = [("safetensors", [], "the fp16 variant of its weights")]
-    if allow_pickle:
-        more += [("bin", [HALF], "pickled weights"), ("bin", [], "the fp16 variant of pickled weights")]
-    for suffix, unwanted, what in more:
-        if not (parts := folders.lacking(folder, allow_pickle=allow_pickle)):
-            break
-        patterns = [pattern for part in parts for pattern in (f"{part}/*.{suffix}", f"{part}/*.{suffix}.index*.json")]
-        folder = Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=[*UNWANTED, *unwanted]))
-        if got := [part for part in parts if part not in folders.lacking(folder, allow_pickle=allow_pickle)]:
-            info(f"{hub_id}: {', '.join(got)}: {what} is used; it has no other")
-    if parts := folders.lacking(folder, allow_pickle=allow_pickle):
+    weights, lacking, variants = [], [], dict[str, list[str]]()
+    for part in folders.components(folder):
+        names, what = folders.choose([n.removeprefix(f"{part}/") for n in files if n.startswith(f"{part}/")], allow_pickle)
+        weights += [files[f"{part}/{name}"] for name in names]
+        lacking += [] if names else [part]
+        if what:
+            variants.setdefault(what, []).append(part)
+    if lacking:
         hint = "give another repository" if allow_pickle else "`allow_pickle=True` also takes .bin files; nothing in them is run"
-        raise InputRefused(f"{as_field('base', ref)}: {hub_id} has no safetensors weights of {', '.join(parts)}", hint)
+        raise InputRefused(f"{given}: {where} has no safetensors weights of {', '.join(lacking)}", hint)
+    for what, parts in variants.items():
+        info(f"{where}: {', '.join(parts)}: {what} is used; it has no other")
+    folder = hub.fetch(repository, [files[name] for name in wanted] + weights) / where.path
+    if parts := folders.lacking(folder, allow_pickle=allow_pickle):
+        problem, hint = folders.why_missing(folder, parts[0], allow_pickle=allow_pickle)
+        raise InputRefused(f"{given}: {problem}", hint)
     return folder
 
 
@@ -154,7 +146,7 @@ def family_of(ref: str, *, config: str | None = None, allow_pickle: bool = False
     """
     if family := named(ref):
         return family
-    path = locate(ref, configs_only=True)
+    path = locate(ref, configs_only=True, allow_pickle=allow_pickle)
     if path.is_file() and config:
         return family_of(config)
     if path.is_file():
@@ -192,11 +184,17 @@ def config_folder(config: str, file: TensorFile, *, allow_pickle: bool) -> Path:
 
 def of_configs(error: UsageError, config: str) -> UsageError:
     """The error of `locate`, which knows every reference as `base`, for the value of `base_config`, which is no single file."""
-    message = str(error).replace(as_field("base", config), as_field("base_config", config))
-    message = message.replace("no such file or folder", "no such folder").replace(", a folder or a file", " or a folder")
-    if isinstance(error, InputRefused):
-        return InputRefused(message, error.hint)
-    return UsageError(message, "give a diffusers folder with the configs of the base, or a hub id with network access")
+    error = renamed(error, config, "base_config")
+    message = str(error).replace("no such file or folder", "no such folder").replace(", a folder or a file", " or a folder")
+    if message != str(error):
+        return UsageError(message, "give a diffusers folder with the configs of the base, or a hub id with network access")
+    return error
+
+
+def renamed(error: UsageError, ref: str, option: str) -> UsageError:
+    """The same error, of `locate`, which knows every reference as `base`, for the value of another option."""
+    error.args = (str(error).replace(as_field("base", ref), as_field(option, ref)),)
+    return error
 
 
 def stock_config(family: Family) -> dict[str, Any]:

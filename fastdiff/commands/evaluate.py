@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints import checkpoint, locate, references
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import Family
 from fastdiff.data.prompts import read_prompts
@@ -53,6 +53,8 @@ def teacher_settings(config: Config, base: Checkpoint) -> Settings:
 
 def name_of(spec: str) -> str:
     """A short name for a student: its file or folder, or the run folder where the file has a standard name."""
+    if not references.local(spec) and references.parse(spec, "student"):
+        return references.called(spec, "student")
     path = Path(spec)
     return path.parent.name if path.stem in {"model", "pytorch_lora_weights"} and path.parent.name else path.stem
 
@@ -87,12 +89,16 @@ def students(config: Config, family: Family, dtype: torch.dtype, device: torch.d
     for specs in [[spec] for spec in config.student] + ([config.lora] if config.lora else []):
         path = specs[0].partition("=")[0]
         if is_lora(path):
-            recipe = lora.outline(Path(path)).recipe
+            recipe = lora.outline(lora.located(path, "lora" if config.lora else "student")).recipe
             own_family, opener = recipe.family or family.name, lora_on_base(config, specs, dtype, device)
         elif config.lora:
             raise UsageError(f"--lora {path}: not a LoRA file", "give a checkpoint with --student")
         else:
-            base = checkpoint.load(path, allow_pickle=config.allow_pickle)
+            try:
+                base = checkpoint.load(path, allow_pickle=config.allow_pickle)
+            except UsageError as error:  # it knows every checkpoint as `base`
+                locate.renamed(error, path, "student")
+                raise
             recipe, own_family, opener = base.recipe, base.family.name, whole(config, path, dtype, device)
         if not family.has_name(own_family):
             flag = "--lora" if config.lora else "--student"
@@ -139,7 +145,7 @@ def open_evaluation(config: Config, family: Family, resolution_px: int, device: 
 
 def run(config: Config) -> Result:
     """The `evaluate` command."""
-    output = outputs.as_folder(config.output or f"runs/evaluate-{Path(config.base).stem or config.base}")
+    output = outputs.as_folder(config.output or f"runs/evaluate-{references.called(config.base)}")
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     base = config.open_base(dtype)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from fastdiff import lora
-from fastdiff.checkpoints import component, reopening, tensors, vae_file, write
+from fastdiff.checkpoints import component, references, reopening, tensors, vae_file, write
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.lora import merging
 from fastdiff.models import autoencoder
@@ -33,9 +33,9 @@ def destination(config: Config) -> Path:
         return outputs.as_folder(config.output or "vae_approx")  # `write_taesd` knows which files it writes there
     if not config.lora and config.format != "kohya":
         raise UsageError(f"--format {config.format}: is the layout of a LoRA, and there is no --lora", "leave it out")
-    source = Path(config.lora or config.base).expanduser()
+    source = references.called(config.lora or config.base, "lora" if config.lora else "base")
     one = config.single_file or (config.lora is not None and config.format != "peft")
-    path = Path(config.output or f"{source.stem}-{config.format if config.lora else 'export'}{'.safetensors' if one else ''}")
+    path = Path(config.output or f"{source}-{config.format if config.lora else 'export'}{'.safetensors' if one else ''}")
     if one and path.suffix != ".safetensors":
         raise UsageError(f"--output {path}: the name of a file must end in .safetensors", f"use --output {path}.safetensors")
     path = outputs.as_file(path) if path.suffix == ".safetensors" else outputs.as_folder(path)
@@ -90,7 +90,8 @@ def with_vae(base: Checkpoint, config: Config, *, single: bool) -> Checkpoint:
             f"{as_field('vae', config.vae)}: a tiny VAE has no place in a single file; ComfyUI reads it from files of its own",
             "write those with `format=taesd`, or export the checkpoint as a folder",
         )
-    stored = vae_file.stored_dtype(component.locate(config.vae, "vae", "VAE", files=True), allow_pickle=config.allow_pickle)
+    path = component.locate(config.vae, "vae", "VAE", files=True, allow_pickle=config.allow_pickle)
+    stored = vae_file.stored_dtype(path, allow_pickle=config.allow_pickle)
     changed = base.shaped("vae", config_of(net))
     changed.__dict__["vae"] = nn.Module.to(net, stored)  # diffusers' own `to` warns of layers to keep in fp32, here of none
     console.info(f"{base.ref}: its VAE becomes that of {config.vae}, {str(stored).removeprefix('torch.')}")

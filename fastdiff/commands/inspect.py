@@ -16,7 +16,10 @@ from fastdiff.checkpoints import (
     component,
     configs,
     folders,
+    hub,
+    locate,
     pickles,
+    references,
     single_file,
     tensors,
     tokens,
@@ -24,6 +27,7 @@ from fastdiff.checkpoints import (
     views,
 )
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import named
 from fastdiff.checkpoints.published import Found
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import TensorFile
@@ -35,7 +39,7 @@ from fastdiff.models import autoencoder
 from fastdiff.options.inspect import EXAMPLES, Config
 from fastdiff.runtime import console
 from fastdiff.runtime.command import Runnable
-from fastdiff.runtime.errors import InputRefused, Result, UsageError, quoted
+from fastdiff.runtime.errors import InputRefused, Result, UsageError, as_field, quoted
 
 KINDS = (  # (tensor of a module, kind of update); the first tensor that a module has decides its kind
     ("magnitude", "dora"), ("magnitude_out", "dora"), ("blocks", "oft"), ("a1", "glora"), ("vector", "ia3"),
@@ -356,14 +360,34 @@ def of_pickle(path: Path, head: bytes, config: Config) -> InputRefused:
     return ending
 
 
+def placed(ref: str) -> Path:
+    """The path of what `ref` names: a file or folder, an alias, or a repository of the hub, which is downloaded.
+
+    UsageError where there is nothing of that name.
+    """
+    if path := references.local(ref):
+        return path
+    where = references.parse(ref, "file")
+    if where is None and not named(ref):
+        raise UsageError(f"{ref}: no such file or folder")
+    given = as_field("file", ref)
+    try:
+        if where is None or where.names_file or hub.holds(where, given, "model_index.json"):
+            return locate.locate(ref)
+        if hub.holds(where, given, "config.json"):
+            return component.locate(ref, "file", "network", allow_pickle=True)
+        return lora.located(ref, "file", allow_pickle=True)
+    except UsageError as error:  # which call it an option, where it is the argument
+        error.args = (str(error).replace(as_field("base", ref), ref).replace(given, ref),)
+        raise
+
+
 def run(config: Config) -> Result:
     """The `inspect` command. A safe file exits with 0, supported or not.
 
     An unsafe or damaged one raises InputRefused (exit code 3), whose result has all that is known.
     """
-    path = Path(config.file).expanduser()
-    if not path.exists():
-        raise UsageError(f"{path}: no such file or folder")
+    path = placed(config.file)
     metrics: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size if path.is_file() else None, "safe": True}
     head = path.open("rb").read(64) if path.is_file() else b""
     if re.match(pickles.PICKLE, head):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import lora
-from fastdiff.checkpoints import reopening, single_file, tensors
+from fastdiff.checkpoints import references, reopening, single_file, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.published import AUTO
 from fastdiff.checkpoints.recipe import Recipe
@@ -70,7 +70,7 @@ def destination(config: Config, loras: list[Path]) -> Path:
     """The path to write to. UsageError where it is misnamed, cannot be written, or would overwrite an input."""
     bakes = bool(config.base) and not config.extract
     plain = "" if bakes or config.format == "peft" else ".safetensors"
-    named = [p.stem for p in loras] or [Path(ref).stem for ref in (config.base, config.tuned) if ref]
+    named = [lora.called(p) for p in loras] or [references.called(ref) for ref in (config.base, config.tuned) if ref]
     if len(loras) == 1 and not (config.base or config.remap):  # its own name is taken
         named.append(config.recipe if config.recipe != AUTO else config.format if config.format != "kohya" else "changed")
     path = Path(config.output or "-".join(named) + plain)
@@ -179,8 +179,8 @@ def run(config: Config) -> Result:
         output = destination(config, [])
         with console.timed("merge_s"):
             return difference.extract(config, output) if config.extract else difference.transfer(config, output)
-    specs = [lora.parse_spec(config.accel or "", ACCEL_WEIGHT)]
-    specs += [lora.parse_spec(spec, STYLE_WEIGHT) for spec in config.style]
+    specs = [lora.parse_spec(config.accel or "", ACCEL_WEIGHT, "accel")]
+    specs += [lora.parse_spec(spec, STYLE_WEIGHT, "style") for spec in config.style]
     output = destination(config, [path for path, _ in specs])
     config.recipe_from(Recipe(scheduler="ddim"))  # reports a wrong value before anything heavy is loaded
     loras = opened(config, specs)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff.checkpoints import published
+from fastdiff.checkpoints import published, references
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.data import control
 from fastdiff.data.prompts import prompts_in, read_prompts
@@ -159,7 +159,7 @@ def real_time(
 
 def target(config: Config) -> Path:
     """The file NAME.png or the folder to write to. UsageError where it cannot be written."""
-    path = Path(config.output or f"runs/sample-{Path(config.base).stem or config.base}")
+    path = Path(config.output or f"runs/sample-{references.called(config.base)}")
     return outputs.as_file(path) if path.suffix == ".png" else outputs.as_folder(path)
 
 

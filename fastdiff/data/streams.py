@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastdiff.checkpoints import hub, hub_client, hub_errors
+from fastdiff.checkpoints.hub_client import asking
+from fastdiff.checkpoints.references import Reference
 from fastdiff.data.folder import MISSING
 from fastdiff.data.images import CAPTIONS, Caption, Sample, hash_of
 from fastdiff.runtime.counts import Counts
-from fastdiff.runtime.errors import UsageError, as_field, quoted
+from fastdiff.runtime.errors import Failed, UsageError, as_field, quoted
 from fastdiff.runtime.picture_file import suffixes, unreadable
 
 EXTRA = 'pip install "fastdiff[data]"'
@@ -170,12 +173,20 @@ class HuggingFace:
         elif Path(name).is_file():
             files, name = {"data_files": name}, Path(name).suffix.removeprefix(".")
         split = rest[0] if rest else "train"
+        given = as_field("data", self.spec)
+        if not files and not Path(name).exists() and not hub_client.offline():
+            hub.ask(Reference(name, kind="dataset"), given)  # its errors say what is wrong; those of the library do not
         try:
-            self.builder = datasets.load_dataset_builder(name, **files)
-            self.rows = self.builder.as_streaming_dataset(split=split)
+            with asking():
+                self.builder = datasets.load_dataset_builder(name, **files)
+                self.rows = self.builder.as_streaming_dataset(split=split)
         except Exception as error:  # the library raises many kinds of errors; each means that the data cannot be opened
+            if not files and not hub_client.offline():
+                clear = hub_errors.explain(error, given, Reference(name, kind="dataset"))
+                if not isinstance(clear, Failed):
+                    raise clear from error
             hint = "use hf:OWNER/NAME[:SPLIT], hf:imagefolder:FOLDER or hf:FILE.parquet; without a network only local files work"
-            raise UsageError(f"{as_field('data', self.spec)}: {quoted(error).splitlines()[0]}", hint) from error
+            raise UsageError(f"{given}: {quoted(error).splitlines()[0]}", hint) from error
         self.image = self.columns()
 
     def columns(self) -> str:
@@ -211,11 +222,12 @@ class HuggingFace:
         while True:
             name = f"{self.spec} row {number}"
             try:
-                row = next(rows)
+                with asking():
+                    row = next(rows)
             except StopIteration:
                 return
             except Exception as error:  # a damaged data file: the rows after it cannot be reached
-                yield Sample(name, problem=f"broken data file ({str(error).splitlines()[0]})")
+                yield Sample(name, problem=f"broken data file ({hub_errors.in_words(error)})")
                 return
             number += 1
             caption = Caption.of_row(row, self.column)
@@ -233,5 +245,5 @@ def bytes_of(cell: Any) -> bytes:
         return cell["bytes"]
     import fsspec
 
-    with fsspec.open(cell["path"], "rb") as file:
+    with asking(), fsspec.open(cell["path"], "rb") as file:
         return file.read()

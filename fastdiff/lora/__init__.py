@@ -7,7 +7,6 @@ if TYPE_CHECKING:
     from fastdiff.lora.adapters import attach as attach
     from fastdiff.lora.adapters import save_adapter as save_adapter
     from fastdiff.lora.file import Lora as Lora
-    from fastdiff.lora.file import files_of as files_of
     from fastdiff.lora.file import from_peft as from_peft
     from fastdiff.lora.file import layers_told as layers_told
     from fastdiff.lora.file import load as load
@@ -17,15 +16,19 @@ if TYPE_CHECKING:
     from fastdiff.lora.file import summary as summary
     from fastdiff.lora.merging import bake as bake
     from fastdiff.lora.merging import merge as merge
+    from fastdiff.lora.places import called as called
+    from fastdiff.lora.places import files_of as files_of
+    from fastdiff.lora.places import located as located
     from fastdiff.lora.writing import header as header
     from fastdiff.lora.writing import save as save
 
 # Public name -> module. No module here may have one of these names: importing it would replace the function.
 PUBLIC = {
     **dict.fromkeys(
-        ("Lora", "files_of", "from_peft", "layers_told", "load", "outline", "parse", "parse_spec", "summary"),
+        ("Lora", "from_peft", "layers_told", "load", "outline", "parse", "parse_spec", "summary"),
         "fastdiff.lora.file",
     ),
+    **dict.fromkeys(("called", "files_of", "located"), "fastdiff.lora.places"),
     **dict.fromkeys(("header", "save"), "fastdiff.lora.writing"),
     **dict.fromkeys(("merge", "bake"), "fastdiff.lora.merging"),
     **dict.fromkeys(("attach", "save_adapter"), "fastdiff.lora.adapters"),

@@ -20,6 +20,7 @@ from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.lora import foreign, identify
 from fastdiff.lora.kinds import Factors, Update, build, describe
 from fastdiff.lora.layouts import READERS, Part, canonical, kernel_of, other_kind, read_peft
+from fastdiff.lora.places import files_of, located
 from fastdiff.runtime.console import warn
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field, quoted
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from fastdiff.diffusion.schedule import PredictionType
 
 Format = Literal["kohya", "diffusers", "peft"]
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # the folders of one that peft wrote for each component
 MAX_LAYERS = 16  # in a block of a UNet; a header that says more is damaged
 
 
@@ -118,23 +118,17 @@ def load(
 ) -> Lora:
     """Read a LoRA of any supported layout; the scale alpha / r is multiplied in.
 
-    `path` is a file, or a folder that peft wrote: for one network, or with a folder for each component. `layers` is the number
+    `path` is a file, a folder that peft or diffusers wrote, or what `located` finds on the hub. `layers` is the number
     of layers in a block of the base, for files with LDM names whose header lacks it. InputRefused where any key is unknown,
     unless `allow_partial`, which leaves such keys out with a warning. Bundled embeddings are always left out with a warning.
 
     A published few-step LoRA without a header of ours gets the recipe that its authors document (checkpoints/published.py),
     unless `recognise` is off, and a line says so.
     """
-    path = Path(path).expanduser()
+    path = located(path, allow_pickle=allow_pickle)
     files = [tensors.open_file(file, allow_pickle=allow_pickle) for file in files_of(path)]
     how: dict[str, Any] = dict(allow_partial=allow_partial, recognise=recognise)
     return of_components(path, [assembled(file, file.__getitem__, layers, **how) for file in files])
-
-
-def files_of(path: Path) -> list[Path]:
-    """The files of the LoRA at a path: the file itself, or of a folder that peft wrote those of all components."""
-    folders = [path, *(path / part for part in COMPONENTS)]
-    return [file for folder in folders if (file := folder / "adapter_model.safetensors").is_file()] or [path]
 
 
 def of_components(path: Path, parts: Sequence[Lora]) -> Lora:
@@ -378,10 +372,11 @@ def summary(lora: Lora) -> dict[str, Any]:
     return {"modules": len(lora.modules), "family": family, **describe(lora.modules), "skipped": len(lora.skipped)}
 
 
-def parse_spec(spec: str, default: float) -> tuple[Path, float]:
+def parse_spec(spec: str, default: float, option: str = "lora") -> tuple[Path, float]:
     """Split `FILE[=WEIGHT]` into path and weight; `default` is the weight of a FILE alone.
 
-    Where the text after the last = is no number, it belongs to the path. UsageError for an infinite or NaN weight.
+    FILE may also be what `located` finds on the hub. Where the text after the last = is no number, it belongs to the path.
+    UsageError for an infinite or NaN weight.
     """
     head, _, tail = spec.rpartition("=")
     try:
@@ -390,7 +385,7 @@ def parse_spec(spec: str, default: float) -> tuple[Path, float]:
         head, strength = "", default
     if not math.isfinite(strength):
         raise UsageError(f"{spec}: the weight must be a finite number")
-    return Path(head or spec).expanduser(), strength
+    return located(head or spec, option), strength
 
 
 Weighted = Mapping[Any, float] | Sequence[Any] | str | Path | Lora | None
@@ -412,11 +407,12 @@ def with_weights(loras: Weighted, default: float = 1.0) -> list[tuple[Path | Lor
             result.append(parse_spec(pair, default))
             continue
         item, weight = (pair, default) if isinstance(pair, Path | Lora) else pair
+        item = item if isinstance(item, Lora) else located(item)
         if not math.isfinite(weight):
             raise UsageError(
                 f"{as_field('lora', item.source if isinstance(item, Lora) else item)}: the weight must be a finite number"
             )
-        result.append((item if isinstance(item, Lora) else Path(item).expanduser(), float(weight)))
+        result.append((item, float(weight)))
     return result
 
 

@@ -12,9 +12,10 @@ from fastdiff.checkpoints import single_file, tensors, words
 from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.tensors import Entry
-from fastdiff.lora.file import COMPONENTS, Format, Lora
+from fastdiff.lora.file import Format, Lora
 from fastdiff.lora.kinds import Factors
 from fastdiff.lora.layouts import is_convolution, kernel_of, split
+from fastdiff.lora.places import COMPONENTS
 from fastdiff.runtime.console import info
 from fastdiff.runtime.errors import UsageError, as_field
 

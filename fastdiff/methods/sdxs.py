@@ -82,7 +82,7 @@ class SDXS(Segmented):
         """Read `style_lora` and `init` now, so that a wrong file fails before hours of sampling."""
         base = config.open_base()
         if config.style_lora:
-            style = lora.load(lora.parse_spec(config.style_lora, 1.0)[0], allow_pickle=config.allow_pickle)
+            style = lora.load(lora.parse_spec(config.style_lora, 1.0, "style_lora")[0], allow_pickle=config.allow_pickle)
             apply.warn_of_prediction(base, [style])
         config.start(base)
         return config
@@ -173,7 +173,7 @@ def attach_style(net: nn.Module, spec: str, *, allow_pickle: bool) -> str:
 
     The adapter equals a LoRA exactly; other kinds of file are approximated by the nearest one of rank 64.
     """
-    path, weight = lora.parse_spec(spec, 1.0)
+    path, weight = lora.parse_spec(spec, 1.0, "style_lora")
     style = lora.load(path, allow_pickle=allow_pickle).for_unet("style_lora")
     rank = max((update.rank for update in style.modules.values() if isinstance(update, Factors)), default=64)
     adapters.attach(net, rank, rank, "style")

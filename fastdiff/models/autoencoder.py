@@ -36,7 +36,7 @@ def load(
     a file does not: the scaling of latents. Raises UsageError if `ref` is not found, and InputRefused if it is not a VAE or its
     latents do not have `latent_channels` channels. Error messages call the input by the field name `option`.
     """
-    path = component.locate(ref, option, "VAE", files=True)
+    path = component.locate(ref, option, "VAE", files=True, allow_pickle=allow_pickle)
     if path.is_file():
         if vae_file.config_beside(path) is None:
             stored = vae_file.read(path, ref, option, like=like or {}, allow_pickle=allow_pickle)

@@ -10,6 +10,7 @@ from torch import nn
 from fastdiff.checkpoints import component
 from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.models import unet
+from fastdiff.runtime import console
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 
 EMBEDDED = SHIPPED.home / "controlnet"  # draws emoji pictures from Canny edges
@@ -98,7 +99,8 @@ def skeleton(ref: str, unet_config: Mapping[str, Any], *, option: str = "control
         folder = EMBEDDED if ref == SHIPPED.name else component.locate(ref, option, "ControlNet")
         config = component.config_of(folder, option, ref, ("ControlNetModel",))
         check(config, unet_config, as_field(option, ref))
-    except UsageError:
+    except UsageError as error:
+        console.info(f"{error}; one of the usual shape is counted")
         known = inspect.signature(ControlNetModel.__init__).parameters
         config = {key: value for key, value in unet_config.items() if key in known}
     with torch.device("meta"):

@@ -5,18 +5,18 @@ already loaded and works on latents; the other networks need decoded pictures.
 """
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.checkpoints import component
 from fastdiff.diffusion.losses import structure
 from fastdiff.models import autoencoder, perceptual
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.feature_net import FeatureNet
-from fastdiff.runtime.errors import UsageError, quoted
+from fastdiff.runtime.errors import InputRefused, UsageError, quoted
 
 Encoder = Literal["unet", "vgg", "dinov2", "embedded"]
 DINOV2 = "facebook/dinov2-small"
@@ -133,11 +133,16 @@ def open_dinov2(ref: str) -> nn.Module:
     """Load DINOv2 from a folder or hub id in transformers' layout. Raises UsageError if that fails: never random weights."""
     from transformers import Dinov2Model
 
+    hint = "give `fm_weights=FOLDER`, or use `fm_encoder=unet`, which needs no extra weights"
     try:
-        return Dinov2Model.from_pretrained(str(Path(ref).expanduser()) if Path(ref).expanduser().exists() else ref)
+        folder = component.locate(ref, "fm_weights", "DINOv2")
+    except InputRefused:
+        raise
+    except UsageError as error:
+        error.hint = f"{error.hint}; or {hint}"
+        raise
+    try:
+        return Dinov2Model.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = quoted(error).splitlines()[0]
-        raise UsageError(
-            f"`fm_encoder=dinov2`: the weights are not on this machine and cannot be downloaded ({reason})",
-            "give `fm_weights=FOLDER`, or use `fm_encoder=unet`, which needs no extra weights",
-        ) from error
+        raise UsageError(f"`fm_encoder=dinov2`: the weights in {folder} cannot be read ({reason})", hint) from error

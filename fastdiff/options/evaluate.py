@@ -39,10 +39,12 @@ class Config(TextConfig):
     ESSENTIALS: ClassVar[str] = "base lora student num_steps reference prompts num_images metrics output with_lora"
     VARIANT: ClassVar[str] = "protocol"
 
-    student: Annotated[list[str], "model to judge: a LoRA, a checkpoint folder or a file; repeatable"] = field(
+    student: Annotated[list[str], "model to judge: a LoRA, a checkpoint folder, a file or a hub id; repeatable"] = field(
         default_factory=list
     )
-    lora: Annotated[list[str], "judge the base with this LoRA, FILE[=WEIGHT]; repeatable"] = field(default_factory=list)
+    lora: Annotated[list[str], "judge the base with this LoRA, FILE[=WEIGHT], a file or hub id; repeatable"] = field(
+        default_factory=list
+    )
     vae: Annotated[str | None, "VAE of the students, a folder, hub id or file; default: their own"] = None
     num_steps: Annotated[
         str | None, "sampling steps of the students, as 1,2,4,8; default: those of their recipe, else 1,2,4,8"

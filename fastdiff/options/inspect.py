@@ -10,7 +10,7 @@ fastdiff inspect style.safetensors --base sdxl --json"""
 @dataclass
 class Config:
     ESSENTIALS: ClassVar[str] = "file base"
-    file: Annotated[str, "a .safetensors file, a pickle or a diffusers folder"] = field(metadata={"argument": True})
+    file: Annotated[str, "a .safetensors file, a pickle, a diffusers folder or a hub id"] = field(metadata={"argument": True})
     base: Annotated[str | None, "count how many modules of a LoRA fit this checkpoint"] = field(
         default=None, metadata={"flags": ["-b"]}
     )

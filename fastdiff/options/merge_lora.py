@@ -23,8 +23,10 @@ class Config(BaseConfig):
     PANEL: ClassVar[str] = "Merge"
     ESSENTIALS: ClassVar[str] = "accel style base output recipe rank format precision extract tuned"
 
-    accel: Annotated[str | None, "few-step LoRA as FILE[=WEIGHT], default weight 1; its recipe is kept"] = None
-    style: Annotated[list[str], "style LoRA as FILE[=WEIGHT], default weight 0.8; repeatable"] = field(default_factory=list)
+    accel: Annotated[str | None, "few-step LoRA as FILE[=WEIGHT], a file or hub id, default weight 1; its recipe is kept"] = None
+    style: Annotated[list[str], "style LoRA as FILE[=WEIGHT], a file or hub id, default weight 0.8; repeatable"] = field(
+        default_factory=list
+    )
     base: Annotated[str | None, "merge into this checkpoint and write a folder, or one file with --output NAME.safetensors"] = (
         field(  # type: ignore[assignment]
             default=None, metadata={"flags": ["-b"]}

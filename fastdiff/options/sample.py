@@ -21,7 +21,9 @@ class Config(TextConfig):
     prompt: Annotated[list[str], "what to draw; repeatable"] = field(default_factory=list)
     prompts: Annotated[str | None, "a file of prompts, one a line; - reads standard input"] = None
     negative: Annotated[str, "what to avoid; acts only with guidance above 1"] = ""
-    lora: Annotated[list[str], "LoRA as FILE[=WEIGHT], default weight 1; repeatable"] = field(default_factory=list)
+    lora: Annotated[list[str], "LoRA as FILE[=WEIGHT], a file or hub id, default weight 1; repeatable"] = field(
+        default_factory=list
+    )
     recipe: Annotated[
         str,
         "how the weights are sampled: auto, as they say; lcm, lightning-4, hyper-8, dmd2, ...; none, as is usual for the base",

@@ -19,14 +19,13 @@ def open_start(ref: str, config: TrainConfig, dtype: "torch.dtype | None" = None
     """The checkpoint of `init`; its networks load on first use, in `dtype` (default: float32)."""
     import torch
 
-    from fastdiff.checkpoints import checkpoint
+    from fastdiff.checkpoints import checkpoint, locate
 
     try:
         return checkpoint.load(ref, dtype=dtype or torch.float32, allow_pickle=config.allow_pickle)
-    except InputRefused:
-        raise
     except UsageError as error:  # it knows every checkpoint as `base`
-        raise UsageError(str(error).replace(as_field("base", ref), as_field("init", ref)), error.hint) from error
+        locate.renamed(error, ref, "init")
+        raise
 
 
 def checked_start(ref: str, config: TrainConfig, base: "Checkpoint", *, any_guidance: bool = False) -> "Checkpoint":

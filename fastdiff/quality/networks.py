@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.checkpoints import tensors
+from fastdiff.checkpoints import hub_errors, tensors
+from fastdiff.checkpoints.hub_client import asking
 from fastdiff.options.evaluate import CLIP
 from fastdiff.runtime.download import weight_file
 from fastdiff.runtime.errors import UsageError, as_field, quoted
@@ -91,11 +92,13 @@ class Clip(nn.Module):
             tags = f"tags: {', '.join(known[:6]) or 'none'}"
             raise UsageError(f"{as_field('clip', spec)}: neither a file nor a tag of {name}", tags)
         try:
-            self.net = open_clip.create_model(name, pretrained=weights, require_pretrained=True).eval().requires_grad_(False)
+            with asking():
+                net = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
+            self.net = net.eval().requires_grad_(False)
         except Exception as error:  # the hub, urllib and pickle raise many kinds; each means that there are no weights
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = hub_errors.in_words(error)
             raise UsageError(
-                f"{as_field('clip', spec)}: its weights cannot be read or downloaded ({quoted(reason)})",
+                f"{as_field('clip', spec)}: its weights cannot be read or downloaded ({reason})",
                 f"(1) run once with network access, (2) `clip={name}:FILE`, open_clip's file for {name}, or leave clip out",
             ) from error
         self.spec, self.tokenizer = spec, open_clip.get_tokenizer(name)

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from typing import Any
 
 from fastdiff.runtime.disk import sha256
 from fastdiff.runtime.errors import Result, with_flags
+from fastdiff.runtime.secrets import hidden
 
 SCHEMA_VERSION = 1  # of the JSON object
 
@@ -58,6 +60,7 @@ def quiet_libraries(*, offline: bool = False) -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_VERBOSITY": "error",
         "TQDM_DISABLE": "1",
     }
     for name, value in silent.items():
@@ -81,7 +84,7 @@ def _say(text: str, style: str | None = None, label: str = "") -> None:
     from rich.text import Text
 
     # Control characters in a file name or a library's message must not reach the terminal.
-    clean = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+    clean = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in hidden(text))
     terminal().print(Text.assemble((label, style or ""), clean), soft_wrap=True)
 
 
@@ -104,7 +107,7 @@ def warn(message: str) -> None:
 
 
 def _warn(message: str) -> None:
-    message = one_line(message)
+    message = one_line(hidden(message))
     if message not in state.warnings:
         state.warnings.append(message)
         _say(message, "yellow", "warning: ")
@@ -113,6 +116,11 @@ def _warn(message: str) -> None:
 def error(message: str, hint: str = "") -> None:
     """Print the one line of a failure: what is wrong, then after a semicolon what to do."""
     _say("; ".join(one_line(part) for part in (message, hint) if part), "bold red", "error: ")
+
+
+def trace(error: BaseException) -> None:
+    """Print the traceback of an error on stderr, with the errors that it came from."""
+    sys.stderr.write(hidden("".join(traceback.format_exception(error))))
 
 
 def worded(message: str) -> str:
@@ -154,7 +162,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
         numeric = bool(rows) and all(isinstance(row[i], int | float | NoneType) for row in rows)
         drawn.add_column(name, justify="right" if numeric else "left")
     for row in rows:
-        drawn.add_row(*(Text(format_value(v)) for v in row))
+        drawn.add_row(*(Text(hidden(format_value(v))) for v in row))
     terminal().print(drawn)
     if left_out:
         info(f"left out, for the terminal is too narrow: {', '.join(left_out)}")
@@ -352,7 +360,7 @@ def json_object(command: str | None, result: Result | None, failure: Mapping[str
         "timings": {k: round(v, 4) for k, v in timings.items()},
         "next_command": result.next_command,
     }
-    return json.dumps(jsonable(report if failure is None else {**report, "error": failure}), allow_nan=False)
+    return hidden(json.dumps(jsonable(report if failure is None else {**report, "error": failure}), allow_nan=False))
 
 
 def fmt(value: Any) -> str:

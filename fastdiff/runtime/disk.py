@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.runtime.errors import DoesNotFit
+from fastdiff.runtime.secrets import hidden
 
 PACKAGE = Path(__file__).parent.parent
 ASSETS = PACKAGE / "assets"  # what ships with the package
@@ -48,11 +49,14 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: a temporary file in the same folder, fsync, then one rename."""
+    """Write a text file whole or not at all: a temporary file in the same folder, fsync, then one rename.
+
+    Access tokens in it are left out.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with staged.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(hidden(text))
         file.flush()
         os.fsync(file.fileno())
     staged.replace(path)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.runtime import console
-from fastdiff.runtime.errors import UsageError, as_field, quoted
+from fastdiff.runtime import console, network
+from fastdiff.runtime.errors import UsageError, as_field
 
 
 def weight_file(given: str | None, url: str, *, option: str, what: str, instead: str = "") -> Path:
@@ -28,7 +28,22 @@ def weight_file(given: str | None, url: str, *, option: str, what: str, instead:
         raise UsageError(f"{as_field(option)}: {what} needs {name}, and {cached} is not there (`offline`)", fix)
     console.info(f"downloading {name} for {what} to {cached}")
     try:
-        torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
+        with network.silence_ends():
+            torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # urllib's and torch's many kinds; each means that there is no file
-        raise UsageError(f"{as_field(option)}: {what} needs {name}, and the download failed ({quoted(error)})", fix) from error
+        if full := network.full_disk(error, cached.parent, "set TORCH_HOME to a folder on another disk"):
+            raise full from error
+        raise UsageError(f"{as_field(option)}: {what} needs {name}, and the download failed: {why(error, url)}", fix) from error
     return cached
+
+
+def why(error: Exception, url: str) -> str:
+    """What went wrong with the download of an address, in words."""
+    host = network.host_of(url)
+    if (status := network.status_of(error)) is not None:
+        return f"{host} has a fault of its own ({status})" if status >= 500 else f"{host} refuses it ({status})"
+    if found := network.cause(error, host):
+        return found[0]
+    if "invalid hash value" in str(error):
+        return f"{host} sent another file, or a part of it (its hash is wrong)"
+    return network.one_line(error)

@@ -11,6 +11,8 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastdiff.runtime.secrets import hidden
+
 
 class UsageError(ValueError):
     """An option is wrong. The message names the field, `hint` says how to fix it."""
@@ -143,8 +145,11 @@ def as_field(name: str, value: Any = MISSING) -> str:
 
 
 def quoted(text: Any) -> str:
-    """Another library's message for use in ours. Backticks become quotes, so that nothing in it is taken for an option."""
-    return str(text).replace("`", "'")
+    """Another library's message for use in ours, without access tokens.
+
+    Backticks become quotes, so that nothing in it is taken for an option.
+    """
+    return hidden(str(text)).replace("`", "'")
 
 
 def with_flags(text: str) -> str:

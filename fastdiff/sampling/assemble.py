@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint, single_file, tensors
+from fastdiff.checkpoints import checkpoint, hub, references, single_file, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint
+from fastdiff.checkpoints.family import named
 from fastdiff.diffusion.samplers import SOLVERS
 from fastdiff.lora import identify
 from fastdiff.lora.file import Weighted, opened, with_weights
@@ -49,7 +50,15 @@ def pick_precision(precision: str, device: torch.device) -> str:
 
 
 def is_lora(path: str | Path) -> bool:
-    """Return whether a file, or a folder that peft wrote, is a LoRA and not a whole network, judging by names of tensors."""
+    """Return whether a file, a folder or a repository of the hub is a LoRA and not a whole network.
+
+    A repository with a model index is none; of others the names of tensors tell. Errors as of `lora.located`.
+    """
+    if isinstance(path, str) and not references.local(path):
+        where = None if named(path) else references.parse(path, "student")
+        if where is None or (not where.names_file and hub.holds(where, as_field("student", path), "model_index.json")):
+            return False
+        path = lora.located(path, "student")
     file = lora.files_of(Path(path).expanduser())[0]
     if file.suffix not in {".safetensors", ".bin", ".pt"} or not file.is_file():
         return False

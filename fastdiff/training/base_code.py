@@ -4,7 +4,7 @@ import os
 import shlex
 from pathlib import Path
 
-from fastdiff.checkpoints import locate, pickles, views
+from fastdiff.checkpoints import locate, pickles, references, views
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import aliases, named
 from fastdiff.runtime.command import option_words
@@ -29,7 +29,11 @@ def load_expression(base: Checkpoint, folder: Path, pipeline: str | None = None,
         return f'{pipeline}.from_pretrained("{EXPORTED}"{arguments}{FP32})'
     ref = seen_from(folder, base.ref, base.path)
     if not base.path.is_file():
-        return f'{pipeline}.from_pretrained("{ref}"{arguments}{FP32})'
+        where = None if references.local(base.ref) else references.parse(base.ref, "base")
+        if where and where.path:  # diffusers opens no pipeline in a folder of a repository
+            return f'{pipeline}.from_pretrained(fastdiff.load("{where}").path{arguments}{FP32})'
+        revision = f', revision="{where.revision}"' if where and where.revision else ""
+        return f'{pipeline}.from_pretrained("{ref}"{revision}{arguments}{FP32})'
     if not has_config(base):
         return f'{pipeline}.from_single_file("{ref}"{arguments})'
     assert base.config is not None, "`has_config` says so"
@@ -102,8 +106,14 @@ def held_by(base: Checkpoint) -> set[str]:
 
 
 def seen_from(folder: Path, ref: str, path: Path) -> str:
-    """Return a reference to `path` for code that runs in `folder`: a path, told from there if it is relative, or a hub id."""
+    """Return a reference to `path` for code that runs in `folder`: a path, told from there if it is relative, or a hub id.
+
+    Of a file on the hub it is the address, which diffusers opens.
+    """
     if not (given := Path(ref).expanduser()).exists():
+        if (where := references.parse(ref, "base")) and path.is_file():
+            inside = where.path or path.name
+            return f"https://huggingface.co/{where.hub_id}/blob/{where.revision or 'main'}/{inside}"
         return locate.hub_id_of(path) or aliases().get(ref, (ref,))[0]
     if hub_id := locate.hub_id_of(given):
         return hub_id

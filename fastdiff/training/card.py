@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import lora
-from fastdiff.checkpoints import checkpoint
+from fastdiff.checkpoints import checkpoint, locate
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.quality.report import steps_and_guidance
@@ -147,7 +147,7 @@ def write_card(
         rows = {"method": rows.pop("method"), "sampling": usage.sampling, **rows}
     sections = [
         "---",
-        f"base_model: {base.ref}",
+        f"base_model: {locate.hub_id_of(base.path) or base.ref}",
         "library_name: diffusers",
         f"tags: [{usage.tags}]",
         "---",

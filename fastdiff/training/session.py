@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastdiff import lora
+from fastdiff.checkpoints import references
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.batch import Data
 from fastdiff.data.images import Framing
@@ -44,7 +45,7 @@ def data_of(scene: Scene, config: TrainConfig, needs: Needs, teacher_loras: list
     base = scene.base
     if teacher_loras:
         base = config.open_base(base.dtype)  # a second copy: the base that the method trains from must not change
-        specs = [lora.parse_spec(spec, 1.0) for spec in teacher_loras]
+        specs = [lora.parse_spec(spec, 1.0, "style_lora") for spec in teacher_loras]
         apply.apply(base, [(lora.load(path, allow_pickle=config.allow_pickle).of_unet(), weight) for path, weight in specs])
     data = open_data(
         base,
@@ -73,7 +74,7 @@ def data_of(scene: Scene, config: TrainConfig, needs: Needs, teacher_loras: list
 
 def default_folder(command: str, config: TrainConfig) -> Path:
     """Return the run folder of a command that is given no `output`: runs/COMMAND-BASE."""
-    return Path("runs") / f"{command}-{Path(config.base).stem or config.base}"
+    return Path("runs") / f"{command}-{references.called(config.base)}"
 
 
 def open_run(command: str, config: TrainConfig) -> Run:

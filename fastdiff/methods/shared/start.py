@@ -29,7 +29,9 @@ class StartsFromLora(Method):
     @classmethod
     def _start(cls, config: Any) -> Lora | None:
         """Read the LoRA of `init`; None without one."""
-        return lora.load(config.init, allow_pickle=config.allow_pickle) if config.init else None
+        if not config.init:
+            return None
+        return lora.load(lora.located(config.init, "init", allow_pickle=config.allow_pickle), allow_pickle=config.allow_pickle)
 
     @classmethod
     def _start_layers(cls, config: Any) -> Sequence[str] | None:
