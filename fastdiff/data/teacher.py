@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,8 +79,8 @@ def texts_of(rows: list[Cond]) -> Cond:
     """One Cond of prompts, a row each. Where their lengths differ, each keeps its own, so that one long prompt costs no more."""
     if len({row.tokens.shape for row in rows}) < 2:
         return Cond.cat(rows)
-    pooled = None if rows[0].pooled is None else torch.cat([row.pooled for row in rows])
-    return Cond(Rows([row.tokens[0] for row in rows]), pooled)
+    pooled = [row.pooled for row in rows if row.pooled is not None]
+    return Cond(cast("Tensor", Rows([row.tokens[0] for row in rows])), torch.cat(pooled) if pooled else None)
 
 
 def reading(base: Checkpoint, prompts: list[str], texts: Cond) -> tuple[Any, ...]:

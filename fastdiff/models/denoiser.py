@@ -21,7 +21,7 @@ from fastdiff.models.sharding import is_split
 class Cond:
     """What a UNet is conditioned on besides x_t and t. B batch, L tokens, D width, H W pixels."""
 
-    tokens: Tensor  # (B, L, D)
+    tokens: Tensor  # (B, L, D); in a data set also rows of it that are read when indexed: `data.store`
     pooled: Tensor | None = None  # (B, D2)  SDXL
     time_ids: Tensor | None = None  # (B, 6)  SDXL: original height, width, crop top, left, target height, width
     guidance: Tensor | None = None  # (B,)  for guidance-embedded networks: w in u + w (c - u)

@@ -79,7 +79,7 @@ def encoded(prompts: Sequence[str], readers: Sequence[Tokens], encoders: Sequenc
         parsed = [prompt.parse(line) for line in prompts[i : i + AT_ONCE]]
         read = [prompt.windows_of(parsed, reader, max_tokens) for reader in readers]
         counts = [max(len(windows.windows) for windows in of) for of in zip(*read, strict=True)]
-        outputs = [states_of(of, counts, *pair) for of, *pair in zip(read, readers, encoders, strict=True)]
+        outputs = [states_of(of, counts, *pair) for of, pair in zip(read, zip(readers, encoders, strict=True), strict=True)]
         tokens, pooled = torch.cat([states for states, _ in outputs], -1), outputs[-1][1]  # pooled: of the last encoder
         first = 0
         for n in counts:
@@ -143,7 +143,8 @@ class Prompts:
     KEPT = 1024
 
     def __init__(self, base: Checkpoint, *, device: torch.device | str = "cpu") -> None:
-        self.base, self.device, self.rows = base, device, OrderedDict()
+        self.base, self.device = base, device
+        self.rows = OrderedDict[str, Cond]()
         self.encoders: list[text.TextEncoder] = []
         self.readers: list[Tokens] = []
         if "text_encoders" in base.__dict__:

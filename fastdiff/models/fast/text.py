@@ -96,7 +96,9 @@ class Tokenizer:
             self.model.no_truncation()
             self.model.no_padding()
             self.start, self.end = self.model.encode("").ids
-            self.pad = self.model.token_to_id(pad)
+            if (pad_id := self.model.token_to_id(pad)) is None:
+                raise ValueError(f"its vocabulary has no {pad}, the token that fills windows")
+            self.pad = pad_id
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text, without marks."""
