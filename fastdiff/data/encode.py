@@ -129,8 +129,14 @@ class Captions:
         self.store.scan()
         return {caption for caption in wanted if self.key(caption) not in self.store}
 
-    def bytes_each(self) -> int:
-        """Return the bytes of one caption's states."""
+    def size(self, captions: Iterable[str]) -> int:
+        """Return about how many bytes the states of captions take that are not in the cache: a long one has several windows."""
+        new = [caption for caption in dict.fromkeys(captions) if self.key(caption) not in self.store]
+        return self.bytes_of_window * sum(text.window_counts(self.base, new))
+
+    @property
+    def bytes_of_window(self) -> int:
+        """The bytes of a short caption's states."""
         return sum(self.store.get(self.key(""), part).nbytes for part in self.parts)
 
     @property
@@ -177,10 +183,14 @@ class Pictures:
         side = self.framing.resolution_px // autoencoder.factor(self.base.vae)
         return 2 * 2 * self.base.vae.config.latent_channels * side**2
 
-    def announce(self, source: Source, samples: int, known: bool) -> None:
-        """Print how much will be written to disk. Raises DoesNotFit if there is not enough space."""
-        size = samples * (self.bytes_each() * len(self.framing.cuts) + self.captions.bytes_each())
-        amount = f"{samples} images of {source.spec} to encode" if known else f"up to {samples} images of {source.spec} to encode"
+    def announce(self, source: Source, samples: int, captions: list[str] | None) -> None:
+        """Print how much will be written to disk; `captions` are None where they are not known yet, and taken for short.
+
+        Raises DoesNotFit if there is not enough space.
+        """
+        texts = samples * self.captions.bytes_of_window if captions is None else self.captions.size(captions)
+        size = samples * self.bytes_each() * len(self.framing.cuts) + texts
+        amount = f"{'up to ' if captions is None else ''}{samples} images of {source.spec} to encode"
         room = f"{disk.format_size(disk.free_bytes(self.store.folder))} are free"
         console.info(f"{amount}: about {disk.format_size(size)} in {self.store.folder.parent}; {room}")
         hint = "set FASTDIFF_CACHE to another folder, or take fewer images with `max_images`"
@@ -294,16 +304,17 @@ class Reading:
 
     def look(self) -> None:
         """List all samples and encode this process's share of those that are not in the cache."""
-        count, samples, total = self.source.count, self.hashed(), None
+        count, samples, total, captions = self.source.count, self.hashed(), None, None
         if count is not None:  # readable twice: hash all first, to know how many are missing
             with console.progress(min(count, self.most or count), "reading images") as bar:
                 pairs = [(bar.update(1), (sample.forget(), digest))[1] for sample, digest in samples]
             samples = iter(pairs)
+            captions = [sample.caption or "" for sample, _ in pairs]
             missing = total = len({digest for _, digest in pairs if not self.pictures.there(digest)})
         else:  # an estimate: cached items may belong to other data sets; if the disk fills up later, the run can be resumed
             missing = max(0, (self.most or 0) - len(self.pictures.store) // len(self.pictures.framing.cuts))
         if missing:
-            self.pictures.announce(self.source, missing, known=count is not None)
+            self.pictures.announce(self.source, missing, captions)
         self.patient = False
         with console.progress(total, "encoding images") as bar:
             for part in self.missing(samples):

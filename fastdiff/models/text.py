@@ -117,6 +117,12 @@ def encode_unique(base: Checkpoint, captions: Sequence[str], device: torch.devic
     return encode(base, list(place), device=device)[torch.tensor([place[c] for c in captions])]
 
 
+def window_counts(base: Checkpoint, lines: Sequence[str]) -> list[int]:
+    """In how many windows each prompt is read."""
+    found = prompt.windows_of([prompt.parse(line) for line in lines], StockTokens(base.tokenizers[0]), base.max_tokens)
+    return [len(windows.windows) for windows in found]
+
+
 def tell(base: Checkpoint, lines: Sequence[str], source: str, what: str = "prompts") -> None:
     """Say how many of the prompts are cut, split into windows or have more than words, as `prompt.tell` does."""
     prompt.tell(lines, StockTokens(base.tokenizers[0]), base.max_tokens, source, what)
