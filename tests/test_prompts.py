@@ -66,7 +66,9 @@ def fresh():
         ("(loud:99)", [("(loud:99)", 1)], "bare"),
         ("a ) b ( c", [("a ) b ( c", 1)], ""),
         ("((a:1.1)", [("(", 1), ("a", 1.1)], "weight"),
-        ("cat <lora:anime:0.8> <LYCO:x> dog", [("cat   dog", 1)], "lora"),
+        ("cat <lora:anime:0.8> <LYCO:x> dog", [("cat dog", 1)], "lora"),
+        ("a\n  red\tapple", [("a red apple", 1)], ""),
+        ("caf\udce9 \ufffd\u200bx", [("caf x", 1)], "cleaned"),
         ("<lora:anime:1>", [("", 1)], "lora"),
         ("i <3 you > me", [("i <3 you > me", 1)], ""),
         ("[cat:dog:0.5] [x]", [("[cat:dog:0.5] [x]", 1)], "square"),
@@ -371,3 +373,47 @@ def test_a_trained_lora_carries_clip_skip_in_its_header_and_card(tiny_sd, tmp_pa
     drawn = ["sample", "--base", str(tiny_sd), "--lora", str(file), "--prompt", "a", "-o", str(tmp_path / "a.png")]
     assert cli.main(drawn) == 0
     assert "other programs call this clip skip 2" in " ".join(capfd.readouterr().err.split())
+
+
+# ---- around it
+
+
+def test_our_own_loras_are_not_called_wrong(tmp_path):
+    """The embedded checkpoint shares its architecture with SD1; its LoRAs name both."""
+    from fastdiff.checkpoints.family import FAMILIES
+    from fastdiff.lora import identify
+
+    shapes = {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (64, 128)}
+    header = {"fastdiff.family": "emoji", "modelspec.architecture": "stable-diffusion-v1/lora"}
+    assert identify.wrong_claims(shapes, header) == {}
+    assert identify.wrong_claims(shapes, {**header, "fastdiff.family": ""}) == {"modelspec.architecture": FAMILIES["sd15"]}
+
+
+@pytest.mark.parametrize("data", ["folder", "teacher"])
+def test_a_run_that_goes_on_with_other_data_says_so(data, tiny_sd, tmp_path, monkeypatch, capfd):
+    from fastdiff import cli
+
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+    pictures, prompts = folder_of(tmp_path, ["a cat", "a dog", "a cow", "a hen"]), tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    source = ["--data", str(pictures)] if data == "folder" else ["--data", "teacher", "--prompts", str(prompts), "--pairs", "2"]
+    how = [*source, "--base", str(tiny_sd), "--teacher-steps", "1", "--batch-size", "2", "-o", str(tmp_path / "run")]
+    said = []
+    for steps in (1, 2, 3):
+        if steps == 3:
+            (pictures / "0.txt").write_text("a fox")
+            prompts.write_text("a cat\na fox\n")
+        assert cli.main(["train-lcm-lora", *how, "--steps", str(steps), "--save-every", "1"]) == 0
+        said.append("have changed since the state of this run was saved" in " ".join(capfd.readouterr().err.split()))
+    assert said == [False, False, True]
+
+
+def test_prompt_files_tell_what_is_no_prompt(tmp_path, capsys):
+    from fastdiff.data.prompts import read_prompts
+
+    (tmp_path / "a.txt").write_text("# a comment\na cat\n#1 fan of apples\n")
+    assert read_prompts(tmp_path / "a.txt") == ["a cat"]
+    assert "1 of its lines, as '#1 fan of apples', begin with #" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "b.txt").write_text('{"text": "a cat"}\n{"text": "a dog"}\n')
+    with pytest.raises(UsageError, match="its lines are JSON, not prompts"):
+        read_prompts(tmp_path / "b.txt")

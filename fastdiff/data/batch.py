@@ -1,6 +1,7 @@
 """Training data of a method: latents and conditions, encoded once. B batch, N items, K captions per item, M texts."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from fastdiff.data.store import Stored
 from fastdiff.models import autoencoder
 from fastdiff.models.denoiser import Cond
+from fastdiff.runtime import console
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -75,6 +77,7 @@ class Encoded:
     controls: Tensor | None = None  # (N, 1 or 3, H, W) uint8: the control picture of each item
     names: list[str] | None = None  # N names that tell where each item comes from
     views: int = 1  # number of adjacent items that show one picture: its crops and mirror images
+    identity: str | None = None  # changes with the pictures, captions or prompts; None where they cannot change
 
     def __len__(self) -> int:
         return len(self.moments)
@@ -115,11 +118,17 @@ class Encoded:
         names = [self.names[i] if self.names else str(i) for i in items.tolist()]
         return Batch(autoencoder.draw(self.moments[items].float(), generator), cond, uncond, noise, pixels, names)
 
-    def state_dict(self) -> dict[str, int]:
-        """Return an empty state: the next items depend on the step alone. A data set with a position would store it here."""
-        return {}
+    def state_dict(self) -> dict[str, Any]:
+        """Return which data these are: the next items depend on the step alone. A data set with a position would store it too."""
+        return {"identity": self.identity}
 
-    def load_state_dict(self, state: dict[str, int]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Warn where a run goes on that was begun with other data."""
+        if state.get("identity", self.identity) != self.identity:
+            console.warn(
+                "the pictures, captions or prompts have changed since the state of this run was saved; it goes on with what is "
+                "there now (`resume=never` begins anew)"
+            )
 
 
 @dataclass
@@ -151,10 +160,11 @@ class Buckets:
         group = self.groups[int(torch.multinomial(lengths, 1, generator=shared or generator))]
         return group.batch(size, generator)
 
-    def state_dict(self) -> dict[str, int]:
-        return {}
+    def state_dict(self) -> dict[str, Any]:
+        return self.groups[0].state_dict()
 
-    def load_state_dict(self, state: dict[str, int]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.groups[0].load_state_dict(state)
 
 
 Data = Encoded | Buckets

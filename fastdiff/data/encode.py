@@ -266,6 +266,7 @@ class Pictures:
             for key in self.framing.keys(digest):
                 groups.setdefault(tuple(self.store.notes[key]["size"][4:]), []).append((key, name, place[caption]))
         sizes = sorted(groups, key=lambda size: (-len(groups[size]), size))
+        identity = hash_of(sorted((digest, caption) for _, digest, caption in rows))
         made = []
         for keys, names, captions in (zip(*groups[size], strict=True) for size in sizes):
             ids = torch.tensor([self.store.notes[key]["size"] for key in keys], dtype=torch.float32)
@@ -279,6 +280,7 @@ class Pictures:
                     time_ids=ids if self.base.family.size_conditioned else None,
                     names=list(names),
                     views=len(self.framing.cuts),
+                    identity=identity,
                 )
             )
         return made[0] if len(made) == 1 else Buckets(made)

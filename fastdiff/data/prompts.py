@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastdiff.checkpoints.family import Family
 from fastdiff.data import emoji, held_out
-from fastdiff.runtime import text_file
+from fastdiff.runtime import console, text_file
 from fastdiff.runtime.disk import ASSETS
 from fastdiff.runtime.errors import UsageError, as_field
 
@@ -48,7 +48,13 @@ def prompts_in(data: bytes, name: str) -> list[str]:
         raise UsageError(f"{as_field('prompts', name)}: {error}", "save the file as UTF-8") from error
     lines = [text_file.clean(line) for line in re.split("[\n\v\f\x85\u2028\u2029]", text)]
     text_file.tell(as_field("prompts", name), [*kinds, *(kind for _, changed in lines for kind in changed)])
-    return [line for line, _ in lines if line and not line.startswith("#")]
+    prompts = [line for line, _ in lines if line and not line.startswith("#")]
+    if prompts and all(line.startswith("{") and line.endswith("}") and '"' in line for line in prompts):
+        raise UsageError(f"{as_field('prompts', name)}: its lines are JSON, not prompts", "give the prompts alone, one per line")
+    if doubtful := [line for line, _ in lines if re.match("#[^# ]", line)]:
+        how = "begin with # and are left out as comments; a prompt must begin with another character"
+        console.warn(f"{as_field('prompts', name)}: {len(doubtful)} of its lines, as {doubtful[0]!r}, {how}")
+    return prompts
 
 
 def default_prompts(family: Family) -> list[str]:

@@ -16,11 +16,11 @@ from torch import Tensor
 from fastdiff.checkpoints.checkpoint import Checkpoint, fingerprint
 from fastdiff.data import emoji, held_out
 from fastdiff.data.batch import Encoded
+from fastdiff.data.images import hash_of
 from fastdiff.data.store import Rows, Share
 from fastdiff.models import autoencoder, prompt, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.fast.unet import unet_of
-from fastdiff.models.prompt import Part, Prompt
 from fastdiff.runtime import console, disk, rng, stop
 from fastdiff.runtime.disk import cache_folder
 from fastdiff.runtime.errors import InputRefused, Stopped
@@ -72,7 +72,8 @@ def encode(
     sizes = None if texts.time_ids is None else texts.time_ids[of]
     names = list(unique)
     items = [names[i] for i in of.tolist()]
-    return Encoded(moments, texts, of[:, None], torch.ones(1), uncond, sizes, noise=noise, names=items)
+    identity = hash_of(used)
+    return Encoded(moments, texts, of[:, None], torch.ones(1), uncond, sizes, noise=noise, names=items, identity=identity)
 
 
 def texts_of(rows: list[Cond]) -> Cond:
@@ -85,7 +86,7 @@ def texts_of(rows: list[Cond]) -> Cond:
 
 def reading(base: Checkpoint, prompts: list[str], texts: Cond) -> tuple[Any, ...]:
     """The rules by which these prompts are read, for the name of a cache; empty where they are words in one window."""
-    words_only = all(prompt.parse(line) == Prompt(((Part(line),),)) for line in prompts if line.strip())
+    words_only = all((read := prompt.parse(line)).plain and read.parts[0].text == " ".join(line.split()) for line in prompts)
     one_window = not isinstance(texts.tokens, Rows) and texts.tokens.shape[1] == base.tokenizers[0].model_max_length
     if words_only and one_window and not base.skipped_layers:
         return ()

@@ -66,11 +66,14 @@ def possible(shapes: Shapes) -> list[Family]:
 
 def claims(metadata: Mapping[str, str]) -> Iterator[tuple[str, Family]]:
     """The families that a header names, each with the entry that does, in the order in which they are believed."""
-    if row := FAMILIES.get(metadata.get(FAMILY, "")):
-        yield FAMILY, row
+    own = FAMILIES.get(metadata.get(FAMILY, ""))
+    if own:
+        yield FAMILY, own
     published = [row for row in FAMILIES.values() if row.published]
     architecture, version = metadata.get(ARCHITECTURE, ""), metadata.get(VERSION, "")
-    yield from ((ARCHITECTURE, row) for row in published if architecture.startswith(row.architecture_stem))
+    # Families may share an architecture, as the embedded one does with SD1: then it says nothing besides the family's own name.
+    if not (own and architecture.startswith(own.architecture_stem)):
+        yield from ((ARCHITECTURE, row) for row in published if architecture.startswith(row.architecture_stem))
     named = [row for row in published if VERSION in row.lora_header]
     if same := [row for row in named if version.split("_")[0] == row.lora_header[VERSION].split("_")[0]]:
         yield VERSION, same[0]

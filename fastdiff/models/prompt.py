@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from fastdiff.runtime import console
+from fastdiff.runtime import console, text_file
 
 RULES = 1  # of reading prompts; another number wherever a text is read otherwise than before, so that cached states are not
 WINDOW = 75  # tokens of a published text encoder's window, beside its two marks; `max_tokens` counts in these
@@ -51,6 +51,11 @@ class Prompt:
         return [part for section in self.sections for part in section]
 
     @property
+    def plain(self) -> bool:
+        """Whether it is nothing but words, in one section."""
+        return len(self.parts) == 1 and not self.weighs and not self.kinds & {"cleaned", "lora", "break"}
+
+    @property
     def weighs(self) -> bool:
         """Whether some words have a weight other than 1."""
         return any(part.weight != 1 for part in self.parts)
@@ -58,9 +63,10 @@ class Prompt:
 
 def parse(text: str) -> Prompt:
     """Read a prompt by the rules of this module. Every text is a prompt: what is no rule of it is words."""
-    kinds = {kind for kind, looks in UNREAD.items() if looks.search(text)}
-    words = LORA.sub("", text)
-    if words != text:
+    text, changes = text_file.clean(text)
+    kinds = {kind for kind, looks in UNREAD.items() if looks.search(text)} | ({"cleaned"} if changes else set())
+    words = " ".join(LORA.sub("", text).split())
+    if LORA.search(text):
         kinds.add("lora")
     pieces = BREAK.split(words)
     if len(pieces) > 1:
@@ -184,6 +190,7 @@ def section_windows(section: Sequence[Part], known: Mapping[str, list[int]], siz
 # ---- what is told of prompts
 
 TOLD: Mapping[str, str] = {
+    "cleaned": "hold U+FFFD, control or invisible characters, which are left out",
     "lora": "name LoRAs, as <lora:anime:0.8>: that is no text and is left out, and no LoRA is loaded by it",
     "weight": "weigh words, as (word:1.3): the weights are obeyed",
     "break": "have BREAK: what follows begins a new window of the text encoder",
@@ -193,7 +200,7 @@ TOLD: Mapping[str, str] = {
     "embedding": "name embeddings, as embedding:name: none is loaded, and the name is read as text",
     "wildcard": "have wildcards, as __name__ or {one|other}: they are read as text",
 }
-WARNED = {"lora", "embedding", "wildcard"}  # what the user wanted does not happen
+WARNED = {"cleaned", "lora", "embedding", "wildcard"}  # what the user wanted does not happen
 
 
 def tell(lines: Iterable[str], tokens: Tokens, max_tokens: int, source: str, what: str = "prompts") -> None:

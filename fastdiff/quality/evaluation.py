@@ -25,7 +25,7 @@ from fastdiff.quality.metrics import Against, Features, Metric, Row, judging, me
 from fastdiff.quality.samples import Samples
 from fastdiff.quality.ways import ladder_of, teacher_row, teacher_ways
 from fastdiff.runtime import console, rng
-from fastdiff.runtime.errors import UsageError, device_errors_explained
+from fastdiff.runtime.errors import UsageError, as_field, device_errors_explained
 from fastdiff.sampling.assemble import pick_device
 from fastdiff.sampling.pictures import uint8
 from fastdiff.sampling.sampler import Sampler, drawing
@@ -250,8 +250,13 @@ class Evaluation:
         made, guided = teacher.open([], None), teacher.ladder[0]
         if made.denoiser.guidance_embedded and any(way.step_guidance for way in teacher_rows):
             raise UsageError("`teacher_row`: the base takes one guidance for all steps, as an input", "give one guidance a row")
+        # First what may be refused: drawing may take hours.
+        pictures = self.samples.of_folder(reference) if isinstance(reference, Path) else None
         best = self.samples.row(teacher.name, made, guided, identity=made.identity)
-        self.set_reference(made, best, reference, known or {})
+        if pictures is not None:
+            self.compare_with(pictures, best)
+        else:
+            self.set_reference(made, best, known or {})
         warn_of_few(self.part(best, self.main), self.against[self.main], len(self.samples))
         latency_ms = {best: self.samples.latency_ms(made, guided)}
         few = sorted({settings.calls for model in students for settings in model.ladder}) if baseline else []
@@ -285,10 +290,8 @@ class Evaluation:
         latency_ms[row] = self.samples.latency_ms(made, settings)
         return row
 
-    def set_reference(self, made: Sampler, best: Row, reference: Path | str, known: Features) -> None:
-        """Compare with features of the folder's pictures, or of the teacher's pictures of other seeds; `known`: those shipped."""
-        if isinstance(reference, Path):
-            return self.compare_with(self.samples.of_folder(reference), best)
+    def set_reference(self, made: Sampler, best: Row, known: Features) -> None:
+        """Compare with features of the teacher's pictures of other seeds; `known`: those that ship."""
         if not self.samples.extractors:  # nothing compares distributions
             return self.compare_with({}, best)
         if known and len(self.samples.extractors) == 1:
@@ -326,7 +329,18 @@ def prompts_of(family: Family, prompts: str | Path | Sequence[str] | None, n: in
         lines = read_prompts(Path(prompts)) if isinstance(prompts, str | Path) else list(prompts)
     if not lines:
         raise UsageError("`prompts`: it has no prompts", "give at least one")
+    if prompts is not None and n < len(lines):
+        console.warn(f"`num_images={n}`: only the first {n} of the {len(lines)} prompts are used")
     return [lines[i % len(lines)] for i in range(n)]
+
+
+def reference_folder(reference: str | Path) -> Path:
+    """The folder of pictures that a student is compared with; UsageError where it is none."""
+    path = Path(reference).expanduser()
+    if not path.is_dir():
+        hint = "give a folder of pictures; by default the teacher's own pictures are taken, in `teacher_steps` steps"
+        raise UsageError(f"{as_field('reference', reference)}: no such folder", hint)
+    return path
 
 
 def known_features(family: Family, settings: Settings, prompts: Any) -> Features:
@@ -397,7 +411,7 @@ def evaluate(
     return evaluation.compare(
         Model("teacher", opened, [guided]),
         [Model("student", lambda loras, controlnet: student, ladder)],
-        reference=f"teacher:{guided.num_steps}" if reference is None else Path(reference),
+        reference=f"teacher:{guided.num_steps}" if reference is None else reference_folder(reference),
         known=known_features(family, guided, prompts),
         baseline=baseline,
         teacher_rows=rows,

@@ -241,7 +241,7 @@ class Samples:
         """
         files, counts = folder.pictures_of(path, "reference"), Counts()
         if len(files) < 2:
-            raise InputRefused(f"`reference={path}`: it holds {len(files)} pictures", "at least 2 are needed for a distribution")
+            raise InputRefused(f"`reference={path}`: pictures in it: {len(files)}", "at least 2 are needed for a distribution")
         parts: list[Features] = []
         sides = {extractor.side_px or self.resolution_px for extractor in self.extractors}
         with console.progress(len(files), "looking at the reference") as bar, torch.no_grad():
