@@ -3,7 +3,9 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import build
@@ -17,7 +19,7 @@ from fastdiff.models import prompt, text
 from fastdiff.models.denoiser import Cond, Denoiser
 from fastdiff.models.prompt import Part, parse
 from fastdiff.runtime import console
-from fastdiff.runtime.errors import UsageError
+from fastdiff.runtime.errors import InputRefused, UsageError
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import Settings
 
@@ -61,11 +63,13 @@ def fresh():
         ("(dull:-1)", [("dull", -1)], "weight"),
         ("saber (fate) and (b:1.2)", [("saber (fate) and ", 1), ("b", 1.2)], "weight bare"),
         (r"saber_\(fate\), \[x\]", [("saber_(fate), [x]", 1)], ""),
+        ("(a BREAK b:1.2) (c", [("a", 1.2), ("b", 1.2), (" (c", 1)], "weight break bare"),
+        ("（a：1.3）", [("（a：1.3）", 1)], "bare"),
         (r"(saber \(fate\):1.5)", [("saber (fate)", 1.5)], "weight"),
         ("at (10:30) in 16:9", [("at (10:30) in 16:9", 1)], "bare"),  # a time, not a weight
         ("(loud:99)", [("(loud:99)", 1)], "bare"),
-        ("a ) b ( c", [("a ) b ( c", 1)], ""),
-        ("((a:1.1)", [("(", 1), ("a", 1.1)], "weight"),
+        ("a ) b ( c", [("a ) b ( c", 1)], "bare"),
+        ("((a:1.1)", [("(", 1), ("a", 1.1)], "weight bare"),
         ("cat <lora:anime:0.8> <LYCO:x> dog", [("cat dog", 1)], "lora"),
         ("a\n  red\tapple", [("a red apple", 1)], ""),
         ("caf\udce9 \ufffd\u200bx", [("caf x", 1)], "cleaned"),
@@ -227,11 +231,12 @@ def test_captions_are_trained_as_prompts_are_drawn(base, tmp_path, monkeypatch, 
     source = f"--data {folder}".replace("--data ", "")
     assert source in told
     for line in (
-        "1 of 7 captions have more than 30 tokens, and the rest is left out (`max_tokens=225`); of the first, which has 52:",
-        "4 of 7 captions have more than 10 tokens and are read in windows of 10",
+        "1 of 7 captions do not fit into 3 windows of 10 tokens, and the rest is left out (`max_tokens=225`); of the first, "
+        "which has 52 tokens:",
+        "4 of 7 captions are read in several windows of 10 tokens",
         "1 of 7 captions weigh words, as (word:1.3): the weights are obeyed",
         "1 of 7 captions name LoRAs",
-        "1 of 7 captions have brackets without a weight",
+        "1 of 7 captions have brackets that are read as text",
         "1 of 7 captions have BREAK",
     ):
         assert line in told, line
@@ -266,7 +271,9 @@ def test_the_teacher_draws_long_prompts_whole(base, tmp_path, monkeypatch, capsy
         assert data.batch(4, torch.Generator().manual_seed(1)).cond.tokens.shape[1] % 12 == 0
         folders |= set((tmp_path / "cache").glob("teacher-*"))
     assert len(folders) == 3
-    assert "prompts: 1 of 2 prompts have more than 30 tokens" in capsys.readouterr().err.replace("`", "").replace("--", "")
+    assert "prompts: 1 of 2 prompts do not fit into 3 windows of 10 tokens" in capsys.readouterr().err.replace("`", "").replace(
+        "--", ""
+    )
 
 
 # ---- sampling
@@ -276,9 +283,9 @@ def test_a_cut_prompt_is_told_with_what_is_left_out(base, capsys):
     sampler = Sampler(str(base), device="cpu", compile="off")
     sampler.conds([TOO_LONG, "b"], negative=LONG)
     told = " ".join(capsys.readouterr().err.split())
-    assert "prompt`: 1 of 2 prompts have more than 30 tokens, and the rest is left out" in told
+    assert "prompt`: 1 of 2 prompts do not fit into 3 windows of 10 tokens, and the rest is left out" in told
     assert repr("efghijklmnopqrstuvwxyz") in told.replace(" ", "")  # the tiny tokenizer knows no words
-    assert "`negative`: 1 of 1 prompts have more than 10 tokens and are read in windows of 10" in told
+    assert "`negative`: 1 of 1 prompts are read in several windows of 10 tokens" in told
 
 
 @pytest.mark.parametrize("skip", [1, 2, 3])
@@ -363,7 +370,7 @@ def test_a_trained_lora_carries_clip_skip_in_its_header_and_card(tiny_sd, tmp_pa
     assert cli.main(["train-lcm-lora", *how, *few]) == 0
     err = " ".join(capfd.readouterr().err.split())
     assert "--clip-skip 1: 1 layer less of each text encoder than is usual for sd15, as diffusers counts" in err
-    assert "1 of 2 prompts have more than 30 tokens, and the rest is left out (--max-tokens 225)" in err
+    assert "1 of 2 prompts do not fit into 3 windows of 10 tokens, and the rest is left out (--max-tokens 225)" in err
     file = tmp_path / "run" / "lcm.safetensors"
     assert lora.load(file).recipe.clip_skip == 1
     card = (tmp_path / "run" / "README.md").read_text()
@@ -417,3 +424,84 @@ def test_prompt_files_tell_what_is_no_prompt(tmp_path, capsys):
     (tmp_path / "b.txt").write_text('{"text": "a cat"}\n{"text": "a dog"}\n')
     with pytest.raises(UsageError, match="its lines are JSON, not prompts"):
         read_prompts(tmp_path / "b.txt")
+
+
+# ---- clip skip, once more: where it is lost or doubtful
+
+
+def header(folder, **entries):
+    (folder / "fastdiff.json").write_text(json.dumps({f"fastdiff.{name}": value for name, value in entries.items()}))
+    return str(folder)
+
+
+@pytest.fixture
+def skipping(base, tmp_path):
+    """The checkpoint, with a header that says clip skip 1."""
+    import shutil
+
+    shutil.copytree(base, tmp_path / "skipping")
+    return header(tmp_path / "skipping", method="prune", clip_skip="1")
+
+
+def test_stock_code_draws_the_same_with_clip_skip_and_guidance(base, skipping):
+    from fastdiff.sampling.stock_code import stock_code
+
+    sampler = Sampler(skipping, device="cpu", compile="off")
+    for settings in (Settings("ddim", 3, 5.0, "leading"), Settings("ddim", 3, 5.0, "leading", step_guidance=(1.0, 5.0, 2.0))):
+        ours = sampler.pixels(*sampler.conds(["a cat"]), [3], settings, resolution_px=64) * 127.5 + 127.5
+        pipe = checkpoint.load(skipping).pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        code = stock_code(checkpoint.load(skipping), settings)
+        found = {"pipe": pipe, "prompt": "a cat", "seed": 3}
+        exec(code.replace("generator=", "height=64, width=64, generator="), found)
+        theirs = torch.from_numpy(np.array(found["image"])).permute(2, 0, 1)
+        assert (ours[0] - theirs).abs().max() < 2, settings
+
+
+def test_a_stored_clip_skip_is_told_kept_and_checked(base, skipping, tmp_path, capsys):
+    from fastdiff.lora import merging
+
+    opened = checkpoint.load(skipping)
+    assert "clip skip 1: 1 layer less" in " ".join(capsys.readouterr().err.split())
+    plain = lora_file(opened, tmp_path / "plain.safetensors", **Recipe(method="lcm", scheduler="lcm", num_steps=4).to_metadata())
+    merging.bake(skipping, [plain], tmp_path / "baked")
+    assert checkpoint.load(str(tmp_path / "baked")).recipe.clip_skip == 1
+    saying = [
+        lora_file(opened, tmp_path / f"{n}.safetensors", **Recipe(scheduler="lcm", clip_skip=n).to_metadata()) for n in (0, 2)
+    ]
+    merging.bake(skipping, saying, tmp_path / "both")
+    assert checkpoint.load(str(tmp_path / "both")).skipped_layers == 0
+    assert "was trained with clip skip 2" in " ".join(capsys.readouterr().err.split())
+    console.reset()
+    Sampler(str(base), loras=[saying[1]], clip_skip=1, device="cpu", compile="off")
+    assert "the weights were trained with clip skip 2, but pictures are drawn with 1" in " ".join(capsys.readouterr().err.split())
+    broken = header(Path(skipping), clip_skip="30")
+    with pytest.raises(InputRefused, match=r"clip skip 30: text_encoder has 5 layers"):
+        checkpoint.load(broken)
+
+
+@pytest.mark.parametrize(
+    "how", [{"clip_skip": -1}, {"clip_skip": "1"}, {"clip_skip": True}, {"max_tokens": 7500}, {"max_tokens": "75"}]
+)
+def test_values_that_are_none_are_refused(how, base):
+    with pytest.raises(UsageError, match=rf"`{next(iter(how))}={next(iter(how.values()))}`: not a"):
+        checkpoint.load(str(base), **how)
+
+
+def test_the_teachers_samples_depend_on_the_text_encoder(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+    settings, found = Settings("ddim", 2, 7.0), []
+    for shift in (0.0, 1.0):
+        opened = checkpoint.load(str(base))
+        with torch.no_grad():
+            text.norm_of(opened.text_encoders[-1]).bias.add_(shift)
+            next(iter(opened.text_encoders[-1].parameters())).mul_(1 + shift)
+        found.append(teacher.encode(opened, ["a cat"], 64, settings, pairs=1, seed=0).latents)
+    assert not torch.equal(*found)
+
+
+def test_a_prompt_must_be_a_text(base):
+    sampler = Sampler(str(base), device="cpu", compile="off")
+    for lines, negative in (([], ""), (["a", None], ""), (["a"], ["b"])):
+        with pytest.raises(UsageError, match="not a text"):
+            sampler.conds(lines, negative=negative)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.checkpoints import component, configs, folders, published, single_file, supported, tokens, views
+from fastdiff.checkpoints import component, configs, folders, published, single_file, supported, text_reading, tokens, views
 from fastdiff.checkpoints.detect import Detection, check_kind, detect, detect_prediction, infer_unet
 from fastdiff.checkpoints.family import Family
 from fastdiff.checkpoints.fingerprint import fingerprint as fingerprint
@@ -24,9 +24,7 @@ from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import TensorFile
 from fastdiff.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdiff.runtime.console import info, note, warn
-from fastdiff.runtime.errors import InputRefused, UsageError, as_field, quoted
-
-MAX_TOKENS = 225  # three windows of a text encoder, as most trainers' longest captions
+from fastdiff.runtime.errors import InputRefused, as_field, quoted
 
 
 @dataclass
@@ -42,7 +40,7 @@ class Checkpoint:
     prediction: str | None = None  # overrides the prediction type that the files state
     allow_pickle: bool = False
     zero_snr: bool = False  # the user says that the noise schedule ends in pure noise; files may say it too
-    max_tokens: int = MAX_TOKENS  # of a prompt that are read, in windows of 75
+    max_tokens: int = text_reading.MAX_TOKENS  # of a prompt that are read, in windows of 75
     clip_skip: int | None = None  # last layers of the text encoders that are left out; None: as the files say
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # of components that get another shape than the files'
 
@@ -176,50 +174,37 @@ class Checkpoint:
         return schedule
 
     @property
+    def stated_clip_skip(self) -> int | None:
+        """The number of layers that the user or the files say; None where nobody does."""
+        return self.stored_recipe.clip_skip if self.clip_skip is None else self.clip_skip
+
+    @property
     def skipped_layers(self) -> int:
         """How many last layers of the text encoders are left out, as diffusers counts them in `clip_skip`.
 
         It is what the user says, else what the files do.
         """
-        return self.stored_recipe.clip_skip or 0 if self.clip_skip is None else self.clip_skip
+        return self.stated_clip_skip or 0
 
     @property
     def text_layer(self) -> int:
         """Whose states of each text encoder the UNet takes: -1 for the last layer, -2 for the one before it, and so on."""
         return self.family.text_layer - self.skipped_layers
 
-    def check_clip_skip(self) -> None:
-        """Say which layer `clip_skip` takes. UsageError where it leaves none of a text encoder."""
-        if not (skipped := self.skipped_layers):
-            return
-        for part in self.text_parts:
-            layers = int(self.config_of(part)["num_hidden_layers"])
-            if self.text_layer < -layers:
-                most = layers + self.family.text_layer
-                problem = f"{as_field('clip_skip', skipped)}: {part} has {layers} layers"
-                raise UsageError(problem, f"it can be at most {most}")
-        usual = self.family.clip_skip_elsewhere
-        note(
-            f"{as_field('clip_skip', skipped)}: {skipped} layer{'s' * (skipped > 1)} less of each text encoder than is usual for "
-            f"{self.family}, as diffusers counts; other programs call this clip skip {usual + skipped}, and their "
-            f"{usual} is 0 here"
-        )
+    def reading(self, max_tokens: int | None = None, clip_skip: int | None = None, *, said_by: str = "") -> "Checkpoint":
+        """A copy of this checkpoint that reads prompts otherwise; None leaves a value as it is. The components are shared.
 
-    def reading(self, max_tokens: int | None = None, clip_skip: int | None = None) -> "Checkpoint":
-        """A copy of this checkpoint that reads prompts otherwise; itself where both are None. The components are shared.
-
-        UsageError where `clip_skip` leaves no layer of a text encoder, or `max_tokens` is no multiple of 75.
+        `said_by` is the file that states `clip_skip`, where the user does not. UsageError, or InputRefused for a file, where
+        `clip_skip` leaves no layer of a text encoder; UsageError where `max_tokens` is no multiple of 75.
         """
         if max_tokens is None and clip_skip is None:
             return self
         other = copy(self)
-        if max_tokens is not None:
-            if max_tokens % 75 or max_tokens < 75:
-                raise UsageError(f"{as_field('max_tokens', max_tokens)}: not a multiple of 75", "give 75, 150 or 225")
-            other.max_tokens = max_tokens
+        other.max_tokens = self.max_tokens if max_tokens is None else text_reading.checked_tokens(max_tokens)
         if clip_skip is not None:
             other.clip_skip = clip_skip
-            other.check_clip_skip()
+        stated = said_by or (self.ref if other.clip_skip is None else "")
+        text_reading.checked_layers(other, stated)
         return other
 
     def with_unet(self, net: nn.Module, kind: PredictionType) -> "Checkpoint":
@@ -429,7 +414,7 @@ def load(
     prediction: str | None = None,
     allow_pickle: bool = False,
     zero_snr: bool = False,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = text_reading.MAX_TOKENS,
     clip_skip: int | None = None,
 ) -> Checkpoint:
     """Open the checkpoint that `ref` names: an alias, a hub id, a diffusers folder or a single file. Weights are read later.

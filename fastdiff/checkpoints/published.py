@@ -335,5 +335,6 @@ def settings_text(recipe: Recipe) -> str:
     parts += [f"guidance {recipe.guidance:g}"] if recipe.guidance is not None else []
     parts += [f"eta {recipe.eta:g}"] if recipe.eta else []
     parts += [f"timesteps {', '.join(map(str, recipe.timesteps))}"] if recipe.timesteps else []
+    parts += [f"clip skip {recipe.clip_skip}"] if recipe.clip_skip else []
     parts += ["predicts x0"] if recipe.prediction_type == "sample" else []
     return ", ".join(parts)

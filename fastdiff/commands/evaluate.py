@@ -83,7 +83,7 @@ def whole(config: Config, ref: str, dtype: torch.dtype, device: torch.device) ->
     return opened
 
 
-def students(config: Config, family: Family, dtype: torch.dtype, device: torch.device) -> list[Model]:
+def students(config: Config, family: Family, dtype: torch.dtype, device: torch.device, base_skip: int = 0) -> list[Model]:
     """The models to judge. Only headers are read so far. UsageError where one is of another family than the base."""
     models: list[Model] = []
     for specs in [[spec] for spec in config.student] + ([config.lora] if config.lora else []):
@@ -103,6 +103,11 @@ def students(config: Config, family: Family, dtype: torch.dtype, device: torch.d
         if not family.has_name(own_family):
             flag = "--lora" if config.lora else "--student"
             raise UsageError(f"{flag} {path}: of {own_family}, but --base is {family}", "give its own base with --base")
+        if config.clip_skip is None and recipe.clip_skip not in {None, base_skip}:
+            console.warn(
+                f"{path}: is drawn with clip skip {recipe.clip_skip}, as its recipe says, and the teacher with {base_skip}; "
+                f"--clip-skip {recipe.clip_skip} draws both so"
+            )
         name, alike = name_of(path), sum(m.name.split(" #")[0] == name_of(path) for m in models)
         ladder = ladder_of(recipe, family, config.steps)
         models.append(Model(f"{name} #{alike + 1}" if alike else name, opener, ladder))
@@ -149,7 +154,7 @@ def run(config: Config) -> Result:
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     base = config.open_base(dtype)
-    family, models = base.family, students(config, base.family, dtype, device)
+    family, models = base.family, students(config, base.family, dtype, device, base.skipped_layers)
     saved = output / "images" if config.save_images else None
     evaluation = open_evaluation(config, family, config.resolution or base.resolution_px, device, saved)
     guided = teacher_settings(config, base)

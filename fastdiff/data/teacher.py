@@ -49,7 +49,8 @@ def encode(
     row = torch.tensor([unique[prompt] for prompt in used])
     text.tell(base, list(unique), "`prompts`")
     texts, uncond = texts_of(text.rows(base, list(unique), device=device)), text.unconditional(base, device=device)
-    rules = reading(base, list(unique), texts)
+    nets = tuple(fingerprint(net) for net in base.text_encoders)
+    rules = (nets, base.zeros_for_empty_prompt, *reading(base, list(unique), texts))
     base.release("text_encoders", "tokenizers")
     if base.family.size_conditioned:
         texts, uncond = (with_size(c, resolution_px) for c in (texts, uncond))

@@ -56,8 +56,9 @@ def merge(
 def recipe_of(loras: Sequence[tuple[Lora, float]], base: Checkpoint | None = None) -> Recipe:
     """The recipe of the first LoRA that has one, else of the base. A warning names other LoRAs that have one too."""
     having = [item for item, _ in loras if item.recipe.scheduler]
+    skip = clip_skip_of(loras, base)
     if not having:
-        return base.recipe if base else loras[0][0].recipe
+        return replace(base.recipe if base else loras[0][0].recipe, clip_skip=skip)
     first, *others = having
     if base and base.recipe.few_steps and base.recipe.method != first.recipe.method:
         settings = published.settings_text(base.recipe)
@@ -65,7 +66,19 @@ def recipe_of(loras: Sequence[tuple[Lora, float]], base: Checkpoint | None = Non
     for other in others:
         settings = published.settings_text(other.recipe)
         console.warn(f"{other.source}: has a recipe of its own ({settings}); that of {first.source} is used")
-    return first.recipe
+    return replace(first.recipe, clip_skip=skip)
+
+
+def clip_skip_of(loras: Sequence[tuple[Lora, float]], base: Checkpoint | None = None) -> int | None:
+    """The clip skip of the first LoRA that says one, else of the base. A warning names other LoRAs that say another."""
+    saying = [(item.source, item.recipe.clip_skip) for item, _ in loras if item.recipe.clip_skip is not None]
+    if not saying:
+        return base.stated_clip_skip if base else None
+    source, skip = saying[0]
+    for other, own in saying[1:]:
+        if own != skip:
+            console.warn(f"{other}: was trained with clip skip {own}; that of {source}, {skip}, is used")
+    return skip
 
 
 def inherited(loras: Sequence[tuple[Lora, float]], base: Checkpoint | None = None) -> dict[str, str]:
@@ -276,6 +289,8 @@ def bake(
     if asked:
         published.warn_of_family(asked, base.family.name)
     kept = replace(asked or recipe_of(given, base), family=base.family.name)
+    if kept.clip_skip is None:
+        kept = replace(kept, clip_skip=clip_skip_of(given, base))
     how = dict(changed=changed, dtype=dtype, recipe=kept, said=with_hint(inherited(given, base), kept))
     path = Path(path).expanduser()
     if path.suffix == ".safetensors":

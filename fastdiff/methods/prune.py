@@ -52,7 +52,7 @@ class Prune(Method):
         self.student = Denoiser(net, self.schedule, base.prediction_type)
         self.feature_pairs = unet.feature_pairs(base.unet.config, layout) if config.lambda_feat else []  # type: ignore[arg-type]  # diffusers' is a dict
         self.recipe = Recipe(
-            method=self.name, family=base.family.name, clip_skip=base.skipped_layers or None
+            method=self.name, family=base.family.name, clip_skip=base.stated_clip_skip
         )  # no sampling settings: it is sampled like its parent
 
     @classmethod

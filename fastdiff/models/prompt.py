@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+from fastdiff.checkpoints.text_reading import WINDOW
 from fastdiff.runtime import console, text_file
 
 RULES = 1  # of reading prompts; another number wherever a text is read otherwise than before, so that cached states are not
-WINDOW = 75  # tokens of a published text encoder's window, beside its two marks; `max_tokens` counts in these
 WHOLE = 8  # parts of fewer tokens are not divided between two windows
 MOST_WEIGHT = 10.0  # (16:90) is no weight
 LORA = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 BREAK = re.compile(r"[\s,]*(?<![^\s,])BREAK(?![^\s,])[\s,]*")
 WEIGHT = re.compile(r":\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$")
+WIDE_BRACKETS = re.compile(r"（[^（）]*[：:][^（）]*）")  # as Chinese and Japanese keyboards type them
 ESCAPED = re.compile(r"\\([()\[\]])")
 UNREAD = {  # kind -> what looks like it
     "square": re.compile(r"(?<!\\)\[[^\[\]]*\]"),
@@ -68,17 +69,18 @@ def parse(text: str) -> Prompt:
     words = " ".join(LORA.sub("", text).split())
     if LORA.search(text):
         kinds.add("lora")
-    pieces = BREAK.split(words)
-    if len(pieces) > 1:
+    parts, bare = weighted(words)
+    if bare or WIDE_BRACKETS.search(words):
+        kinds.add("bare")
+    sections: list[list[Part]] = [[]]
+    for part in parts:
+        first, *others = BREAK.split(part.text)
+        sections[-1].append(Part(first, part.weight))
+        sections += [[Part(piece, part.weight)] for piece in others]
+    if len(sections) > 1:
         kinds.add("break")
-    sections = []
-    for piece in pieces:
-        parts, bare = weighted(piece)
-        if bare:
-            kinds.add("bare")
-        if any(part.text.strip() for part in parts):
-            sections.append(tuple(parts))
-    prompt = Prompt(tuple(sections) or ((Part(""),),))
+    full = [tuple(part for part in section if part.text) for section in sections if any(part.text.strip() for part in section)]
+    prompt = Prompt(tuple(full) or ((Part(""),),))
     if prompt.weighs:
         kinds.add("weight")
     return Prompt(prompt.sections, frozenset(kinds))
@@ -121,7 +123,7 @@ def weighted(text: str) -> tuple[list[Part], bool]:
         else:
             i += 1
     end(len(text))
-    return parts or [Part("")], bare
+    return parts or [Part("")], bare or bool(opened)
 
 
 # ---- windows
@@ -194,7 +196,7 @@ TOLD: Mapping[str, str] = {
     "lora": "name LoRAs, as <lora:anime:0.8>: that is no text and is left out, and no LoRA is loaded by it",
     "weight": "weigh words, as (word:1.3): the weights are obeyed",
     "break": "have BREAK: what follows begins a new window of the text encoder",
-    "bare": "have brackets without a weight: (word) is read as text; write (word:1.1) to weigh it",
+    "bare": "have brackets that are read as text, as (word) and (10:30); (word:1.1) weighs a word, by at most 10",
     "square": "have square brackets: [word] and [one:other:0.5] are read as text",
     "and": "have AND: it is read as text",
     "embedding": "name embeddings, as embedding:name: none is loaded, and the name is read as text",
@@ -217,14 +219,13 @@ def tell(lines: Iterable[str], tokens: Tokens, max_tokens: int, source: str, wha
     windows = windows_of(prompts, tokens, max_tokens)
     if cut := [w for w in windows if w.left_out]:
         rest = shortened(tokens.words(cut[0].left_out))
-        room = (tokens.length - 2) * max(1, max_tokens // WINDOW)
+        room = f"{max(1, max_tokens // WINDOW)} window{'s' * (max_tokens > WINDOW)} of {tokens.length - 2} tokens"
         console.warn(
-            f"{source}: {len(cut)} of {len(unique)} {what} have more than {room} tokens, and the rest is left out "
-            f"(`max_tokens={max_tokens}`); of the first, which has {cut[0].tokens}: {rest}"
+            f"{source}: {len(cut)} of {len(unique)} {what} do not fit into {room}, and the rest is left out "
+            f"(`max_tokens={max_tokens}`); of the first, which has {cut[0].tokens} tokens: {rest}"
         )
     if long := sum(len(w.windows) > 1 for w in windows):
-        size = tokens.length - 2
-        console.note(f"{source}: {long} of {len(unique)} {what} have more than {size} tokens and are read in windows of {size}")
+        console.note(f"{source}: {long} of {len(unique)} {what} are read in several windows of {tokens.length - 2} tokens")
 
 
 def shortened(text: str, most: int = 80) -> str:

@@ -1,7 +1,7 @@
 """The options of commands that encode prompts."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from fastdiff.options.base import BaseConfig
 from fastdiff.runtime.config import Range
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 @dataclass
 class TextConfig(BaseConfig):
     """How prompts and captions are read."""
+
+    PANEL: ClassVar[str] = "Prompts"
 
     max_tokens: Annotated[
         int,

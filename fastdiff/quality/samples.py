@@ -203,7 +203,7 @@ class Samples:
         compared = beside is not None and beside.pictures is not None and self.distance is not None
         content += [sha256(beside.pictures.numpy().tobytes()).hexdigest() if compared else None, self.lines[: len(cond)]]
         digest.update(repr(content).encode())
-        for tensor in (cond.tokens, uncond.tokens, cond.control):
+        for tensor in (cond.tokens, uncond.tokens, cond.control, cond.pooled, uncond.pooled):
             if tensor is not None:
                 digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:24]

@@ -13,6 +13,7 @@ from fastdiff import lora
 from fastdiff.checkpoints import checkpoint, hub, references, single_file, tensors
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.checkpoints.family import named
+from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.diffusion.samplers import SOLVERS
 from fastdiff.lora import identify
 from fastdiff.lora.file import Weighted, opened, with_weights
@@ -89,6 +90,18 @@ def load_loras(
     if remap:
         console.warn(f"`remap`: {base.ref} has all layers of its family; nothing to move")
     return items
+
+
+def with_clip_skip(base: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The base as the recipe of its weights reads prompts. What the user says counts more, with a warning where both differ."""
+    skip = recipe.clip_skip
+    if skip is None or skip == base.skipped_layers:
+        return base
+    if base.clip_skip is None:
+        return base.reading(clip_skip=skip, said_by="the recipe of the LoRAs")
+    said = f"the weights were trained with clip skip {skip}, but pictures are drawn with {base.skipped_layers}"
+    console.warn(f"{as_field('clip_skip', base.skipped_layers)}: {said}")
+    return base
 
 
 def tell_clip_skip(base: Checkpoint, loras: Sequence[tuple[lora.Lora, float]]) -> None:
@@ -173,6 +186,8 @@ def stock_pipeline(base: Checkpoint, scheduler: Any, *, vae: nn.Module | None = 
     import diffusers
 
     pipe = base.pipeline()
+    if base.family.text_layer == -1 and not hasattr(pipe.text_encoder, "text_model"):  # where clip_skip of diffusers looks
+        vars(pipe.text_encoder)["text_model"] = pipe.text_encoder  # for the last norm, which transformers 5 has moved
     if vae is not None:
         pipe.vae = deepcopy(vae)
     if controlnet is not None:

@@ -102,8 +102,7 @@ class Sampler:
             published.warn_of_family(given, self.source.family.name)
             console.note(f"recipe: {published.settings_text(given) or 'none, as the base is usually drawn'}")
         self.same_family()
-        if self.source.clip_skip is None and self.recipe.clip_skip is not None:
-            self.source = self.source.reading(clip_skip=self.recipe.clip_skip)
+        self.source = assemble.with_clip_skip(self.source, self.recipe)
         assemble.tell_clip_skip(self.source, ready)
         alone = not ready and not identified
         self.base = own = self.source if alone else assemble.separate(self.source, "unet", "text_encoders")
@@ -234,6 +233,9 @@ class Sampler:
 
     def conds(self, lines: Sequence[str], *, negative: str = "", control: Tensor | None = None) -> tuple[Cond, Cond]:
         """Encode prompts to a Cond, a row each, and the negative prompt to another. All get `control` (3, H, W) in [0, 1]."""
+        for name, values in (("prompts", lines), ("negative", [negative])):
+            if not values or not all(isinstance(value, str) for value in values):
+                raise UsageError(f"`{name}`: not a text", "give each prompt as a str")
         cond = self.prompts(list(lines))
         if control is not None:
             cond = cond.with_control(control.to(self.device).contiguous().expand(len(cond), -1, -1, -1))
@@ -247,7 +249,8 @@ class Sampler:
     def pipeline(self) -> Any:
         """Build the diffusers pipeline with the LoRAs merged in and the recipe's scheduler, on the same device.
 
-        It has its own copies of the networks. Pass steps, guidance, control picture and control scale when you call it.
+        It has its own copies of the networks. Pass steps, guidance, clip_skip, control picture and control scale when you call
+        it; of a long prompt it reads one window.
         Raises UsageError for a sampler of networks in memory.
         """
         if self.source is None:

@@ -33,6 +33,7 @@ def guide_next_step(pipe, step, timestep, tensors):
     return {"prompt_embeds": torch.cat([uncond, cond]) if w > 1 else cond}
 """
 # transformers 5 has moved the norm that diffusers 0.42 puts after the layer of `clip_skip`.
+ENCODING = "device=pipe.device, num_images_per_prompt=1"
 NORM_FOR_CLIP_SKIP = """\
 if not hasattr(pipe.text_encoder, "text_model"):  # clip_skip looks there for the last norm
     vars(pipe.text_encoder)["text_model"] = pipe.text_encoder
@@ -94,6 +95,21 @@ def stock_call(base: Checkpoint, settings: Settings, kind: PredictionType | None
     return StockCall(SOLVERS[name].stock, config, steps + eta, size)
 
 
+def clip_skip(base: Checkpoint, guided: bool) -> tuple[str, list[str]]:
+    """The keyword arguments of pipelines and `encode_prompt` for the base's clip skip, and the lines that make them work."""
+    if not base.skipped_layers:
+        return "", []
+    skip, lines = f", clip_skip={base.skipped_layers}", []
+    if base.family.text_layer == -1:
+        lines += NORM_FOR_CLIP_SKIP.splitlines()
+    if guided and not base.zeros_for_empty_prompt:
+        # diffusers takes the empty prompt from the usual layer all the same; A1111 and ComfyUI do not.
+        lines.append(f'empty = pipe.encode_prompt("", do_classifier_free_guidance=False, {ENCODING}{skip})')
+        pooled = ", negative_pooled_prompt_embeds=empty[2]" if base.family.size_conditioned else ""
+        skip += f", negative_prompt_embeds=empty[0]{pooled}"
+    return skip, lines
+
+
 def stock_code(
     base: Checkpoint,
     settings: Settings,
@@ -118,16 +134,15 @@ def stock_code(
     if settings.step_guidance is not None and base.unet_config.get("time_cond_proj_dim") is not None:
         raise UsageError("step_guidance: this base takes one guidance for all steps, as an input", "give one `guidance`")
     call = stock_call(base, settings, kind)
-    skips_normalised = base.skipped_layers and base.family.text_layer == -1
+    skip, empty = clip_skip(base, settings.guided)
     lines = [
         *(f"import {name}" for name in sorted({*modules, "torch"})),
         f"from diffusers import {', '.join(sorted({*imports, call.scheduler}))}",
         "",
         *opening,
-        *(NORM_FOR_CLIP_SKIP.splitlines() if skips_normalised else ()),
+        *empty,
         f"pipe.scheduler = {call.scheduler}.from_config(pipe.scheduler.config{call.config})",
     ]
-    skip = f", clip_skip={base.skipped_layers}" if base.skipped_layers else ""
     rescale = f", guidance_rescale={settings.guidance_rescale:g}" if settings.guidance_rescale and settings.guided else ""
     drawn = f"{call.steps}{rescale}{skip}{call.size}{arguments}, generator=torch.Generator().manual_seed(seed)"
     if settings.step_guidance is None:

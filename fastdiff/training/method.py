@@ -160,7 +160,7 @@ class Method(ABC):
             method=self.name,
             family=base.family.name,
             prediction_type=base.prediction_type,
-            clip_skip=base.skipped_layers or None,
+            clip_skip=base.stated_clip_skip,
         )
         self._figures: dict[str, Tensor] = {}
         if "unet" in self.keeps:

@@ -240,6 +240,6 @@ def by_steps(gaps: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, 
 def reopened(path: Path, config: TrainConfig, device: torch.device) -> Sampler:
     """Open the weights that a run wrote as a user would: a checkpoint folder, or a LoRA file on the base that it trained on."""
     is_checkpoint = path.is_dir()
-    base = checkpoint.load(str(path)) if is_checkpoint else config.open_student(torch.float32)
+    base = checkpoint.load(str(path), **config.reading) if is_checkpoint else config.open_student(torch.float32)
     loras = [] if is_checkpoint else [(lora.load(path), 1.0)]
     return Sampler(base, loras=loras, vae=config.vae, device=device, compile="off", allow_pickle=config.allow_pickle)

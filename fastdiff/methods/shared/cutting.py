@@ -62,7 +62,7 @@ def cut(base: Checkpoint, config: Mapping[str, Any], folder: Path) -> Result:
     """Write the pruned checkpoint as a diffusers folder, tensor by tensor, so that the network is never whole in memory."""
     small, weights = pruned(base, config)
     with console.timed("write_s"):
-        recipe = Recipe(method="prune", family=base.family.name, clip_skip=base.skipped_layers or None)
+        recipe = Recipe(method="prune", family=base.family.name, clip_skip=base.stated_clip_skip)
         write.to_folder(small, folder, changed={"unet": weights}, recipe=recipe)
     return Result([folder], figures(base.unet_config, config))
 
