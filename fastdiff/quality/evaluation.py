@@ -397,7 +397,7 @@ def evaluate(
     return evaluation.compare(
         Model("teacher", opened, [guided]),
         [Model("student", lambda loras, controlnet: student, ladder)],
-        reference=f"teacher:{guided.num_steps}" if reference is None else Path(reference),
+        reference=f"teacher:{guided.num_steps}" if reference is None else Path(reference).expanduser(),
         known=known_features(family, guided, prompts),
         baseline=baseline,
         teacher_rows=rows,
