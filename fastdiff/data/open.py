@@ -42,10 +42,10 @@ def open_data(
     """Open and encode a data set, whose `batch(n, generator)` draws training batches. The VAE and text encoders can then go.
 
     `spec` is the value of `data` (default: the family's); a Path is always a folder. `prompts` is a file with one prompt per
-    line, for the teacher's samples. `resolution_px` is the side in pixels (default: the base's). `framing` (default: squares of the resolution) and
-    `max_images` apply to pictures that are read, `caption_column` (default: text, caption or prompt) to their captions. The
-    teacher makes `pairs` samples with the settings `sampling` (default: the family's), or none if `needs` is "prompts". Only the
-    teacher gives pairs of noise and sample.
+    line, for the teacher's samples. `resolution_px` is the side in pixels (default: the base's). `framing` (default: squares of
+    the resolution) and `max_images` apply to pictures that are read, `caption_column` (default: text, caption or prompt) to their
+    captions. The teacher makes `pairs` samples with the settings `sampling` (default: the family's), or none if `needs` is
+    "prompts". Only the teacher gives pairs of noise and sample.
     Raises UsageError if options do not go together or the data does not exist, and InputRefused if no picture is usable.
     """
     spec, resolution_px = in_full(spec) or base.family.default_data, resolution_px or base.resolution_px
