@@ -12,7 +12,7 @@ from fastdiff.data import folder, streams
 from fastdiff.data.prompts import read_prompts
 from fastdiff.models import unet
 from fastdiff.options.lcm import Config
-from fastdiff.runtime import console
+from fastdiff.runtime import console, text_file
 from fastdiff.runtime.config import read_file
 from fastdiff.runtime.errors import InputRefused, UsageError
 
@@ -101,6 +101,48 @@ OTHERS = {
     "cp1254": ["kırmızı şapka"],
     "cp949": ["고양이"],
 }
+
+
+DISGUISED = (  # text, encoding, how it is named
+    ("猫の絵", "iso-2022-jp", "ISO-2022"),
+    ("1girl, 赤い花", "iso-2022-jp", "ISO-2022"),
+    ("고양이", "iso-2022-kr", "ISO-2022"),
+    ("红苹果", "hz", "HZ"),
+    ("一只猫, cat", "hz", "HZ"),
+    ("日本語", "utf-7", "UTF-7"),
+    ("1girl, 赤い花の絵, best", "utf-7", "UTF-7"),
+    ("猫の絵", "utf-16-le", "UTF-16 without a mark"),
+    ("猫の絵", "utf-16-be", "UTF-16 without a mark"),
+    ("赤い花 1girl\r\n", "utf-16-le", "UTF-16 without a mark"),
+    ("日本", "shift-jis", "does not read as Windows-1252"),
+    ("1girl, 日本", "shift-jis", "does not read as Windows-1252"),
+    ("本", "shift-jis", "does not read as Windows-1252"),
+    ("風景", "shift-jis", "does not read as Windows-1252"),
+    ("空", "shift-jis", "does not read as Windows-1252"),
+    ("風景", "big5", "does not read as Windows-1252"),
+    ("桜", "gbk", "does not read as Windows-1252"),
+)
+
+
+@pytest.mark.parametrize(("text", "encoding", "name"), DISGUISED)
+def test_encodings_whose_bytes_pass_for_others_are_named(text, encoding, name):
+    with pytest.raises(text_file.NotText, match=name):
+        text_file.decode(text.encode(encoding))
+
+
+SIGNS = """a cat +dog, c++ and C+Java
++McDonald +iPhone4 +BlueBird+RedBird, score+2, +red
+{red|blue} ~{soft}~ (café:1.2), [été:0.5], {été|hiver}, <lora:x0>, <lora:abc0:1>
+<x0y0z0>
+~{a}
+email+tag@example.com, 2+2=4
+“à la carte”, l’été – «été»""".splitlines()
+
+
+@pytest.mark.parametrize("text", SIGNS)
+def test_signs_within_captions_are_no_other_encoding(text):
+    assert text_file.decode(text.encode())[0] == text
+    assert text_file.decode(text.encode("cp1252"))[0] == text
 
 
 @pytest.mark.parametrize("encoding", OTHERS)

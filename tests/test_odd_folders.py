@@ -294,7 +294,9 @@ def test_a_single_file_says_what_to_give_instead(tmp_path, name, hint):
 
 def test_the_background_is_part_of_the_cache(tiny_sd, tmp_path, capsys):
     """Latents of another background, and those of earlier rules, are not used again."""
-    put(tmp_path / "d", "a.png", encoded(Image.new("RGBA", (64, 64), (0, 0, 0, 0))))
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    clear.putpixel((0, 0), (0, 0, 0, 255))
+    put(tmp_path / "d", "a.png", encoded(clear))
     white, told = opened(tiny_sd, tmp_path / "d", capsys)
     assert "composed on white" in told
     blue, told = opened(tiny_sd, tmp_path / "d", capsys, background="#0000ff")

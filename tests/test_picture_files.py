@@ -4,9 +4,11 @@ import io
 import json
 import struct
 import sys
+import tarfile
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +18,9 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from fastdiff.data import folder
-from fastdiff.runtime.errors import InputRefused
+from fastdiff.runtime import console
+from fastdiff.runtime.counts import Counts
+from fastdiff.runtime.errors import InputRefused, UsageError
 from fastdiff.sampling import pictures
 
 SIDE = 16
@@ -82,11 +86,14 @@ def test_an_opaque_alpha_channel_changes_nothing_and_is_not_told(tmp_path, capsy
 
 
 def test_control_pictures_have_the_same_decoder(tmp_path, capsys):
+    """Transparent parts are black, the ground of control pictures."""
     rgba = halves((255, 0, 0, 255), (0, 255, 0, 0), "RGBA")
     path = saved(tmp_path / "a.png", rgba)
     for given in (path, rgba):
-        assert (pictures.control_of(given, SIDE)[:, :, 8:] == 1).all()
-    assert "transparent" in capsys.readouterr().err
+        found = pictures.control_of(given, SIDE)
+        assert (found[:, :, 8:] == 0).all()
+        assert (found[0, :, :8] == 1).all()
+        assert "transparent; composed on black" in capsys.readouterr().err
     deep = saved(tmp_path / "deep.png", Image.fromarray(np.full((SIDE, SIDE), 128 * 257, np.uint16)))
     assert pictures.control_of(deep, SIDE).mean() == pytest.approx(128 / 255, abs=1e-6)
     (tmp_path / "page.jpg").write_text("<html><body>404</body></html>")
@@ -120,8 +127,11 @@ def test_other_deep_pictures(tmp_path):
     la = deep_png(tmp_path / "la.png", 16, 4, alphas)
     assert near(la, (128,) * 3, (8, 2), 1)
     assert near(la, (255,) * 3, (8, 12), 0)
-    clear = saved(tmp_path / "trns.png", Image.fromarray(np.full((SIDE, SIDE), 300, np.uint16)), transparency=300)
-    assert near(clear, (255,) * 3, tolerance=0)
+    grey = np.full((SIDE, SIDE), 300, np.uint16)
+    grey[:, :8] = 0
+    clear = saved(tmp_path / "trns.png", Image.fromarray(grey), transparency=300)
+    assert near(clear, (255,) * 3, (8, 12), 0)
+    assert near(clear, (0,) * 3, (8, 2), 0)
 
 
 def test_floating_point_is_scaled_from_0_to_1_or_refused(tmp_path):
@@ -301,7 +311,7 @@ def test_a_reference_of_an_evaluation_is_read_by_the_same_rules(tmp_path, capsys
     from fastdiff.quality.samples import Samples
 
     for i in range(3):
-        saved(tmp_path / f"{i}.png", Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 0)))
+        saved(tmp_path / f"{i}.png", halves((255, 255, 255, 255), (0, 0, 0, 0), "RGBA"))
     (tmp_path / "._0.png").write_bytes(b"\0\5\x16\7")
     seen = []
     extractor = SimpleNamespace(side_px=SIDE, extract=lambda p, rows: (seen.append(p), {"mean": p.float().mean((1, 2, 3))})[1])
@@ -317,7 +327,215 @@ def test_decoded_bytes_need_no_file():
     from fastdiff.runtime.picture_file import decode
 
     file = io.BytesIO()
-    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(file, "png")
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.putpixel((3, 3), (1, 2, 3, 255))
+    image.save(file, "png")
     image, kinds = decode(file.getvalue(), "#0000ff")
     assert image.getpixel((0, 0)) == (0, 0, 255)
     assert [kind.what for kind in kinds] == ["transparent; composed on #0000ff"]
+
+
+# ---- formats that are not read, and details of those that are
+
+
+def refused(data):
+    from fastdiff.runtime.picture_file import Refused, decode
+
+    with pytest.raises(Refused) as error:
+        decode(data)
+    return str(error.value)
+
+
+def test_formats_that_are_not_read_are_not_read_under_another_name(monkeypatch):
+    from PIL import EpsImagePlugin
+
+    called = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: (called.append(1), Image.new("RGB", (8, 8)).im)[1])
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
+    assert refused(eps) == "a PostScript file, which is not read (save it as PNG)"
+    assert not called
+    for name, what in (("PCX", "a PCX picture"), ("ICO", "an icon"), ("SGI", "an SGI picture"), ("DDS", "a DDS texture")):
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32), (9, 9, 9)).save(file, name)
+        assert refused(file.getvalue()) == f"{what}, which is not read (save it as PNG)"
+
+
+def test_deep_tiffs_whose_white_is_zero_are_inverted(tmp_path):
+    ramp = np.tile(np.arange(SIDE, dtype=np.uint16) * 17 * 257, (SIDE, 1))
+    path = saved(tmp_path / "a.tif", Image.fromarray(ramp), tiffinfo={262: 1})
+    data, tag = path.read_bytes(), struct.pack("<HHI", 262, 3, 1)
+    at = data.index(tag) + len(tag)
+    path.write_bytes(data[:at] + b"\0" + data[at + 1 :])
+    assert (pixels(path)[..., 0] == 255 - ramp // 257).all()
+
+
+def test_tgas_without_an_alpha_channel_have_padding(tmp_path, capsys):
+    path = saved(tmp_path / "a.tga", Image.new("RGBA", (SIDE, SIDE), (1, 2, 3, 0)))
+    with pytest.raises(InputRefused, match=r"a\.tga: wholly transparent"):
+        pixels(path)
+    data = bytearray(path.read_bytes())
+    data[17] &= 0xF0  # bits of alpha
+    path.write_bytes(data)
+    assert near(path, (1, 2, 3), tolerance=0)
+    assert "transparent" not in capsys.readouterr().err
+
+
+def with_chunk(path, name, data):
+    """Insert a chunk into a PNG before its pixels."""
+    whole, chunk = path.read_bytes(), name + data
+    at = whole.index(b"IDAT") - 4
+    path.write_bytes(whole[:at] + struct.pack(">I", len(data)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + whole[at:])
+    return path
+
+
+def test_the_clear_colour_of_a_png_is_in_the_bits_of_the_file(tmp_path, capsys):
+    deep = struct.pack(">HHH", 0xFFFF, 0, 0) * 8 + struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC) * 8
+    rgb = with_chunk(deep_png(tmp_path / "rgb.png", 16, 2, deep), b"tRNS", struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC))
+    assert near(rgb, (255, 0, 0), (8, 2), 0)
+    assert near(rgb, (255, 255, 255), (8, 12), 0)
+    for bits, row, clear, left in (
+        (4, b"\x33" * 4 + b"\x55" * 4, 5, 51),
+        (2, b"\0" * 2 + b"\x55" * 2, 1, 0),
+        (1, b"\0\xff", 0, 255),
+    ):
+        path = with_chunk(deep_png(tmp_path / f"{bits}.png", bits, 0, row), b"tRNS", struct.pack(">H", clear))
+        sides = (2, 12) if bits > 1 else (12, 2)
+        assert near(path, (left,) * 3, (8, sides[0]), 0), bits
+        assert near(path, (255,) * 3, (8, sides[1]), 0), bits
+        assert f"{path}: transparent" in capsys.readouterr().err
+    path = with_chunk(deep_png(tmp_path / "white.png", 1, 0, b"\0\xff"), b"tRNS", struct.pack(">H", 1))
+    assert near(path, (0, 0, 0), (8, 2), 0)
+    assert "transparent" in capsys.readouterr().err
+
+
+def grey_profile():
+    """A profile of grey with gamma 1, written by hand, for Pillow makes none."""
+    curve = b"curv" + bytes(4) + struct.pack(">I", 0)
+    white = b"XYZ " + bytes(4) + struct.pack(">iii", 0xF6D6, 0x10000, 0xD32D)
+    tags = struct.pack(">I4sII4sII", 2, b"wtpt", 156, 20, b"kTRC", 176, 12)
+    head = struct.pack(">I4sI4s4s4s", 188, b"lcms", 0x02100000, b"mntr", b"GRAY", b"XYZ ")
+    head += struct.pack(">6H", 2020, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + struct.pack(">iii", 0xF6D6, 0x10000, 0xD32D)
+    return head.ljust(128, b"\0") + tags + white + curve
+
+
+def test_grey_pictures_with_alpha_or_of_one_bit_keep_their_grey_profile(tmp_path, capsys):
+    plain = saved(tmp_path / "l.png", Image.new("L", (SIDE, SIDE), 100), icc_profile=grey_profile())
+    value = pixels(plain)[8, 8, 0]
+    assert value > 130
+    assert "converted to sRGB" in capsys.readouterr().err
+    clear = saved(tmp_path / "la.png", halves((100, 255), (0, 0), "LA"), icc_profile=grey_profile())
+    assert near(clear, (value,) * 3, (8, 2), 0)
+    assert near(clear, (255,) * 3, (8, 12), 0)
+    assert "converted to sRGB" in capsys.readouterr().err
+    assert near(saved(tmp_path / "1.png", halves(0, 1, "1"), icc_profile=grey_profile()), (255,) * 3, (8, 12), 0)
+    assert "ignored" not in capsys.readouterr().err
+
+
+def test_wholly_transparent_pictures_are_refused(tmp_path):
+    for name, mode in (("a.png", "RGBA"), ("b.webp", "RGBA"), ("c.png", "LA")):
+        path = saved(tmp_path / name, Image.new(mode, (SIDE, SIDE), (0,) * len(mode)))
+        with pytest.raises(InputRefused, match=rf"{name}: wholly transparent"):
+            pixels(path)
+
+
+def test_floating_point_colour_is_named(tmp_path):
+    assert refused(b"PF\n2 2\n-1.0\n" + bytes(48)) == "a picture of floating-point colour, which is not read (save it as PNG)"
+    entries = [(256, 4, 1, 2), (257, 4, 1, 2), (258, 3, 1, 32), (262, 3, 1, 2), (273, 4, 1, 134), (277, 3, 1, 3), (278, 4, 1, 2)]
+    entries += [(279, 4, 1, 48), (339, 3, 1, 3)]
+    tiff = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(struct.pack("<HHII", *row) for row in entries) + bytes(64)
+    assert refused(tiff) == "a picture of floating-point colour, which is not read (save it as PNG)"
+
+
+# ---- control pictures
+
+
+def test_white_lines_on_a_transparent_ground_are_kept_and_black_ones_refused(tmp_path, capsys):
+    from fastdiff.data import control
+
+    lines = saved(tmp_path / "lines.png", halves((255, 255, 255, 255), (255, 255, 255, 0), "RGBA"))
+    for read in (lambda: control.read(lines, SIDE, None), lambda: pictures.control_of(lines, SIDE)):
+        console.reset()
+        found = read()
+        assert (found[:, :, :8] == 1).all()
+        assert (found[:, :, 8:] == 0).all()
+        assert "transparent; composed on black" in capsys.readouterr().err
+    black = saved(tmp_path / "black.png", halves((0, 0, 0, 255), (0, 0, 0, 0), "RGBA"))
+    for read in (lambda: control.read(black, SIDE, None), lambda: pictures.control_of(black, SIDE)):
+        with pytest.raises(InputRefused, match=r"black\.png: transparent, and one colour alone when it is composed on black"):
+            read()
+    seen = []
+    control.read(black, SIDE, lambda picture: (seen.append(picture), picture)[1])  # a picture that a control is extracted from
+    assert (seen[0][:, 8:] == 255).all()
+
+
+def test_control_pictures_that_are_small_folders_or_in_the_home_folder(tmp_path, capsys, monkeypatch):
+    from fastdiff.data import control
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    saved(tmp_path / "a.png", Image.new("RGB", (SIDE, SIDE), "white"))
+    extract = lambda picture: picture
+    ways = (lambda p, px: control.read(p, px, None), lambda p, px: control.read(p, px, extract), pictures.control_of)
+    for read in ways:
+        console.reset()
+        assert (read(Path("~/a.png"), SIDE) == 1).all()
+        assert not capsys.readouterr().err
+        assert (read(Path("~/a.png"), 2 * SIDE) == 1).all()
+        assert "smaller than it is used at, enlarged" in capsys.readouterr().err
+        with pytest.raises(UsageError, match="is a folder, not a picture"):
+            read(tmp_path, SIDE)
+        with pytest.raises(UsageError, match="no such file"):
+            read(tmp_path / "b.png", SIDE)
+
+
+def test_small_pictures_of_a_reference_are_counted(tmp_path):
+    counts = Counts()
+    for i, side in enumerate((8, 15, 16)):
+        folder.square(saved(tmp_path / f"{i}.png", Image.new("RGB", (side, 20))), SIDE, counts)
+    assert counts.count("smaller than it is used at, enlarged") == 2
+
+
+# ---- where data lie
+
+
+def test_data_are_found_in_the_home_folder_and_by_a_path(tmp_path, monkeypatch):
+    from fastdiff.checkpoints import checkpoint
+    from fastdiff.data import encode
+    from fastdiff.data.open import open_data
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("pictures", "teacher"):
+        (tmp_path / name).mkdir()
+        saved(tmp_path / name / f"{name}.png", Image.new("RGB", (64, 64), "red"))
+        (tmp_path / name / f"{name}.txt").write_text("red apple")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("pictures.png", "pictures.txt"):
+            tar.add(tmp_path / "pictures" / name, name)
+    base = checkpoint.load("emoji")
+    monkeypatch.setattr(encode, "encode", lambda base, source, *_, **__: [sample.name for sample in source.samples()])
+    for spec in ("~/pictures", Path("~/pictures"), tmp_path / "pictures", Path("pictures"), Path("teacher")):
+        assert open_data(base, spec) == [f"{Path(spec).name}.png"]
+    assert open_data(base, "wds:~/a.tar") == ["a.tar/pictures.png"]
+    with pytest.raises(UsageError, match="no such data"):
+        open_data(base, "~/nothing")
+
+
+def test_prompts_and_references_are_found_in_the_home_folder(tmp_path, monkeypatch):
+    from fastdiff.data.prompts import read_prompts, training_prompts
+    from fastdiff.quality import evaluation
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "p.txt").write_text("red apple\n")
+    from fastdiff.checkpoints import checkpoint
+
+    base = checkpoint.load("emoji")
+    assert read_prompts(Path("~/p.txt")) == training_prompts(base.family, "~/p.txt") == ["red apple"]
+    asked = {}
+    judge = SimpleNamespace(compare=lambda *models, **how: asked.update(how))
+    monkeypatch.setattr(evaluation, "Evaluation", lambda *a, **k: judge)
+    student = SimpleNamespace(base=base, device="cpu", recipe=base.recipe)
+    evaluation.evaluate(student, teacher=base, num_steps=1, prompts="~/p.txt", num_images=2, reference="~/pictures")
+    assert asked["reference"] == tmp_path / "pictures"

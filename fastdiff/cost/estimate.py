@@ -11,7 +11,7 @@ from fastdiff.checkpoints.family import SHIPPED
 from fastdiff.cost import footprint
 from fastdiff.cost.footprint import Footprint
 from fastdiff.data.folder import Folder
-from fastdiff.data.open import STREAMED, Needs
+from fastdiff.data.open import STREAMED, Needs, in_full
 from fastdiff.options.train import TrainConfig
 from fastdiff.training.method import Load
 from fastdiff.training.scene import teacher_sampling
@@ -71,7 +71,7 @@ class DataPlan:
 
 def data_plan(base: Checkpoint, config: TrainConfig, needs: Needs) -> DataPlan:
     """The data that `config.data` will make: nothing for the shipped set, teacher samples, or encoded images of a source."""
-    spec = config.data or base.family.default_data
+    spec = in_full(config.data) or base.family.default_data
     side = (config.resolution or base.resolution_px) // base.pixels_per_latent
     latent = 2 * base.unet_config["in_channels"] * side**2  # fp16
     if spec.partition(":")[0] == SHIPPED.data:

@@ -15,7 +15,7 @@ from fastdiff.models import autoencoder
 from fastdiff.models.fast.decoder import Decoder
 from fastdiff.runtime import console, stop
 from fastdiff.runtime.errors import UsageError, as_field
-from fastdiff.sampling.pictures import uint8
+from fastdiff.sampling.pictures import control_file, control_of, uint8
 from fastdiff.sampling.sampler import at_once
 
 Extractor = Callable[[Any], Any]  # numpy RGB (H, W, 3) uint8 -> (H, W) or (H, W, 3) uint8
@@ -86,13 +86,12 @@ def of_samples(vae: nn.Module | Decoder, data: Encoded, how: Extractor) -> None:
 def read(path: Path, side_px: int, how: Extractor | None) -> Tensor:
     """Read a control picture (3, S, S) in [0, 1], S = `side_px`. With an extractor, the file is a picture to extract it from.
 
-    Raises UsageError if the file does not exist, and InputRefused if it is not a readable picture.
+    Transparent parts are black in a control picture, and white in a picture to extract it from. Raises UsageError if the file
+    does not exist, and InputRefused if it is not a readable picture.
     """
-    if not path.is_file():
-        raise UsageError(f"{as_field('control_image', path)}: no such file")
-    pixels, _ = square(path, side_px)
     if how is None:
-        return pixels / 2 + 0.5
+        return control_of(path, side_px)
+    pixels, _ = square(control_file(path), side_px)
     return (extract(uint8(pixels)[None], how)[0].float() / 255).expand(3, -1, -1)
 
 

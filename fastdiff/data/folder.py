@@ -17,7 +17,7 @@ from fastdiff.data.walk import TABLES, WORDS, Files, shown
 from fastdiff.runtime import text_file
 from fastdiff.runtime.counts import Counts, Kind
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
-from fastdiff.runtime.picture_file import Refused, decode, suffixes
+from fastdiff.runtime.picture_file import ENLARGED, Refused, decode, suffixes
 
 MISSING = "without a caption"
 DISAGREE = Kind("picture", "captions that disagree; the first of " + ", ".join((*TABLES, *WORDS)) + " is used")
@@ -160,8 +160,8 @@ def pictures_of(folder: Path, name: str) -> list[Path]:
 def square(path: Path, side_px: int, counts: Counts | None = None) -> tuple[Tensor, list[int]]:
     """Read a picture, resize its short side to S = `side_px` and crop the centre.
 
-    Returns pixels (3, S, S) in [-1, 1] and SDXL's six sizes (see `Framing.cut`). What was changed to make it a picture in RGB is
-    counted, or told without `counts`. Raises InputRefused if it is not readable.
+    Returns pixels (3, S, S) in [-1, 1] and SDXL's six sizes (see `Framing.cut`). What was changed to make it a picture in RGB of
+    this size is counted, or told without `counts`. Raises InputRefused if it is not readable.
     """
     try:
         image, kinds = decode(path.read_bytes())
@@ -169,6 +169,7 @@ def square(path: Path, side_px: int, counts: Counts | None = None) -> tuple[Tens
         raise InputRefused(f"{path}: cannot be read ({error.strerror or error})") from error
     except Refused as error:
         raise InputRefused(f"{path}: {error}") from error
+    kinds = [*kinds, *([ENLARGED] if min(image.size) < side_px else [])]
     if counts is None:
         text_file.tell(str(path), kinds)
     else:

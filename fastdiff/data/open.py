@@ -1,5 +1,6 @@
 """Open training data: the shipped emoji pictures, samples of the teacher, a folder, wds:SHARDS or hf:ID."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,7 @@ STREAMED = 10_000  # default `max_images` of streams, whose length is unknown
 
 def open_data(
     base: Checkpoint,
-    spec: str | None = None,
+    spec: str | Path | None = None,
     *,
     prompts: str | None = None,
     resolution_px: int | None = None,
@@ -40,14 +41,14 @@ def open_data(
 ) -> Data:
     """Open and encode a data set, whose `batch(n, generator)` draws training batches. The VAE and text encoders can then go.
 
-    `spec` is the value of `data` (default: the family's). `prompts` is a file with one prompt per line, for the teacher's
-    samples. `resolution_px` is the side in pixels (default: the base's). `framing` (default: squares of the resolution) and
-    `max_images` apply to pictures that are read, `caption_column` (default: text, caption or prompt) to their captions. The
-    teacher makes `pairs` samples with the settings `sampling` (default: the family's), or none if `needs` is "prompts". Only the
-    teacher gives pairs of noise and sample.
+    `spec` is the value of `data` (default: the family's); a Path is always a folder. `prompts` is a file with one prompt per
+    line, for the teacher's samples. `resolution_px` is the side in pixels (default: the base's). `framing` (default: squares of
+    the resolution) and `max_images` apply to pictures that are read, `caption_column` (default: text, caption or prompt) to their
+    captions. The teacher makes `pairs` samples with the settings `sampling` (default: the family's), or none if `needs` is
+    "prompts". Only the teacher gives pairs of noise and sample.
     Raises UsageError if options do not go together or the data does not exist, and InputRefused if no picture is usable.
     """
-    spec, resolution_px = spec or base.family.default_data, resolution_px or base.resolution_px
+    spec, resolution_px = in_full(spec) or base.family.default_data, resolution_px or base.resolution_px
     if needs == "pairs" and spec != "teacher":
         raise UsageError(f"{as_field('data', spec)}: the loss needs pairs of noise and picture", "use `data=teacher`")
     framing = framing or Framing(resolution_px)
@@ -87,6 +88,17 @@ def open_data(
         raise UsageError(f"{as_field('data', spec)}: is a file, not a folder", instead_of(Path(spec)))
     kinds = f"{SHIPPED.data}, {SHIPPED.data}:STYLE, teacher, wds:SHARDS, hf:ID, or a folder of images and captions"
     raise UsageError(f"{as_field('data', spec)}: no such data", f"use {kinds}")
+
+
+def in_full(spec: str | Path | None) -> str | None:
+    """Return a value of `data` as text, with ~ as the user's own folder, also behind wds: and hf:."""
+    if isinstance(spec, Path):
+        spec = spec.expanduser()
+        return str(spec) if spec.is_absolute() else f"{os.curdir}{os.sep}{spec}"  # a folder, even one with the name `teacher`
+    kind, colon, location = (spec or "").partition(":")
+    if colon and kind in {"wds", "hf"}:
+        return f"{kind}:" + "::".join(os.path.expanduser(part) for part in location.split("::"))  # noqa: PTH111  (may be an address)
+    return os.path.expanduser(spec) if spec else None  # noqa: PTH111  (may be no path)
 
 
 def instead_of(path: Path) -> str:

@@ -22,6 +22,7 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises UsageError if the file does not exist, is no text in an encoding that can be recognised, or has no prompts.
     """
+    path = path.expanduser()
     if not path.exists():
         raise UsageError(f"{as_field('prompts', path)}: no such file")
     if path.is_dir():

@@ -17,7 +17,7 @@ from fastdiff.runtime.counts import Kind
 from fastdiff.runtime.errors import UsageError, as_field
 
 WHITE = "white"
-RULES = 2  # part of every cache key: raise it if the same file gives other pixels than before
+RULES = 3  # part of every cache key: raise it if the same file gives other pixels than before
 MOST_PIXELS = 2**28  # 16384 x 16384; a larger picture is refused, for it may be made to fill the memory
 LARGE_PIXELS = 2**25  # pictures above this are decoded one at a time
 TEXT_BYTES = 2**26  # most bytes of a PNG's text; workflows of drawing programs exceed Pillow's own limit of 1 MiB
@@ -27,6 +27,7 @@ DEEP = Kind("picture", "16-bit grey or floating point, scaled to 8 bits", warns=
 INK = Kind("picture", "CMYK without a colour profile, converted to RGB by the plain formula")
 PROFILE = Kind("picture", "a colour profile other than sRGB, converted to sRGB", warns=False)
 BAD_PROFILE = Kind("picture", "a colour profile that is broken or of another kind of picture, ignored")
+ENLARGED = Kind("picture", "smaller than it is used at, enlarged")
 BAD_EXIF = Kind("picture", "EXIF data that cannot be read, ignored; check that it is upright")
 
 
@@ -74,6 +75,18 @@ def suffixes() -> tuple[str, ...]:
     return tuple(suffix for suffix in WANTED if extensions.get(suffix) in readable)
 
 
+def formats() -> list[str]:
+    """Return Pillow's names of the formats of `suffixes`, in the order in which Pillow tries them.
+
+    Pillow would open any format under any name, and hand PostScript to an interpreter.
+    """
+    from PIL import Image
+
+    extensions = Image.registered_extensions()
+    wanted = {extensions[suffix] for suffix in suffixes()}
+    return [name for name in dict.fromkeys([*Image.ID, *Image.OPEN]) if name in wanted and name in Image.OPEN]
+
+
 def unreadable(suffix: str) -> str:
     """Return why files with a suffix of pictures or videos are not read, and what to do; "" for suffixes of other files."""
     suffix = suffix.lower()
@@ -104,6 +117,14 @@ SIGNS = (  # (offset, bytes, what begins so): files under a picture's name that 
     (0, b"\xff\x0a", "a JPEG XL picture (pip install pillow-jxl-plugin)"),
     (4, b"JXL ", "a JPEG XL picture (pip install pillow-jxl-plugin)"),
     (0, b"8BPS", "a Photoshop file (save it as PNG)"),
+    (0, b"%!PS", "a PostScript file, which is not read (save it as PNG)"),
+    (0, b"\xc5\xd0\xd3\xc6", "a PostScript file, which is not read (save it as PNG)"),
+    (0, b"\x00\x00\x01\x00", "an icon, which is not read (save it as PNG)"),
+    (0, b"DDS ", "a DDS texture, which is not read (save it as PNG)"),
+    (0, b"\x01\xda", "an SGI picture, which is not read (save it as PNG)"),
+    (0, b"\x0a\x05\x01", "a PCX picture, which is not read (save it as PNG)"),
+    (0, b"PF\n", "a picture of floating-point colour, which is not read (save it as PNG)"),
+    (0, b"PF\r\n", "a picture of floating-point colour, which is not read (save it as PNG)"),
 )
 
 
@@ -116,7 +137,22 @@ def named(data: bytes) -> str:
         return "an SVG or XML file, not a picture of pixels" if b"<svg" in data[:4096] else "an XML file, not a picture"
     if start.startswith((b"{", b"[")):
         return "JSON text, not a picture"
-    return next((what for offset, sign, what in SIGNS if data[offset:].startswith(sign)), "")
+    if data.startswith((b"II", b"MM")) and floating_colour(data):
+        return "a picture of floating-point colour, which is not read (save it as PNG)"
+    return next((what for offset, sign, what in SIGNS if data.startswith(sign, offset)), "")
+
+
+def floating_colour(data: bytes) -> bool:
+    """Return whether a TIFF holds several channels of floating point."""
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+    with suppress(Exception):  # damaged: then it is not known
+        tags = ImageFileDirectory_v2(data[:16] if data[2] == 43 or data[3] == 43 else data[:8])  # 43: BigTIFF
+        file = io.BytesIO(data)
+        file.seek(tags.next)
+        tags.load(file)
+        return tags.get(277, 1) > 1 and 3 in tags.get(339, ())  # samples per pixel, sample format
+    return False
 
 
 # ---- decoding
@@ -161,14 +197,14 @@ def decode(data: bytes, background: str = WHITE) -> tuple[Any, list[Kind]]:
         raise Refused("0 bytes")
     suffixes()  # plugins
     try:
-        with pillow(), Image.open(io.BytesIO(data)) as file:
+        with pillow(), Image.open(io.BytesIO(data), formats=formats()) as file:
             if (pixels := file.width * file.height) > MOST_PIXELS:
                 size = f"{file.width} x {file.height}; at most {MOST_PIXELS / 1e6:.0f} megapixels are read"
                 raise Refused(f"too large ({size})")
             if pixels < LARGE_PIXELS:
-                return first_frame(file, background)
+                return first_frame(file, background, data)
             with _large:
-                return first_frame(file, background)
+                return first_frame(file, background, data)
     except Refused:
         raise
     except Exception as error:  # a decoder may raise anything over a damaged file
@@ -178,13 +214,27 @@ def decode(data: bytes, background: str = WHITE) -> tuple[Any, list[Kind]]:
         raise Refused(f"not a readable image ({reason})") from error
 
 
-def first_frame(file: Any, background: str) -> tuple[Any, list[Kind]]:
-    """Convert the first frame of an opened picture file as `decode` does."""
+def first_frame(file: Any, background: str, data: bytes) -> tuple[Any, list[Kind]]:
+    """Convert the first frame of an opened picture file, which has the bytes `data`, as `decode` does."""
     several = getattr(file, "is_animated", False)  # only formats of several frames have it
     file.load()
-    image, kinds = to_rgb(file, background)
+    image = file
+    if file.format == "PNG":
+        scale_clear_colour(file, bits=data[24])
+    if file.format == "TGA" and not data[17] & 15 and "A" in file.getbands() and file.getchannel("A").getextrema() == (0, 0):
+        image = file.convert(file.mode.removesuffix("A"))  # it says that it has no alpha channel: the fourth byte is padding
+    image, kinds = to_rgb(image, background)
     # the further pictures of an MPO are its preview or depth; every camera writes them
     return image, kinds + ([FRAMES] if several and file.format != "MPO" else [])
+
+
+def scale_clear_colour(file: Any, bits: int) -> None:
+    """Scale the one transparent colour of a PNG as Pillow scales the pixels: to 8 bits. Deep grey ones keep their 16 bits."""
+    clear = file.info.get("transparency")
+    if isinstance(clear, tuple) and bits == 16:
+        file.info["transparency"] = tuple(value >> 8 for value in clear)
+    elif isinstance(clear, int) and file.mode == "L" and bits < 8:  # of one bit, Pillow scales it
+        file.info["transparency"] = clear * 255 // (2**bits - 1)
 
 
 def to_rgb(image: Any, background: str = WHITE) -> tuple[Any, list[Kind]]:
@@ -197,8 +247,11 @@ def to_rgb(image: Any, background: str = WHITE) -> tuple[Any, list[Kind]]:
         image, alpha = shallow(image)
         kinds.append(DEEP)
     elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
+        grey = image.mode in {"1", "L", "LA"}
+        alpha = image.convert("RGBA").getchannel("A")
+        image = image.convert("L" if grey else "RGBA")  # a colour profile of grey takes no colours
+    if alpha is not None and alpha.getextrema()[1] == 0:
+        raise Refused("wholly transparent")
     image = srgb(image, profile, kinds)
     if alpha is not None and alpha.getextrema()[0] < 255:
         from PIL import Image
@@ -241,6 +294,9 @@ def shallow(image: Any) -> tuple[Any, Any]:
             raise Refused(f"whole numbers outside of 0 to {white}")
         scale = 255.0 / white
     alpha, clear = None, image.info.get("transparency")
+    with suppress(AttributeError):  # only TIFF has tags
+        if image.tag_v2.get(262) == 0:  # white is zero; Pillow inverts pictures of 8 bits alone
+            values = 255.0 / scale - values
     if isinstance(clear, int):
         alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
     return Image.fromarray(np.round(values * scale).astype(np.uint8)), alpha
@@ -264,7 +320,7 @@ def colour(text: str) -> tuple[int, int, int]:
 def srgb(image: Any, profile: bytes | None, kinds: list[Kind]) -> Any:
     """Convert a picture to RGB, by its colour profile if it has one, without its alpha channel."""
     if image.mode not in {"RGB", "L", "CMYK", "LAB"}:
-        image = image.convert("RGB")
+        image = image.convert("L" if image.mode == "1" else "RGB")
     if profile or image.mode == "LAB":
         try:
             if (transform := to_srgb(profile or b"", image.mode)) is None:  # sRGB already

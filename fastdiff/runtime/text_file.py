@@ -2,11 +2,15 @@
 
 UTF-8, UTF-16 and UTF-32 are recognised for certain. Windows-1252, which old Windows programs write in Western Europe and
 America, is recognised where every line reads as a Western language. Other encodings cannot be told apart safely: refused.
+
+What no rule can find: a text of one or two letters in another encoding whose bytes are words in UTF-8 or Windows-1252 (夜 in
+Shift-JIS is –é), UTF-16 without a mark whose bytes all read as ASCII and that has no kana, and one letter in UTF-7.
 """
 
 import codecs
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from fastdiff.runtime import console
@@ -28,6 +32,14 @@ MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
 CONTROL = re.compile(r"[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")  # without white space
 ZERO_WIDTH = re.compile(r"[\ufeff\u200b\u2060\u00ad\u200e\u200f\u202a-\u202e]")  # not the joiners, which emoji and scripts need
 MOST_CONTROLS = 0.1  # a file with a larger share of control characters is no text
+
+
+# Encodings that write everything in the bytes of ASCII, so that a text in them passes for UTF-8.
+JAPANESE = re.compile(rb"\x1b(?:\$[@AB]|\$\([CD]|\$\)[A-H]|\([BIJ])")  # what switches the alphabet in ISO-2022
+CHINESE = re.compile(rb"~\{(?:[\x21-\x77][\x21-\x7e])+~\}")  # HZ
+SEVEN_BITS = re.compile(r"(?<![\w+/])\+([A-Za-z0-9+/]{5,})(?![\w+/=])-?")  # UTF-7: base64 behind a plus
+ASIAN = re.compile(r"[\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff00-\uffef]")
+KANA = re.compile(r"[\u3041-\u30fa]")
 
 
 class NotText(ValueError):
@@ -56,6 +68,8 @@ def characters(data: bytes) -> tuple[str, list[Kind]]:
             return text, [] if encoding == "utf-8" else [WIDE]
     if 2 * data.count(0) >= len(data) - 1 and (wide := unmarked(data)):
         return wide, [WIDE]
+    if encoding := disguised(data):
+        raise NotText(f"is in {encoding}, which is not read")
     try:
         return data.decode("utf-8"), []
     except UnicodeDecodeError as error:
@@ -76,6 +90,49 @@ def unmarked(data: bytes) -> str:
             text = data.decode(encoding)
             return "" if CONTROL.search(text) else text
     return ""
+
+
+def disguised(data: bytes) -> str:
+    """Return the name of another encoding whose text would pass for UTF-8, or ""."""
+    if JAPANESE.search(data):
+        return "ISO-2022 (of old Japanese or Korean mail)"
+    if CHINESE.search(data):
+        return "HZ (of old Chinese mail)"
+    if data.isascii() and any(seven_bits(run) for run in SEVEN_BITS.findall(data.decode("ascii"))):
+        return "UTF-7"
+    return "UTF-16 without a mark" if asian_pairs(data) else ""
+
+
+def seven_bits(run: str) -> bool:
+    """Return whether base64 behind a plus sign is a text in UTF-7 and no word: its letters mix, and give letters of Asia only."""
+    if len(re.findall("[a-z][A-Z]|[A-Za-z][0-9]", run)) < 2:
+        return False
+    try:
+        text = f"+{run}-".encode("ascii").decode("utf-7")
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and all(map(ASIAN.match, text))
+
+
+def asian_pairs(data: bytes) -> bool:
+    """Return whether bytes are UTF-16 of an Asian language: each pair is a letter of it or a sign of ASCII, and one is kana.
+
+    Without zero bytes, signs within the bytes must show that they are no words of ASCII: `猫の絵` is `+sn0u}`.
+    """
+    if len(data) % 2 or len(data) < 4:
+        return False
+    inner = data.rstrip(b"\0\x1a")
+    zeros = 0 in inner
+    if not zeros and (not data.isascii() or not re.search(rb"[+{}|~^`<>\\\[\]]", data) or re.search(rb"\s", data)):
+        return False
+    for encoding, high in (("utf-16-le", data[1::2]), ("utf-16-be", data[::2])):
+        if zeros and high.count(0) != data.count(0):
+            continue
+        with suppress(UnicodeDecodeError):
+            text = data.decode(encoding)
+            if KANA.search(text) if not zeros else ASIAN.search(text):
+                return all(c.isspace() or (c.isascii() and c.isprintable()) or ASIAN.match(c) for c in text)
+    return False
 
 
 # ---- Windows-1252
@@ -104,6 +161,8 @@ IMPLAUSIBLE = re.compile(
     rf"|[{CLOSING}][{MARKED}]"  # a word right behind a closing mark
     rf"|[{ALL}][{SINGLE}]|[{SINGLE}][{ALL}]|[A-Za-z][{SINGLE}][A-Za-z]|[{SINGLE}]{{2}}"  # signs within words
     rf"|[“„‚‹¿¡][^{MARKED}\d{OPENING}’–…('\"#.*-]|[«‘][^{MARKED}\d\s{OPENING}’–…('\"#.*-]"
+    rf"|[{ALL}{JOINING}][{{@\\^~`]"  # the second byte of a letter in Shift-JIS or GBK
+    rf"|[{OPENING}][{ALL}][–—]|•[–—]|[\xad·´]{{2}}"
     rf"|[{ALL}]{{3}}"  # three in a row: no Western word has them
     rf"|[a-z{HIGH}][{HIGH.upper().replace('SS', '')}]|[{HIGH.upper().replace('SS', '')}][a-z{HIGH}]+[A-Z]"  # mIxed case
 )
@@ -115,7 +174,7 @@ def reads_western(line: str) -> bool:
     beyond = {c for c in line if ord(c) > 126}
     if not beyond:
         return True
-    if not beyond <= KNOWN or IMPLAUSIBLE.search(line):
+    if not beyond <= KNOWN or IMPLAUSIBLE.search(line) or line.count("‹") != line.count("›"):
         return False
     letters = {c.lower() for c in beyond if c in ALL}
     if letters and not any(letters <= {*language} for language in LANGUAGES):

@@ -98,11 +98,25 @@ def sheet_of(images: Sequence[Any], columns: int) -> Sheet:
     return Sheet(images, square, captions=prompts)
 
 
+GROUND = "black"  # the ground of control pictures: no edge, no pose, far away
+
+
+def control_file(path: str | Path) -> Path:
+    """Return the path of a control picture, with ~ as the user's own folder. Raises UsageError if it is no file."""
+    found = Path(path).expanduser()
+    if found.is_dir():
+        raise UsageError(f"{as_field('control_image', path)}: is a folder, not a picture", "give one picture of it")
+    if not found.exists():
+        raise UsageError(f"{as_field('control_image', path)}: no such file")
+    return found
+
+
 def control_of(image: Any, side_px: int) -> Tensor:
     """Make a control picture (3, S, S) in [0, 1], S = `side_px`, from a path, a PIL picture or pixels (1 or 3, S, S) in [0, 1].
 
-    Files and PIL pictures are resized and cropped to the square at their centre. Raises UsageError if the file does not exist
-    or pixels have another size, and InputRefused if the file is not a readable picture.
+    Files and PIL pictures are composed on black where they are transparent, and resized and cropped to the square at their
+    centre. Raises UsageError if the file does not exist or pixels have another size, and InputRefused if the file is not a
+    readable picture, or nothing of it is left on black.
     """
     import numpy as np
     from PIL import Image
@@ -114,16 +128,17 @@ def control_of(image: Any, side_px: int) -> Tensor:
     name = "the control picture" if isinstance(image, Image.Image) else str(image)
     try:
         if isinstance(image, Image.Image):
-            image, kinds = picture_file.to_rgb(image)
+            image, kinds = picture_file.to_rgb(image, GROUND)
         else:
-            image, kinds = picture_file.decode(Path(image).expanduser().read_bytes())
-    except FileNotFoundError as error:
-        raise UsageError(f"{as_field('control_image', image)}: no such file") from error
+            image, kinds = picture_file.decode(control_file(image).read_bytes(), GROUND)
     except OSError as error:
         raise InputRefused(f"{name}: cannot be read ({error.strerror or error})") from error
     except picture_file.Refused as error:
         raise InputRefused(f"{name}: {error}") from error
-    text_file.tell(name, kinds)
+    if picture_file.transparent(GROUND) in kinds and all(low == high for low, high in image.getextrema()):
+        what = f"transparent, and one colour alone when it is composed on {GROUND}"
+        raise InputRefused(f"{name}: {what}", f"draw the control in white or colours, on {GROUND}")
+    text_file.tell(name, [*kinds, *([picture_file.ENLARGED] if min(image.size) < side_px else [])])
     scale = side_px / min(image.size)
     width, height = (max(side_px, round(side * scale)) for side in image.size)
     left, top = (width - side_px) // 2, (height - side_px) // 2
