@@ -280,6 +280,8 @@ WRONG = {
     "https://huggingface.co/datasets/owner/name": "an address of datasets on the hub, not of a model",
     "https://huggingface.co/gpt2": "names no model of the hub",
     f"https://user:{SECRET}@huggingface.co/owner/name": "carries a name or an access token; give the address without it",
+    f"https://huggingface.co/owner/name/resolve/main/a.ckpt?token={SECRET}": "carries a name or an access token; give the",
+    f"https://civitai.com/api/download/models/1?token={SECRET}": "an address of civitai.com, from where nothing is downloaded",
 }
 
 
@@ -570,6 +572,34 @@ def test_no_output_has_a_token(served, tiny_sd, tmp_path, capfd, monkeypatch):
     disk.write_atomic(tmp_path / "config.toml", f'base = "{address}"\n')
     leaks = [p for p in tmp_path.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
     assert leaks == []
+
+
+def test_nothing_written_has_a_token(served, fastdiff, tiny_sd, few, tmp_path, monkeypatch):
+    """Commands that succeed: pictures, headers of weights, fastdiff.json and records; the token is in a prompt and in names."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "mine" / f"{SECRET}.safetensors"
+    mine.parent.mkdir()
+    save_file(few, mine)
+    draw = ["--num-steps", "1", "--resolution", "64", "--device", "cpu", "--prompt", f"a cat {SECRET}\nBearer\n{SECRET}"]
+    for words in (
+        ["sample", "--base", str(tiny_sd), "--lora", str(mine), *draw, "-o", "one.png"],
+        ["merge-lora", "--accel", str(mine), "--style", str(mine), "-o", "two.safetensors"],
+        ["merge-lora", "--accel", str(mine), "--base", str(tiny_sd), "-o", "whole"],
+    ):
+        code, found = fastdiff(*words)
+        assert code == 0, found
+    info = Image.open("one.png").info
+    assert (info["prompt"].startswith("a cat ***"), json.loads(info["fastdiff"])["num_steps"], SECRET in str(info)) == (
+        True,
+        1,
+        False,
+    )
+    kept = json.loads(Path("whole", "fastdiff.json").read_text())["modelspec.merged_from"]
+    assert "***.safetensors" in kept
+    for path in (p for p in tmp_path.rglob("*") if p.is_file() and p != mine):
+        assert SECRET.encode() not in path.read_bytes(), path
 
 
 def test_a_copy_on_this_machine_serves_where_the_hub_does_not(served, few, capsys):
