@@ -280,6 +280,8 @@ WRONG = {
     "https://huggingface.co/datasets/owner/name": "an address of datasets on the hub, not of a model",
     "https://huggingface.co/gpt2": "names no model of the hub",
     f"https://user:{SECRET}@huggingface.co/owner/name": "carries a name or an access token; give the address without it",
+    f"https://huggingface.co/owner/name/resolve/main/a.ckpt?token={SECRET}": "carries a name or an access token; give the",
+    f"https://civitai.com/api/download/models/1?token={SECRET}": "an address of civitai.com, from where nothing is downloaded",
 }
 
 
@@ -570,6 +572,132 @@ def test_no_output_has_a_token(served, tiny_sd, tmp_path, capfd, monkeypatch):
     disk.write_atomic(tmp_path / "config.toml", f'base = "{address}"\n')
     leaks = [p for p in tmp_path.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
     assert leaks == []
+
+
+def test_nothing_written_has_a_token(served, fastdiff, tiny_sd, few, tmp_path, monkeypatch):
+    """Commands that succeed: pictures, headers of weights, fastdiff.json and records; the token is in a prompt and in names."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "mine" / f"{SECRET}.safetensors"
+    mine.parent.mkdir()
+    save_file(few, mine)
+    draw = ["--num-steps", "1", "--resolution", "64", "--device", "cpu", "--prompt", f"a cat {SECRET}\nBearer\n{SECRET}"]
+    for words in (
+        ["sample", "--base", str(tiny_sd), "--lora", str(mine), *draw, "-o", "one.png"],
+        ["merge-lora", "--accel", str(mine), "--style", str(mine), "-o", "two.safetensors"],
+        ["merge-lora", "--accel", str(mine), "--base", str(tiny_sd), "-o", "whole"],
+    ):
+        code, found = fastdiff(*words)
+        assert code == 0, found
+    info = Image.open("one.png").info
+    assert info["prompt"].startswith("a cat ***")
+    assert (json.loads(info["fastdiff"])["num_steps"], SECRET in str(info)) == (1, False)
+    kept = json.loads(Path("whole", "fastdiff.json").read_text())["modelspec.merged_from"]
+    assert "***.safetensors" in kept
+    for path in (p for p in tmp_path.rglob("*") if p.is_file() and p != mine):
+        assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_the_rest_of_a_peft_folder_is_fetched(served, tiny_sd, tmp_path, capsys, monkeypatch):
+    """One of its components is on this machine already."""
+    base = checkpoint.load(str(tiny_sd))
+    files = {}
+    for part, net, end in (("unet", base.unet, "attn2.to_q"), ("text_encoder", base.text_encoders[0], "q_proj")):
+        name, layer = next((name, layer) for name, layer in net.named_modules() if name.endswith(end))
+        stem = f"base_model.model.{name}.lora"
+        up, down = torch.randn(layer.weight.shape[0], 2), torch.randn(2, layer.weight.shape[1])
+        files[f"{part}/adapter_model.safetensors"] = {f"{stem}_A.weight": down, f"{stem}_B.weight": up}
+        files[f"{part}/adapter_config.json"] = tmp_path / "adapter_config.json"
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2, "peft_type": "LORA"}')
+    put(served, "owner/peft", **files)
+    assert len(lora.load("owner/peft/unet").modules) == 1
+    served.behaviour["owner/peft"] = "server error"
+    capsys.readouterr()
+    assert len(lora.load("owner/peft").modules) == 1
+    assert "all that this machine has of the LoRA is used (unet/); it may have more parts" in capsys.readouterr().err
+    served.behaviour.clear()
+    assert len(lora.load("owner/peft").modules) == 2
+    asked = len(served.asked)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    console.reset()
+    assert (len(lora.load("owner/peft").modules), len(served.asked)) == (2, asked)
+    told = capsys.readouterr().err
+    assert ("nothing is asked of the hub offline" in told, "not on this machine" in told) == (True, False), told
+
+
+def test_a_part_on_this_machine_is_not_taken_for_all(served, tiny_sd, few, capsys, monkeypatch):
+    put(served, "owner/two", **{"a.safetensors": few, "b.safetensors": few})
+    served.repositories["owner/model"] = tiny_sd
+    put(served, "owner/card")
+    lora.located("owner/two/a.safetensors")
+    locate.locate("owner/model", configs_only=True)
+    load = lambda ref: component.locate(ref, "vae", "VAE", files=True)
+    ask = {
+        "no safetensors weights of unet, vae, text_encoder": ("owner/model", checkpoint.load),
+        "no weights of a VAE": ("owner/model", load),
+        "no b.safetensors": ("owner/two/b.safetensors", lora.located),
+        "no config.json": ("owner/model/scheduler", lambda ref: component.locate(ref, "controlnet", "ControlNet")),
+        "no file of weights": ("owner/model/unet", lora.located),
+    }
+    for how in ("server error", "offline"):
+        served.behaviour = dict.fromkeys(served.repositories, how)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", how == "offline")
+        for what, (ref, open_it) in ask.items():
+            line, _, code = refused(ref, load=open_it)
+            why = "has a fault of its own (503)" if how == "server error" else "offline"
+            assert (code, why in line, "did you mean" in line, "allow_pickle" in line) == (2, True, False, False), line
+            assert f" has {what}, and " in line or (how == "offline" and "on this machine, and nothing is downloaded" in line), (
+                line
+            )
+        capsys.readouterr()
+        console.reset()
+        assert lora.located("owner/two").name == "a.safetensors"
+        told = capsys.readouterr().err
+        assert "owner/two: a.safetensors is used, the only file of weights on this machine" in told
+        assert ("its only file" in told, "owner/two is not on this machine" in told) == (False, False), told
+
+
+@pytest.mark.parametrize("word", ["1", "TRUE", "Yes", "on"])
+def test_offline_in_all_of_the_clients_words(monkeypatch, tmp_path, word):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *args, **kwargs: pytest.fail("a download"))
+    url = "http://127.0.0.1:9/weights-01234567.pth"
+    for chosen in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(chosen, word)
+        line = refused(url, load=lambda url: download.weight_file(None, url, option="lpips_weights", what="LPIPS"))[0]
+        assert "is not there (`offline`)" in line
+
+
+def test_what_other_libraries_fail_to_download(served, monkeypatch, capsys):
+    """CLIP of open_clip, which logs errors of its own on the root logger."""
+    import logging
+
+    from fastdiff.checkpoints import hub_errors
+
+    def model():
+        from huggingface_hub import HfApi
+
+        with hub_client.asking():
+            logging.error("Failed to download weights")  # noqa: LOG015, as open_clip does
+            logging.warning("a warning")  # noqa: LOG015
+            return HfApi().model_info("owner/clip")
+
+    shown = []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    try:
+        with pytest.raises(Exception, match="offline") as caught:
+            model()
+        logging.error("later")  # noqa: LOG015
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert shown == ["a warning", "later"]
+    assert hub_errors.in_words(caught.value) == "they are not on this machine, and nothing is downloaded offline"
 
 
 def test_a_copy_on_this_machine_serves_where_the_hub_does_not(served, few, capsys):

@@ -54,17 +54,17 @@ def downloaded(where: Reference, given: str, option: str, what: str, *, files: b
         if files:
             name = names[repository.only_file(allow_pickle=allow_pickle)]
             return hub.fetch(repository, [name]) / name
-        raise InputRefused(
-            f"{given}: {where} has no config.json", f"a diffusers folder of a {what}; its files: {hub.some(names)}"
-        )
+        hint = f"a diffusers folder of a {what}; its files: {hub.some(names)}"
+        raise repository.lacking("no config.json", InputRefused(f"{given}: {where} has no config.json", hint))
     inside = [name.removeprefix(part) for name in names if name.startswith(part)]
     weights, variant = folders.choose(inside, allow_pickle)
     if not weights:
         if any(name.endswith(".bin") for name in inside):
-            raise pickles_alone(given, option)
-        raise InputRefused(f"{given}: {where} has no weights of a {what}", f"its files: {hub.some(names)}")
+            raise repository.lacking(f"no safetensors weights of a {what}", pickles_alone(given, option))
+        nothing = InputRefused(f"{given}: {where} has no weights of a {what}", f"its files: {hub.some(names)}")
+        raise repository.lacking(f"no weights of a {what}", nothing)
     if variant:
-        info(f"{where}: {variant} is used; it has no other")
+        info(f"{where}: {variant} is used; {repository.no_other}")
     if part:
         info(f"{where}: a whole checkpoint; its {part} is used")
     wanted = [names[part + name] for name in [*(name for name in BESIDE if name in inside), *weights]]

@@ -6,7 +6,7 @@ What is on this machine already is used without asking the hub.
 import glob
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,16 @@ class Repository:
     given: str  # the option with its value, as messages write it
     sizes: Mapping[str, int | None] = field(hash=False)  # file -> bytes, None where the hub does not tell
     folder: Path | None = None  # on this machine, where its files are known from there and not from the hub
+    unasked: hub_errors.Unreachable | None = None  # why the hub did not list its files, where they are those of `folder`
+
+    @property
+    def no_other(self) -> str:
+        """What is known of other files of a kind that is used: the hub knows of all, this machine of its own alone."""
+        return "this machine has no other" if self.folder else "it has no other"
+
+    def lacking(self, what: str, error: UsageError) -> UsageError:
+        """The error for something that is not among the files: `error` where the hub listed them, else why it did not."""
+        return hub_errors.partial(self.unasked, self.given, self.where, what) if self.unasked else error
 
     def inside(self) -> dict[str, str]:
         """The files below the path of the reference: name from there -> name in the repository."""
@@ -43,10 +53,14 @@ class Repository:
         return safe or (sorted(names) if allow_pickle else [])
 
     def only_file(self, *, allow_pickle: bool = False) -> str:
-        """The one file of weights there. UsageError where there are several, which it lists, InputRefused where there is none."""
+        """The one file of weights there. UsageError where there are several, which it lists, InputRefused where there is none.
+
+        Where the hub could not be asked, and this machine has none, the error says why.
+        """
         names = self.top(allow_pickle=allow_pickle)
         if len(names) == 1:
-            info(f"{self.where}: {names[0]} is used, its only file of weights")
+            only = "the only file of weights on this machine" if self.folder else "its only file of weights"
+            info(f"{self.where}: {names[0]} is used, {only}")
             return names[0]
         if names:
             listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -56,10 +70,10 @@ class Repository:
             )
         if pickled := self.top(allow_pickle=True):
             hint = "`allow_pickle=True` reads their tensors; nothing in them is run"
-            raise InputRefused(f"{self.given}: {self.where} has pickled weights alone ({', '.join(pickled[:3])})", hint)
-        raise InputRefused(
-            f"{self.given}: {self.where} has no model_index.json and no file of weights", "give another repository"
-        )
+            alone = InputRefused(f"{self.given}: {self.where} has pickled weights alone ({', '.join(pickled[:3])})", hint)
+            raise self.lacking("no safetensors weights", alone)
+        nothing = f"{self.given}: {self.where} has no model_index.json and no file of weights"
+        raise self.lacking("no file of weights", InputRefused(nothing, "give another repository"))
 
 
 def cached(where: Reference) -> Path | None:
@@ -94,8 +108,8 @@ def ask(where: Reference, given: str) -> Repository:
     except Exception as error:  # the client raises a dozen kinds; `explain` knows them
         clear = hub_errors.explain(error, given, where)
         if isinstance(clear, hub_errors.Unreachable) and (here := kept(where, given)):
-            note(f"{clear}; what is on this machine is used")
-            return here
+            note(f"{given}: {hub_errors.reason(clear, given)}; what is on this machine is used")
+            return replace(here, unasked=clear)
         raise clear from error
     return Repository(where, given, {file.rfilename: file.size for file in found.siblings or []})
 
@@ -118,7 +132,8 @@ def fetch(repository: Repository, names: Iterable[str]) -> Path:
         raise hub_errors.offline(given, str(where))
     if gone := [name for name in wanted if name not in repository.sizes]:
         message = f"{given}: {where.hub_id}{f' at {where.revision}' if where.revision else ''} has no file {gone[0]}"
-        raise UsageError(message, f"its files: {some(repository.sizes)}" + hub_errors.near(gone[0], repository.sizes))
+        hint = f"its files: {some(repository.sizes)}" + hub_errors.near(gone[0], repository.sizes)
+        raise repository.lacking(f"no {gone[0]}", UsageError(message, hint))
     here = cached(where)
     rest = [name for name in wanted if here is None or not (here / name).exists()]
     size = sum(repository.sizes[name] or 0 for name in rest)

@@ -5,6 +5,7 @@ says nothing new for `network.patience_s` is given up: the time of all attempts 
 goes on is never cut, however slow it is.
 """
 
+import logging
 import os
 import threading
 import time
@@ -173,10 +174,22 @@ def install() -> None:
 
 
 @contextmanager
+def quiet_root() -> Iterator[None]:
+    """In the block, no error that is logged on the root logger itself is shown; loggers with a name are left alone."""
+    root, lesser = logging.getLogger(), lambda record: record.levelno < logging.ERROR
+    root.addFilter(lesser)
+    try:
+        yield
+    finally:
+        root.removeFilter(lesser)
+
+
+@contextmanager
 def asking() -> Iterator[None]:
     """In the block, the hub's client and urllib give up a server that stays silent; raises `Silence` or `Busy` then.
 
-    It may also end with any error of a library, a timeout among them.
+    It may also end with any error of a library, a timeout among them. Errors that libraries (open_clip) log on the root logger
+    are left out, for what is raised says the same.
     """
     install()
     with LINE.lock:
@@ -184,7 +197,7 @@ def asking() -> Iterator[None]:
             LINE.reset()
         LINE.depth += 1
     try:
-        with network.silence_ends():
+        with network.silence_ends(), quiet_root():
             yield
     except Exception as error:
         if LINE.ended and LINE.ended not in network.chain(error):  # a library took it for something else

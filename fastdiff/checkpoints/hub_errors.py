@@ -25,6 +25,10 @@ class Unreachable(UsageError):
     """No repository of the hub can be had now: there is no network, or the hub does not serve us."""
 
 
+class Offline(Unreachable):
+    """Something is not on this machine, and downloads are forbidden."""
+
+
 def token_place() -> str:
     """Where the access token in use comes from, for messages; "" where there is none."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
@@ -140,10 +144,25 @@ def not_there(given: str, where: Reference, token: str) -> UsageError:
 def offline(given: str, what: str) -> UsageError:
     """The error for something that is not on this machine where downloads are forbidden."""
     hint = "drop `offline` (or HF_HUB_OFFLINE) to download it, or give a folder or file of this machine"
-    return Unreachable(f"{given}: {what} is not on this machine, and nothing is downloaded offline", hint)
+    return Offline(f"{given}: {what} is not on this machine, and nothing is downloaded offline", hint)
+
+
+def reason(error: Unreachable, given: str) -> str:
+    """Why the hub cannot be asked, without the option's name."""
+    return "nothing is asked of the hub offline" if isinstance(error, Offline) else str(error).removeprefix(f"{given}: ")
+
+
+def partial(error: Unreachable, given: str, where: Reference, what: str) -> Unreachable:
+    """The error for something that the part of a repository on this machine lacks, while the hub cannot be asked for the rest.
+
+    `what` says what is missing, as "no weights".
+    """
+    return type(error)(f"{given}: what this machine has of {where} has {what}, and {reason(error, given)}", error.hint)
 
 
 def in_words(error: Exception) -> str:
     """Why another library could not take something from the hub, in words; else the first line of what it says."""
     clear = explain(error, "", Reference("the hub"))
+    if isinstance(clear, Offline):  # whose message names what is wanted, which the library does not tell
+        return "they are not on this machine, and nothing is downloaded offline"
     return one_line(error) if isinstance(clear, Failed) else str(clear).removeprefix(": ")

@@ -58,7 +58,8 @@ def locate(ref: str, *, configs_only: bool = False, allow_pickle: bool = False) 
             return told(ref, where, wheres, hub.told(folder, where))
     if hub_client.offline():
         held = [error for where in wheres if (error := pickled_copy(ref, where, **how))]
-        if not held and len(wheres) == 1 and hub.kept(wheres[0], given):
+        here = None if held or len(wheres) > 1 else hub.kept(wheres[0], given)
+        if here and "model_index.json" not in here.inside():
             return hub.one_file(wheres[0], given, allow_pickle=allow_pickle)
         raise held[0] if held else missing_weights(ref, hub_ids)
     where, folder = hub.first_with(wheres, lambda where: downloaded(where, given, **how))
@@ -122,13 +123,14 @@ def downloaded(where: Reference, given: str, *, configs_only: bool, allow_pickle
             variants.setdefault(what, []).append(part)
     if lacking:
         hint = "give another repository" if allow_pickle else "`allow_pickle=True` also takes .bin files; nothing in them is run"
-        raise InputRefused(f"{given}: {where} has no safetensors weights of {', '.join(lacking)}", hint)
+        what = f"no safetensors weights of {', '.join(lacking)}"
+        raise repository.lacking(what, InputRefused(f"{given}: {where} has {what}", hint))
     for what, parts in variants.items():
-        info(f"{where}: {', '.join(parts)}: {what} is used; it has no other")
+        info(f"{where}: {', '.join(parts)}: {what} is used; {repository.no_other}")
     folder = hub.fetch(repository, [files[name] for name in wanted] + weights) / where.path
     if parts := folders.lacking(folder, allow_pickle=allow_pickle):
         problem, hint = folders.why_missing(folder, parts[0], allow_pickle=allow_pickle)
-        raise InputRefused(f"{given}: {problem}", hint)
+        raise repository.lacking(f"not all files of {', '.join(parts)}", InputRefused(f"{given}: {problem}", hint))
     return folder
 
 

@@ -114,10 +114,11 @@ def checked(hub_id: str, revision: str | None, path: str | None) -> Reference | 
 def address(url: str, option: str) -> Reference:
     """The reference in the address of a page or file; UsageError where it is none of a model on the hub."""
     parts = urlsplit(url)
-    if "@" in parts.netloc:
+    ours = HOSTS | {host_of(os.environ.get("HF_ENDPOINT", "")).lower(), host_of(endpoint()).lower()}
+    if "@" in parts.netloc or (parts.netloc.lower() in ours and hidden(url) != url):
         hint = "give the address without it, and set HF_TOKEN: what is typed stays in the shell's history and in run folders"
         raise UsageError(f"{as_field(option, hidden(url))}: the address carries a name or an access token", hint)
-    if parts.netloc.lower() not in HOSTS | {host_of(os.environ.get("HF_ENDPOINT", "")).lower(), host_of(endpoint()).lower()}:
+    if parts.netloc.lower() not in ours:
         raise elsewhere(url, option)
     text = unquote(parts.path).strip("/")
     prefix = urlsplit(endpoint()).path.strip("/")  # of a mirror that does not lie at the top of its host

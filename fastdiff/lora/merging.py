@@ -25,6 +25,7 @@ from fastdiff.lora.layouts import split
 from fastdiff.lora.writing import usage_hint
 from fastdiff.runtime import console
 from fastdiff.runtime.errors import InputRefused, as_field
+from fastdiff.runtime.secrets import hidden, hidden_in
 
 NOTICEABLE = 1e-6  # relative error of a stored layer; fp32 stays below, fp16 costs 3e-4, bf16 2e-3
 Method = Literal["sum", "ties", "dare-ties", "dare-linear"]
@@ -88,13 +89,16 @@ def inherited(loras: Sequence[tuple[Lora, float]], base: Checkpoint | None = Non
 
 
 def said(headers: Iterable[tuple[str, dict[str, str]]]) -> dict[str, str]:
-    """The entries for people of several headers, each given with its file, without the hints about their own recipes."""
+    """The entries for people of several headers, each given with its file, without the hints about their own recipes.
+
+    Access tokens in them are left out.
+    """
     parents: list[tuple[str, dict[str, str]]] = []
     for source, header in headers:
         old = usage_hint(Recipe.from_metadata(header))  # the result's header gets the hint of its own recipe
         kept = "; ".join(hint for hint in header.get(words.HINT, "").split("; ") if hint != old)
         parents.append((Path(source).name, {**header, words.HINT: kept}))
-    return words.joined(parents)
+    return hidden_in(words.joined(parents))
 
 
 def with_hint(entries: dict[str, str], recipe: Recipe) -> dict[str, str]:
@@ -158,7 +162,7 @@ def concatenate(loras: list[tuple[Lora, float]], *, recipe: Recipe | None = None
     recipe = replace(recipe or recipe_of(loras), family=family.name if family else None)
     if recipe.prediction_type is None and kinds:
         recipe = replace(recipe, prediction_type=kinds[0])
-    merged_from = json.dumps([{"name": Path(item.source).name, "weight": strength} for item, strength in loras])
+    merged_from = json.dumps([{"name": hidden(Path(item.source).name), "weight": strength} for item, strength in loras])
     made.metadata |= {**inherited(loras), **recipe.to_metadata(), "fastdiff.merged_from": merged_from}
     return made
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fastdiff.checkpoints import hub, references
 from fastdiff.checkpoints.published import hub_of
+from fastdiff.runtime import console
 from fastdiff.runtime.errors import UsageError, as_field
 
 PEFT, DIFFUSERS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"  # the names that libraries write
@@ -22,7 +23,8 @@ def located(ref: str | Path, option: str = "lora", *, allow_pickle: bool = False
     """The file or folder of the LoRA that `ref` names: a path, or a repository of the hub, a folder or a file in it.
 
     Of a repository the file under the name that diffusers writes is taken, else peft's folder, else its only file. What is on
-    this machine wins. UsageError where there is nothing of that name, or there are several files, which it lists.
+    this machine wins; of peft's folder the hub is asked what belongs to it. UsageError where there is nothing of that name, or
+    there are several files, which it lists.
     """
     path = Path(ref).expanduser()
     if isinstance(ref, Path) or references.local(ref) or (where := references.parse(ref, option)) is None:
@@ -30,9 +32,10 @@ def located(ref: str | Path, option: str = "lora", *, allow_pickle: bool = False
     given = as_field(option, ref)
     if where.names_file:
         return hub.file(where, given)
-    if (here := hub.cached(where)) and files_of(here / where.path) != [here / where.path]:
-        return whole(hub.told(here, where) / where.path)
-    return of_repository(hub.ask(where, given), allow_pickle=allow_pickle)
+    here = hub.cached(where)
+    if here and files_of(here / where.path) == [here / where.path / DIFFUSERS]:
+        return hub.told(here, where) / where.path / DIFFUSERS
+    return of_repository(hub.ask(where, given), allow_pickle=allow_pickle)  # peft's files may be here in part
 
 
 def of_repository(repository: hub.Repository, *, allow_pickle: bool = False) -> Path:
@@ -48,7 +51,14 @@ def of_repository(repository: hub.Repository, *, allow_pickle: bool = False) -> 
         wanted = [*adapters, *configs]
     else:
         wanted = [repository.only_file(allow_pickle=allow_pickle)]
-    folder = hub.fetch(repository, [names[name] for name in wanted]) / repository.where.path
+    if adapters and repository.unasked:
+        parts = ", ".join(name.removesuffix(PEFT) or name for name in adapters)
+        console.warn(f"{repository.where}: all that this machine has of the LoRA is used ({parts}); it may have more parts")
+    here = hub.cached(repository.where) if adapters and DIFFUSERS not in names else None
+    if here and all((here / names[name]).is_file() for name in wanted):
+        folder = hub.told(here, repository.where) / repository.where.path
+    else:
+        folder = hub.fetch(repository, [names[name] for name in wanted]) / repository.where.path
     return whole(folder) if adapters or DIFFUSERS in names else folder / wanted[0]
 
 

@@ -1,6 +1,5 @@
 """Find the weight file of a third-party network: a given path, torch's cache, or a download."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ def weight_file(given: str | None, url: str, *, option: str, what: str, instead:
     if cached.exists():
         return cached
     fix = f"(1) run once with network access, (2) {as_field(option, name)}, the file from {url}{instead and f', {instead}'}"
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
+    if network.offline():
         raise UsageError(f"{as_field(option)}: {what} needs {name}, and {cached} is not there (`offline`)", fix)
     console.info(f"downloading {name} for {what} to {cached}")
     try:

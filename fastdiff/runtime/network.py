@@ -28,6 +28,12 @@ def patience_s() -> float:
     return max(float(value) if (value := os.environ.get(name, "")).isdigit() else PATIENCE_S for name in TIMEOUTS) or PATIENCE_S
 
 
+def offline() -> bool:
+    """Whether the environment forbids downloads, by the rule of the hub's client."""
+    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return said.upper() in {"1", "ON", "TRUE", "YES"}
+
+
 @contextmanager
 def silence_ends() -> Iterator[None]:
     """In the block, sockets of libraries that set no timeout (urllib, as torch.hub uses it) give up a silent server."""

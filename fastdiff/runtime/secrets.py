@@ -4,6 +4,7 @@ import os
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 HIDDEN = "***"
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "WANDB_API_KEY")
@@ -23,6 +24,15 @@ def hidden(text: str) -> str:
     for shape, instead in SHAPES:
         text = shape.sub(instead, text)
     return text
+
+
+def hidden_in(value: Any) -> Any:
+    """The value, a dictionary, list or tuple perhaps, with every text in it as of `hidden`; keys are left as they are."""
+    if isinstance(value, str):
+        return hidden(value)
+    if isinstance(value, dict):
+        return {key: hidden_in(each) for key, each in value.items()}
+    return [hidden_in(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def known() -> list[str]:

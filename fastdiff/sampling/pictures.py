@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdiff.runtime import picture_file, text_file
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
+from fastdiff.runtime.secrets import hidden_in
 from fastdiff.sampling import engine
 from fastdiff.sampling.sheet import Sheet
 
@@ -23,10 +24,13 @@ def uint8(pixels: Tensor) -> Tensor:
 
 
 def portrait(pixels: Tensor, facts: dict[str, Any]) -> Any:
-    """Make a PIL picture of pixels (H, W, 3), uint8. Its info keeps `facts`: the prompt, and all else needed to draw it again."""
+    """Make a PIL picture of pixels (H, W, 3), uint8. Its info keeps `facts`: the prompt, and all else needed to draw it again.
+
+    Access tokens in them are left out, for pictures are passed on.
+    """
     from PIL import Image
 
-    image = Image.fromarray(pixels.numpy())
+    image, facts = Image.fromarray(pixels.numpy()), hidden_in(facts)
     image.info |= {"prompt": facts["prompt"], "fastdiff": json.dumps(facts)}
     return image
 
