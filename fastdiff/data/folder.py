@@ -20,6 +20,7 @@ from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 from fastdiff.runtime.picture_file import Refused, decode, suffixes
 
 MISSING = "without a caption"
+NO_TEXT = Kind("caption", "no text, left out; another caption of the picture is used")
 DISAGREE = Kind("picture", "captions that disagree; the first of " + ", ".join((*TABLES, *WORDS)) + " is used")
 EMPTY = Kind("caption", "empty")
 SHARED = Kind("caption", "shared by pictures of the same name")
@@ -93,15 +94,14 @@ class Folder:
                 (path.parent, normal(path.stem), suffix), []
             ):
                 candidates.append((shown(side, self.folder), self.of_file(side, path)))
-        found = [(place, caption) for place, caption in candidates if caption.text]
-        if len({caption.text for _, caption in found}) > 1:
-            self.counts.add(DISAGREE, name)
-        if found:
-            place, caption = found[0]
-            self.counts.add(caption.kinds, place)
+        caption = chosen([caption for _, caption in candidates])
+        if caption.text:
+            place = next(place for place, one in candidates if one.text)
+            for kind in caption.kinds:
+                self.counts.add(kind, name if kind in (DISAGREE, NO_TEXT) else place)
             return caption.text
-        if problem := next((caption.problem for _, caption in candidates if caption.problem), ""):
-            self.problems[path] = problem
+        if caption.problem:
+            self.problems[path] = caption.problem
         elif candidates:
             place, caption = candidates[0]
             self.counts.add([*([] if BAD_JSON in caption.kinds else [EMPTY]), *caption.kinds], place)
@@ -135,6 +135,16 @@ class Folder:
             yield Sample(name, caption, path.read_bytes, "" if caption else self.problems.get(path, MISSING))
         for name, table in sorted(self.rows.items()):
             yield Sample(name, problem=f"in {table} but not in the folder")
+
+
+def chosen(captions: list[Caption]) -> Caption:
+    """Choose among the captions of one picture, the one that wins first. What is told of the others is among its kinds."""
+    found = [caption for caption in captions if caption.text]
+    if not found:
+        return next((caption for caption in captions if caption.problem), captions[0] if captions else Caption())
+    kinds = [DISAGREE] if len({caption.text for caption in found}) > 1 else []
+    kinds += [NO_TEXT] if any(caption.problem for caption in captions) else []
+    return Caption(found[0].text, (*found[0].kinds, *kinds))
 
 
 def normal(name: str) -> str:

@@ -34,6 +34,7 @@ class Sample:
     read: Callable[[], bytes] = bytes
     problem: str = ""  # why the sample cannot be used; empty if it can
     kinds: tuple[Kind, ...] = ()  # what was guessed or changed in the caption
+    passing: bool = False  # the problem may be gone in the next run, as a cut connection is
 
     @cached_property
     def data(self) -> bytes:
