@@ -126,7 +126,9 @@ class Folder:
     def identity(self) -> str:
         """Return a hash that changes whenever a file or a caption does."""
         stats = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in self.images]
-        return hash_of(str(self.folder.resolve()), stats, [self.captions[p] for p in self.images], list(self.problems.values()))
+        captions = [self.captions[p] for p in self.images]
+        rows = sorted(self.rows.items())  # of pictures that are not there
+        return hash_of(str(self.folder.resolve()), stats, captions, list(self.problems.values()), rows)
 
     def samples(self) -> Iterator[Sample]:
         """Yield all images, then the rows of tables without an image, each as a sample with a problem."""

@@ -12,6 +12,7 @@ from fastdiff.checkpoints.hub_client import asking
 from fastdiff.checkpoints.references import Reference
 from fastdiff.data.folder import MISSING, chosen
 from fastdiff.data.images import CAPTIONS, Caption, Sample, hash_of
+from fastdiff.runtime import console
 from fastdiff.runtime.counts import Counts, Kind
 from fastdiff.runtime.errors import Failed, UsageError, as_field, quoted
 from fastdiff.runtime.picture_file import suffixes, unreadable
@@ -256,7 +257,7 @@ class HuggingFace:
             place, *rest = rest
             files = {"data_dir": place} if Path(place).is_dir() else {"data_files": place}
         elif Path(name).is_file():
-            files, name = {"data_files": name}, Path(name).suffix.removeprefix(".")
+            files, name = {"data_files": name}, self.builder_of(Path(name))
         split = rest[0] if rest else "train"
         given = as_field("data", self.spec)
         if not files and not Path(name).exists() and not hub_client.offline():
@@ -274,11 +275,29 @@ class HuggingFace:
             raise UsageError(f"{given}: {quoted(error).splitlines()[0]}", hint) from error
         self.image = self.columns()
 
+    def builder_of(self, path: Path) -> str:
+        """Return the builder of a local file. Raises UsageError if its suffix names none."""
+        suffix = path.suffix.lower().removeprefix(".")
+        if suffix not in OF_FILES:
+            what = (
+                f"a {path.suffix} file is not read as a data set"
+                if suffix
+                else "a file without a suffix is not read as a data set"
+            )
+            raise UsageError(f"{as_field('data', self.spec)}: {what}", f"files that are read end in .{', .'.join(OF_FILES)}")
+        return OF_FILES[suffix]
+
     def columns(self) -> str:
-        """Return the column of images. Decoding is switched off, so that a damaged image can be reported by its name."""
+        """Return the column of images; others are told. Decoding is switched off, so that a damaged image can be named."""
         features = self.rows.features or {}
-        images = [k for k, v in features.items() if isinstance(v, self.library.Image)]
-        images += [k for k in features if k.lower() in IMAGES and k not in images]
+        typed = lambda k: isinstance(features[k], self.library.Image)
+        no_bytes = lambda k: getattr(features[k], "dtype", "") in ("string", "large_string")  # structs have no dtype
+        images = [k for k in features if typed(k) or k.lower() in IMAGES]
+        place = {name: i for i, name in enumerate(IMAGES)}
+        images.sort(key=lambda k: (no_bytes(k), place.get(k.lower(), len(place)), not typed(k)))
+        if len(images) > 1:
+            others = ", ".join(images[1:])
+            console.warn(f"{as_field('data', self.spec)}: the pictures are those of the column {images[0]}; not used: {others}")
         if features and not images:
             raise UsageError(f"{as_field('data', self.spec)}: there is no image column among {', '.join(features)}")
         if features and self.column and self.column not in features:
@@ -298,7 +317,11 @@ class HuggingFace:
         if not files:
             return None
         return hash_of(
-            self.builder.hash, self.builder.config_id, self.column, [tuple(entry.origin_metadata) for entry in files.values()]
+            self.builder.hash,
+            self.builder.config_id,
+            self.column,
+            self.image,
+            [tuple(entry.origin_metadata) for entry in files.values()],
         )
 
     def samples(self) -> Iterator[Sample]:
@@ -312,14 +335,26 @@ class HuggingFace:
             except StopIteration:
                 return
             except Exception as error:  # a damaged data file: the rows after it cannot be reached
-                yield Sample(name, problem=f"broken data file ({hub_errors.in_words(error)})")
+                yield Sample(name, problem=f"broken data file ({hub_errors.in_words(error)})", passing=True)
                 return
             number += 1
             caption = Caption.of_row(row, self.column)
             cell = row.get(self.image)
             if isinstance(cell, dict) and cell.get("path"):
                 name = f"{self.spec} {cell['path']}"
-            yield sample(name, caption, lambda cell=cell: bytes_of(cell))
+            if why := no_picture(cell):
+                yield Sample(name, problem=f"{why} (column {self.image})")
+            else:
+                yield sample(name, caption, lambda cell=cell: bytes_of(cell))
+
+
+def no_picture(cell: Any) -> str:
+    """Return what a cell of the column of images is if it cannot hold a picture, or ""."""
+    if isinstance(cell, (dict, bytes)):
+        return ""
+    if cell is None:
+        return "an empty cell, no picture"
+    return "a path or other text, not a picture" if isinstance(cell, str) else f"a {type(cell).__name__}, not a picture"
 
 
 def bytes_of(cell: Any) -> bytes:
