@@ -365,6 +365,82 @@ def test_csv_mistakes(tmp_path, opened):
         opened("tags")
 
 
+@pytest.mark.parametrize(
+    ("rows", "number", "what"),
+    [
+        ('a.png,"a cat\nb.png,a dog\nc.png,a cow\n', 2, "a quote is opened and not closed"),
+        ('a.png,a cat\nb.png,"a dog\nc.png,"a cow"\n', 3, "there is text behind a closing quote"),
+        ('a.png,"a cat\nb.png,a dog\nc.png,an 8"\n', 2, "a quote is opened and not closed"),
+    ],
+)
+def test_a_quote_that_is_not_closed_does_not_swallow_the_table(tmp_path, opened, rows, number, what):
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    written(tmp_path / "metadata.csv", f"file_name,text\n{rows}")
+    with pytest.raises(InputRefused, match=f"metadata.csv: line {number}: {what}") as error:
+        opened()
+    assert "doubled" in error.value.hint
+    written(tmp_path / "metadata.csv", 'file_name,text\na.png,"a cat,\n\non a ""mat"""\n')  # several lines are no mistake
+    assert opened()[0]["a.png"] == 'a cat, on a "mat"'
+
+
+def test_the_header_of_a_csv_table_in_any_case(tmp_path, opened):
+    picture(tmp_path / "a.png")
+    written(tmp_path / "metadata.csv", "File_Name,Text,TAGS\na.png,a cat,some tags\n")
+    assert opened()[0] == {"a.png": "a cat"}
+    assert opened("tags")[0] == {"a.png": "some tags"}
+
+
+def test_a_caption_column_that_nothing_has_is_refused(tmp_path, opened):
+    picture(tmp_path / "a.png")
+    written(tmp_path / "a.txt", "a cat")
+    with pytest.raises(UsageError, match="`caption_column=label`: there is no table or .json file of captions") as error:
+        opened("label")
+    assert error.value.hint == "text files have no columns: leave `caption_column` out"
+    written(tmp_path / "metadata.jsonl", '{"file_name": "a.png", "text": "a dog"}\n')
+    written(tmp_path / "a.json", '{"tags": "some"}')
+    with pytest.raises(UsageError, match="`caption_column=label`: no table or .json file of captions has it") as error:
+        opened("label")
+    assert error.value.hint == "they have file_name, text, tags"
+    picture(tmp_path / "b.png")
+    written(tmp_path / "b.json", '{"label": "a label"}')
+    captions, told = opened("label")
+    assert captions == {"a.png": "a cat", "b.png": "a label"}
+    assert "1 caption: of a text file, which has no columns (`caption_column`); the first: a.txt" in told
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(3, "a number"), (0, "a number"), ({"en": "x"}, "an object"), ([3], "a list without text")]
+)
+def test_captions_that_are_no_text_say_what_they_are(tmp_path, value, kind):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    written(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.png", "label": value}))
+    written(tmp_path / "b.json", json.dumps({"label": value}))
+    problems = [sample.problem for sample in folder.Folder(tmp_path, "label").samples()]
+    assert problems == [f"a caption that is {kind}, not text"] * 2
+    written(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.png", "text": value, "caption": "a cat"}))
+    assert folder.Folder(tmp_path).captions[tmp_path / "a.png"] == "a cat"
+
+
+def test_a_caption_that_is_no_text_beside_another_one_is_told(tmp_path, opened):
+    picture(tmp_path / "a.png")
+    written(tmp_path / "a.txt", "赤いリンゴ".encode("shift-jis"))
+    written(tmp_path / "a.json", '{"text": "of json"}')
+    captions, told = opened()
+    assert captions == {"a.png": "of json"}
+    assert "1 caption: no text, left out; another caption of the picture is used; the first: a.png" in told
+
+
+def test_json_files_without_a_picture_are_counted(tmp_path, opened):
+    picture(tmp_path / "a.png")
+    written(tmp_path / "a.txt", "a cat")
+    written(tmp_path / "metadata.json", '{"a.png": "another cat"}')
+    written(tmp_path / "old.json", "{}")
+    line = "2 files: .json without a picture of its name, not used (a table of captions is named metadata.jsonl)"
+    assert line in opened()[1]
+
+
 def test_the_caption_column_of_json_and_tables(tmp_path, opened):
     row = {"file_name": "a.png", "text": "text of table", "tags": "tags of table"}
     written(tmp_path / "metadata.jsonl", json.dumps(row) + "\n")

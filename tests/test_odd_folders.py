@@ -226,6 +226,35 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path):
     assert made.counts.count("a link to a folder that is read already") == 2
 
 
+def test_links_that_lead_out_of_the_folder_are_told(tmp_path):
+    put(tmp_path / "par", "in/a.png")
+    put(tmp_path / "par", "other/b.png")
+    put(tmp_path / "far", "c.png")
+    (tmp_path / "par" / "in" / "up").symlink_to(tmp_path / "par")
+    made = folder.Folder(tmp_path / "par" / "in")
+    assert [p.name for p in made.images] == ["a.png", "b.png"]
+    assert made.counts.count("folder: a link that leads out of the folder; the pictures behind it are read too") == 1
+    (tmp_path / "par" / "out").symlink_to(tmp_path / "far")
+    assert folder.Folder(tmp_path / "par").counts.count("a link that leads out of the folder") == 1
+    (tmp_path / "par" / "out").unlink()
+    assert folder.Folder(tmp_path / "par").counts.count("a link that leads out of the folder") == 0
+
+
+def test_rows_of_files_that_are_left_out_say_so(tmp_path):
+    put(tmp_path, "a.png")
+    for name in ("b.psd", ".h.png"):
+        put(tmp_path, name, b"x", None)
+    names = ["a.png", "b.psd", ".h.png", "gone.png"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": "x"}) for name in names))
+    problems = {sample.name: sample.problem for sample in folder.Folder(tmp_path).samples() if sample.problem}
+    left_out = "in metadata.jsonl but left out of the pictures of the folder"
+    assert problems == {
+        "b.psd": f"{left_out} (.psd pictures, which are not read; save them as PNG)",
+        ".h.png": f"{left_out} (its name is that of a hidden file, a system, or no picture)",
+        "gone.png": "in metadata.jsonl but not in the folder",
+    }
+
+
 def test_a_folder_that_cannot_be_opened_is_told(tmp_path, monkeypatch):
     put(tmp_path, "a.png")
     put(tmp_path, "closed/b.png")

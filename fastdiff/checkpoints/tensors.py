@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastdiff.checkpoints import pickles
 from fastdiff.checkpoints.pickles import PICKLE
+from fastdiff.runtime import secrets
 from fastdiff.runtime.errors import DoesNotFit, GateFailed, InputRefused, UsageError, as_field
 
 # What the option `precision` of commands that write files means; None: as the inputs are stored.
@@ -232,7 +233,7 @@ def write(path: str | Path, wanted: Iterable[Entry], metadata: Mapping[str, str]
     # Equal content gives equal bytes: tensors lie by dtype size and name, as the library lays them, and metadata is sorted,
     # since the library's own order changes from process to process.
     rows = sorted(wanted, key=lambda row: (-row.dtype.itemsize, row.name))
-    head: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    head: dict[str, Any] = {"__metadata__": secrets.hidden_in(dict(sorted(metadata.items())))} if metadata else {}
     offset = 0
     for row in rows:
         assert row.name not in head, f"{row.name} twice"

@@ -24,6 +24,7 @@ from fastdiff.checkpoints.recipe import Recipe
 from fastdiff.checkpoints.single_file import Slot, Weights
 from fastdiff.checkpoints.tensors import Entry
 from fastdiff.checkpoints.tokens import clip_vocabulary
+from fastdiff.runtime import secrets
 from fastdiff.runtime.console import info
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
 
@@ -138,7 +139,7 @@ def index_of(base: Checkpoint) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file, in a folder that is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(secrets.hidden_in(dict(value)), indent=2) + "\n")
 
 
 def write_tokenizer(source: Path, target: Path) -> None:

@@ -54,9 +54,12 @@ def encode(
     framing: Framing,
     *,
     most: int | None = None,
+    by_default: bool = False,
     device: torch.device | str = "cpu",
 ) -> Data:
     """Encode the first `most` samples of a source (default: all). Unusable samples are skipped, with warnings.
+
+    Samples beyond `most` are left out; with a warning if nobody chose the number (`by_default`).
 
     Raises InputRefused if no sample is usable, and DoesNotFit if the disk is too small. Afterwards the text encoders are
     released and the VAE is on the CPU.
@@ -66,6 +69,12 @@ def encode(
     captions = Captions(base, share, device)
     pictures = Pictures(base, framing, captions, share, device)
     listing = pictures.listed(source, most)
+    if listing.cut:
+        taken = f"{as_field('data', source.spec)}: only the first {most} images are used"
+        if by_default:
+            console.warn(f"{taken}, which is the default of data that is streamed; take more with `max_images`")
+        else:
+            console.info(f"{taken} (`max_images`)")
     held_out.warn_of(base.family, (caption for _, _, caption in listing.rows), as_field("data", source.spec))
     text.tell(base, [caption for _, _, caption in listing.rows], as_field("data", source.spec), "captions")
     not_finite = captions.encode(dict.fromkeys(caption for _, _, caption in listing.rows))
@@ -190,11 +199,15 @@ class Pictures:
         """
         texts = samples * self.captions.bytes_of_window if captions is None else self.captions.size(captions)
         size = samples * self.bytes_each() * len(self.framing.cuts) + texts
-        amount = f"{'up to ' if captions is None else ''}{samples} images of {source.spec} to encode"
+        amount, needed = f"{samples} images of {source.spec} to encode", size
+        if captions is None:
+            amount = f"up to {amount} (as many as it has, without those in the cache)"
+            # what is in the cache may belong to other data; if the disk fills up later, the run can be resumed
+            needed = size * max(0, samples - len(self.store) // len(self.framing.cuts)) // samples
         room = f"{disk.format_size(disk.free_bytes(self.store.folder))} are free"
         console.info(f"{amount}: about {disk.format_size(size)} in {self.store.folder.parent}; {room}")
         hint = "set FASTDIFF_CACHE to another folder, or take fewer images with `max_images`"
-        disk.require(self.store.folder, size, f"{samples} encoded images", hint)
+        disk.require(self.store.folder, needed, f"{samples} encoded images", hint)
 
     def encode(self, samples: list[tuple[Sample, str]]) -> list[tuple[str, str]]:
         """Encode (sample, hash) pairs into one cache file. Returns (name, reason) of each unusable sample."""
@@ -313,8 +326,8 @@ class Reading:
             samples = iter(pairs)
             captions = [sample.caption or "" for sample, _ in pairs]
             missing = total = len({digest for _, digest in pairs if not self.pictures.there(digest)})
-        else:  # an estimate: cached items may belong to other data sets; if the disk fills up later, the run can be resumed
-            missing = max(0, (self.most or 0) - len(self.pictures.store) // len(self.pictures.framing.cuts))
+        else:  # an upper limit: nobody knows how many there are, or are in the cache
+            missing = self.most or 0
         if missing:
             self.pictures.announce(self.source, missing, captions)
         self.patient = False
@@ -347,14 +360,16 @@ class Reading:
         for sample in self.source.samples():
             stop.check()
             if taken == self.most:
-                console.info(f"{as_field('data', self.source.spec)}: only the first {taken} images are used (`max_images`)")
+                self.listing.cut = True
                 return
             why, data = sample.problem, b""
+            self.listing.passing |= sample.passing
             if not why:
                 try:
                     data = sample.data
                 except OSError as error:
                     why = f"not readable ({error.strerror or error})"
+                    self.listing.passing = True
             if not why and not data:
                 why = "0 bytes"
             if why:
@@ -399,7 +414,8 @@ class Reading:
         refused += [(name, "a copy of an image that was skipped") for name in gone if name not in named]
         if not rows:
             raise hopeless(self.source, Listing(rows, refused))
-        return Listing(rows, refused, self.counted())
+        cut, passing = (any(self.share.gather([mine])) for mine in (self.listing.cut, self.listing.passing))
+        return Listing(rows, refused, self.counted(), cut, passing)
 
     def counted(self) -> Counts:
         """Count what was guessed or changed in the usable samples."""

@@ -5,8 +5,10 @@ The caption of `a.png` is taken from the first of these that has one: the row of
 `a.json`. Where they disagree, the run says so.
 """
 
+import json
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -17,13 +19,16 @@ from fastdiff.data.walk import TABLES, WORDS, Files, shown
 from fastdiff.runtime import text_file
 from fastdiff.runtime.counts import Counts, Kind
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
-from fastdiff.runtime.picture_file import ENLARGED, Refused, decode, suffixes
+from fastdiff.runtime.picture_file import ENLARGED, Refused, decode, suffixes, unreadable
 
 MISSING = "without a caption"
+NO_TEXT = Kind("caption", "no text, left out; another caption of the picture is used")
 DISAGREE = Kind("picture", "captions that disagree; the first of " + ", ".join((*TABLES, *WORDS)) + " is used")
 EMPTY = Kind("caption", "empty")
 SHARED = Kind("caption", "shared by pictures of the same name")
 ALONE = Kind("caption", "without a picture that is read")
+ALONE_JSON = Kind("file", ".json without a picture of its name, not used (a table of captions is named metadata.jsonl)")
+NO_COLUMN = Kind("caption", "of a text file, which has no columns (`caption_column`)")
 
 
 class Folder:
@@ -49,8 +54,9 @@ class Folder:
         self.read: dict[Path, Caption] = {}
         self.captions = {path: self.caption(path) for path in self.images}
         for path in self.files.words:
-            if path not in self.used and path.suffix.lower() != ".json":
-                self.counts.add(ALONE, shown(path, folder))
+            if path not in self.used:
+                self.counts.add(ALONE_JSON if path.suffix.lower() == ".json" else ALONE, shown(path, folder))
+        self.check_column()
         missing = [p for p in self.images if self.captions[p] is None and p not in self.problems]
         if len(missing) == len(self.images):
             all_of = f"{len(missing)} of {len(missing)} images have no caption"
@@ -60,6 +66,24 @@ class Folder:
                 f'{{"{caption_column or CAPTIONS[0]}": ...}}, or into a metadata.jsonl of {{"file_name": ..., '
                 f'"{caption_column or CAPTIONS[0]}": ...}} lines',
             )
+
+    def check_column(self) -> None:
+        """Raise UsageError if no table and no .json file has the column of captions, naming the columns that there are."""
+        jsons = [path for path in self.read if path.suffix.lower() == ".json"]
+        if (
+            not self.column
+            or self.column in self.columns
+            or any(self.read[path].text or self.read[path].problem for path in jsons)
+        ):
+            return
+        columns = dict.fromkeys(sorted(self.columns))
+        for path in jsons[:100]:
+            with suppress(OSError, ValueError, RecursionError):
+                row = json.loads(text_file.read(path)[0])
+                columns |= dict.fromkeys(row if isinstance(row, dict) else [])
+        hint = f"they have {', '.join(columns)}" if columns else "text files have no columns: leave `caption_column` out"
+        where = "no table or .json file of captions has it" if columns else "there is no table or .json file of captions"
+        raise UsageError(f"{as_field('data', self.folder)}: {as_field('caption_column', self.column)}: {where}", hint)
 
     @property
     def count(self) -> int:
@@ -74,9 +98,10 @@ class Folder:
         """Read all tables: the captions of each picture by its name in the folder, the one that wins first."""
         captions: dict[str, list[Caption]] = {}
         self.rows: dict[str, str] = {}  # picture -> the table that names it
+        self.columns: set[str] = set()  # of all tables
         for path in sorted(self.files.tables, key=lambda p: (-len(p.parts), p.parent.parts, TABLES.index(p.name.lower()))):
             place = path.parent.relative_to(self.folder)
-            for name, caption in tables.read(path, self.column, self.counts).items():
+            for name, caption in tables.read(path, self.column, self.counts, self.columns).items():
                 key = normal((place / name).as_posix())
                 captions.setdefault(key, []).append(caption)
                 self.rows.setdefault(key, path.name)
@@ -93,15 +118,16 @@ class Folder:
                 (path.parent, normal(path.stem), suffix), []
             ):
                 candidates.append((shown(side, self.folder), self.of_file(side, path)))
-        found = [(place, caption) for place, caption in candidates if caption.text]
-        if len({caption.text for _, caption in found}) > 1:
-            self.counts.add(DISAGREE, name)
-        if found:
-            place, caption = found[0]
-            self.counts.add(caption.kinds, place)
+        caption = chosen([caption for _, caption in candidates])
+        if caption.text:
+            place = next(place for place, one in candidates if one.text)
+            for kind in caption.kinds:
+                self.counts.add(kind, name if kind in (DISAGREE, NO_TEXT) else place)
+            if self.column and place.lower().endswith((".txt", ".caption")):
+                self.counts.add(NO_COLUMN, place)
             return caption.text
-        if problem := next((caption.problem for _, caption in candidates if caption.problem), ""):
-            self.problems[path] = problem
+        if caption.problem:
+            self.problems[path] = caption.problem
         elif candidates:
             place, caption = candidates[0]
             self.counts.add([*([] if BAD_JSON in caption.kinds else [EMPTY]), *caption.kinds], place)
@@ -126,7 +152,9 @@ class Folder:
     def identity(self) -> str:
         """Return a hash that changes whenever a file or a caption does."""
         stats = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in self.images]
-        return hash_of(str(self.folder.resolve()), stats, [self.captions[p] for p in self.images], list(self.problems.values()))
+        captions = [self.captions[p] for p in self.images]
+        rows = sorted(self.rows.items())  # of pictures that are not there
+        return hash_of(str(self.folder.resolve()), stats, captions, list(self.problems.values()), rows)
 
     def samples(self) -> Iterator[Sample]:
         """Yield all images, then the rows of tables without an image, each as a sample with a problem."""
@@ -134,7 +162,24 @@ class Folder:
             name, caption = shown(path, self.folder), self.captions[path]
             yield Sample(name, caption, path.read_bytes, "" if caption else self.problems.get(path, MISSING))
         for name, table in sorted(self.rows.items()):
-            yield Sample(name, problem=f"in {table} but not in the folder")
+            yield Sample(name, problem=f"in {table} but {self.why_missing(name)}")
+
+    def why_missing(self, name: str) -> str:
+        """Say why a picture that a table names is not among the images."""
+        if not (self.folder / name).is_file():
+            return "not in the folder"
+        why = unreadable(Path(name).suffix)
+        return f"left out of the pictures of the folder ({why or 'its name is that of a hidden file, a system, or no picture'})"
+
+
+def chosen(captions: list[Caption]) -> Caption:
+    """Choose among the captions of one picture, the one that wins first. What is told of the others is among its kinds."""
+    found = [caption for caption in captions if caption.text]
+    if not found:
+        return next((caption for caption in captions if caption.problem), captions[0] if captions else Caption())
+    kinds = [DISAGREE] if len({caption.text for caption in found}) > 1 else []
+    kinds += [NO_TEXT] if any(caption.problem for caption in captions) else []
+    return Caption(found[0].text, (*found[0].kinds, *kinds))
 
 
 def normal(name: str) -> str:

@@ -19,6 +19,8 @@ from fastdiff.runtime.picture_file import RULES, WHITE
 UNLISTED = (1344, 704)  # (height, width) missing in SDXL's list, although (704, 1344) is in it
 CAPTIONS = ("text", "caption", "prompt")  # keys of a caption in .json files, tables and columns of data sets
 
+NOTHING: tuple[Any, ...] = (None, "", b"", [], {})  # values of a caption that is not there
+
 DIFFER = Kind("caption", "several columns differ ({}), the first of them is used (`caption_column`)")
 LIST = Kind("caption", "a list, its first entry is used")
 LINES = Kind("caption", "of several lines, used whole (sd-scripts takes the first line alone)", warns=False)
@@ -34,6 +36,7 @@ class Sample:
     read: Callable[[], bytes] = bytes
     problem: str = ""  # why the sample cannot be used; empty if it can
     kinds: tuple[Kind, ...] = ()  # what was guessed or changed in the caption
+    passing: bool = False  # the problem may be gone in the next run, as a cut connection is
 
     @cached_property
     def data(self) -> bytes:
@@ -65,7 +68,10 @@ class Caption:
         """Take the caption of a JSON object or data set row: of the key `column`, else of the first of CAPTIONS that has one."""
         if not isinstance(row, dict):
             return cls()
-        keys = [key for key in ([column] if column else CAPTIONS) if row.get(key)]
+        given = [key for key in ([column] if column else CAPTIONS) if row.get(key) not in NOTHING]
+        keys = [key for key in given if not no_text(row[key])]
+        if given and not keys:
+            return cls(problem=f"a caption that is {no_text(row[given[0]])}, not text")
         kinds = [DIFFER._replace(what=DIFFER.what.format(", ".join(keys)))] if len({str(row[key]) for key in keys}) > 1 else []
         value = row[keys[0]] if keys else None
         if isinstance(value, list) and value:
@@ -94,8 +100,19 @@ class Caption:
             return cls(problem=f"a caption that is no text ({error}; save it as UTF-8)")
         except (ValueError, RecursionError):
             return cls(kinds=(BAD_JSON,))
+        if caption.problem:
+            return caption
         kinds = tuple(as_captions(guessed)) + (caption.kinds if caption.text else (BAD_JSON,))
         return cls(caption.text, kinds)
+
+
+def no_text(value: Any) -> str:
+    """Return what the value of a caption is if it is not text or a list of texts, or ""."""
+    if isinstance(value, (str, bytes)):
+        return ""
+    if isinstance(value, list):
+        return "" if isinstance(value[0], (str, bytes)) else "a list without text"
+    return "a number" if isinstance(value, (int, float)) else "an object" if isinstance(value, dict) else type(value).__name__
 
 
 def as_captions(kinds: Iterable[Kind]) -> list[Kind]:

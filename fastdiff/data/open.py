@@ -81,7 +81,7 @@ def open_data(
     if spec.startswith(("wds:", "hf:")):
         kind, _, location = spec.partition(":")
         source = (streams.WebDataset if kind == "wds" else streams.HuggingFace)(location, caption_column)
-        return encode.encode(base, source, framing, most=max_images or STREAMED, device=device)
+        return encode.encode(base, source, framing, most=max_images or STREAMED, by_default=not max_images, device=device)
     if Path(spec).is_dir():
         return encode.encode(base, folder.Folder(Path(spec), caption_column), framing, most=max_images, device=device)
     if Path(spec).is_file():

@@ -1,17 +1,19 @@
 """Data sets that are streamed from start to end: WebDataset shards (`wds:`) and Hugging Face data sets (`hf:`)."""
 
 import os
+import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fastdiff.checkpoints import hub, hub_client, hub_errors
 from fastdiff.checkpoints.hub_client import asking
 from fastdiff.checkpoints.references import Reference
-from fastdiff.data.folder import MISSING
+from fastdiff.data.folder import MISSING, chosen
 from fastdiff.data.images import CAPTIONS, Caption, Sample, hash_of
-from fastdiff.runtime.counts import Counts
+from fastdiff.runtime import console
+from fastdiff.runtime.counts import Counts, Kind
 from fastdiff.runtime.errors import Failed, UsageError, as_field, quoted
 from fastdiff.runtime.picture_file import suffixes, unreadable
 
@@ -21,8 +23,12 @@ EXTRA = 'pip install "fastdiff[data]"'
 CURL = ["curl", "-sfL", "--connect-timeout", "10", "--speed-limit", "1", "--speed-time", "20"]
 CURL += ["--retry", "2", "--retry-delay", "1", "--retry-max-time", "5"]
 PIPED_ENDS = [141, 23]  # curl's exit codes when the reader closes the pipe
-IMAGES = ("image", "img", "picture", "jpg", "png", "webp")  # names of a column of images
+IMAGES = ("image", "img", "picture", "jpg", "png", "webp")  # names of a column of images; the first that is there wins
 BUILDERS = {"imagefolder", "parquet", "arrow", "webdataset", "json"}
+OF_FILES = {"parquet": "parquet", "arrow": "arrow", "json": "json", "jsonl": "json", "tar": "webdataset"}  # suffix -> builder
+GROUPING = 2  # part of the cache key of shards: raise it if the same shard gives other samples than before
+
+FURTHER = Kind("picture", "further pictures of the same name in the tar, left out")
 
 
 class WebDataset:
@@ -53,7 +59,7 @@ class WebDataset:
     def identity(self) -> str:
         """Hash the addresses, and the size and time of local shards. Remote shards are assumed not to change."""
         stats = [os.stat(url) for url in self.urls if self.local(url)]
-        return hash_of(self.urls, self.column, [(stat.st_size, stat.st_mtime_ns) for stat in stats])
+        return hash_of(GROUPING, self.urls, self.column, [(stat.st_size, stat.st_mtime_ns) for stat in stats])
 
     def samples(self) -> Iterator[Sample]:
         """Yield the samples of all shards."""
@@ -62,18 +68,18 @@ class WebDataset:
 
     def shard(self, url: str) -> Iterator[Sample]:
         """Yield the samples of one tar file. A damaged file gives its readable samples, and samples with a problem."""
-        from webdataset.tariterators import group_by_keys
-
         problems: list[str] = []
+        remote = not self.local(url)
+        failed = False
         try:
             with self.open(url) as stream:
-                duplicate = lambda error: problems.append(str(error.args[0])) or True
-                for row in group_by_keys(members(stream, url, problems), handler=duplicate):
-                    yield from broken(url, problems)
+                for row in grouped(members(stream, url, problems), self.column, problems):
+                    yield from broken(url, problems, remote)
                     yield sample_of(row, Path(url).name, self.column)
         except OSError as error:
             problems.append(str(error))
-        yield from broken(url, problems)
+            failed = True
+        yield from broken(url, problems, remote or failed)
 
     def open(self, url: str) -> Any:
         """Open a shard as a binary stream; `http(s)` by curl with our timeouts."""
@@ -84,10 +90,90 @@ class WebDataset:
         return gopen(url)
 
 
-def broken(url: str, problems: list[str]) -> Iterator[Sample]:
-    """Yield a sample for each problem with a tar file, and empty the list."""
+def broken(url: str, problems: list[str], passing: bool) -> Iterator[Sample]:
+    """Yield a sample for each problem with a tar file, and empty the list. `passing` problems may be gone in the next run."""
     while problems:
-        yield Sample(url, problem=f"broken tar ({problems.pop(0)})")
+        yield Sample(url, problem=f"broken tar ({problems.pop(0)})", passing=passing)
+
+
+NAMED = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)  # WebDataset parts a name at its first dot
+
+
+def grouped(files: Iterable[dict[str, Any]], column: str | None, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """Group the files of a tar into samples: {"__key__": name, suffix in small letters: bytes, ...}.
+
+    Neighbours whose names are the same up to the first dot belong together, which is WebDataset's rule: 'a.jpg', 'a.seg.png'
+    and 'a.txt' are one sample. But a picture whose name has dots and that has a caption of its own is a sample of its own:
+    '2024.01.png' and '2024.01.txt', '2024.02.png' and '2024.02.txt' are two. Duplicates are added to `problems`.
+    """
+    key, last, row, pairs = "", "", dict[str, dict[str, Any]](), 0
+    for file in files:
+        match = NAMED.fullmatch(file["fname"])
+        if match is None:
+            continue
+        if match[1] != key:
+            yield from rest_of(key, row, pairs)
+            key, last, row, pairs = match[1], "", {}, 0
+        name, suffix = parted(match[2])
+        if last and name != last and (pair := pair_of(key, last, row, column)):  # at once: a shard may be one long row
+            pairs += 1
+            yield pair
+        last = name
+        if suffix in row.setdefault(name, {}):
+            problems.append(f"{file['fname']}: duplicate file name")
+        else:
+            row[name][suffix] = file["data"]
+    for name in [name for name in row if name]:
+        if pair := pair_of(key, name, row, column):
+            pairs += 1
+            yield pair
+    yield from rest_of(key, row, pairs)
+
+
+def parted(dotted: str) -> tuple[str, str]:
+    """Part what follows the first dot of a name: '01.00.png' into '01.00' and 'png', '01.png.txt' into '01' and 'png.txt'."""
+    name, _, suffix = dotted.rpartition(".")
+    suffix = suffix.lower()
+    before, _, picture = name.rpartition(".")
+    return (before, f"{picture.lower()}.{suffix}") if f".{picture.lower()}" in suffixes() else (name, suffix)
+
+
+def pair_of(key: str, name: str, row: dict[str, dict[str, Any]], column: str | None) -> dict[str, Any] | None:
+    """Take the files of a dotted name out of the row if they are a picture and its caption, else return None."""
+    files = row[name]
+    if not any(f".{suffix}" in suffixes() for suffix in files):
+        return None
+    own = [suffix for suffix in files if suffix.rpartition(".")[2] in {*sides(column)} - {"json"}]
+    if not own and not any(caption.text for _, caption in captions_of(files, "", column)):
+        return None
+    del row[name]
+    return {"__key__": f"{key}.{name}", **files}
+
+
+def rest_of(key: str, row: dict[str, dict[str, Any]], pairs: int) -> Iterator[dict[str, Any]]:
+    """Yield what is left of neighbours: one sample, or one for each dotted name if they are names, not parts of a sample."""
+    if "" in row and not pairs:
+        files = {f"{name}.{suffix}" if name else suffix: data for name, some in row.items() for suffix, data in some.items()}
+        yield {"__key__": key, **files}
+        return
+    for name, files in row.items():
+        yield {"__key__": f"{key}.{name}" if name else key, **files}
+
+
+def sides(column: str | None) -> list[str]:
+    """Return the suffixes of caption files, without a dot, the first one that is used first."""
+    return list(dict.fromkeys([column.lower()] if column else ["txt", *CAPTIONS, "caption"])) + ["json"]
+
+
+def captions_of(parts: dict[str, Any], image: str, column: str | None) -> list[tuple[str, Caption]]:
+    """Return the caption files of a sample, those of the picture's whole name ('a.png.txt') before those of the sample's."""
+    found = []
+    for side in sides(column):
+        for suffix in (f"{image}.{side}", side):
+            if suffix in parts:
+                data = parts[suffix]
+                found.append((suffix, Caption.of_json(data, column) if side == "json" else Caption.of_bytes(data)))
+    return found
 
 
 def members(stream: Any, url: str, problems: list[str]) -> Iterator[dict[str, Any]]:
@@ -130,17 +216,17 @@ def sample_of(row: dict[str, Any], shard: str, column: str | None = None) -> Sam
     """Make a sample of the files with one name. If a file has several suffixes ('a.seg.png'), the last one is its type.
 
     The caption is in the file of the suffix `column` (default: txt, then CAPTIONS), else under this key in the .json file.
+    Further pictures are counted.
     """
     name, parts = f"{shard}/{row['__key__']}", {k: v for k, v in row.items() if not k.startswith("__")}
-    image = next((k for k in parts if f".{k}" in suffixes()), None) or next((k for k in parts if k.endswith(suffixes())), None)
+    pictures = [k for k in parts if k.endswith(suffixes()) or f".{k}" in suffixes()]
+    image = next((k for k in pictures if f".{k}" in suffixes()), None) or next(iter(pictures), None)
     if image is None:
         why = next((f" that is read ({what})" for k in parts if (what := unreadable(f".{k.rpartition('.')[2]}"))), "")
         return Sample(name, problem=f"without an image{why}")
-    words = next((parts[k] for k in ((column,) if column else ("txt", *CAPTIONS)) if k in parts), b"")
-    caption = Caption.of_bytes(words)
-    if caption.text is None and not caption.problem and "json" in parts:
-        caption = Caption.of_json(parts["json"], column)
-    return sample(f"{name}.{image}", caption, lambda: parts[image])
+    caption = chosen([caption for _, caption in captions_of(parts, image, column)])
+    caption.kinds += (FURTHER,) * (len(pictures) - 1)
+    return sample(f"{name}.{image}", caption, lambda data=parts[image]: data)
 
 
 def sample(name: str, caption: Caption, read: Callable[[], bytes]) -> Sample:
@@ -171,7 +257,7 @@ class HuggingFace:
             place, *rest = rest
             files = {"data_dir": place} if Path(place).is_dir() else {"data_files": place}
         elif Path(name).is_file():
-            files, name = {"data_files": name}, Path(name).suffix.removeprefix(".")
+            files, name = {"data_files": name}, self.builder_of(Path(name))
         split = rest[0] if rest else "train"
         given = as_field("data", self.spec)
         if not files and not Path(name).exists() and not hub_client.offline():
@@ -189,11 +275,29 @@ class HuggingFace:
             raise UsageError(f"{given}: {quoted(error).splitlines()[0]}", hint) from error
         self.image = self.columns()
 
+    def builder_of(self, path: Path) -> str:
+        """Return the builder of a local file. Raises UsageError if its suffix names none."""
+        suffix = path.suffix.lower().removeprefix(".")
+        if suffix not in OF_FILES:
+            what = (
+                f"a {path.suffix} file is not read as a data set"
+                if suffix
+                else "a file without a suffix is not read as a data set"
+            )
+            raise UsageError(f"{as_field('data', self.spec)}: {what}", f"files that are read end in .{', .'.join(OF_FILES)}")
+        return OF_FILES[suffix]
+
     def columns(self) -> str:
-        """Return the column of images. Decoding is switched off, so that a damaged image can be reported by its name."""
+        """Return the column of images; others are told. Decoding is switched off, so that a damaged image can be named."""
         features = self.rows.features or {}
-        images = [k for k, v in features.items() if isinstance(v, self.library.Image)]
-        images += [k for k in features if k.lower() in IMAGES and k not in images]
+        typed = lambda k: isinstance(features[k], self.library.Image)
+        no_bytes = lambda k: getattr(features[k], "dtype", "") in ("string", "large_string")  # structs have no dtype
+        images = [k for k in features if typed(k) or k.lower() in IMAGES]
+        place = {name: i for i, name in enumerate(IMAGES)}
+        images.sort(key=lambda k: (no_bytes(k), place.get(k.lower(), len(place)), not typed(k)))
+        if len(images) > 1:
+            others = ", ".join(images[1:])
+            console.warn(f"{as_field('data', self.spec)}: the pictures are those of the column {images[0]}; not used: {others}")
         if features and not images:
             raise UsageError(f"{as_field('data', self.spec)}: there is no image column among {', '.join(features)}")
         if features and self.column and self.column not in features:
@@ -213,7 +317,11 @@ class HuggingFace:
         if not files:
             return None
         return hash_of(
-            self.builder.hash, self.builder.config_id, self.column, [tuple(entry.origin_metadata) for entry in files.values()]
+            self.builder.hash,
+            self.builder.config_id,
+            self.column,
+            self.image,
+            [tuple(entry.origin_metadata) for entry in files.values()],
         )
 
     def samples(self) -> Iterator[Sample]:
@@ -227,14 +335,26 @@ class HuggingFace:
             except StopIteration:
                 return
             except Exception as error:  # a damaged data file: the rows after it cannot be reached
-                yield Sample(name, problem=f"broken data file ({hub_errors.in_words(error)})")
+                yield Sample(name, problem=f"broken data file ({hub_errors.in_words(error)})", passing=True)
                 return
             number += 1
             caption = Caption.of_row(row, self.column)
             cell = row.get(self.image)
             if isinstance(cell, dict) and cell.get("path"):
                 name = f"{self.spec} {cell['path']}"
-            yield sample(name, caption, lambda cell=cell: bytes_of(cell))
+            if why := no_picture(cell):
+                yield Sample(name, problem=f"{why} (column {self.image})")
+            else:
+                yield sample(name, caption, lambda cell=cell: bytes_of(cell))
+
+
+def no_picture(cell: Any) -> str:
+    """Return what a cell of the column of images is if it cannot hold a picture, or ""."""
+    if isinstance(cell, (dict, bytes)):
+        return ""
+    if cell is None:
+        return "an empty cell, no picture"
+    return "a path or other text, not a picture" if isinstance(cell, str) else f"a {type(cell).__name__}, not a picture"
 
 
 def bytes_of(cell: Any) -> bytes:

@@ -11,9 +11,13 @@ from fastdiff.data.images import CAPTIONS, Caption
 from fastdiff.runtime import text_file
 from fastdiff.runtime.counts import Counts, Kind
 from fastdiff.runtime.errors import InputRefused, UsageError, as_field
+from fastdiff.runtime.picture_file import suffixes
 
 NAME = "file_name"
 DELIMITERS = ",;\t"
+
+NOT_CLOSED = "a quote is opened and not closed"
+WORDED = {"unexpected end of data": NOT_CLOSED}  # what csv says -> what it means
 
 OUTSIDE = Kind("table row", "names a file outside of the folder, not used")
 BACKSLASHES = Kind("table row", "backslashes in its file name, taken for folders", warns=False)
@@ -21,10 +25,11 @@ AGAIN = Kind("table row", "a second row of the same file; the last one is used")
 LONGER = Kind("table row", "more fields than the header; the rest was taken for the end of the caption (put it in quotes)")
 
 
-def read(path: Path, column: str | None, counts: Counts) -> dict[str, Caption]:
+def read(path: Path, column: str | None, counts: Counts, columns: set[str]) -> dict[str, Caption]:
     """Read the captions of a table by the name of the picture, relative to the table's folder, with / between folders.
 
-    `column` is the column or key of the caption (default: the first of CAPTIONS). Raises InputRefused with the number of an
+    `column` is the column or key of the caption (default: the first of CAPTIONS). The table's columns or keys are added to
+    `columns`. Raises InputRefused with the number of an
     invalid line, and UsageError if a column is missing.
     """
     try:
@@ -38,6 +43,7 @@ def read(path: Path, column: str | None, counts: Counts) -> dict[str, Caption]:
     rows = of_csv if path.suffix.lower() == ".csv" else of_jsonl
     for number, row in rows(path, text, column, counts):
         place = f"{path.name} line {number}"
+        columns.update(row)
         name = within(path.parent, str(row[NAME]), place, counts)
         if name is None:
             continue
@@ -96,12 +102,18 @@ def of_csv(path: Path, text: str, column: str | None, counts: Counts) -> Iterato
         first = rest.partition("\n")[0]
         text = rest
     delimiter = max(DELIMITERS, key=first.count)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    number = 1 + skipped
     try:
-        header = [name.strip() for name in next(lines, [])]
-        place = check(path, header, column)
-        for fields in lines:
-            number = lines.line_num + skipped
+        header = in_our_case([name.strip() for name in next(lines, [])], column)
+        place, files = check(path, header, column), header.index(NAME)
+        while True:
+            number = lines.line_num + skipped + 1  # where the row begins
+            fields = next(lines, None)
+            if fields is None:
+                return
+            if any(holds_a_row(field, delimiter, files) for field in fields):
+                raise csv.Error(NOT_CLOSED)
             if not any(field.strip() for field in fields):
                 continue
             if len(fields) > len(header):
@@ -116,7 +128,27 @@ def of_csv(path: Path, text: str, column: str | None, counts: Counts) -> Iterato
                 raise InputRefused(f"{path}: line {number} has no {NAME}")
             yield number, row
     except csv.Error as error:
-        raise InputRefused(f"{path}: line {lines.line_num + skipped}: {error}") from error
+        what = WORDED.get(str(error), str(error))
+        what = "there is text behind a closing quote" if "expected after" in what else what
+        hint = "a caption that holds a quote is put in quotes, and the quote in it is doubled"
+        raise InputRefused(f"{path}: line {number}: {what}", hint) from error
+
+
+def holds_a_row(field: str, delimiter: str, place: int) -> bool:
+    """Return whether a later line of a field of several lines has a picture's name in the `place` of one: rows were swallowed."""
+    if "\n" not in field:
+        return False
+    rows = (line.split(delimiter) for line in field.split("\n")[1:])
+    return any(len(row) > max(place, 1) and row[place].strip(' "').lower().endswith(suffixes()) for row in rows)
+
+
+def in_our_case(header: list[str], column: str | None) -> list[str]:
+    """Return a header in which the names that we look for are in our case: File_Name becomes file_name."""
+    for wanted in (NAME, *([column] if column else CAPTIONS)):
+        others = [i for i, name in enumerate(header) if name.casefold() == wanted.casefold()]
+        if wanted not in header and len(others) == 1:
+            header[others[0]] = wanted
+    return header
 
 
 def check(path: Path, header: list[str], column: str | None) -> int:

@@ -18,6 +18,7 @@ NOTES = Kind("file", "left out, macOS's notes on a file (the name begins with ._
 SYSTEM = Kind("file", "left out, written by a system for itself", warns=False)
 SYSTEM_FOLDER = Kind("folder", "left out, thumbnails or a system's own files (give the folder itself to use it)")
 TWICE = Kind("folder", "left out, a link to a folder that is read already", warns=False)
+OUTWARDS = Kind("folder", "a link that leads out of the folder; the pictures behind it are read too")
 CLOSED = Kind("folder", "left out, cannot be opened")
 BROKEN_LINK = Kind("file", "left out, a link to nothing")
 SPECIAL = Kind("file", "left out, not a regular file")
@@ -60,6 +61,8 @@ class Files:
                 if identity(link) in seen:
                     files.leave_out(TWICE, link)
                     continue
+                if not link.resolve().is_relative_to(folder.resolve()):
+                    files.leave_out(OUTWARDS, link)
                 seen.add(identity(link))
                 waiting = [link]
             inside = files.read(waiting.pop(0))
@@ -134,7 +137,7 @@ class Files:
             self.leave_out(OTHER, path)
 
     def leave_out(self, kind: Kind, path: Path) -> None:
-        """Count a file or folder under a kind."""
+        """Count a file or folder under a kind, whether it is left out or read with a remark."""
         self.counts.add(kind, shown(path, self.folder))
 
 
