@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from fastdiff.checkpoints.text_reading import MAX_TOKENS, MOST_WINDOWS, WINDOW
 from fastdiff.options.base import BaseConfig
 from fastdiff.runtime.config import Range
 
@@ -21,8 +22,8 @@ class TextConfig(BaseConfig):
     max_tokens: Annotated[
         int,
         "tokens of a prompt or caption that are read, in windows of 75 as other programs do; 75: one window",
-        Range(75, 300, multiple_of=75),
-    ] = 225
+        Range(WINDOW, MOST_WINDOWS * WINDOW, multiple_of=WINDOW),
+    ] = MAX_TOKENS
     clip_skip: Annotated[
         int | None,
         'last layers of the text encoders to leave out, as diffusers counts: "clip skip 2" of a model page is 1 here for SD1.5 '
