@@ -384,7 +384,8 @@ def test_the_hub_is_asked_with_the_users_token_and_home(tmp_path, monkeypatch):
     assert any("owner/name" in path and token == "Bearer hf_secret" for path, token in seen)
     for done in (offline, online):
         assert len(done.stderr.strip().splitlines()) == 1
-        assert "(1) a hub id with network access" in done.stderr
+    assert "(1) a hub id with network access" in offline.stderr
+    assert "the hub does not accept the token in HF_TOKEN" in online.stderr
 
 
 def test_a_pickle_needs_leave(one_file, tmp_path):

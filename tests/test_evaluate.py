@@ -297,7 +297,7 @@ def test_protocols_set_what_they_say(tmp_path, tiny_sdxl, monkeypatch):
         (["--metrics", "clip", "--clip", "nothing"], 2, "--clip nothing"),
         (["--metrics", "beauty"], 2, "beauty"),
         (["--reference", "gone"], 2, "--reference gone"),
-        (["--reference", "one", "--metrics", "lpips", "--lpips-weights", "embedded"], 3, "1 pictures"),
+        (["--reference", "one", "--metrics", "lpips", "--lpips-weights", "embedded"], 3, "pictures in it: 1"),
         (["--num-steps", "4,x"], 2, "--num-steps 4,x"),
         (["--lora", "a", "--student", "b"], 2, "--student and --lora"),
         (["--student-controlnet", "emoji"], 2, "--with-controlnet"),

@@ -529,6 +529,7 @@ def test_prompts_and_references_are_found_in_the_home_folder(tmp_path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     (tmp_path / "p.txt").write_text("red apple\n")
+    (tmp_path / "pictures").mkdir()
     from fastdiff.checkpoints import checkpoint
 
     base = checkpoint.load("emoji")

@@ -356,4 +356,4 @@ def test_a_run_hashes_every_network_once(fastdiff, tiny_sd, monkeypatch):
     words += ["--device=cpu", "--prompts=prompts.txt", "--resolution=64", "--lora-rank=2", "--data=teacher", "-o=run"]
     code, _ = fastdiff("dmd", f"--base={tiny_sd}", *words)
     assert code == 0
-    assert calls == ["UNet2DConditionModel"]
+    assert calls == ["CLIPTextModel", "UNet2DConditionModel"]

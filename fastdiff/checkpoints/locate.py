@@ -188,7 +188,7 @@ def of_configs(error: UsageError, config: str) -> UsageError:
     """The error of `locate`, which knows every reference as `base`, for the value of `base_config`, which is no single file."""
     error = renamed(error, config, "base_config")
     message = str(error).replace("no such file or folder", "no such folder").replace(", a folder or a file", " or a folder")
-    if message != str(error):
+    if message != str(error) or "a single file" in error.hint:
         return UsageError(message, "give a diffusers folder with the configs of the base, or a hub id with network access")
     return error
 

@@ -27,8 +27,8 @@ class Recipe:
     eta: float | None = None  # TCD's gamma: 0 is deterministic, 1 is LCM
     prediction_type: str | None = None  # epsilon, v_prediction, sample
     parent: str | None = None  # sha256 of the base UNet's weights
-    clip_skip: int | None = None  # last layers of the text encoders that are left out, as diffusers counts
     step_counts: tuple[int, ...] | None = None  # the numbers of steps that one file was trained for, where there are several
+    clip_skip: int | None = None  # last layers of the text encoders that are left out, as diffusers counts
 
     @property
     def own_counts(self) -> tuple[int, ...]:
