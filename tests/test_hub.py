@@ -332,7 +332,7 @@ def test_a_repository_of_one_file_and_of_several(served, tiny_sd, single, capsys
     assert "owner/two has 2 files of weights: a.safetensors, b.safetensors; name one: owner/two/a.safetensors" in line
     assert (code, [name for name in served.asked if name.startswith(("a.", "b."))]) == (2, [])
     put(served, "owner/nothing")
-    assert refused("owner/nothing", InputRefused)[2] == 3
+    assert refused("owner/nothing", InputRefused)[1] == 3
 
 
 def test_half_precision_alone_and_pickles_alone(served, tiny_sd, single, tmp_path, capsys):
