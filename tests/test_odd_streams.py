@@ -225,3 +225,15 @@ def test_a_damaged_listing_is_read_as_none(tmp_path, damage):
     assert Listing.read(path).rows == [("a", "b", "c")]
     path.write_text(json.dumps(good | damage if isinstance(damage, dict) else damage))
     assert Listing.read(path) is None
+
+
+@pytest.mark.parametrize("data", ["nowhere", "hf:nowhere.parquet", "wds:nowhere.tar", "empty"])
+def test_data_that_are_not_there_are_refused_before_anything_is_drawn(data, tiny_sd, tmp_path, monkeypatch, capfd):
+    from fastdiff import cli
+    from fastdiff.methods.lcm import LCM
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(LCM, "exhibit", lambda *parts: pytest.fail("the previews were drawn first"))
+    assert cli.main(["train-lcm-lora", "--base", str(tiny_sd), "--data", data, "--steps", "1", "-o", "run", "--offline"]) == 2
+    assert f"--data {data}" in capfd.readouterr().err

@@ -38,14 +38,16 @@ def open_data(
     framing: Framing | None = None,
     max_images: int | None = None,
     caption_column: str | None = None,
+    source: encode.Source | None = None,
 ) -> Data:
     """Open and encode a data set, whose `batch(n, generator)` draws training batches. The VAE and text encoders can then go.
 
     `spec` is the value of `data` (default: the family's); a Path is always a folder. `prompts` is a file with one prompt per
     line, for the teacher's samples. `resolution_px` is the side in pixels (default: the base's). `framing` (default: squares of
     the resolution) and `max_images` apply to pictures that are read, `caption_column` (default: text, caption or prompt) to their
-    captions. The teacher makes `pairs` samples with the settings `sampling` (default: the family's), or none if `needs` is
-    "prompts". Only the teacher gives pairs of noise and sample.
+    captions. `source` is what `source_of` made of `spec`, if it was called before. The teacher makes `pairs` samples with the
+    settings `sampling` (default: the family's), or none if `needs` is "prompts". Only the teacher gives pairs of noise and
+    sample.
     Raises UsageError if options do not go together or the data does not exist, and InputRefused if no picture is usable.
     """
     spec, resolution_px = in_full(spec) or base.family.default_data, resolution_px or base.resolution_px
@@ -65,7 +67,7 @@ def open_data(
     if given and spec.partition(":")[0] in {SHIPPED.data, "teacher"}:
         hint = "it applies to pictures that are read: from a folder, wds: or hf:"
         raise UsageError(f"{as_field(given)}: has no effect with {as_field('data', spec)}", hint)
-    if spec in {SHIPPED.data, *(f"{SHIPPED.data}:{style}" for style in emoji.STYLES)}:
+    if spec in shipped():
         if resolution_px != emoji.CELL_PX:
             raise UsageError(f"`data={spec}`: the pictures are {emoji.CELL_PX} px; use `resolution={emoji.CELL_PX}`")
         style = spec.partition(":")[2] or emoji.STYLES[0]
@@ -78,16 +80,35 @@ def open_data(
             console.warn(f"`pairs={n}`: only the first {n} of the {len(lines)} prompts are used")
         return teacher.encode(base, lines, resolution_px, chosen, pairs=n, seed=seed, device=device)
     framing = replace(framing, least_px=base.pixels_per_latent)
+    opened = source or source_of(spec, caption_column)
+    assert opened is not None  # the shipped pictures and the teacher have been dealt with
+    streamed = opened.count is None
+    most = max_images or (STREAMED if streamed else None)
+    return encode.encode(base, opened, framing, most=most, by_default=streamed and not max_images, device=device)
+
+
+def source_of(spec: str | Path | None, caption_column: str | None = None) -> encode.Source | None:
+    """Open the pictures that a value of `data` names, without reading them; None for the shipped ones and the teacher's samples.
+
+    UsageError or InputRefused where there are none. So a command finds out before it does anything that takes long.
+    """
+    spec = in_full(spec)
+    if spec is None or spec == "teacher" or spec in shipped():
+        return None
     if spec.startswith(("wds:", "hf:")):
         kind, _, location = spec.partition(":")
-        source = (streams.WebDataset if kind == "wds" else streams.HuggingFace)(location, caption_column)
-        return encode.encode(base, source, framing, most=max_images or STREAMED, by_default=not max_images, device=device)
+        return (streams.WebDataset if kind == "wds" else streams.HuggingFace)(location, caption_column)
     if Path(spec).is_dir():
-        return encode.encode(base, folder.Folder(Path(spec), caption_column), framing, most=max_images, device=device)
+        return folder.Folder(Path(spec), caption_column)
     if Path(spec).is_file():
         raise UsageError(f"{as_field('data', spec)}: is a file, not a folder", instead_of(Path(spec)))
     kinds = f"{SHIPPED.data}, {SHIPPED.data}:STYLE, teacher, wds:SHARDS, hf:ID, or a folder of images and captions"
     raise UsageError(f"{as_field('data', spec)}: no such data", f"use {kinds}")
+
+
+def shipped() -> set[str]:
+    """The values of `data` that name the shipped pictures."""
+    return {str(SHIPPED.data), *(f"{SHIPPED.data}:{style}" for style in emoji.STYLES)}
 
 
 def in_full(spec: str | Path | None) -> str | None:

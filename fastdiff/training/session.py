@@ -14,8 +14,9 @@ from fastdiff import lora
 from fastdiff.checkpoints import references
 from fastdiff.checkpoints.checkpoint import Checkpoint
 from fastdiff.data.batch import Data
+from fastdiff.data.encode import Source
 from fastdiff.data.images import Framing
-from fastdiff.data.open import Needs, open_data
+from fastdiff.data.open import Needs, open_data, source_of
 from fastdiff.lora import apply
 from fastdiff.models import sharding
 from fastdiff.options.train import TrainConfig
@@ -37,10 +38,10 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPONENTS = ("unet", "vae", "text_encoders", "tokenizers")
 
 
-def data_of(scene: Scene, config: TrainConfig, needs: Needs, teacher_loras: list[str]) -> Data:
+def data_of(scene: Scene, config: TrainConfig, needs: Needs, teacher_loras: list[str], source: Source | None = None) -> Data:
     """Open or sample the training data of the options, and encode it.
 
-    `teacher_loras`, each FILE=WEIGHT, are added to the teacher while it samples.
+    `teacher_loras`, each FILE=WEIGHT, are added to the teacher while it samples. `source` is as in `open_data`.
     """
     base = scene.base
     if teacher_loras:
@@ -67,6 +68,7 @@ def data_of(scene: Scene, config: TrainConfig, needs: Needs, teacher_loras: list
         ),
         max_images=config.max_images,
         caption_column=config.caption_column,
+        source=source,
     )
     data.empty_prompts = config.empty_prompts
     return data
@@ -268,8 +270,9 @@ def train(method_class: type[Method], config: Any) -> Trained:
     base = scene.base
     method_class.check_base(config, base)
     with console.timed("data_s"):
+        source = source_of(config.data, config.caption_column)  # refuses what is not there before anything is drawn
         exhibit = method_class.exhibit(scene, config)
-        data = data_of(scene, config, method_class.needs(config), method_class.teacher_loras(config))
+        data = data_of(scene, config, method_class.needs(config), method_class.teacher_loras(config), source)
         data = method_class.arrange(scene, data, exhibit, config)
         base.release(*(part for part in COMPONENTS if part not in method_class.keeps))
     kept = {"unet": lambda: base.unet, "vae": lambda: base.vae}
